@@ -1,0 +1,197 @@
+"""Rows of pictures, regions and captions (or conversations) -> training batches with their noise."""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..diffusion_pdlm import NOISE_FLOOR, noise_probability
+from ..image_processing_pdlm import to_rgb
+from ..processing_pdlm import CAPTION, END_OF_TURN, PdlmProcessor, area_order
+
+
+def partition_regions(num_regions: int, num_prompts: int, index: int, epoch: int) -> list[list[int]]:
+    """Split the regions of a picture into groups that fit one pass, as the reference does: shuffled, nearly equal.
+
+    Args:
+        num_regions (`int`): regions of the picture.
+        num_prompts (`int`): region prompts P; groups hold about (1 + P) / 2 regions.
+        index (`int`): number of the picture in the data set.
+        epoch (`int`): the grouping changes with it.
+
+    Returns:
+        `list[list[int]]`: region indices of every group.
+    """
+    num_groups = max(1, math.ceil(num_regions / ((1 + num_prompts) / 2)))
+    order = list(range(num_regions))
+    random.Random(index * 100003 + epoch * 999983).shuffle(order)
+    base, extra = divmod(num_regions, num_groups)
+    groups, start = [], 0
+    for group in range(num_groups):
+        size = base + (group < extra)
+        groups.append(order[start : start + size])
+        start += size
+    return groups
+
+
+class PdlmCollator:
+    """Turns rows into a batch with labels and noise (reference-spec sections 10 and 11).
+
+    A row is `{"image": picture, "regions": [{"mask": (H, W), "caption": str}, ...], "question": str (optional)}` for
+    regions, or `{"images": [...], "messages": [{"role", "content"}, ...]}` for the base model.
+
+    Random numbers are drawn in the reference's order: t per sample, then one uniform number per token (and the same
+    again plus the replacement tokens in replacement mode).
+
+    Args:
+        processor (`PdlmProcessor`)
+        num_slots (`int` or `tuple[int, int]`, *optional*): write every caption into this many slots, padded with
+            end-of-turn, which is the layout at inference; only the slots are labelled. A pair is a range to draw from
+            per batch. None: the reference's layout, captions at their own length, everything behind the assistant
+            header labelled.
+        noise_floor (`float`): lowest masking probability; 1e-3 in the reference.
+        prompt_ids (`str`): "random": any of the P region prompts, as the reference trains; "ordered": 0, 1, 2, ... as
+            at inference.
+        replacement_noise (`bool`): also draw `replacement_ids` (for `replacement_noise_mode`).
+        vocab_size (`int`, *optional*): rows of the embedding; needed for replacement noise.
+        generator (`torch.Generator`, *optional*): for repeatable noise.
+    """
+
+    def __init__(
+        self,
+        processor: PdlmProcessor,
+        num_slots: int | tuple[int, int] | None = None,
+        noise_floor: float = NOISE_FLOOR,
+        prompt_ids: str = "random",
+        replacement_noise: bool = False,
+        vocab_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        if prompt_ids not in ("random", "ordered"):
+            raise ValueError(f'`prompt_ids` must be "random" or "ordered", got {prompt_ids!r}.')
+        if replacement_noise and vocab_size is None:
+            raise ValueError("`replacement_noise` needs `vocab_size`.")
+        self.processor = processor
+        self.num_slots = num_slots
+        self.noise_floor = noise_floor
+        self.prompt_ids = prompt_ids
+        self.replacement_noise = replacement_noise
+        self.vocab_size = vocab_size
+        self.generator = generator
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        num_slots = self.num_slots
+        if isinstance(num_slots, tuple):
+            low, high = num_slots
+            num_slots = int(torch.randint(low, high + 1, (), generator=self.generator))
+        encoded = [
+            self.encode_regions(row, num_slots) if "regions" in row else self.encode_chat(row) for row in rows
+        ]
+        batch = self.processor.pad(encoded, "right")
+        return batch | self.noise(batch["labels"])
+
+    def encode_regions(self, row: dict[str, Any], num_slots: int | None = None) -> dict[str, Any]:
+        """One picture with captioned regions, without noise. Raises: ValueError on a bad mask or caption."""
+        image = to_rgb(row["image"])
+        masks = self.processor.binary_masks(image, [region["mask"] for region in row["regions"]])
+        limit = self.processor.image_processor.num_region_prompts
+        if len(masks) > limit:
+            raise ValueError(
+                f"{len(masks)} regions, but the checkpoint has {limit} region prompts. Split them with "
+                "`partition_regions`."
+            )
+        order = area_order(masks)
+        captions = [row["regions"][k]["caption"] for k in order]
+        prompts = list(range(limit))
+        if self.prompt_ids == "random":
+            random.shuffle(prompts)
+        answer, labels = self.answer(captions, num_slots)
+        encoded = self.processor.region_row(
+            image, [masks[k] for k in order], row.get("question"), prompts[: len(masks)], answer
+        )
+        encoded["labels"] = [-100] * (len(encoded["input_ids"]) - len(labels)) + labels
+        return encoded
+
+    def answer(self, captions: list[str], num_slots: int | None) -> tuple[list[int], list[int]]:
+        """Ids and labels of the caption blocks, in the order of the regions."""
+        tokenizer = self.processor.tokenizer
+        for k, caption in enumerate(captions):
+            self.processor._refuse_specials(caption, f"caption of region {k}")
+        if num_slots is None:
+            text = "\n".join(CAPTION.format(k) + caption for k, caption in enumerate(captions)) + END_OF_TURN
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids, list(ids)
+        end, newline = (
+            tokenizer.convert_tokens_to_ids(END_OF_TURN),
+            tokenizer("\n", add_special_tokens=False)["input_ids"],
+        )
+        ids, labels = [], []
+        for k, caption in enumerate(captions):
+            tokens = tokenizer(caption, add_special_tokens=False)["input_ids"]
+            if len(tokens) > num_slots:
+                raise ValueError(
+                    f"caption of region {k} has {len(tokens)} tokens, more than the {num_slots} slots. Shorten it or "
+                    f"raise `num_slots`: {caption[:60]!r}"
+                )
+            slots = tokens + [end] * (num_slots - len(tokens))
+            close = [end] if k == len(captions) - 1 else newline
+            ids += [tokenizer.convert_tokens_to_ids(CAPTION.format(k)), *slots, *close]
+            labels += [-100, *slots, *[-100] * len(close)]
+        return ids, labels
+
+    def encode_chat(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One conversation, without noise; the assistant's turns and their end-of-turn are labelled."""
+        processor = self.processor
+        pictures = [to_rgb(image) for image in row.get("images", [])]
+        visual, tiles = {}, []
+        if pictures:
+            visual = processor.image_processor.preprocess(
+                pictures, max_tiles=1 if len(pictures) > 1 else None, return_tensors="pt"
+            )
+            tiles = [c * r + (c * r > 1) for c, r in visual["image_grids"].tolist()]
+        ids, labels, done, used = [], [], "", 0
+        for turn, message in enumerate(row["messages"]):
+            answering = message["role"] == "assistant"
+            messages = row["messages"][: turn + 1]
+            # everything up to the answer, then the answer with its end-of-turn
+            pieces = [(messages[:-1], True, False), (messages, False, True)] if answering else [(messages, False, False)]
+            for part, header, labelled in pieces:
+                text = processor.apply_chat_template(
+                    part, tokenize=False, add_generation_prompt=header, training=True
+                )
+                piece, done = text[len(done) :], text
+                count = piece.count("<IMG_CONTEXT>")
+                tokens = processor._encode(piece, tiles[used : used + count])
+                used += count
+                ids += tokens
+                labels += tokens if labelled else [-100] * len(tokens)
+        return {"input_ids": ids, "labels": labels, **visual}
+
+    def noise(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Draw a noise level per row and mask labelled tokens with its probability.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
+
+        Returns:
+            noise_mask (bool, same shape) and mask_probability `(batch_size,)`; replacement_ids in replacement mode.
+        """
+        probability = noise_probability(torch.rand(len(labels), generator=self.generator), self.noise_floor)
+        uniform = torch.rand(labels.shape, generator=self.generator)
+        masked = (uniform < probability[:, None]) & (labels != -100)
+        out = {"noise_mask": masked, "mask_probability": probability}
+        if self.replacement_noise:
+            torch.rand(len(labels), generator=self.generator)  # drawn and unused in the reference (Q25)
+            replaced = torch.rand(labels.shape, generator=self.generator) < probability[:, None]
+            ids = torch.randint(0, self.vocab_size, labels.shape, generator=self.generator)
+            out["replacement_ids"] = torch.where(masked & replaced, ids, -1)
+        return out
+
+
+def region_rows(image: Any, masks: list[np.ndarray], captions: list[str]) -> dict[str, Any]:
+    """A row for [`PdlmCollator`]."""
+    regions = [{"mask": mask, "caption": caption} for mask, caption in zip(masks, captions, strict=True)]
+    return {"image": image, "regions": regions}

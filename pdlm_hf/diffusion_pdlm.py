@@ -1,0 +1,118 @@
+"""Masked diffusion as pure functions: forward noise, loss, confidence, schedules, acceptance. No model, no state."""
+
+import math
+
+import torch
+from torch import nn
+
+NOISE_FLOOR = 1e-3  # reference-spec 10: p = (1 - 1e-3) t + 1e-3, so that 1 / p stays finite
+
+
+def noise_probability(t: torch.Tensor, floor: float = NOISE_FLOOR) -> torch.Tensor:
+    """Probability that a token is masked at noise level t (LLaDA's linear schedule).
+
+    Args:
+        t (`torch.FloatTensor`): noise level in [0, 1].
+        floor (`float`): probability at t = 0. The reference uses 1e-3; a higher one tames the 1/p weight of small t.
+    """
+    return (1 - floor) * t + floor
+
+
+def diffusion_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    probability: torch.Tensor,
+    answer_length: torch.Tensor,
+    batch_size: int,
+) -> torch.Tensor:
+    """Masked-diffusion negative log-likelihood bound: sum of cross entropy / p / answer length, over the batch size.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(num_masked, vocab_size)`): at the masked positions only.
+        targets (`torch.LongTensor` of shape `(num_masked,)`): clean tokens there (no shift).
+        probability (`torch.FloatTensor` of shape `(num_masked,)`): masking probability p of each one's sample.
+        answer_length (`torch.LongTensor` of shape `(num_masked,)`): labelled tokens in each one's sample.
+        batch_size (`int`): samples in the batch.
+
+    Returns:
+        scalar float32 tensor; 0 (with gradient) if nothing is masked.
+    """
+    cross_entropy = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return (cross_entropy / probability / answer_length).sum() / batch_size
+
+
+def gumbel_perturb(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
+    """Logits with Gumbel noise: its argmax is a sample at `temperature`.
+
+    The logarithm of the reference's exp(logits) / (-log u) ** T, hence the same argmax, without the overflow that made
+    the reference compute it in float64.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(..., vocab_size)`)
+        temperature (`float`): > 0.
+        uniform (`torch.FloatTensor`): of the same shape, in (0, 1).
+    """
+    return logits - temperature * torch.log(-torch.log(uniform))
+
+
+def token_log_odds(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 - p)) of `tokens` under softmax(logits), in float32.
+
+    Orders tokens exactly as the reference's float64 probability does, also where p rounds to 1 in float32, because the
+    mass of the other tokens is summed without the chosen one. Probability = sigmoid of it.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(..., vocab_size)`); overwritten.
+        tokens (`torch.LongTensor` of shape `(...,)`)
+    """
+    chosen = logits.gather(-1, tokens[..., None])
+    others = logits.scatter_(-1, tokens[..., None], -torch.inf)
+    return chosen[..., 0] - torch.logsumexp(others, -1)
+
+
+def transfer_schedule(num_masked: int, num_steps: int) -> list[int]:
+    """How many tokens each step commits: equal shares, the remainder to the first steps (block sampler).
+
+    Args:
+        num_masked (`int`): masked tokens at the start of the block.
+        num_steps (`int`): steps for the block.
+    """
+    base, extra = divmod(num_masked, num_steps)
+    return [base + (step < extra) for step in range(num_steps)]
+
+
+def masks_left(num_slots: int, step: int, num_steps: int) -> int:
+    """Slots that stay masked after a step of the parallel sampler: int(m * ((S - 1 - s) / S)) in doubles.
+
+    The order of operations matters: 49 slots in 49 steps leave 31 twice, as in the reference.
+
+    Args:
+        num_slots (`int`): m, slots of all regions together.
+        step (`int`): s, counted from 0.
+        num_steps (`int`): S.
+    """
+    return math.trunc(num_slots * ((num_steps - 1 - step) / num_steps))
+
+
+def lowest_mask(score: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """True at the `count[i]` lowest scores of row i.
+
+    Args:
+        score (`torch.FloatTensor` of shape `(rows, n)`): +inf where never wanted.
+        count (`torch.LongTensor` of shape `(rows,)`)
+    """
+    rank = score.argsort(dim=-1, stable=True).argsort(dim=-1)
+    return rank < count[:, None]
+
+
+def accept_confident(probability: torch.Tensor, masked: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Slots to commit in an adaptive step: all above the threshold, and in any case the best one of each region.
+
+    Args:
+        probability (`torch.FloatTensor` of shape `(..., num_slots)`): of the drafted token; the last axis is a region.
+        masked (`torch.BoolTensor`): same shape, slots still open.
+        threshold (`float`): in (0, 1].
+    """
+    open_probability = probability.masked_fill(~masked, -1.0)
+    best = torch.zeros_like(masked).scatter(-1, open_probability.argmax(-1, keepdim=True), True)
+    return (best | (probability > threshold)) & masked

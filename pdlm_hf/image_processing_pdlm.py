@@ -1,0 +1,276 @@
+"""One geometry for images and region masks: both are cut into the same tiles (reference-spec sections 2 and 5)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
+from transformers.processing_utils import ImagesKwargs
+
+OUTSIDE = 255  # value of a pixel outside the region, in the image that carries the region prompt
+
+
+def tile_grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
+    """Candidate grids (columns, rows) with min_tiles <= columns * rows <= max_tiles, by number of tiles.
+
+    The order among equals decides ties in [`best_grid`]; the reference leaves it to the iteration order of a set of
+    int pairs, which is fixed in CPython, so the set is filled the same way here.
+    """
+    grids = {
+        (columns, rows)
+        for n in range(min_tiles, max_tiles + 1)
+        for columns in range(1, n + 1)
+        for rows in range(1, n + 1)
+        if min_tiles <= columns * rows <= max_tiles
+    }
+    return sorted(grids, key=lambda grid: grid[0] * grid[1])
+
+
+def best_grid(width: int, height: int, tile_size: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
+    """Grid (columns, rows) whose aspect ratio is nearest to the image's.
+
+    On a tie the later (larger) grid wins if the image has more than half of that grid's pixels.
+
+    Args:
+        width, height (`int`): image size in pixels.
+        tile_size (`int`): side of a tile in pixels.
+        min_tiles, max_tiles (`int`): bounds for columns * rows.
+    """
+    best, best_difference = (1, 1), float("inf")
+    for columns, rows in tile_grids(min_tiles, max_tiles):
+        difference = abs(width / height - columns / rows)
+        tie = difference == best_difference and width * height > 0.5 * tile_size * tile_size * columns * rows
+        if difference < best_difference or tie:
+            best, best_difference = (columns, rows), difference
+    return best
+
+
+def tile(image: Image.Image, grid: tuple[int, int], tile_size: int) -> np.ndarray:
+    """Cut an image into tiles: row by row, and if there is more than one, a thumbnail of the whole image last.
+
+    The whole image is resized to the grid (bicubic, aspect ratio not kept), as the reference does.
+
+    Args:
+        image (`PIL.Image.Image`): mode "RGB" or "L".
+        grid (`tuple[int, int]`): columns, rows.
+        tile_size (`int`): side of a tile in pixels.
+
+    Returns:
+        `np.ndarray` of shape `(num_tiles, tile_size, tile_size[, 3])`, uint8.
+    """
+    columns, rows = grid
+    resized = np.asarray(image.resize((tile_size * columns, tile_size * rows), Image.Resampling.BICUBIC))
+    tiles = resized.reshape(rows, tile_size, columns, tile_size, *resized.shape[2:]).swapaxes(1, 2)
+    tiles = tiles.reshape(rows * columns, tile_size, tile_size, *resized.shape[2:])
+    if len(tiles) > 1:
+        thumbnail = np.asarray(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+        tiles = np.concatenate([tiles, thumbnail[None]])
+    return tiles
+
+
+def to_rgb(image: Any, name: str = "image") -> Image.Image:
+    """A picture as RGB PIL image.
+
+    Args:
+        image: PIL image, or uint8 array or tensor of shape (H, W), (H, W, 3 | 4) or (3 | 4, H, W).
+        name (`str`): how to call it in an error message.
+
+    Raises:
+        ValueError: not a picture, no pixels, NaN, or values that are not 0..255 integers.
+    """
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        if image.ndim == 3 and image.shape[0] in (3, 4) and image.shape[2] not in (3, 4):
+            image = image.transpose(1, 2, 0)
+        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+            raise ValueError(f"{name}: expected a picture of shape (H, W), (H, W, 3) or (3, H, W), got {image.shape}.")
+        if image.dtype != np.uint8:
+            if not np.isfinite(image).all():
+                raise ValueError(f"{name}: holds NaN or infinite values.")
+            if image.min(initial=0) < 0 or image.max(initial=0) > 255 or (image != np.round(image)).any():
+                raise ValueError(
+                    f"{name}: expected integer values 0..255, got {image.dtype} in "
+                    f"[{image.min():.3g}, {image.max():.3g}]. Pass the picture before normalisation."
+                )
+            image = image.astype(np.uint8)
+        if 0 in image.shape:
+            raise ValueError(f"{name}: has no pixels, shape {image.shape}.")
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"{name}: expected a PIL image, an array or a tensor, got {type(image).__name__}.")
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name}: cannot be decoded ({error}).") from error
+
+
+def to_binary_mask(mask: Any, height: int, width: int, name: str = "mask") -> np.ndarray:
+    """A region mask as boolean array. Accepts bool, 0/1, 0/255 (JPEG noise around them included) and 0.0..1.0.
+
+    Args:
+        mask: PIL image, array or tensor of shape (H, W), (1, H, W) or (H, W, 1).
+        height, width (`int`): size of the image it belongs to.
+        name (`str`): how to call it in an error message.
+
+    Raises:
+        ValueError: wrong shape or size, NaN, a label map, or an empty mask.
+    """
+    if isinstance(mask, Image.Image):
+        mask = mask.convert("L") if mask.mode not in ("1", "L", "I", "F", "I;16") else mask
+    elif isinstance(mask, torch.Tensor):
+        mask = mask.detach().cpu().numpy()
+    array = np.asarray(mask)
+    if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
+        array = array[0] if array.shape[0] == 1 else array[..., 0]
+    if array.ndim != 2 or array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: expected a mask of shape (H, W), got shape {array.shape} of {array.dtype}.")
+    if array.shape != (height, width):
+        raise ValueError(
+            f"{name}: has size {array.shape[1]} x {array.shape[0]}, but its image has {width} x {height} "
+            "(width x height). Resize the mask to the image with nearest-neighbour interpolation."
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name}: holds NaN or infinite values.")
+    high = array.max()
+    if array.dtype.kind != "b":
+        if array.min() < 0:
+            raise ValueError(f"{name}: holds negative values; expected 0 outside and 1 (or 255) inside the region.")
+        if 1 < high < 128:
+            raise ValueError(
+                f"{name}: values go up to {high}, which is neither 0/1 nor 0/255. If it is a label map, pass one mask "
+                "per label (`labels == k`)."
+            )
+        array = array > (127 if high > 1 else 0.5 if array.dtype.kind == "f" else 0)
+    if not array.any():
+        raise ValueError(f"{name}: is empty, no pixel is inside the region. Remove it or check how it was made.")
+    return array.astype(bool)
+
+
+def region_patches(mask: np.ndarray, prompt_id: int, grid: tuple[int, int], tile_size: int, patch_size: int) -> np.ndarray:
+    """Patches that carry the region's prompt embedding, per tile.
+
+    As the reference: the mask becomes an image (prompt id inside, 255 outside), goes through the same bicubic resize
+    as the picture, and a patch is active if its top-left pixel is no longer 255, so a region grows by up to two source
+    pixels. A mask so small that no patch is active anywhere would go without its prompt there; here the patches that
+    hold most of it are switched on instead.
+
+    Args:
+        mask (`np.ndarray` of shape `(H, W)`): bool, not empty.
+        prompt_id (`int`): index of the region prompt.
+        grid (`tuple[int, int]`): columns, rows.
+        tile_size, patch_size (`int`): in pixels.
+
+    Returns:
+        `np.ndarray` of shape `(num_tiles, tile_size // patch_size, tile_size // patch_size)`, bool.
+    """
+    carrier = Image.fromarray(np.where(mask, prompt_id, OUTSIDE).astype(np.uint8))
+    active = tile(carrier, grid, tile_size)[:, ::patch_size, ::patch_size] != OUTSIDE
+    if not active.any():
+        side = tile_size // patch_size
+        for tiles, (columns, rows) in ((active[: grid[0] * grid[1]], grid), (active[grid[0] * grid[1] :], (1, 1))):
+            if len(tiles):
+                row, column = _heaviest_cell(mask, columns * side, rows * side)
+                tiles[row // side * columns + column // side, row % side, column % side] = True
+    return active
+
+
+def _heaviest_cell(mask: np.ndarray, columns: int, rows: int) -> tuple[int, int]:
+    """Cell (row, column) of a rows x columns raster over the mask that holds most of its pixels."""
+    y, x = np.nonzero(mask)
+    cell = (y * rows // mask.shape[0]) * columns + x * columns // mask.shape[1]
+    return divmod(int(np.bincount(cell).argmax()), columns)
+
+
+class PdlmImagesKwargs(ImagesKwargs, total=False):
+    """Attributes of the image processor, beside those of every image processor.
+
+    patch_size (`int`): side of a ViT patch in pixels.
+    min_tiles, max_tiles (`int`): bounds for the number of tiles, thumbnail not counted.
+    num_region_prompts (`int`): regions a forward pass can hold.
+    """
+
+    patch_size: int
+    min_tiles: int
+    max_tiles: int
+    num_region_prompts: int
+
+
+class PdlmImageProcessorPil(PilBackend):
+    """Tiles pictures, and region masks with them. Needs Pillow only.
+
+    `size` is the side of a tile. See [`preprocess`] for what it returns.
+    """
+
+    valid_kwargs = PdlmImagesKwargs
+    model_input_names = ["pixel_values", "image_grids", "region_masks", "region_boxes", "original_sizes"]
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_STANDARD_MEAN
+    image_std = IMAGENET_STANDARD_STD
+    size = {"height": 512, "width": 512}
+    patch_size = 16
+    min_tiles = 1
+    max_tiles = 6
+    num_region_prompts = 6
+    do_resize = do_rescale = do_normalize = do_convert_rgb = True
+
+    def preprocess(
+        self,
+        images: Any,
+        segmentation_maps: list[list[np.ndarray]] | None = None,
+        prompt_ids: list[list[int]] | None = None,
+        max_tiles: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Tile a list of pictures and the masks of each.
+
+        Args:
+            images: a picture or a list of pictures, see [`to_rgb`].
+            segmentation_maps: for every picture a list of boolean masks (H, W), at most `num_region_prompts`.
+            prompt_ids: for every picture the index of the region prompt of each mask; default 0, 1, 2, ...
+            max_tiles: overrides the attribute (1 where several pictures share a prompt).
+            return_tensors: "pt", "np" or None.
+
+        Returns:
+            `BatchFeature` with
+            - pixel_values `(num_tiles of all pictures, 3, size, size)`, in [-1, 1], thumbnail last per picture;
+            - image_grids `(num_images, 2)`: columns and rows;
+            - and with masks: region_masks `(num_tiles, num_region_prompts, grid, grid)` uint8: plane p has the patches
+              that carry prompt p; region_boxes `(num_images, num_region_prompts, 4)`: x0, y0, x1, y1 in pixels of
+              the picture, end exclusive, -1 where there is no region; original_sizes `(num_images, 2)`: height, width.
+        """
+        images = images if isinstance(images, (list, tuple)) else [images]
+        images = [to_rgb(image, f"image {i}") for i, image in enumerate(images)]
+        tile_size = self.size["height"]
+        limit = max_tiles or self.max_tiles
+        grids = [best_grid(*image.size, tile_size, min(self.min_tiles, limit), limit) for image in images]
+        tiles = np.concatenate([tile(image, grid, tile_size) for image, grid in zip(images, grids, strict=True)])
+        pixels = (tiles.astype(np.float32) / 255 - np.float32(self.image_mean)) / np.float32(self.image_std)
+        data = {"pixel_values": pixels.transpose(0, 3, 1, 2), "image_grids": np.array(grids, dtype=np.int64)}
+        if segmentation_maps is not None:
+            if prompt_ids is None:
+                prompt_ids = [list(range(len(masks))) for masks in segmentation_maps]
+            regions = [
+                self._regions(masks, ids, grid) for masks, ids, grid in zip(segmentation_maps, prompt_ids, grids, strict=True)
+            ]
+            data["region_masks"] = np.concatenate([patches for patches, _ in regions])
+            data["region_boxes"] = np.stack([boxes for _, boxes in regions])
+            data["original_sizes"] = np.array([image.size[::-1] for image in images], dtype=np.int64)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _regions(self, masks: list[np.ndarray], prompt_ids: list[int], grid: tuple[int, int]):
+        tile_size, side = self.size["height"], self.size["height"] // self.patch_size
+        num_tiles = grid[0] * grid[1] + (grid[0] * grid[1] > 1)
+        planes = np.zeros((num_tiles, self.num_region_prompts, side, side), dtype=np.uint8)
+        boxes = np.full((self.num_region_prompts, 4), -1, dtype=np.int64)
+        for k, (mask, prompt_id) in enumerate(zip(masks, prompt_ids, strict=True)):
+            planes[:, prompt_id] = region_patches(mask, prompt_id, grid, tile_size, self.patch_size)
+            y, x = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+            boxes[k] = x[0], y[0], x[-1] + 1, y[-1] + 1
+        return planes, boxes
+
+
+__all__ = ["PdlmImageProcessorPil"]

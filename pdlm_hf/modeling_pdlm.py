@@ -1,0 +1,510 @@
+"""PerceptionDLM: SigLIP2 vision tower with region prompts, projector, RoI feature replay, bidirectional LLaDA."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlamaModel, PreTrainedModel, SiglipVisionModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from .configuration_pdlm import PdlmBaseConfig, PdlmConfig, PdlmTextConfig
+from .conversion_pdlm import register_conversion
+from .diffusion_pdlm import diffusion_loss
+from .generation_pdlm import PdlmGenerationConfig, PdlmGenerationMixin
+from .masking_pdlm import region_attention, region_layout
+
+register_conversion()
+
+# The reference assumes 32 pixels per feature cell at inference and 28 in its training forward (reference-spec Q13).
+REFERENCE_CELL_INFERENCE = 32
+REFERENCE_CELL_TRAINING = 28
+
+
+@dataclass
+class PdlmOutput(ModelOutput):
+    """
+    Output of [`PdlmForConditionalGeneration`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` are given):
+            Masked-diffusion loss.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
+            Scores of the token at each position itself (no shift). None when `labels` are given: the loss needs them at
+            the masked positions only.
+        past_key_values (`Cache`, *optional*):
+            The cache that was passed.
+        hidden_states, attentions (`tuple`, *optional*):
+            Of the language model, on request.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
+
+
+def pixel_unshuffle(features: torch.Tensor, factor: int) -> torch.Tensor:
+    """Join factor x factor neighbouring patches into one token, channels in the order row, column, channel.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(tiles, side, side, channels)`)
+        factor (`int`): 2 in the released models.
+
+    Returns:
+        `torch.FloatTensor` of shape `(tiles, side // factor, side // factor, channels * factor ** 2)`.
+    """
+    tiles, side, _, channels = features.shape
+    cells = side // factor
+    features = features.view(tiles, cells, factor, cells, factor, channels).permute(0, 1, 3, 2, 4, 5)
+    return features.reshape(tiles, cells, cells, factor * factor * channels)
+
+
+def merge_tiles(features: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
+    """Put the tiles of one picture together again, row by row.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(columns * rows, cells, cells, channels)`)
+        columns, rows (`int`): the grid.
+
+    Returns:
+        `torch.FloatTensor` of shape `(rows * cells, columns * cells, channels)`.
+    """
+    cells, channels = features.shape[1], features.shape[-1]
+    features = features.view(rows, columns, cells, cells, channels).permute(0, 2, 1, 3, 4)
+    return features.reshape(rows * cells, columns * cells, channels)
+
+
+def _sampling_weights(start: torch.Tensor, end: torch.Tensor, bins: int, size: int) -> torch.Tensor:
+    """Weight of every feature cell in every bin along one axis, shape (boxes, bins, size): mean of two samples."""
+    step = (end - start) / bins
+    offset = torch.arange(bins, device=start.device)[:, None] + torch.tensor([0.25, 0.75], device=start.device)
+    coordinate = start[:, None, None] + step[:, None, None] * offset  # (boxes, bins, 2)
+    outside = (coordinate < -1) | (coordinate > size)
+    coordinate = coordinate.clamp(0, size - 1)
+    cell = torch.arange(size, device=start.device)
+    weight = (1 - (coordinate[..., None] - cell).abs()).clamp_min(0).masked_fill(outside[..., None], 0)
+    return weight.mean(2)
+
+
+def roi_align(features: torch.Tensor, boxes: torch.Tensor, output_size: list[int], scale: float = 1.0) -> torch.Tensor:
+    """RoI-align (Mask R-CNN) with half-pixel alignment and two samples per bin and axis; torchvision is not needed.
+
+    Bilinear sampling is separable, so every output is a weighted sum with one weight vector per axis.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(height, width, channels)`)
+        boxes (`torch.FloatTensor` of shape `(num_boxes, 4)`): x0, y0, x1, y1; times `scale` in feature cells.
+        output_size (`list[int]`): height and width of the output.
+        scale (`float`): factor from box coordinates to feature cells.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_boxes, height * width of the output, channels)`, row by row.
+    """
+    height, width, _ = features.shape
+    x0, y0, x1, y1 = (boxes.float() * scale - 0.5).unbind(-1)
+    weight_y = _sampling_weights(y0, y1, output_size[0], height)
+    weight_x = _sampling_weights(x0, x1, output_size[1], width)
+    out = torch.einsum("nph,hwc,nqw->npqc", weight_y, features.float(), weight_x)
+    return out.flatten(1, 2).to(features.dtype)
+
+
+class PdlmProjector(nn.Module):
+    """Two-layer MLP from unshuffled vision features to the width of the language model (exact GELU)."""
+
+    def __init__(self, config: PdlmConfig):
+        super().__init__()
+        factor = round(1 / config.downsample_ratio)
+        hidden = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size * factor**2, hidden)
+        self.act = ACT2FN["gelu"]
+        self.linear_2 = nn.Linear(hidden, hidden)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class PdlmVisionModel(SiglipVisionModel):
+    """SigLIP vision tower up to the selected layer, with region embeddings added before the position embedding.
+
+    Only what is computed is built: layers after `vision_feature_layer`, the final norm and the pooling head are not.
+    """
+
+    def __init__(self, config, vision_feature_layer: int = -2):
+        super().__init__(config)
+        del self.encoder.layers[config.num_hidden_layers + 1 + vision_feature_layer :]
+        self.post_layernorm = nn.Identity()
+
+    def forward(self, pixel_values: torch.Tensor, region_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Features of every patch.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(tiles, 3, size, size)`)
+            region_embeds (`torch.FloatTensor` of shape `(tiles, patches, channels)`, *optional*)
+
+        Returns:
+            `torch.FloatTensor` of shape `(tiles, patches, channels)`.
+        """
+        embeddings = self.embeddings
+        weight = embeddings.patch_embedding.weight
+        hidden = embeddings.patch_embedding(pixel_values.to(weight.dtype)).flatten(2).transpose(1, 2)
+        if region_embeds is not None:
+            hidden = hidden + region_embeds.to(hidden.dtype)
+        hidden = hidden + embeddings.position_embedding(embeddings.position_ids)
+        return self.encoder(inputs_embeds=hidden).last_hidden_state
+
+
+class PdlmTextModel(LlamaModel):
+    """LLaDA: a Llama whose attention looks both ways."""
+
+    config_class = PdlmTextConfig
+    _supports_flash_attn = False
+
+    def _flash_attn_can_dispatch(self, flash_attn_version: int, is_init_check: bool = False) -> bool:
+        raise ValueError(
+            "flash_attention cannot express the region mask of PerceptionDLM's language model and would silently let "
+            'regions see each other. Use "sdpa", "eager" or "flex_attention" for it; the vision tower may use it: '
+            'attn_implementation={"text_config": "sdpa", "vision_config": "flash_attention_2"}.'
+        )
+
+
+class PdlmPreTrainedModel(PreTrainedModel):
+    """Weights, loading and attention support shared by all PerceptionDLM models."""
+
+    config_class = PdlmConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    output_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "SiglipEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True  # by the vision tower; the language model refuses it with the reason
+    _supports_attention_backend = True
+    # Present in reference checkpoints and never used: SigLIP's text tower, its pooling head, the layers past the
+    # selected one.
+    _keys_to_ignore_on_load_unexpected = [
+        r"vision_model\.text_model\.",
+        r"vision_model\.logit_(scale|bias)",
+        r"vision_(tower|model)\.head\.",
+        r"vision_(tower|model)\.post_layernorm\.",
+        r"vision_(tower|model)\.encoder\.layers\.",
+    ]
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, PdlmModel) and module.region_embedding is not None:
+            init.normal_(module.region_embedding.weight)  # nn.Embedding's default, as in the reference
+
+
+class PdlmModel(PdlmPreTrainedModel):
+    """PerceptionDLM without the language-model head."""
+
+    def __init__(self, config: PdlmConfig):
+        super().__init__(config)
+        self.vision_tower = PdlmVisionModel._from_config(
+            config.vision_config, vision_feature_layer=config.vision_feature_layer
+        )
+        self.multi_modal_projector = PdlmProjector(config)
+        self.language_model = PdlmTextModel._from_config(config.text_config)
+        self.region_embedding = None
+        if config.num_region_prompts:
+            self.region_embedding = nn.Embedding(config.num_region_prompts, config.vision_config.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.language_model.embed_tokens = value
+
+    def get_image_features(self, pixel_values: torch.Tensor, region_masks: torch.Tensor | None = None) -> torch.Tensor:
+        """Projected image features with the region prompts in them (paper section 3.2, region prompting).
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(tiles, 3, size, size)`)
+            region_masks (`torch.Tensor` of shape `(tiles, num_region_prompts, grid, grid)`, *optional*): plane p marks
+                the patches that carry prompt p; where planes overlap their prompts add up.
+
+        Returns:
+            `torch.FloatTensor` of shape `(tiles, cells, cells, hidden_size)`.
+        """
+        region_embeds = None
+        if region_masks is not None and self.region_embedding is not None:
+            prompts = self.region_embedding.weight
+            region_embeds = region_masks.flatten(2).transpose(1, 2).to(prompts.device, prompts.dtype) @ prompts
+        features = self.vision_tower(pixel_values, region_embeds)
+        side = self.config.patch_grid
+        features = features.view(features.shape[0], side, side, -1)
+        return self.multi_modal_projector(pixel_unshuffle(features, round(1 / self.config.downsample_ratio)))
+
+    def get_region_features(
+        self,
+        image_features: torch.Tensor,
+        image_grids: torch.Tensor,
+        region_boxes: torch.Tensor,
+        original_sizes: torch.Tensor,
+        training_geometry: bool = False,
+    ) -> torch.Tensor:
+        """RoI tokens of every region, image after image, region after region (paper section 3.2, feature replay).
+
+        With `roi_replay="reference"` the released code's arithmetic is repeated (reference-spec section 6): the box
+        end is the last pixel inside, boxes are scaled twice, and of several tiles the first grid tile is dropped while
+        the thumbnail fills the last cell. With "aligned" boxes are in feature cells and every tile is in its place.
+
+        Args:
+            image_features (`torch.FloatTensor` of shape `(tiles, cells, cells, hidden_size)`)
+            image_grids (`torch.LongTensor` of shape `(num_images, 2)`): columns, rows.
+            region_boxes (`torch.LongTensor` of shape `(num_images, num_region_prompts, 4)`): pixels, end exclusive,
+                -1 where there is no region.
+            original_sizes (`torch.LongTensor` of shape `(num_images, 2)`): height, width in pixels.
+            training_geometry (`bool`): the reference's other constant, 28 instead of 32.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_regions of all images, num_roi_tokens, hidden_size)`.
+        """
+        aligned = self.config.roi_replay == "aligned"
+        cell_pixels = REFERENCE_CELL_TRAINING if training_geometry else REFERENCE_CELL_INFERENCE
+        tokens, first_tile = [], 0
+        boxes_of_images = region_boxes.cpu().double()
+        for image, (columns, rows) in enumerate(image_grids.tolist()):
+            num_tiles = columns * rows + (columns * rows > 1)
+            tiles = image_features[first_tile : first_tile + num_tiles]
+            first_tile += num_tiles
+            if num_tiles > 1:
+                tiles = tiles[:-1] if aligned else tiles[1:]
+            merged = merge_tiles(tiles, columns, rows)
+            boxes = boxes_of_images[image]
+            boxes = boxes[boxes[:, 0] >= 0]
+            height, width = original_sizes[image].tolist()
+            if not aligned:
+                boxes = boxes - boxes.new_tensor([0, 0, 1, 1])
+            boxes = boxes / boxes.new_tensor([width, height, width, height])
+            cells = boxes.new_tensor([merged.shape[1], merged.shape[0]] * 2)
+            boxes = (boxes * cells).float().to(merged.device)
+            scale = 1.0 if aligned else 1 / cell_pixels
+            tokens.append(roi_align(merged, boxes, self.config.roi_output_size, scale))
+        return torch.cat(tokens)
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        region_masks: torch.Tensor | None = None,
+        region_boxes: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+        training_geometry: bool = False,
+    ) -> torch.Tensor:
+        """Token embeddings with image features and RoI tokens in their placeholders.
+
+        Raises:
+            ValueError: the numbers of placeholders and features differ (the reference repeats or cuts silently).
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is None:
+            return embeds
+        features = self.get_image_features(pixel_values, region_masks)
+        embeds = self._fill(embeds, input_ids == self.config.image_token_id, features, "image")
+        if region_boxes is not None:
+            replayed = self.get_region_features(
+                features, image_grids, region_boxes, original_sizes, training_geometry
+            )
+            regions = torch.as_tensor(self.config.region_token_ids, device=input_ids.device)
+            embeds = self._fill(embeds, torch.isin(input_ids, regions), replayed, "region")
+        return embeds
+
+    @staticmethod
+    def _fill(embeds: torch.Tensor, places: torch.Tensor, features: torch.Tensor, kind: str) -> torch.Tensor:
+        features = features.reshape(-1, features.shape[-1])
+        count = int(places.sum())
+        if count != len(features):
+            raise ValueError(
+                f"The prompt has {count} {kind} placeholders, but the {kind} features fill {len(features)}. Build the "
+                "inputs with the processor of this checkpoint, and do not cut them."
+            )
+        return embeds.masked_scatter(places[..., None], features.to(embeds.device, embeds.dtype))
+
+    def region_layout(self, input_ids: torch.Tensor, replayed: bool = True) -> torch.Tensor | None:
+        """Code of every row, see [`~masking_pdlm.region_layout`]; None for the base model."""
+        if not self.config.num_region_prompts:
+            return None
+        return region_layout(input_ids, self.config.region_token_ids, self.config.caption_token_ids, replayed)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        region_masks: torch.Tensor | None = None,
+        region_boxes: torch.LongTensor | None = None,
+        original_sizes: torch.LongTensor | None = None,
+        layout: torch.LongTensor | None = None,
+        training_geometry: bool = False,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """One bidirectional pass. `layout` (see [`region_layout`]) is derived from `input_ids` if left out."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(
+                input_ids, pixel_values, image_grids, region_masks, region_boxes, original_sizes, training_geometry
+            )
+        if layout is None and input_ids is not None:
+            layout = self.region_layout(input_ids, replayed=pixel_values is not None)
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = attention_mask.long().cumsum(-1).sub(1).clamp_min(0)[:, -inputs_embeds.shape[1] :]
+        allowed = None if layout is None else region_attention(layout, self.config.prefix_attention)
+        mask = create_bidirectional_mask(
+            config=self.language_model.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            and_mask_function=allowed,
+        )
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache),
+            **kwargs,
+        )
+
+
+class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
+    """PerceptionDLM with its language-model head, loss and diffusion `generate`."""
+
+    _tied_weights_keys = {}
+    generation_config_class = PdlmGenerationConfig
+    accepts_loss_kwargs = False  # the loss averages over samples itself
+
+    def __init__(self, config: PdlmConfig):
+        super().__init__(config)
+        self.model = PdlmModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        region_masks: torch.Tensor | None = None,
+        region_boxes: torch.LongTensor | None = None,
+        original_sizes: torch.LongTensor | None = None,
+        layout: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        noise_mask: torch.BoolTensor | None = None,
+        mask_probability: torch.FloatTensor | None = None,
+        replacement_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> PdlmOutput:
+        r"""Logits of every position, or with `labels` the masked-diffusion loss (LLaDA; reference-spec section 10).
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): with placeholders expanded.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 0 for padding, on either side.
+            pixel_values, image_grids, region_masks, region_boxes, original_sizes: from the processor.
+            layout (`torch.LongTensor`): see [`region_layout`]; derived from the ids if left out.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): answer tokens, -100 elsewhere.
+            noise_mask (`torch.BoolTensor` of that shape): positions that are masked in this pass; the collator draws it.
+            mask_probability (`torch.FloatTensor` of shape `(batch_size,)`): probability with which it was drawn.
+            replacement_ids (`torch.LongTensor` of that shape, *optional*): tokens to put at masked positions instead
+                of the mask token, -1 where the mask token is meant (`replacement_noise_mode`).
+
+        Raises:
+            ValueError: labels without noise, or nothing labelled.
+        """
+        if labels is not None and (noise_mask is None or mask_probability is None):
+            raise ValueError(
+                "`labels` need `noise_mask` and `mask_probability`: diffusion training masks part of the answer. "
+                "Use the collator (pdlm_hf.app.collator.PdlmCollator), which draws both."
+            )
+        if noise_mask is not None:
+            noise_mask = noise_mask.bool() & (labels != -100 if labels is not None else True)
+            if layout is None:  # from the clean ids
+                layout = self.model.region_layout(input_ids, replayed=pixel_values is not None)
+            input_ids = torch.where(noise_mask, self.config.mask_token_id, input_ids)
+            if replacement_ids is not None:
+                input_ids = torch.where(noise_mask & (replacement_ids >= 0), replacement_ids, input_ids)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_grids=image_grids,
+            region_masks=region_masks,
+            region_boxes=region_boxes,
+            original_sizes=original_sizes,
+            layout=layout,
+            training_geometry=noise_mask is not None,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        loss = logits = None
+        if labels is None:
+            logits = self.lm_head(outputs.last_hidden_state)
+        else:
+            loss = self._loss(outputs.last_hidden_state, labels, noise_mask, mask_probability)
+        return PdlmOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, noise_mask: torch.Tensor, probability: torch.Tensor):
+        answer = labels != -100
+        scored = answer if self.config.replacement_noise_mode else noise_mask
+        logits = self.lm_head(hidden[scored]).float()
+        targets = labels[scored]
+        if self.config.replacement_noise_mode:
+            return nn.functional.cross_entropy(logits, targets, reduction="sum") / answer.sum().clamp_min(1)
+        row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)[scored]
+        probability = probability.reshape(len(labels), -1)[:, 0]
+        return diffusion_loss(logits, targets, probability[row], answer.sum(1)[row], len(labels))
+
+
+class PdlmBaseForConditionalGeneration(PdlmForConditionalGeneration):
+    """PerceptionDLM-Base: the image-level chat model."""
+
+    config_class = PdlmBaseConfig
+
+
+__all__ = ["PdlmBaseForConditionalGeneration", "PdlmForConditionalGeneration", "PdlmModel", "PdlmPreTrainedModel"]

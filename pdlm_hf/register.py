@@ -1,0 +1,54 @@
+"""Registration with transformers' Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from .configuration_pdlm import PdlmBaseConfig, PdlmConfig
+from .conversion_pdlm import register_conversion
+from .image_processing_pdlm import PdlmImageProcessorPil
+from .modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
+from .processing_pdlm import PdlmProcessor
+
+# Every one gives the class that generates: that is what users of the reference call.
+MODEL_AUTO_CLASSES = (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
+
+
+def _reference_alias(name: str, config: type) -> None:
+    """Let a reference folder find our processor by the class name in its `processor_config.json`.
+
+    transformers looks the name up among registered processors before it asks for remote code. The key of such an entry
+    is a config class that no checkpoint has.
+    """
+
+    class Alias(PdlmProcessor):
+        @classmethod
+        def from_pretrained(cls, *args, **kwargs):
+            return PdlmProcessor.from_pretrained(*args, **kwargs)
+
+    Alias.__name__ = Alias.__qualname__ = name
+    AutoProcessor.register(type(name + "Config", (config,), {"model_type": name.lower()}), Alias, exist_ok=True)
+
+
+def register() -> None:
+    """Register "pdmllm" (regions) and "dmllm" (base). Harmless when repeated."""
+    for config, model in (
+        (PdlmConfig, PdlmForConditionalGeneration),
+        (PdlmBaseConfig, PdlmBaseForConditionalGeneration),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto_class in MODEL_AUTO_CLASSES:
+            auto_class.register(config, model, exist_ok=True)
+        AutoImageProcessor.register(config, image_processor_classes={"pil": PdlmImageProcessorPil}, exist_ok=True)
+        AutoProcessor.register(config, PdlmProcessor, exist_ok=True)
+    if not any(getattr(p, "__name__", "") == "PDMLLMProcessor" for p in PROCESSOR_MAPPING._extra_content.values()):
+        _reference_alias("PDMLLMProcessor", PdlmConfig)
+        _reference_alias("DMLLMProcessor", PdlmBaseConfig)
+    register_conversion()

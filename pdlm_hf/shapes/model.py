@@ -1,0 +1,114 @@
+"""The tiny checkpoint's tokenizer, processor and model, before training. Same classes as the 8B, other sizes."""
+
+import json
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ..configuration_pdlm import PdlmConfig, special_token_ids
+from ..generation_pdlm import PdlmGenerationConfig
+from ..image_processing_pdlm import PdlmImageProcessorPil
+from ..modeling_pdlm import PdlmForConditionalGeneration
+from ..processing_pdlm import DEFAULT_QUESTION, PdlmProcessor
+from .world import MAX_REGIONS, TILE, describe, draw_picture
+
+PATCH = 8
+ROI = 2  # RoI tokens per side
+# The reference's special tokens in its order; ids follow the byte-level vocabulary.
+SPECIAL_TOKENS = [
+    "<|startoftext|>",
+    "<|endoftext|>",
+    *(f"<|reserved_token_{i}|>" for i in range(16)),
+    "<|mdm_mask|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<IMG_CONTEXT>",
+    "<img>",
+    "</img>",
+    *(f"<|Mask_Cap_{i}|>" for i in range(16)),
+    *(f"<Prompt{i}>" for i in range(MAX_REGIONS)),
+    "<NO_Prompt>",
+]
+
+
+def build_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that writes the words of the shapes world as single tokens, and any other text in bytes.
+
+    Args:
+        vocab_size (`int`): 256 bytes and at most this many tokens in all, special tokens not counted.
+    """
+    rng = np.random.default_rng(0)
+    figures = [figure for _ in range(600) for figure in draw_picture(rng).figures]
+    corpus = [describe(figure, rng) for figure in figures]
+    corpus += [f"system\nYou are a helpful assistant. user\n{DEFAULT_QUESTION} assistant\n"] * 200
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=20,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|eot_id|>",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor() -> PdlmProcessor:
+    """Processor of the tiny checkpoint: tiles of 64 pixels, 16 image tokens each, 4 RoI tokens a region."""
+    image_processor = PdlmImageProcessorPil(
+        size={"height": TILE, "width": TILE}, patch_size=PATCH, num_region_prompts=MAX_REGIONS
+    )
+    return PdlmProcessor(
+        image_processor, build_tokenizer(), tokens_per_tile=(TILE // PATCH // 2) ** 2, tokens_per_region=ROI**2
+    )
+
+
+def build_config(processor: PdlmProcessor, prefix_attention: str = "full", **overrides) -> PdlmConfig:
+    """Sizes of the tiny checkpoint; head size 32 in both towers."""
+    ids = special_token_ids(json.loads(processor.tokenizer.backend_tokenizer.to_str()), MAX_REGIONS)
+    return PdlmConfig(
+        **{
+            "text_config": {
+                "vocab_size": 64 * -(-len(processor.tokenizer) // 64),  # the reference pads its vocabulary too
+                "hidden_size": 128,
+                "intermediate_size": 384,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "max_position_embeddings": 2048,
+                "rope_theta": 10000.0,
+                "initializer_range": 0.05,
+            },
+            "vision_config": {
+                "hidden_size": 96,
+                "intermediate_size": 288,
+                "num_hidden_layers": 4,  # the last one is never computed, as in the reference
+                "num_attention_heads": 3,
+                "image_size": TILE,
+                "patch_size": PATCH,
+            },
+            "num_region_prompts": MAX_REGIONS,
+            "roi_output_size": ROI,
+            "roi_replay": "aligned",
+            "prefix_attention": prefix_attention,
+            **ids,
+            **overrides,
+        }
+    )
+
+
+def build_model(processor: PdlmProcessor, prefix_attention: str = "full", **overrides) -> PdlmForConditionalGeneration:
+    """The tiny model with random weights."""
+    model = PdlmForConditionalGeneration(build_config(processor, prefix_attention, **overrides))
+    model.generation_config = PdlmGenerationConfig(max_new_tokens=32, max_denoising_steps=32)
+    return model

@@ -1,0 +1,136 @@
+"""Train the tiny checkpoint on drawn shapes.
+
+    python -m pdlm_hf.shapes.train --out runs/full --steps 3000
+    python -m pdlm_hf.shapes.train --out runs/isolated --init runs/full --prefix-attention isolated --steps 1000 --learning-rate 5e-4
+
+Started again with the same `--out`, it goes on from the last saved step. Pictures are drawn while it trains, none twice.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..app.collator import PdlmCollator, region_rows
+from ..modeling_pdlm import PdlmForConditionalGeneration
+from ..processing_pdlm import PdlmProcessor
+from .model import build_model, build_processor
+from .world import describe, draw_picture
+
+TRAINING, HELD_OUT = 0, 1  # first part of every picture's seed: the two never meet
+SLOTS = (20, 32)  # caption lengths to expect at inference
+
+
+class ShapesDataset(Dataset):
+    """Drawn pictures with captions, made on demand from (seed, index).
+
+    Args:
+        seed (`int`)
+        length (`int`): number of pictures.
+        group (`int`): pictures of one batch share the number of regions and the grid, so that little is padded.
+    """
+
+    def __init__(self, seed: int, length: int, group: int):
+        self.seed, self.length, self.group = seed, length, group
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= self.length:
+            raise IndexError(index)
+        rng = np.random.default_rng((TRAINING, self.seed, index))
+        layout = np.random.default_rng((TRAINING, self.seed, 2**40 + index // self.group))
+        picture = draw_picture(rng, layout)
+        return region_rows(picture.image, picture.masks, [describe(figure, rng) for figure in picture.figures])
+
+
+class InOrderTrainer(Trainer):
+    """The pictures are random already; their order makes the groups."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+
+def arguments(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int) -> TrainingArguments:
+    """Settings shared by training and ablations."""
+    return TrainingArguments(
+        output_dir=str(out / "trainer"),
+        per_device_train_batch_size=batch_size,
+        max_steps=steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(150, steps // 10),
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=25,
+        save_steps=250,
+        save_total_limit=2,
+        seed=seed,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_num_workers=1,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def save(model: PdlmForConditionalGeneration, processor: PdlmProcessor, out: Path, record: dict[str, Any]) -> None:
+    """Write the checkpoint folder and what made it."""
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write; training goes on where it stopped.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
+    batch_size: Annotated[int, typer.Option(help="Pictures a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    prefix_attention: Annotated[str, typer.Option(help='"full" or "isolated".')] = "full",
+    init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Train, or go on training, and save."""
+    torch.set_num_threads(threads)
+    set_seed(seed)
+    if init is None:
+        processor = build_processor()
+        model = build_model(processor, prefix_attention)
+    else:
+        processor = PdlmProcessor.from_pretrained(init)
+        model = PdlmForConditionalGeneration.from_pretrained(init)
+        model.config.prefix_attention = prefix_attention
+    trainer = InOrderTrainer(
+        model=model,
+        args=arguments(out, steps, batch_size, learning_rate, seed),
+        train_dataset=ShapesDataset(seed, steps * batch_size, batch_size),
+        data_collator=PdlmCollator(processor, num_slots=SLOTS, noise_floor=0.1, prompt_ids="ordered"),
+    )
+    start = time.perf_counter()
+    last = get_last_checkpoint(out / "trainer") if (out / "trainer").is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    record = {
+        "command": f"python -m pdlm_hf.shapes.train --steps {steps} --batch-size {batch_size} --learning-rate "
+        f"{learning_rate} --prefix-attention {prefix_attention} --seed {seed} --threads {threads}"
+        + (f" --init {init.name}" if init else ""),
+        "steps": steps,
+        "seed": seed,
+        "seconds": round(time.perf_counter() - start) if last is None else None,
+        "final_loss": trainer.state.log_history[-2].get("loss") if len(trainer.state.log_history) > 1 else None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "initialised_from": json.loads((init / "training.json").read_text()) if init else None,
+    }
+    save(model, processor, out, record)
+
+
+if __name__ == "__main__":
+    typer.run(main)

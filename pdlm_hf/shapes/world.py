@@ -1,0 +1,218 @@
+"""Drawn pictures with region masks, and captions worded in many ways.
+
+A picture holds up to six figures, each with a size, a colour, a texture and a shape; they may touch and overlap. Its
+size and aspect ratio vary, so that it is cut into 1 to 6 tiles. A caption is true if it is a sentence of this world and
+all four attributes are the region's. Sentences differ in pattern, order and synonyms, so that the words of one caption
+depend on each other: writing all of them in a single step mixes sentences and fails.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..image_processing_pdlm import best_grid, tile_grids
+
+TILE = 64  # pixels; side of a tile of the tiny checkpoint
+MAX_REGIONS = 6
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (45, 85, 215),
+    "yellow": (240, 215, 45),
+    "purple": (135, 50, 175),
+    "orange": (243, 140, 25),
+    "white": (245, 245, 245),
+    "black": (22, 22, 22),
+}
+# colour of stripes and dots, where it is not nearly black; grey on black and white, so that they stay told apart
+ACCENTS = {"black": (150, 150, 150), "white": (120, 120, 120), "blue": (235, 235, 235), "purple": (235, 235, 235)}
+# attribute -> value -> words that may express it
+WORDS = {
+    "size": {"small": ("small", "little"), "large": ("large", "big")},
+    "colour": {name: (name,) for name in COLOURS},
+    "texture": {"plain": ("plain", "solid"), "striped": ("striped", "lined"), "dotted": ("dotted", "spotted")},
+    "shape": {
+        "circle": ("circle", "disc"),
+        "square": ("square", "box"),
+        "triangle": ("triangle",),
+        "star": ("star",),
+        "cross": ("cross", "plus"),
+    },
+}
+PATTERNS = (
+    "A {size} {colour} {texture} {shape}",
+    "One {texture} {shape}, {size} and {colour}.",
+    "This {shape} is {colour}, {texture} and {size}.",
+    "The {colour} {shape} looks {size} and has a {texture} surface.",
+    "Here is a {shape} of {size} size with {texture} {colour} paint.",
+    "The {size} figure in this region is a {texture} {shape} drawn in {colour}.",
+    "In this region we see a {colour} {shape}, which is {size} and {texture} all over.",
+    "What is shown here has the form of a {shape}; it is {texture}, {colour} and {size}.",
+)
+SMALL, LARGE = (8.0, 10.0), (15.0, 18.0)  # radius in pixels of a tile
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The attributes of one figure."""
+
+    size: str
+    colour: str
+    texture: str
+    shape: str
+
+
+@dataclass
+class Picture:
+    """A drawn picture.
+
+    Args:
+        image (`PIL.Image.Image`): RGB.
+        masks (`list[np.ndarray]`): visible part of every described figure, bool (H, W).
+        figures (`list[Figure]`): their attributes.
+    """
+
+    image: Image.Image
+    masks: list[np.ndarray]
+    figures: list[Figure]
+
+
+def describe(figure: Figure, rng: np.random.Generator) -> str:
+    """A true caption, worded at random."""
+    pattern = PATTERNS[rng.integers(len(PATTERNS))]
+    words = {}
+    for attribute, values in WORDS.items():
+        choices = values[getattr(figure, attribute)]
+        words[attribute] = choices[rng.integers(len(choices))]
+    return pattern.format(**words)
+
+
+@lru_cache(maxsize=1)
+def _grammar() -> list[tuple[re.Pattern, dict[str, dict[str, str]]]]:
+    value_of = {a: {word: value for value, words in vs.items() for word in words} for a, vs in WORDS.items()}
+    grammar = []
+    for pattern in PATTERNS:
+        groups = {a: f"(?P<{a}>{'|'.join(words)})" for a, words in value_of.items()}
+        escaped = re.escape(pattern).replace(r"\{", "{").replace(r"\}", "}")
+        grammar.append((re.compile(escaped.format(**groups)), value_of))
+    return grammar
+
+
+def read(caption: str) -> Figure | None:
+    """The attributes a caption states, or None if it is no sentence of this world."""
+    for pattern, value_of in _grammar():
+        if match := pattern.fullmatch(caption):
+            return Figure(**{attribute: value_of[attribute][word] for attribute, word in match.groupdict().items()})
+    return None
+
+
+def _outline(shape: str, cx: float, cy: float, r: float) -> list[list[tuple[float, float]]]:
+    """Polygons of a shape; a circle is a polygon of many corners."""
+    if shape == "circle":
+        angles = [2 * math.pi * k / 40 for k in range(40)]
+        return [[(cx + r * math.cos(a), cy + r * math.sin(a)) for a in angles]]
+    if shape == "square":
+        s = 0.88 * r
+        return [[(cx - s, cy - s), (cx + s, cy - s), (cx + s, cy + s), (cx - s, cy + s)]]
+    if shape == "triangle":
+        return [[(cx, cy - r), (cx + r, cy + 0.85 * r), (cx - r, cy + 0.85 * r)]]
+    if shape == "star":
+        radii = [r * (1.05 if k % 2 == 0 else 0.42) for k in range(10)]
+        return [[(cx + q * math.sin(k * math.pi / 5), cy - q * math.cos(k * math.pi / 5)) for k, q in enumerate(radii)]]
+    t = 0.34 * r
+    return [
+        [(cx - t, cy - r), (cx + t, cy - r), (cx + t, cy + r), (cx - t, cy + r)],
+        [(cx - r, cy - t), (cx + r, cy - t), (cx + r, cy + t), (cx - r, cy + t)],
+    ]
+
+
+def _fill(figure: Figure, width: int, height: int, scale: float, phase: float) -> Image.Image:
+    """The figure's colour and texture over the whole picture."""
+    fill = Image.new("RGB", (width, height), COLOURS[figure.colour])
+    draw = ImageDraw.Draw(fill)
+    accent = ACCENTS.get(figure.colour, (25, 25, 25))
+    period = 5.5 * scale
+    if figure.texture == "striped":
+        for k in range(int(height / period) + 2):
+            y = (k + phase) * period
+            draw.rectangle([0, y, width, y + 0.36 * period], fill=accent)
+    elif figure.texture == "dotted":
+        for row in range(int(height / period) + 2):
+            for column in range(int(width / period) + 2):
+                x, y = (column + phase) * period, (row + phase) * period
+                draw.rectangle([x, y, x + 0.45 * period, y + 0.45 * period], fill=accent)
+    return fill
+
+
+def _choose_layout(rng: np.random.Generator) -> tuple[int, tuple[int, int]]:
+    """Number of described figures, and a grid with room for them; small grids are more frequent."""
+    count = int(rng.integers(1, MAX_REGIONS + 1))
+    least = 1 if count <= 2 else 2 if count <= 4 else 3
+    grids = [grid for grid in tile_grids(1, 6) if grid[0] * grid[1] >= least]
+    weight = np.array([1 / (columns * rows) for columns, rows in grids])
+    return count, grids[rng.choice(len(grids), p=weight / weight.sum())]
+
+
+def draw_picture(rng: np.random.Generator, layout_rng: np.random.Generator | None = None) -> Picture:
+    """A random picture with 1 to 6 described figures, possibly beside others that are not.
+
+    Args:
+        rng (`np.random.Generator`): decides everything.
+        layout_rng (`np.random.Generator`, *optional*): decides number of figures and grid instead; pictures that
+            share its state fit well into one batch.
+    """
+    while True:
+        count, (columns, rows) = _choose_layout(layout_rng or rng)
+        layout_rng = None
+        scale = rng.uniform(0.9, 1.35)
+        width = round(columns * TILE * scale * rng.uniform(0.95, 1.05))
+        height = round(rows * TILE * scale * rng.uniform(0.95, 1.05))
+        columns, rows = best_grid(width, height, TILE, 1, 6)
+        scale = (width / columns + height / rows) / (2 * TILE)
+        extra = int(rng.integers(0, 3)) if rng.random() < 0.3 else 0
+        picture = _paint(rng, width, height, scale, count + extra)
+        if len(picture.masks) >= count:
+            keep = sorted(rng.permutation(len(picture.masks))[:count].tolist())
+            return Picture(picture.image, [picture.masks[k] for k in keep], [picture.figures[k] for k in keep])
+
+
+def _paint(rng: np.random.Generator, width: int, height: int, scale: float, count: int) -> Picture:
+    grey = rng.integers(105, 175)
+    background = tuple(int(x) for x in np.clip(grey + rng.integers(-14, 15, 3), 0, 255))
+    image = Image.new("RGB", (width, height), background)
+    placed: list[tuple[float, float, float]] = []
+    masks: list[np.ndarray] = []
+    areas: list[int] = []
+    figures: list[Figure] = []
+    for _ in range(count * 12):
+        if len(figures) == count:
+            break
+        size = "large" if rng.random() < 0.5 else "small"
+        r = scale * rng.uniform(*(LARGE if size == "large" else SMALL))
+        if 2 * r + 2 > min(width, height):
+            continue
+        cx, cy = rng.uniform(r + 1, width - r - 1), rng.uniform(r + 1, height - r - 1)
+        if any(math.hypot(cx - x, cy - y) < 0.85 * (r + q) for x, y, q in placed):
+            continue
+        values = {a: list(vs)[rng.integers(len(vs))] for a, vs in WORDS.items() if a != "size"}
+        figure = Figure(size=size, **values)
+        stencil = Image.new("L", (width, height), 0)
+        for polygon in _outline(figure.shape, cx, cy, r):
+            ImageDraw.Draw(stencil).polygon(polygon, fill=255)
+        mask = np.asarray(stencil) > 0
+        visible = [old & ~mask for old in masks]
+        if any(v.sum() < 0.8 * area for v, area in zip(visible, areas, strict=True)):
+            continue  # would hide too much of an earlier figure
+        image.paste(_fill(figure, width, height, scale, rng.random()), (0, 0), stencil)
+        masks = [*visible, mask]
+        areas.append(int(mask.sum()))
+        placed.append((cx, cy, r))
+        figures.append(figure)
+    noise = rng.normal(0, 4, (height, width, 1))
+    image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+    return Picture(image, masks, figures)
