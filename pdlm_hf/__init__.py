@@ -1,5 +1,8 @@
 """PerceptionDLM for transformers. Importing it registers the models with the Auto classes."""
 
+from .app.captioner import RegionCaptioner
+from .app.regions import Region
+from .app.register import register
 from .configuration_pdlm import PdlmBaseConfig, PdlmConfig, PdlmTextConfig
 from .generation_pdlm import PdlmGenerationConfig, PdlmGenerationOutput
 from .image_processing_pdlm import PdlmImageProcessorPil
@@ -10,8 +13,27 @@ from .modeling_pdlm import (
     PdlmPreTrainedModel,
 )
 from .processing_pdlm import PdlmProcessor, RegionCaption
-from .register import register
+from .shapes import CHECKPOINT
 
 __version__ = "0.1.0"
 
 register()
+
+__all__ = [
+    "CHECKPOINT",
+    "PdlmBaseConfig",
+    "PdlmBaseForConditionalGeneration",
+    "PdlmConfig",
+    "PdlmForConditionalGeneration",
+    "PdlmGenerationConfig",
+    "PdlmGenerationOutput",
+    "PdlmImageProcessorPil",
+    "PdlmModel",
+    "PdlmPreTrainedModel",
+    "PdlmProcessor",
+    "PdlmTextConfig",
+    "Region",
+    "RegionCaption",
+    "RegionCaptioner",
+    "register",
+]

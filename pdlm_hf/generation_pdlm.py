@@ -101,6 +101,10 @@ class PdlmGenerationConfig(GenerationConfig):
         if self.seed is not None and not isinstance(self.seed, int):
             raise ValueError(f"`seed` must be an integer, got {self.seed!r}.")
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is set, for `generation_config.json`."""
+        return {name: value for name, value in self.to_dict().items() if value is not None}
+
     @classmethod
     def from_model_config(cls, model_config):
         raise NotImplementedError("PerceptionDLM has no generation settings in its model config.")

@@ -22,6 +22,7 @@ register_conversion()
 # The reference assumes 32 pixels per feature cell at inference and 28 in its training forward (reference-spec Q13).
 REFERENCE_CELL_INFERENCE = 32
 REFERENCE_CELL_TRAINING = 28
+AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
 @dataclass
@@ -158,21 +159,30 @@ class PdlmVisionModel(SiglipVisionModel):
         return self.encoder(inputs_embeds=hidden).last_hidden_state
 
 
-class PdlmTextModel(LlamaModel):
-    """LLaDA: a Llama whose attention looks both ways."""
+class _WithoutFlashAttention:
+    """Refuses flash attention, whether the package or a kernel of the hub, with the reason."""
 
-    config_class = PdlmTextConfig
-    _supports_flash_attn = False
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        if "flash" in (attn_implementation or ""):
+            self._flash_attn_can_dispatch(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
-    def _flash_attn_can_dispatch(self, flash_attn_version: int, is_init_check: bool = False) -> bool:
+    def _flash_attn_can_dispatch(self, flash_attn_version: int | str, is_init_check: bool = False) -> bool:
         raise ValueError(
-            "flash_attention cannot express the region mask of PerceptionDLM's language model and would silently let "
+            "Flash attention cannot express the region mask of PerceptionDLM's language model and would silently let "
             'regions see each other. Use "sdpa", "eager" or "flex_attention" for it; the vision tower may use it: '
             'attn_implementation={"text_config": "sdpa", "vision_config": "flash_attention_2"}.'
         )
 
 
-class PdlmPreTrainedModel(PreTrainedModel):
+class PdlmTextModel(_WithoutFlashAttention, LlamaModel):
+    """LLaDA: a Llama whose attention looks both ways."""
+
+    config_class = PdlmTextConfig
+    _supports_flash_attn = False
+
+
+class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
     """Weights, loading and attention support shared by all PerceptionDLM models."""
 
     config_class = PdlmConfig
@@ -184,7 +194,7 @@ class PdlmPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
-    _supports_flash_attn = True  # by the vision tower; the language model refuses it with the reason
+    _supports_flash_attn = False  # the vision tower, a model of its own, does
     _supports_attention_backend = True
     # Present in reference checkpoints and never used: SigLIP's text tower, its pooling head, the layers past the
     # selected one.
@@ -195,6 +205,21 @@ class PdlmPreTrainedModel(PreTrainedModel):
         r"vision_(tower|model)\.post_layernorm\.",
         r"vision_(tower|model)\.encoder\.layers\.",
     ]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As everywhere, from safetensors only: a pickle can run code. Raises: ValueError on `use_safetensors=False`."""
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("PerceptionDLM loads safetensors only, because a pickle can run code: convert the weights.")
+        kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As everywhere; where the code is written too (`_auto_class`), every Auto class finds it."""
+        if self._auto_class is not None:
+            name = f"modeling_pdlm.{type(self).__name__}"
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **dict.fromkeys(AUTO_CLASSES, name)}
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -457,9 +482,16 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             noise_mask = noise_mask.bool() & (labels != -100 if labels is not None else True)
             if layout is None:  # from the clean ids
                 layout = self.model.region_layout(input_ids, replayed=pixel_values is not None)
-            input_ids = torch.where(noise_mask, self.config.mask_token_id, input_ids)
+            noisy_ids = torch.where(noise_mask, self.config.mask_token_id, input_ids)
             if replacement_ids is not None:
-                input_ids = torch.where(noise_mask & (replacement_ids >= 0), replacement_ids, input_ids)
+                noisy_ids = torch.where(noise_mask & (replacement_ids >= 0), replacement_ids, noisy_ids)
+            if inputs_embeds is None:
+                # On embeddings: a replacement token may be a placeholder, which is not to be filled with features.
+                inputs_embeds = self.model.embed(
+                    input_ids, pixel_values, image_grids, region_masks, region_boxes, original_sizes, True
+                )
+                noise = self.get_input_embeddings()(noisy_ids)
+                inputs_embeds = torch.where(noise_mask[..., None], noise, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
@@ -123,8 +123,6 @@ class PdlmProcessor(ProcessorMixin):
 
     @classmethod
     def _load_tokenizer(cls, path, **kwargs):
-        from transformers import AutoTokenizer
-
         return AutoTokenizer.from_pretrained(path, **{k: v for k, v in kwargs.items() if not k.startswith("_")})
 
     @property
@@ -260,7 +258,7 @@ class PdlmProcessor(ProcessorMixin):
         images = _images_of_each(images, len(texts), batched)
         rows = []
         for i, (prompt, pictures) in enumerate(zip(texts, images, strict=True)):
-            if HEADER not in prompt:
+            if not isinstance(prompt, str) or HEADER not in prompt:
                 self._refuse_specials(prompt, f"text {i}")
                 content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
                 prompt = self.apply_chat_template(

@@ -5,6 +5,7 @@ import json
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers import initialization as init
 
 from ..configuration_pdlm import PdlmConfig, special_token_ids
 from ..generation_pdlm import PdlmGenerationConfig
@@ -14,7 +15,7 @@ from ..processing_pdlm import DEFAULT_QUESTION, PdlmProcessor
 from .world import MAX_REGIONS, TILE, describe, draw_picture
 
 PATCH = 8
-ROI = 2  # RoI tokens per side
+ROI = 4  # RoI tokens per side, as in the released models
 # The reference's special tokens in its order; ids follow the byte-level vocabulary.
 SPECIAL_TOKENS = [
     "<|startoftext|>",
@@ -65,7 +66,7 @@ def build_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> PdlmProcessor:
-    """Processor of the tiny checkpoint: tiles of 64 pixels, 16 image tokens each, 4 RoI tokens a region."""
+    """Processor of the tiny checkpoint: tiles of 64 pixels, 16 image tokens each, 16 RoI tokens a region."""
     image_processor = PdlmImageProcessorPil(
         size={"height": TILE, "width": TILE}, patch_size=PATCH, num_region_prompts=MAX_REGIONS
     )
@@ -110,5 +111,10 @@ def build_config(processor: PdlmProcessor, prefix_attention: str = "full", **ove
 def build_model(processor: PdlmProcessor, prefix_attention: str = "full", **overrides) -> PdlmForConditionalGeneration:
     """The tiny model with random weights."""
     model = PdlmForConditionalGeneration(build_config(processor, prefix_attention, **overrides))
+    # At this width the usual small embeddings drown in the first layer's output, and learning to look at the picture
+    # takes far longer: give tokens and image features unit scale.
+    for weight in (model.get_input_embeddings().weight, model.model.multi_modal_projector.linear_2.weight):
+        init.normal_(weight, std=1.0 if weight.shape[0] == model.config.text_config.vocab_size else 0.06)
+    init.normal_(model.model.multi_modal_projector.linear_1.weight, std=0.05)
     model.generation_config = PdlmGenerationConfig(max_new_tokens=32, max_denoising_steps=32)
     return model

@@ -82,8 +82,10 @@ class Picture:
     figures: list[Figure]
 
 
-def describe(figure: Figure, rng: np.random.Generator) -> str:
-    """A true caption, worded at random."""
+def describe(figure: Figure, rng: np.random.Generator, easy: bool = False) -> str:
+    """A true caption, worded at random; `easy`: always in the same words."""
+    if easy:
+        return PATTERNS[0].format(**vars(figure))
     pattern = PATTERNS[rng.integers(len(PATTERNS))]
     words = {}
     for attribute, values in WORDS.items():
@@ -149,25 +151,28 @@ def _fill(figure: Figure, width: int, height: int, scale: float, phase: float) -
     return fill
 
 
-def _choose_layout(rng: np.random.Generator) -> tuple[int, tuple[int, int]]:
+def _choose_layout(rng: np.random.Generator, easy: bool) -> tuple[int, tuple[int, int]]:
     """Number of described figures, and a grid with room for them; small grids are more frequent."""
-    count = int(rng.integers(1, MAX_REGIONS + 1))
+    count = int(rng.integers(1, 3 if easy else MAX_REGIONS + 1))
     least = 1 if count <= 2 else 2 if count <= 4 else 3
-    grids = [grid for grid in tile_grids(1, 6) if grid[0] * grid[1] >= least]
+    grids = [grid for grid in tile_grids(1, 1 if easy else 6) if grid[0] * grid[1] >= least]
     weight = np.array([1 / (columns * rows) for columns, rows in grids])
     return count, grids[rng.choice(len(grids), p=weight / weight.sum())]
 
 
-def draw_picture(rng: np.random.Generator, layout_rng: np.random.Generator | None = None) -> Picture:
+def draw_picture(
+    rng: np.random.Generator, layout_rng: np.random.Generator | None = None, easy: bool = False
+) -> Picture:
     """A random picture with 1 to 6 described figures, possibly beside others that are not.
 
     Args:
         rng (`np.random.Generator`): decides everything.
         layout_rng (`np.random.Generator`, *optional*): decides number of figures and grid instead; pictures that
             share its state fit well into one batch.
+        easy (`bool`): one tile, one or two described figures.
     """
     while True:
-        count, (columns, rows) = _choose_layout(layout_rng or rng)
+        count, (columns, rows) = _choose_layout(layout_rng or rng, easy)
         layout_rng = None
         scale = rng.uniform(0.9, 1.35)
         width = round(columns * TILE * scale * rng.uniform(0.95, 1.05))

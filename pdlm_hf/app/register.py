@@ -10,12 +10,14 @@ from transformers import (
     AutoProcessor,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.pipelines import PIPELINE_REGISTRY
 
-from .configuration_pdlm import PdlmBaseConfig, PdlmConfig
-from .conversion_pdlm import register_conversion
-from .image_processing_pdlm import PdlmImageProcessorPil
-from .modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
-from .processing_pdlm import PdlmProcessor
+from ..configuration_pdlm import PdlmBaseConfig, PdlmConfig
+from ..conversion_pdlm import register_conversion
+from ..image_processing_pdlm import PdlmImageProcessorPil
+from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
+from ..processing_pdlm import PdlmProcessor
+from .pipeline import TASK, RegionCaptioningPipeline
 
 # Every one gives the class that generates: that is what users of the reference call.
 MODEL_AUTO_CLASSES = (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
@@ -48,6 +50,15 @@ def register() -> None:
             auto_class.register(config, model, exist_ok=True)
         AutoImageProcessor.register(config, image_processor_classes={"pil": PdlmImageProcessorPil}, exist_ok=True)
         AutoProcessor.register(config, PdlmProcessor, exist_ok=True)
+        # save_pretrained then writes the code beside the weights (trust_remote_code)
+        config.register_for_auto_class()
+        model.register_for_auto_class("AutoModelForImageTextToText")
+    PdlmImageProcessorPil.register_for_auto_class()
+    PdlmProcessor.register_for_auto_class()
+    if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
+        PIPELINE_REGISTRY.register_pipeline(
+            TASK, pipeline_class=RegionCaptioningPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
+        )
     if not any(getattr(p, "__name__", "") == "PDMLLMProcessor" for p in PROCESSOR_MAPPING._extra_content.values()):
         _reference_alias("PDMLLMProcessor", PdlmConfig)
         _reference_alias("DMLLMProcessor", PdlmBaseConfig)

@@ -1,0 +1,62 @@
+# make demo   captions of an example picture, from nothing
+# make test   everything CI runs; reduced loads
+# make test-full   full loads, with a log under benchmarks/results
+PYTHON ?= python3
+# A CPU build where no GPU build is wanted; override with TORCH=torch, or with your own index.
+TORCH ?= torch==2.13.0
+OLDEST ?= transformers==5.19.*
+BIN = .venv/bin
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo install test test-core test-wheel test-full lint clean
+
+demo: .venv/demo
+	@mkdir -p demo_out
+	$(BIN)/pdlm caption examples/shapes.png $(foreach m,$(sort $(wildcard examples/shapes_mask_*.png)),--mask $(m)) --draw demo_out/shapes_captions.png
+
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	@touch $@
+
+.venv/demo: .venv/torch pyproject.toml
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[viz]"
+	@touch $@
+
+.venv/dev: .venv/torch pyproject.toml
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
+	@touch $@ .venv/demo
+
+install: .venv/dev
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint test-core test-wheel
+
+test-core: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow"
+
+# The built wheel with the oldest transformers, away from the clone.
+test-wheel: .venv/dev
+	rm -rf dist .wheel && mkdir .wheel
+	$(BIN)/python -m build --wheel -o dist . > .wheel/build.log
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q --disable-pip-version-check $(TORCH)
+	.venv-oldest/bin/pip install -q --disable-pip-version-check --force-reinstall --no-deps dist/*.whl
+	.venv-oldest/bin/pip install -q --disable-pip-version-check "$$(ls dist/*.whl)[test]" "$(OLDEST)"
+	cp -r tests examples pyproject.toml .wheel/
+	cd .wheel && ../.venv-oldest/bin/pdlm caption examples/shapes.png --mask examples/shapes_mask_0.png --json
+	cd .wheel && OMP_NUM_THREADS=1 ../.venv-oldest/bin/python -m pytest -n 2 -q -m "not slow"
+
+test-full: lint test-wheel
+	@mkdir -p benchmarks/results
+	( $(BIN)/python -c "import platform, torch, transformers; print(platform.platform(), platform.python_version(), 'torch', torch.__version__, 'transformers', transformers.__version__)"; \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --durations=10; \
+	  $(BIN)/python -m pdlm_hf.shapes.evaluate --seed 11 --images 1000 --json ) 2>&1 | tee benchmarks/results/test-full.log
+	@! grep -qE "[0-9]+ (failed|error)" benchmarks/results/test-full.log
+
+clean:
+	rm -rf .venv .venv-oldest .wheel dist build demo_out

@@ -1,0 +1,105 @@
+"""`RegionCaptioner`: load once, caption regions given in any form."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..generation_pdlm import PdlmGenerationOutput
+from ..processing_pdlm import RegionCaption
+from ..shapes import CHECKPOINT
+from .images import load_image
+from .regions import parse_regions
+
+
+class RegionCaptioner:
+    """Writes captions for regions of pictures, all regions of a picture together.
+
+    Args:
+        model: a PerceptionDLM with region prompts.
+        processor: its processor.
+
+    Raises:
+        ValueError: the model is a base (chat) model.
+    """
+
+    def __init__(self, model, processor):
+        if not model.config.num_region_prompts:
+            raise ValueError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
+        self.model = model.eval()
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path | None = None, device: str | None = None, dtype: Any = "auto", **kwargs: Any
+    ) -> "RegionCaptioner":
+        """Load a checkpoint.
+
+        Args:
+            model (`str` or `Path`, *optional*): folder or hub id; default: the embedded shapes checkpoint.
+            device (`str`, *optional*): default: the GPU if there is one.
+            dtype: as in `AutoModel.from_pretrained`.
+            **kwargs: passed to `AutoModelForImageTextToText.from_pretrained`, `device_map` for example.
+        """
+        path = str(model or CHECKPOINT)
+        network = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
+        if "device_map" not in kwargs:
+            network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(network, AutoProcessor.from_pretrained(path))
+
+    def caption(self, image: Any, regions: Any, question: str | None = None, **generation: Any) -> list[RegionCaption]:
+        """Captions of the regions of one picture, in their order.
+
+        Args:
+            image: path, PIL image, array or tensor.
+            regions: masks, boxes `[x, y, width, height]`, polygons, RLE or COCO annotations, see
+                [`~regions.parse_region`].
+            question (`str`, *optional*): instead of "Describe each masked region in detail."
+            **generation: settings of `generate`.
+
+        Raises:
+            ValueError: a picture or region that cannot be used, or an unknown setting.
+        """
+        return self.generate([(image, regions)], question, **generation)[0][0]
+
+    def caption_many(
+        self, pairs: Iterable[tuple[Any, Any]], batch_size: int = 8, question: str | None = None, **generation: Any
+    ) -> Iterator[list[RegionCaption]]:
+        """Captions for many pictures, several a forward; yields one list per picture, in order.
+
+        Args:
+            pairs: (image, regions), see [`caption`]; read as needed, so that it may be endless.
+            batch_size (`int`): pictures a forward.
+            question, **generation: see [`caption`].
+        """
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
+        pairs = iter(pairs)
+        while batch := list(islice(pairs, batch_size)):
+            yield from self.generate(batch, question, **generation)[0]
+
+    def generate(
+        self, pairs: list[tuple[Any, Any]], question: str | None = None, **generation: Any
+    ) -> tuple[list[list[RegionCaption]], PdlmGenerationOutput]:
+        """One batch, with what `generate` reports about it.
+
+        Args:
+            pairs: (image, regions) of every picture.
+            question, **generation: see [`caption`].
+
+        Returns:
+            captions of every picture in the order of its regions, and the [`PdlmGenerationOutput`].
+        """
+        images = [load_image(image) for image, _ in pairs]
+        regions = [parse_regions(found, *image.size) for image, (_, found) in zip(images, pairs, strict=True)]
+        masks = [[region.mask for region in found] for found in regions]
+        inputs = self.processor(images=images, segmentation_maps=masks, text=question).to(self.model.device)
+        output = self.model.generate(**inputs, **generation)
+        captions = self.processor.post_process_region_captions(output)
+        for found, texts in zip(regions, captions, strict=True):
+            for region, caption in zip(found, texts, strict=True):
+                caption.id, caption.bbox = region.id, region.bbox
+        return captions, output

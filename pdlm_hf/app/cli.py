@@ -1,0 +1,132 @@
+"""The command `pdlm`."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(help="PerceptionDLM: captions for many regions of a picture, written together.", no_args_is_help=True)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `pdlm caption` a subcommand."""
+
+
+def _fail(message: Any) -> typer.Exit:
+    """One line on stderr, exit code 2: the call was wrong."""
+    typer.echo(f"pdlm: {' '.join(str(message).split())}", err=True)
+    return typer.Exit(2)
+
+
+def _box(text: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 4:
+        raise ValueError(f"--box {text}: expected X,Y,WIDTH,HEIGHT in pixels, for example --box 10,20,100,80.")
+    return numbers
+
+
+@app.command()
+def caption(
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    mask: Annotated[list[Path] | None, typer.Option(help="Mask picture of a region, white inside. Repeatable.")] = None,
+    box: Annotated[list[str] | None, typer.Option(help="Box X,Y,WIDTH,HEIGHT in pixels. Repeatable.")] = None,
+    regions: Annotated[Path | None, typer.Option(help="COCO file, or JSON list of regions.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Slots per caption.")] = 32,
+    steps: Annotated[int, typer.Option(help="Denoising steps at most.")] = 32,
+    question: Annotated[str | None, typer.Option(help="Instead of the default question.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    draw: Annotated[Path | None, typer.Option(help="Write a picture of the regions with their captions.")] = None,
+    watch: Annotated[bool, typer.Option(help="Show the captions sharpen, step by step.")] = False,
+) -> None:
+    """Describe regions of a picture: masks, boxes or a COCO file."""
+    from .coco import read_regions
+    from .images import load_image
+    from .regions import parse_regions
+
+    try:  # everything the user can get wrong, before the model is loaded
+        values = [*(mask or []), *(_box(text) for text in box or [])]
+        if regions is not None:
+            values += read_regions(regions, image.name)
+        if not values:
+            raise ValueError("No regions: give --mask, --box or --regions.")
+        picture = load_image(image)
+        found = parse_regions(values, *picture.size)
+        if draw is not None and not draw.parent.is_dir():
+            raise ValueError(f"--draw {draw}: there is no folder {draw.parent}.")
+        found_captions, report = _run(picture, found, model, question, watch, max_new_tokens, steps)
+    except (ValueError, OSError) as error:
+        raise _fail(error) from None
+    if draw is not None:
+        from .drawing import save_drawing
+
+        try:
+            save_drawing(draw, picture, found, found_captions)
+        except (ImportError, OSError, ValueError) as error:
+            raise _fail(error) from None
+    rows = [{"id": c.id, "caption": c.text, "score": round(c.score, 4), "bbox": c.bbox} for c in found_captions]
+    if as_json:
+        typer.echo(json.dumps({"model": report.pop("model"), "image": str(image), "regions": rows} | report))
+    else:
+        for number, row in enumerate(rows, 1):
+            typer.echo(f"{number}  {row['caption']}  ({row['score']:.2f})")
+        typer.echo(
+            f"{len(rows)} captions in {report['num_forwards']} forward passes, {report['tokens_per_forward']:.1f} tokens "
+            f"a pass, {report['seconds']:.2f} s",
+            err=True,
+        )
+        if draw is not None:
+            typer.echo(f"drawn to {draw}", err=True)
+    if not all(row["caption"] for row in rows):
+        typer.echo("pdlm: a region got no caption", err=True)
+        raise typer.Exit(1)
+
+
+def _run(picture, found, model, question, watch, max_new_tokens, steps):
+    """Load the model, caption, and say what it cost."""
+    from .captioner import RegionCaptioner
+    from .streaming import LiveView, RegionStreamer
+
+    captioner = RegionCaptioner.from_pretrained(model)
+    settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
+    start = time.perf_counter()
+    if watch:
+        console = Console(stderr=True)
+        with LiveView([str(region.id) for region in found], console) as view:
+            streamer = RegionStreamer(captioner.processor, view.show)
+            captions, output = captioner.generate([(picture, found)], question, streamer=streamer, **settings)
+    else:
+        captions, output = captioner.generate([(picture, found)], question, **settings)
+    report = {
+        "model": model or "shapes (embedded)",
+        "num_forwards": output.num_forwards,
+        "tokens_per_forward": round(output.tokens_per_forward, 3),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    return captions[0], report
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, ours or the reference's.")],
+    out: Annotated[Path, typer.Argument(help="New folder to write.")],
+) -> None:
+    """Write a self-contained checkpoint folder with its code (trust_remote_code)."""
+    from .export import export_checkpoint
+
+    try:
+        files = export_checkpoint(model, out)
+    except (ValueError, OSError) as error:
+        raise _fail(error) from None
+    typer.echo(f"{out}: {', '.join(files)}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,44 @@
+"""Regions of a picture from a JSON file: a COCO file, or a list of regions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_regions(path: Path, image_name: str) -> list[dict[str, Any]]:
+    """Annotations of one picture.
+
+    Args:
+        path (`Path`): a COCO file, or a list of regions, or `{"regions": [...]}`.
+        image_name (`str`): picture to look up in a COCO file, by file name; not needed if the file has one picture.
+
+    Raises:
+        ValueError: not JSON, cut short, no such picture, or no regions for it.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON, perhaps cut short ({error}).") from error
+    if isinstance(data, dict) and "images" in data and "annotations" in data:
+        regions = _of_image(data, path, image_name)
+    elif isinstance(data, dict):
+        regions = data.get("regions", data.get("annotations"))
+    else:
+        regions = data
+    if not isinstance(regions, list) or not all(isinstance(region, dict) for region in regions):
+        raise ValueError(f"{path}: expected a COCO file or a list of regions with `segmentation` or `bbox`.")
+    if not regions:
+        raise ValueError(f"{path}: holds no regions for {image_name}.")
+    return regions
+
+
+def _of_image(data: dict[str, Any], path: Path, image_name: str) -> list[dict[str, Any]]:
+    images = data["images"]
+    matching = [image for image in images if Path(str(image.get("file_name", ""))).name == Path(image_name).name]
+    if not matching and len(images) == 1:
+        matching = images
+    if len(matching) != 1:
+        raise ValueError(f"{path}: has {len(images)} pictures, {len(matching)} of them named {Path(image_name).name}.")
+    return [a for a in data["annotations"] if a.get("image_id") == matching[0]["id"]]

@@ -1,0 +1,31 @@
+"""Opening pictures."""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..image_processing_pdlm import to_rgb
+
+
+def load_image(source: Any) -> Image.Image:
+    """A picture as RGB, turned the way it is meant to be seen (EXIF orientation applied).
+
+    Args:
+        source: path, PIL image, or uint8 array or tensor.
+
+    Raises:
+        ValueError: no such file, not a picture, cut short, or too large to be opened safely.
+    """
+    if not isinstance(source, (str, Path)):
+        return to_rgb(ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else source)
+    try:
+        with Image.open(source) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image), str(source))
+    except FileNotFoundError:
+        raise ValueError(f"{source}: no such file.") from None
+    except IsADirectoryError:
+        raise ValueError(f"{source}: is a folder, not a picture.") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{source}: cannot be opened as a picture ({error}).") from error

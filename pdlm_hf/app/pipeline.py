@@ -1,0 +1,45 @@
+"""`pipeline("region-captioning", model=...)`."""
+
+from typing import Any
+
+from transformers import Pipeline
+
+from .images import load_image
+from .regions import parse_regions
+
+TASK = "region-captioning"
+
+
+class RegionCaptioningPipeline(Pipeline):
+    """Captions of the regions of a picture: `pipe({"image": picture, "regions": [...]})`, or a list of such dicts.
+
+    A region is whatever [`~regions.parse_region`] reads. Settings of `generate` are keyword arguments. Returns a list
+    of `{"id", "caption", "score", "bbox"}` per picture, in the order of the regions.
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def _sanitize_parameters(self, question: str | None = None, **generation: Any):
+        return ({} if question is None else {"question": question}), generation, {}
+
+    def preprocess(self, inputs: dict[str, Any], question: str | None = None):
+        if not isinstance(inputs, dict) or not {"image", "regions"} <= inputs.keys():
+            raise ValueError('region-captioning takes {"image": picture, "regions": [...]}.')
+        image = load_image(inputs["image"])
+        regions = parse_regions(inputs["regions"], *image.size)
+        batch = self.processor(images=image, segmentation_maps=[r.mask for r in regions], text=question)
+        return batch | {"regions": regions}
+
+    def _forward(self, model_inputs, **generation):
+        regions = model_inputs.pop("regions")
+        return {"output": self.model.generate(**model_inputs, **generation), "regions": regions}
+
+    def postprocess(self, model_outputs):
+        captions = self.processor.post_process_region_captions(model_outputs["output"])[0]
+        return [
+            {"id": region.id, "caption": caption.text, "score": caption.score, "bbox": region.bbox}
+            for region, caption in zip(model_outputs["regions"], captions, strict=True)
+        ]

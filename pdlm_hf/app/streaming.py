@@ -1,0 +1,68 @@
+"""Streamers: follow the captions while they sharpen."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from transformers.generation.streamers import BaseStreamer
+
+
+class RegionStreamer(BaseStreamer):
+    """Turns every step's draft into texts: several pictures, several regions.
+
+    Args:
+        processor (`PdlmProcessor`): decodes.
+        on_step (*optional*): called after each step with the step number (from 1) and the texts, a list per picture of
+            one draft per region.
+    """
+
+    def __init__(self, processor: Any, on_step: Callable[[int, list[list[str]]], None] | None = None):
+        self.processor = processor
+        self.on_step = on_step
+        self.steps: list[list[list[str]]] = []
+        self.captions: list[list[str]] | None = None
+
+    def put_draft(self, value: torch.LongTensor, **kwargs: Any) -> None:
+        """A step's draft, `(batch_size, num_regions, max_new_tokens)`."""
+        self.steps.append(self.processor.decode_captions(value))
+        if self.on_step:
+            self.on_step(len(self.steps), self.steps[-1])
+
+    def put(self, value: torch.LongTensor) -> None:
+        """The final captions."""
+        self.captions = self.processor.decode_captions(value)
+
+    def end(self) -> None:
+        """Nothing is left to flush."""
+
+
+class LiveView:
+    """A table in the terminal that shows the draft of every region of one picture, step by step.
+
+    Args:
+        names (`list[str]`): of the regions.
+        console (`rich.console.Console`, *optional*): where to show it; default stderr.
+    """
+
+    def __init__(self, names: list[str], console: Console | None = None):
+        self.names = names
+        self.live = Live(console=console or Console(stderr=True), auto_refresh=False, transient=True)
+
+    def __enter__(self) -> "LiveView":
+        self.live.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.live.stop()
+
+    def show(self, step: int, drafts: list[list[str]]) -> None:
+        """Callback for [`RegionStreamer`]."""
+        table = Table(title=f"denoising step {step}", title_justify="left", expand=True)
+        table.add_column("region", no_wrap=True)
+        table.add_column("draft", ratio=1)
+        for name, draft in zip(self.names, drafts[0], strict=True):
+            table.add_row(name, draft)
+        self.live.update(table, refresh=True)

@@ -1,0 +1,137 @@
+"""Accuracy of a checkpoint on held-out pictures of the shapes world.
+
+    python -m pdlm_hf.shapes.evaluate --seed 7 --images 200 --json
+
+A caption is exact if it is a sentence of the world and every attribute in it is its region's.
+"""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from . import CHECKPOINT
+from .train import HELD_OUT
+from .world import WORDS, Picture, draw_picture, read
+
+
+def held_out(seed: int, count: int, group: int = 1) -> Iterator[Picture]:
+    """Pictures that training never draws.
+
+    Args:
+        seed (`int`)
+        count (`int`): number of pictures.
+        group (`int`): so many in a row share number of regions and grid; for batches with little padding.
+    """
+    for index in range(count):
+        layout = np.random.default_rng((HELD_OUT, seed, 2**40 + index // group)) if group > 1 else None
+        yield draw_picture(np.random.default_rng((HELD_OUT, seed, index)), layout)
+
+
+class Tally:
+    """Counts right captions, in all and by attribute and number of regions."""
+
+    def __init__(self):
+        self.captions = self.exact = self.well_formed = 0
+        self.by_attribute = dict.fromkeys(WORDS, 0)
+        self.by_regions: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+
+    def add(self, picture: Picture, captions: list[str]) -> None:
+        """Count the captions of one picture, given in the order of its figures."""
+        for figure, caption in zip(picture.figures, captions, strict=True):
+            said = read(caption)
+            self.captions += 1
+            self.well_formed += said is not None
+            self.exact += said == figure
+            right = self.by_regions[len(picture.figures)]
+            right[0] += said == figure
+            right[1] += 1
+            for attribute in WORDS:
+                self.by_attribute[attribute] += said is not None and getattr(said, attribute) == getattr(figure, attribute)
+
+    def report(self) -> dict[str, Any]:
+        """Shares, rounded to four digits."""
+
+        def share(count: int, of: int) -> float:
+            return round(count / of, 4)
+
+        return {
+            "captions": self.captions,
+            "exact": share(self.exact, self.captions),
+            "well_formed": share(self.well_formed, self.captions),
+            "by_attribute": {a: share(n, self.captions) for a, n in self.by_attribute.items()},
+            "by_regions": {str(n): share(*right) for n, right in sorted(self.by_regions.items())},
+        }
+
+
+def evaluate(model, processor, seed: int, images: int, batch_size: int = 8, show: bool = False, **generation) -> dict:
+    """Caption held-out pictures and count.
+
+    Args:
+        model, processor: a region checkpoint.
+        seed, images (`int`): which pictures, and how many.
+        batch_size (`int`): pictures a forward.
+        show (`bool`): progress bar on stderr.
+        **generation: settings of `generate`.
+
+    Returns:
+        `dict` with exact, well_formed, by_attribute, by_regions, tokens_per_forward, num_forwards (mean per batch), ...
+    """
+    tally, forwards, slots, batches = Tally(), 0, 0, 0
+    pictures = list(held_out(seed, images, batch_size))
+    start = time.perf_counter()
+    chunks = [pictures[i : i + batch_size] for i in range(0, images, batch_size)]
+    for chunk in track(chunks, "captioning", console=Console(stderr=True), disable=not show):
+        inputs = processor(images=[p.image for p in chunk], segmentation_maps=[p.masks for p in chunk])
+        output = model.generate(**inputs.to(model.device), **generation)
+        forwards += output.num_forwards
+        slots += output.tokens_per_forward * output.num_forwards
+        batches += 1
+        for picture, captions in zip(chunk, processor.post_process_region_captions(output), strict=True):
+            tally.add(picture, [caption.text for caption in captions])
+    return tally.report() | {
+        "tokens_per_forward": round(slots / forwards, 2),
+        "num_forwards": round(forwards / batches, 2),
+        "seconds": round(time.perf_counter() - start, 1),
+        "images": images,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+
+
+def main(
+    seed: Annotated[int, typer.Option(help="Which pictures.")] = 0,
+    images: Annotated[int, typer.Option(help="How many.", min=1)] = 200,
+    model: Annotated[Path, typer.Option(help="Checkpoint folder.")] = CHECKPOINT,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    max_new_tokens: Annotated[int | None, typer.Option()] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Acceptance threshold of adaptive decoding.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Score a checkpoint on held-out pictures."""
+    network = AutoModelForImageTextToText.from_pretrained(model).eval()
+    processor = AutoProcessor.from_pretrained(model)
+    settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps, "acceptance_threshold": threshold}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    with torch.inference_mode():
+        report = evaluate(network, processor, seed, images, batch_size, show=not as_json, **settings)
+    report |= {"settings": settings}
+    if as_json:
+        print(json.dumps(report))
+    else:
+        for name, value in report.items():
+            print(f"{name:20} {value}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,56 @@
+"""Shared fixtures: tiny models with random weights, the reference-format checkpoints, drawn pictures."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pdlm_hf  # noqa: F401  (registers the Auto classes)
+from pdlm_hf.shapes.model import build_processor
+from pdlm_hf.shapes.world import draw_picture
+
+sys.path.insert(0, str(Path(__file__).parent / "hf"))
+
+from tiny import lively_model, make_picture  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "parity" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_regions() -> Path:
+    """A tiny checkpoint of the region model in the reference's own format."""
+    return GOLDEN / "checkpoint_pdmllm"
+
+
+@pytest.fixture(scope="session")
+def golden_base() -> Path:
+    """A tiny checkpoint of the base model in the reference's own format."""
+    return GOLDEN / "checkpoint_dmllm"
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return build_processor()
+
+
+@pytest.fixture(scope="session")
+def model(processor):
+    """prefix_attention "full", roi_replay "aligned". Not to be changed by a test."""
+    return lively_model(processor)
+
+
+@pytest.fixture(scope="session")
+def isolated_model(processor):
+    return lively_model(processor, "isolated")
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Drawn pictures with different numbers of regions and tiles."""
+    return [draw_picture(np.random.default_rng(seed)) for seed in range(4)]
+
+
+@pytest.fixture
+def picture():
+    return make_picture(0)

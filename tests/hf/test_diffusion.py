@@ -1,0 +1,105 @@
+import math
+
+import pytest
+import torch
+
+from pdlm_hf.diffusion_pdlm import (
+    accept_confident,
+    diffusion_loss,
+    gumbel_perturb,
+    lowest_mask,
+    masks_left,
+    noise_probability,
+    token_log_odds,
+    transfer_schedule,
+)
+
+
+@pytest.mark.parametrize(
+    ("t", "floor", "expected"), [(0.0, 1e-3, 1e-3), (1.0, 1e-3, 1.0), (0.5, 1e-3, 0.5005), (0.0, 0.1, 0.1), (0.5, 0.1, 0.55)]
+)
+def test_noise_probability(t, floor, expected):
+    assert noise_probability(torch.tensor(t), floor).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("num_masked", "num_steps", "expected"),
+    [(8, 4, [2, 2, 2, 2]), (7, 3, [3, 2, 2]), (4, 8, [1, 1, 1, 1, 0, 0, 0, 0]), (1, 1, [1]), (32, 1, [32])],
+)
+def test_transfer_schedule(num_masked, num_steps, expected):
+    assert transfer_schedule(num_masked, num_steps) == expected
+
+
+@pytest.mark.parametrize("num_slots", [1, 7, 49, 100, 192])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 32, 300])
+def test_masks_left(num_slots, num_steps):
+    left = [masks_left(num_slots, step, num_steps) for step in range(num_steps)]
+    assert left == [int(num_slots * ((num_steps - 1 - step) / num_steps)) for step in range(num_steps)]
+    assert left[-1] == 0
+    assert left == sorted(left, reverse=True)
+
+
+def test_diffusion_loss_by_hand():
+    logits = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])
+    targets = torch.tensor([0, 0, 1])
+    probability, length = torch.tensor([0.5, 0.5, 0.25]), torch.tensor([4, 4, 2])
+    terms = [
+        math.log(1 + math.exp(-1)) / 0.5 / 4,
+        math.log(1 + math.exp(2)) / 0.5 / 4,
+        math.log(2) / 0.25 / 2,
+    ]
+    assert diffusion_loss(logits, targets, probability, length, 2).item() == pytest.approx(sum(terms) / 2)
+
+
+def test_diffusion_loss_of_nothing_is_zero_with_gradient():
+    logits = torch.zeros(0, 5, requires_grad=True)
+    loss = diffusion_loss(logits, torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0), 3)
+    assert loss.item() == 0
+    loss.backward()
+
+
+def test_gumbel_samples_the_tempered_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0])
+    uniform = torch.rand(40000, 3, generator=torch.Generator().manual_seed(0))
+    for temperature in (0.5, 1.0):
+        drawn = gumbel_perturb(logits, temperature, uniform).argmax(-1)
+        shares = torch.bincount(drawn, minlength=3) / len(drawn)
+        torch.testing.assert_close(shares, (logits / temperature).softmax(-1), atol=0.01, rtol=0)
+
+
+def test_log_odds_keep_their_order_where_float32_probability_is_one():
+    logits = torch.tensor([[60.0, 0.0], [50.0, 0.0], [1.0, 0.0]])
+    tokens = torch.zeros(3, dtype=torch.long)
+    assert logits.softmax(-1)[0, 0] == logits.softmax(-1)[1, 0] == 1
+    odds = token_log_odds(logits.clone(), tokens)
+    torch.testing.assert_close(odds, torch.tensor([60.0, 50.0, 1.0]))
+    torch.testing.assert_close(odds.sigmoid()[2], logits.softmax(-1)[2, 0])
+
+
+@pytest.mark.parametrize(
+    ("score", "count", "expected"),
+    [
+        ([3.0, 1.0, 2.0], 0, [False, False, False]),
+        ([3.0, 1.0, 2.0], 2, [False, True, True]),
+        ([1.0, 1.0, 1.0], 1, [True, False, False]),
+        ([1.0, math.inf, math.inf], 1, [True, False, False]),
+        ([-math.inf, 0.0, 1.0], 5, [True, True, True]),
+    ],
+)
+def test_lowest_mask(score, count, expected):
+    assert lowest_mask(torch.tensor([score]), torch.tensor([count]))[0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("probability", "masked", "threshold", "expected"),
+    [
+        ([0.9, 0.2, 0.95], [True, True, True], 0.8, [True, False, True]),
+        ([0.1, 0.2, 0.15], [True, True, True], 0.8, [False, True, False]),  # at least the best one
+        ([0.1, 0.9, 0.15], [True, False, True], 0.8, [False, False, True]),  # written slots do not count
+        ([0.1, 0.9, 0.15], [False, False, False], 0.8, [False, False, False]),
+        ([0.8, 0.7, 0.1], [True, True, True], 0.8, [True, False, False]),
+    ],
+)
+def test_accept_confident(probability, masked, threshold, expected):
+    got = accept_confident(torch.tensor([[probability]]), torch.tensor([[masked]]), threshold)
+    assert got[0, 0].tolist() == expected

@@ -1,0 +1,277 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pdlm_hf import PdlmImageProcessorPil
+from pdlm_hf.image_processing_pdlm import best_grid, region_patches, tile, tile_grids, to_binary_mask, to_rgb
+
+HEIGHT, WIDTH = 6, 8
+MASK = np.zeros((HEIGHT, WIDTH), dtype=bool)
+MASK[1:3, 2:5] = True
+
+
+def filled(value, dtype=np.float32, shape=(HEIGHT, WIDTH)):
+    return np.full(shape, value, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        MASK,
+        MASK.astype(np.uint8),
+        MASK.astype(np.uint8) * 255,
+        MASK.astype(np.int64),
+        MASK.astype(np.int64) * 255,
+        MASK.astype(np.float32),
+        MASK * 0.9,
+        MASK * 255.0,
+        np.where(MASK, 250, 3).astype(np.uint8),  # JPEG noise
+        MASK[None],
+        MASK[..., None],
+        MASK.T.copy().T,
+        torch.from_numpy(MASK),
+        torch.from_numpy(MASK).float()[None],
+        Image.fromarray(MASK),
+        Image.fromarray(MASK.astype(np.uint8)),
+        Image.fromarray(MASK.astype(np.uint8) * 255),
+        Image.fromarray(MASK.astype(np.uint8) * 255).convert("RGB"),
+        Image.fromarray(MASK.astype(np.uint8) * 255).convert("RGBA"),
+        Image.fromarray(MASK.astype(np.int32)),
+        Image.fromarray(MASK.astype(np.float32)),
+        Image.fromarray(MASK.astype(np.uint16) * 255),
+        Image.fromarray(MASK.astype(np.uint8) * 255).quantize(2),
+    ],
+    ids=lambda m: f"{type(m).__name__}-{getattr(m, 'mode', None) or m.dtype}-{getattr(m, 'shape', '')}",
+)
+def test_forms_of_a_mask(mask):
+    got = to_binary_mask(mask, HEIGHT, WIDTH)
+    assert got.dtype == bool
+    assert np.array_equal(got, MASK)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (filled(np.nan), "holds NaN or infinite values"),
+        (filled(np.inf), "holds NaN or infinite values"),
+        (MASK.astype(int) - 1, "holds negative values"),
+        (filled(0, np.uint8), "is empty, no pixel is inside"),
+        (filled(False, bool), "is empty, no pixel is inside"),
+        (filled(0.3), "is empty, no pixel is inside"),
+        (MASK * 7, "values go up to 7, .* label map"),
+        (MASK * 2.5, "values go up to 2.5, .* label map"),
+        (filled(1, shape=(HEIGHT,)), r"expected a mask of shape \(H, W\), got shape \(6,\)"),
+        (filled(1, shape=(3, HEIGHT, WIDTH)), r"got shape \(3, 6, 8\)"),
+        (filled(1, shape=(HEIGHT, WIDTH, 3)), r"got shape \(6, 8, 3\)"),
+        (filled(1, shape=(0, 0)), "has size 0 x 0"),
+        (MASK.T, r"has size 6 x 8, but its image has 8 x 6 \(width x height\)"),
+        (MASK[:-1], "has size 8 x 5"),
+        (Image.fromarray(MASK.T.astype(np.uint8)), "has size 6 x 8"),
+        (MASK.astype(complex), "complex128"),
+        (MASK.astype(str), "got shape"),
+        ("mask.png", "got shape"),
+        (None, "got shape"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_masks(mask, message):
+    with pytest.raises(ValueError, match=message):
+        to_binary_mask(mask, HEIGHT, WIDTH)
+    with pytest.raises(ValueError, match="^image 3, mask 4: "):
+        to_binary_mask(mask, HEIGHT, WIDTH, "image 3, mask 4")
+
+
+RGB = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        RGB,
+        RGB.astype(np.int64),
+        RGB.astype(np.float32),
+        RGB.transpose(2, 0, 1),
+        torch.from_numpy(RGB),
+        torch.from_numpy(RGB).permute(2, 0, 1),
+        Image.fromarray(RGB),
+        Image.fromarray(np.dstack([RGB, filled(9, np.uint8)])),
+        np.dstack([RGB, filled(9, np.uint8)]),
+    ],
+    ids=["hwc", "int64", "float", "chw", "tensor", "tensor chw", "PIL", "PIL RGBA", "rgba"],
+)
+def test_forms_of_a_picture(image):
+    got = to_rgb(image)
+    assert got.mode == "RGB"
+    assert np.array_equal(np.asarray(got), RGB)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "CMYK", "I", "YCbCr"])
+def test_modes_of_a_picture(mode):
+    got = to_rgb(Image.new(mode, (WIDTH, HEIGHT)))
+    assert (got.mode, got.size) == ("RGB", (WIDTH, HEIGHT))
+
+
+def test_grey_array_is_a_picture():
+    assert np.array_equal(np.asarray(to_rgb(RGB[..., 0])), RGB[..., :1].repeat(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (filled(np.nan, shape=(4, 4, 3)), "holds NaN or infinite"),
+        (filled(-1.0, shape=(4, 4, 3)), "expected integer values 0..255"),
+        (filled(256, np.int32, (4, 4, 3)), "expected integer values 0..255"),
+        (filled(0.5, shape=(4, 4, 3)), r"expected integer values 0..255, got float32 .* before normalisation"),
+        (filled(1, np.uint8, (5, 5, 2)), r"got \(5, 5, 2\)"),
+        (filled(1, np.uint8, (4,)), r"got \(4,\)"),
+        (filled(1, np.uint8, (1, 4, 4, 3)), r"got \(1, 4, 4, 3\)"),
+        (filled(1, np.uint8, (0, 4, 3)), "has no pixels"),
+        ("picture.png", "expected a PIL image, an array or a tensor, got str"),
+        (None, "got NoneType"),
+    ],
+)
+def test_bad_pictures(image, message):
+    with pytest.raises(ValueError, match=message):
+        to_rgb(image)
+    with pytest.raises(ValueError, match="^image 2: "):
+        to_rgb(image, "image 2")
+
+
+# ---------------------------------------------------------------- tiling
+
+
+def test_tile_grids():
+    grids = tile_grids(1, 6)
+    assert set(grids) == {(c, r) for c in range(1, 7) for r in range(1, 7) if c * r <= 6}
+    assert [c * r for c, r in grids] == sorted(c * r for c, r in grids)
+    assert tile_grids(2, 2) in ([(1, 2), (2, 1)], [(2, 1), (1, 2)])
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "grid"),
+    [
+        (100, 100, (1, 1)),  # too small for the tie to win
+        (512, 512, (1, 1)),
+        (900, 900, (2, 2)),  # more than half of 4 tiles' pixels
+        (1024, 512, (2, 1)),
+        (512, 1024, (1, 2)),
+        (3000, 512, (6, 1)),
+        (512, 9000, (1, 6)),
+        (1500, 1000, (3, 2)),
+        (1, 1, (1, 1)),
+    ],
+)
+def test_best_grid(width, height, grid):
+    assert best_grid(width, height, 512, 1, 6) == grid
+
+
+def test_one_tile_only_if_asked():
+    assert best_grid(5000, 100, 512, 1, 1) == (1, 1)
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (2, 1), (1, 2), (3, 2)])
+def test_tiles_row_by_row_thumbnail_last(columns, rows):
+    size, count = 8, columns * rows
+    array = np.zeros((rows * size, columns * size, 3), dtype=np.uint8)
+    for index in range(count):
+        row, column = divmod(index, columns)
+        array[row * size : (row + 1) * size, column * size : (column + 1) * size] = 40 * index
+    tiles = tile(Image.fromarray(array), (columns, rows), size)
+    assert tiles.shape == (count + (count > 1), size, size, 3)
+    for index in range(count):
+        assert (tiles[index] == 40 * index).all()
+    if count > 1:
+        thumbnail = Image.fromarray(array).resize((size, size), Image.Resampling.BICUBIC)
+        assert np.array_equal(tiles[-1], np.asarray(thumbnail))
+
+
+# ---------------------------------------------------------------- regions
+
+
+def test_region_patches_take_the_corner_pixel():
+    mask = np.zeros((32, 32), dtype=bool)
+    mask[8:16, 16:24] = True  # the tile has the picture's size: no resize, patches of 8
+    active = region_patches(mask, 0, (1, 1), 32, 8)
+    assert np.argwhere(active[0]).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("prompt_id", [0, 3, 5])
+def test_region_patches_do_not_depend_on_the_prompt(prompt_id):
+    mask = np.zeros((50, 70), dtype=bool)
+    mask[10:30, 20:60] = True
+    expected = region_patches(mask, 0, (1, 1), 64, 8)
+    got = region_patches(mask, prompt_id, (1, 1), 64, 8)
+    assert got.sum() >= expected.sum() * 0.8  # bicubic rounding may differ at the border
+    inside = np.zeros((1, 8, 8), dtype=bool)
+    inside[0, 2:4, 3:6] = True
+    assert got[inside].all()
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("y", "x"), [(3, 5), (61, 90), (0, 127), (127, 0), (68, 68)])
+def test_a_one_pixel_mask_keeps_its_prompt_everywhere(grid, y, x):
+    """Its bicubic trace misses every patch corner, or reaches one; it is never lost."""
+    columns, rows = grid
+    mask = np.zeros((128, 128), dtype=bool)
+    mask[y, x] = True
+    active = region_patches(mask, 0, grid, 64, 8)
+    assert active.any()
+    vanished = tile(Image.fromarray(np.where(mask, 0, 255).astype(np.uint8)), grid, 64)[:, ::8, ::8] != 255
+    if vanished.any():
+        assert np.array_equal(active, vanished)
+        return
+    row, column = y * rows * 8 // 128, x * columns * 8 // 128
+    expected = np.zeros_like(active)
+    expected[row // 8 * columns + column // 8, row % 8, column % 8] = True
+    if columns * rows > 1:
+        expected[-1, y * 8 // 128, x * 8 // 128] = True
+    assert np.array_equal(active, expected)
+
+
+@pytest.fixture
+def image_processor():
+    return PdlmImageProcessorPil(size={"height": 64, "width": 64}, patch_size=8, num_region_prompts=3)
+
+
+def test_preprocess_shapes_and_values(image_processor):
+    wide, square = np.full((60, 125, 3), 255, np.uint8), np.zeros((64, 64, 3), np.uint8)
+    masks = [np.ones((60, 125), bool)], [np.eye(64, dtype=bool), np.ones((64, 64), bool)]
+    batch = image_processor.preprocess([wide, square], list(masks), return_tensors="pt")
+    assert batch["pixel_values"].shape == (3 + 1, 3, 64, 64)
+    assert batch["pixel_values"].dtype == torch.float32
+    assert batch["pixel_values"][:3].eq(1).all() and batch["pixel_values"][3].eq(-1).all()
+    assert batch["image_grids"].tolist() == [[2, 1], [1, 1]]
+    assert batch["original_sizes"].tolist() == [[60, 125], [64, 64]]
+    assert batch["region_masks"].shape == (4, 3, 8, 8)
+    assert batch["region_masks"][:3, 0].eq(1).all() and batch["region_masks"][:3, 1:].eq(0).all()
+    assert batch["region_masks"][3, 0].eq(torch.eye(8)).all() or batch["region_masks"][3, 0].sum() >= 8
+    assert batch["region_boxes"][0].tolist() == [[0, 0, 125, 60], [-1] * 4, [-1] * 4]
+    assert batch["region_boxes"][1].tolist() == [[0, 0, 64, 64], [0, 0, 64, 64], [-1] * 4]
+
+
+def test_overlapping_masks_each_have_their_plane(image_processor):
+    left, all_of_it = np.zeros((64, 64), bool), np.ones((64, 64), bool)
+    left[:, :32] = True
+    batch = image_processor.preprocess([np.zeros((64, 64, 3), np.uint8)], [[all_of_it, left]], return_tensors="np")
+    assert batch["region_masks"][0, 0].all()
+    assert batch["region_masks"][0, 1, :, :4].all() and not batch["region_masks"][0, 1, :, 5:].any()
+
+
+def test_prompt_ids_choose_the_plane(image_processor):
+    image, mask = np.zeros((64, 64, 3), np.uint8), np.ones((64, 64), bool)
+    planes = image_processor.preprocess([image], [[mask]], [[2]], return_tensors="np")["region_masks"][0]
+    assert planes.any(axis=(1, 2)).tolist() == [False, False, True]
+
+
+def test_boxes_are_half_open(image_processor):
+    mask = np.zeros((64, 64), bool)
+    mask[5:9, 7] = True
+    batch = image_processor.preprocess([np.zeros((64, 64, 3), np.uint8)], [[mask]], return_tensors="np")
+    assert batch["region_boxes"][0, 0].tolist() == [7, 5, 8, 9]
+
+
+def test_save_and_load(image_processor, tmp_path):
+    image_processor.save_pretrained(tmp_path)
+    loaded = PdlmImageProcessorPil.from_pretrained(tmp_path)
+    assert (loaded.size["height"], loaded.patch_size, loaded.num_region_prompts) == (64, 8, 3)

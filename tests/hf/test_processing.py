@@ -1,0 +1,395 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import make_picture
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from pdlm_hf import PdlmGenerationOutput, PdlmProcessor, RegionCaption
+from pdlm_hf.processing_pdlm import area_order
+
+SYSTEM = "<|start_header_id|>system<|end_header_id|>\nYou are a helpful assistant.<|eot_id|>\n"
+USER = "<|start_header_id|>user<|end_header_id|>\n"
+ASSISTANT = "<|start_header_id|>assistant<|end_header_id|>\n"
+
+
+@pytest.fixture(scope="module")
+def base(golden_base):
+    return AutoProcessor.from_pretrained(golden_base)
+
+
+def prompts(processor, batch):
+    """The prompt of every row, placeholders shortened to one per group."""
+    texts = []
+    for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        text = processor.tokenizer.decode(ids[real.bool()])
+        for token in ("<IMG_CONTEXT>", *(f"<|reserved_token_{k}|>" for k in range(6))):
+            while token * 2 in text:
+                text = text.replace(token * 2, token)
+        texts.append(text)
+    return texts
+
+
+# ---------------------------------------------------------------- area order
+
+
+@pytest.mark.parametrize(
+    ("areas", "order"),
+    [
+        ([3], [0]),
+        ([1, 2, 3], [2, 1, 0]),
+        ([5, 5, 5], [2, 1, 0]),  # of equal areas the later mask comes first, as np.argsort(areas)[::-1]
+        ([2, 7, 2, 7], [3, 1, 2, 0]),
+    ],
+)
+def test_area_order(areas, order):
+    masks = [np.arange(10) < area for area in areas]
+    assert area_order(masks) == order
+    assert area_order(masks) == np.argsort(areas)[::-1].tolist()
+
+
+# ---------------------------------------------------------------- regions
+
+
+def test_prompt_with_regions(processor):
+    image, masks = make_picture(0, 64, 64, 2)
+    batch = processor(images=image, segmentation_maps=masks)
+    question = "Describe each masked region in detail."
+    regions = "<|reserved_token_0|>\n<|reserved_token_1|>\n"
+    expected = f"{SYSTEM}{USER}<img><IMG_CONTEXT></img>{regions}{question}<|eot_id|>\n{ASSISTANT}"
+    assert prompts(processor, batch) == [expected]
+    ids = batch["input_ids"][0].tolist()
+    token = processor.tokenizer.convert_tokens_to_ids
+    assert ids.count(token("<IMG_CONTEXT>")) == processor.tokens_per_tile
+    assert ids.count(token("<|reserved_token_1|>")) == processor.tokens_per_region
+    smaller_first = int(masks[0].sum() < masks[1].sum())
+    assert batch["region_order"].tolist() == [[smaller_first, 1 - smaller_first, -1, -1, -1, -1]]
+    assert batch["image_index"].tolist() == [0]
+
+
+def test_text_overrides_the_question(processor):
+    image, masks = make_picture(0, 64, 64, 1)
+    text = prompts(processor, processor(images=image, segmentation_maps=masks, text="What is this?"))[0]
+    assert "\nWhat is this?<|eot_id|>" in text and "Describe" not in text
+    images, maps = [image, image], [masks, masks]
+    texts = prompts(processor, processor(images=images, segmentation_maps=maps, text=["One?", "Two?"]))
+    assert ["One?" in texts[0], "Two?" in texts[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [
+        (lambda masks: masks, 2),
+        (tuple, 2),
+        (np.stack, 2),
+        (lambda masks: torch.from_numpy(np.stack(masks)), 2),
+        (lambda masks: masks[0], 1),
+        (lambda masks: [Image.fromarray(mask) for mask in masks], 2),
+        (lambda masks: Image.fromarray(masks[0]), 1),
+        (lambda masks: [torch.from_numpy(mask)[None] for mask in masks], 2),
+    ],
+    ids=["list", "tuple", "array", "tensor", "single", "PIL", "single PIL", "tensors"],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_forms_of_the_masks_of_a_picture(processor, change, count, wrapped):
+    image, masks = make_picture(0, 64, 64, 2)
+    maps = change(masks)
+    if wrapped:
+        batch = processor(images=[image], segmentation_maps=[maps])
+    else:
+        batch = processor(images=image, segmentation_maps=maps)
+    expected = processor(images=image, segmentation_maps=masks[:count])
+    assert batch.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(batch[name], value), name
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_picture_in_a_list_with_its_masks_flat(processor, count):
+    image, masks = make_picture(0, 64, 64, count)
+    batch = processor(images=[image], segmentation_maps=masks)
+    assert torch.equal(batch["region_order"], processor(images=image, segmentation_maps=masks)["region_order"])
+
+
+def test_batch_shapes(processor, pictures):
+    images, maps = [p.image for p in pictures], [p.masks for p in pictures]
+    batch = processor(images=images, segmentation_maps=maps)
+    rows, limit = len(images), processor.image_processor.num_region_prompts
+    tiles = [c * r + (c * r > 1) for c, r in batch["image_grids"].tolist()]
+    size, side = processor.image_processor.size["height"], 64 // processor.image_processor.patch_size
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert batch["pixel_values"].shape == (sum(tiles), 3, size, size)
+    assert batch["region_masks"].shape == (sum(tiles), limit, side, side)
+    assert batch["region_boxes"].shape == (rows, limit, 4)
+    assert batch["original_sizes"].tolist() == [[i.height, i.width] for i in images]
+    assert batch["region_order"].shape == (rows, limit)
+    assert batch["attention_mask"][:, -1].all()  # padded on the left
+    assert (batch["region_order"] >= 0).sum(1).tolist() == [len(masks) for masks in maps]
+    for k, (image, masks) in enumerate(zip(images, maps, strict=True)):
+        single = processor(images=image, segmentation_maps=masks)
+        real = batch["attention_mask"][k].bool()
+        assert torch.equal(batch["input_ids"][k][real], single["input_ids"][0])
+
+
+@pytest.mark.parametrize(("count", "passes"), [(6, [6]), (7, [6, 1]), (14, [6, 6, 2])])
+def test_more_regions_than_prompts_are_split_into_passes(processor, count, passes):
+    image, masks = make_picture(3, 120, 130, count)
+    batch = processor(images=[image, image], segmentation_maps=[masks, masks[:1]])
+    assert (batch["region_order"] >= 0).sum(1).tolist() == [*passes, 1]
+    assert batch["image_index"].tolist() == [0] * len(passes) + [1]
+    order = batch["region_order"][: len(passes)].flatten().tolist()
+    assert sorted(k for k in order if k >= 0) == list(range(count))
+    for row in batch["region_order"].tolist():
+        areas = [int(masks[k].sum()) for k in row if k >= 0]
+        assert areas == sorted(areas, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"segmentation_map": []}, TypeError, r"unknown arguments \['segmentation_map'\]"),
+        ({"masks": [], "text": "Hi"}, TypeError, r"unknown arguments \['masks'\]"),
+        ({}, ValueError, "No regions: pass `segmentation_maps`"),
+        ({"segmentation_maps": []}, ValueError, "image 0: no regions"),
+        ({"segmentation_maps": np.zeros((0, 64, 64))}, ValueError, "image 0: no regions"),
+        ({"segmentation_maps": [np.zeros((64, 64))]}, ValueError, "image 0, mask 0: is empty"),
+        ({"segmentation_maps": [np.ones((64, 64)), np.ones((64, 63))]}, ValueError, "image 0, mask 1: has size 63 x 64"),
+        ({"segmentation_maps": [np.ones((64, 64))], "images": None}, ValueError, "without `images`"),
+        ({"segmentation_maps": [[np.ones((64, 64))]] * 3, "images": [0, 0]}, ValueError, "2 pictures, but masks for 3"),
+        ({"segmentation_maps": [np.ones((64, 64))], "text": ["a", "b"]}, ValueError, "1 pictures, but 2 questions"),
+        ({"segmentation_maps": [np.ones((64, 64))], "text": 5}, ValueError, "the question: expected a string, got int"),
+        ({"segmentation_maps": [np.ones((64, 64))], "images": "a.png"}, ValueError, "image 0: expected a PIL image"),
+        ({"segmentation_maps": [np.ones((64, 64))], "return_tensors": "tf"}, ValueError, 'must be "pt", "np" or None'),
+        ({"text": "Hi", "videos": [1]}, ValueError, "images only, not videos"),
+        ({"text": "Hi", "audio": [1]}, ValueError, "images only, not videos or audio"),
+    ],
+)
+def test_wrong_calls(processor, arguments, error, message):
+    with pytest.raises(error, match=message):
+        processor(**{"images": np.zeros((64, 64, 3), np.uint8)} | arguments)
+
+
+@pytest.mark.parametrize("token", ["<|reserved_token_0|>", "<|mdm_mask|>", "<|eot_id|>", "<IMG_CONTEXT>", "<|Mask_Cap_1|>"])
+def test_special_tokens_in_the_question_are_refused(processor, base, token):
+    image = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(ValueError, match="special tokens of the model"):
+        processor(images=image, segmentation_maps=[np.ones((64, 64))], text=f"What is {token}?")
+    with pytest.raises(ValueError, match="text 0 holds special tokens"):
+        base(images=image, text=f"What is {token}?")
+
+
+@pytest.mark.parametrize("kind", ["np", None])
+def test_return_tensors(processor, kind):
+    image, masks = make_picture(0, 64, 64, 2)
+    expected = processor(images=image, segmentation_maps=masks)
+    got = processor(images=image, segmentation_maps=masks, return_tensors=kind)
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert isinstance(value, np.ndarray if kind == "np" else list)
+        assert torch.equal(torch.as_tensor(np.array(value)), expected[name]), name
+
+
+def test_base_checkpoint_refuses_regions(base):
+    with pytest.raises(ValueError, match="PerceptionDLM-Base checkpoint"):
+        base(images=np.zeros((64, 64, 3), np.uint8), segmentation_maps=[np.ones((64, 64))])
+
+
+# ---------------------------------------------------------------- chat
+
+CONVERSATION = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi?"}]},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "More"},
+]
+
+
+@pytest.mark.parametrize(
+    ("messages", "training", "generation", "expected"),
+    [
+        (CONVERSATION[:1], False, True, f"{USER}<img><IMG_CONTEXT></img>\nHi?<|eot_id|>{ASSISTANT}"),
+        (CONVERSATION[:1], True, True, f"{SYSTEM}{USER}<img><IMG_CONTEXT></img>Hi?<|eot_id|>\n{ASSISTANT}"),
+        (CONVERSATION[2:], False, False, f"{USER}More<|eot_id|>"),
+        (
+            CONVERSATION,
+            False,
+            True,
+            f"{USER}<img><IMG_CONTEXT></img>\nHi?<|eot_id|>{ASSISTANT}Yes.<|eot_id|>{USER}More<|eot_id|>{ASSISTANT}",
+        ),
+        (
+            CONVERSATION,
+            True,
+            False,
+            f"{SYSTEM}{USER}<img><IMG_CONTEXT></img>Hi?<|eot_id|>\n{ASSISTANT}Yes.<|eot_id|>{USER}More<|eot_id|>\n",
+        ),
+        (
+            [{"role": "system", "content": "Be brief."}, CONVERSATION[2]],
+            True,
+            True,
+            "<|start_header_id|>system<|end_header_id|>\nBe brief.<|eot_id|>\n" + f"{USER}More<|eot_id|>\n{ASSISTANT}",
+        ),
+    ],
+)
+def test_chat_template(base, messages, training, generation, expected):
+    got = base.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, training=training)
+    assert got == expected
+
+
+def test_plain_and_formatted_text_are_the_same(base):
+    image = np.zeros((128, 128, 3), np.uint8)
+    plain = base(images=image, text="Hi?")
+    formatted = base.apply_chat_template(CONVERSATION[:1], tokenize=False, add_generation_prompt=True)
+    again = base(images=image, text=formatted)
+    assert torch.equal(plain["input_ids"], again["input_ids"])
+    assert prompts(base, plain) == [formatted]
+    assert set(plain) == {"input_ids", "attention_mask", "pixel_values", "image_grids"}
+    tiles = len(plain["pixel_values"])
+    assert (plain["input_ids"] == base.image_token_id).sum() == tiles * base.tokens_per_tile
+
+
+def test_chat_template_with_a_picture_in_one_call(base):
+    image = Image.new("RGB", (256, 128))
+    message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Hi?"}]}
+    batch = base.apply_chat_template([message], tokenize=True, return_dict=True, add_generation_prompt=True)
+    expected = base(images=image, text="Hi?")
+    for name in ("input_ids", "pixel_values", "image_grids"):
+        assert torch.equal(batch[name], expected[name]), name
+
+
+def test_several_pictures_get_one_tile_each(base):
+    images = [np.zeros((128, 512, 3), np.uint8), np.full((512, 128, 3), 255, np.uint8)]
+    batch = base(images=images, text="Compare.")
+    assert batch["pixel_values"].shape[0] == 2
+    assert batch["image_grids"].tolist() == [[1, 1], [1, 1]]
+    assert prompts(base, batch)[0].count("<img>") == 2
+    assert base(images=images[:1], text="Compare.")["pixel_values"].shape[0] == 5
+
+
+def test_chat_batch_is_padded_on_the_left(base):
+    image = np.zeros((128, 128, 3), np.uint8)
+    batch = base(images=[image, [image, image], []], text=["Hi?", "A much longer question?", "No picture"])
+    assert batch["pixel_values"].shape[0] == 3
+    assert batch["attention_mask"].sum(1).unique().numel() == 3
+    assert batch["attention_mask"][:, -1].all()
+    padding = batch["input_ids"][~batch["attention_mask"].bool()]
+    assert padding.eq(base.tokenizer.convert_tokens_to_ids("<|eot_id|>")).all()
+    assert "pixel_values" not in base(text="No picture")
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "message"),
+    [
+        (f"{USER}<img><IMG_CONTEXT></img>Hi", 2, "text 0 has 1 image placeholders, but 2 pictures"),
+        (f"{USER}Hi", 1, "text 0 has 0 image placeholders, but 1 pictures"),
+        (f"{USER}<img><IMG_CONTEXT></img>Hi", 0, "text 0 has 1 image placeholders, but 0 pictures"),
+        (["Hi", "Ho"], 1, "2 texts, but pictures for 1"),
+        (None, 1, "Pass a question as `text`"),
+        (7, 0, "text 0: expected a string, got int"),
+        (["Hi", None], 0, "text 1: expected a string, got NoneType"),
+    ],
+)
+def test_wrong_chat_calls(base, text, images, message):
+    pictures = [np.zeros((128, 128, 3), np.uint8)] * images
+    with pytest.raises((ValueError, TypeError), match=message):
+        base(images=pictures or None, text=text)
+
+
+# ---------------------------------------------------------------- outputs
+
+
+def output_of(processor, texts, slots=12):
+    """A generation output whose captions are these texts: {image: [(text, ...)]}."""
+    most = max(map(len, texts))
+    tokens = torch.full((len(texts), most, slots), -1)
+    for i, image in enumerate(texts):
+        for k, text in enumerate(image):
+            ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            tokens[i, k] = torch.tensor((ids + [processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")] * slots)[:slots])
+    scores = torch.arange(len(texts) * most).float().view(len(texts), most) / 10
+    return PdlmGenerationOutput(region_tokens=tokens, region_scores=scores)
+
+
+def test_captions_in_input_order(processor):
+    output = output_of(processor, [["a red star", "a cross"], ["one"]])
+    captions = processor.post_process_region_captions(output)
+    assert [[c.text for c in image] for image in captions] == [["a red star", "a cross"], ["one"]]
+    assert [c.id for c in captions[0]] == [0, 1]
+    assert captions[0][1].score == pytest.approx(0.1)
+    assert processor.tokenizer.decode(captions[0][0].token_ids) == "a red star"
+    assert isinstance(captions[1][0], RegionCaption)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<|eot_id|>lost", ""),  # an end-of-turn ends this caption only
+        ("kept<|eot_id|>lost", "kept"),
+        ("kept<|endoftext|>lost", "kept"),
+        ("<|Mask_Cap_3|>a<|start_header_id|> b", "a b"),
+        ("a<|mdm_mask|>b", "ab"),
+        ("  spaces  ", "spaces"),
+    ],
+)
+def test_special_tokens_never_reach_a_caption(processor, text, expected):
+    captions = processor.post_process_region_captions(output_of(processor, [["first", text, "last"]]))[0]
+    assert [c.text for c in captions] == ["first", expected, "last"]
+    assert processor.decode_captions(output_of(processor, [[text]]).region_tokens) == [[expected]]
+
+
+def test_split_captions(processor):
+    text = f"{SYSTEM}<|Mask_Cap_0|>one<|eot_id|>x\n<|Mask_Cap_1|>two\n<|Mask_Cap_2|><|eot_id|>"
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert processor.split_captions(ids) == ["one", "two", ""]
+    assert processor.split_captions([]) == []
+
+
+def test_answers(base):
+    texts = [f"{USER}Hi<|eot_id|>{ASSISTANT}It is.<|eot_id|>rest", f"{USER}Hi<|eot_id|>{ASSISTANT}No"]
+    rows = [base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    width = max(map(len, rows))
+    end = base.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    sequences = torch.tensor([row + [end] * (width - len(row)) for row in rows])
+    assert base.post_process_answers(sequences) == ["It is.", "No"]
+    whole = base.post_process_image_text_to_text(sequences)
+    assert whole[0].endswith("It is.") and whole[1].endswith("No")
+    assert not any("<|" in text for text in whole)
+
+
+def test_pad(processor):
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}]
+    end = processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    right, left = processor.pad(rows, "right"), processor.pad(rows, "left")
+    assert right["input_ids"].tolist() == [[1, 2, 3], [4, end, end]]
+    assert right["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
+    assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert left["input_ids"].tolist() == [[1, 2, 3], [end, end, 4]]
+    assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+# ---------------------------------------------------------------- save and load
+
+
+def test_reference_folder(golden_regions, golden_base):
+    regions, base = AutoProcessor.from_pretrained(golden_regions), AutoProcessor.from_pretrained(golden_base)
+    assert type(regions) is type(base) is PdlmProcessor
+    config = AutoModelForImageTextToText.from_pretrained(golden_regions).config
+    assert regions.tokens_per_tile == config.feature_grid**2
+    assert regions.tokens_per_region == config.num_roi_tokens == 16
+    assert regions.image_processor.size["height"] == config.vision_config.image_size
+    assert regions.image_processor.num_region_prompts == config.num_region_prompts
+    assert (base.tokens_per_region, base.image_processor.num_region_prompts) == (0, 0)
+
+
+@pytest.mark.parametrize("folder", ["golden_regions", "golden_base", None])
+def test_saved_processor_gives_the_same_inputs(request, processor, tmp_path, folder):
+    original = AutoProcessor.from_pretrained(request.getfixturevalue(folder)) if folder else processor
+    original.save_pretrained(tmp_path)
+    loaded = PdlmProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is PdlmProcessor
+    assert loaded.chat_template == original.chat_template
+    assert (loaded.tokens_per_tile, loaded.tokens_per_region) == (original.tokens_per_tile, original.tokens_per_region)
+    image, masks = make_picture(5, 300, 140, 2)
+    arguments = {"text": "Hi?"} if folder == "golden_base" else {"segmentation_maps": masks}
+    expected, got = original(images=image, **arguments), loaded(images=image, **arguments)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
