@@ -1,6 +1,6 @@
 """Accuracy on drawn shapes against the number of denoising steps.
 
-    python benchmarks/shapes_steps.py --images 200 --json benchmarks/results/shapes_steps.json
+python benchmarks/shapes_steps.py --images 200 --json benchmarks/results/shapes_steps.json
 """
 
 import json

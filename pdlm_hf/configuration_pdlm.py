@@ -61,7 +61,7 @@ def special_token_ids(tokenizer_json: dict[str, Any], num_region_prompts: int) -
     missing = [n for n in [*names.values(), *(x for xs in lists.values() for x in xs)] if ids.get(n) is None]
     if missing:
         raise ValueError(
-            f"The tokenizer lacks the special tokens {missing}, so PerceptionDLM cannot find its mask and region slots. "
+            f"The tokenizer lacks the special tokens {missing}; without them there are no slots to fill. "
             "Use the tokenizer that was released with the checkpoint."
         )
     return {key: ids[name] for key, name in names.items()} | {k: [ids[n] for n in v] for k, v in lists.items()}
@@ -74,7 +74,8 @@ def _from_upstream(config: dict[str, Any], folder: str | None, download: dict[st
     vision = vision.get("vision_config", vision)
     language = config["language_model_config"]
     text_keys = set(LlamaConfig().to_dict()) | {"rope_theta", "rope_scaling"}
-    drop = {"model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "eos_token_id", "bos_token_id"}
+    drop = {"model_type", "architectures", "transformers_version", "torch_dtype", "dtype"}
+    drop |= {"eos_token_id", "bos_token_id"}  # of LLaDA's source config, for another tokenizer
     ours["text_config"] = {k: v for k, v in language.items() if k in text_keys - drop}
     ours["vision_config"] = {k: v for k, v in vision.items() if k in set(SiglipVisionConfig().to_dict()) - drop}
     if config.get("model_type") == "dmllm":
@@ -177,6 +178,7 @@ class PdlmConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As everywhere; remembers the folder, because a reference config needs the tokenizer beside it."""
         kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -210,7 +212,10 @@ class PdlmConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _validate(self) -> None:
-        for name, allowed in {"roi_replay": ("reference", "aligned"), "prefix_attention": ("full", "isolated")}.items():
+        for name, allowed in {
+            "roi_replay": ("reference", "aligned"),
+            "prefix_attention": ("full", "isolated"),
+        }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
         for name in ("region_token_ids", "caption_token_ids"):

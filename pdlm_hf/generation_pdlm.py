@@ -26,6 +26,20 @@ _MAX_LOGITS = 2**26
 _REFERENCE_NAMES = {"steps": "max_denoising_steps", "gen_length": "max_new_tokens", "gen_len": "max_new_tokens"}
 
 
+def _our_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the reference's names replaced. Raises: ValueError if one is given under both names."""
+    settings = dict(settings)
+    for old, new in _REFERENCE_NAMES.items():
+        if old in settings:
+            if new in settings:
+                raise ValueError(
+                    f"`{old}` is the reference's name for `{new}`, which is given too; leave `{old}` out."
+                )
+            warnings.warn(f"`{old}` is the reference's name for `{new}`; use `{new}`.", FutureWarning, stacklevel=4)
+            settings[new] = settings.pop(old)
+    return settings
+
+
 class PdlmGenerationConfig(GenerationConfig):
     """Settings of [`PdlmGenerationMixin.generate`]; saved as `generation_config.json`. Unknown names raise.
 
@@ -41,7 +55,7 @@ class PdlmGenerationConfig(GenerationConfig):
         prefix_refresh_interval (`int`): how often the prompt's keys and values are recomputed: 1 = at every step, k =
             every k steps, 0 = never. Default 1 for `prefix_attention` "full", 0 for "isolated". At present every value
             recomputes at every step, which is exact.
-        guidance_scale (`float`): classifier-free guidance, chat only; 1 (default) = off. The reference's cfg_scale + 1.
+        guidance_scale (`float`): classifier-free guidance, chat only; 1 (default) = off. Reference: cfg_scale + 1.
         generation_suffix (`str` or `list[int]`): chat only: text fixed behind the answer, seen while it is written.
         stop_strings (`str` or `list`): the answer (or caption) ends before the first of these.
         seed (`int`): makes temperature > 0 and random remasking repeatable, whatever else is in the batch.
@@ -71,10 +85,7 @@ class PdlmGenerationConfig(GenerationConfig):
 
     def __init__(self, **kwargs):
         # Not GenerationConfig's __init__: most of its fields mean nothing here and would be accepted silently.
-        for old, new in _REFERENCE_NAMES.items():
-            if old in kwargs:
-                warnings.warn(f"`{old}` is the reference's name for `{new}`; use `{new}`.", FutureWarning, stacklevel=2)
-                kwargs.setdefault(new, kwargs.pop(old))
+        kwargs = _our_names(kwargs)
         for name in (*self._FIELDS, *self._METADATA):
             setattr(self, name, kwargs.pop(name, None))
         if kwargs:
@@ -107,9 +118,11 @@ class PdlmGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config):
+        """Not defined; transformers then starts from this class's defaults."""
         raise NotImplementedError("PerceptionDLM has no generation settings in its model config.")
 
     def get_generation_mode(self, assistant_model=None):
+        """Not defined: there are no autoregressive modes here."""
         raise NotImplementedError("PerceptionDLM decodes by denoising only.")
 
 
@@ -169,9 +182,12 @@ class _Draw:
         seed = torch.seed() if seed is None else seed
         self.generators = [torch.Generator(device).manual_seed(seed % 2**63) for _ in range(rows)]
         self.device = device
+        self.counts: list[int] | None = None  # slots that each row has, where some rows have fewer than others
 
     def uniform(self, row: int, shape: tuple[int, ...]) -> torch.Tensor:
-        u = torch.rand(shape, generator=self.generators[row], device=self.device)
+        u = torch.full(shape, 0.5, device=self.device)
+        count = shape[0] if self.counts is None else self.counts[row]
+        u[:count] = torch.rand((count, *shape[1:]), generator=self.generators[row], device=self.device)
         return u.clamp_(1e-20, 1 - 1e-7)
 
 
@@ -188,7 +204,9 @@ class PdlmGenerationMixin:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
             return
         try:
-            self.generation_config = self.generation_config_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            self.generation_config = self.generation_config_class.from_pretrained(
+                pretrained_model_name_or_path, **kwargs
+            )
         except OSError:  # reference checkpoints have none
             self.generation_config = self.generation_config_class()
 
@@ -293,7 +311,7 @@ class _Task:
     def __init__(self, model, generation_config, kwargs, input_ids, attention_mask, streamer, tokenizer):
         settings = generation_config or model.generation_config
         settings = {k: v for k, v in settings.to_dict().items() if k in PdlmGenerationConfig._FIELDS and v is not None}
-        self.settings = PdlmGenerationConfig(**{**settings, **kwargs})
+        self.settings = PdlmGenerationConfig(**{**settings, **_our_names(kwargs)})
         self.model = model
         self.config = model.config
         self.input_ids = input_ids
@@ -418,6 +436,8 @@ def _denoise_regions(
     tokens = torch.full_like(slot, mask_id)
     written = torch.full(slot.shape, -torch.inf, device=device)  # log odds of each token when it was written
     total = regions * num_slots
+    if task.draw is not None:
+        task.draw.counts = total.tolist()
     for step in range(num_steps):
         hidden = task.forward(embeds, attention_mask, layout)
         draft, log_odds = model.score_slots(hidden[row, flat], task.temperature, task.draw)

@@ -150,7 +150,9 @@ def to_binary_mask(mask: Any, height: int, width: int, name: str = "mask") -> np
     return array.astype(bool)
 
 
-def region_patches(mask: np.ndarray, prompt_id: int, grid: tuple[int, int], tile_size: int, patch_size: int) -> np.ndarray:
+def region_patches(
+    mask: np.ndarray, prompt_id: int, grid: tuple[int, int], tile_size: int, patch_size: int
+) -> np.ndarray:
     """Patches that carry the region's prompt embedding, per tile.
 
     As the reference: the mask becomes an image (prompt id inside, 255 outside), goes through the same bicubic resize
@@ -254,7 +256,8 @@ class PdlmImageProcessorPil(PilBackend):
             if prompt_ids is None:
                 prompt_ids = [list(range(len(masks))) for masks in segmentation_maps]
             regions = [
-                self._regions(masks, ids, grid) for masks, ids, grid in zip(segmentation_maps, prompt_ids, grids, strict=True)
+                self._regions(masks, ids, grid)
+                for masks, ids, grid in zip(segmentation_maps, prompt_ids, grids, strict=True)
             ]
             data["region_masks"] = np.concatenate([patches for patches, _ in regions])
             data["region_boxes"] = np.stack([boxes for _, boxes in regions])

@@ -86,7 +86,12 @@ def region_attention(layout: torch.Tensor, prefix_attention: str) -> Callable[..
 
 
 def caption_canvas(
-    num_regions: int, num_slots: int, caption_token_ids: Sequence[int], mask_token_id: int, newline_id: int, end_id: int
+    num_regions: int,
+    num_slots: int,
+    caption_token_ids: Sequence[int],
+    mask_token_id: int,
+    newline_id: int,
+    end_id: int,
 ) -> list[int]:
     """Ids of N empty caption blocks: `Mask_Cap_i`, the slots, a newline; <|eot_id|> after the last one.
 

@@ -34,8 +34,8 @@ class PdlmOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` are given):
             Masked-diffusion loss.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
-            Scores of the token at each position itself (no shift). None when `labels` are given: the loss needs them at
-            the masked positions only.
+            Scores of the token at each position itself (no shift). None when `labels` are given: the loss needs them
+            at the masked positions only.
         past_key_values (`Cache`, *optional*):
             The cache that was passed.
         hidden_states, attentions (`tuple`, *optional*):
@@ -208,9 +208,11 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As everywhere, from safetensors only: a pickle can run code. Raises: ValueError on `use_safetensors=False`."""
+        """As everywhere, but safetensors only: a pickle can run code. Raises: ValueError if told otherwise."""
         if kwargs.get("use_safetensors") is False:
-            raise ValueError("PerceptionDLM loads safetensors only, because a pickle can run code: convert the weights.")
+            raise ValueError(
+                "PerceptionDLM loads safetensors only, because a pickle can run code: convert the weights."
+            )
         kwargs["use_safetensors"] = True
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -218,7 +220,10 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
         """As everywhere; where the code is written too (`_auto_class`), every Auto class finds it."""
         if self._auto_class is not None:
             name = f"modeling_pdlm.{type(self).__name__}"
-            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **dict.fromkeys(AUTO_CLASSES, name)}
+            self.config.auto_map = {
+                **(getattr(self.config, "auto_map", None) or {}),
+                **dict.fromkeys(AUTO_CLASSES, name),
+            }
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _init_weights(self, module):
@@ -243,9 +248,11 @@ class PdlmModel(PdlmPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self):
+        """Token embeddings."""
         return self.language_model.embed_tokens
 
     def set_input_embeddings(self, value):
+        """Replace the token embeddings."""
         self.language_model.embed_tokens = value
 
     def get_image_features(self, pixel_values: torch.Tensor, region_masks: torch.Tensor | None = None) -> torch.Tensor:
@@ -340,9 +347,7 @@ class PdlmModel(PdlmPreTrainedModel):
         features = self.get_image_features(pixel_values, region_masks)
         embeds = self._fill(embeds, input_ids == self.config.image_token_id, features, "image")
         if region_boxes is not None:
-            replayed = self.get_region_features(
-                features, image_grids, region_boxes, original_sizes, training_geometry
-            )
+            replayed = self.get_region_features(features, image_grids, region_boxes, original_sizes, training_geometry)
             regions = torch.as_tensor(self.config.region_token_ids, device=input_ids.device)
             embeds = self._fill(embeds, torch.isin(input_ids, regions), replayed, "region")
         return embeds
@@ -423,18 +428,23 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
 
     @classmethod
     def can_generate(cls) -> bool:
+        """True: `generate` is ours, not transformers' GenerationMixin."""
         return True
 
     def get_input_embeddings(self):
+        """Token embeddings."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value):
+        """Replace the token embeddings."""
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self):
+        """The language-model head."""
         return self.lm_head
 
     def set_output_embeddings(self, value):
+        """Replace the language-model head."""
         self.lm_head = value
 
     def forward(
@@ -465,13 +475,13 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             pixel_values, image_grids, region_masks, region_boxes, original_sizes: from the processor.
             layout (`torch.LongTensor`): see [`region_layout`]; derived from the ids if left out.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): answer tokens, -100 elsewhere.
-            noise_mask (`torch.BoolTensor` of that shape): positions that are masked in this pass; the collator draws it.
+            noise_mask (`torch.BoolTensor` of that shape): positions masked in this pass; the collator draws it.
             mask_probability (`torch.FloatTensor` of shape `(batch_size,)`): probability with which it was drawn.
             replacement_ids (`torch.LongTensor` of that shape, *optional*): tokens to put at masked positions instead
                 of the mask token, -1 where the mask token is meant (`replacement_noise_mode`).
 
         Raises:
-            ValueError: labels without noise, or nothing labelled.
+            ValueError: labels without noise.
         """
         if labels is not None and (noise_mask is None or mask_probability is None):
             raise ValueError(

@@ -127,6 +127,7 @@ class PdlmProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of all tensors this processor can return."""
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names, "region_order", "image_index"]
 
     # ---------------------------------------------------------------- inputs
@@ -150,8 +151,8 @@ class PdlmProcessor(ProcessorMixin):
             images: a picture (PIL, uint8 array or tensor), or a list of pictures.
             text (`str` or `list[str]`, *optional*): with regions the question, default "Describe each masked region in
                 detail."; in chat the question, or a prompt made by `apply_chat_template`.
-            segmentation_maps: for one picture a list of masks (or an array (N, H, W)), for a list of pictures a list of
-                those. A mask is (H, W): bool, 0/1, 0/255; PIL, array or tensor.
+            segmentation_maps: for one picture a list of masks (or an array (N, H, W)), for a list of pictures a
+                list of those. A mask is (H, W): bool, 0/1, 0/255; PIL, array or tensor.
             return_tensors (`str`, *optional*): "pt" (default), "np" or None.
             padding, padding_side, add_special_tokens: accepted for transformers' sake; rows are padded on the left.
             videos, audio: must be None.
@@ -179,8 +180,8 @@ class PdlmProcessor(ProcessorMixin):
         if text is None:
             if self.tokens_per_region:
                 raise ValueError(
-                    "No regions: pass `segmentation_maps` (one mask per region), or a question as `text` to chat about "
-                    "the whole picture."
+                    "No regions: pass `segmentation_maps` (one mask per region), or a question as `text` to chat "
+                    "about the whole picture."
                 )
             raise ValueError("Pass a question as `text`, or a conversation to `apply_chat_template`.")
         return self._chat(images, text, return_tensors)
@@ -216,11 +217,11 @@ class PdlmProcessor(ProcessorMixin):
         """
         masks = _list_of_masks(masks)
         if len(masks) == 0:
-            raise ValueError(f"image {image_number}: no regions. `segmentation_maps` needs at least one mask per picture.")
+            raise ValueError(
+                f"image {image_number}: no regions. `segmentation_maps` needs at least one mask per picture."
+            )
         width, height = image.size
-        return [
-            to_binary_mask(mask, height, width, f"image {image_number}, mask {k}") for k, mask in enumerate(masks)
-        ]
+        return [to_binary_mask(mask, height, width, f"image {image_number}, mask {k}") for k, mask in enumerate(masks)]
 
     def region_row(
         self,

@@ -1,0 +1,1 @@
+"""What stays at home: regions, captioner, collator, drawing, command line."""

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-app = typer.Typer(help="PerceptionDLM: captions for many regions of a picture, written together.", no_args_is_help=True)
+app = typer.Typer(
+    help="PerceptionDLM: captions for many regions of a picture, written together.", no_args_is_help=True
+)
 
 
 @app.callback()
@@ -35,7 +37,9 @@ def _box(text: str) -> list[float]:
 @app.command()
 def caption(
     image: Annotated[Path, typer.Argument(help="The picture.")],
-    mask: Annotated[list[Path] | None, typer.Option(help="Mask picture of a region, white inside. Repeatable.")] = None,
+    mask: Annotated[
+        list[Path] | None, typer.Option(help="Mask picture of a region, white inside. Repeatable.")
+    ] = None,
     box: Annotated[list[str] | None, typer.Option(help="Box X,Y,WIDTH,HEIGHT in pixels. Repeatable.")] = None,
     regions: Annotated[Path | None, typer.Option(help="COCO file, or JSON list of regions.")] = None,
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")] = None,
@@ -78,8 +82,8 @@ def caption(
         for number, row in enumerate(rows, 1):
             typer.echo(f"{number}  {row['caption']}  ({row['score']:.2f})")
         typer.echo(
-            f"{len(rows)} captions in {report['num_forwards']} forward passes, {report['tokens_per_forward']:.1f} tokens "
-            f"a pass, {report['seconds']:.2f} s",
+            f"{len(rows)} captions in {report['num_forwards']} forward passes, "
+            f"{report['tokens_per_forward']:.1f} tokens a pass, {report['seconds']:.2f} s",
             err=True,
         )
         if draw is not None:

@@ -83,13 +83,12 @@ class PdlmCollator:
         self.generator = generator
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Encode the rows, pad them on the right and draw their noise."""
         num_slots = self.num_slots
         if isinstance(num_slots, tuple):
             low, high = num_slots
             num_slots = int(torch.randint(low, high + 1, (), generator=self.generator))
-        encoded = [
-            self.encode_regions(row, num_slots) if "regions" in row else self.encode_chat(row) for row in rows
-        ]
+        encoded = [self.encode_regions(row, num_slots) if "regions" in row else self.encode_chat(row) for row in rows]
         batch = self.processor.pad(encoded, "right")
         return batch | self.noise(batch["labels"])
 
@@ -157,11 +156,11 @@ class PdlmCollator:
             answering = message["role"] == "assistant"
             messages = row["messages"][: turn + 1]
             # everything up to the answer, then the answer with its end-of-turn
-            pieces = [(messages[:-1], True, False), (messages, False, True)] if answering else [(messages, False, False)]
+            pieces = (
+                [(messages[:-1], True, False), (messages, False, True)] if answering else [(messages, False, False)]
+            )
             for part, header, labelled in pieces:
-                text = processor.apply_chat_template(
-                    part, tokenize=False, add_generation_prompt=header, training=True
-                )
+                text = processor.apply_chat_template(part, tokenize=False, add_generation_prompt=header, training=True)
                 piece, done = text[len(done) :], text
                 count = piece.count("<IMG_CONTEXT>")
                 tokens = processor._encode(piece, tiles[used : used + count])

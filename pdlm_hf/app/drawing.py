@@ -11,7 +11,18 @@ from ..processing_pdlm import RegionCaption
 from .regions import Region
 
 # Colours that stay apart on most pictures; region k always has colour k modulo their number.
-COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#9a6324", "#808000", "#469990")
+COLOURS = (
+    "#e6194b",
+    "#3cb44b",
+    "#4363d8",
+    "#f58231",
+    "#911eb4",
+    "#42d4f4",
+    "#f032e6",
+    "#9a6324",
+    "#808000",
+    "#469990",
+)
 _MIN_SIDE = 480
 
 
@@ -39,7 +50,9 @@ def draw_captions(image: Image.Image, regions: list[Region], captions: list[Regi
     canvas = sv.MaskAnnotator(color=palette, opacity=0.25).annotate(canvas, detections)
     canvas = sv.PolygonAnnotator(color=palette, thickness=2).annotate(canvas, detections)
     numbers = [str(k + 1) for k in range(len(regions))]
-    labels = sv.LabelAnnotator(color=palette, text_scale=0.45, text_padding=4, text_position=sv.Position.CENTER_OF_MASS)
+    labels = sv.LabelAnnotator(
+        color=palette, text_scale=0.45, text_padding=4, text_position=sv.Position.CENTER_OF_MASS
+    )
     canvas = labels.annotate(canvas, detections, numbers)
     return _with_legend(canvas, [caption.text or "(empty)" for caption in captions])
 

@@ -22,7 +22,9 @@ def export_checkpoint(model: str | Path, out: Path) -> list[str]:
         `list[str]`: names of the files written.
     """
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty. Choose a new folder, so that no file of another checkpoint stays in it.")
+        raise ValueError(
+            f"{out} is not empty. Choose a new folder, so that no file of another checkpoint stays in it."
+        )
     network = AutoModelForImageTextToText.from_pretrained(str(model), dtype="auto")
     processor = AutoProcessor.from_pretrained(str(model))
     network.save_pretrained(out)

@@ -26,6 +26,7 @@ class RegionCaptioningPipeline(Pipeline):
         return ({} if question is None else {"question": question}), generation, {}
 
     def preprocess(self, inputs: dict[str, Any], question: str | None = None):
+        """A picture and its regions as model inputs."""
         if not isinstance(inputs, dict) or not {"image", "regions"} <= inputs.keys():
             raise ValueError('region-captioning takes {"image": picture, "regions": [...]}.')
         image = load_image(inputs["image"])
@@ -38,6 +39,7 @@ class RegionCaptioningPipeline(Pipeline):
         return {"output": self.model.generate(**model_inputs, **generation), "regions": regions}
 
     def postprocess(self, model_outputs):
+        """Captions as dictionaries, in the order of the regions."""
         captions = self.processor.post_process_region_captions(model_outputs["output"])[0]
         return [
             {"id": region.id, "caption": caption.text, "score": caption.score, "bbox": region.bbox}

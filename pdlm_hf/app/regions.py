@@ -97,7 +97,9 @@ def _from_annotation(annotation: dict, width: int, height: int, index: int) -> R
     elif annotation.get("bbox") is not None:
         mask = _from_box(annotation["bbox"], width, height, f"region {identifier}")
     else:
-        raise ValueError(f"region {identifier}: needs `segmentation` (RLE or polygons) or `bbox` [x, y, width, height].")
+        raise ValueError(
+            f"region {identifier}: needs `segmentation` (RLE or polygons) or `bbox` [x, y, width, height]."
+        )
     return Region(identifier, to_binary_mask(mask, height, width, f"region {identifier}"))
 
 
@@ -120,7 +122,9 @@ def _from_box(box: Any, width: int, height: int, name: str) -> np.ndarray:
     if w <= 0 or h <= 0:
         raise ValueError(f"{name}: the box {list(box)} has no area; it is [x, y, width, height], not two corners.")
     mask = np.zeros((height, width), dtype=bool)
-    mask[max(0, int(np.floor(y))) : max(0, int(np.ceil(y + h))), max(0, int(np.floor(x))) : max(0, int(np.ceil(x + w)))] = 1
+    mask[
+        max(0, int(np.floor(y))) : max(0, int(np.ceil(y + h))), max(0, int(np.floor(x))) : max(0, int(np.ceil(x + w)))
+    ] = 1
     if not mask.any():
         raise ValueError(f"{name}: the box {list(box)} lies outside the picture of {width} x {height}.")
     return mask
@@ -145,7 +149,9 @@ def _from_rle(rle: dict, width: int, height: int, name: str) -> np.ndarray:
     else:
         runs = _numbers(counts, name).astype(int).tolist()
     if runs is None or min(runs, default=-1) < 0 or sum(runs) != height * width:
-        raise ValueError(f"{name}: the RLE is damaged; its runs do not add up to the {height * width} pixels of its size.")
+        raise ValueError(
+            f"{name}: the RLE is damaged; its runs do not add up to the {height * width} pixels of its size."
+        )
     values = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return values.reshape(width, height).T
 

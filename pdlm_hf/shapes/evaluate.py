@@ -24,17 +24,18 @@ from .train import HELD_OUT
 from .world import WORDS, Picture, draw_picture, read
 
 
-def held_out(seed: int, count: int, group: int = 1) -> Iterator[Picture]:
+def held_out(seed: int, count: int, group: int = 1, easy: bool = False) -> Iterator[Picture]:
     """Pictures that training never draws.
 
     Args:
         seed (`int`)
         count (`int`): number of pictures.
         group (`int`): so many in a row share number of regions and grid; for batches with little padding.
+        easy (`bool`): pictures of the first lesson: one tile, one or two figures.
     """
     for index in range(count):
         layout = np.random.default_rng((HELD_OUT, seed, 2**40 + index // group)) if group > 1 else None
-        yield draw_picture(np.random.default_rng((HELD_OUT, seed, index)), layout)
+        yield draw_picture(np.random.default_rng((HELD_OUT, seed, index)), layout, easy)
 
 
 class Tally:
@@ -56,7 +57,9 @@ class Tally:
             right[0] += said == figure
             right[1] += 1
             for attribute in WORDS:
-                self.by_attribute[attribute] += said is not None and getattr(said, attribute) == getattr(figure, attribute)
+                self.by_attribute[attribute] += said is not None and getattr(said, attribute) == getattr(
+                    figure, attribute
+                )
 
     def report(self) -> dict[str, Any]:
         """Shares, rounded to four digits."""
@@ -73,7 +76,16 @@ class Tally:
         }
 
 
-def evaluate(model, processor, seed: int, images: int, batch_size: int = 8, show: bool = False, **generation) -> dict:
+def evaluate(
+    model,
+    processor,
+    seed: int,
+    images: int,
+    batch_size: int = 8,
+    show: bool = False,
+    easy: bool = False,
+    **generation,
+) -> dict:
     """Caption held-out pictures and count.
 
     Args:
@@ -81,13 +93,14 @@ def evaluate(model, processor, seed: int, images: int, batch_size: int = 8, show
         seed, images (`int`): which pictures, and how many.
         batch_size (`int`): pictures a forward.
         show (`bool`): progress bar on stderr.
+        easy (`bool`): score on the pictures of the first lesson.
         **generation: settings of `generate`.
 
     Returns:
-        `dict` with exact, well_formed, by_attribute, by_regions, tokens_per_forward, num_forwards (mean per batch), ...
+        `dict` with exact, well_formed, by_attribute, by_regions, tokens_per_forward, num_forwards (mean per batch).
     """
     tally, forwards, slots, batches = Tally(), 0, 0, 0
-    pictures = list(held_out(seed, images, batch_size))
+    pictures = list(held_out(seed, images, batch_size, easy))
     start = time.perf_counter()
     chunks = [pictures[i : i + batch_size] for i in range(0, images, batch_size)]
     for chunk in track(chunks, "captioning", console=Console(stderr=True), disable=not show):

@@ -2,9 +2,11 @@
 
     python -m pdlm_hf.shapes.train --out runs/easy --easy --steps 1200 --batch-size 64
     python -m pdlm_hf.shapes.train --out runs/full --init runs/easy --steps 3000
-    python -m pdlm_hf.shapes.train --out runs/isolated --init runs/full --prefix-attention isolated --steps 1000 --learning-rate 5e-4
+    python -m pdlm_hf.shapes.train --out runs/isolated --init runs/full --prefix-attention isolated --steps 800 \
+        --learning-rate 5e-4
 
-Started again with the same `--out`, it goes on from the last saved step. Pictures are drawn while it trains, none twice.
+Started again with the same `--out`, it goes on from the last saved step. Pictures are drawn while it trains, none
+twice.
 """
 
 import json
@@ -120,7 +122,9 @@ def main(
         model=model,
         args=arguments(out, steps, batch_size, learning_rate, seed),
         train_dataset=ShapesDataset(seed, steps * batch_size, batch_size, easy),
-        data_collator=PdlmCollator(processor, num_slots=EASY_SLOTS if easy else SLOTS, noise_floor=0.1, prompt_ids="ordered"),
+        data_collator=PdlmCollator(
+            processor, num_slots=EASY_SLOTS if easy else SLOTS, noise_floor=0.1, prompt_ids="ordered"
+        ),
     )
     start = time.perf_counter()
     last = get_last_checkpoint(out / "trainer") if (out / "trainer").is_dir() else None

@@ -1,9 +1,9 @@
 """Drawn pictures with region masks, and captions worded in many ways.
 
 A picture holds up to six figures, each with a size, a colour, a texture and a shape; they may touch and overlap. Its
-size and aspect ratio vary, so that it is cut into 1 to 6 tiles. A caption is true if it is a sentence of this world and
-all four attributes are the region's. Sentences differ in pattern, order and synonyms, so that the words of one caption
-depend on each other: writing all of them in a single step mixes sentences and fails.
+size and aspect ratio vary, so that it is cut into 1 to 6 tiles. A caption is true if it is a sentence of this world
+and all four attributes are the region's. Sentences differ in pattern, order and synonyms, so that the words of one
+caption depend on each other: writing all of them in a single step mixes sentences and fails.
 """
 
 import math
@@ -125,7 +125,9 @@ def _outline(shape: str, cx: float, cy: float, r: float) -> list[list[tuple[floa
         return [[(cx, cy - r), (cx + r, cy + 0.85 * r), (cx - r, cy + 0.85 * r)]]
     if shape == "star":
         radii = [r * (1.05 if k % 2 == 0 else 0.42) for k in range(10)]
-        return [[(cx + q * math.sin(k * math.pi / 5), cy - q * math.cos(k * math.pi / 5)) for k, q in enumerate(radii)]]
+        return [
+            [(cx + q * math.sin(k * math.pi / 5), cy - q * math.cos(k * math.pi / 5)) for k, q in enumerate(radii)]
+        ]
     t = 0.34 * r
     return [
         [(cx - t, cy - r), (cx + t, cy - r), (cx + t, cy + r), (cx - t, cy + r)],

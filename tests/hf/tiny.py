@@ -7,16 +7,15 @@ from pdlm_hf.shapes.model import build_model
 
 
 def lively_model(processor, prefix_attention: str = "full", seed: int = 0, **overrides):
-    """The tiny model with random weights, scaled up so that drafts differ between slots, regions and steps."""
-    torch.manual_seed(seed)
+    """The tiny model with random weights so large that drafts differ between slots, regions and steps."""
     model = build_model(processor, prefix_attention, **overrides).eval()
+    generator = torch.Generator().manual_seed(seed)
+    scales = {"language_model.layers": 0.15, "linear_2": 0.4, "lm_head": 0.3, "region_embedding": 1.0}
     with torch.no_grad():
-        for layer in model.model.language_model.layers:
-            for parameter in layer.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(3)
-        model.model.multi_modal_projector.linear_2.weight.mul_(20)
-        model.lm_head.weight.mul_(6)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                scale = next((scale for part, scale in scales.items() if part in name), 0.05)
+                parameter.normal_(0, scale, generator=generator)
     return model
 
 

@@ -1,0 +1,294 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco
+
+from pdlm_hf import Region
+from pdlm_hf.app.coco import read_regions
+from pdlm_hf.app.images import load_image
+from pdlm_hf.app.regions import parse_region, parse_regions
+
+WIDTH, HEIGHT = 30, 20
+BLOB = np.zeros((HEIGHT, WIDTH), dtype=bool)
+BLOB[4:9, 10:25] = BLOB[12, 3] = True
+POLYGON = [2.5, 3.0, 20.0, 4.5, 12.0, 17.5]
+
+
+def compressed(mask, text=True):
+    rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return rle | {"counts": rle["counts"].decode()} if text else rle
+
+
+def uncompressed(mask):
+    values = mask.flatten(order="F")
+    changes = np.flatnonzero(np.diff(values)) + 1
+    runs = np.diff([0, *changes, len(values)]).tolist()
+    return {"size": list(mask.shape), "counts": [0, *runs] if values[0] else runs}
+
+
+def box_mask(x0, y0, x1, y1):
+    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (BLOB, BLOB),
+        (BLOB.astype(np.uint8) * 255, BLOB),
+        (torch.from_numpy(BLOB), BLOB),
+        (Image.fromarray(BLOB), BLOB),
+        (Region("x", BLOB), BLOB),
+        (compressed(BLOB), BLOB),
+        (compressed(BLOB, text=False), BLOB),
+        (uncompressed(BLOB), BLOB),
+        (compressed(~BLOB), ~BLOB),
+        (uncompressed(~BLOB), ~BLOB),
+        (compressed(np.ones_like(BLOB)), np.ones_like(BLOB)),
+        ([3, 4, 5, 6], box_mask(3, 4, 8, 10)),
+        ((3.0, 4.0, 5.0, 6.0), box_mask(3, 4, 8, 10)),
+        ([3.4, 4.0, 1.2, 2.5], box_mask(3, 4, 5, 7)),  # every pixel it touches
+        ([-5, -5, 8, 8], box_mask(0, 0, 3, 3)),  # cut at the border
+        ([25, 15, 100, 100], box_mask(25, 15, 30, 20)),
+        ([[0, 0, 10, 0, 10, 10, 0, 10]], box_mask(0, 0, 10, 10)),
+        ([[0, 0, 4, 0, 4, 4, 0, 4], [10, 10, 14, 10, 14, 14, 10, 14]], box_mask(0, 0, 4, 4) | box_mask(10, 10, 14, 14)),
+        ({"segmentation": compressed(BLOB)}, BLOB),
+        ({"segmentation": [[0, 0, 10, 0, 10, 10, 0, 10]], "bbox": [1, 1, 1, 1]}, box_mask(0, 0, 10, 10)),
+        ({"bbox": [3, 4, 5, 6]}, box_mask(3, 4, 8, 10)),
+        ({"bbox": [3, 4, 5, 6], "segmentation": []}, box_mask(3, 4, 8, 10)),
+        ({"bbox": [3, 4, 5, 6], "segmentation": None, "category_id": 3}, box_mask(3, 4, 8, 10)),
+    ],
+)
+def test_forms_of_a_region(value, expected):
+    region = parse_region(value, WIDTH, HEIGHT, 7)
+    assert region.mask.dtype == bool
+    assert np.array_equal(region.mask, expected)
+    assert region.id == ("x" if isinstance(value, Region) else 7)
+    x, y, w, h = coco.toBbox(compressed(expected)).tolist()
+    assert region.bbox == [x, y, w, h]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_run_lengths_agree_with_pycocotools(seed):
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(1, 400, 2).tolist()
+    mask = np.kron(rng.random((8, 8)) < rng.random(), np.ones((height // 8 + 1, width // 8 + 1)))[:height, :width] > 0
+    mask[rng.integers(height), rng.integers(width)] = True
+    for rle in (compressed(mask), compressed(mask, text=False), uncompressed(mask)):
+        assert np.array_equal(parse_region(rle, width, height).mask, mask)
+    counts = uncompressed(mask)["counts"]
+    assert np.array_equal(coco.decode(coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)), mask)
+
+
+@pytest.mark.parametrize("rings", [[POLYGON], [POLYGON, [15, 2, 29, 2, 29, 18]], [[-5.0, -5, 50, -5, 50, 10]]])
+def test_polygons_agree_with_pycocotools(rings):
+    expected = coco.decode(coco.merge(coco.frPyObjects(rings, HEIGHT, WIDTH))).astype(bool)
+    assert np.array_equal(parse_region(rings, WIDTH, HEIGHT).mask, expected)
+
+
+def damaged(change):
+    rle = compressed(BLOB)
+    return rle | {"counts": change(rle["counts"])}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (damaged(lambda text: text[:-3]), "the RLE is damaged; its runs do not add up to the 600 pixels"),
+        (damaged(lambda text: text + "0"), "the RLE is damaged"),
+        (damaged(lambda text: text + "1"), "the RLE is damaged"),
+        (damaged(lambda text: "é" + text), "the RLE is damaged"),
+        (damaged(lambda text: " " + text), "the RLE is damaged"),
+        (damaged(lambda text: ""), "the RLE is damaged"),
+        ({"size": [HEIGHT, WIDTH], "counts": [5, 5]}, "the RLE is damaged"),
+        ({"size": [HEIGHT, WIDTH], "counts": [-5, 605]}, "the RLE is damaged"),
+        ({"size": [HEIGHT, WIDTH], "counts": []}, "the RLE is damaged"),
+        ({"size": [HEIGHT, WIDTH], "counts": [float("nan"), 600]}, "holds NaN"),
+        ({"size": [HEIGHT, WIDTH], "counts": ["a"]}, "expected numbers"),
+        ({"size": [HEIGHT, WIDTH], "counts": [600]}, "is empty"),
+        ({"size": [WIDTH, HEIGHT], "counts": "abc"}, r"the RLE is for size \[30, 20\] \(height, width\), .*\[20, 30\]"),
+        ({"counts": "abc"}, r"the RLE is for size \[\]"),
+        ([1, 2, 0, 5], "has no area; it is .x, y, width, height., not two corners"),
+        ([1, 2, -3, 5], "has no area"),
+        ([100, 100, 5, 5], "lies outside the picture of 30 x 20"),
+        ([-10, 0, 5, 5], "lies outside the picture"),
+        ([1, 2, float("nan"), 5], "holds NaN or infinite"),
+        ([1, 2, float("inf"), 5], "holds NaN or infinite"),
+        ([1, 2, "a", 5], "expected numbers"),
+        ([[1, 2, 3, 4]], "at least three points"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "flat list"),
+        ([[[1, 2], [3, 4], [5, 6]]], "flat list"),
+        ([], "flat list"),
+        ([1, 2, 3], "polygon is a flat list"),
+        ([[100, 100, 120, 100, 120, 120]], "is empty"),
+        ([[float("nan"), 1, 2, 3, 4, 5]], "holds NaN"),
+        (BLOB.T, "has size 20 x 30, but its image has 30 x 20"),
+        (np.zeros_like(BLOB), "is empty"),
+        (BLOB * np.nan, "holds NaN"),
+        ({"id": "left", "bbox": [1, 2, 0, 0]}, "region left: .* has no area"),
+        ({"id": 9, "bbox": [1, 2, 3]}, r"region 9: a box is \[x, y, width, height\], got \[1, 2, 3\]"),
+        ({"id": 9, "bbox": "box"}, "region 9: expected numbers"),
+        ({"id": 9, "segmentation": "poly"}, "region 9: `segmentation` must be an RLE or polygons"),
+        ({"id": 9, "segmentation": {"size": [HEIGHT, WIDTH]}}, "region 9: the RLE has no `counts`"),
+        ({"id": 9}, "region 9: needs `segmentation`"),
+        ("missing.png", "missing.png: no such file"),
+        (5, "expected a mask, box, polygon, RLE or COCO annotation, got int"),
+        (None, "got NoneType"),
+    ],
+)
+def test_bad_regions(value, message):
+    with pytest.raises(ValueError, match=message):
+        parse_region(value, WIDTH, HEIGHT, 3)
+    with pytest.raises(ValueError, match=message):
+        parse_regions([BLOB, value], WIDTH, HEIGHT)
+
+
+def test_mask_from_a_file(tmp_path):
+    for name in ("mask.png", "mask.jpg"):
+        Image.fromarray(BLOB.astype(np.uint8) * 255).save(tmp_path / name, quality=95)
+    assert np.array_equal(parse_region(tmp_path / "mask.png", WIDTH, HEIGHT).mask, BLOB)
+    assert np.array_equal(parse_region(str(tmp_path / "mask.png"), WIDTH, HEIGHT).mask, BLOB)
+    assert (parse_region(tmp_path / "mask.jpg", WIDTH, HEIGHT).mask != BLOB).mean() < 0.02
+    Image.fromarray(BLOB).save(tmp_path / "one_bit.png")
+    assert np.array_equal(parse_region(tmp_path / "one_bit.png", WIDTH, HEIGHT).mask, BLOB)
+    Image.fromarray(BLOB.astype(np.uint8)).save(tmp_path / "zero_one.png")
+    assert np.array_equal(parse_region(tmp_path / "zero_one.png", WIDTH, HEIGHT).mask, BLOB)
+
+
+@pytest.mark.parametrize(
+    ("values", "ids"),
+    [
+        ([BLOB, {"id": "b", "bbox": [1, 1, 2, 2]}, [0, 0, 2, 2]], [0, "b", 2]),
+        (np.stack([BLOB, ~BLOB]), [0, 1]),
+        (torch.from_numpy(np.stack([BLOB, ~BLOB])), [0, 1]),
+        (BLOB, [0]),
+        ({"id": 4, "bbox": [1, 1, 2, 2]}, [4]),
+        (compressed(BLOB), [0]),
+        ((region for region in [BLOB, BLOB]), [0, 1]),
+    ],
+    ids=["mixed", "array", "tensor", "one mask", "one annotation", "one RLE", "generator"],
+)
+def test_regions_of_a_picture(values, ids):
+    assert [region.id for region in parse_regions(values, WIDTH, HEIGHT)] == ids
+
+
+@pytest.mark.parametrize("values", [[], (), np.zeros((0, HEIGHT, WIDTH))])
+def test_no_regions(values):
+    with pytest.raises(ValueError, match="No regions given"):
+        parse_regions(values, WIDTH, HEIGHT)
+
+
+# ---------------------------------------------------------------- COCO files
+
+COCO = {
+    "images": [{"id": 1, "file_name": "train/a.png"}, {"id": 2, "file_name": "b.png"}],
+    "annotations": [
+        {"id": 11, "image_id": 1, "bbox": [1, 1, 2, 2]},
+        {"id": 12, "image_id": 2, "bbox": [2, 2, 2, 2]},
+        {"id": 13, "image_id": 1, "bbox": [3, 3, 2, 2]},
+    ],
+}
+
+
+def written(tmp_path, content):
+    path = tmp_path / "regions.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "ids"),
+    [
+        (COCO, "a.png", [11, 13]),
+        (COCO, "some/folder/b.png", [12]),
+        (COCO | {"images": COCO["images"][:1]}, "other name.png", [11, 13]),
+        ([{"id": 5, "bbox": [1, 1, 2, 2]}], "a.png", [5]),
+        ({"regions": [{"id": 6, "bbox": [1, 1, 2, 2]}]}, "a.png", [6]),
+        ({"annotations": [{"id": 7, "bbox": [1, 1, 2, 2]}]}, "a.png", [7]),
+    ],
+)
+def test_read_regions(tmp_path, content, name, ids):
+    assert [region["id"] for region in read_regions(written(tmp_path, content), name)] == ids
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps(COCO)[:-20], "not valid JSON, perhaps cut short"),
+        ("", "not valid JSON"),
+        (COCO | {"images": COCO["images"][1:] * 2}, "has 2 pictures, 0 of them named a.png"),
+        (COCO | {"images": COCO["images"][:1] * 2}, "has 2 pictures, 2 of them named a.png"),
+        (COCO | {"images": []}, "has 0 pictures"),
+        (COCO | {"annotations": []}, "holds no regions for a.png"),
+        (COCO | {"images": [{"file_name": "a.png"}]}, "expected a COCO file or a list of regions"),
+        (COCO | {"images": ["a.png"]}, "expected a COCO file or a list of regions"),
+        (COCO | {"annotations": {"id": 1}}, "expected a COCO file or a list of regions"),
+        (COCO | {"annotations": [1]}, "expected a COCO file or a list of regions"),
+        ([], "holds no regions"),
+        ([1, 2], "expected a COCO file or a list of regions"),
+        ({"regions": "all"}, "expected a COCO file or a list of regions"),
+        ({}, "expected a COCO file or a list of regions"),
+        ("5", "expected a COCO file or a list of regions"),
+    ],
+)
+def test_bad_region_files(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_regions(written(tmp_path, content), "a.png")
+
+
+def test_missing_region_file(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.json: no such file"):
+        read_regions(tmp_path / "nowhere.json", "a.png")
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_load_image_forms(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(array), array, torch.from_numpy(array)):
+        assert np.array_equal(np.asarray(load_image(source)), array)
+
+
+@pytest.mark.parametrize(("orientation", "turned"), [(1, False), (3, False), (6, True), (8, True)])
+def test_exif_orientation(tmp_path, orientation, turned):
+    array = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    array[:5, :5] = 255  # top left
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
+    image = load_image(tmp_path / "a.png")
+    assert image.size == ((HEIGHT, WIDTH) if turned else (WIDTH, HEIGHT))
+    corner = {1: (0, 0), 3: (WIDTH - 1, HEIGHT - 1), 6: (HEIGHT - 1, 0), 8: (0, WIDTH - 1)}[orientation]
+    assert image.getpixel(corner) == (255, 255, 255)
+    with Image.open(tmp_path / "a.png") as opened:
+        assert np.array_equal(np.asarray(load_image(opened)), np.asarray(image))
+
+
+def test_bad_picture_files(tmp_path):
+    whole = tmp_path / "whole.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole)
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:3000])
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name, message in [
+        ("cut.png", "cut.png: cannot be opened as a picture"),
+        ("text.png", "text.png: cannot be opened as a picture"),
+        ("empty.png", "empty.png: cannot be opened as a picture"),
+        ("nowhere.png", "nowhere.png: no such file"),
+        (".", "is a folder, not a picture"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_image(tmp_path / name)
+
+
+def test_a_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("L", (64, 64)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="large.png: cannot be opened as a picture"):
+        load_image(tmp_path / "large.png")
