@@ -46,6 +46,15 @@ def isolated_model(processor):
 
 
 @pytest.fixture(scope="session")
+def tiny_checkpoint(model, processor, tmp_path_factory) -> Path:
+    """The tiny region model as a checkpoint folder of ours."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def pictures():
     """Drawn pictures with different numbers of regions and tiles."""
     return [draw_picture(np.random.default_rng(seed)) for seed in range(4)]

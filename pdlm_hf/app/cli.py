@@ -80,7 +80,7 @@ def caption(
         typer.echo(json.dumps({"model": report.pop("model"), "image": str(image), "regions": rows} | report))
     else:
         for number, row in enumerate(rows, 1):
-            typer.echo(f"{number}  {row['caption']}  ({row['score']:.2f})")
+            typer.echo(f"{number}  {' '.join(row['caption'].split())}  ({row['score']:.2f})")
         typer.echo(
             f"{len(rows)} captions in {report['num_forwards']} forward passes, "
             f"{report['tokens_per_forward']:.1f} tokens a pass, {report['seconds']:.2f} s",

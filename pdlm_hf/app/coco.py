@@ -22,7 +22,10 @@ def read_regions(path: Path, image_name: str) -> list[dict[str, Any]]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON, perhaps cut short ({error}).") from error
     if isinstance(data, dict) and "images" in data and "annotations" in data:
-        regions = _of_image(data, path, image_name)
+        try:
+            regions = _of_image(data, path, image_name)
+        except (AttributeError, KeyError, TypeError):  # its parts are not what COCO says
+            regions = None
     elif isinstance(data, dict):
         regions = data.get("regions", data.get("annotations"))
     else:

@@ -134,12 +134,17 @@ def _from_polygons(polygons: Any, width: int, height: int, name: str) -> np.ndar
     rings = [_numbers(ring, name) for ring in polygons]
     if not rings or any(ring.ndim != 1 or len(ring) < 6 or len(ring) % 2 for ring in rings):
         raise ValueError(f"{name}: a polygon is a flat list [x0, y0, x1, y1, ...] of at least three points.")
+    # pycocotools allocates memory for every pixel on the way, also far outside
+    if max(np.abs(ring).max() for ring in rings) > 16 * max(width, height):
+        raise ValueError(f"{name}: the polygon lies far outside the picture of {width} x {height} pixels.")
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([ring.tolist() for ring in rings], height, width)))
 
 
 def _from_rle(rle: dict, width: int, height: int, name: str) -> np.ndarray:
     """COCO run lengths, compressed or not. Checked first: pycocotools reads past the end of a damaged one."""
-    size = list(rle.get("size") or [])
+    if "counts" not in rle:
+        raise ValueError(f"{name}: the RLE has no `counts`.")
+    size = list(rle["size"]) if isinstance(rle.get("size"), (list, tuple)) else []
     if size != [height, width]:
         raise ValueError(f"{name}: the RLE is for size {size} (height, width), the picture has {[height, width]}.")
     counts = rle["counts"]
@@ -147,7 +152,8 @@ def _from_rle(rle: dict, width: int, height: int, name: str) -> np.ndarray:
         text = counts if isinstance(counts, bytes) else counts.encode("latin-1", "replace")
         runs = _run_lengths(text)
     else:
-        runs = _numbers(counts, name).astype(int).tolist()
+        array = _numbers(counts, name)
+        runs = array.astype(int).tolist() if array.ndim == 1 else None
     if runs is None or min(runs, default=-1) < 0 or sum(runs) != height * width:
         raise ValueError(
             f"{name}: the RLE is damaged; its runs do not add up to the {height * width} pixels of its size."

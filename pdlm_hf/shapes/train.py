@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import typer
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..app.collator import PdlmCollator, region_rows
@@ -65,6 +65,22 @@ class InOrderTrainer(Trainer):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
 
+class Clock(TrainerCallback):
+    """Seconds of training so far, kept with the state so that they add up over restarts."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Go on from where the last run stood."""
+        before = [entry["elapsed"] for entry in state.log_history if "elapsed" in entry]
+        self.start = time.perf_counter() - (before[-1] if before else 0)
+
+    def on_log(self, args, state, control, **kwargs):
+        """Note the time beside the loss."""
+        state.log_history[-1]["elapsed"] = round(time.perf_counter() - self.start, 1)
+
+
 def arguments(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int) -> TrainingArguments:
     """Settings shared by training and ablations."""
     return TrainingArguments(
@@ -89,11 +105,17 @@ def arguments(out: Path, steps: int, batch_size: int, learning_rate: float, seed
 
 
 def save(model: PdlmForConditionalGeneration, processor: PdlmProcessor, out: Path, record: dict[str, Any]) -> None:
-    """Write the checkpoint folder and what made it; without code, which the package has."""
-    for part in (model, model.config, processor, processor.image_processor):
-        part._auto_class = None
+    """Write the checkpoint folder and what made it; without the code, which the package has."""
     model.save_pretrained(out)
     processor.save_pretrained(out)
+    for code in out.glob("*_pdlm.py"):
+        code.unlink()
+    for name in ("config.json", "processor_config.json"):
+        settings = json.loads((out / name).read_text())
+        for part in (settings, settings.get("image_processor", {})):
+            part.pop("auto_map", None)
+        (out / name).write_text(json.dumps(settings, indent=1) + "\n")
+    (out / "model.safetensors").chmod(0o644)
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -126,7 +148,7 @@ def main(
             processor, num_slots=EASY_SLOTS if easy else SLOTS, noise_floor=0.1, prompt_ids="ordered"
         ),
     )
-    start = time.perf_counter()
+    trainer.add_callback(Clock())
     last = get_last_checkpoint(out / "trainer") if (out / "trainer").is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     record = {
@@ -136,8 +158,8 @@ def main(
         + (f" --init {init.name}" if init else ""),
         "steps": steps,
         "seed": seed,
-        "seconds": round(time.perf_counter() - start) if last is None else None,
-        "final_loss": trainer.state.log_history[-2].get("loss") if len(trainer.state.log_history) > 1 else None,
+        "seconds": trainer.state.log_history[-1].get("elapsed"),
+        "final_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None),
         "parameters": sum(p.numel() for p in model.parameters()),
         "initialised_from": json.loads((init / "training.json").read_text()) if init else None,
     }

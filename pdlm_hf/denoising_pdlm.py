@@ -1,0 +1,588 @@
+"""The denoising loops: all captions of a picture together, and chat answers block by block.
+
+A row is one pass over one picture. Its sequence is prompt + canvas, the canvas being all its caption blocks. Prompts
+stand left-padded in the first columns and canvases behind them, so that the keys and values of all prompts can be kept
+while only the canvases run through the model (`prefix_refresh_interval`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, DynamicCache
+from transformers.masking_utils import create_bidirectional_mask
+
+from .diffusion_pdlm import (
+    accept_confident,
+    gumbel_perturb,
+    lowest_mask,
+    masks_left,
+    token_log_odds,
+    transfer_schedule,
+)
+from .masking_pdlm import region_attention
+
+# Slots x vocabulary scored at a time: bounds the float32 logits to 256 MB.
+_MAX_LOGITS = 2**26
+
+
+@dataclass
+class DenoisingStep:
+    """One step. With regions all tensors are `(batch_size, num_regions, max_new_tokens)` in input order, in chat
+    `(batch_size, max_new_tokens)`.
+
+    Args:
+        tokens: before the step, the mask token where a slot is open; -1 where there is no region.
+        masked: slots open before the step.
+        draft: the token the model would put there; -1 where none was computed.
+        probability: of the draft.
+    """
+
+    tokens: torch.Tensor
+    masked: torch.Tensor
+    draft: torch.Tensor
+    probability: torch.Tensor
+
+
+class RandomRows:
+    """Random numbers, one generator a row and the same seed for each: a row draws what it would draw alone.
+
+    Args:
+        rows (`int`): rows of the batch.
+        seed (`int`, *optional*): default: a new one.
+        device (`torch.device`)
+    """
+
+    def __init__(self, rows: int, seed: int | None, device: torch.device):
+        seed = torch.seed() if seed is None else seed
+        self.generators = [torch.Generator(device).manual_seed(seed % 2**63) for _ in range(rows)]
+        self.device = device
+
+    def uniform(self, rows: list[int], counts: list[int], shape: tuple[int, ...]) -> torch.Tensor:
+        """Numbers in (0, 1) of shape `(len(rows), *shape)`; row i draws for its first `counts[i]` entries only."""
+        out = torch.full((len(rows), *shape), 0.5, device=self.device)
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            out[i, :count] = torch.rand((count, *shape[1:]), generator=self.generators[row], device=self.device)
+        return out.clamp_(1e-20, 1 - 1e-7)
+
+
+class PrefixCache(DynamicCache):
+    """Keys and values of the prompts, kept while canvases come and go.
+
+    The first pass fills it with prompt and canvas. Once frozen at the prompts' width, a canvas is written behind them
+    in place of the last one, and nothing of the prompts is copied.
+    """
+
+    prefix_length: int | None = None
+
+    def freeze(self, prefix_length: int) -> None:
+        """Keep the first `prefix_length` columns from now on."""
+        self.prefix_length = prefix_length
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep only these rows of the batch."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Keys and values of prompts and canvas."""
+        if self.prefix_length is None:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        end = self.prefix_length + key_states.shape[-2]
+        layer.keys[:, :, self.prefix_length : end] = key_states
+        layer.values[:, :, self.prefix_length : end] = value_states
+        return layer.keys[:, :, :end], layer.values[:, :, :end]
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        """Width of the prompts, once frozen."""
+        return super().get_seq_length(*args, **kwargs) if self.prefix_length is None else self.prefix_length
+
+    def get_mask_sizes(self, query_length, *args, **kwargs) -> tuple[int, int]:
+        """Keys a query of this length sees, and their offset."""
+        return self.get_seq_length() + int(query_length), 0
+
+
+class GenerationTask:
+    """One call of `generate`: its settings, the prompts, and what it has cost so far.
+
+    Args:
+        model (`PdlmForConditionalGeneration`)
+        settings (`PdlmGenerationConfig`): checked.
+        input_ids, attention_mask (`torch.Tensor` of shape `(rows, prompt_length)`)
+        streamer, tokenizer: see `generate`.
+    """
+
+    def __init__(self, model, settings, input_ids, attention_mask, streamer=None, tokenizer=None):
+        self.model, self.config, self.settings = model, model.config, settings
+        self.input_ids, self.attention_mask = input_ids, attention_mask
+        self.streamer, self._tokenizer = streamer, tokenizer
+        self.device = input_ids.device
+        self.temperature = settings.temperature or 0.0
+        self.random_remasking = settings.remasking == "random"
+        self.random = None
+        if self.temperature > 0 or self.random_remasking:
+            self.random = RandomRows(len(input_ids), settings.seed, self.device)
+        self.history: list[DenoisingStep] | None = [] if settings.output_history else None
+        self.num_forwards = 0
+
+    def token_ids(self, text: str | list[int]) -> list[int]:
+        """Ids of a stop string or suffix. Raises: ValueError if there is no tokenizer to be found."""
+        if not isinstance(text, str):
+            return list(text)
+        if self._tokenizer is None:
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self.model.name_or_path)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    "`stop_strings` and `generation_suffix` need a tokenizer: pass `tokenizer=processor.tokenizer`."
+                ) from error
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def stop_ids(self) -> list[list[int]]:
+        """Token sequences that end an answer."""
+        stops = self.settings.stop_strings or []
+        return [self.token_ids(stop) for stop in ([stops] if isinstance(stops, str) else stops)]
+
+    def score(
+        self,
+        hidden: torch.Tensor,
+        rows: list[int],
+        counts: list[int],
+        banned: list[int] | None = None,
+        unconditional: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draft token and log odds of its probability for every slot; logits exist a few rows at a time.
+
+        Args:
+            hidden (`torch.FloatTensor` of shape `(rows, slots, hidden_size)`)
+            rows (`list[int]`): their numbers in the batch, for their random numbers.
+            counts (`list[int]`): slots that each row really has.
+            banned (`list[int]`, *optional*): tokens never to be drafted; they get no probability either.
+            unconditional (`torch.FloatTensor`, *optional*): hidden states without the prompt, for guidance.
+
+        Returns:
+            tokens `(rows, slots)` and log odds, float32.
+        """
+        head, guidance = self.model.lm_head, self.settings.guidance_scale
+        at_once = max(1, _MAX_LOGITS // (hidden.shape[1] * self.config.text_config.vocab_size))
+        tokens, odds = [], []
+        for start in range(0, len(hidden), at_once):
+            part = slice(start, start + at_once)
+            logits = head(hidden[part]).float()
+            if unconditional is not None:
+                base = head(unconditional[part]).float()
+                logits = base + guidance * (logits - base)
+            if banned:
+                logits[..., banned] = -torch.inf
+            noisy = logits
+            if self.temperature > 0:
+                uniform = self.random.uniform(rows[part], counts[part], logits.shape[1:])
+                noisy = gumbel_perturb(logits, self.temperature, uniform)
+            tokens.append(noisy.argmax(-1))
+            odds.append(token_log_odds(logits, tokens[-1]))
+        return torch.cat(tokens), torch.cat(odds)
+
+    def ranking(self, log_odds: torch.Tensor, rows: list[int], counts: list[int]) -> torch.Tensor:
+        """What ranks the drafts `(rows, slots)`: their log odds, or noise for random remasking."""
+        if not self.random_remasking:
+            return log_odds
+        return torch.special.logit(self.random.uniform(rows, counts, log_odds.shape[1:]))
+
+    def stream(self, tokens: torch.Tensor, final: bool = False) -> None:
+        """Hand a draft, or the result, to the streamer."""
+        if self.streamer is None:
+            return
+        if final:
+            self.streamer.put(tokens.cpu())
+            self.streamer.end()
+        elif hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(tokens.cpu())
+
+
+def left_pad(rows: list[torch.Tensor], fill: Any) -> torch.Tensor:
+    """Tensors of different lengths as one batch, padded on the left."""
+    length = max(len(row) for row in rows)
+    out = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), fill)
+    for i, row in enumerate(rows):
+        out[i, length - len(row) :] = row
+    return out
+
+
+@dataclass
+class _View:
+    """The blocks that take part in a pass: of some rows, some regions, packed to the left.
+
+    Args:
+        rows: numbers of the rows, `(R,)`.
+        blocks: region in each place, `(R, K)`.
+        present: places that hold a region, `(R, K)`.
+        row_of, region_of, place: the same as indices, for each present block: its row and region in the batch, and its
+            place in `(R * K,)`.
+        counts: slots of each row, in Python.
+    """
+
+    rows: torch.Tensor
+    blocks: torch.Tensor
+    present: torch.Tensor
+    row_of: torch.Tensor
+    region_of: torch.Tensor
+    place: torch.Tensor
+    counts: list[int]
+    mask: Any = None
+    positions: torch.Tensor | None = None
+
+
+class RegionCanvas:
+    """All caption blocks of a batch, and the passes through the model that fill them.
+
+    Args:
+        task (`GenerationTask`)
+        prompt (`torch.FloatTensor` of shape `(rows, prompt_length, hidden_size)`): embedded prompts.
+        counts (`list[int]`): regions of every row.
+        num_slots (`int`): tokens to write per caption.
+    """
+
+    def __init__(self, task: GenerationTask, prompt: torch.Tensor, counts: list[int], num_slots: int):
+        self.task, self.model, self.counts, self.num_slots = task, task.model, counts, num_slots
+        config, device = task.config, task.device
+        self.mask_id, self.end = config.mask_token_id, config.eot_token_id
+        real = task.attention_mask
+        self.prompt_ids = left_pad([ids[keep] for ids, keep in zip(task.input_ids, real, strict=True)], self.end)
+        self.prompt = left_pad([row[keep] for row, keep in zip(prompt, real, strict=True)], 0)
+        self.lengths = real.sum(1)
+        width = self.prompt.shape[1]
+        self.prompt_mask = torch.arange(width, device=device) >= width - self.lengths[:, None]
+
+        rows, most = len(counts), max(counts)
+        region = torch.arange(most, device=device)
+        self.exists = region < torch.tensor(counts, device=device)[:, None]  # (rows, regions)
+        self.tokens = torch.full((rows, most, num_slots), self.mask_id, device=device)
+        self.masked = self.exists[..., None].expand(-1, -1, num_slots).clone()
+        self.written = torch.full(self.tokens.shape, -torch.inf, device=device)  # log odds when it was written
+        self.steps = torch.zeros(self.exists.shape, dtype=torch.long, device=device)
+
+        self.opening = torch.tensor(config.caption_token_ids, device=device)[:most].expand(rows, -1)
+        last = region == torch.tensor(counts, device=device)[:, None] - 1
+        self.closing = torch.where(last, self.end, config.newline_token_id)
+        ids = torch.cat([self.prompt_ids, self.blocks(self.tokens).flatten(1)], 1)
+        layout = self.model.model.region_layout(ids)
+        self.prompt_layout = layout[:, :width]
+        self.block_layout = layout[:, width:].view(rows, most, num_slots + 2)
+        self.cache: PrefixCache | None = None
+        self.cached_rows: torch.Tensor | None = None
+
+    def blocks(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Caption token, slots and closing newline (or end of turn) of every region, `(rows, regions, slots + 2)`."""
+        return torch.cat([self.opening[..., None], tokens, self.closing[..., None]], -1)
+
+    def view(self, active: torch.Tensor) -> _View:
+        """The blocks where `active` `(rows, regions)` is true."""
+        rows = active.any(1).nonzero()[:, 0]
+        active = active[rows]
+        counts = active.sum(1)
+        most = int(counts.max())
+        blocks = (~active).int().argsort(dim=1, stable=True)[:, :most]
+        present = torch.arange(most, device=active.device) < counts[:, None]
+        place = present.flatten().nonzero()[:, 0]
+        row_of, column = place // most, place % most
+        view = _View(
+            rows, blocks, present, rows[row_of], blocks[row_of, column], place, (counts * self.num_slots).tolist()
+        )
+        offset = torch.arange(self.num_slots + 2, device=active.device)
+        positions = self.lengths[rows, None, None] + blocks[..., None] * (self.num_slots + 2) + offset
+        view.positions = positions.flatten(1)
+        return view
+
+    def forward(self, view: _View, whole: bool, keep: bool = False) -> torch.Tensor:
+        """One pass; hidden states of the slots, `(R, K, num_slots, hidden_size)`.
+
+        Args:
+            view (`_View`): blocks that take part.
+            whole (`bool`): prompts and canvas; else the canvas alone, on the cached prompts.
+            keep (`bool`): with `whole`: keep the prompts' keys and values.
+        """
+        self.task.num_forwards += 1
+        rows, size = view.rows, self.num_slots + 2
+        shown = torch.where(self.masked, self.mask_id, self.tokens)
+        ids = self.blocks(shown)[rows[:, None], view.blocks].flatten(1)
+        embeds = self.model.get_input_embeddings()(ids).to(self.prompt.dtype)
+        positions, cache = view.positions, None
+        if whole:
+            prompt_positions = (self.prompt_mask[rows].cumsum(1) - 1).clamp_min(0)
+            embeds = torch.cat([self.prompt[rows], embeds], 1)
+            positions = torch.cat([prompt_positions, positions], 1)
+            cache = PrefixCache() if keep else None
+            view.mask = None
+        else:
+            cache = self._cache_of(rows)
+        if view.mask is None:
+            view.mask = self._mask(view, embeds, cache, size)
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=view.mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        if whole and keep:
+            cache.freeze(self.prompt.shape[1])
+            self.cache, self.cached_rows = cache, rows
+        if whole:
+            view.mask = None
+            hidden = hidden[:, self.prompt.shape[1] :]
+        return hidden.view(*view.blocks.shape, size, -1)[:, :, 1:-1]
+
+    def _mask(self, view: _View, embeds: torch.Tensor, cache: PrefixCache | None, size: int) -> Any:
+        """Attention of this view's queries over the prompts and its own blocks."""
+        rows = view.rows
+        blocks = self.block_layout[rows[:, None], view.blocks].flatten(1)
+        layout = torch.cat([self.prompt_layout[rows], blocks], 1)
+        present = view.present[..., None].expand(-1, -1, size).flatten(1)
+        return create_bidirectional_mask(
+            config=self.model.model.language_model.config,
+            inputs_embeds=embeds,
+            attention_mask=torch.cat([self.prompt_mask[rows], present], 1).long(),
+            past_key_values=cache if cache is not None and cache.prefix_length is not None else None,
+            and_mask_function=region_attention(layout, self.task.config.prefix_attention),
+        )
+
+    def _cache_of(self, rows: torch.Tensor) -> PrefixCache:
+        """The cache, cut down to these rows once others have finished; frees their memory."""
+        if len(rows) != len(self.cached_rows):
+            self.cache.select(torch.searchsorted(self.cached_rows, rows))
+            self.cached_rows = rows
+        return self.cache
+
+
+def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int], by_image) -> RegionCanvas:
+    """Fill the captions of all regions of all rows.
+
+    Args:
+        task (`GenerationTask`)
+        prompt (`torch.FloatTensor` of shape `(rows, prompt_length, hidden_size)`)
+        counts (`list[int]`): regions of every row.
+        by_image: turns `(rows, regions, ...)` in the model's order into pictures in input order, for streamer and
+            history.
+
+    Returns:
+        the canvas, filled.
+    """
+    settings = task.settings
+    num_steps = settings.max_denoising_steps or 32
+    canvas = RegionCanvas(task, prompt, counts, settings.max_new_tokens or 32)
+    interval = settings.prefix_refresh_interval
+    if interval is None:
+        interval = 1 if task.config.prefix_attention == "full" else 0
+    caching = interval != 1 and num_steps > 1
+    everything = view = canvas.view(canvas.exists)
+    for step in range(num_steps):
+        whole = step == 0 or (interval > 0 and step % interval == 0)
+        # Finished regions stay for passes that also compute the prompts, which may see them.
+        current = everything if whole else view
+        hidden = canvas.forward(current, whole, keep=caching)
+        draft, log_odds, ranking = _score_view(task, canvas, current, hidden)
+        if task.history is not None:
+            shown = torch.where(canvas.masked, canvas.mask_id, canvas.tokens)
+            task.history.append(
+                DenoisingStep(
+                    by_image(shown, -1),
+                    by_image(canvas.masked, False),
+                    by_image(draft, -1),
+                    by_image(log_odds.double().sigmoid(), 0.0),
+                )
+            )
+        canvas.steps += canvas.masked.any(-1)
+        if settings.acceptance_threshold is None:
+            _commit_by_schedule(canvas, draft, log_odds, ranking, step, num_steps)
+        else:
+            last = step == num_steps - 1
+            _commit_confident(canvas, draft, log_odds, ranking, -1.0 if last else settings.acceptance_threshold)
+        if task.streamer is not None:
+            task.stream(by_image(torch.where(canvas.masked, draft, canvas.tokens), -1))
+        if settings.acceptance_threshold is not None:
+            active = canvas.masked.any(-1)
+            if not active.any():
+                break
+            if caching and int(active.sum()) < len(view.place):
+                view = canvas.view(active)
+        elif all(masks_left(n * canvas.num_slots, step, num_steps) == 0 for n in counts):
+            break
+    return canvas
+
+
+def _score_view(task: GenerationTask, canvas: RegionCanvas, view: _View, hidden: torch.Tensor):
+    """Drafts, log odds and ranking of a view's slots, put in their places among all rows and regions."""
+    rows = view.rows.tolist() if task.random is not None else [0] * len(view.rows)
+    slots = hidden.flatten(1, 2)
+    draft, log_odds = task.score(slots, rows, view.counts)
+    ranking = task.ranking(log_odds, rows, view.counts)
+
+    def spread(values: torch.Tensor, fill: Any) -> torch.Tensor:
+        out = values.new_full(canvas.tokens.shape, fill)
+        out[view.row_of, view.region_of] = values.view(-1, canvas.num_slots)[view.place]
+        return out
+
+    return spread(draft, -1), spread(log_odds, torch.inf), spread(ranking, torch.inf)
+
+
+def _commit_by_schedule(canvas: RegionCanvas, draft, log_odds, ranking, step: int, num_steps: int) -> None:
+    """The reference's step: fill the open slots, re-open those whose current draft is least certain."""
+    canvas.tokens = torch.where(canvas.masked, draft, canvas.tokens)
+    canvas.written = torch.where(canvas.masked, log_odds, canvas.written)
+    left = [masks_left(n * canvas.num_slots, step, num_steps) for n in canvas.counts]
+    score = ranking.masked_fill(~canvas.exists[..., None], torch.inf).flatten(1)
+    canvas.masked = lowest_mask(score, torch.tensor(left, device=score.device)).view_as(canvas.masked)
+
+
+def _commit_confident(canvas: RegionCanvas, draft, log_odds, ranking, threshold: float) -> None:
+    """An adaptive step: commit what passes the threshold, for good; an end-of-turn closes the slots behind it."""
+    accepted = accept_confident(ranking.sigmoid(), canvas.masked, threshold)
+    canvas.tokens = torch.where(accepted, draft, canvas.tokens)
+    canvas.written = torch.where(accepted, log_odds, canvas.written)
+    canvas.masked = canvas.masked & ~accepted
+    closed = ((canvas.tokens == canvas.end) & ~canvas.masked).cumsum(-1) > 0
+    canvas.written = torch.where(closed & canvas.masked, torch.inf, canvas.written)
+    canvas.tokens = torch.where(closed & canvas.masked, canvas.end, canvas.tokens)
+    canvas.masked = canvas.masked & ~closed
+
+
+def find(tokens: list[int], pattern: list[int]) -> int | None:
+    """First position of `pattern` in `tokens`, None if it does not occur."""
+    return next((i for i in range(len(tokens) - len(pattern) + 1) if tokens[i : i + len(pattern)] == pattern), None)
+
+
+def as_list(value: Any) -> list:
+    """None, a value or a list, as a list."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def cut_at_stop(tokens: torch.Tensor, stop: list[int], end: int) -> torch.Tensor:
+    """Captions with everything from the stop sequence on replaced by end-of-turn."""
+    tokens = tokens.clone()
+    for caption in tokens.view(-1, tokens.shape[-1]):
+        if (at := find(caption.tolist(), stop)) is not None:
+            caption[at:] = end
+    return tokens
+
+
+class ChatCanvas:
+    """Prompt, answer and suffix of every row of a chat batch, and the passes that fill the answer.
+
+    Args:
+        task (`GenerationTask`)
+        prompt (`torch.FloatTensor` of shape `(rows, prompt_length, hidden_size)`)
+        num_slots (`int`): length of the answer.
+        suffix (`list[int]`): fixed tokens behind it.
+    """
+
+    def __init__(self, task: GenerationTask, prompt: torch.Tensor, num_slots: int, suffix: list[int]):
+        self.task, self.num_slots = task, num_slots
+        self.lookup = task.model.get_input_embeddings()
+        mask_id, real = task.config.mask_token_id, task.attention_mask
+        self.tail = torch.tensor([mask_id] * num_slots + suffix, device=task.device)
+        tail = self.lookup(self.tail).to(prompt.dtype)
+        self.embeds = left_pad([torch.cat([row[keep], tail]) for row, keep in zip(prompt, real, strict=True)], 0)
+        self.first = self.embeds.shape[1] - len(self.tail)
+        lengths = real.sum(1, keepdim=True) + len(self.tail)
+        columns = torch.arange(self.embeds.shape[1], device=task.device)
+        self.attention_mask = (columns >= self.embeds.shape[1] - lengths).long()
+        self.blank = None
+        if (task.settings.guidance_scale or 1.0) != 1:  # the same without the prompt, for guidance
+            self.blank = self.embeds.clone()
+            self.blank[:, : self.first] = tail[0]
+        self.tokens = torch.full((len(real), num_slots), mask_id, device=task.device)
+        self.end = torch.full((len(real),), num_slots, device=task.device)  # where each answer stops, as known so far
+        self.position = torch.arange(num_slots, device=task.device)
+
+    def forward(self, inside: slice, banned: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drafts and log odds of the slots `inside`."""
+        window = slice(self.first + inside.start, self.first + inside.stop)
+        hidden, plain = self._pass(self.embeds, window), None
+        if self.blank is not None:
+            plain = self._pass(self.blank, window)
+        rows = len(self.tokens)
+        return self.task.score(hidden, list(range(rows)), [hidden.shape[1]] * rows, banned, plain)
+
+    def _pass(self, embeds: torch.Tensor, window: slice) -> torch.Tensor:
+        self.task.num_forwards += 1
+        model = self.task.model.model
+        return model(inputs_embeds=embeds, attention_mask=self.attention_mask).last_hidden_state[:, window]
+
+    def commit(self, inside: slice, draft: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Write the chosen drafts of the slots `inside`."""
+        self.tokens[:, inside] = torch.where(chosen, draft, self.tokens[:, inside])
+        window = slice(self.first + inside.start, self.first + inside.stop)
+        for embeds in (self.embeds, self.blank):
+            if embeds is not None:
+                embeds[:, window] = self.lookup(self.tokens[:, inside]).to(embeds.dtype)
+
+    def answers(self) -> torch.Tensor:
+        """Answers up to their stop, with the suffix, padded on the right with end-of-turn."""
+        suffix = self.tail[self.num_slots :]
+        rows = [torch.cat([row[:n], suffix]) for row, n in zip(self.tokens, self.end.tolist(), strict=True)]
+        out = self.tokens.new_full((len(rows), max(len(row) for row in rows)), self.task.config.eot_token_id)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = row
+        return out
+
+
+def denoise_blocks(
+    task: GenerationTask, prompt: torch.Tensor, num_slots: int, block_length: int, num_steps: int
+) -> torch.Tensor:
+    """Chat answers: block after block from left to right, any order within a block, every commit final.
+
+    Args:
+        task (`GenerationTask`)
+        prompt (`torch.FloatTensor` of shape `(rows, prompt_length, hidden_size)`)
+        num_slots, block_length, num_steps (`int`): length of the answer, of a block, and steps in all; block_length
+            divides num_slots and the number of blocks divides num_steps.
+
+    Returns:
+        `torch.LongTensor` of shape `(rows, length)`: answers and suffix, padded on the right.
+    """
+    config = task.config
+    num_blocks = num_slots // block_length
+    schedule = [k for k in transfer_schedule(block_length, num_steps // num_blocks) if k]
+    stops = task.stop_ids()
+    canvas = ChatCanvas(task, prompt, num_slots, task.token_ids(task.settings.generation_suffix or []))
+    banned = [config.mask_token_id, config.start_header_token_id, config.end_header_token_id, config.bos_token_id]
+    banned = [token for token in [*banned, *as_list(config.eos_token_id)] if token is not None]
+    rows = len(canvas.tokens)
+    for block in range(num_blocks):
+        inside = slice(block * block_length, (block + 1) * block_length)
+        for count in schedule:
+            masked = canvas.tokens == config.mask_token_id
+            wanted = (masked & (canvas.position < canvas.end[:, None]))[:, inside]
+            if not wanted.any():
+                break
+            draft, log_odds = canvas.forward(inside, banned)
+            if task.history is not None:
+                task.history.append(_chat_step(canvas.tokens, masked, draft, log_odds, inside))
+            ranking = task.ranking(log_odds, list(range(rows)), [block_length] * rows)
+            score = ranking.masked_fill(~wanted, -torch.inf)
+            chosen = lowest_mask(-score, torch.full((rows,), count, device=task.device)) & wanted
+            canvas.commit(inside, draft, chosen)
+            for i in range(rows if stops else 0):
+                canvas.end[i] = _stop_position(canvas.tokens[i].tolist(), stops, int(canvas.end[i]))
+            if task.streamer is not None:
+                shown = canvas.tokens.clone()
+                shown[:, inside] = torch.where(wanted, draft, shown[:, inside])
+                task.stream(torch.where(canvas.position < canvas.end[:, None], shown, config.eot_token_id))
+    return canvas.answers()
+
+
+def _chat_step(tokens, masked, draft, log_odds, inside) -> DenoisingStep:
+    full_draft = torch.full_like(tokens, -1)
+    full_draft[:, inside] = draft
+    probability = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+    probability[:, inside] = log_odds.double().sigmoid()
+    return DenoisingStep(tokens.clone(), masked, full_draft, probability)
+
+
+def _stop_position(tokens: list[int], stops: list[list[int]], known: int) -> int:
+    """Where the answer ends: the first stop in list order that occurs counts, the earliest position seen is kept."""
+    for stop in stops:
+        if (at := find(tokens, stop)) is not None:
+            return min(at, known)
+    return known

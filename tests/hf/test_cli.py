@@ -1,0 +1,197 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import make_picture
+from typer.testing import CliRunner
+
+from pdlm_hf import RegionCaption, RegionCaptioner
+from pdlm_hf.app.cli import app
+
+FAST = ["--max-new-tokens", "6", "--steps", "3"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A picture with two masks, as files."""
+    image, masks = make_picture(1, 104, 64, 2)
+    Image.fromarray(image).save(tmp_path / "picture.png")
+    for k, mask in enumerate(masks):
+        Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / f"mask_{k}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def pdlm(tiny_checkpoint):
+    def call(*arguments, model=tiny_checkpoint):
+        arguments = [str(argument) for argument in arguments]
+        if arguments[0] == "caption":
+            arguments += ["--model", str(model), *FAST]
+        return CliRunner().invoke(app, arguments)
+
+    return call
+
+
+def masks_of(folder):
+    return ["--mask", folder / "mask_0.png", "--mask", folder / "mask_1.png"]
+
+
+def test_captions_on_stdout_and_costs_on_stderr(pdlm, files):
+    result = pdlm("caption", files / "picture.png", *masks_of(files))
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "2"]
+    assert "2 captions in 3 forward passes, 4.0 tokens a pass" in result.stderr
+
+
+def test_json(pdlm, files, tiny_checkpoint):
+    regions = [{"id": "cat", "bbox": [1, 2, 30, 40]}, {"id": 9, "segmentation": [[5, 5, 40, 5, 40, 40]]}]
+    (files / "regions.json").write_text(json.dumps({"regions": regions}))
+    arguments = (*masks_of(files), "--box", "3,4,20,21", "--regions", files / "regions.json", "--json")
+    result = pdlm("caption", files / "picture.png", *arguments)
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert list(answer) == ["model", "image", "regions", "num_forwards", "tokens_per_forward", "seconds"]
+    assert answer["model"] == str(tiny_checkpoint)
+    assert answer["image"] == str(files / "picture.png")
+    assert answer["num_forwards"] == 3
+    assert answer["tokens_per_forward"] == 5 * 6 / 3
+    assert answer["seconds"] > 0
+    assert all(list(region) == ["id", "caption", "score", "bbox"] for region in answer["regions"])
+    assert [region["id"] for region in answer["regions"]] == [0, 1, 2, "cat", 9]
+    assert answer["regions"][2]["bbox"] == [3, 4, 20, 21]
+    assert answer["regions"][3]["bbox"] == [1, 2, 30, 40]
+    assert all(isinstance(region["caption"], str) and 0 <= region["score"] <= 1 for region in answer["regions"])
+    captioner = RegionCaptioner.from_pretrained(tiny_checkpoint)
+    values = [files / "mask_0.png", files / "mask_1.png", [3, 4, 20, 21], *regions]
+    expected = captioner.caption(files / "picture.png", values, max_new_tokens=6, max_denoising_steps=3)
+    assert [region["caption"] for region in answer["regions"]] == [caption.text for caption in expected]
+
+
+def test_coco_file_is_searched_for_the_picture(pdlm, files):
+    images = [{"id": 1, "file_name": "other.png"}, {"id": 2, "file_name": "sub/picture.png"}]
+    annotations = [{"id": 5, "image_id": 1, "bbox": [0, 0, 9, 9]}, {"id": 6, "image_id": 2, "bbox": [1, 1, 20, 20]}]
+    (files / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    result = pdlm("caption", files / "picture.png", "--regions", files / "coco.json", "--json")
+    assert [region["id"] for region in json.loads(result.stdout)["regions"]] == [6]
+
+
+def test_question(pdlm, files):
+    plain = pdlm("caption", files / "picture.png", *masks_of(files)).stdout
+    assert pdlm("caption", files / "picture.png", *masks_of(files), "--question", "What is it made of?").stdout != plain
+
+
+def test_draw(pdlm, files):
+    pytest.importorskip("supervision")
+    out = files / "out.png"
+    result = pdlm("caption", files / "picture.png", *masks_of(files), "--draw", out)
+    assert result.exit_code == 0, result.output
+    with Image.open(out) as drawn:
+        assert drawn.width >= 480
+    assert "drawn to" in result.stderr and "out.png" in result.stderr.replace("\n", "")
+    result = pdlm("caption", files / "picture.png", *masks_of(files), "--draw", out, "--json")
+    json.loads(result.stdout)
+
+
+def test_watch_keeps_stdout_clean(pdlm, files):
+    result = pdlm("caption", files / "picture.png", *masks_of(files), "--watch", "--json")
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["regions"]) == 2
+    plain = pdlm("caption", files / "picture.png", *masks_of(files), "--json")
+    assert json.loads(result.stdout)["regions"] == json.loads(plain.stdout)["regions"]
+
+
+@pytest.fixture
+def bad_files(files):
+    Image.new("L", (7, 5), 255).save(files / "small.png")
+    Image.new("L", (104, 64)).save(files / "empty.png")
+    (files / "cut.json").write_text('[{"bbox": [1, 2')
+    (files / "cut.png").write_bytes((files / "picture.png").read_bytes()[:2000])
+    return files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("picture.png", "No regions: give --mask, --box or --regions"),
+        ("nowhere.png --mask mask_0.png", "nowhere.png: no such file"),
+        ("cut.png --mask mask_0.png", "cut.png: cannot be opened as a picture"),
+        ("picture.png --mask nowhere.png", "nowhere.png: no such file"),
+        ("picture.png --mask small.png", "has size 7 x 5, but its image has 104 x 64"),
+        ("picture.png --mask empty.png", "is empty"),
+        ("picture.png --box 1,2,3", "--box 1,2,3: expected X,Y,WIDTH,HEIGHT"),
+        ("picture.png --box a,b,c,d", "expected X,Y,WIDTH,HEIGHT"),
+        ("picture.png --box 1,2,0,4", "has no area"),
+        ("picture.png --box nan,2,3,4", "NaN"),
+        ("picture.png --box 900,2,3,4", "lies outside the picture"),
+        ("picture.png --regions cut.json", "not valid JSON, perhaps cut short"),
+        ("picture.png --regions nowhere.json", "nowhere.json: no such file"),
+        ("picture.png --mask mask_0.png --draw none/a.png", "there is no folder"),
+        ("picture.png --mask mask_0.png --draw a.unknown", "unknown"),
+        ("picture.png --mask mask_0.png --question <|eot_id|>", "special tokens"),
+    ],
+)
+def test_a_wrong_call_says_why_in_one_line(pdlm, bad_files, monkeypatch, arguments, message):
+    monkeypatch.chdir(bad_files)
+    result = pdlm("caption", *arguments.split())
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("pdlm: ")]
+    assert len(lines) == 1 and message in lines[0], result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("option", ["--steps", "--max-new-tokens"])
+def test_settings_out_of_range(files, tiny_checkpoint, option):
+    arguments = ["caption", files / "picture.png", *masks_of(files), "--model", tiny_checkpoint, option, "0"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 2
+    assert "must be a positive integer, got 0" in result.stderr
+
+
+def test_wrong_model(pdlm, files, golden_base, tmp_path):
+    mask = ["--mask", files / "mask_0.png"]
+    result = pdlm("caption", files / "picture.png", *mask, model=golden_base)
+    assert (result.exit_code, "PerceptionDLM-Base checkpoint" in result.stderr) == (2, True)
+    (tmp_path / "nothing").mkdir()
+    result = pdlm("caption", files / "picture.png", *mask, model=tmp_path / "nothing")
+    assert result.exit_code == 2
+    assert result.stderr.count("\npdlm: ") + result.stderr.startswith("pdlm: ") == 1
+
+
+def test_unknown_option(pdlm, files):
+    assert pdlm("caption", files / "picture.png", "--masks", files / "mask_0.png").exit_code == 2
+
+
+def test_a_region_without_caption_gives_exit_code_1(pdlm, files, monkeypatch):
+    generate = RegionCaptioner.generate
+
+    def silent(self, pairs, *args, **settings):
+        captions, output = generate(self, pairs, *args, **settings)
+        captions[0][1] = RegionCaption("", 0.1, 1, [0, 0, 1, 1])
+        return captions, output
+
+    monkeypatch.setattr(RegionCaptioner, "generate", silent)
+    result = pdlm("caption", files / "picture.png", *masks_of(files), "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["regions"][1]["caption"] == ""
+    assert "pdlm: a region got no caption" in result.stderr
+
+
+def test_export(pdlm, golden_regions, tmp_path):
+    result = pdlm("export", golden_regions, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "modeling_pdlm.py").exists() and "modeling_pdlm.py" in result.stdout
+    again = pdlm("export", golden_regions, tmp_path / "out")
+    assert again.exit_code == 2
+    assert again.stderr.startswith("pdlm: ") and "is not empty" in again.stderr
+    missing = pdlm("export", tmp_path / "nothing", tmp_path / "new")
+    assert missing.exit_code == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_names_the_commands(pdlm):
+    result = pdlm("--help")
+    assert result.exit_code == 0
+    assert "caption" in result.stdout and "export" in result.stdout

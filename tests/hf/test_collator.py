@@ -1,0 +1,219 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_picture
+from transformers import AutoProcessor
+
+from pdlm_hf.app.collator import PdlmCollator, partition_regions, region_rows
+from pdlm_hf.masking_pdlm import caption_canvas
+
+
+def row(seed: int, captions: list[str], width: int = 64):
+    image, masks = make_picture(seed, width, 64, len(captions))
+    return region_rows(image, masks, captions)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def rows():
+    return [row(0, ["a red star", "one"]), row(1, ["the large one"], 130)]
+
+
+def test_reference_layout_labels_everything_after_the_header(processor, rows):
+    batch = PdlmCollator(processor, prompt_ids="ordered")(rows)
+    for k, entry in enumerate(rows):
+        areas = [region["mask"].sum() for region in entry["regions"]]
+        order = np.argsort(areas)[::-1]
+        text = "\n".join(f"<|Mask_Cap_{i}|>{entry['regions'][at]['caption']}" for i, at in enumerate(order)) + "<|eot_id|>"
+        labels, real = batch["labels"][k], batch["attention_mask"][k].bool()
+        assert processor.tokenizer.decode(labels[labels != -100]) == text
+        assert torch.equal(batch["input_ids"][k][labels != -100], labels[labels != -100])
+        assert (labels[~real] == -100).all()
+        ids = batch["input_ids"][k][real].tolist()
+        header = processor.tokenizer.convert_tokens_to_ids("<|end_header_id|>")
+        first = len(ids) - 1 - ids[::-1].index(header) + 2  # behind the header's newline
+        assert labels[:first].eq(-100).all() and (labels[first : len(ids)] != -100).all()
+    assert batch["attention_mask"][:, 0].all()  # padded on the right
+
+
+def test_slots_layout_is_that_of_inference(model, processor, rows):
+    slots, config = 12, model.config
+    batch = PdlmCollator(processor, num_slots=slots, prompt_ids="ordered")(rows)
+    ends = (config.mask_token_id, config.newline_token_id, config.eot_token_id)
+    for k, entry in enumerate(rows):
+        count = len(entry["regions"])
+        image, masks = entry["image"], [region["mask"] for region in entry["regions"]]
+        prompt = processor(images=image, segmentation_maps=masks)
+        canvas = torch.tensor(caption_canvas(count, slots, config.caption_token_ids, *ends))
+        expected = torch.cat([prompt["input_ids"][0], canvas])
+        labelled = batch["labels"][k][: len(expected)] != -100
+        ids = batch["input_ids"][k][: len(expected)]
+        assert torch.equal(torch.where(labelled, config.mask_token_id, ids), expected)
+        assert torch.equal(labelled, expected == config.mask_token_id)
+        assert batch["attention_mask"][k].sum() == len(expected)
+        for name in ("region_boxes", "image_grids", "original_sizes"):
+            assert torch.equal(batch[name][k], prompt[name][0])
+    # captions are filled up with end-of-turn
+    labels = batch["labels"][1][batch["labels"][1] != -100]
+    text = processor.tokenizer(rows[1]["regions"][0]["caption"])["input_ids"]
+    assert labels.tolist() == text + [config.eot_token_id] * (slots - len(text))
+
+
+def test_range_of_slots(processor, rows):
+    collator = PdlmCollator(processor, num_slots=(10, 14), generator=generator())
+    lengths = {int((collator(rows)["labels"][1] != -100).sum()) for _ in range(40)}
+    assert lengths == {10, 11, 12, 13, 14}
+
+
+def test_too_long_a_caption_is_refused(processor):
+    with pytest.raises(ValueError, match=r"caption of region 0 has \d+ tokens, more than the 3 slots. .*'far too long"):
+        PdlmCollator(processor, num_slots=3)([row(0, ["far too long for three slots"])])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (row(0, ["x <|Mask_Cap_1|>"]), "caption of region 0 holds special tokens"),
+        (row(0, ["x"] * 7, 200), "7 regions, but the checkpoint has 6 region prompts"),
+        ({"image": np.zeros((9, 9, 3), np.uint8), "regions": []}, "no regions"),
+        ({"image": np.zeros((9, 9, 3), np.uint8), "regions": [{"mask": np.zeros((9, 9)), "caption": ""}]}, "is empty"),
+    ],
+)
+def test_bad_rows(processor, entry, message):
+    with pytest.raises(ValueError, match=message):
+        PdlmCollator(processor, num_slots=8)([entry])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"prompt_ids": "sorted"}, '`prompt_ids` must be "random" or "ordered"'), ({"replacement_noise": True}, "`vocab_size`")],
+)
+def test_bad_settings(processor, settings, message):
+    with pytest.raises(ValueError, match=message):
+        PdlmCollator(processor, **settings)
+
+
+def test_question(processor):
+    batch = PdlmCollator(processor)([row(0, ["x"]) | {"question": "What is here?"}])
+    assert "What is here?" in processor.tokenizer.decode(batch["input_ids"][0])
+
+
+@pytest.mark.parametrize("slots", [None, 12])
+def test_noise_falls_on_labels_only(processor, rows, slots):
+    batch = PdlmCollator(processor, num_slots=slots, generator=generator())(rows * 8)
+    assert batch["noise_mask"].dtype == torch.bool
+    assert batch["noise_mask"].shape == batch["labels"].shape
+    assert not (batch["noise_mask"] & (batch["labels"] == -100)).any()
+    share = batch["noise_mask"].sum(1) / (batch["labels"] != -100).sum(1)
+    assert torch.corrcoef(torch.stack([share, batch["mask_probability"]]))[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("floor", [1e-3, 0.3])
+def test_noise_floor(processor, floor):
+    labels = torch.ones(2000, 3, dtype=torch.long)
+    probability = PdlmCollator(processor, noise_floor=floor, generator=generator()).noise(labels)["mask_probability"]
+    assert probability.min() >= floor and probability.max() <= 1
+    assert probability.mean().item() == pytest.approx((1 + floor) / 2, abs=0.02)
+
+
+def test_draws_in_the_order_of_the_reference(processor):
+    labels = torch.ones(2, 5, dtype=torch.long)
+    noise = PdlmCollator(processor, replacement_noise=True, vocab_size=50, generator=generator(7)).noise(labels)
+    again = generator(7)
+    probability = (1 - 1e-3) * torch.rand(2, generator=again) + 1e-3
+    masked = torch.rand(2, 5, generator=again) < probability[:, None]
+    torch.rand(2, generator=again)
+    replaced = torch.rand(2, 5, generator=again) < probability[:, None]
+    ids = torch.randint(0, 50, (2, 5), generator=again)
+    torch.testing.assert_close(noise["mask_probability"], probability)
+    assert torch.equal(noise["noise_mask"], masked)
+    assert torch.equal(noise["replacement_ids"], torch.where(masked & replaced, ids, -1))
+
+
+def test_a_generator_makes_it_repeatable(processor, rows):
+    def collate(seed):
+        collator = PdlmCollator(processor, num_slots=(10, 14), prompt_ids="ordered", generator=generator(seed))
+        return collator(rows)
+
+    first, second, other = collate(1), collate(1), collate(2)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["mask_probability"], other["mask_probability"])
+
+
+def test_random_prompts_use_all_planes(processor):
+    collator = PdlmCollator(processor, prompt_ids="random")
+    planes = set()
+    for _ in range(60):
+        batch = collator([row(0, ["a", "b"])])
+        used = batch["region_masks"].flatten(2).any(-1).any(0).nonzero()[:, 0].tolist()
+        assert len(used) == 2
+        planes |= set(used)
+    assert planes == set(range(6))
+    assert "<|reserved_token_0|>" in processor.tokenizer.decode(batch["input_ids"][0])  # text stays in order
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_slots": 12}, {"replacement_noise": True, "vocab_size": 512}])
+def test_batch_goes_into_the_model(model, processor, rows, settings):
+    if "replacement_noise" in settings:
+        model = copy.deepcopy(model)
+        model.config.replacement_noise_mode = True
+    batch = PdlmCollator(processor, generator=generator(), **settings)(rows)
+    with torch.no_grad():
+        loss = model(**batch).loss
+    assert torch.isfinite(loss) and loss > 0
+
+
+def test_conversations(golden_base):
+    processor = AutoProcessor.from_pretrained(golden_base)
+    image = make_picture(0, 256, 128)[0]
+    content = [{"type": "image"}, {"type": "text", "text": "Hi?"}]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "More"},
+        {"role": "assistant", "content": "No more."},
+    ]
+    batch = PdlmCollator(processor, generator=generator())(
+        [{"images": [image], "messages": messages}, {"messages": messages[2:]}]
+    )
+    for k, expected in enumerate(["Yes.<|eot_id|>No more.<|eot_id|>", "No more.<|eot_id|>"]):
+        labels = batch["labels"][k]
+        assert processor.tokenizer.decode(labels[labels != -100]) == expected
+        assert torch.equal(batch["input_ids"][k][labels != -100], labels[labels != -100])
+    template = processor.apply_chat_template(messages, tokenize=False, training=True)
+    real = batch["input_ids"][0][batch["attention_mask"][0].bool()]
+    text = processor.tokenizer.decode(real[real != processor.image_token_id])
+    assert text == template.replace("<IMG_CONTEXT>", "")
+    tiles = 3
+    assert batch["pixel_values"].shape[0] == tiles
+    assert (real == processor.image_token_id).sum() == tiles * processor.tokens_per_tile
+
+
+# ---------------------------------------------------------------- groups of regions
+
+
+@pytest.mark.parametrize(
+    ("num_regions", "num_prompts", "sizes"),
+    [(0, 6, [0]), (1, 6, [1]), (3, 6, [3]), (4, 6, [2, 2]), (6, 6, [3, 3]), (7, 6, [4, 3]), (8, 6, [3, 3, 2])],
+)
+def test_partition_sizes(num_regions, num_prompts, sizes):
+    groups = partition_regions(num_regions, num_prompts, index=3, epoch=1)
+    assert [len(group) for group in groups] == sizes
+    assert sorted(k for group in groups for k in group) == list(range(num_regions))
+
+
+def test_partition_changes_with_epoch_and_picture_only():
+    assert partition_regions(9, 6, 1, 0) == partition_regions(9, 6, 1, 0)
+    assert len({str(partition_regions(9, 6, index, epoch)) for index in range(3) for epoch in range(3)}) == 9
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2, 5, 6, 15])
+@pytest.mark.parametrize("num_regions", [1, 5, 6, 20, 61])
+def test_groups_fit_a_pass(num_regions, num_prompts):
+    assert max(map(len, partition_regions(num_regions, num_prompts, 0, 0))) <= num_prompts

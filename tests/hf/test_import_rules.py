@@ -1,0 +1,86 @@
+"""Imports point one way, read from the syntax trees (layout.md)."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "pdlm_hf"
+FLAT = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
+EVERY = sorted(PACKAGE.rglob("*.py"))
+MAY_PRINT = {"app/cli.py", "app/bench.py", "shapes/evaluate.py"}
+ALLOWED = {"torch", "numpy", "PIL", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+# Functions that may be longer: the forward with its named arguments, and the command with its options.
+LONG = {("modeling_pdlm.py", "forward"), ("cli.py", "caption")}
+OTHER_PLUGINS = {"pdlm_vllm", "pdlm_evalkit", "pdlm_peft"}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path):
+    return [node for node in ast.walk(tree(path)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
+def test_the_flat_files_are_those_of_the_layout():
+    names = ["configuration", "conversion", "denoising", "diffusion", "generation", "image_processing", "masking"]
+    assert [path.name for path in FLAT] == [f"{name}_pdlm.py" for name in [*names, "modeling", "processing"]]
+
+
+@pytest.mark.parametrize("path", FLAT, ids=lambda path: path.name)
+def test_flat_files_travel(path):
+    """transformers copies what `from .module import name` names, by regular expression, and nothing else."""
+    flat = {other.stem for other in FLAT}
+    for node in imports(path):
+        if isinstance(node, ast.Import):
+            assert all(alias.name.split(".")[0] in ALLOWED for alias in node.names), ast.unparse(node)
+        elif node.level == 0:
+            assert node.module.split(".")[0] in ALLOWED, ast.unparse(node)
+        else:
+            assert node.level == 1 and node.module in flat, ast.unparse(node)
+            assert all(alias.name != "*" for alias in node.names)
+        assert node.col_offset == 0, f"{ast.unparse(node)} is not at the top level"
+
+
+@pytest.mark.parametrize("path", FLAT, ids=lambda path: path.name)
+def test_text_of_flat_files_has_no_false_imports(path):
+    """The regular expressions also read docstrings, comments and strings."""
+    source = path.read_text(encoding="utf-8")
+    real = {f".{node.module}" for node in imports(path) if isinstance(node, ast.ImportFrom) and node.level}
+    for pattern in (r"^\s*import\s+\.(\S+)\s*$", r"^\s*from\s+(\.\S*)\s+import"):
+        assert {match for match in re.findall(pattern, source, re.MULTILINE)} <= real
+    absolute = {alias.name for node in imports(path) if isinstance(node, ast.Import) for alias in node.names}
+    absolute |= {node.module for node in imports(path) if isinstance(node, ast.ImportFrom) and not node.level}
+    for pattern in (r"^\s*import\s+(\S+)(?:\s+as\s+\S+)?\s*$", r"^\s*from\s+([^.\s]\S*)\s+import"):
+        assert set(re.findall(pattern, source, re.MULTILINE)) <= absolute
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_is_imported_from_the_other_plugins(path):
+    for node in imports(path):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        assert not {name.split(".")[0] for name in names} & OTHER_PLUGINS, ast.unparse(node)
+        assert not {name.split(".")[0] for name in names} & {"pdlm_hf", "tests"}, "use relative imports"
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_assert_and_no_print(path):
+    may_print = str(path.relative_to(PACKAGE)) in MAY_PRINT
+    for node in ast.walk(tree(path)):
+        assert not isinstance(node, ast.Assert), f"assert in line {node.lineno}"
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id
+        assert called != "print" or may_print, f"print in line {getattr(node, 'lineno', 0)}"
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_sizes(path):
+    """layout.md: the modeling file under 900 lines, functions under 60 lines of code (docstring not counted)."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 900
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert length < 60 or (path.name, node.name) in LONG, f"{node.name} has {length} lines"

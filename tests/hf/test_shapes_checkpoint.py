@@ -1,0 +1,131 @@
+"""The embedded checkpoint: its size, what it can do, and that it needs several steps to do it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from pdlm_hf import RegionCaptioner
+from pdlm_hf.shapes import CHECKPOINT
+from pdlm_hf.shapes.evaluate import evaluate, held_out
+from pdlm_hf.shapes.world import read
+
+pytestmark = pytest.mark.skipif(not (CHECKPOINT / "model.safetensors").exists(), reason="the checkpoint is not trained yet")
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return AutoModelForImageTextToText.from_pretrained(CHECKPOINT), AutoProcessor.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def six():
+    """A held-out picture with six regions."""
+    return next(picture for picture in held_out(123, 200) if len(picture.masks) == 6)
+
+
+def test_size(shapes):
+    files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8_000_000
+    assert {path.suffix for path in files} <= {".json", ".jinja", ".safetensors"}
+    model, _ = shapes
+    half = {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert sum(p.numel() for p in model.parameters()) <= (4_000_000 if half else 2_000_000)
+    config = model.config
+    for part in (config.text_config, config.vision_config):
+        assert part.hidden_size // part.num_attention_heads in (32, 64)
+    assert config.num_region_prompts >= 6
+    assert (config.roi_replay, config.prefix_attention) == ("aligned", "isolated")
+
+
+def test_says_how_it_was_made():
+    record = json.loads((CHECKPOINT / "training.json").read_text())
+    assert {"command", "steps", "seed", "seconds"} <= record.keys()
+
+
+def test_accuracy_on_pictures_it_has_not_seen(shapes):
+    with torch.inference_mode():
+        report = evaluate(*shapes, seed=11, images=24)
+    assert report["exact"] >= 0.95
+    assert report["well_formed"] >= 0.97
+    assert set(report["by_regions"]) <= {"1", "2", "3", "4", "5", "6"}
+
+
+def test_one_step_is_not_enough(shapes):
+    with torch.inference_mode():
+        report = evaluate(*shapes, seed=11, images=24, max_denoising_steps=1)
+    assert report["num_forwards"] == 1
+    assert report["exact"] < 0.5
+
+
+def test_six_regions_cost_one_pass(shapes, six):
+    model, processor = shapes
+    output = model.generate(**processor(images=six.image, segmentation_maps=six.masks))
+    assert output.num_forwards <= model.generation_config.max_denoising_steps
+    assert output.region_tokens.shape[:2] == (1, 6)
+    captions = [caption.text for caption in processor.post_process_region_captions(output)[0]]
+    assert sum(read(text) == figure for text, figure in zip(captions, six.figures, strict=True)) >= 5
+
+
+def test_captions_follow_permuted_masks(shapes, six):
+    model, processor = shapes
+    areas = [int(mask.sum()) for mask in six.masks]
+    permutation = np.argsort(areas)[[3, 0, 5, 1, 4, 2]]
+
+    def captions(masks):
+        output = model.generate(**processor(images=six.image, segmentation_maps=masks))
+        return [caption.text for caption in processor.post_process_region_captions(output)[0]]
+
+    plain = captions(six.masks)
+    permuted = captions([six.masks[k] for k in permutation])
+    if len(set(areas)) == 6:
+        assert permuted == [plain[k] for k in permutation]
+
+
+def test_what_is_written_for_one_region_does_not_depend_on_another(shapes, six):
+    """Isolated prefix: with all other captions replaced by anything, a region's next draft is the same to the token."""
+    model, processor = shapes
+    inputs = processor(images=six.image, segmentation_maps=six.masks)
+    steps = model.generate(**inputs, output_history=True).history
+    middle = steps[len(steps) // 2]
+    order = inputs["region_order"][0].tolist()
+    output = model.generate(**inputs)
+    slots = output.region_tokens.shape[-1]
+    plain = {name: value for name, value in inputs.items() if name not in ("region_order", "image_index")}
+
+    def logits(region_tokens):
+        """Of all slots, regions in the model's order."""
+        ids = output.sequences.clone()
+        canvas = ids[0, -6 * (slots + 2) :].view(6, slots + 2)
+        for rank, region in enumerate(order):
+            canvas[rank, 1:-1] = region_tokens[region]
+        ids[0, -6 * (slots + 2) :] = canvas.flatten()
+        sequence = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            scores = model(**plain | sequence).logits[0, -6 * (slots + 2) :]
+        return scores.view(6, slots + 2, -1)[:, 1:-1]
+
+    tokens = middle.tokens[0]
+    expected = logits(tokens)
+    generator = torch.Generator().manual_seed(0)
+    for rank, region in enumerate(order):
+        others = torch.randint(0, 256, tokens.shape, generator=generator)
+        others[region] = tokens[region]
+        got = logits(others)[rank]
+        torch.testing.assert_close(got, expected[rank], atol=1e-3, rtol=1e-4)
+        assert torch.equal(got.argmax(-1), expected[rank].argmax(-1))
+
+
+def test_default_captioner(six):
+    captions = RegionCaptioner.from_pretrained().caption(six.image, six.masks)
+    assert sum(read(caption.text) == figure for caption, figure in zip(captions, six.figures, strict=True)) >= 5
+
+
+def test_adaptive_decoding_is_faster_and_still_right(shapes):
+    with torch.inference_mode():
+        report = evaluate(*shapes, seed=11, images=24, acceptance_threshold=0.9)
+        fixed = evaluate(*shapes, seed=11, images=8)
+    assert report["exact"] >= 0.9
+    assert report["num_forwards"] < fixed["num_forwards"]

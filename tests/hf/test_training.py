@@ -1,0 +1,87 @@
+import pytest
+import torch
+from tiny import lively_model
+from transformers import Trainer, TrainingArguments
+
+from pdlm_hf import PdlmForConditionalGeneration
+from pdlm_hf.app.collator import PdlmCollator
+from pdlm_hf.shapes.model import build_model
+from pdlm_hf.shapes.train import ShapesDataset
+
+LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+
+
+def trainer(model, processor, folder, **arguments):
+    arguments = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3} | arguments
+    settings = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to="none", remove_unused_columns=False, logging_steps=1, **arguments
+    )
+    collator = PdlmCollator(processor, num_slots=20, noise_floor=0.1, prompt_ids="ordered")
+    return Trainer(model=model, args=settings, train_dataset=ShapesDataset(0, 64, 4), data_collator=collator)
+
+
+def test_trainer_trains_every_weight_and_resumes(processor, tmp_path):
+    torch.manual_seed(0)
+    model = build_model(processor)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    run = trainer(model, processor, tmp_path, save_steps=2)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(loss > 0 for loss in losses)
+    unchanged = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert unchanged == []
+    again = trainer(build_model(processor), processor, tmp_path, max_steps=3)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 3
+    assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [1, 2, 3]
+
+
+def test_gradient_checkpointing_in_the_trainer(processor, tmp_path):
+    trainer(build_model(processor), processor, tmp_path, gradient_checkpointing=True, max_steps=1).train()
+
+
+@pytest.mark.slow
+def test_the_loss_falls(processor, tmp_path):
+    torch.manual_seed(0)
+    run = trainer(build_model(processor), processor, tmp_path, max_steps=60, warmup_steps=5)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_adapters_on_the_language_model(processor, pictures, tmp_path):
+    peft = pytest.importorskip("peft")
+    inputs = processor(images=[p.image for p in pictures], segmentation_maps=[p.masks for p in pictures])
+    plain = {name: value for name, value in inputs.items() if name not in ("region_order", "image_index")}
+    config = peft.LoraConfig(r=2, target_modules=LORA_TARGETS, modules_to_save=["region_embedding"])
+    adapted = peft.get_peft_model(lively_model(processor), config)
+    names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert not any("vision_tower" in name for name in names)
+    assert sum("lora_A" in name for name in names) == 7 * adapted.config.text_config.num_hidden_layers
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        expected = adapted(**plain).logits
+        assert (expected - lively_model(processor)(**plain).logits).abs().max() > 0.1
+    settings = {"max_new_tokens": 6, "max_denoising_steps": 3}
+    tokens = adapted.generate(**inputs, **settings).region_tokens
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(lively_model(processor), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**plain).logits, expected)
+    assert torch.equal(again.generate(**inputs, **settings).region_tokens, tokens)
+    merged = again.merge_and_unload()
+    assert isinstance(merged, PdlmForConditionalGeneration)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**plain).logits, expected, atol=1e-2, rtol=1e-3)
+
+
+def test_adapters_train(processor, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(build_model(processor), peft.LoraConfig(r=2, target_modules=LORA_TARGETS))
+    before = {name: p.clone() for name, p in adapted.named_parameters()}
+    trainer(adapted, processor, tmp_path, gradient_checkpointing=True).train()
+    changed = {name for name, p in adapted.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
