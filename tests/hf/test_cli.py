@@ -79,7 +79,9 @@ def test_coco_file_is_searched_for_the_picture(pdlm, files):
 
 def test_question(pdlm, files):
     plain = pdlm("caption", files / "picture.png", *masks_of(files)).stdout
-    assert pdlm("caption", files / "picture.png", *masks_of(files), "--question", "What is it made of?").stdout != plain
+    assert (
+        pdlm("caption", files / "picture.png", *masks_of(files), "--question", "What is it made of?").stdout != plain
+    )
 
 
 def test_draw(pdlm, files):

@@ -29,7 +29,10 @@ def test_reference_layout_labels_everything_after_the_header(processor, rows):
     for k, entry in enumerate(rows):
         areas = [region["mask"].sum() for region in entry["regions"]]
         order = np.argsort(areas)[::-1]
-        text = "\n".join(f"<|Mask_Cap_{i}|>{entry['regions'][at]['caption']}" for i, at in enumerate(order)) + "<|eot_id|>"
+        text = (
+            "\n".join(f"<|Mask_Cap_{i}|>{entry['regions'][at]['caption']}" for i, at in enumerate(order))
+            + "<|eot_id|>"
+        )
         labels, real = batch["labels"][k], batch["attention_mask"][k].bool()
         assert processor.tokenizer.decode(labels[labels != -100]) == text
         assert torch.equal(batch["input_ids"][k][labels != -100], labels[labels != -100])
@@ -71,7 +74,9 @@ def test_range_of_slots(processor, rows):
 
 
 def test_too_long_a_caption_is_refused(processor):
-    with pytest.raises(ValueError, match=r"caption of region 0 has \d+ tokens, more than the 3 slots. .*'far too long"):
+    with pytest.raises(
+        ValueError, match=r"caption of region 0 has \d+ tokens, more than the 3 slots. .*'far too long"
+    ):
         PdlmCollator(processor, num_slots=3)([row(0, ["far too long for three slots"])])
 
 
@@ -91,7 +96,10 @@ def test_bad_rows(processor, entry, message):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"prompt_ids": "sorted"}, '`prompt_ids` must be "random" or "ordered"'), ({"replacement_noise": True}, "`vocab_size`")],
+    [
+        ({"prompt_ids": "sorted"}, '`prompt_ids` must be "random" or "ordered"'),
+        ({"replacement_noise": True}, "`vocab_size`"),
+    ],
 )
 def test_bad_settings(processor, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -46,7 +46,11 @@ def test_tokenizer_without_the_mask_token_is_refused(golden_regions):
 
 
 def test_base_config_has_no_regions(golden_base):
-    for config in (PdlmBaseConfig(), PdlmBaseConfig.from_pretrained(golden_base), AutoConfig.from_pretrained(golden_base)):
+    for config in (
+        PdlmBaseConfig(),
+        PdlmBaseConfig.from_pretrained(golden_base),
+        AutoConfig.from_pretrained(golden_base),
+    ):
         assert type(config) is PdlmBaseConfig
         assert config.num_region_prompts == 0
         assert config.region_token_ids == config.caption_token_ids == []
@@ -143,9 +147,9 @@ def test_the_default_is_the_8b():
     assert model.config.num_roi_tokens == 16
     assert model.config.text_config.rms_norm_eps == 1e-5
     assert model.config.vision_config.layer_norm_eps == 1e-6
-    assert sum(p.numel() for p in model.model.language_model.parameters()) + model.lm_head.weight.numel() == pytest.approx(
-        8.015e9, rel=1e-3
-    )
+    assert sum(
+        p.numel() for p in model.model.language_model.parameters()
+    ) + model.lm_head.weight.numel() == pytest.approx(8.015e9, rel=1e-3)
 
 
 def test_feature_layer_decides_how_many_vision_layers_are_built():

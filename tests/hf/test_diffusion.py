@@ -16,7 +16,8 @@ from pdlm_hf.diffusion_pdlm import (
 
 
 @pytest.mark.parametrize(
-    ("t", "floor", "expected"), [(0.0, 1e-3, 1e-3), (1.0, 1e-3, 1.0), (0.5, 1e-3, 0.5005), (0.0, 0.1, 0.1), (0.5, 0.1, 0.55)]
+    ("t", "floor", "expected"),
+    [(0.0, 1e-3, 1e-3), (1.0, 1e-3, 1.0), (0.5, 1e-3, 0.5005), (0.0, 0.1, 0.1), (0.5, 0.1, 0.55)],
 )
 def test_noise_probability(t, floor, expected):
     assert noise_probability(torch.tensor(t), floor).item() == pytest.approx(expected)

@@ -14,13 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from pdlm_hf import PdlmForConditionalGeneration
 from pdlm_hf.app.export import export_checkpoint
 
-CODE = [
-    f"{name}_pdlm.py"
-    for name in (
-        "configuration", "conversion", "denoising", "diffusion", "generation", "image_processing", "masking", "modeling",
-        "processing",
-    )
-]  # fmt: skip
+NAMES = ["configuration", "conversion", "denoising", "diffusion", "generation", "image_processing", "masking"]
+CODE = [f"{name}_pdlm.py" for name in [*NAMES, "modeling", "processing"]]
 MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors"]
 PROCESSOR_FILES = ["chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]
 SETTINGS = {"max_new_tokens": 6, "max_denoising_steps": 3}
@@ -158,7 +153,10 @@ def test_same_outputs_without_the_package(work, golden_regions, tiny_checkpoint,
 
 def test_same_chat_without_the_package(work, golden_base):
     _, _, results, image, _ = work
-    model, processor = AutoModelForImageTextToText.from_pretrained(golden_base), AutoProcessor.from_pretrained(golden_base)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(golden_base),
+        AutoProcessor.from_pretrained(golden_base),
+    )
     assert torch.equal(results["base/tokens"], model.generate(**processor(images=image, text="Hi?"), **SETTINGS))
 
 

@@ -86,7 +86,10 @@ def test_settings_for_chat_do_not_fit_regions(model, inputs, name, value):
     ("settings", "message"),
     [
         ({"acceptance_threshold": 0.9}, "`acceptance_threshold` is for region captions"),
-        ({"max_new_tokens": 10, "block_length": 4}, r"`max_new_tokens` \(10\) must be a multiple of `block_length` \(4\)"),
+        (
+            {"max_new_tokens": 10, "block_length": 4},
+            r"`max_new_tokens` \(10\) must be a multiple of `block_length` \(4\)",
+        ),
         (
             {"max_new_tokens": 8, "block_length": 4, "max_denoising_steps": 3},
             r"`max_denoising_steps` \(3\) must be a multiple of the number of blocks \(2\)",
@@ -100,7 +103,8 @@ def test_settings_that_do_not_fit_chat(base, settings, message):
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"), [("steps", "max_denoising_steps"), ("gen_length", "max_new_tokens"), ("gen_len", "max_new_tokens")]
+    ("theirs", "ours"),
+    [("steps", "max_denoising_steps"), ("gen_length", "max_new_tokens"), ("gen_len", "max_new_tokens")],
 )
 def test_reference_names_warn_and_work(model, inputs, theirs, ours):
     expected = model.generate(**inputs, **{"max_new_tokens": 4, "max_denoising_steps": 2, ours: 3})
@@ -113,7 +117,9 @@ def test_reference_names_warn_and_work(model, inputs, theirs, ours):
 
 
 def test_reference_name_and_ours_together(model, inputs):
-    with pytest.raises(ValueError, match="`steps` is the reference's name for `max_denoising_steps`, which is given too"):
+    with pytest.raises(
+        ValueError, match="`steps` is the reference's name for `max_denoising_steps`, which is given too"
+    ):
         model.generate(**inputs, steps=3, max_denoising_steps=4)
 
 
@@ -373,6 +379,25 @@ def test_num_forwards_is_counted_at_the_language_model(processor, inputs):
     assert calls.count("vision") == 1
 
 
+@pytest.mark.parametrize("interval", [0, 2, 3])
+@pytest.mark.parametrize("settings", [{}, {"acceptance_threshold": 0.4}, {"temperature": 0.7, "seed": 5}], ids=str)
+def test_a_kept_prefix_is_exact_where_it_is_isolated(isolated_model, inputs, interval, settings):
+    expected = run(isolated_model, inputs, prefix_refresh_interval=1, **settings)
+    got = run(isolated_model, inputs, prefix_refresh_interval=interval, **settings)
+    assert torch.equal(got.region_tokens, expected.region_tokens)
+    torch.testing.assert_close(got.region_scores, expected.region_scores, atol=1e-4, rtol=1e-4)
+    assert got.num_forwards == expected.num_forwards
+
+
+@pytest.mark.parametrize(("fixture", "default"), [("model", 1), ("isolated_model", 0)])
+def test_default_of_the_prefix_refresh_interval(request, inputs, fixture, default):
+    model = request.getfixturevalue(fixture)
+    expected = run(model, inputs, prefix_refresh_interval=default)
+    got = run(model, inputs)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert torch.equal(got.region_scores, expected.region_scores)
+
+
 def test_region_order_may_be_left_out(model, processor):
     image, masks = make_picture(1, 64, 64, 2)
     masks = sorted(masks, key=np.sum, reverse=True)
@@ -526,9 +551,15 @@ def test_suffix_is_seen_while_writing(base, question):
     model, _ = base
     first, second = (
         model.generate(
-            **question, max_new_tokens=4, max_denoising_steps=1, generation_suffix=ids, output_history=True,
+            **question,
+            max_new_tokens=4,
+            max_denoising_steps=1,
+            generation_suffix=ids,
+            output_history=True,
             return_dict_in_generate=True,
-        ).history[0].probability
+        )
+        .history[0]
+        .probability
         for ids in ([5, 6, 7], [8, 9, 10])
     )
     assert (first - second).abs().max() > 1e-6

@@ -8,7 +8,15 @@ from transformers import AutoModelForImageTextToText
 from pdlm_hf.masking_pdlm import caption_canvas
 from pdlm_hf.modeling_pdlm import merge_tiles, pixel_unshuffle, roi_align
 
-FORWARD = ("input_ids", "attention_mask", "pixel_values", "image_grids", "region_masks", "region_boxes", "original_sizes")
+FORWARD = (
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "image_grids",
+    "region_masks",
+    "region_boxes",
+    "original_sizes",
+)
 
 
 def full_inputs(model, processor, num_masks=(2,), num_slots=4, seed=0):
@@ -37,9 +45,7 @@ def answers(logits, slots):
 # ---------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize(
-    "implementation", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("implementation", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("prefix_attention", ["full", "isolated"])
 def test_attention_implementations_agree(processor, prefix_attention, implementation):
     model = lively_model(processor, prefix_attention)

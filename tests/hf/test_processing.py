@@ -153,11 +153,23 @@ def test_more_regions_than_prompts_are_split_into_passes(processor, count, passe
         ({"segmentation_maps": []}, ValueError, "image 0: no regions"),
         ({"segmentation_maps": np.zeros((0, 64, 64))}, ValueError, "image 0: no regions"),
         ({"segmentation_maps": [np.zeros((64, 64))]}, ValueError, "image 0, mask 0: is empty"),
-        ({"segmentation_maps": [np.ones((64, 64)), np.ones((64, 63))]}, ValueError, "image 0, mask 1: has size 63 x 64"),
+        (
+            {"segmentation_maps": [np.ones((64, 64)), np.ones((64, 63))]},
+            ValueError,
+            "image 0, mask 1: has size 63 x 64",
+        ),
         ({"segmentation_maps": [np.ones((64, 64))], "images": None}, ValueError, "without `images`"),
-        ({"segmentation_maps": [[np.ones((64, 64))]] * 3, "images": [0, 0]}, ValueError, "2 pictures, but masks for 3"),
+        (
+            {"segmentation_maps": [[np.ones((64, 64))]] * 3, "images": [0, 0]},
+            ValueError,
+            "2 pictures, but masks for 3",
+        ),
         ({"segmentation_maps": [np.ones((64, 64))], "text": ["a", "b"]}, ValueError, "1 pictures, but 2 questions"),
-        ({"segmentation_maps": [np.ones((64, 64))], "text": 5}, ValueError, "the question: expected a string, got int"),
+        (
+            {"segmentation_maps": [np.ones((64, 64))], "text": 5},
+            ValueError,
+            "the question: expected a string, got int",
+        ),
         ({"segmentation_maps": [np.ones((64, 64))], "images": "a.png"}, ValueError, "image 0: expected a PIL image"),
         ({"segmentation_maps": [np.ones((64, 64))], "return_tensors": "tf"}, ValueError, 'must be "pt", "np" or None'),
         ({"text": "Hi", "videos": [1]}, ValueError, "images only, not videos"),
@@ -169,7 +181,9 @@ def test_wrong_calls(processor, arguments, error, message):
         processor(**{"images": np.zeros((64, 64, 3), np.uint8)} | arguments)
 
 
-@pytest.mark.parametrize("token", ["<|reserved_token_0|>", "<|mdm_mask|>", "<|eot_id|>", "<IMG_CONTEXT>", "<|Mask_Cap_1|>"])
+@pytest.mark.parametrize(
+    "token", ["<|reserved_token_0|>", "<|mdm_mask|>", "<|eot_id|>", "<IMG_CONTEXT>", "<|Mask_Cap_1|>"]
+)
 def test_special_tokens_in_the_question_are_refused(processor, base, token):
     image = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(ValueError, match="special tokens of the model"):
@@ -303,7 +317,9 @@ def output_of(processor, texts, slots=12):
     for i, image in enumerate(texts):
         for k, text in enumerate(image):
             ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-            tokens[i, k] = torch.tensor((ids + [processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")] * slots)[:slots])
+            tokens[i, k] = torch.tensor(
+                (ids + [processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")] * slots)[:slots]
+            )
     scores = torch.arange(len(texts) * most).float().view(len(texts), most) / 10
     return PdlmGenerationOutput(region_tokens=tokens, region_scores=scores)
 

@@ -55,7 +55,10 @@ def box_mask(x0, y0, x1, y1):
         ([-5, -5, 8, 8], box_mask(0, 0, 3, 3)),  # cut at the border
         ([25, 15, 100, 100], box_mask(25, 15, 30, 20)),
         ([[0, 0, 10, 0, 10, 10, 0, 10]], box_mask(0, 0, 10, 10)),
-        ([[0, 0, 4, 0, 4, 4, 0, 4], [10, 10, 14, 10, 14, 14, 10, 14]], box_mask(0, 0, 4, 4) | box_mask(10, 10, 14, 14)),
+        (
+            [[0, 0, 4, 0, 4, 4, 0, 4], [10, 10, 14, 10, 14, 14, 10, 14]],
+            box_mask(0, 0, 4, 4) | box_mask(10, 10, 14, 14),
+        ),
         ({"segmentation": compressed(BLOB)}, BLOB),
         ({"segmentation": [[0, 0, 10, 0, 10, 10, 0, 10]], "bbox": [1, 1, 1, 1]}, box_mask(0, 0, 10, 10)),
         ({"bbox": [3, 4, 5, 6]}, box_mask(3, 4, 8, 10)),
@@ -81,7 +84,9 @@ def test_run_lengths_agree_with_pycocotools(seed):
     for rle in (compressed(mask), compressed(mask, text=False), uncompressed(mask)):
         assert np.array_equal(parse_region(rle, width, height).mask, mask)
     counts = uncompressed(mask)["counts"]
-    assert np.array_equal(coco.decode(coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)), mask)
+    assert np.array_equal(
+        coco.decode(coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)), mask
+    )
 
 
 @pytest.mark.parametrize("rings", [[POLYGON], [POLYGON, [15, 2, 29, 2, 29, 18]], [[-5.0, -5, 50, -5, 50, 10]]])
@@ -110,7 +115,10 @@ def damaged(change):
         ({"size": [HEIGHT, WIDTH], "counts": [float("nan"), 600]}, "holds NaN"),
         ({"size": [HEIGHT, WIDTH], "counts": ["a"]}, "expected numbers"),
         ({"size": [HEIGHT, WIDTH], "counts": [600]}, "is empty"),
-        ({"size": [WIDTH, HEIGHT], "counts": "abc"}, r"the RLE is for size \[30, 20\] \(height, width\), .*\[20, 30\]"),
+        (
+            {"size": [WIDTH, HEIGHT], "counts": "abc"},
+            r"the RLE is for size \[30, 20\] \(height, width\), .*\[20, 30\]",
+        ),
         ({"counts": "abc"}, r"the RLE is for size \[\]"),
         ({"size": 600, "counts": "abc"}, r"the RLE is for size \[\]"),
         ({"size": [HEIGHT, WIDTH], "counts": [[600]]}, "the RLE is damaged"),
@@ -255,7 +263,13 @@ def test_missing_region_file(tmp_path):
 def test_load_image_forms(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     Image.fromarray(array).save(tmp_path / "a.png")
-    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(array), array, torch.from_numpy(array)):
+    for source in (
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        Image.fromarray(array),
+        array,
+        torch.from_numpy(array),
+    ):
         assert np.array_equal(np.asarray(load_image(source)), array)
 
 

@@ -12,7 +12,9 @@ from pdlm_hf.shapes import CHECKPOINT
 from pdlm_hf.shapes.evaluate import evaluate, held_out
 from pdlm_hf.shapes.world import read
 
-pytestmark = pytest.mark.skipif(not (CHECKPOINT / "model.safetensors").exists(), reason="the checkpoint is not trained yet")
+pytestmark = pytest.mark.skipif(
+    not (CHECKPOINT / "model.safetensors").exists(), reason="the checkpoint is not trained yet"
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def test_captions_follow_permuted_masks(shapes, six):
 
 
 def test_what_is_written_for_one_region_does_not_depend_on_another(shapes, six):
-    """Isolated prefix: with all other captions replaced by anything, a region's next draft is the same to the token."""
+    """Isolated prefix: with all other captions replaced by anything, a region's draft is the same to the token."""
     model, processor = shapes
     inputs = processor(images=six.image, segmentation_maps=six.masks)
     steps = model.generate(**inputs, output_history=True).history

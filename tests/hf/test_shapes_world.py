@@ -108,7 +108,9 @@ def test_every_attribute_occurs(many):
 
 def test_some_figures_touch(many):
     def touching(picture):
-        grown = [m | np.roll(m, 2, 0) | np.roll(m, 2, 1) | np.roll(m, -2, 0) | np.roll(m, -2, 1) for m in picture.masks]
+        grown = [
+            m | np.roll(m, 2, 0) | np.roll(m, 2, 1) | np.roll(m, -2, 0) | np.roll(m, -2, 1) for m in picture.masks
+        ]
         return any((a & b).any() for a, b in itertools.combinations(grown, 2))
 
     assert sum(map(touching, many)) > 5

@@ -14,7 +14,12 @@ LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp
 def trainer(model, processor, folder, **arguments):
     arguments = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3} | arguments
     settings = TrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to="none", remove_unused_columns=False, logging_steps=1, **arguments
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to="none",
+        remove_unused_columns=False,
+        logging_steps=1,
+        **arguments,
     )
     collator = PdlmCollator(processor, num_slots=20, noise_floor=0.1, prompt_ids="ordered")
     return Trainer(model=model, args=settings, train_dataset=ShapesDataset(0, 64, 4), data_collator=collator)
@@ -60,7 +65,7 @@ def test_adapters_on_the_language_model(processor, pictures, tmp_path):
     assert sum("lora_A" in name for name in names) == 7 * adapted.config.text_config.num_hidden_layers
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
         expected = adapted(**plain).logits

@@ -1,0 +1,137 @@
+"""The prompt cache, portions of a batch, and regions that finish early."""
+
+import pytest
+import torch
+
+from pdlm_hf.generation_pdlm import _portions
+
+SETTINGS = {"max_new_tokens": 8, "max_denoising_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def inputs(processor, pictures):
+    return processor(images=[p.image for p in pictures], segmentation_maps=[p.masks for p in pictures])
+
+
+def hidden_rows(model, monkeypatch):
+    """Query lengths of every pass through the language model."""
+    lengths = []
+    forward = model.model.language_model.forward
+
+    def spy(*args, **kwargs):
+        lengths.append(kwargs["inputs_embeds"].shape[:2])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model.language_model, "forward", spy)
+    return lengths
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_isolated_cache_is_exact(isolated_model, inputs, implementation, threshold):
+    settings = {**SETTINGS, "acceptance_threshold": threshold, "output_history": True}
+    isolated_model.set_attn_implementation(implementation)
+    try:
+        exact = isolated_model.generate(**inputs, prefix_refresh_interval=1, **settings)
+        for interval in (0, 3):
+            cached = isolated_model.generate(**inputs, prefix_refresh_interval=interval, **settings)
+            assert torch.equal(cached.region_tokens, exact.region_tokens)
+            assert torch.equal(cached.region_steps, exact.region_steps)
+            assert cached.num_forwards == exact.num_forwards
+            torch.testing.assert_close(cached.region_scores, exact.region_scores, atol=1e-5, rtol=1e-4)
+            for ours, theirs in zip(cached.history, exact.history, strict=True):
+                assert torch.equal(ours.tokens, theirs.tokens)
+                where = ours.masked  # finished regions are no longer computed
+                torch.testing.assert_close(ours.probability[where], theirs.probability[where], atol=1e-5, rtol=1e-4)
+    finally:
+        isolated_model.set_attn_implementation("sdpa")
+
+
+def test_the_cache_is_the_default_for_isolated_checkpoints_only(isolated_model, model, inputs, monkeypatch):
+    for network, cached in ((isolated_model, True), (model, False)):
+        lengths = hidden_rows(network, monkeypatch)
+        network.generate(**inputs, **SETTINGS)
+        canvas = max((inputs["region_order"] >= 0).sum(1).tolist()) * 10
+        assert lengths[0][1] == inputs["input_ids"].shape[1] + canvas
+        assert [length[1] for length in lengths[1:]] == [canvas if cached else lengths[0][1]] * 7
+        monkeypatch.undo()
+
+
+def test_full_attention_first_step_is_identical_and_later_ones_approximate(model, inputs):
+    settings = {**SETTINGS, "output_history": True}
+    exact = model.generate(**inputs, prefix_refresh_interval=1, **settings).history
+    frozen = model.generate(**inputs, prefix_refresh_interval=0, **settings).history
+    refreshed = model.generate(**inputs, prefix_refresh_interval=2, **settings).history
+    for approximate in (frozen, refreshed):
+        assert torch.equal(approximate[0].draft, exact[0].draft)
+        assert torch.equal(approximate[0].probability, exact[0].probability)
+        assert torch.equal(approximate[1].tokens, exact[1].tokens)
+    assert not torch.equal(frozen[1].probability, exact[1].probability)
+    # step 2 computes everything again; its canvas differs only if step 1 drafted something else
+    if torch.equal(refreshed[2].tokens, exact[2].tokens):
+        torch.testing.assert_close(refreshed[2].probability, exact[2].probability)
+
+
+def test_finished_regions_and_rows_leave_the_canvas(isolated_model, inputs, monkeypatch):
+    lengths = hidden_rows(isolated_model, monkeypatch)
+    output = isolated_model.generate(**inputs, max_new_tokens=8, max_denoising_steps=32, acceptance_threshold=0.3)
+    steps = output.region_steps
+    present = output.region_tokens[..., 0] >= 0
+    for step, (rows, length) in enumerate(lengths[1:], 1):
+        active = (steps > step) & present
+        assert rows == active.any(1).sum()
+        assert length == active.sum(1).max() * 10
+    assert len(lengths) == output.num_forwards == steps.max()
+    assert steps[present].float().mean() < output.num_forwards  # some did finish early
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, {**SETTINGS, "acceptance_threshold": 0.3}], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("interval", [0, 1])
+def test_portions_change_nothing(isolated_model, inputs, settings, interval):
+    whole = isolated_model.generate(**inputs, prefix_refresh_interval=interval, **settings)
+    portions = isolated_model.generate(**inputs, prefix_refresh_interval=interval, max_batch_tokens=400, **settings)
+    assert portions.num_forwards > whole.num_forwards
+    assert torch.equal(portions.region_tokens, whole.region_tokens)
+    assert torch.equal(portions.sequences, whole.sequences)
+    torch.testing.assert_close(portions.region_scores, whole.region_scores)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "counts", "limit", "expected"),
+    [
+        ([10, 10, 10], [1, 1, 1], None, [3]),
+        ([10, 10, 10], [1, 1, 1], 40, [2, 1]),  # 2 rows of 10 + 10
+        ([10, 30, 10], [1, 1, 1], 40, [1, 1, 1]),  # a long row widens its whole portion
+        ([10, 10], [1, 4], 40, [1, 1]),
+        ([100], [1], 5, [1]),  # one row always goes
+    ],
+)
+def test_portion_sizes(prompts, counts, limit, expected):
+    assert _portions(prompts, counts, 8, limit) == expected
+
+
+def test_tokens_per_forward_with_and_without_padding(isolated_model, inputs):
+    output = isolated_model.generate(**inputs, **SETTINGS)
+    end = {isolated_model.config.eot_token_id, isolated_model.config.eos_token_id}
+    text = 0
+    for caption in output.region_tokens.flatten(0, 1).tolist():
+        ends = [i for i, token in enumerate(caption) if token in end or token < 0]
+        text += ends[0] if ends else len(caption)
+    regions = int((inputs["region_order"] >= 0).sum())
+    assert output.tokens_per_forward == regions * 8 / 8
+    assert output.tokens_per_forward_per_region == 8 / 8
+    assert output.text_tokens_per_forward == text / 8
+
+
+@pytest.mark.slow
+def test_flex_attention_with_the_cache(isolated_model, processor, pictures):
+    inputs = processor(images=pictures[0].image, segmentation_maps=pictures[0].masks)
+    settings = {"max_new_tokens": 8, "max_denoising_steps": 3}
+    expected = isolated_model.generate(**inputs, **settings)
+    isolated_model.set_attn_implementation("flex_attention")
+    try:
+        output = isolated_model.generate(**inputs, **settings)
+    finally:
+        isolated_model.set_attn_implementation("sdpa")
+    assert torch.equal(output.region_tokens, expected.region_tokens)
+    torch.testing.assert_close(output.region_scores, expected.region_scores, atol=1e-4, rtol=1e-3)
