@@ -83,6 +83,8 @@ def to_rgb(image: Any, name: str = "image") -> Image.Image:
     """
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu().numpy()
+    if isinstance(image, Image.Image) and image.mode[0] in "IF":  # 16 bits and more: PIL would clip to white
+        image = np.asarray(image)
     if isinstance(image, np.ndarray):
         if image.ndim == 3 and image.shape[0] in (3, 4) and image.shape[2] not in (3, 4):
             image = image.transpose(1, 2, 0)
@@ -120,6 +122,11 @@ def to_binary_mask(mask: Any, height: int, width: int, name: str = "mask") -> np
         ValueError: wrong shape or size, NaN, a label map, or an empty mask.
     """
     if isinstance(mask, Image.Image):
+        if "A" in mask.getbands() and len(set(mask.getchannel("A").getextrema())) > 1:
+            raise ValueError(
+                f"{name}: has an alpha channel. Pass the region as a picture of one channel; if it is in the alpha "
+                'channel, that is `mask.getchannel("A")`.'
+            )
         mask = mask.convert("L") if mask.mode not in ("1", "L", "I", "F", "I;16") else mask
     elif isinstance(mask, torch.Tensor):
         mask = mask.detach().cpu().numpy()

@@ -217,7 +217,12 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As everywhere; where the code is written too (`_auto_class`), every Auto class finds it."""
+        """As everywhere, with our parameter names, and with auto_map entries for all Auto classes.
+
+        transformers would write the reference's names by default (`save_original_format`). Trainer resumes from a
+        checkpoint by our names, and would silently go on from random weights.
+        """
+        kwargs.setdefault("save_original_format", False)
         if self._auto_class is not None:
             name = f"modeling_pdlm.{type(self).__name__}"
             self.config.auto_map = {

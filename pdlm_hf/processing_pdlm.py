@@ -106,8 +106,8 @@ class PdlmProcessor(ProcessorMixin):
         if config_file:
             with open(config_file, encoding="utf-8") as file:
                 upstream = json.load(file)
-        if "language_model_config" not in upstream:
-            return super()._get_arguments_from_pretrained(path, processor_dict, **kwargs)
+        if "language_model_config" not in upstream:  # not through AutoImageProcessor, which may ask for torchvision
+            return [PdlmImageProcessorPil.from_pretrained(path, **kwargs), cls._load_tokenizer(path, **kwargs)]
         config = AutoConfig.from_pretrained(path)
         size = config.vision_config.image_size
         image_processor = PdlmImageProcessorPil(

@@ -17,15 +17,20 @@ def load_image(source: Any) -> Image.Image:
     Raises:
         ValueError: no such file, not a picture, cut short, or too large to be opened safely.
     """
-    if not isinstance(source, (str, Path)):
-        return to_rgb(ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else source)
+    if isinstance(source, (str, Path)):
+        return to_rgb(open_image(source), str(source))
+    return to_rgb(ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else source)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """A picture file in its own mode, turned the way it is meant to be seen. Raises: ValueError as [`load_image`]."""
     try:
-        with Image.open(source) as image:
+        with Image.open(path) as image:
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image), str(source))
+            return ImageOps.exif_transpose(image)
     except FileNotFoundError:
-        raise ValueError(f"{source}: no such file.") from None
+        raise ValueError(f"{path}: no such file.") from None
     except IsADirectoryError:
-        raise ValueError(f"{source}: is a folder, not a picture.") from None
+        raise ValueError(f"{path}: is a folder, not a picture.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{source}: cannot be opened as a picture ({error}).") from error
+        raise ValueError(f"{path}: cannot be opened as a picture ({error}).") from error

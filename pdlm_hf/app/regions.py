@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from ..image_processing_pdlm import to_binary_mask
-from .images import load_image
+from .images import open_image
 
 
 @dataclass
@@ -73,7 +73,7 @@ def parse_region(value: Any, width: int, height: int, index: int = 0) -> Region:
     if isinstance(value, dict):
         mask = _from_rle(value, width, height, name)
     elif isinstance(value, (str, Path)):
-        mask = np.asarray(load_image(value).convert("L"))
+        mask = open_image(value)
     elif isinstance(value, (list, tuple)) and len(value) == 4 and all(np.isscalar(x) for x in value):
         mask = _from_box(value, width, height, name)
     elif isinstance(value, (list, tuple)):

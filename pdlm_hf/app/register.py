@@ -1,5 +1,7 @@
 """Registration with transformers' Auto classes."""
 
+import contextlib
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -48,7 +50,8 @@ def register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto_class in MODEL_AUTO_CLASSES:
             auto_class.register(config, model, exist_ok=True)
-        AutoImageProcessor.register(config, image_processor_classes={"pil": PdlmImageProcessorPil}, exist_ok=True)
+        with contextlib.suppress(ImportError):  # up to transformers 5.17 this Auto class needs torchvision
+            AutoImageProcessor.register(config, image_processor_classes={"pil": PdlmImageProcessorPil}, exist_ok=True)
         AutoProcessor.register(config, PdlmProcessor, exist_ok=True)
         # save_pretrained then writes the code beside the weights (trust_remote_code)
         config.register_for_auto_class()

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "pdlm_hf"
+import pdlm_hf
+
+PACKAGE = Path(pdlm_hf.__file__).parent
 FLAT = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
 EVERY = sorted(PACKAGE.rglob("*.py"))
 MAY_PRINT = {"app/cli.py", "app/bench.py", "shapes/evaluate.py"}

@@ -310,3 +310,25 @@ def test_a_bomb_is_refused(tmp_path, monkeypatch):
     Image.new("L", (64, 64)).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match="large.png: cannot be opened as a picture"):
         load_image(tmp_path / "large.png")
+
+
+def test_a_mask_with_a_meaningful_alpha_channel_is_refused(tmp_path):
+    pixels = np.full((20, 30, 4), 255, np.uint8)
+    pixels[..., 3] = 0
+    pixels[5:10, 5:10, 3] = 255
+    path = tmp_path / "mask.png"
+    Image.fromarray(pixels).save(path)
+    for value in (path, Image.fromarray(pixels)):
+        with pytest.raises(ValueError, match="has an alpha channel"):
+            parse_regions([value], 30, 20)
+    alpha = Image.fromarray(pixels).getchannel("A")
+    assert parse_regions([alpha], 30, 20)[0].bbox == [5, 5, 5, 5]
+    opaque = Image.fromarray(np.dstack([pixels[..., 3]] * 3 + [np.full((20, 30), 255, np.uint8)]))
+    assert parse_regions([opaque], 30, 20)[0].bbox == [5, 5, 5, 5]
+
+
+def test_a_picture_of_sixteen_bits_is_refused(tmp_path):
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(path)
+    with pytest.raises(ValueError, match="integer values 0..255"):
+        load_image(path)
