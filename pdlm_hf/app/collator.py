@@ -44,7 +44,8 @@ class PdlmCollator:
     regions, or `{"images": [...], "messages": [{"role", "content"}, ...]}` for the base model.
 
     Random numbers are drawn in the reference's order: t per sample, then one uniform number per token (and the same
-    again plus the replacement tokens in replacement mode).
+    again plus the replacement tokens in replacement mode). A row may bring a "seed": the first row's decides the noise
+    of its batch and each one's its prompt ids, whatever was drawn before, so that a resumed run repeats itself.
 
     Args:
         processor (`PdlmProcessor`)
@@ -84,13 +85,15 @@ class PdlmCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Encode the rows, pad them on the right and draw their noise."""
-        num_slots = self.num_slots
+        generator, num_slots = self.generator, self.num_slots
+        if "seed" in rows[0]:
+            generator = torch.Generator().manual_seed(rows[0]["seed"])
         if isinstance(num_slots, tuple):
             low, high = num_slots
-            num_slots = int(torch.randint(low, high + 1, (), generator=self.generator))
+            num_slots = int(torch.randint(low, high + 1, (), generator=generator))
         encoded = [self.encode_regions(row, num_slots) if "regions" in row else self.encode_chat(row) for row in rows]
         batch = self.processor.pad(encoded, "right")
-        return batch | self.noise(batch["labels"])
+        return batch | self.noise(batch["labels"], generator)
 
     def encode_regions(self, row: dict[str, Any], num_slots: int | None = None) -> dict[str, Any]:
         """One picture with captioned regions, without noise. Raises: ValueError on a bad mask or caption."""
@@ -106,7 +109,7 @@ class PdlmCollator:
         captions = [row["regions"][k]["caption"] for k in order]
         prompts = list(range(limit))
         if self.prompt_ids == "random":
-            random.shuffle(prompts)
+            (random.Random(row["seed"]) if "seed" in row else random).shuffle(prompts)
         answer, labels = self.answer(captions, num_slots)
         encoded = self.processor.region_row(
             image, [masks[k] for k in order], row.get("question"), prompts[: len(masks)], answer
@@ -169,23 +172,25 @@ class PdlmCollator:
                 labels += tokens if labelled else [-100] * len(tokens)
         return {"input_ids": ids, "labels": labels, **visual}
 
-    def noise(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def noise(self, labels: torch.Tensor, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
         """Draw a noise level per row and mask labelled tokens with its probability.
 
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
+            generator (`torch.Generator`, *optional*): default: the collator's.
 
         Returns:
             noise_mask (bool, same shape) and mask_probability `(batch_size,)`; replacement_ids in replacement mode.
         """
-        probability = noise_probability(torch.rand(len(labels), generator=self.generator), self.noise_floor)
-        uniform = torch.rand(labels.shape, generator=self.generator)
+        generator = generator or self.generator
+        probability = noise_probability(torch.rand(len(labels), generator=generator), self.noise_floor)
+        uniform = torch.rand(labels.shape, generator=generator)
         masked = (uniform < probability[:, None]) & (labels != -100)
         out = {"noise_mask": masked, "mask_probability": probability}
         if self.replacement_noise:
-            torch.rand(len(labels), generator=self.generator)  # drawn and unused in the reference (Q25)
-            replaced = torch.rand(labels.shape, generator=self.generator) < probability[:, None]
-            ids = torch.randint(0, self.vocab_size, labels.shape, generator=self.generator)
+            torch.rand(len(labels), generator=generator)  # drawn and unused in the reference (Q25)
+            replaced = torch.rand(labels.shape, generator=generator) < probability[:, None]
+            ids = torch.randint(0, self.vocab_size, labels.shape, generator=generator)
             out["replacement_ids"] = torch.where(masked & replaced, ids, -1)
         return out
 

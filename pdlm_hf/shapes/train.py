@@ -55,7 +55,7 @@ class ShapesDataset(Dataset):
         layout = np.random.default_rng((TRAINING, self.seed, 2**40 + index // self.group))
         picture = draw_picture(rng, layout, self.easy)
         captions = [describe(figure, rng, self.easy) for figure in picture.figures]
-        return region_rows(picture.image, picture.masks, captions)
+        return region_rows(picture.image, picture.masks, captions) | {"seed": self.seed * 2**40 + index}
 
 
 class InOrderTrainer(Trainer):

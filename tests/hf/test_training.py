@@ -25,7 +25,7 @@ def trainer(model, processor, folder, **arguments):
     return Trainer(model=model, args=settings, train_dataset=ShapesDataset(0, 64, 4), data_collator=collator)
 
 
-def test_trainer_trains_every_weight_and_resumes(processor, tmp_path):
+def test_trainer_trains_every_weight(processor, tmp_path):
     torch.manual_seed(0)
     model = build_model(processor)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -35,10 +35,19 @@ def test_trainer_trains_every_weight_and_resumes(processor, tmp_path):
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
     unchanged = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
     assert unchanged == []
-    again = trainer(build_model(processor), processor, tmp_path, max_steps=3)
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(processor, tmp_path):
+    straight = build_model(processor)
+    run = trainer(straight, processor, tmp_path, max_steps=4, save_steps=2)
+    run.train()
+    resumed = build_model(processor)
+    again = trainer(resumed, processor, tmp_path / "again", max_steps=4, save_steps=2)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert again.state.global_step == 3
-    assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [1, 2, 3]
+    losses, repeated = ([e["loss"] for e in r.state.log_history if "loss" in e] for r in (run, again))
+    assert repeated == losses and len(losses) == 4
+    for (name, weight), other in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(weight, other), name
 
 
 def test_gradient_checkpointing_in_the_trainer(processor, tmp_path):
