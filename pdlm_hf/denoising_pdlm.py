@@ -5,7 +5,7 @@ stand left-padded in the first columns and canvases behind them, so that the key
 while only the canvases run through the model (`prefix_refresh_interval`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -220,6 +220,8 @@ class _View:
         row_of, region_of, place: the same as indices, for each present block: its row and region in the batch, and its
             place in `(R * K,)`.
         counts: slots of each row, in Python.
+        positions: of the canvas rows in their sequences, `(R, K * block length)`.
+        masks: attention mask of a pass over prompts and canvas (True) and over the canvas alone (False), once built.
     """
 
     rows: torch.Tensor
@@ -229,8 +231,8 @@ class _View:
     region_of: torch.Tensor
     place: torch.Tensor
     counts: list[int]
-    mask: Any = None
     positions: torch.Tensor | None = None
+    masks: dict[bool, Any] = field(default_factory=dict)
 
 
 class RegionCanvas:
@@ -313,14 +315,13 @@ class RegionCanvas:
             embeds = torch.cat([self.prompt[rows], embeds], 1)
             positions = torch.cat([prompt_positions, positions], 1)
             cache = PrefixCache() if keep else None
-            view.mask = None
         else:
             cache = self._cache_of(rows)
-        if view.mask is None:
-            view.mask = self._mask(view, embeds, cache, size)
+        if whole not in view.masks:
+            view.masks[whole] = self._mask(view, embeds, cache, size)
         hidden = self.model.model.language_model(
             inputs_embeds=embeds,
-            attention_mask=view.mask,
+            attention_mask=view.masks[whole],
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -329,7 +330,6 @@ class RegionCanvas:
             cache.freeze(self.prompt.shape[1])
             self.cache, self.cached_rows = cache, rows
         if whole:
-            view.mask = None
             hidden = hidden[:, self.prompt.shape[1] :]
         return hidden.view(*view.blocks.shape, size, -1)[:, :, 1:-1]
 

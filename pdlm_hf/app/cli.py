@@ -8,14 +8,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .bench import decode
+
 app = typer.Typer(
     help="PerceptionDLM: captions for many regions of a picture, written together.", no_args_is_help=True
 )
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps `pdlm caption` a subcommand."""
+bench = typer.Typer(help="Benchmarks.", no_args_is_help=True)
+bench.command()(decode)
+bench.callback()(lambda: None)  # keeps `decode` a subcommand
+app.add_typer(bench, name="bench")
 
 
 def _fail(message: Any) -> typer.Exit:

@@ -95,9 +95,10 @@ def evaluate(
         **generation: settings of `generate`.
 
     Returns:
-        `dict` with exact, well_formed, by_attribute, by_regions, tokens_per_forward, num_forwards (mean per batch).
+        `dict` with exact, well_formed, by_attribute, by_regions, tokens_per_forward, num_forwards (mean of the
+        batches) and steps_per_region (mean).
     """
-    tally, forwards, slots, batches = Tally(), 0, 0, 0
+    tally, forwards, slots, batches, steps = Tally(), 0, 0, 0, 0
     # alike pictures share a batch, so that little is padded
     pictures = sorted(held_out(seed, images, easy), key=lambda p: (len(p.masks), p.image.width * p.image.height))
     start = time.perf_counter()
@@ -108,11 +109,13 @@ def evaluate(
         forwards += output.num_forwards
         slots += output.tokens_per_forward * output.num_forwards
         batches += 1
+        steps += int(output.region_steps.sum())
         for picture, captions in zip(chunk, processor.post_process_region_captions(output), strict=True):
             tally.add(picture, [caption.text for caption in captions])
     return tally.report() | {
         "tokens_per_forward": round(slots / forwards, 2),
         "num_forwards": round(forwards / batches, 2),
+        "steps_per_region": round(steps / tally.captions, 2),
         "seconds": round(time.perf_counter() - start, 1),
         "images": images,
         "seed": seed,

@@ -1,0 +1,386 @@
+"""The decode benchmark: the reference's loop and ours, side by side in one run, on random weights of a given shape."""
+
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..configuration_pdlm import PdlmConfig
+from ..denoising_pdlm import GenerationTask, RegionCanvas, denoise_regions
+from ..diffusion_pdlm import masks_left
+from ..generation_pdlm import PdlmGenerationConfig
+from ..masking_pdlm import caption_canvas, region_attention, region_layout
+from ..modeling_pdlm import PdlmForConditionalGeneration
+
+# Arithmetic and memory limits of devices whose share is reported: FLOP/s in bf16, bytes/s (measured on such a card).
+LIMITS = {"H200": (790e12, 4.3e12)}
+FEW_STEPS = 11
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is built: language model sizes, and the prompt that stands for a picture."""
+
+    hidden: int
+    layers: int
+    heads: int
+    mlp: int
+    vocab: int
+    image_tokens: int
+    roi_tokens: int
+    text_tokens: int
+    dtype: torch.dtype
+
+    def config(self, max_regions: int) -> PdlmConfig:
+        """Model configuration; the vision tower is the smallest that is valid, unless this is the 8B."""
+        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
+        vision |= {"image_size": 32, "patch_size": 8}
+        first = self.vocab - 64
+        return PdlmConfig(
+            text_config={
+                "hidden_size": self.hidden,
+                "num_hidden_layers": self.layers,
+                "num_attention_heads": self.heads,
+                "intermediate_size": self.mlp,
+                "vocab_size": self.vocab,
+            },
+            vision_config=None if self.layers == 32 else vision,
+            num_region_prompts=max_regions,
+            region_token_ids=list(range(first, first + max_regions)),
+            caption_token_ids=list(range(first + 16, first + 16 + max_regions)),
+            **dict(
+                zip(
+                    ("mask_token_id", "eot_token_id", "newline_token_id", "image_token_id", "bos_token_id"),
+                    range(first + 32, first + 37),
+                    strict=True,
+                )
+            ),
+            eos_token_id=first + 37,
+            start_header_token_id=first + 38,
+            end_header_token_id=first + 39,
+        )
+
+
+SHAPES = {
+    "tiny": Shape(128, 4, 4, 384, 512, 112, 16, 30, torch.float32),
+    "small": Shape(512, 6, 8, 1536, 32000, 384, 16, 64, torch.float32),
+    "8b": Shape(4096, 32, 32, 12288, 126464, 7 * 256, 16, 44, torch.bfloat16),
+}
+
+
+class Bench:
+    """A model of random weights and prompts of random features.
+
+    Args:
+        shape (`Shape`), device (`str`), max_regions (`int`), seed (`int`)
+    """
+
+    def __init__(self, shape: Shape, device: str, max_regions: int, seed: int = 0):
+        self.shape, self.device = shape, torch.device(device)
+        torch.manual_seed(seed)
+        config = shape.config(max_regions)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(shape.dtype)
+        with self.device:
+            self.model = PdlmForConditionalGeneration(config).eval()
+        torch.set_default_dtype(default)
+
+    def prompt_ids(self, num_regions: int) -> torch.Tensor:
+        """Image, RoI groups with newlines between, text; `(1, image + text + 17 N - 1)`."""
+        config, shape = self.model.config, self.shape
+        ids = [1] * shape.image_tokens
+        for k in range(num_regions):
+            ids += [config.region_token_ids[k]] * shape.roi_tokens + [config.newline_token_id] * (k < num_regions - 1)
+        return torch.tensor([ids + [2] * shape.text_tokens], device=self.device)
+
+    def prompts(self, num_regions: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and random embeddings of a batch of prompts."""
+        ids = self.prompt_ids(num_regions).expand(batch, -1)
+        generator = torch.Generator("cpu").manual_seed(num_regions)
+        embeds = torch.randn(1, ids.shape[1], self.shape.hidden, generator=generator) * 0.02
+        return ids, embeds.to(self.device, self.shape.dtype).expand(batch, -1, -1).contiguous()
+
+    def ours(self, num_regions: int, batch: int, slots: int, steps: int, interval: int) -> torch.Tensor:
+        """Our loop; tokens `(batch, regions, slots)`."""
+        ids, embeds = self.prompts(num_regions, batch)
+        settings = PdlmGenerationConfig(
+            max_new_tokens=slots, max_denoising_steps=steps, prefix_refresh_interval=interval
+        )
+        task = GenerationTask(self.model, settings, ids, torch.ones_like(ids, dtype=torch.bool))
+        return denoise_regions(task, embeds, [num_regions] * batch, lambda values, fill: values).tokens
+
+    def reference(self, num_regions: int, slots: int, steps: int) -> torch.Tensor:
+        """The reference's loop as plainly as it stands (reference-spec section 8): one picture, everything recomputed
+        at every step, logits and their float64 softmax at all positions."""
+        model, config = self.model, self.model.config
+        ids, embeds = self.prompts(num_regions, 1)
+        canvas = caption_canvas(
+            num_regions,
+            slots,
+            config.caption_token_ids,
+            config.mask_token_id,
+            config.newline_token_id,
+            config.eot_token_id,
+        )
+        tokens = torch.cat([ids, torch.tensor([canvas], device=self.device)], 1)
+        lookup = model.get_input_embeddings()
+        embeds = torch.cat([embeds, lookup(tokens[:, ids.shape[1] :])], 1)
+        layout = region_layout(tokens, config.region_token_ids, config.caption_token_ids)
+        row = torch.arange(tokens.shape[1], device=self.device)
+        allowed = region_attention(layout, "full")(0, 0, row[:, None], row[None, :])
+        lowest = torch.finfo(embeds.dtype).min
+        bias = torch.zeros(allowed.shape, dtype=embeds.dtype, device=self.device).masked_fill(~allowed, lowest)
+        slots_of_all = tokens == config.mask_token_id
+        masked, total = slots_of_all.clone(), int(slots_of_all.sum())
+        for step in range(steps):
+            hidden = model.model.language_model(
+                inputs_embeds=embeds, attention_mask=bias[None, None], use_cache=False
+            ).last_hidden_state
+            logits = model.lm_head(hidden).float()
+            draft = logits.argmax(-1)
+            probability = torch.softmax(logits.double(), -1).gather(-1, draft[..., None])[..., 0]
+            tokens = torch.where(masked, draft, tokens)
+            left = masks_left(total, step, steps)
+            if left == 0:
+                break
+            confidence = torch.where(slots_of_all, probability, torch.inf)
+            masked = torch.zeros_like(masked)
+            masked[0, confidence[0].topk(left, largest=False).indices] = True
+            shown = torch.where(masked, config.mask_token_id, tokens)
+            embeds = torch.where(slots_of_all[..., None], lookup(shown), embeds)
+        return tokens[slots_of_all].view(1, num_regions, slots)
+
+    def synchronise(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def phases(self, num_regions: int, slots: int) -> dict[str, float]:
+        """Milliseconds of the parts of a cached decode: first pass over prompt and canvas, a canvas pass, scoring, and
+        for the 8B the vision tower."""
+        ids, embeds = self.prompts(num_regions, 1)
+        settings = PdlmGenerationConfig(max_new_tokens=slots)
+        task = GenerationTask(self.model, settings, ids, torch.ones_like(ids, dtype=torch.bool))
+        canvas = RegionCanvas(task, embeds, [num_regions], slots)
+        view = canvas.view(canvas.exists)
+        found = {"prefill": [], "canvas": [], "score": []}
+        for _ in range(4):
+            start = self._clock()
+            hidden = canvas.forward(view, whole=True, keep=True)
+            found["prefill"].append(self._clock() - start)
+            canvas.forward(view, whole=False)
+            start = self._clock()
+            hidden = canvas.forward(view, whole=False)
+            found["canvas"].append(self._clock() - start)
+            start = self._clock()
+            task.score(hidden.flatten(1, 2), [0], view.counts)
+            found["score"].append(self._clock() - start)
+            if self.shape.layers == SHAPES["8b"].layers:
+                size, tiles = self.model.config.vision_config.image_size, self.shape.image_tokens // 256
+                pixels = torch.zeros(tiles, 3, size, size, device=self.device, dtype=self.shape.dtype)
+                start = self._clock()
+                self.model.model.get_image_features(pixels)
+                found.setdefault("vision", []).append(self._clock() - start)
+        return {name: round(1000 * statistics.median(times[1:]), 3) for name, times in found.items()}
+
+    def _clock(self) -> float:
+        self.synchronise()
+        return time.perf_counter()
+
+
+def flops(bench: Bench, num_regions: int, slots: int, kind: str, steps: int) -> float:
+    """Arithmetic of one picture's decode: matrix products and attention, multiply and add counted as two."""
+    shape = bench.shape
+    canvas = num_regions * (slots + 2)
+    prompt = bench.prompt_ids(num_regions).shape[1]
+    weights = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.mlp)
+
+    def body(rows: int, keys: int) -> float:
+        return 2 * rows * weights + 4 * shape.layers * rows * keys * shape.hidden
+
+    head = 2 * shape.hidden * shape.vocab
+    whole = body(prompt + canvas, prompt + canvas)
+    if kind == "reference":
+        return steps * (whole + head * (prompt + canvas))
+    if kind == "exact":
+        return steps * (whole + head * num_regions * slots)
+    return whole + (steps - 1) * body(canvas, prompt + canvas) + steps * head * num_regions * slots
+
+
+def interleaved(bench: Bench, jobs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict, dict]:
+    """Run all jobs in turn, `repeats` times after a warm-up; seconds of each and its last result."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    results = {}
+    for repeat in range(repeats + 1):
+        for name, job in jobs.items():
+            start = bench._clock()
+            results[name] = job()
+            elapsed = bench._clock() - start
+            if repeat:
+                seconds[name].append(elapsed)
+    return seconds, results
+
+
+def compare(bench: Bench, num_regions: int, batches: list[int], slots: int, steps: int, repeats: int) -> dict:
+    """One table: the reference's loop and ours at this number of regions."""
+    few = min(FEW_STEPS, steps)
+    jobs: dict[str, Callable[[], Any]] = {
+        "reference": lambda: bench.reference(num_regions, slots, steps),
+        "exact": lambda: bench.ours(num_regions, 1, slots, steps, 1),
+        "cached": lambda: bench.ours(num_regions, 1, slots, steps, 0),
+        f"cached, {few} steps": lambda: bench.ours(num_regions, 1, slots, few, 0),
+    }
+    size = {name: 1 for name in jobs}
+    for batch in (b for b in batches if b > 1):
+        for name, n in (("cached", steps), (f"cached, {few} steps", few)):
+            jobs[f"{name}, batch {batch}"] = lambda batch=batch, n=n: bench.ours(num_regions, batch, slots, n, 0)
+            size[f"{name}, batch {batch}"] = batch
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds, results = interleaved(bench, jobs, repeats)
+    base = statistics.median(seconds["reference"])
+    peak, peak_name = _peak(bench)
+    rows = {}
+    for name, times in seconds.items():
+        image = statistics.median(times) / size[name]
+        count = few if "steps" in name else steps
+        kind = "reference" if name == "reference" else "exact" if name == "exact" else "cached"
+        tokens = results[name]
+        work = flops(bench, num_regions, slots, kind, count)
+        rows[name] = {
+            "ms_per_image": round(1000 * image, 2),
+            "spread_ms": [round(1000 * min(times) / size[name], 2), round(1000 * max(times) / size[name], 2)],
+            "ratio_to_reference": round(base / image, 2),
+            "images_per_second": round(1 / image, 3),
+            "regions_per_second": round(num_regions / image, 3),
+            "slots_per_second": round(num_regions * slots / image, 1),
+            "tokens_per_forward": round(num_regions * slots * size[name] / count, 2),
+            "tokens_per_forward_per_region": round(slots / count, 2),
+            "tokens_as_exact": round(float((tokens[:1] == results["exact"]).float().mean()), 4),
+            "tflop_per_image": round(work / 1e12, 4),
+            "share_of_peak": round(work / image / peak, 3),
+        }
+    memory = (
+        torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
+    )
+    return {
+        "regions": num_regions,
+        "prompt_tokens": bench.prompt_ids(num_regions).shape[1],
+        "slots": slots,
+        "steps": steps,
+        "peak": f"{peak / 1e9:.0f} GFLOP/s ({peak_name})",
+        "peak_memory_gb": round(memory / 1e9, 2),
+        "phases_ms": bench.phases(num_regions, slots),
+        "rows": rows,
+    }
+
+
+def _peak(bench: Bench) -> tuple[float, str]:
+    """Arithmetic limit of the device: known, or measured by one large matrix product."""
+    if bench.device.type == "cuda":
+        name = torch.cuda.get_device_name()
+        for key, (arithmetic, _) in LIMITS.items():
+            if key in name:
+                return arithmetic, f"{key}, known"
+    n = 4096 if bench.device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=bench.device, dtype=bench.shape.dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = bench._clock()
+        a @ a
+        best = min(best, bench._clock() - start)
+    return 2 * n**3 / best, "measured matrix product"
+
+
+def scaling(bench: Bench, slots: int, steps: int, repeats: int, batches: list[int]) -> dict:
+    """How a decode grows: with regions, with regions a pass at 4 regions (Figure 1c of the paper), with the batch."""
+    jobs: dict[str, Callable[[], Any]] = {}
+    for n in range(1, 9):
+        jobs[f"regions {n}"] = lambda n=n: bench.ours(n, 1, slots, steps, 0)
+    for n in (1, 6):
+        jobs[f"exact, regions {n}"] = lambda n=n: bench.ours(n, 1, slots, steps, 1)
+    for n in (1, 2, 4):
+        jobs[f"4 regions, {n} a pass"] = lambda n=n: [bench.ours(n, 1, slots, steps, 0) for _ in range(4 // n)]
+        jobs[f"exact, 4 regions, {n} a pass"] = lambda n=n: [bench.ours(n, 1, slots, steps, 1) for _ in range(4 // n)]
+    for batch in batches:
+        jobs[f"batch {batch}"] = lambda batch=batch: bench.ours(4, batch, slots, steps, 0)
+    seconds, _ = interleaved(bench, jobs, repeats)
+    table = {name: round(1000 * statistics.median(times), 2) for name, times in seconds.items()}
+    return {
+        "ms": table,
+        "cached, 6 regions over 1": round(table["regions 6"] / table["regions 1"], 2),
+        "exact, 6 passes of 1 over 1 pass of 6": round(6 * table["exact, regions 1"] / table["exact, regions 6"], 2),
+        "cached, 6 passes of 1 over 1 pass of 6": round(6 * table["regions 1"] / table["regions 6"], 2),
+    }
+
+
+def _show(table: dict) -> None:
+    view = Table(title=f"{table['regions']} regions, prompt {table['prompt_tokens']}, {table['steps']} steps")
+    for name in ("", "ms / image", "ratio", "regions / s", "tokens as exact", "share of peak"):
+        view.add_column(name, justify="left" if not name else "right")
+    for name, row in table["rows"].items():
+        cells = ("ms_per_image", "ratio_to_reference", "regions_per_second", "tokens_as_exact", "share_of_peak")
+        view.add_row(name, *(str(row[cell]) for cell in cells))
+    Console().print(view)
+
+
+def _integers(text: str, name: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"expected positive integers like 1,4,8, got {text!r}", param_hint=name)
+    return numbers
+
+
+def decode(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    shape: Annotated[str, typer.Option(help="tiny, small or 8b.")] = "small",
+    regions: Annotated[str, typer.Option(help="Numbers of regions, comma separated.")] = "4",
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8",
+    slots: Annotated[int, typer.Option(help="Slots per caption.")] = 32,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Measured runs of everything, in turn.")] = 5,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    with_scaling: Annotated[bool, typer.Option("--scaling", help="Also time against regions, passes, batch.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+) -> None:
+    """Time the reference's loop and ours on random weights; fixed steps, so that quality plays no part."""
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"expected one of {', '.join(SHAPES)}, got {shape!r}", param_hint="--shape")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("there is no CUDA device", param_hint="--device")
+    counts, batches = _integers(regions, "--regions"), _integers(batch, "--batch")
+    torch.set_num_threads(threads)
+    bench = Bench(SHAPES[shape], device, max(8 if with_scaling else 1, *counts))
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} thread(s)"
+    record: dict[str, Any] = {
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "shape": shape,
+        "dtype": str(bench.shape.dtype).removeprefix("torch."),
+        "repeats": repeats,
+        "tables": [],
+    }
+    with torch.inference_mode():
+        for count in counts:
+            record["tables"].append(compare(bench, count, batches, slots, steps, repeats))
+            _show(record["tables"][-1])
+        if with_scaling:
+            record["scaling"] = scaling(bench, slots, steps, max(1, repeats // 2), batches)
+            Console().print(record["scaling"])
+    if json_file:
+        json_file.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,75 @@
+"""The decode benchmark computes the same thing in all its rows; its times are not tested."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pdlm_hf.app.bench import SHAPES, Bench, flops
+from pdlm_hf.app.cli import app
+
+
+@pytest.fixture(scope="module")
+def bench():
+    bench = Bench(SHAPES["tiny"], "cpu", 4)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in bench.model.named_parameters():  # so that drafts differ between slots
+        if weight.ndim > 1:
+            scale = 0.15 if "layers" in name else 0.3
+            weight.data.normal_(0, scale, generator=generator)
+    return bench
+
+
+@pytest.mark.parametrize("regions", [1, 3])
+@pytest.mark.parametrize("steps", [1, 5, 8])
+def test_exact_is_the_reference_loop(bench, regions, steps):
+    with torch.inference_mode():
+        expected = bench.reference(regions, 8, steps)
+        assert torch.equal(bench.ours(regions, 1, 8, steps, 1), expected)
+        assert torch.equal(bench.ours(regions, 2, 8, steps, 1), expected.expand(2, -1, -1))
+        assert torch.equal(bench.ours(regions, 1, 8, 1, 0), bench.reference(regions, 8, 1))
+    assert expected.unique().numel() > 3
+
+
+def test_flops_by_hand(bench):
+    shape = bench.shape
+    prompt, canvas = 112 + 30 + 2 * 16 + 1, 2 * 10
+    assert bench.prompt_ids(2).shape[1] == prompt
+    per_row = 2 * 4 * (4 * 128**2 + 3 * 128 * 384)
+    whole = (prompt + canvas) * per_row + 4 * 4 * (prompt + canvas) ** 2 * 128
+    head = 2 * 128 * 512
+    assert flops(bench, 2, 8, "reference", 3) == 3 * (whole + (prompt + canvas) * head)
+    assert flops(bench, 2, 8, "exact", 3) == 3 * (whole + 16 * head)
+    step = canvas * per_row + 4 * 4 * canvas * (prompt + canvas) * 128
+    assert flops(bench, 2, 8, "cached", 3) == whole + 2 * step + 3 * 16 * head
+    assert shape.layers == 4
+
+
+def test_command_writes_its_table(tmp_path):
+    path = tmp_path / "decode.json"
+    arguments = "bench decode --shape tiny --regions 2 --batch 1,2 --slots 4 --steps 3 --repeats 1 --scaling --json"
+    result = CliRunner().invoke(app, [*arguments.split(), str(path)])
+    assert result.exit_code == 0, result.output
+    record = json.loads(path.read_text())
+    (table,) = record["tables"]
+    assert record["shape"] == "tiny" and table["regions"] == 2
+    assert table["rows"]["reference"]["ratio_to_reference"] == 1.0
+    assert table["rows"]["exact"]["tokens_as_exact"] == 1.0
+    assert table["rows"]["cached"]["tokens_per_forward"] == round(2 * 4 / 3, 2)
+    assert {"prefill", "canvas", "score"} == table["phases_ms"].keys()
+    assert record["scaling"]["ms"].keys() >= {"regions 8", "exact, 4 regions, 2 a pass", "batch 2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--shape huge", "expected one of tiny, small, 8b"),
+        ("--regions 0", "positive integers"),
+        ("--batch x", "positive"),
+    ],
+)
+def test_wrong_calls(arguments, message):
+    result = CliRunner().invoke(app, ["bench", "decode", *arguments.split()])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
