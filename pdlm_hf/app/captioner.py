@@ -14,6 +14,14 @@ from ..shapes import CHECKPOINT
 from .images import load_image
 from .regions import parse_regions
 
+# Settings of `generate` behind each mode. "default" is the checkpoint's own: what the reference computes, or for
+# "isolated" checkpoints the same with a kept prompt, which is exact there. "fast" commits whatever is certain enough;
+# benchmarks/results/shapes_quality.json has what each threshold costs.
+MODES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fast": {"acceptance_threshold": 0.9, "prefix_refresh_interval": 0},
+}
+
 
 class RegionCaptioner:
     """Writes captions for regions of pictures, all regions of a picture together.
@@ -21,20 +29,29 @@ class RegionCaptioner:
     Args:
         model: a PerceptionDLM with region prompts.
         processor: its processor.
+        mode (`str`): "default" or "fast"; settings given in a call go before it.
 
     Raises:
-        ValueError: the model is a base (chat) model.
+        ValueError: the model is a base (chat) model, or there is no such mode.
     """
 
-    def __init__(self, model, processor):
+    def __init__(self, model, processor, mode: str = "default"):
+        if mode not in MODES:
+            raise ValueError(f"`mode` must be one of {sorted(MODES)}, got {mode!r}.")
         if not model.config.num_region_prompts:
             raise ValueError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
         self.model = model.eval()
         self.processor = processor
+        self.mode = mode
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path | None = None, device: str | None = None, dtype: Any = "auto", **kwargs: Any
+        cls,
+        model: str | Path | None = None,
+        device: str | None = None,
+        dtype: Any = "auto",
+        mode: str = "default",
+        **kwargs: Any,
     ) -> "RegionCaptioner":
         """Load a checkpoint.
 
@@ -42,13 +59,14 @@ class RegionCaptioner:
             model (`str` or `Path`, *optional*): folder or hub id; default: the embedded shapes checkpoint.
             device (`str`, *optional*): default: the GPU if there is one.
             dtype: as in `AutoModel.from_pretrained`.
+            mode (`str`): "default" or "fast".
             **kwargs: passed to `AutoModelForImageTextToText.from_pretrained`, `device_map` for example.
         """
         path = str(model or CHECKPOINT)
         network = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
         if "device_map" not in kwargs:
             network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(network, AutoProcessor.from_pretrained(path))
+        return cls(network, AutoProcessor.from_pretrained(path), mode)
 
     def caption(self, image: Any, regions: Any, question: str | None = None, **generation: Any) -> list[RegionCaption]:
         """Captions of the regions of one picture, in their order.
@@ -97,7 +115,7 @@ class RegionCaptioner:
         regions = [parse_regions(found, *image.size) for image, (_, found) in zip(images, pairs, strict=True)]
         masks = [[region.mask for region in found] for found in regions]
         inputs = self.processor(images=images, segmentation_maps=masks, text=question).to(self.model.device)
-        output = self.model.generate(**inputs, **generation)
+        output = self.model.generate(**inputs, **{**MODES[self.mode], **generation})
         captions = self.processor.post_process_region_captions(output)
         for found, texts in zip(regions, captions, strict=True):
             for region, caption in zip(found, texts, strict=True):

@@ -49,6 +49,7 @@ def caption(
     max_new_tokens: Annotated[int, typer.Option(help="Slots per caption.")] = 32,
     steps: Annotated[int, typer.Option(help="Denoising steps at most.")] = 32,
     question: Annotated[str | None, typer.Option(help="Instead of the default question.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Commit what is certain early: fewer passes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Write a picture of the regions with their captions.")] = None,
     watch: Annotated[bool, typer.Option(help="Show the captions sharpen, step by step.")] = False,
@@ -68,7 +69,7 @@ def caption(
         found = parse_regions(values, *picture.size)
         if draw is not None and not draw.parent.is_dir():
             raise ValueError(f"--draw {draw}: there is no folder {draw.parent}.")
-        found_captions, report = _run(picture, found, model, question, watch, max_new_tokens, steps)
+        found_captions, report = _run(picture, found, model, question, watch, fast, max_new_tokens, steps)
     except (ValueError, OSError) as error:
         raise _fail(error) from None
     if draw is not None:
@@ -96,12 +97,12 @@ def caption(
         raise typer.Exit(1)
 
 
-def _run(picture, found, model, question, watch, max_new_tokens, steps):
+def _run(picture, found, model, question, watch, fast, max_new_tokens, steps):
     """Load the model, caption, and say what it cost."""
     from .captioner import RegionCaptioner
     from .streaming import LiveView, RegionStreamer
 
-    captioner = RegionCaptioner.from_pretrained(model)
+    captioner = RegionCaptioner.from_pretrained(model, mode="fast" if fast else "default")
     settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
     start = time.perf_counter()
     if watch:

@@ -221,3 +221,15 @@ def test_large_picture_and_many_regions(tmp_path):
     regions = parse_regions([[90 * k, 10, 60, 60] for k in range(11)], 1000, 700)
     drawn = draw_captions(image, regions, [RegionCaption(f"number {k}", 1.0) for k in range(11)])
     assert drawn.width == 1000
+
+
+def test_fast_mode_uses_fewer_passes_and_calls_override_it(isolated_model, processor, pictures):
+    pairs = [(picture.image, picture.masks) for picture in pictures]
+    fast = RegionCaptioner(isolated_model, processor, mode="fast")
+    settings = {"max_new_tokens": 8, "max_denoising_steps": 8}
+    _, slow_output = RegionCaptioner(isolated_model, processor).generate(pairs, **settings)
+    _, output = fast.generate(pairs, acceptance_threshold=0.2, **settings)
+    assert slow_output.num_forwards == 8
+    assert output.region_steps.float().mean() < 8
+    with pytest.raises(ValueError, match="must be one of"):
+        RegionCaptioner(isolated_model, processor, mode="quick")
