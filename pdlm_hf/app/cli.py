@@ -99,9 +99,12 @@ def caption(
 
 def _run(picture, found, model, question, watch, fast, max_new_tokens, steps):
     """Load the model, caption, and say what it cost."""
+    from transformers.utils.logging import disable_progress_bar
+
     from .captioner import RegionCaptioner
     from .streaming import LiveView, RegionStreamer
 
+    disable_progress_bar()  # of transformers, while it loads
     captioner = RegionCaptioner.from_pretrained(model, mode="fast" if fast else "default")
     settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
     start = time.perf_counter()

@@ -42,7 +42,7 @@ def filled(value, dtype=np.float32, shape=(HEIGHT, WIDTH)):
         Image.fromarray(MASK.astype(np.uint16) * 255),
         Image.fromarray(MASK.astype(np.uint8) * 255).quantize(2),
     ],
-    ids=lambda m: f"{type(m).__name__}-{getattr(m, 'mode', None) or m.dtype}-{getattr(m, 'shape', '')}",
+    ids=lambda m: f"{type(m).__name__}-{m.mode if isinstance(m, Image.Image) else m.dtype}-{getattr(m, 'shape', '')}",
 )
 def test_forms_of_a_mask(mask):
     got = to_binary_mask(mask, HEIGHT, WIDTH)
