@@ -13,12 +13,12 @@ from pdlm_hf.shapes.world import read
 ROOT = Path(__file__).parent.parent
 # What the pictured regions are, by position of the mask.
 FIGURES = [
-    ("small", "yellow", "striped", "triangle"),
-    ("small", "blue", "striped", "circle"),
-    ("small", "white", "plain", "star"),
-    ("small", "purple", "dotted", "square"),
-    ("large", "green", "dotted", "cross"),
-    ("small", "blue", "dotted", "cross"),
+    ("large", "white", "striped", "star"),
+    ("large", "yellow", "striped", "cross"),
+    ("large", "purple", "plain", "circle"),
+    ("large", "blue", "plain", "triangle"),
+    ("small", "orange", "dotted", "star"),
+    ("small", "red", "plain", "cross"),
 ]
 
 
