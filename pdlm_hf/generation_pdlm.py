@@ -8,15 +8,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput, logging
 
-from .denoising_pdlm import (
-    DenoisingStep,
-    GenerationTask,
-    as_list,
-    cut_at_stop,
-    denoise_blocks,
-    denoise_regions,
-    left_pad,
-)
+from .chat_denoising_pdlm import denoise_blocks
+from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, cut_at_stop, denoise_regions, left_pad
 
 logger = logging.get_logger(__name__)
 

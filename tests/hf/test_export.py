@@ -14,7 +14,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from pdlm_hf import PdlmForConditionalGeneration
 from pdlm_hf.app.export import export_checkpoint
 
-NAMES = ["configuration", "conversion", "denoising", "diffusion", "generation", "image_processing", "masking"]
+NAMES = [
+    "chat_denoising",
+    "configuration",
+    "conversion",
+    "denoising",
+    "diffusion",
+    "generation",
+    "image_processing",
+    "masking",
+]
 CODE = [f"{name}_pdlm.py" for name in [*NAMES, "modeling", "processing"]]
 MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors"]
 PROCESSOR_FILES = ["chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]

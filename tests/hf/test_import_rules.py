@@ -28,7 +28,16 @@ def imports(path: Path):
 
 
 def test_the_flat_files_are_those_of_the_layout():
-    names = ["configuration", "conversion", "denoising", "diffusion", "generation", "image_processing", "masking"]
+    names = [
+        "chat_denoising",
+        "configuration",
+        "conversion",
+        "denoising",
+        "diffusion",
+        "generation",
+        "image_processing",
+        "masking",
+    ]
     assert [path.name for path in FLAT] == [f"{name}_pdlm.py" for name in [*names, "modeling", "processing"]]
 
 

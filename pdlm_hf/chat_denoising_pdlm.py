@@ -1,0 +1,128 @@
+"""Denoising of chat answers: block after block from left to right, any order within a block."""
+
+import torch
+
+from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, find, left_pad
+from .diffusion_pdlm import lowest_mask, transfer_schedule
+
+
+class ChatCanvas:
+    """Prompt, answer and suffix of every row of a chat batch, and the passes that fill the answer.
+
+    Args:
+        task (`GenerationTask`)
+        prompt (`torch.FloatTensor` of shape `(rows, prompt_length, hidden_size)`)
+        num_slots (`int`): length of the answer.
+        suffix (`list[int]`): fixed tokens behind it.
+    """
+
+    def __init__(self, task: GenerationTask, prompt: torch.Tensor, num_slots: int, suffix: list[int]):
+        self.task, self.num_slots = task, num_slots
+        self.lookup = task.model.get_input_embeddings()
+        mask_id, real = task.config.mask_token_id, task.attention_mask
+        self.tail = torch.tensor([mask_id] * num_slots + suffix, device=task.device)
+        tail = self.lookup(self.tail).to(prompt.dtype)
+        self.embeds = left_pad([torch.cat([row[keep], tail]) for row, keep in zip(prompt, real, strict=True)], 0)
+        self.first = self.embeds.shape[1] - len(self.tail)
+        lengths = real.sum(1, keepdim=True) + len(self.tail)
+        columns = torch.arange(self.embeds.shape[1], device=task.device)
+        self.attention_mask = (columns >= self.embeds.shape[1] - lengths).long()
+        self.blank = None
+        if (task.settings.guidance_scale or 1.0) != 1:  # the same without the prompt, for guidance
+            self.blank = self.embeds.clone()
+            self.blank[:, : self.first] = tail[0]
+        self.tokens = torch.full((len(real), num_slots), mask_id, device=task.device)
+        self.end = torch.full((len(real),), num_slots, device=task.device)  # where each answer stops, as known so far
+        self.position = torch.arange(num_slots, device=task.device)
+
+    def forward(self, inside: slice, banned: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drafts and log odds of the slots `inside`."""
+        window = slice(self.first + inside.start, self.first + inside.stop)
+        hidden, plain = self._pass(self.embeds, window), None
+        if self.blank is not None:
+            plain = self._pass(self.blank, window)
+        rows = len(self.tokens)
+        return self.task.score(hidden, list(range(rows)), [hidden.shape[1]] * rows, banned, plain)
+
+    def _pass(self, embeds: torch.Tensor, window: slice) -> torch.Tensor:
+        self.task.num_forwards += 1
+        model = self.task.model.model
+        return model(inputs_embeds=embeds, attention_mask=self.attention_mask).last_hidden_state[:, window]
+
+    def commit(self, inside: slice, draft: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Write the chosen drafts of the slots `inside`."""
+        self.tokens[:, inside] = torch.where(chosen, draft, self.tokens[:, inside])
+        window = slice(self.first + inside.start, self.first + inside.stop)
+        for embeds in (self.embeds, self.blank):
+            if embeds is not None:
+                embeds[:, window] = self.lookup(self.tokens[:, inside]).to(embeds.dtype)
+
+    def answers(self) -> torch.Tensor:
+        """Answers up to their stop, with the suffix, padded on the right with end-of-turn."""
+        suffix = self.tail[self.num_slots :]
+        rows = [torch.cat([row[:n], suffix]) for row, n in zip(self.tokens, self.end.tolist(), strict=True)]
+        out = self.tokens.new_full((len(rows), max(len(row) for row in rows)), self.task.config.eot_token_id)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = row
+        return out
+
+
+def denoise_blocks(
+    task: GenerationTask, prompt: torch.Tensor, num_slots: int, block_length: int, num_steps: int
+) -> torch.Tensor:
+    """Chat answers: block after block from left to right, any order within a block, every commit final.
+
+    Args:
+        task (`GenerationTask`)
+        prompt (`torch.FloatTensor` of shape `(rows, prompt_length, hidden_size)`)
+        num_slots, block_length, num_steps (`int`): length of the answer, of a block, and steps in all; block_length
+            divides num_slots and the number of blocks divides num_steps.
+
+    Returns:
+        `torch.LongTensor` of shape `(rows, length)`: answers and suffix, padded on the right.
+    """
+    config = task.config
+    num_blocks = num_slots // block_length
+    schedule = [k for k in transfer_schedule(block_length, num_steps // num_blocks) if k]
+    stops = task.stop_ids()
+    canvas = ChatCanvas(task, prompt, num_slots, task.token_ids(task.settings.generation_suffix or []))
+    banned = [config.mask_token_id, config.start_header_token_id, config.end_header_token_id, config.bos_token_id]
+    banned = [token for token in [*banned, *as_list(config.eos_token_id)] if token is not None]
+    rows = len(canvas.tokens)
+    for block in range(num_blocks):
+        inside = slice(block * block_length, (block + 1) * block_length)
+        for count in schedule:
+            masked = canvas.tokens == config.mask_token_id
+            wanted = (masked & (canvas.position < canvas.end[:, None]))[:, inside]
+            if not wanted.any():
+                break
+            draft, log_odds = canvas.forward(inside, banned)
+            if task.history is not None:
+                task.history.append(_chat_step(canvas.tokens, masked, draft, log_odds, inside))
+            ranking = task.ranking(log_odds, list(range(rows)), [block_length] * rows)
+            score = ranking.masked_fill(~wanted, -torch.inf)
+            chosen = lowest_mask(-score, torch.full((rows,), count, device=task.device)) & wanted
+            canvas.commit(inside, draft, chosen)
+            for i in range(rows if stops else 0):
+                canvas.end[i] = _stop_position(canvas.tokens[i].tolist(), stops, int(canvas.end[i]))
+            if task.streamer is not None:
+                shown = canvas.tokens.clone()
+                shown[:, inside] = torch.where(wanted, draft, shown[:, inside])
+                task.stream(torch.where(canvas.position < canvas.end[:, None], shown, config.eot_token_id))
+    return canvas.answers()
+
+
+def _chat_step(tokens, masked, draft, log_odds, inside) -> DenoisingStep:
+    full_draft = torch.full_like(tokens, -1)
+    full_draft[:, inside] = draft
+    probability = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+    probability[:, inside] = log_odds.double().sigmoid()
+    return DenoisingStep(tokens.clone(), masked, full_draft, probability)
+
+
+def _stop_position(tokens: list[int], stops: list[list[int]], known: int) -> int:
+    """Where the answer ends: the first stop in list order that occurs counts, the earliest position seen is kept."""
+    for stop in stops:
+        if (at := find(tokens, stop)) is not None:
+            return min(at, known)
+    return known
