@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .chat_denoising_pdlm import denoise_blocks
 from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, cut_at_stop, denoise_regions, left_pad
-
-logger = logging.get_logger(__name__)
 
 # Names the reference uses -> ours
 _REFERENCE_NAMES = {"steps": "max_denoising_steps", "gen_length": "max_new_tokens", "gen_len": "max_new_tokens"}

@@ -14,7 +14,7 @@ from pdlm_hf.shapes.world import read
 
 RECORD = json.loads((CHECKPOINT / "training.json").read_text())
 CLAIMED = RECORD["held_out"]["exact"]  # measured when it was put into the package
-SPREAD = 0.12  # of a score on some 90 captions around it: three standard deviations and a little
+SPREAD = 0.12  # of a score on some 90 captions around it: two standard deviations and a little
 
 
 @pytest.fixture(scope="module")
