@@ -1,10 +1,11 @@
 """Table 7 of the paper on drawn shapes: what region prompts, RoI replay and the region mask are worth.
 
-    python benchmarks/shapes_ablation.py --steps 800 --out runs/ablation --json benchmarks/results/shapes_ablation.json
+    python benchmarks/shapes_ablation.py --init runs/vision --out runs/ablation \
+        --json benchmarks/results/shapes_ablation.json
 
-Every variant is trained from scratch with the same seed, pictures and number of steps, briefly, on the first lesson of
-the shapes world (one tile, one or two figures, one wording), and scored on held-out pictures of it. Variants already
-trained are not trained again.
+Every variant starts from the same vision lesson (pdlm_hf/shapes/train.py) and learns the second one, words, with the
+same seed, pictures and number of steps: one tile, one or two figures, one wording. It is scored on held-out pictures
+of that lesson. Variants already trained are not trained again.
 """
 
 import json
@@ -17,11 +18,10 @@ import typer
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from pdlm_hf import PdlmForConditionalGeneration
+from pdlm_hf import PdlmForConditionalGeneration, PdlmProcessor
 from pdlm_hf.app.collator import PdlmCollator
 from pdlm_hf.masking_pdlm import SHARED
 from pdlm_hf.shapes.evaluate import evaluate
-from pdlm_hf.shapes.model import build_model, build_processor
 from pdlm_hf.shapes.train import EASY_SLOTS, InOrderTrainer, ShapesDataset, arguments, save
 
 # variant -> model inputs that are withheld
@@ -54,17 +54,15 @@ def everything_visible(input_ids: torch.Tensor, replayed: bool = True) -> torch.
     return torch.full_like(input_ids, SHARED)
 
 
-def train_variant(name: str, out: Path, steps: int, batch_size: int, learning_rate: float, seed: int):
+def train_variant(name: str, init: Path, out: Path, steps: int, batch_size: int, learning_rate: float, seed: int):
     """Train a variant, or load it, and return it with its processor."""
     set_seed(seed)
-    processor = build_processor()
-    if (out / "model.safetensors").exists():
-        model = PdlmForConditionalGeneration.from_pretrained(out)
-    else:
-        model = build_model(processor, "full")
+    done = (out / "model.safetensors").exists()
+    processor = PdlmProcessor.from_pretrained(init)
+    model = PdlmForConditionalGeneration.from_pretrained(out if done else init)
     if name == "full attention":
         model.model.region_layout = everything_visible
-    if not (out / "model.safetensors").exists():
+    if not done:
         collator = PdlmCollator(processor, num_slots=EASY_SLOTS, noise_floor=0.1, prompt_ids="ordered")
         trainer = InOrderTrainer(
             model=model,
@@ -79,20 +77,22 @@ def train_variant(name: str, out: Path, steps: int, batch_size: int, learning_ra
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Optimiser steps of every variant.")] = 800,
+    init: Annotated[Path, typer.Option(help="Run of the vision lesson.")] = Path("runs/vision"),
+    steps: Annotated[int, typer.Option(help="Optimiser steps of every variant.")] = 600,
     out: Annotated[Path, typer.Option(help="Folder for the trained variants.")] = Path("runs/ablation"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here.")] = None,
     images: Annotated[int, typer.Option(help="Held-out pictures.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Pictures a step.")] = 64,
     learning_rate: Annotated[float, typer.Option()] = 1e-3,
     seed: Annotated[int, typer.Option()] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
     """Train and score every variant."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     rows = {}
     for name in VARIANTS:
         folder = out / name.replace("/", "").replace(" ", "_")
-        model, processor = train_variant(name, folder, steps, batch_size, learning_rate, seed)
+        model, processor = train_variant(name, init, folder, steps, batch_size, learning_rate, seed)
         with torch.inference_mode():
             rows[name] = evaluate(
                 model, processor, 5, images, easy=True, max_new_tokens=EASY_SLOTS[1], max_denoising_steps=EASY_SLOTS[1]
@@ -100,8 +100,8 @@ def main(
         print(name, {key: rows[name][key] for key in ("exact", "well_formed", "by_attribute")})
     if json_file:
         record = {
-            "what": f"every variant trained from scratch for {steps} steps of {batch_size} pictures, seed {seed}",
-            "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}",
+            "what": f"from the vision lesson, {steps} steps of {batch_size} pictures in the words lesson, seed {seed}",
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "variants": rows,
         }
         json_file.write_text(json.dumps(record, indent=1) + "\n")

@@ -42,7 +42,7 @@ class ChatCanvas:
         if self.blank is not None:
             plain = self._pass(self.blank, window)
         rows = len(self.tokens)
-        return self.task.score(hidden, list(range(rows)), [hidden.shape[1]] * rows, banned, plain)
+        return self.task.score(hidden, list(range(rows)), [hidden.shape[1]] * rows, banned, plain)[:2]
 
     def _pass(self, embeds: torch.Tensor, window: slice) -> torch.Tensor:
         self.task.num_forwards += 1

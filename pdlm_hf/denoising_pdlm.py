@@ -13,10 +13,12 @@ from transformers import AutoTokenizer, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
 
 from .diffusion_pdlm import (
+    accept_bounded,
     accept_confident,
     gumbel_perturb,
     lowest_mask,
     masks_left,
+    token_entropy,
     token_log_odds,
 )
 from .masking_pdlm import region_attention
@@ -150,8 +152,8 @@ class GenerationTask:
         counts: list[int],
         banned: list[int] | None = None,
         unconditional: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draft token and log odds of its probability for every slot; logits exist a few rows at a time.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Draft token, log odds of its probability and entropy of every slot; logits exist a few rows at a time.
 
         Args:
             hidden (`torch.FloatTensor` of shape `(rows, slots, hidden_size)`)
@@ -161,11 +163,11 @@ class GenerationTask:
             unconditional (`torch.FloatTensor`, *optional*): hidden states without the prompt, for guidance.
 
         Returns:
-            tokens `(rows, slots)` and log odds, float32.
+            tokens `(rows, slots)`, log odds and entropies (None unless `entropy_bound` is set), float32.
         """
         head, guidance = self.model.lm_head, self.settings.guidance_scale
         at_once = max(1, _MAX_LOGITS // (hidden.shape[1] * self.config.text_config.vocab_size))
-        tokens, odds = [], []
+        tokens, odds, entropies = [], [], []
         for start in range(0, len(hidden), at_once):
             part = slice(start, start + at_once)
             logits = head(hidden[part]).float()
@@ -179,8 +181,10 @@ class GenerationTask:
                 uniform = self.random.uniform(rows[part], counts[part], logits.shape[1:])
                 noisy = gumbel_perturb(logits, self.temperature, uniform)
             tokens.append(noisy.argmax(-1))
+            if self.settings.entropy_bound is not None:
+                entropies.append(token_entropy(logits))
             odds.append(token_log_odds(logits, tokens[-1]))
-        return torch.cat(tokens), torch.cat(odds)
+        return torch.cat(tokens), torch.cat(odds), torch.cat(entropies) if entropies else None
 
     def ranking(self, log_odds: torch.Tensor, rows: list[int], counts: list[int]) -> torch.Tensor:
         """What ranks the drafts `(rows, slots)`: their log odds, or noise for random remasking."""
@@ -374,13 +378,14 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
     if interval is None:
         interval = 1 if task.config.prefix_attention == "full" else 0
     caching = interval != 1 and num_steps > 1
+    adaptive = settings.acceptance_threshold is not None or settings.entropy_bound is not None
     everything = view = canvas.view(canvas.exists)
     for step in range(num_steps):
         whole = step == 0 or (interval > 0 and step % interval == 0)
         # Finished regions stay for passes that also compute the prompts, which may see them.
         current = everything if whole else view
         hidden = canvas.forward(current, whole, keep=caching)
-        draft, log_odds, ranking = _score_view(task, canvas, current, hidden)
+        draft, log_odds, ranking, entropy = _score_view(task, canvas, current, hidden)
         if task.history is not None:
             shown = torch.where(canvas.masked, canvas.mask_id, canvas.tokens)
             task.history.append(
@@ -392,14 +397,19 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
                 )
             )
         canvas.steps += canvas.masked.any(-1)
-        if settings.acceptance_threshold is None:
+        if not adaptive:
             _commit_by_schedule(canvas, draft, log_odds, ranking, step, num_steps)
         else:
-            last = step == num_steps - 1
-            _commit_confident(canvas, draft, log_odds, ranking, -1.0 if last else settings.acceptance_threshold)
+            if step == num_steps - 1:
+                accepted = canvas.masked
+            elif settings.entropy_bound is not None:
+                accepted = accept_bounded(entropy, canvas.masked, settings.entropy_bound)
+            else:
+                accepted = accept_confident(ranking.sigmoid(), canvas.masked, settings.acceptance_threshold)
+            _commit_accepted(canvas, draft, log_odds, accepted)
         if task.streamer is not None:
             task.stream(by_image(torch.where(canvas.masked, draft, canvas.tokens), -1))
-        if settings.acceptance_threshold is not None:
+        if adaptive:
             active = canvas.masked.any(-1)
             if not active.any():
                 break
@@ -411,10 +421,10 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
 
 
 def _score_view(task: GenerationTask, canvas: RegionCanvas, view: _View, hidden: torch.Tensor):
-    """Drafts, log odds and ranking of a view's slots, put in their places among all rows and regions."""
+    """Drafts, log odds, ranking and entropies of a view's slots, put in their places among all rows and regions."""
     rows = view.rows.tolist() if task.random is not None else [0] * len(view.rows)
     slots = hidden.flatten(1, 2)
-    draft, log_odds = task.score(slots, rows, view.counts)
+    draft, log_odds, entropy = task.score(slots, rows, view.counts)
     ranking = task.ranking(log_odds, rows, view.counts)
 
     def spread(values: torch.Tensor, fill: Any) -> torch.Tensor:
@@ -422,7 +432,12 @@ def _score_view(task: GenerationTask, canvas: RegionCanvas, view: _View, hidden:
         out[view.row_of, view.region_of] = values.view(-1, canvas.num_slots)[view.place]
         return out
 
-    return spread(draft, -1), spread(log_odds, torch.inf), spread(ranking, torch.inf)
+    return (
+        spread(draft, -1),
+        spread(log_odds, torch.inf),
+        spread(ranking, torch.inf),
+        None if entropy is None else spread(entropy, torch.inf),
+    )
 
 
 def _commit_by_schedule(canvas: RegionCanvas, draft, log_odds, ranking, step: int, num_steps: int) -> None:
@@ -434,9 +449,8 @@ def _commit_by_schedule(canvas: RegionCanvas, draft, log_odds, ranking, step: in
     canvas.masked = lowest_mask(score, torch.tensor(left, device=score.device)).view_as(canvas.masked)
 
 
-def _commit_confident(canvas: RegionCanvas, draft, log_odds, ranking, threshold: float) -> None:
-    """An adaptive step: commit what passes the threshold, for good; an end-of-turn closes the slots behind it."""
-    accepted = accept_confident(ranking.sigmoid(), canvas.masked, threshold)
+def _commit_accepted(canvas: RegionCanvas, draft, log_odds, accepted) -> None:
+    """An adaptive step: commit what was accepted, for good; an end-of-turn closes the slots behind it."""
     canvas.tokens = torch.where(accepted, draft, canvas.tokens)
     canvas.written = torch.where(accepted, log_odds, canvas.written)
     canvas.masked = canvas.masked & ~accepted

@@ -116,3 +116,29 @@ def accept_confident(probability: torch.Tensor, masked: torch.Tensor, threshold:
     open_probability = probability.masked_fill(~masked, -1.0)
     best = torch.zeros_like(masked).scatter(-1, open_probability.argmax(-1, keepdim=True), True)
     return (best | (probability > threshold)) & masked
+
+
+def token_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of softmax(logits) over the last axis, float32.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(..., vocab_size)`)
+    """
+    return torch.special.entr(torch.softmax(logits, -1)).sum(-1)
+
+
+def accept_bounded(entropy: torch.Tensor, masked: torch.Tensor, bound: float) -> torch.Tensor:
+    """Slots to commit in an entropy-bounded step (EB-Sampler, arXiv 2505.24857), region by region.
+
+    The k slots of lowest entropy, with the largest k for which the sum of their entropies less the largest of them
+    stays within the bound: that difference bounds how much the k tokens can tell about each other, so tokens that are
+    committed together are nearly independent. One slot always qualifies.
+
+    Args:
+        entropy (`torch.FloatTensor` of shape `(..., num_slots)`): of the prediction in each slot, in nats.
+        masked (`torch.BoolTensor`): same shape, slots still open.
+        bound (`float`): in nats, not negative.
+    """
+    ascending, order = entropy.masked_fill(~masked, torch.inf).sort(dim=-1)
+    taken = (ascending.cumsum(-1) - ascending) <= bound  # inf - inf is nan, which compares false
+    return torch.zeros_like(masked).scatter(-1, order, taken) & masked

@@ -41,6 +41,8 @@ class PdlmGenerationConfig(GenerationConfig):
         remasking (`str`): which drafted tokens to keep: "low_confidence" keeps the most probable, "random" any.
         acceptance_threshold (`float`): adaptive decoding: every step commits all tokens more probable than this, and
             at least one per region. None (default) = the reference's fixed schedule.
+        entropy_bound (`float`): adaptive decoding by another rule: every step commits, per region, as many of the most
+            certain tokens as can tell little about each other, this many nats at most. Not with acceptance_threshold.
         prefix_refresh_interval (`int`): how often the prompt's keys and values are recomputed: 1 = at every step,
             k = every k steps, 0 = never. Default 1 for `prefix_attention` "full", 0 for "isolated", where it is exact;
             with "full" a kept prompt is an approximation (the first step is still the same).
@@ -61,6 +63,7 @@ class PdlmGenerationConfig(GenerationConfig):
         "temperature",
         "remasking",
         "acceptance_threshold",
+        "entropy_bound",
         "prefix_refresh_interval",
         "max_batch_tokens",
         "guidance_scale",
@@ -99,6 +102,14 @@ class PdlmGenerationConfig(GenerationConfig):
             raise ValueError(f'`remasking` must be "low_confidence" or "random", got {self.remasking!r}.')
         if self.acceptance_threshold is not None and not 0 < self.acceptance_threshold <= 1:
             raise ValueError(f"`acceptance_threshold` must be in (0, 1], got {self.acceptance_threshold!r}.")
+        if self.entropy_bound is not None:
+            if not 0 <= self.entropy_bound < float("inf"):
+                raise ValueError(f"`entropy_bound` must be 0 or positive, got {self.entropy_bound!r}.")
+            if self.acceptance_threshold is not None or self.remasking == "random":
+                raise ValueError(
+                    "`entropy_bound` decides alone what is committed: leave out `acceptance_threshold` and random "
+                    "remasking."
+                )
         if self.guidance_scale is not None and not self.guidance_scale >= 1:
             raise ValueError(f"`guidance_scale` must be at least 1 (1 = off), got {self.guidance_scale!r}.")
         if self.seed is not None and not isinstance(self.seed, int):
@@ -324,7 +335,7 @@ class PdlmGenerationMixin:
         )
 
     def _generate_chat(self, inputs, settings, streamer, tokenizer) -> "PdlmGenerationOutput | torch.LongTensor":
-        for name in ("acceptance_threshold", "max_batch_tokens"):
+        for name in ("acceptance_threshold", "entropy_bound", "max_batch_tokens"):
             if getattr(settings, name) is not None:
                 raise ValueError(f"`{name}` is for region captions at present. Leave it out in chat.")
         num_slots = settings.max_new_tokens or 64

@@ -116,5 +116,6 @@ def build_model(processor: PdlmProcessor, prefix_attention: str = "full", **over
     for weight in (model.get_input_embeddings().weight, model.model.multi_modal_projector.linear_2.weight):
         init.normal_(weight, std=1.0 if weight.shape[0] == model.config.text_config.vocab_size else 0.06)
     init.normal_(model.model.multi_modal_projector.linear_1.weight, std=0.05)
+    init.normal_(model.model.region_embedding.weight, std=0.3)  # less than what a patch looks like
     model.generation_config = PdlmGenerationConfig(max_new_tokens=32, max_denoising_steps=32)
     return model

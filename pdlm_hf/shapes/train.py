@@ -1,9 +1,10 @@
 """Train the tiny checkpoint on drawn shapes.
 
-    python -m pdlm_hf.shapes.train --out runs/easy --easy --steps 1200 --batch-size 64
-    python -m pdlm_hf.shapes.train --out runs/full --init runs/easy --steps 3000
-    python -m pdlm_hf.shapes.train --out runs/isolated --init runs/full --prefix-attention isolated --steps 800 \
-        --learning-rate 5e-4
+    python -m pdlm_hf.shapes.train --out runs/vision --lesson vision --steps 4000 --batch-size 64 --learning-rate 3e-3
+    python -m pdlm_hf.shapes.train --out runs/pictures --lesson pictures --init runs/vision --steps 600
+    python -m pdlm_hf.shapes.train --out runs/words --lesson words --init runs/pictures --steps 1000 --batch-size 64
+    python -m pdlm_hf.shapes.train --out runs/full --init runs/words --steps 2500
+    python -m pdlm_hf.shapes.train --out runs/isolated --init runs/full --prefix-attention isolated --steps 1500
 
 Started again with the same `--out`, it goes on from the last saved step. Pictures are drawn while it trains, none
 twice.
@@ -12,7 +13,7 @@ twice.
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from ..app.collator import PdlmCollator, region_rows
 from ..modeling_pdlm import PdlmForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
 from .model import build_model, build_processor
+from .vision import AttributeCollator, RegionClassifier
 from .world import describe, draw_picture
 
 TRAINING, HELD_OUT = 0, 1  # first part of every picture's seed: the two never meet
@@ -39,7 +41,7 @@ class ShapesDataset(Dataset):
         length (`int`): number of pictures.
         group (`int`): pictures of one batch share the number of regions and the grid, so that little is padded.
         easy (`bool`): one tile, one or two figures, one wording. On those the model learns in minutes to look at its
-            region at all; on the full world it first writes well-formed sentences about nothing for very long.
+            region at all; on the whole world it first writes well-formed sentences about nothing for very long.
     """
 
     def __init__(self, seed: int, length: int, group: int, easy: bool = False):
@@ -126,7 +128,10 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     prefix_attention: Annotated[str, typer.Option(help='"full" or "isolated".')] = "full",
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
-    easy: Annotated[bool, typer.Option(help="Small pictures, few figures, one wording: the first lesson.")] = False,
+    lesson: Annotated[
+        Literal["vision", "pictures", "words", "captions"],
+        typer.Option(help="To see: small pictures, then all. To say what is seen: small pictures, then all."),
+    ] = "captions",
     seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
@@ -140,13 +145,16 @@ def main(
         processor = PdlmProcessor.from_pretrained(init)
         model = PdlmForConditionalGeneration.from_pretrained(init)
         model.config.prefix_attention = prefix_attention
+    easy = lesson in ("vision", "words")
+    seeing = lesson in ("vision", "pictures")
+    slots = EASY_SLOTS if easy else SLOTS
     trainer = InOrderTrainer(
-        model=model,
+        model=RegionClassifier(model) if seeing else model,
         args=arguments(out, steps, batch_size, learning_rate, seed),
         train_dataset=ShapesDataset(seed, steps * batch_size, batch_size, easy),
-        data_collator=PdlmCollator(
-            processor, num_slots=EASY_SLOTS if easy else SLOTS, noise_floor=0.1, prompt_ids="ordered"
-        ),
+        data_collator=AttributeCollator(processor)
+        if seeing
+        else PdlmCollator(processor, num_slots=slots, noise_floor=0.1, prompt_ids="ordered"),
     )
     trainer.add_callback(Clock())
     last = get_last_checkpoint(out / "trainer") if (out / "trainer").is_dir() else None
@@ -154,7 +162,7 @@ def main(
     record = {
         "command": f"python -m pdlm_hf.shapes.train --steps {steps} --batch-size {batch_size} --learning-rate "
         f"{learning_rate} --prefix-attention {prefix_attention} --seed {seed} --threads {threads}"
-        + (" --easy" if easy else "")
+        + f" --lesson {lesson}"
         + (f" --init {init.name}" if init else ""),
         "steps": steps,
         "seed": seed,

@@ -54,7 +54,7 @@ PATTERNS = (
     "In this region we see a {colour} {shape}, which is {size} and {texture} all over.",
     "What is shown here has the form of a {shape}; it is {texture}, {colour} and {size}.",
 )
-SMALL, LARGE = (8.0, 10.0), (15.0, 18.0)  # radius in pixels of a tile
+SMALL, LARGE = (9.5, 11.5), (17.0, 20.0)  # radius in pixels of a tile
 
 
 @dataclass(frozen=True)

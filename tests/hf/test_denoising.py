@@ -26,10 +26,10 @@ def hidden_rows(model, monkeypatch):
     return lengths
 
 
-@pytest.mark.parametrize("threshold", [None, 0.3])
+@pytest.mark.parametrize("rule", [{}, {"acceptance_threshold": 0.3}, {"entropy_bound": 2.0}])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_isolated_cache_is_exact(isolated_model, inputs, implementation, threshold):
-    settings = {**SETTINGS, "acceptance_threshold": threshold, "output_history": True}
+def test_isolated_cache_is_exact(isolated_model, inputs, implementation, rule):
+    settings = {**SETTINGS, **rule, "output_history": True}
     isolated_model.set_attn_implementation(implementation)
     try:
         exact = isolated_model.generate(**inputs, prefix_refresh_interval=1, **settings)
@@ -45,6 +45,19 @@ def test_isolated_cache_is_exact(isolated_model, inputs, implementation, thresho
                 torch.testing.assert_close(ours.probability[where], theirs.probability[where], atol=1e-5, rtol=1e-4)
     finally:
         isolated_model.set_attn_implementation("sdpa")
+
+
+def test_entropy_bound_from_one_slot_to_all(isolated_model, inputs):
+    exists = inputs["region_order"] >= 0
+    slow = isolated_model.generate(**inputs, **SETTINGS, entropy_bound=0.0, output_history=True)
+    for before, after in zip(slow.history, slow.history[1:], strict=False):
+        committed = (before.masked & ~after.masked).sum(-1)
+        assert (committed[before.masked.any(-1)] >= 1).all()
+    wide = isolated_model.generate(**inputs, **SETTINGS, entropy_bound=1e6)
+    assert wide.num_forwards == 1
+    assert (wide.region_steps == 1).sum() == exists.sum()
+    some = isolated_model.generate(**inputs, **SETTINGS, entropy_bound=4.0)
+    assert 1 < some.num_forwards <= slow.num_forwards
 
 
 def test_the_cache_is_the_default_for_isolated_checkpoints_only(isolated_model, model, inputs, monkeypatch):

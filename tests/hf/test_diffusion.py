@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from pdlm_hf.diffusion_pdlm import (
+    accept_bounded,
     accept_confident,
     diffusion_loss,
     gumbel_perturb,
     lowest_mask,
     masks_left,
     noise_probability,
+    token_entropy,
     token_log_odds,
     transfer_schedule,
 )
@@ -104,3 +106,24 @@ def test_lowest_mask(score, count, expected):
 def test_accept_confident(probability, masked, threshold, expected):
     got = accept_confident(torch.tensor([[probability]]), torch.tensor([[masked]]), threshold)
     assert got[0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("entropy", "masked", "bound", "expected"),
+    [
+        ([0.3, 0.1, 0.2], [True, True, True], 0.0, [False, True, False]),  # at least the most certain one
+        ([0.3, 0.1, 0.2], [True, True, True], 0.11, [False, True, True]),  # 0.1 + 0.2 - 0.2
+        ([0.3, 0.1, 0.2], [True, True, True], 0.31, [True, True, True]),  # 0.1 + 0.2 + 0.3 - 0.3
+        ([0.3, 0.1, 0.2], [True, False, True], 0.1, [False, False, True]),  # written slots do not count
+        ([0.0, 0.0, 2.0], [True, True, True], 0.0, [True, True, True]),  # nothing to learn from certain ones
+        ([0.3, 0.1, 0.2], [False, False, False], 9.0, [False, False, False]),
+    ],
+)
+def test_accept_bounded(entropy, masked, bound, expected):
+    got = accept_bounded(torch.tensor([[entropy]]), torch.tensor([[masked]]), bound)
+    assert got[0, 0].tolist() == expected
+
+
+def test_token_entropy():
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0], [0.0, 0.0, -torch.inf, -torch.inf]])
+    torch.testing.assert_close(token_entropy(logits), torch.tensor([math.log(4), 0.0, math.log(2)]))

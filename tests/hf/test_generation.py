@@ -1,4 +1,5 @@
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -61,6 +62,9 @@ def run(model, inputs, **settings):
         ({"remasking": "entropy"}, '`remasking` must be "low_confidence" or "random", got \'entropy\''),
         ({"acceptance_threshold": 0.0}, r"`acceptance_threshold` must be in \(0, 1\], got 0.0"),
         ({"acceptance_threshold": 1.1}, r"`acceptance_threshold` must be in \(0, 1\], got 1.1"),
+        ({"entropy_bound": -0.1}, "`entropy_bound` must be 0 or positive, got -0.1"),
+        ({"entropy_bound": math.nan}, "`entropy_bound` must be 0 or positive, got nan"),
+        ({"entropy_bound": 0.1, "acceptance_threshold": 0.9}, "leave out `acceptance_threshold`"),
         ({"guidance_scale": 0.5}, "`guidance_scale` must be at least 1"),
         ({"seed": 1.5}, "`seed` must be an integer, got 1.5"),
         ({"do_sample": True}, r"Unknown generation settings \['do_sample'\]"),
@@ -184,6 +188,7 @@ def test_output_of_regions(model, processor, pictures, inputs):
         {"temperature": 0.7, "seed": 5},
         {"remasking": "random", "seed": 5},
         {"acceptance_threshold": 0.4},
+        {"entropy_bound": 2.0},
         {"acceptance_threshold": 0.4, "temperature": 1.0, "seed": 5},
         {"acceptance_threshold": 0.4, "remasking": "random", "seed": 5},
         {"prefix_refresh_interval": 0},
@@ -321,16 +326,20 @@ def test_streamer(model, inputs, settings):
 
 def test_stop_strings_cut_captions(model, processor, inputs):
     tokens = run(model, inputs).region_tokens
-    stop = tokens[0, 0, 3:5].tolist()
-    text = processor.tokenizer.decode(stop)
-    if processor.tokenizer(text, add_special_tokens=False)["input_ids"] != stop:
-        pytest.fail(f"{stop} is not what {text!r} is encoded to; choose other tokens")
+    caption = tokens[0, 0].tolist()
+    start, text = next(  # two neighbouring tokens that are what their text is encoded to
+        (k, text)
+        for k in range(1, SLOTS - 2)
+        if processor.tokenizer(text := processor.tokenizer.decode(caption[k : k + 2]))["input_ids"]
+        == caption[k : k + 2]
+    )
+    stop = caption[start : start + 2]
     cut = run(model, inputs, stop_strings=text, tokenizer=processor.tokenizer).region_tokens
     end = model.config.eot_token_id
     for region, before in zip(cut.view(-1, SLOTS).tolist(), tokens.view(-1, SLOTS).tolist(), strict=True):
         at = next((i for i in range(SLOTS - 1) if before[i : i + 2] == stop), SLOTS)
         assert region == before[:at] + [end] * (SLOTS - at)
-    assert cut[0, 0, 3:].eq(end).all()
+    assert cut[0, 0, start:].eq(end).all()
     again = run(model, inputs, stop_strings=["never to be seen", text], tokenizer=processor.tokenizer).region_tokens
     assert torch.equal(again, cut)
 

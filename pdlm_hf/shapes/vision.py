@@ -1,0 +1,73 @@
+"""The vision tower's own lesson: name every attribute of a region from its RoI tokens, without the language model.
+
+The 8B starts from SigLIP2, which has seen the world before it meets a language model. The tiny tower starts from
+nothing, and through generated words alone it learns shapes very slowly.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..modeling_pdlm import PdlmForConditionalGeneration
+from ..processing_pdlm import PdlmProcessor
+from .world import WORDS, read
+
+
+class AttributeCollator:
+    """Rows of `ShapesDataset` -> inputs of the vision side, and the values of every region's attributes.
+
+    `attributes` has shape `(regions of all pictures, 4)`: indices into the values of each attribute in `WORDS`.
+    """
+
+    def __init__(self, processor: PdlmProcessor):
+        self.image_processor = processor.image_processor
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Tile the pictures and their masks, and read the captions."""
+        inputs = self.image_processor.preprocess(
+            [row["image"] for row in rows],
+            segmentation_maps=[[region["mask"] for region in row["regions"]] for row in rows],
+            return_tensors="pt",
+        )
+        figures = [read(region["caption"]) for row in rows for region in row["regions"]]
+        values = [[list(words).index(getattr(figure, name)) for name, words in WORDS.items()] for figure in figures]
+        names = ("pixel_values", "region_masks", "region_boxes", "image_grids", "original_sizes")
+        return {name: inputs[name] for name in names} | {"attributes": torch.tensor(values)}
+
+
+class RegionClassifier(nn.Module):
+    """Attributes of regions from the mean of their RoI tokens.
+
+    A mean, so that the language model finds the answer in the tokens by attending to them evenly.
+
+    Args:
+        model (`PdlmForConditionalGeneration`): its vision tower, projector and region embeddings are trained.
+    """
+
+    def __init__(self, model: PdlmForConditionalGeneration):
+        super().__init__()
+        self.model = model
+        hidden = model.config.text_config.hidden_size
+        self.position = nn.Parameter(torch.zeros(model.config.num_roi_tokens, hidden))
+        self.mix = nn.Linear(hidden, hidden)
+        self.score = nn.Linear(hidden, sum(map(len, WORDS.values())))
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        region_masks: torch.Tensor,
+        region_boxes: torch.Tensor,
+        image_grids: torch.Tensor,
+        original_sizes: torch.Tensor,
+        attributes: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Sum over the attributes of the mean cross entropy, as `loss`, and the `right` answers, bool (regions, 4)."""
+        features = self.model.model.get_image_features(pixel_values, region_masks)
+        tokens = self.model.model.get_region_features(features, image_grids, region_boxes, original_sizes)
+        hidden = F.gelu(self.mix(F.gelu(tokens + self.position).mean(1)))
+        scores = self.score(hidden).split([len(words) for words in WORDS.values()], -1)
+        loss = sum(F.cross_entropy(s, target) for s, target in zip(scores, attributes.T, strict=True))
+        return {"loss": loss, "right": torch.stack([s.argmax(-1) for s in scores], 1) == attributes}
