@@ -21,7 +21,10 @@ from .diffusion_pdlm import (
     token_entropy,
     token_log_odds,
 )
+from .graphs_pdlm import WIDTH_MULTIPLE, CanvasGraph, CanvasGraphs, graphs_usable
 from .masking_pdlm import region_attention
+from .split_attention_pdlm import NAME as REGION_SPLIT
+from .split_attention_pdlm import SplitCache, split_pass
 
 # Slots x vocabulary scored at a time: bounds the float32 logits to 256 MB.
 _MAX_LOGITS = 2**26
@@ -274,8 +277,11 @@ class RegionCanvas:
         layout = self.model.model.region_layout(ids)
         self.prompt_layout = layout[:, :width]
         self.block_layout = layout[:, width:].view(rows, most, num_slots + 2)
-        self.cache: PrefixCache | None = None
+        self.cache: PrefixCache | SplitCache | None = None
         self.cached_rows: torch.Tensor | None = None
+        self.shown: _View | None = None  # the view that a split cache has room for
+        self.graphs: CanvasGraphs | None = None
+        self.graph: CanvasGraph | None = None
 
     def blocks(self, tokens: torch.Tensor) -> torch.Tensor:
         """Caption token, slots and closing newline (or end of turn) of every region, `(rows, regions, slots + 2)`."""
@@ -320,6 +326,9 @@ class RegionCanvas:
             cache = PrefixCache() if keep else None
         else:
             cache = self._cache_of(rows)
+        if isinstance(cache, SplitCache):
+            hidden = self._split_pass(view, embeds, positions, cache)
+            return hidden.view(*view.blocks.shape, size, -1)[:, :, 1:-1]
         if whole not in view.masks:
             view.masks[whole] = self._mask(view, embeds, cache, size)
         hidden = self.model.model.language_model(
@@ -330,11 +339,39 @@ class RegionCanvas:
             use_cache=cache is not None,
         ).last_hidden_state
         if whole and keep:
-            cache.freeze(self.prompt.shape[1])
-            self.cache, self.cached_rows = cache, rows
+            self._keep(cache, rows)
         if whole:
             hidden = hidden[:, self.prompt.shape[1] :]
         return hidden.view(*view.blocks.shape, size, -1)[:, :, 1:-1]
+
+    def _keep(self, cache: PrefixCache, rows: torch.Tensor) -> None:
+        """Keep the prompts' keys and values of a pass over prompts and canvas."""
+        width = self.prompt.shape[1]
+        self.cached_rows, self.shown = rows, None
+        if self.model.config.text_config._attn_implementation != REGION_SPLIT:
+            cache.freeze(width)
+            self.cache = cache
+            return
+        self.cache = SplitCache(
+            [(layer.keys, layer.values) for layer in cache.layers],
+            self.prompt_layout[rows],
+            self.prompt_mask[rows],
+            self.exists.shape[1],
+            self.model.config.num_roi_tokens,
+            self.num_slots + 2,
+            1 if self.graphs is None else WIDTH_MULTIPLE,
+        )
+
+    def _split_pass(self, view: _View, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache):
+        """A canvas pass without a mask; replayed from a CUDA graph where there is one."""
+        if view is not self.shown:
+            cache.show(view.blocks)
+            self.shown = view
+            if self.graphs is not None:
+                self.graph = self.graphs.load(embeds, positions, cache)
+        if self.graph is not None:
+            return self.graph(embeds, positions)
+        return split_pass(self.model.model.language_model, embeds, positions, cache)
 
     def _mask(self, view: _View, embeds: torch.Tensor, cache: PrefixCache | None, size: int) -> Any:
         """Attention of this view's queries over the prompts and its own blocks."""
@@ -378,6 +415,8 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
     if interval is None:
         interval = 1 if task.config.prefix_attention == "full" else 0
     caching = interval != 1 and num_steps > 1
+    if settings.cuda_graphs and graphs_usable(task.device, caching, task.config.text_config._attn_implementation):
+        canvas.graphs = task.model.canvas_graphs()
     adaptive = settings.acceptance_threshold is not None or settings.entropy_bound is not None
     everything = view = canvas.view(canvas.exists)
     for step in range(num_steps):
@@ -413,7 +452,8 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
             active = canvas.masked.any(-1)
             if not active.any():
                 break
-            if caching and int(active.sum()) < len(view.place):
+            # A graph has a fixed shape, and finished regions cost it nearly nothing.
+            if caching and canvas.graphs is None and int(active.sum()) < len(view.place):
                 view = canvas.view(active)
         elif all(masks_left(n * canvas.num_slots, step, num_steps) == 0 for n in counts):
             break

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from .chat_denoising_pdlm import denoise_blocks
 from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, cut_at_stop, denoise_regions, left_pad
+from .graphs_pdlm import CanvasGraphs
 
 # Names the reference uses -> ours
 _REFERENCE_NAMES = {"steps": "max_denoising_steps", "gen_length": "max_new_tokens", "gen_len": "max_new_tokens"}
@@ -46,6 +47,9 @@ class PdlmGenerationConfig(GenerationConfig):
         prefix_refresh_interval (`int`): how often the prompt's keys and values are recomputed: 1 = at every step,
             k = every k steps, 0 = never. Default 1 for `prefix_attention` "full", 0 for "isolated", where it is exact;
             with "full" a kept prompt is an approximation (the first step is still the same).
+        cuda_graphs (`bool`): replay canvas passes as CUDA graphs, which takes the launch of every kernel off the CPU.
+            For a kept prompt on a GPU and `attn_implementation={"text_config": "region_split"}`; ignored elsewhere,
+            with a warning. Default: off.
         max_batch_tokens (`int`): pictures are taken through the model in portions of at most this many tokens (prompt
             and canvas, padding included), so that a large batch cannot run out of memory. Default: all at once.
         guidance_scale (`float`): classifier-free guidance, chat only; 1 (default) = off. Reference: cfg_scale + 1.
@@ -65,6 +69,7 @@ class PdlmGenerationConfig(GenerationConfig):
         "acceptance_threshold",
         "entropy_bound",
         "prefix_refresh_interval",
+        "cuda_graphs",
         "max_batch_tokens",
         "guidance_scale",
         "generation_suffix",
@@ -169,6 +174,8 @@ class PdlmGenerationOutput(ModelOutput):
 class PdlmGenerationMixin:
     """`generate` of PerceptionDLM. Not transformers' autoregressive GenerationMixin, but with its conventions."""
 
+    _canvas_graphs: CanvasGraphs | None = None
+
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
     ):
@@ -184,6 +191,12 @@ class PdlmGenerationMixin:
             )
         except OSError:  # reference checkpoints have none
             self.generation_config = self.generation_config_class()
+
+    def canvas_graphs(self) -> CanvasGraphs:
+        """The CUDA graphs of this model's canvas passes."""
+        if self._canvas_graphs is None:
+            self._canvas_graphs = CanvasGraphs(self.model.language_model)
+        return self._canvas_graphs
 
     @torch.no_grad()
     def generate(
@@ -335,7 +348,7 @@ class PdlmGenerationMixin:
         )
 
     def _generate_chat(self, inputs, settings, streamer, tokenizer) -> "PdlmGenerationOutput | torch.LongTensor":
-        for name in ("acceptance_threshold", "entropy_bound", "max_batch_tokens"):
+        for name in ("acceptance_threshold", "entropy_bound", "cuda_graphs", "max_batch_tokens"):
             if getattr(settings, name) is not None:
                 raise ValueError(f"`{name}` is for region captions at present. Leave it out in chat.")
         num_slots = settings.max_new_tokens or 64

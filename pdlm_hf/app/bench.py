@@ -95,6 +95,11 @@ class Bench:
         with self.device:
             self.model = PdlmForConditionalGeneration(config).eval()
         torch.set_default_dtype(default)
+        # Unit scale everywhere: with the usual small weights every slot drafts the same token, and agreement of two
+        # loops would say nothing.
+        for name, weight in self.model.named_parameters():
+            if weight.ndim == 2:
+                weight.data.normal_(0, 1 if "embed_tokens" in name else weight.shape[1] ** -0.5)
 
     def prompt_ids(self, num_regions: int) -> torch.Tensor:
         """Image, RoI groups with newlines between, text; `(1, image + text + 17 N - 1)`."""
@@ -108,7 +113,7 @@ class Bench:
         """Ids and random embeddings of a batch of prompts."""
         ids = self.prompt_ids(num_regions).expand(batch, -1)
         generator = torch.Generator("cpu").manual_seed(num_regions)
-        embeds = torch.randn(1, ids.shape[1], self.shape.hidden, generator=generator) * 0.02
+        embeds = torch.randn(1, ids.shape[1], self.shape.hidden, generator=generator)
         return ids, embeds.to(self.device, self.shape.dtype).expand(batch, -1, -1).contiguous()
 
     def ours(self, num_regions: int, batch: int, slots: int, steps: int, interval: int) -> torch.Tensor:

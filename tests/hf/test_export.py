@@ -21,10 +21,11 @@ NAMES = [
     "denoising",
     "diffusion",
     "generation",
+    "graphs",
     "image_processing",
     "masking",
 ]
-CODE = [f"{name}_pdlm.py" for name in [*NAMES, "modeling", "processing"]]
+CODE = [f"{name}_pdlm.py" for name in [*NAMES, "modeling", "processing", "split_attention"]]
 MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors"]
 PROCESSOR_FILES = ["chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]
 SETTINGS = {"max_new_tokens": 6, "max_denoising_steps": 3}

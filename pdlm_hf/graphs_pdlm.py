@@ -1,0 +1,105 @@
+"""CUDA graphs of the canvas pass.
+
+With the prompt kept, a pass over the canvas of an 8B takes a few milliseconds on a GPU, less than Python needs to
+launch its kernels one by one. A graph is captured once for every shape and replayed with new contents.
+"""
+
+from collections import OrderedDict
+from functools import partial
+
+import torch
+from transformers.utils import logging
+
+from .split_attention_pdlm import NAME, SplitCache, split_pass
+
+logger = logging.get_logger(__name__)
+
+WIDTH_MULTIPLE = 256  # shared prompt rows are padded to it: pictures of as many tiles share a graph
+MAX_GRAPHS = 4  # each holds the prompts' keys and values of one batch
+
+
+class CanvasGraph:
+    """One canvas pass of fixed shape.
+
+    Args:
+        language_model (`PdlmTextModel`)
+        embeds, positions (`torch.Tensor`): first contents.
+        cache (`SplitCache`): first contents; kept, and overwritten by later pictures.
+    """
+
+    def __init__(self, language_model, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache):
+        self.embeds, self.positions, self.cache = embeds.clone(), positions.clone(), cache
+        self.run = partial(split_pass, language_model, self.embeds, self.positions, self.cache)
+        self.graph = None
+        self.hidden = self.run()
+        if embeds.is_cuda:
+            self._capture()
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # kernels choose their workspaces before the capture
+            for _ in range(2):
+                self.run()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.hidden = self.run()
+
+    def __call__(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states for these inputs; overwritten by the next call."""
+        self.embeds.copy_(embeds)
+        self.positions.copy_(positions)
+        if self.graph is None:
+            self.hidden = self.run()
+        else:
+            self.graph.replay()
+        return self.hidden
+
+
+class CanvasGraphs:
+    """The graphs of a model, the most recently used ones.
+
+    Args:
+        language_model (`PdlmTextModel`)
+    """
+
+    def __init__(self, language_model):
+        self.language_model = language_model
+        self.graphs: OrderedDict[tuple, CanvasGraph] = OrderedDict()
+        self.failed = False
+
+    def load(self, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache) -> CanvasGraph | None:
+        """The graph for these shapes with this cache in it; None, with a logged reason, if it cannot be captured."""
+        if self.failed:
+            return None
+        weights = self.language_model.norm.weight.data_ptr()  # another place after a move: then all graphs are stale
+        shape = (*embeds.shape[:2], cache.get_seq_length(), cache.block, cache.num_roi_tokens)
+        key = (weights, embeds.dtype, embeds.device, *shape)
+        if key in self.graphs:
+            self.graphs[key].cache.copy_(cache)
+        else:
+            while len(self.graphs) >= MAX_GRAPHS:
+                self.graphs.popitem(last=False)
+            try:
+                self.graphs[key] = CanvasGraph(self.language_model, embeds, positions, cache)
+            except RuntimeError as error:
+                self.failed = True
+                logger.warning("Decoding without CUDA graphs, because the capture failed: %s", error)
+                return None
+        self.graphs.move_to_end(key)
+        return self.graphs[key]
+
+
+def graphs_usable(device: torch.device, caching: bool, implementation: str) -> bool:
+    """Whether canvas passes can be captured here; logs why not."""
+    reason = None
+    if device.type != "cuda":
+        reason = f"the model is on {device.type}"
+    elif not caching:
+        reason = "the prompt is recomputed at every step (prefix_refresh_interval=1)"
+    elif implementation != NAME:
+        reason = f'they need attn_implementation={{"text_config": "{NAME}"}}, and it is "{implementation}"'
+    if reason:
+        logger.warning_once(f"`cuda_graphs` is ignored: {reason}.")
+    return reason is None

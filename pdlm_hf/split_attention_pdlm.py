@@ -1,0 +1,197 @@
+"""Attention of caption blocks in two calls without a mask: over the shared prompt rows, and over a region's own rows.
+
+A row of caption block i sees the shared rows of its picture's prompt, the RoI tokens of region i and its own block
+([`masking_pdlm.region_attention`]). With the prompt's keys and values at hand that is two plain attentions whose
+results are merged by their log-sum-exp: one over keys that all blocks of a picture share and one over some fifty keys
+a region. On a GPU both run as variable-length flash attention, which takes no mask; the dense mask over thousands of
+prompt rows is not needed. Anywhere else the same is computed by matrix products.
+
+Chosen by `attn_implementation={"text_config": "region_split"}`; passes that also compute the prompt go through sdpa.
+"""
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from .masking_pdlm import SHARED
+
+try:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+except ImportError:  # torch before 2.12
+    varlen_attn = None
+
+NAME = "region_split"
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention with its log-sum-exp.
+
+    Args:
+        query (`torch.Tensor` of shape `(n, queries, heads, head_size)`)
+        key, value (`torch.Tensor` of shape `(n, keys, key_heads, head_size)`): contiguous.
+        lengths (`torch.IntTensor` of shape `(n,)`): keys of each that count, from the left; at least one.
+        scale (`float`): factor for the scores.
+
+    Returns:
+        values of the shape of `query`, and float32 log-sum-exp of the scores `(n, queries, heads)`.
+    """
+    n, queries, heads, _ = query.shape
+    keys = key.shape[1]
+    if query.is_cuda and varlen_attn is not None and query.dtype in (torch.bfloat16, torch.float16):
+        row = torch.arange(n + 1, dtype=torch.int32, device=query.device)
+        out, lse = varlen_attn(
+            query.flatten(0, 1),
+            key.flatten(0, 1),
+            value.flatten(0, 1),
+            row * queries,
+            row * keys,
+            queries,
+            keys,
+            scale=scale,
+            enable_gqa=key.shape[2] != heads,
+            seqused_k=lengths.to(torch.int32),
+            return_aux=AuxRequest(lse=True),
+        )
+        return out.reshape(query.shape), lse.view(heads, n, queries).permute(1, 2, 0)
+    repeats = heads // key.shape[2]
+    key, value = (repeat_kv(states.transpose(1, 2), repeats) for states in (key, value))  # (n, heads, keys, head_size)
+    scores = query.transpose(1, 2).float() @ key.float().transpose(2, 3) * scale
+    counted = torch.arange(keys, device=query.device) < lengths[:, None]
+    scores = scores.masked_fill(~counted[:, None, None], -torch.inf)
+    lse = scores.logsumexp(-1)
+    out = (scores - lse[..., None]).exp() @ value.float()
+    return out.transpose(1, 2).to(query.dtype), lse.transpose(1, 2)
+
+
+def merge(
+    first: torch.Tensor, first_lse: torch.Tensor, second: torch.Tensor, second_lse: torch.Tensor
+) -> torch.Tensor:
+    """Attention over the union of two sets of keys, from the attention over each; in float32.
+
+    Args:
+        first, second (`torch.Tensor` of shape `(..., heads, head_size)`)
+        first_lse, second_lse (`torch.FloatTensor` of shape `(..., heads)`)
+    """
+    share = torch.sigmoid(second_lse - first_lse)[..., None]
+    return torch.lerp(first.float(), second.float(), share).to(first.dtype)
+
+
+class SplitCache:
+    """Keys and values of the prompts, sorted for [`split_attention`]; stands in for the prompt cache.
+
+    Args:
+        layers (`list`): for each layer the keys and values `(rows, heads, length, head_size)` whose first columns are
+            the prompts.
+        layout (`torch.LongTensor` of shape `(rows, prompt_length)`): see [`masking_pdlm.region_layout`].
+        real (`torch.BoolTensor` of the same shape): False on padding.
+        num_regions (`int`): regions of the row that has most.
+        num_roi_tokens (`int`): RoI tokens of each.
+        block (`int`): rows of a caption block.
+        multiple (`int`): room for shared rows is a multiple of this, so that few shapes occur.
+    """
+
+    def __init__(self, layers, layout, real, num_regions: int, num_roi_tokens: int, block: int, multiple: int = 1):
+        shared = (layout == SHARED) & real
+        self.lengths = shared.sum(1).int()
+        room = multiple * -(-int(self.lengths.max()) // multiple)
+        common = (~shared).int().argsort(dim=1, stable=True)
+        common = common[:, torch.arange(room, device=layout.device).clamp_max(layout.shape[1] - 1)]
+        region = torch.arange(num_regions, device=layout.device)
+        roi = (layout[:, None] != 2 * region[:, None]).int().argsort(dim=2, stable=True)[..., :num_roi_tokens]
+        self.block, self.num_roi_tokens = block, num_roi_tokens
+        self.common = [tuple(_columns(states, common) for states in layer) for layer in layers]
+        self.roi = [
+            tuple(_columns(states, roi.flatten(1)).unflatten(1, roi.shape[1:]) for states in layer) for layer in layers
+        ]
+        self.own: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # (regions of the view, RoI tokens + block, heads, size)
+        self.own_lengths = self.lengths
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep only these rows of the batch."""
+        self.lengths = self.lengths[rows]
+        self.common = [tuple(states[rows] for states in layer) for layer in self.common]
+        self.roi = [tuple(states[rows] for states in layer) for layer in self.roi]
+
+    def show(self, regions: torch.Tensor) -> None:
+        """Make room for the blocks of these regions.
+
+        Args:
+            regions (`torch.LongTensor` of shape `(rows, blocks)`): index of the region of every block.
+        """
+        rows = torch.arange(len(regions), device=regions.device)[:, None]
+        keys = self.num_roi_tokens + self.block
+        self.own = []
+        for layer in self.roi:
+            own = tuple(states.new_empty(regions.numel(), keys, *states.shape[3:]) for states in layer)
+            for room, states in zip(own, layer, strict=True):
+                room[:, : self.num_roi_tokens] = states[rows, regions].flatten(0, 1)
+            self.own.append(own)
+        self.own_lengths = torch.full((regions.numel(),), keys, dtype=torch.int32, device=regions.device)
+
+    def copy_(self, other: "SplitCache") -> None:
+        """Take over the contents of a cache of the same shapes, in place, for pictures that are shown alike."""
+        self.lengths.copy_(other.lengths)
+        for mine, theirs in ((self.common, other.common), (self.own, other.own)):
+            for layer, new in zip(mine, theirs, strict=True):
+                for states, values in zip(layer, new, strict=True):
+                    states.copy_(values)
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Write keys and values of the blocks behind their RoI tokens."""
+        for room, states in zip(self.own[layer_idx], (key_states, value_states), strict=True):
+            room[:, self.num_roi_tokens :] = states.transpose(1, 2).reshape(-1, self.block, *room.shape[2:])
+        return key_states, value_states
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        """Rows of the longest prompt that all captions see."""
+        return self.common[0][0].shape[1]
+
+
+def _columns(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Columns of `(rows, heads, length, head_size)` as contiguous `(rows, columns, heads, head_size)`."""
+    index = index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+    return states.gather(2, index).transpose(1, 2).contiguous()
+
+
+def split_attention(
+    module, query, key, value, attention_mask, scaling=None, split: SplitCache | None = None, **kwargs
+):
+    """Attention function of transformers; without `split` it is sdpa.
+
+    Args:
+        module, query, key, value, attention_mask, scaling: as for every attention function.
+        split (`SplitCache`, *optional*): prompts and own rows; `key` and `value` are already in it, `attention_mask`
+            is not read.
+
+    Returns:
+        `(rows, length, heads, head_size)`, and None.
+    """
+    if split is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    query = query.transpose(1, 2).contiguous()
+    shared = attend(query, *split.common[module.layer_idx], split.lengths, scaling)
+    blocks = query.view(-1, split.block, *query.shape[2:])
+    own, own_lse = attend(blocks, *split.own[module.layer_idx], split.own_lengths, scaling)
+    return merge(*shared, own.reshape(query.shape), own_lse.reshape(shared[1].shape)), None
+
+
+def split_pass(language_model, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache) -> torch.Tensor:
+    """Hidden states of the canvas `(rows, length, hidden_size)` by [`split_attention`]."""
+    unread = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)  # so that no mask is built
+    return language_model(
+        inputs_embeds=embeds,
+        attention_mask=unread,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        split=cache,
+    ).last_hidden_state
+
+
+AttentionInterface.register(NAME, split_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,140 @@
+"""Canvas passes without a mask, and their CUDA graphs, give what the region mask gives."""
+
+import pytest
+import torch
+
+import pdlm_hf.denoising_pdlm
+from pdlm_hf.graphs_pdlm import WIDTH_MULTIPLE, CanvasGraphs, graphs_usable
+from pdlm_hf.split_attention_pdlm import NAME, attend, merge
+
+SETTINGS = {"max_new_tokens": 8, "max_denoising_steps": 8, "prefix_refresh_interval": 0}
+RULES = [{}, {"acceptance_threshold": 0.3}, {"prefix_refresh_interval": 3}]
+
+
+@pytest.fixture(scope="module")
+def inputs(processor, pictures):
+    return processor(images=[p.image for p in pictures], segmentation_maps=[p.masks for p in pictures])
+
+
+@pytest.fixture
+def split(request):
+    """A model whose canvas passes are split, for the time of a test."""
+
+    def switch(name):
+        network = request.getfixturevalue(name)
+        network.set_attn_implementation({"text_config": NAME})
+        request.addfinalizer(lambda: network.set_attn_implementation("sdpa"))
+        return network
+
+    return switch
+
+
+def test_attend_and_merge_are_softmax_attention():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, n, 4, 8, generator=generator) for n in (5, 12, 12))
+    lengths = torch.tensor([12, 7])
+    scores = torch.einsum("nqhd,nkhd->nhqk", query, key) * 0.3
+    scores[1, :, :, 7:] = -torch.inf
+    expected = torch.einsum("nhqk,nkhd->nqhd", scores.softmax(-1), value)
+    out, lse = attend(query, key, value, lengths, 0.3)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, scores.logsumexp(-1).transpose(1, 2))
+    left = attend(query, key[:, :4], value[:, :4], torch.tensor([4, 4]), 0.3)
+    right = attend(query, key[:, 4:], value[:, 4:], lengths - 4, 0.3)
+    torch.testing.assert_close(merge(*left, *right), expected)
+
+
+def test_attend_shares_key_heads():
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(1, 3, 4, 8, generator=generator)
+    key, value = torch.randn(2, 1, 6, 2, 8, generator=generator)
+    lengths = torch.tensor([6])
+    wide = [states.repeat_interleave(2, dim=2) for states in (key, value)]
+    for got, expected in zip(attend(query, key, value, lengths, 1.0), attend(query, *wide, lengths, 1.0), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("name", ["model", "isolated_model"])
+def test_split_is_the_region_mask(split, request, inputs, name, rule):
+    settings = {**SETTINGS, **rule, "output_history": True}
+    expected = request.getfixturevalue(name).generate(**inputs, **settings)
+    output = split(name).generate(**inputs, **settings)
+    assert torch.equal(output.region_tokens, expected.region_tokens)
+    assert torch.equal(output.region_steps, expected.region_steps)
+    for ours, theirs in zip(output.history, expected.history, strict=True):
+        torch.testing.assert_close(ours.probability, theirs.probability, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_fixed_shapes_with_new_contents(split, inputs, processor, pictures, monkeypatch, rule):
+    """What a graph replays, replayed without one: buffers of another batch of the same shape are reused."""
+    network = split("isolated_model")
+    again = processor(
+        images=[p.image for p in pictures[::-1]], segmentation_maps=[p.masks[::-1] for p in pictures[::-1]]
+    )
+    settings = {**SETTINGS, **rule}
+    expected = [network.generate(**batch, **settings) for batch in (inputs, again)]
+    monkeypatch.setattr(pdlm_hf.denoising_pdlm, "graphs_usable", lambda *args: True)
+    monkeypatch.setattr(network, "_canvas_graphs", None)
+    for batch, known in zip((inputs, again), expected, strict=True):
+        output = network.generate(**batch, **settings, cuda_graphs=True)
+        assert torch.equal(output.region_tokens, known.region_tokens)
+        assert torch.equal(output.region_steps, known.region_steps)
+    (graph,) = network.canvas_graphs().graphs.values()
+    assert graph.cache.get_seq_length() % WIDTH_MULTIPLE == 0
+    network._canvas_graphs = None
+
+
+def test_a_failed_capture_falls_back(split, inputs, monkeypatch, caplog):
+    network = split("isolated_model")
+    expected = network.generate(**inputs, **SETTINGS)
+
+    def fail(self, *args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pdlm_hf.denoising_pdlm, "graphs_usable", lambda *args: True)
+    monkeypatch.setattr("pdlm_hf.graphs_pdlm.CanvasGraph.__init__", fail)
+    monkeypatch.setattr(network, "_canvas_graphs", CanvasGraphs(network.model.language_model))
+    output = network.generate(**inputs, **SETTINGS, cuda_graphs=True)
+    assert torch.equal(output.region_tokens, expected.region_tokens)
+
+
+@pytest.mark.parametrize(
+    ("device", "caching", "implementation", "usable"),
+    [
+        ("cuda", True, NAME, True),
+        ("cpu", True, NAME, False),
+        ("cuda", False, NAME, False),
+        ("cuda", True, "sdpa", False),
+    ],
+)
+def test_where_graphs_are_usable(device, caching, implementation, usable):
+    assert graphs_usable(torch.device(device), caching, implementation) is usable
+
+
+def test_graphs_are_ignored_on_cpu(isolated_model, inputs):
+    expected = isolated_model.generate(**inputs, **SETTINGS)
+    assert torch.equal(
+        isolated_model.generate(**inputs, **SETTINGS, cuda_graphs=True).region_tokens, expected.region_tokens
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu(processor, inputs, dtype):
+    """Flash attention and captured graphs beside the dense mask; bfloat16 within its rounding."""
+    from tiny import lively_model
+
+    network = lively_model(processor, "isolated").to("cuda", dtype)
+    batch = inputs.to("cuda")
+    expected = network.generate(**batch, **SETTINGS, output_history=True)
+    network.set_attn_implementation({"text_config": NAME})
+    for graphs in (False, True, True):
+        output = network.generate(**batch, **SETTINGS, cuda_graphs=graphs, output_history=True)
+        tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(
+            output.history[0].probability, expected.history[0].probability, atol=tolerance, rtol=0
+        )
+        if dtype == torch.float32:
+            assert torch.equal(output.region_tokens, expected.region_tokens)
