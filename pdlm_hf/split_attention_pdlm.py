@@ -9,19 +9,19 @@ prompt rows is not needed. Anywhere else the same is computed by matrix products
 Chosen by `attn_implementation={"text_config": "region_split"}`; passes that also compute the prompt go through sdpa.
 """
 
+import inspect
+
 import torch
+from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .masking_pdlm import SHARED
 
-try:
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-except ImportError:  # torch before 2.12
-    varlen_attn = None
-
 NAME = "region_split"
+# torch 2.11 has the function without what is needed here
+_HAS_VARLEN = {"seqused_k", "enable_gqa", "return_aux"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
 
 
 def attend(
@@ -40,9 +40,9 @@ def attend(
     """
     n, queries, heads, _ = query.shape
     keys = key.shape[1]
-    if query.is_cuda and varlen_attn is not None and query.dtype in (torch.bfloat16, torch.float16):
+    if query.is_cuda and _HAS_VARLEN and query.dtype in (torch.bfloat16, torch.float16):
         row = torch.arange(n + 1, dtype=torch.int32, device=query.device)
-        out, lse = varlen_attn(
+        out, lse = varlen.varlen_attn(
             query.flatten(0, 1),
             key.flatten(0, 1),
             value.flatten(0, 1),
@@ -53,7 +53,7 @@ def attend(
             scale=scale,
             enable_gqa=key.shape[2] != heads,
             seqused_k=lengths.to(torch.int32),
-            return_aux=AuxRequest(lse=True),
+            return_aux=varlen.AuxRequest(lse=True),
         )
         return out.reshape(query.shape), lse.view(heads, n, queries).permute(1, 2, 0)
     repeats = heads // key.shape[2]

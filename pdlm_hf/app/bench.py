@@ -22,10 +22,12 @@ from ..diffusion_pdlm import masks_left
 from ..generation_pdlm import PdlmGenerationConfig
 from ..masking_pdlm import caption_canvas, region_attention, region_layout
 from ..modeling_pdlm import PdlmForConditionalGeneration
+from ..split_attention_pdlm import NAME as REGION_SPLIT
 
-# Arithmetic and memory limits of devices whose share is reported: FLOP/s in bf16, bytes/s (measured on such a card).
+# Arithmetic and memory limits of known devices: FLOP/s in bf16, bytes/s (measured on such a card).
 LIMITS = {"H200": (790e12, 4.3e12)}
 FEW_STEPS = 11
+TILES = 7  # of the picture that the prompt stands for
 
 
 @dataclass(frozen=True)
@@ -101,29 +103,47 @@ class Bench:
             if weight.ndim == 2:
                 weight.data.normal_(0, 1 if "embed_tokens" in name else weight.shape[1] ** -0.5)
 
-    def prompt_ids(self, num_regions: int) -> torch.Tensor:
+    def prompt_ids(self, num_regions: int, image_tokens: int | None = None) -> torch.Tensor:
         """Image, RoI groups with newlines between, text; `(1, image + text + 17 N - 1)`."""
         config, shape = self.model.config, self.shape
-        ids = [1] * shape.image_tokens
+        ids = [1] * (image_tokens or shape.image_tokens)
         for k in range(num_regions):
             ids += [config.region_token_ids[k]] * shape.roi_tokens + [config.newline_token_id] * (k < num_regions - 1)
         return torch.tensor([ids + [2] * shape.text_tokens], device=self.device)
 
-    def prompts(self, num_regions: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def prompts(
+        self, num_regions: int, batch: int, image_tokens: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and random embeddings of a batch of prompts."""
-        ids = self.prompt_ids(num_regions).expand(batch, -1)
+        ids = self.prompt_ids(num_regions, image_tokens).expand(batch, -1)
         generator = torch.Generator("cpu").manual_seed(num_regions)
         embeds = torch.randn(1, ids.shape[1], self.shape.hidden, generator=generator)
         return ids, embeds.to(self.device, self.shape.dtype).expand(batch, -1, -1).contiguous()
 
-    def ours(self, num_regions: int, batch: int, slots: int, steps: int, interval: int) -> torch.Tensor:
+    def ours(
+        self,
+        num_regions: int,
+        batch: int,
+        slots: int,
+        steps: int,
+        interval: int,
+        image_tokens: int | None = None,
+        attention: str = "sdpa",
+        graphs: bool = False,
+    ) -> torch.Tensor:
         """Our loop; tokens `(batch, regions, slots)`."""
-        ids, embeds = self.prompts(num_regions, batch)
+        ids, embeds = self.prompts(num_regions, batch, image_tokens)
         settings = PdlmGenerationConfig(
-            max_new_tokens=slots, max_denoising_steps=steps, prefix_refresh_interval=interval
+            max_new_tokens=slots,
+            max_denoising_steps=steps,
+            prefix_refresh_interval=interval,
+            cuda_graphs=graphs or None,
         )
+        self.model.set_attn_implementation({"text_config": attention})
         task = GenerationTask(self.model, settings, ids, torch.ones_like(ids, dtype=torch.bool))
-        return denoise_regions(task, embeds, [num_regions] * batch, lambda values, fill: values).tokens
+        tokens = denoise_regions(task, embeds, [num_regions] * batch, lambda values, fill: values).tokens
+        self.model.set_attn_implementation({"text_config": "sdpa"})
+        return tokens
 
     def reference(self, num_regions: int, slots: int, steps: int) -> torch.Tensor:
         """The reference's loop as plainly as it stands (reference-spec section 8): one picture, everything recomputed
@@ -223,6 +243,27 @@ def flops(bench: Bench, num_regions: int, slots: int, kind: str, steps: int) -> 
     return whole + (steps - 1) * body(canvas, prompt + canvas) + steps * head * num_regions * slots
 
 
+def bound(bench: Bench, num_regions: int, slots: int, kind: str, steps: int, batch: int, limits) -> float:
+    """Least seconds a decode of `batch` pictures can take: every pass at the device's arithmetic or memory limit.
+
+    Memory: the weights once a pass, and the kept keys and values of every picture; activations are not counted.
+
+    Args:
+        kind (`str`): "reference", "exact" or "cached".
+        limits: FLOP/s and bytes/s.
+    """
+    arithmetic, memory = limits
+    shape, size = bench.shape, bench.shape.dtype.itemsize
+    weights = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.mlp) + shape.hidden * shape.vocab
+    kept = 2 * shape.layers * bench.prompt_ids(num_regions).shape[1] * shape.hidden
+    whole = max(batch * flops(bench, num_regions, slots, kind, 1) / arithmetic, weights * size / memory)
+    if kind != "cached":
+        return steps * whole
+    work = flops(bench, num_regions, slots, "cached", 2) - flops(bench, num_regions, slots, "cached", 1)
+    canvas = max(batch * work / arithmetic, (weights + batch * kept) * size / memory)
+    return whole + (steps - 1) * canvas
+
+
 def interleaved(bench: Bench, jobs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict, dict]:
     """Run all jobs in turn, `repeats` times after a warm-up; seconds of each and its last result."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
@@ -252,10 +293,19 @@ def compare(bench: Bench, num_regions: int, batches: list[int], slots: int, step
             jobs[f"{name}, batch {batch}"] = lambda batch=batch, n=n: bench.ours(num_regions, batch, slots, n, 0)
             size[f"{name}, batch {batch}"] = batch
     if bench.device.type == "cuda":
+        for name in [name for name in jobs if name.startswith("cached")]:
+            n, b = few if "steps" in name else steps, size[name]
+            for label, graphs in (("region_split", False), ("region_split, graphs", True)):
+                jobs[f"{name}, {label}"] = lambda b=b, n=n, graphs=graphs: bench.ours(
+                    num_regions, b, slots, n, 0, None, REGION_SPLIT, graphs
+                )
+                size[f"{name}, {label}"] = b
+    if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds, results = interleaved(bench, jobs, repeats)
     base = statistics.median(seconds["reference"])
-    peak, peak_name = _peak(bench)
+    limits, source = _limits(bench)
+    ends = torch.tensor([bench.model.config.eot_token_id, bench.model.config.eos_token_id], device=bench.device)
     rows = {}
     for name, times in seconds.items():
         image = statistics.median(times) / size[name]
@@ -263,6 +313,7 @@ def compare(bench: Bench, num_regions: int, batches: list[int], slots: int, step
         kind = "reference" if name == "reference" else "exact" if name == "exact" else "cached"
         tokens = results[name]
         work = flops(bench, num_regions, slots, kind, count)
+        text = float((torch.isin(tokens, ends).cumsum(-1) == 0).sum())
         rows[name] = {
             "ms_per_image": round(1000 * image, 2),
             "spread_ms": [round(1000 * min(times) / size[name], 2), round(1000 * max(times) / size[name], 2)],
@@ -270,11 +321,14 @@ def compare(bench: Bench, num_regions: int, batches: list[int], slots: int, step
             "images_per_second": round(1 / image, 3),
             "regions_per_second": round(num_regions / image, 3),
             "slots_per_second": round(num_regions * slots / image, 1),
+            "text_tokens_per_second": round(text / size[name] / image, 1),
             "tokens_per_forward": round(num_regions * slots * size[name] / count, 2),
             "tokens_per_forward_per_region": round(slots / count, 2),
             "tokens_as_exact": round(float((tokens[:1] == results["exact"]).float().mean()), 4),
             "tflop_per_image": round(work / 1e12, 4),
-            "share_of_peak": round(work / image / peak, 3),
+            "share_of_roofline": round(
+                bound(bench, num_regions, slots, kind, count, size[name], limits) / size[name] / image, 3
+            ),
         }
     memory = (
         torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
@@ -284,20 +338,20 @@ def compare(bench: Bench, num_regions: int, batches: list[int], slots: int, step
         "prompt_tokens": bench.prompt_ids(num_regions).shape[1],
         "slots": slots,
         "steps": steps,
-        "peak": f"{peak / 1e9:.0f} GFLOP/s ({peak_name})",
+        "limits": f"{limits[0] / 1e9:.0f} GFLOP/s, {limits[1] / 1e9:.1f} GB/s ({source})",
         "peak_memory_gb": round(memory / 1e9, 2),
         "phases_ms": bench.phases(num_regions, slots),
         "rows": rows,
     }
 
 
-def _peak(bench: Bench) -> tuple[float, str]:
-    """Arithmetic limit of the device: known, or measured by one large matrix product."""
+def _limits(bench: Bench) -> tuple[tuple[float, float], str]:
+    """Arithmetic and memory limit of the device: known, or measured by a large matrix product and a large sum."""
     if bench.device.type == "cuda":
         name = torch.cuda.get_device_name()
-        for key, (arithmetic, _) in LIMITS.items():
+        for key, limits in LIMITS.items():
             if key in name:
-                return arithmetic, f"{key}, known"
+                return limits, f"{key}, known"
     n = 4096 if bench.device.type == "cuda" else 1024
     a = torch.randn(n, n, device=bench.device, dtype=bench.shape.dtype)
     best = float("inf")
@@ -305,11 +359,18 @@ def _peak(bench: Bench) -> tuple[float, str]:
         start = bench._clock()
         a @ a
         best = min(best, bench._clock() - start)
-    return 2 * n**3 / best, "measured matrix product"
+    large = torch.ones(2**27 // bench.shape.dtype.itemsize, device=bench.device, dtype=bench.shape.dtype)
+    read = float("inf")
+    for _ in range(6):
+        start = bench._clock()
+        large.sum()
+        read = min(read, bench._clock() - start)
+    return (2 * n**3 / best, 2**27 / read), "measured: a matrix product, a sum"
 
 
 def scaling(bench: Bench, slots: int, steps: int, repeats: int, batches: list[int]) -> dict:
-    """How a decode grows: with regions, with regions a pass at 4 regions (Figure 1c of the paper), with the batch."""
+    """How a decode grows: with regions, with regions a pass at 4 regions (Figure 1c of the paper), with the tiles of
+    the picture, with the batch."""
     jobs: dict[str, Callable[[], Any]] = {}
     for n in range(1, 9):
         jobs[f"regions {n}"] = lambda n=n: bench.ours(n, 1, slots, steps, 0)
@@ -318,6 +379,9 @@ def scaling(bench: Bench, slots: int, steps: int, repeats: int, batches: list[in
     for n in (1, 2, 4):
         jobs[f"4 regions, {n} a pass"] = lambda n=n: [bench.ours(n, 1, slots, steps, 0) for _ in range(4 // n)]
         jobs[f"exact, 4 regions, {n} a pass"] = lambda n=n: [bench.ours(n, 1, slots, steps, 1) for _ in range(4 // n)]
+    tile = bench.shape.image_tokens // TILES
+    for tiles in range(1, TILES + 1, 2):
+        jobs[f"tiles {tiles}"] = lambda tiles=tiles: bench.ours(4, 1, slots, steps, 0, tiles * tile)
     for batch in batches:
         jobs[f"batch {batch}"] = lambda batch=batch: bench.ours(4, batch, slots, steps, 0)
     seconds, _ = interleaved(bench, jobs, repeats)
@@ -332,12 +396,46 @@ def scaling(bench: Bench, slots: int, steps: int, repeats: int, batches: list[in
 
 def _show(table: dict) -> None:
     view = Table(title=f"{table['regions']} regions, prompt {table['prompt_tokens']}, {table['steps']} steps")
-    for name in ("", "ms / image", "ratio", "regions / s", "tokens as exact", "share of peak"):
+    for name in ("", "ms / image", "ratio", "regions / s", "tokens as exact", "share of roofline"):
         view.add_column(name, justify="left" if not name else "right")
     for name, row in table["rows"].items():
-        cells = ("ms_per_image", "ratio_to_reference", "regions_per_second", "tokens_as_exact", "share_of_peak")
+        cells = ("ms_per_image", "ratio_to_reference", "regions_per_second", "tokens_as_exact", "share_of_roofline")
         view.add_row(name, *(str(row[cell]) for cell in cells))
     Console().print(view)
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise typer.BadParameter("needs matplotlib: pip install 'perceptiondlm[viz]'", param_hint="--plot") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _plot(record: dict, path: Path) -> None:
+    """The scaling run as four panels of seconds a decode."""
+    times = record["scaling"]["ms"]
+    panels = {
+        "regions": {"cached": "regions {}"},
+        "regions a pass, 4 regions": {"cached": "4 regions, {} a pass", "exact": "exact, 4 regions, {} a pass"},
+        "tiles, 4 regions": {"cached": "tiles {}"},
+        "pictures a batch, 4 regions": {"cached": "batch {}"},
+    }
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 3.2), layout="constrained")
+    for axis, (label, lines) in zip(axes, panels.items(), strict=True):
+        for name, pattern in lines.items():
+            points = [(n, times[key] / 1000) for n in range(1, 65) if (key := pattern.format(n)) in times]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(xlabel=label, ylim=(0, None))
+        axis.legend()
+    axes[0].set_ylabel("seconds a decode")
+    figure.suptitle(f"{record['shape']} shape, {record['dtype']}, {record['hardware']}")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def _integers(text: str, name: str) -> list[int]:
@@ -361,12 +459,16 @@ def decode(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     with_scaling: Annotated[bool, typer.Option("--scaling", help="Also time against regions, passes, batch.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the scaling run here (needs the extra viz).")] = None,
 ) -> None:
     """Time the reference's loop and ours on random weights; fixed steps, so that quality plays no part."""
     if shape not in SHAPES:
         raise typer.BadParameter(f"expected one of {', '.join(SHAPES)}, got {shape!r}", param_hint="--shape")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA device", param_hint="--device")
+    if plot is not None:
+        with_scaling = True
+        _pyplot()  # fails now rather than after the run
     counts, batches = _integers(regions, "--regions"), _integers(batch, "--batch")
     torch.set_num_threads(threads)
     bench = Bench(SHAPES[shape], device, max(8 if with_scaling else 1, *counts))
@@ -387,5 +489,7 @@ def decode(
         if with_scaling:
             record["scaling"] = scaling(bench, slots, steps, max(1, repeats // 2), batches)
             Console().print(record["scaling"])
+    if plot is not None:
+        _plot(record, plot)
     if json_file:
         json_file.write_text(json.dumps(record, indent=1) + "\n")

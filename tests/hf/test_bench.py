@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
-from pdlm_hf.app.bench import SHAPES, Bench, flops
+from pdlm_hf.app.bench import SHAPES, Bench, bound, flops
 from pdlm_hf.app.cli import app
 
 
@@ -46,10 +47,22 @@ def test_flops_by_hand(bench):
     assert shape.layers == 4
 
 
+def test_bound_by_hand(bench):
+    """With endless memory bandwidth the arithmetic decides, with endless arithmetic the bytes of the weights do."""
+    endless = float("inf")
+    work = flops(bench, 2, 8, "cached", 3)
+    assert bound(bench, 2, 8, "cached", 3, 1, (1e9, endless)) == pytest.approx(work / 1e9)
+    assert bound(bench, 2, 8, "exact", 3, 2, (1e9, endless)) == pytest.approx(2 * flops(bench, 2, 8, "exact", 3) / 1e9)
+    weights = 4 * (4 * 128**2 + 3 * 128 * 384) + 128 * 512
+    kept = 2 * 4 * (112 + 30 + 33) * 128
+    assert bound(bench, 2, 8, "exact", 3, 1, (endless, 1e9)) == pytest.approx(3 * 4 * weights / 1e9)
+    assert bound(bench, 2, 8, "cached", 3, 5, (endless, 1e9)) == pytest.approx(4 * (3 * weights + 2 * 5 * kept) / 1e9)
+
+
 def test_command_writes_its_table(tmp_path):
     path = tmp_path / "decode.json"
-    arguments = "bench decode --shape tiny --regions 2 --batch 1,2 --slots 4 --steps 3 --repeats 1 --scaling --json"
-    result = CliRunner().invoke(app, [*arguments.split(), str(path)])
+    arguments = "bench decode --shape tiny --regions 2 --batch 1,2 --slots 4 --steps 3 --repeats 1 --json"
+    result = CliRunner().invoke(app, [*arguments.split(), str(path), "--plot", str(tmp_path / "scaling.png")])
     assert result.exit_code == 0, result.output
     record = json.loads(path.read_text())
     (table,) = record["tables"]
@@ -58,7 +71,10 @@ def test_command_writes_its_table(tmp_path):
     assert table["rows"]["exact"]["tokens_as_exact"] == 1.0
     assert table["rows"]["cached"]["tokens_per_forward"] == round(2 * 4 / 3, 2)
     assert {"prefill", "canvas", "score"} == table["phases_ms"].keys()
-    assert record["scaling"]["ms"].keys() >= {"regions 8", "exact, 4 regions, 2 a pass", "batch 2"}
+    assert record["scaling"]["ms"].keys() >= {"regions 8", "exact, 4 regions, 2 a pass", "tiles 7", "batch 2"}
+    assert all(0 < row["share_of_roofline"] for row in table["rows"].values())
+    with Image.open(tmp_path / "scaling.png") as plot:
+        assert plot.width > 2 * plot.height
 
 
 @pytest.mark.parametrize(
