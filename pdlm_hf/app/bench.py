@@ -278,9 +278,8 @@ def interleaved(bench: Bench, jobs: dict[str, Callable[[], Any]], repeats: int) 
     return seconds, results
 
 
-def compare(bench: Bench, num_regions: int, batches: list[int], slots: int, steps: int, repeats: int) -> dict:
-    """One table: the reference's loop and ours at this number of regions."""
-    few = min(FEW_STEPS, steps)
+def _jobs(bench: Bench, num_regions: int, batches: list[int], slots: int, steps: int, few: int):
+    """What is compared, by name, and the pictures each takes."""
     jobs: dict[str, Callable[[], Any]] = {
         "reference": lambda: bench.reference(num_regions, slots, steps),
         "exact": lambda: bench.ours(num_regions, 1, slots, steps, 1),
@@ -300,6 +299,13 @@ def compare(bench: Bench, num_regions: int, batches: list[int], slots: int, step
                     num_regions, b, slots, n, 0, None, REGION_SPLIT, graphs
                 )
                 size[f"{name}, {label}"] = b
+    return jobs, size
+
+
+def compare(bench: Bench, num_regions: int, batches: list[int], slots: int, steps: int, repeats: int) -> dict:
+    """One table: the reference's loop and ours at this number of regions."""
+    few = min(FEW_STEPS, steps)
+    jobs, size = _jobs(bench, num_regions, batches, slots, steps, few)
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds, results = interleaved(bench, jobs, repeats)
