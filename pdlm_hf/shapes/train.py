@@ -1,10 +1,12 @@
 """Train the tiny checkpoint on drawn shapes.
 
     python -m pdlm_hf.shapes.train --out runs/vision --lesson vision --steps 4000 --batch-size 64 --learning-rate 3e-3
-    python -m pdlm_hf.shapes.train --out runs/pictures --lesson pictures --init runs/vision --steps 600
-    python -m pdlm_hf.shapes.train --out runs/words --lesson words --init runs/pictures --steps 1000 --batch-size 64
-    python -m pdlm_hf.shapes.train --out runs/full --init runs/words --steps 2500
-    python -m pdlm_hf.shapes.train --out runs/isolated --init runs/full --prefix-attention isolated --steps 1500
+    python -m pdlm_hf.shapes.train --out runs/pictures --lesson pictures --init runs/vision --steps 2500
+    python -m pdlm_hf.shapes.train --out runs/words --lesson words --init runs/pictures --steps 800 --batch-size 64 \
+        --freeze-vision
+    python -m pdlm_hf.shapes.train --out runs/full --init runs/words --steps 2000 --freeze-vision
+    python -m pdlm_hf.shapes.train --out runs/isolated --init runs/full --prefix-attention isolated --steps 1200 \
+        --learning-rate 5e-4
 
 Started again with the same `--out`, it goes on from the last saved step. Pictures are drawn while it trains, none
 twice.
@@ -132,6 +134,9 @@ def main(
         Literal["vision", "pictures", "words", "captions"],
         typer.Option(help="To see: small pictures, then all. To say what is seen: small pictures, then all."),
     ] = "captions",
+    freeze_vision: Annotated[
+        bool, typer.Option("--freeze-vision", help="Keep the vision tower and the region prompts as they are.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
@@ -145,6 +150,9 @@ def main(
         processor = PdlmProcessor.from_pretrained(init)
         model = PdlmForConditionalGeneration.from_pretrained(init)
         model.config.prefix_attention = prefix_attention
+    if freeze_vision:
+        for part in (model.model.vision_tower, model.model.region_embedding):
+            part.requires_grad_(False)
     easy = lesson in ("vision", "words")
     seeing = lesson in ("vision", "pictures")
     slots = EASY_SLOTS if easy else SLOTS
@@ -163,6 +171,7 @@ def main(
         "command": f"python -m pdlm_hf.shapes.train --steps {steps} --batch-size {batch_size} --learning-rate "
         f"{learning_rate} --prefix-attention {prefix_attention} --seed {seed} --threads {threads}"
         + f" --lesson {lesson}"
+        + (" --freeze-vision" if freeze_vision else "")
         + (f" --init {init.name}" if init else ""),
         "steps": steps,
         "seed": seed,
