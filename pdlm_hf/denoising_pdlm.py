@@ -86,7 +86,7 @@ class PrefixCache(DynamicCache):
     def select(self, rows: torch.Tensor) -> None:
         """Keep only these rows of the batch."""
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.keys, layer.values = (states[rows.to(states.device)] for states in (layer.keys, layer.values))
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Keys and values of prompts and canvas."""
@@ -187,7 +187,9 @@ class GenerationTask:
             if self.settings.entropy_bound is not None:
                 entropies.append(token_entropy(logits))
             odds.append(token_log_odds(logits, tokens[-1]))
-        return torch.cat(tokens), torch.cat(odds), torch.cat(entropies) if entropies else None
+        # the head may be on another device than the inputs
+        found = (torch.cat(tokens), torch.cat(odds), torch.cat(entropies) if entropies else None)
+        return tuple(None if values is None else values.to(self.device) for values in found)
 
     def ranking(self, log_odds: torch.Tensor, rows: list[int], counts: list[int]) -> torch.Tensor:
         """What ranks the drafts `(rows, slots)`: their log odds, or noise for random remasking."""

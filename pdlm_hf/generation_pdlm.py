@@ -2,15 +2,19 @@
 
 import warnings
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .chat_denoising_pdlm import denoise_blocks
 from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, cut_at_stop, denoise_regions, left_pad
 from .graphs_pdlm import CanvasGraphs
+
+logger = logging.get_logger(__name__)
 
 # Names the reference uses -> ours
 _REFERENCE_NAMES = {"steps": "max_denoising_steps", "gen_length": "max_new_tokens", "gen_len": "max_new_tokens"}
@@ -28,6 +32,11 @@ def _our_names(settings: dict[str, Any]) -> dict[str, Any]:
             warnings.warn(f"`{old}` is the reference's name for `{new}`; use `{new}`.", FutureWarning, stacklevel=4)
             settings[new] = settings.pop(old)
     return settings
+
+
+def _stops(value: "str | list | None") -> list:
+    """Stop strings as a list."""
+    return [] if value is None else [value] if isinstance(value, str) else value
 
 
 class PdlmGenerationConfig(GenerationConfig):
@@ -92,23 +101,46 @@ class PdlmGenerationConfig(GenerationConfig):
             raise ValueError(f"Unknown generation settings {sorted(kwargs)}. Known: {', '.join(self._FIELDS)}.")
         self.validate()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """From the contents of a `generation_config.json`; settings of other models in it are left out and logged."""
+        known = {*cls._FIELDS, *cls._METADATA, *_REFERENCE_NAMES}
+        if foreign := sorted(name for name, value in config_dict.items() if name not in known and value is not None):
+            logger.warning("generation_config.json: %s mean nothing to PerceptionDLM and are ignored.", foreign)
+        return super().from_dict({name: value for name, value in config_dict.items() if name in known}, **kwargs)
+
     def validate(self, **unused):
         """Check every value. Raises: ValueError, with the name, the value and the rule."""
-        for name in ("max_new_tokens", "max_denoising_steps", "block_length", "max_batch_tokens"):
+        for name, least, rule in (
+            ("max_new_tokens", 1, "a positive integer"),
+            ("max_denoising_steps", 1, "a positive integer"),
+            ("block_length", 1, "a positive integer"),
+            ("max_batch_tokens", 1, "a positive integer"),
+            ("prefix_refresh_interval", 0, "0 or a positive integer"),
+        ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        interval = self.prefix_refresh_interval
-        if interval is not None and (not isinstance(interval, int) or isinstance(interval, bool) or interval < 0):
-            raise ValueError(f"`prefix_refresh_interval` must be 0 or a positive integer, got {interval!r}.")
-        if self.temperature is not None and not self.temperature >= 0:
+            if value is None:
+                continue
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+                raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
+            setattr(self, name, int(value))
+        for name, rule in (
+            ("temperature", "0 (greedy) or positive"),
+            ("acceptance_threshold", "in (0, 1]"),
+            ("entropy_bound", "0 or positive"),
+            ("guidance_scale", "at least 1 (1 = off)"),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or not isfinite(value)):
+                raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
+        if self.temperature is not None and self.temperature < 0:
             raise ValueError(f"`temperature` must be 0 (greedy) or positive, got {self.temperature!r}.")
         if self.remasking not in (None, "low_confidence", "random"):
             raise ValueError(f'`remasking` must be "low_confidence" or "random", got {self.remasking!r}.')
         if self.acceptance_threshold is not None and not 0 < self.acceptance_threshold <= 1:
             raise ValueError(f"`acceptance_threshold` must be in (0, 1], got {self.acceptance_threshold!r}.")
         if self.entropy_bound is not None:
-            if not 0 <= self.entropy_bound < float("inf"):
+            if self.entropy_bound < 0:
                 raise ValueError(f"`entropy_bound` must be 0 or positive, got {self.entropy_bound!r}.")
             if self.acceptance_threshold is not None or self.remasking == "random":
                 raise ValueError(
@@ -117,8 +149,10 @@ class PdlmGenerationConfig(GenerationConfig):
                 )
         if self.guidance_scale is not None and not self.guidance_scale >= 1:
             raise ValueError(f"`guidance_scale` must be at least 1 (1 = off), got {self.guidance_scale!r}.")
-        if self.seed is not None and not isinstance(self.seed, int):
+        if self.seed is not None and not isinstance(self.seed, Integral):
             raise ValueError(f"`seed` must be an integer, got {self.seed!r}.")
+        if any(len(stop) == 0 for stop in _stops(self.stop_strings)):
+            raise ValueError("`stop_strings` holds an empty string, which would end every text at its start.")
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is set, for `generation_config.json`."""
@@ -255,6 +289,7 @@ class PdlmGenerationMixin:
             "region_boxes": region_boxes,
             "original_sizes": original_sizes,
         }
+        self._check_region_inputs(input_ids, region_order, region_boxes, region_masks)
         if region_order is None and region_boxes is not None:
             count = (region_boxes[..., 0] >= 0).sum(1, keepdim=True)
             slots = torch.arange(region_boxes.shape[1], device=region_boxes.device)
@@ -265,8 +300,24 @@ class PdlmGenerationMixin:
             image_index = torch.arange(len(input_ids), device=input_ids.device)
         return self._generate_captions(inputs, settings, region_order, image_index, streamer, tokenizer)
 
+    def _check_region_inputs(self, input_ids, region_order, region_boxes, region_masks) -> None:
+        """A prompt with places for regions must come with them; it would be answered as chat. Raises: ValueError."""
+        if region_order is not None or not self.config.num_region_prompts:
+            return
+        places = torch.isin(input_ids, torch.tensor(self.config.region_token_ids, device=input_ids.device)).any()
+        if places and (region_boxes is None or region_masks is None):
+            raise ValueError(
+                "The prompt has places for regions, but `region_boxes` or `region_masks` is missing. Pass everything "
+                "the processor returned: `generate(**inputs)`."
+            )
+
     def _settings(self, generation_config: PdlmGenerationConfig | None, kwargs: dict[str, Any]):
         """The model's settings (or those given), overridden by the keyword arguments of the call."""
+        if generation_config is not None and not isinstance(generation_config, PdlmGenerationConfig):
+            raise ValueError(
+                f"`generation_config` must be a PdlmGenerationConfig, got {type(generation_config).__name__}, most of "
+                "whose settings mean nothing here."
+            )
         base = (generation_config or self.generation_config).to_dict()
         known = {k: v for k, v in base.items() if k in PdlmGenerationConfig._FIELDS and v is not None}
         return PdlmGenerationConfig(**{**known, **_our_names(kwargs)})

@@ -33,7 +33,8 @@ class CanvasGraph:
         self.graph = None
         self.hidden = self.run()
         if embeds.is_cuda:
-            self._capture()
+            with torch.cuda.device(embeds.device):
+                self._capture()
 
     def _capture(self) -> None:
         side = torch.cuda.Stream()
@@ -53,7 +54,8 @@ class CanvasGraph:
         if self.graph is None:
             self.hidden = self.run()
         else:
-            self.graph.replay()
+            with torch.cuda.device(embeds.device):
+                self.graph.replay()
         return self.hidden
 
 
@@ -66,29 +68,34 @@ class CanvasGraphs:
 
     def __init__(self, language_model):
         self.language_model = language_model
-        self.graphs: OrderedDict[tuple, CanvasGraph] = OrderedDict()
-        self.failed = False
+        self.graphs: OrderedDict[tuple, CanvasGraph | None] = OrderedDict()  # None: cannot be captured
 
     def load(self, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache) -> CanvasGraph | None:
         """The graph for these shapes with this cache in it; None, with a logged reason, if it cannot be captured."""
-        if self.failed:
-            return None
-        weights = self.language_model.norm.weight.data_ptr()  # another place after a move: then all graphs are stale
         shape = (*embeds.shape[:2], cache.get_seq_length(), cache.block, cache.num_roi_tokens)
-        key = (weights, embeds.dtype, embeds.device, *shape)
-        if key in self.graphs:
-            self.graphs[key].cache.copy_(cache)
-        else:
+        key = (self._network(), embeds.dtype, embeds.device, torch.is_inference_mode_enabled(), *shape)
+        if key not in self.graphs:
             while len(self.graphs) >= MAX_GRAPHS:
                 self.graphs.popitem(last=False)
             try:
                 self.graphs[key] = CanvasGraph(self.language_model, embeds, positions, cache)
             except RuntimeError as error:
-                self.failed = True
-                logger.warning("Decoding without CUDA graphs, because the capture failed: %s", error)
-                return None
+                self.graphs[key] = None
+                logger.warning("Decoding without a CUDA graph, because the capture failed: %s", error)
+        elif self.graphs[key] is not None:
+            self.graphs[key].cache.copy_(cache)
         self.graphs.move_to_end(key)
         return self.graphs[key]
+
+    def _network(self) -> int:
+        """What a graph was captured from: where the weights lie, and which adapters are on."""
+        weights = [parameter.data_ptr() for parameter in self.language_model.parameters()]
+        adapters = [
+            (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))
+            for module in self.language_model.modules()
+            if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters")  # PEFT's tuner layers
+        ]
+        return hash((tuple(weights), tuple(adapters)))
 
 
 def graphs_usable(device: torch.device, caching: bool, implementation: str) -> bool:

@@ -82,7 +82,7 @@ def to_rgb(image: Any, name: str = "image") -> Image.Image:
         ValueError: not a picture, no pixels, NaN, or values that are not 0..255 integers.
     """
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
+        image = _as_array(image)
     if isinstance(image, Image.Image) and image.mode[0] in "IF":  # 16 bits and more: PIL would clip to white
         image = np.asarray(image)
     if isinstance(image, np.ndarray):
@@ -127,9 +127,14 @@ def to_binary_mask(mask: Any, height: int, width: int, name: str = "mask") -> np
                 f"{name}: has an alpha channel. Pass the region as a picture of one channel; if it is in the alpha "
                 'channel, that is `mask.getchannel("A")`.'
             )
+        if _is_coloured(mask):
+            raise ValueError(
+                f"{name}: is a coloured picture (mode {mask.mode}), not a mask. Pass one picture per region, white "
+                "inside and black outside."
+            )
         mask = mask.convert("L") if mask.mode not in ("1", "L", "I", "F", "I;16") else mask
     elif isinstance(mask, torch.Tensor):
-        mask = mask.detach().cpu().numpy()
+        mask = _as_array(mask)
     array = np.asarray(mask)
     if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
         array = array[0] if array.shape[0] == 1 else array[..., 0]
@@ -146,15 +151,33 @@ def to_binary_mask(mask: Any, height: int, width: int, name: str = "mask") -> np
     if array.dtype.kind != "b":
         if array.min() < 0:
             raise ValueError(f"{name}: holds negative values; expected 0 outside and 1 (or 255) inside the region.")
-        if 1 < high < 128:
+        # Between black and white there is room for soft edges and JPEG noise, not for most of a region.
+        between, solid = ((array >= 16) & (array < 240)).sum(), (array >= 240).sum()
+        if high > 255 or 1 < high < 128 or (high > 1 and between > 3 * solid + 64):
             raise ValueError(
-                f"{name}: values go up to {high}, which is neither 0/1 nor 0/255. If it is a label map, pass one mask "
-                "per label (`labels == k`)."
+                f"{name}: values go up to {high} and are neither 0/1 nor 0/255. If it is a label map, pass one mask "
+                "per label (`labels == k`); if it is a photo, it is no mask."
             )
         array = array > (127 if high > 1 else 0.5 if array.dtype.kind == "f" else 0)
     if not array.any():
         raise ValueError(f"{name}: is empty, no pixel is inside the region. Remove it or check how it was made.")
     return array.astype(bool)
+
+
+def _as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor of any kind of number; NumPy has no bfloat16."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _is_coloured(mask: Image.Image) -> bool:
+    """More than two colours of a palette, or channels that differ by more than JPEG noise."""
+    if mask.mode == "P":
+        return mask.getcolors(2) is None
+    if mask.mode not in ("RGB", "RGBA"):
+        return mask.mode in ("CMYK", "YCbCr", "LAB", "HSV")
+    channels = np.asarray(mask)[..., :3].astype(np.int16)
+    return bool((channels.max(-1) - channels.min(-1)).max(initial=0) > 64)
 
 
 def region_patches(

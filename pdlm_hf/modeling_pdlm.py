@@ -273,7 +273,8 @@ class PdlmModel(PdlmPreTrainedModel):
         """
         region_embeds = None
         if region_masks is not None and self.region_embedding is not None:
-            prompts = self.region_embedding.weight
+            # through the module, which may be offloaded, not through its weight
+            prompts = self.region_embedding(torch.arange(region_masks.shape[1], device=pixel_values.device))
             region_embeds = region_masks.flatten(2).transpose(1, 2).to(prompts.device, prompts.dtype) @ prompts
         features = self.vision_tower(pixel_values, region_embeds)
         side = self.config.patch_grid

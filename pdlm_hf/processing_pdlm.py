@@ -18,6 +18,8 @@ IMAGE, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
 REGION, CAPTION = "<|reserved_token_{}|>", "<|Mask_Cap_{}|>"
 HEADER, HEADER_END, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
 # The reference formats a conversation in two ways: for training and region captions (`training=True`: a system turn, a
 # newline after every turn of user and system, nothing behind the image) and for chat (reference-spec sections 9, 11).
 CHAT_TEMPLATE = """\
@@ -101,14 +103,15 @@ class PdlmProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         """Also builds the processor of a reference checkpoint, whose settings are spread over three files."""
         path = pretrained_model_name_or_path
-        config_file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)
+        source = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        config_file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **source)
         upstream = {}
         if config_file:
             with open(config_file, encoding="utf-8") as file:
                 upstream = json.load(file)
         if "language_model_config" not in upstream:  # not through AutoImageProcessor, which may ask for torchvision
             return [PdlmImageProcessorPil.from_pretrained(path, **kwargs), cls._load_tokenizer(path, **kwargs)]
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **source)
         size = config.vision_config.image_size
         image_processor = PdlmImageProcessorPil(
             size={"height": size, "width": size},
@@ -193,6 +196,8 @@ class PdlmProcessor(ProcessorMixin):
                 "`segmentation_maps`. Use a PerceptionDLM checkpoint for region captions."
             )
         images, maps, questions = _batch(images, segmentation_maps, text)
+        if not images:
+            raise ValueError("No pictures: `images` is empty.")
         rows, order, image_index = [], [], []
         for i, (image, masks, question) in enumerate(zip(images, maps, questions, strict=True)):
             image = to_rgb(image, f"image {i}")

@@ -94,6 +94,8 @@ class SplitCache:
     """
 
     def __init__(self, layers, layout, real, num_regions: int, num_roi_tokens: int, block: int, multiple: int = 1):
+        if len({keys.device for keys, _ in layers}) > 1:
+            raise ValueError(f'attn_implementation "{NAME}" needs the language model on one device; use "sdpa".')
         shared = (layout == SHARED) & real
         self.lengths = shared.sum(1).int()
         room = multiple * -(-int(self.lengths.max()) // multiple)

@@ -27,6 +27,7 @@ from ..split_attention_pdlm import NAME as REGION_SPLIT
 # Arithmetic and memory limits of known devices: FLOP/s in bf16, bytes/s (measured on such a card).
 LIMITS = {"H200": (790e12, 4.3e12)}
 FEW_STEPS = 11
+MAX_REGIONS = 16  # of the caption tokens a checkpoint has
 TILES = 7  # of the picture that the prompt stands for
 
 
@@ -459,9 +460,9 @@ def decode(
     shape: Annotated[str, typer.Option(help="tiny, small or 8b.")] = "small",
     regions: Annotated[str, typer.Option(help="Numbers of regions, comma separated.")] = "4",
     batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8",
-    slots: Annotated[int, typer.Option(help="Slots per caption.")] = 32,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Measured runs of everything, in turn.")] = 5,
+    slots: Annotated[int, typer.Option(help="Slots per caption.", min=1)] = 32,
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 32,
+    repeats: Annotated[int, typer.Option(help="Measured runs of everything, in turn.", min=1)] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     with_scaling: Annotated[bool, typer.Option("--scaling", help="Also time against regions, passes, batch.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
@@ -472,10 +473,17 @@ def decode(
         raise typer.BadParameter(f"expected one of {', '.join(SHAPES)}, got {shape!r}", param_hint="--shape")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA device", param_hint="--device")
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
+    for name, path in (("--json", json_file), ("--plot", plot)):
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=name)
     if plot is not None:
         with_scaling = True
         _pyplot()  # fails now rather than after the run
     counts, batches = _integers(regions, "--regions"), _integers(batch, "--batch")
+    if max(counts) > MAX_REGIONS:
+        raise typer.BadParameter(f"at most {MAX_REGIONS} regions, got {max(counts)}", param_hint="--regions")
     torch.set_num_threads(threads)
     bench = Bench(SHAPES[shape], device, max(8 if with_scaling else 1, *counts))
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} thread(s)"

@@ -21,6 +21,15 @@ MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {"acceptance_threshold": 0.9, "prefix_refresh_interval": 0},
 }
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
 
 
 class RegionCaptioner:
@@ -64,9 +73,10 @@ class RegionCaptioner:
         """
         path = str(model or CHECKPOINT)
         network = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
+        source = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if "device_map" not in kwargs:
             network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(network, AutoProcessor.from_pretrained(path), mode)
+        return cls(network, AutoProcessor.from_pretrained(path, **source), mode)
 
     def caption(self, image: Any, regions: Any, question: str | None = None, **generation: Any) -> list[RegionCaption]:
         """Captions of the regions of one picture, in their order.
@@ -111,11 +121,16 @@ class RegionCaptioner:
         Returns:
             captions of every picture in the order of its regions, and the [`PdlmGenerationOutput`].
         """
+        if not pairs:
+            raise ValueError("No pictures given: pass at least one (image, regions) pair.")
+        settings = {**MODES[self.mode], **generation}
+        if "entropy_bound" in generation:  # the other rule of adaptive decoding takes the mode's place
+            settings["acceptance_threshold"] = generation.get("acceptance_threshold")
         images = [load_image(image) for image, _ in pairs]
         regions = [parse_regions(found, *image.size) for image, (_, found) in zip(images, pairs, strict=True)]
         masks = [[region.mask for region in found] for found in regions]
         inputs = self.processor(images=images, segmentation_maps=masks, text=question).to(self.model.device)
-        output = self.model.generate(**inputs, **{**MODES[self.mode], **generation})
+        output = self.model.generate(**inputs, **settings)
         captions = self.processor.post_process_region_captions(output)
         for found, texts in zip(regions, captions, strict=True):
             for region, caption in zip(found, texts, strict=True):

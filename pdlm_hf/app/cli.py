@@ -2,11 +2,13 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
 
 from .bench import decode
 
@@ -67,18 +69,13 @@ def caption(
             raise ValueError("No regions: give --mask, --box or --regions.")
         picture = load_image(image)
         found = parse_regions(values, *picture.size)
-        if draw is not None and not draw.parent.is_dir():
-            raise ValueError(f"--draw {draw}: there is no folder {draw.parent}.")
-        found_captions, report = _run(picture, found, model, question, watch, fast, max_new_tokens, steps)
-    except (ValueError, OSError) as error:
-        raise _fail(error) from None
-    if draw is not None:
-        from .drawing import save_drawing
+        if draw is not None:
+            from .drawing import check_target
 
-        try:
-            save_drawing(draw, picture, found, found_captions)
-        except (ImportError, OSError, ValueError) as error:
-            raise _fail(error) from None
+            check_target(draw)
+        found_captions, report = _run(picture, found, model, question, watch, fast, max_new_tokens, steps)
+    except (ValueError, OSError, ImportError) as error:
+        raise _fail(error) from None
     rows = [{"id": c.id, "caption": c.text, "score": round(c.score, 4), "bbox": c.bbox} for c in found_captions]
     if as_json:
         typer.echo(json.dumps({"model": report.pop("model"), "image": str(image), "regions": rows} | report))
@@ -90,11 +87,26 @@ def caption(
             f"{report['tokens_per_forward']:.1f} tokens a pass, {report['seconds']:.2f} s",
             err=True,
         )
-        if draw is not None:
-            typer.echo(f"drawn to {draw}", err=True)
+    if draw is not None:  # last: what was computed is printed, whatever happens to the file
+        from .drawing import save_drawing
+
+        try:
+            save_drawing(draw, picture, found, found_captions)
+        except OSError as error:
+            raise _fail(error) from None
+        typer.echo(f"drawn to {draw}", err=True)
     if not all(row["caption"] for row in rows):
         typer.echo("pdlm: a region got no caption", err=True)
         raise typer.Exit(1)
+
+
+def _load(read: Callable, model: str | None, *args: Any, **kwargs: Any):
+    """Load a checkpoint. Raises: ValueError, whatever a damaged one made the readers raise."""
+    try:
+        return read(model, *args, **kwargs)
+    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{model}: the checkpoint cannot be loaded, it may be damaged ({reason[0]}).") from error
 
 
 def _run(picture, found, model, question, watch, fast, max_new_tokens, steps):
@@ -105,7 +117,7 @@ def _run(picture, found, model, question, watch, fast, max_new_tokens, steps):
     from .streaming import LiveView, RegionStreamer
 
     disable_progress_bar()  # of transformers, while it loads
-    captioner = RegionCaptioner.from_pretrained(model, mode="fast" if fast else "default")
+    captioner = _load(RegionCaptioner.from_pretrained, model, mode="fast" if fast else "default")
     settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
     start = time.perf_counter()
     if watch:
@@ -133,7 +145,7 @@ def export(
     from .export import export_checkpoint
 
     try:
-        files = export_checkpoint(model, out)
+        files = _load(export_checkpoint, model, out)
     except (ValueError, OSError) as error:
         raise _fail(error) from None
     typer.echo(f"{out}: {', '.join(files)}")

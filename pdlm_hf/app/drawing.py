@@ -26,6 +26,16 @@ COLOURS = (
 _MIN_SIDE = 480
 
 
+def _supervision():
+    try:
+        with warnings.catch_warnings():  # supervision recommends OpenCV; its own fallback does
+            warnings.simplefilter("ignore")
+            import supervision
+    except ImportError as error:
+        raise ImportError('Drawing needs supervision: pip install "perceptiondlm[viz]".') from error
+    return supervision
+
+
 def draw_captions(image: Image.Image, regions: list[Region], captions: list[RegionCaption]) -> Image.Image:
     """The picture with coloured, numbered masks, and the captions as a numbered legend below.
 
@@ -36,12 +46,7 @@ def draw_captions(image: Image.Image, regions: list[Region], captions: list[Regi
     Raises:
         ImportError: supervision is not installed.
     """
-    try:
-        with warnings.catch_warnings():  # supervision recommends OpenCV; its own fallback does
-            warnings.simplefilter("ignore")
-            import supervision as sv
-    except ImportError as error:
-        raise ImportError('Drawing needs supervision: pip install "perceptiondlm[viz]".') from error
+    sv = _supervision()
     factor = max(1, round(_MIN_SIDE / max(image.size)))  # small pictures are enlarged, or numbers would hide them
     canvas = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     masks = np.stack([region.mask.repeat(factor, 0).repeat(factor, 1) for region in regions])
@@ -76,6 +81,18 @@ def _with_legend(picture: Image.Image, texts: list[str]) -> Image.Image:
             draw.text((20, y + 9), str(k + 1), fill="white", font=font, anchor="mm")
         draw.text((42, y), line, fill="black", font=font)
     return out
+
+
+def check_target(path: Path) -> None:
+    """Whether a drawing can be written there. Raises: ValueError, or ImportError if the drawing library is missing."""
+    if not path.parent.is_dir():
+        raise ValueError(f"--draw {path}: there is no folder {path.parent}.")
+    if path.is_dir():
+        raise ValueError(f"--draw {path}: is a folder; give a file name, .png for example.")
+    Image.init()
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--draw {path}: {path.suffix or 'no ending'} is no picture format; use .png for example.")
+    _supervision()
 
 
 def save_drawing(path: Path, image: Image.Image, regions: list[Region], captions: list[RegionCaption]) -> None:

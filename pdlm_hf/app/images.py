@@ -9,7 +9,8 @@ from ..image_processing_pdlm import to_rgb
 
 
 def load_image(source: Any) -> Image.Image:
-    """A picture as RGB, turned the way it is meant to be seen (EXIF orientation applied).
+    """A picture as RGB. A file is turned the way it is meant to be seen (EXIF orientation applied), as by
+    transformers' own `load_image`; what is in memory is taken as it is, as by the processor.
 
     Args:
         source: path, PIL image, or uint8 array or tensor.
@@ -19,7 +20,7 @@ def load_image(source: Any) -> Image.Image:
     """
     if isinstance(source, (str, Path)):
         return to_rgb(open_image(source), str(source))
-    return to_rgb(ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else source)
+    return to_rgb(source)
 
 
 def open_image(path: str | Path) -> Image.Image:

@@ -22,6 +22,15 @@ class RegionCaptioningPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
+    def get_iterator(self, inputs, num_workers: int, batch_size: int, *args: Any):
+        """As everywhere, one picture a pass. Raises: ValueError for a larger batch."""
+        if batch_size > 1:
+            raise ValueError(
+                f"region-captioning takes one picture a pass, got batch_size={batch_size}. For several at once use "
+                "`RegionCaptioner.caption_many(pairs, batch_size=...)`."
+            )
+        return super().get_iterator(inputs, num_workers, batch_size, *args)
+
     def _sanitize_parameters(self, question: str | None = None, **generation: Any):
         return ({} if question is None else {"question": question}), generation, {}
 

@@ -1,5 +1,6 @@
 """Regions in every form people have them: masks, boxes, polygons, RLE, COCO annotations. COCO's field names."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def parse_regions(values: Any, width: int, height: int) -> list[Region]:
         values = [values]
     if isinstance(values, (dict, str, Path)):
         values = [values]
+    if not isinstance(values, (Iterable, np.ndarray, torch.Tensor)):
+        raise ValueError(f"Regions: expected a list of masks, boxes, polygons or RLE, got {type(values).__name__}.")
     regions = [parse_region(value, width, height, k) for k, value in enumerate(values)]
     if not regions:
         raise ValueError("No regions given. Pass at least one mask, box, polygon or RLE.")

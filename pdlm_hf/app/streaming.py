@@ -1,6 +1,7 @@
 """Streamers: follow the captions while they sharpen."""
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,11 +24,19 @@ class RegionStreamer(BaseStreamer):
         self.processor = processor
         self.on_step = on_step
         self.steps: list[list[list[str]]] = []
+        self.latest: list[list[str]] = []
         self.captions: list[list[str]] | None = None
 
     def put_draft(self, value: torch.LongTensor, **kwargs: Any) -> None:
-        """A step's draft, `(batch_size, num_regions, max_new_tokens)`."""
-        self.steps.append(self.processor.decode_captions(value))
+        """A step's draft, `(batch_size, num_regions, max_new_tokens)`; regions that are not in it, -1, keep theirs."""
+        present = value[..., 0] >= 0
+        texts = self.processor.decode_captions(value)
+        self.latest += [[] for _ in range(len(texts) - len(self.latest))]
+        for known, drafts, regions in zip(self.latest, texts, present.tolist(), strict=True):
+            known += [""] * (max((k + 1 for k, there in enumerate(regions) if there), default=0) - len(known))
+            for k, draft in zip((k for k, there in enumerate(regions) if there), drafts, strict=True):
+                known[k] = draft
+        self.steps.append([list(drafts) for drafts in self.latest])
         if self.on_step:
             self.on_step(len(self.steps), self.steps[-1])
 
@@ -63,6 +72,6 @@ class LiveView:
         table = Table(title=f"denoising step {step}", title_justify="left", expand=True)
         table.add_column("region", no_wrap=True)
         table.add_column("draft", ratio=1)
-        for name, draft in zip(self.names, drafts[0], strict=True):
+        for name, draft in zip_longest(self.names, drafts[0], fillvalue=""):
             table.add_row(name, draft)
         self.live.update(table, refresh=True)

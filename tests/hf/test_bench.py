@@ -83,6 +83,10 @@ def test_command_writes_its_table(tmp_path):
         ("--shape huge", "expected one of tiny, small, 8b"),
         ("--regions 0", "positive integers"),
         ("--batch x", "positive"),
+        ("--device tpu", "expected cpu or cuda"),
+        ("--regions 20", "at most 16 regions"),
+        ("--repeats 0", "repeats"),
+        ("--json missing/out.json", "there is no folder missing"),
     ],
 )
 def test_wrong_calls(arguments, message):

@@ -156,8 +156,20 @@ def test_live_view_shows_every_step():
     text = file.getvalue()
     for part in ("denoising step 1", "denoising step 2", "a first draft", "a second draft", "dog", "7"):
         assert part in text
-    with LiveView(["dog"], Console(file=io.StringIO(), width=80)) as view, pytest.raises(ValueError):
-        view.show(1, [["one", "too many"]])
+
+
+def test_drafts_stay_with_their_regions_when_a_picture_takes_two_portions(captioner):
+    """8 regions and 6 prompts: regions 6 and 7 come in the second pass, after the others."""
+    image, masks = pair(2, 8)
+    streamer = RegionStreamer(captioner.processor)
+    captions, output = captioner.generate([(image, masks)], streamer=streamer, max_batch_tokens=1, **SETTINGS)
+    assert len(streamer.steps) == output.num_forwards == 6
+    assert [len(step[0]) for step in streamer.steps] == [6, 6, 6, 8, 8, 8]
+    assert streamer.steps[-1][0] == [caption.text for caption in captions[0]]
+    file = io.StringIO()
+    with LiveView([f"name {k}" for k in range(8)], Console(file=file, force_terminal=True, width=80)) as view:
+        view.show(1, streamer.steps[0])
+    assert "name 7" in file.getvalue()
 
 
 # ---------------------------------------------------------------- drawing
@@ -233,3 +245,18 @@ def test_fast_mode_uses_fewer_passes_and_calls_override_it(isolated_model, proce
     assert output.region_steps.float().mean() < 8
     with pytest.raises(ValueError, match="must be one of"):
         RegionCaptioner(isolated_model, processor, mode="quick")
+
+
+def test_entropy_bound_takes_the_place_of_the_fast_threshold(captioner):
+    fast = RegionCaptioner(captioner.model, captioner.processor, mode="fast")
+    (image, masks) = pair(1)
+    assert len(fast.caption(image, masks, entropy_bound=1e6, max_new_tokens=4)) == 2
+    with pytest.raises(ValueError, match="leave out `acceptance_threshold`"):
+        fast.caption(image, masks, entropy_bound=0.1, acceptance_threshold=0.9)
+
+
+@pytest.mark.parametrize(("pairs", "message"), [([], "No pictures given"), ([(None, 5)], "expected")])
+def test_nothing_to_caption(captioner, pairs, message):
+    image = pair(1)[0]
+    with pytest.raises(ValueError, match=message):
+        captioner.generate([(image, regions) for _, regions in pairs])

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -197,3 +198,27 @@ def test_help_names_the_commands(pdlm):
     result = pdlm("--help")
     assert result.exit_code == 0
     assert "caption" in result.stdout and "export" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "message"), [("out.foo", ".foo is no picture format"), ("folder", "is a folder"), ("out", "no ending")]
+)
+def test_a_bad_drawing_target_is_found_before_the_work(pdlm, files, monkeypatch, target, message):
+    (files / "folder").mkdir()
+    monkeypatch.setattr(RegionCaptioner, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    result = pdlm("caption", files / "picture.png", *masks_of(files), "--draw", files / target)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("command", ["caption", "export"])
+def test_a_damaged_checkpoint_is_one_line(pdlm, files, tiny_checkpoint, tmp_path, command):
+    shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    if command == "caption":
+        result = pdlm("caption", files / "picture.png", *masks_of(files), model=tmp_path / "damaged")
+    else:
+        result = pdlm("export", tmp_path / "damaged", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1 and "cannot be loaded" in result.stderr

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import lively_model, make_picture
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from pdlm_hf import PdlmGenerationConfig, PdlmGenerationOutput
 
@@ -62,6 +62,10 @@ def run(model, inputs, **settings):
         ({"remasking": "entropy"}, '`remasking` must be "low_confidence" or "random", got \'entropy\''),
         ({"acceptance_threshold": 0.0}, r"`acceptance_threshold` must be in \(0, 1\], got 0.0"),
         ({"acceptance_threshold": 1.1}, r"`acceptance_threshold` must be in \(0, 1\], got 1.1"),
+        ({"acceptance_threshold": "high"}, r"`acceptance_threshold` must be in \(0, 1\], got 'high'"),
+        ({"temperature": math.inf}, r"`temperature` must be 0 \(greedy\) or positive, got inf"),
+        ({"stop_strings": [""]}, "`stop_strings` holds an empty string"),
+        ({"generation_config": GenerationConfig(num_beams=4)}, "must be a PdlmGenerationConfig, got GenerationConfig"),
         ({"entropy_bound": -0.1}, "`entropy_bound` must be 0 or positive, got -0.1"),
         ({"entropy_bound": math.nan}, "`entropy_bound` must be 0 or positive, got nan"),
         ({"entropy_bound": 0.1, "acceptance_threshold": 0.9}, "leave out `acceptance_threshold`"),
@@ -611,3 +615,15 @@ def test_chat_logits_exist_for_the_block_only(golden_base, question):
     model.lm_head.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[:2]))
     run(model, question, block_length=2)
     assert shapes == [(1, 2)] * STEPS
+
+
+def test_numpy_numbers_are_numbers(model, inputs):
+    output = run(model, inputs, max_denoising_steps=np.int64(2), acceptance_threshold=np.float32(0.5))
+    assert output.num_forwards <= 2
+
+
+def test_region_inputs_cannot_be_forgotten(model, inputs):
+    """Without them the prompt would be answered as chat, about nothing."""
+    for kept in (("input_ids", "pixel_values"), ("input_ids", "pixel_values", "image_grids", "region_boxes")):
+        with pytest.raises(ValueError, match="The prompt has places for regions"):
+            model.generate(**{name: inputs[name] for name in kept}, max_new_tokens=4)

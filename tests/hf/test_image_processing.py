@@ -59,8 +59,10 @@ def test_forms_of_a_mask(mask):
         (filled(0, np.uint8), "is empty, no pixel is inside"),
         (filled(False, bool), "is empty, no pixel is inside"),
         (filled(0.3), "is empty, no pixel is inside"),
-        (MASK * 7, "values go up to 7, .* label map"),
-        (MASK * 2.5, "values go up to 2.5, .* label map"),
+        (MASK * 7, "values go up to 7 .* label map"),
+        (MASK * 2.5, "values go up to 2.5 .* label map"),
+        (MASK.astype(np.int32) * 1001, "values go up to 1001 .* label map"),
+        (Image.fromarray(np.stack([MASK * 255, MASK * 0, MASK * 0], -1).astype(np.uint8)), "coloured picture"),
         (filled(1, shape=(HEIGHT,)), r"expected a mask of shape \(H, W\), got shape \(6,\)"),
         (filled(1, shape=(3, HEIGHT, WIDTH)), r"got shape \(3, 6, 8\)"),
         (filled(1, shape=(HEIGHT, WIDTH, 3)), r"got shape \(6, 8, 3\)"),
@@ -275,3 +277,29 @@ def test_save_and_load(image_processor, tmp_path):
     image_processor.save_pretrained(tmp_path)
     loaded = PdlmImageProcessorPil.from_pretrained(tmp_path)
     assert (loaded.size["height"], loaded.patch_size, loaded.num_region_prompts) == (64, 8, 3)
+
+
+def test_a_photo_and_a_label_map_are_no_masks():
+    """Most of a mask is black or white; soft edges and JPEG noise stay allowed."""
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 256, (64, 64), dtype=np.uint8)
+    labels = np.repeat(np.array([[0, 50, 100, 200]], np.uint8), 16, 1).repeat(64, 0)
+    for values in (photo, labels):
+        with pytest.raises(ValueError, match="neither 0/1 nor 0/255"):
+            to_binary_mask(values, 64, 64)
+    palette = Image.fromarray(labels // 50).convert("P")
+    palette.putpalette([0, 0, 0, 255, 255, 255, 255, 0, 0, 0, 255, 0, 9, 9, 9])
+    with pytest.raises(ValueError, match=r"coloured picture \(mode P\)"):
+        to_binary_mask(palette, 64, 64)
+    square = np.zeros((64, 64), np.uint8)
+    square[20:44, 20:44] = 255
+    soft = np.asarray(Image.fromarray(square).resize((16, 16)).resize((64, 64), Image.Resampling.BICUBIC))
+    assert ((soft >= 16) & (soft < 240)).sum() > 50
+    assert np.array_equal(to_binary_mask(soft, 64, 64), soft > 127)
+
+
+def test_bfloat16_tensors():
+    mask = torch.zeros(8, 8, dtype=torch.bfloat16)
+    mask[2:5, 2:5] = 1
+    assert to_binary_mask(mask, 8, 8).sum() == 9
+    assert to_rgb(torch.full((8, 8, 3), 7, dtype=torch.bfloat16)).getpixel((0, 0)) == (7, 7, 7)

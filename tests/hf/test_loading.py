@@ -127,3 +127,29 @@ def test_generation_config_survives(golden_regions, tmp_path):
     assert type(loaded) is PdlmGenerationConfig
     assert (loaded.max_new_tokens, loaded.acceptance_threshold, loaded.remasking) == (7, 0.5, "random")
     assert loaded.temperature is None
+
+
+def test_a_generation_config_of_transformers_does_not_stop_the_loading(golden_regions, tmp_path):
+    folder = tmp_path / "released"
+    shutil.copytree(golden_regions, folder)
+    written = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False, "num_beams": 4}
+    (folder / "generation_config.json").write_text(json.dumps(written | {"transformers_version": "4.51.0"}))
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert model.generation_config.eos_token_id == 2
+    assert not hasattr(model.generation_config, "num_beams")
+
+
+def test_offloaded_region_embedding(golden_regions, tmp_path):
+    """`device_map` may put any module on the disk; all must be used through their hooks."""
+    whole = AutoModelForImageTextToText.from_pretrained(golden_regions)
+    parts = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "model.language_model"), "cpu")
+    parts |= {"model.region_embedding": "disk", "lm_head": "disk"}
+    offloaded = AutoModelForImageTextToText.from_pretrained(
+        golden_regions, device_map=parts, offload_folder=tmp_path / "offload"
+    )
+    pixels = torch.randn(1, 3, *[whole.config.vision_config.image_size] * 2)
+    masks = torch.zeros(1, whole.config.num_region_prompts, *[whole.config.patch_grid] * 2)
+    masks[0, 1, :2, :2] = 1
+    with torch.no_grad():
+        expected = whole.model.get_image_features(pixels, masks)
+        torch.testing.assert_close(offloaded.model.get_image_features(pixels, masks), expected)

@@ -79,3 +79,8 @@ def test_stock_pipeline_takes_max_new_tokens(golden_base):
     messages = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
     got = chat(text=messages, max_new_tokens=4, return_full_text=False)
     assert isinstance(got[0]["generated_text"], str)
+
+
+def test_batches_are_refused_with_the_alternative(pipe):
+    with pytest.raises(ValueError, match="caption_many"):
+        list(pipe([inputs(1, 2)] * 2, batch_size=2))

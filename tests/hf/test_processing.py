@@ -409,3 +409,8 @@ def test_saved_processor_gives_the_same_inputs(request, processor, tmp_path, fol
     assert expected.keys() == got.keys()
     for name, value in expected.items():
         assert torch.equal(got[name], value), name
+
+
+def test_an_empty_batch_is_an_error(processor):
+    with pytest.raises(ValueError, match="`images` is empty"):
+        processor(images=[], segmentation_maps=[])

@@ -1,7 +1,10 @@
 """Canvas passes without a mask, and their CUDA graphs, give what the region mask gives."""
 
+import copy
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import pdlm_hf.denoising_pdlm
 from pdlm_hf.graphs_pdlm import WIDTH_MULTIPLE, CanvasGraphs, graphs_usable
@@ -82,6 +85,9 @@ def test_fixed_shapes_with_new_contents(split, inputs, processor, pictures, monk
         assert torch.equal(output.region_tokens, known.region_tokens)
         assert torch.equal(output.region_steps, known.region_steps)
     (graph,) = network.canvas_graphs().graphs.values()
+    with torch.inference_mode():  # its tensors cannot be written outside
+        network.generate(**inputs, **settings, cuda_graphs=True)
+    network.generate(**inputs, **settings, cuda_graphs=True)
     assert graph.cache.get_seq_length() % WIDTH_MULTIPLE == 0
     network._canvas_graphs = None
 
@@ -98,6 +104,18 @@ def test_a_failed_capture_falls_back(split, inputs, monkeypatch, caplog):
     monkeypatch.setattr(network, "_canvas_graphs", CanvasGraphs(network.model.language_model))
     output = network.generate(**inputs, **SETTINGS, cuda_graphs=True)
     assert torch.equal(output.region_tokens, expected.region_tokens)
+    assert list(network.canvas_graphs().graphs.values()) == [None]  # and it is not tried again
+
+
+def test_another_network_is_another_graph(isolated_model, inputs):
+    graphs = CanvasGraphs(isolated_model.model.language_model)
+    before = graphs._network()
+    assert graphs._network() == before
+    adapted = get_peft_model(copy.deepcopy(isolated_model), LoraConfig(r=2, target_modules=["q_proj"]))
+    graphs = CanvasGraphs(adapted.base_model.model.model.language_model)
+    on = graphs._network()
+    with adapted.disable_adapter():
+        assert graphs._network() not in (before, on)
 
 
 @pytest.mark.parametrize(
