@@ -65,7 +65,6 @@ def run(model, inputs, **settings):
         ({"acceptance_threshold": "high"}, r"`acceptance_threshold` must be in \(0, 1\], got 'high'"),
         ({"temperature": math.inf}, r"`temperature` must be 0 \(greedy\) or positive, got inf"),
         ({"stop_strings": [""]}, "`stop_strings` holds an empty string"),
-        ({"generation_config": GenerationConfig(num_beams=4)}, "must be a PdlmGenerationConfig, got GenerationConfig"),
         ({"entropy_bound": -0.1}, "`entropy_bound` must be 0 or positive, got -0.1"),
         ({"entropy_bound": math.nan}, "`entropy_bound` must be 0 or positive, got nan"),
         ({"entropy_bound": 0.1, "acceptance_threshold": 0.9}, "leave out `acceptance_threshold`"),
@@ -627,3 +626,8 @@ def test_region_inputs_cannot_be_forgotten(model, inputs):
     for kept in (("input_ids", "pixel_values"), ("input_ids", "pixel_values", "image_grids", "region_boxes")):
         with pytest.raises(ValueError, match="The prompt has places for regions"):
             model.generate(**{name: inputs[name] for name in kept}, max_new_tokens=4)
+
+
+def test_settings_of_other_models_are_refused(model, inputs):
+    with pytest.raises(ValueError, match="must be a PdlmGenerationConfig, got GenerationConfig"):
+        model.generate(**inputs, generation_config=GenerationConfig(num_beams=4))
