@@ -21,19 +21,19 @@ from pdlm_hf.shapes.evaluate import evaluate
 
 STEPS = (1, 2, 4, 8, 16, 32)
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+BOUNDS = (0.01, 0.1, 0.5)  # nats
 
 
 def settings() -> dict[str, dict]:
     """Name -> settings of `generate`."""
-    table = {f"{n} steps": {"max_denoising_steps": n} for n in STEPS}
+    fixed = {"acceptance_threshold": None, "entropy_bound": None}
+    table = {f"{n} steps": {"max_denoising_steps": n, "prefix_refresh_interval": 0} for n in STEPS}
     table["32 steps, recomputed"] = {"max_denoising_steps": 32, "prefix_refresh_interval": 1}
-    table["32 steps, kept prompt"] = {"max_denoising_steps": 32, "prefix_refresh_interval": 0}
     table["32 steps, prompt every 8"] = {"max_denoising_steps": 32, "prefix_refresh_interval": 8}
-    table |= {
-        f"threshold {t}": {"max_denoising_steps": 32, "acceptance_threshold": t, "prefix_refresh_interval": 0}
-        for t in THRESHOLDS
-    }
-    return table
+    adaptive = {"max_denoising_steps": 32, "prefix_refresh_interval": 0}
+    table |= {f"threshold {t}": adaptive | {"acceptance_threshold": t} for t in THRESHOLDS}
+    table |= {f"entropy bound {b}": adaptive | {"entropy_bound": b} for b in BOUNDS}
+    return {name: fixed | generation for name, generation in table.items()}
 
 
 def main(

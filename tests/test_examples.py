@@ -13,12 +13,12 @@ from pdlm_hf.shapes.world import read
 ROOT = Path(__file__).parent.parent
 # What the pictured regions are, by position of the mask.
 FIGURES = [
-    ("large", "white", "striped", "star"),
-    ("large", "yellow", "striped", "cross"),
-    ("large", "purple", "plain", "circle"),
-    ("large", "blue", "plain", "triangle"),
-    ("small", "orange", "dotted", "star"),
-    ("small", "red", "plain", "cross"),
+    ("large", "blue", "dotted", "cross"),
+    ("small", "white", "plain", "square"),
+    ("small", "black", "plain", "square"),
+    ("small", "green", "striped", "square"),
+    ("small", "white", "plain", "triangle"),
+    ("large", "orange", "plain", "circle"),
 ]
 
 

@@ -21,6 +21,7 @@ def main(
     run: Annotated[Path, typer.Argument(help="Folder of a finished training run.")],
     images: Annotated[int, typer.Option(help="Held-out pictures to score it on.")] = 1000,
     seed: Annotated[int, typer.Option(help="Which pictures.")] = 11,
+    threshold: Annotated[float, typer.Option(help="Its default acceptance threshold.")] = 0.9,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
     """Copy the checkpoint into the package and record its score."""
@@ -32,6 +33,9 @@ def main(
         if path.is_file():
             shutil.copyfile(path, CHECKPOINT / path.name)
     model = PdlmForConditionalGeneration.from_pretrained(CHECKPOINT).eval()
+    # Its default is adaptive: a fixed schedule has to commit so many slots a step, certain or not.
+    model.generation_config.acceptance_threshold = threshold
+    model.generation_config.save_pretrained(CHECKPOINT)
     with torch.inference_mode():
         report = evaluate(model, PdlmProcessor.from_pretrained(CHECKPOINT), seed, images, show=True)
     record = json.loads((CHECKPOINT / "training.json").read_text()) | {"held_out": report}

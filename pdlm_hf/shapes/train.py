@@ -1,15 +1,20 @@
 """Train the tiny checkpoint on drawn shapes.
 
-    python -m pdlm_hf.shapes.train --out runs/vision --lesson vision --steps 4000 --batch-size 64 --learning-rate 3e-3
-    python -m pdlm_hf.shapes.train --out runs/pictures --lesson pictures --init runs/vision --steps 2500
-    python -m pdlm_hf.shapes.train --out runs/words --lesson words --init runs/pictures --steps 800 --batch-size 64 \
-        --freeze-vision
-    python -m pdlm_hf.shapes.train --out runs/full --init runs/words --steps 2000 --freeze-vision
-    python -m pdlm_hf.shapes.train --out runs/isolated --init runs/full --prefix-attention isolated --steps 1200 \
-        --learning-rate 5e-4
+    train="python -m pdlm_hf.shapes.train --threads 2"
+    $train --out runs/vision --lesson vision --steps 4000 --batch-size 64 --learning-rate 3e-3
+    $train --out runs/pictures --lesson pictures --init runs/vision --steps 2500
+    $train --out runs/words --lesson words --init runs/pictures --steps 800 --batch-size 64 --freeze-vision
+    $train --out runs/full --init runs/words --steps 1500 --freeze-vision
+    $train --out runs/linear --lesson pictures --linear-head --init runs/full --steps 700
+    $train --out runs/linear2 --lesson pictures --linear-head --init runs/linear --steps 1200 --learning-rate 2e-3
+    $train --out runs/full2 --init runs/linear2 --steps 700 --freeze-vision
+    isolated="--prefix-attention isolated --freeze-vision"
+    $train --out runs/isolated --init runs/full2 $isolated --steps 900 --learning-rate 7e-4
+    $train --out runs/isolated2 --init runs/isolated $isolated --steps 900 --learning-rate 7e-4 --seed 1
+    $train --out runs/isolated3 --init runs/isolated2 $isolated --steps 700 --learning-rate 6e-4 --seed 2
 
-Started again with the same `--out`, it goes on from the last saved step. Pictures are drawn while it trains, none
-twice.
+Started again with the same `--out`, it goes on from the last saved step. Pictures are drawn while it trains, none twice
+in a run; runs of the same lesson with the same seed see the same ones.
 """
 
 import json
@@ -134,6 +139,9 @@ def main(
         Literal["vision", "pictures", "words", "captions"],
         typer.Option(help="To see: small pictures, then all. To say what is seen: small pictures, then all."),
     ] = "captions",
+    linear_head: Annotated[
+        bool, typer.Option("--linear-head", help="vision, pictures: read the attributes off by one linear layer.")
+    ] = False,
     freeze_vision: Annotated[
         bool, typer.Option("--freeze-vision", help="Keep the vision tower and the region prompts as they are.")
     ] = False,
@@ -157,7 +165,7 @@ def main(
     seeing = lesson in ("vision", "pictures")
     slots = EASY_SLOTS if easy else SLOTS
     trainer = InOrderTrainer(
-        model=RegionClassifier(model) if seeing else model,
+        model=RegionClassifier(model, linear_head) if seeing else model,
         args=arguments(out, steps, batch_size, learning_rate, seed),
         train_dataset=ShapesDataset(seed, steps * batch_size, batch_size, easy),
         data_collator=AttributeCollator(processor)
@@ -171,6 +179,7 @@ def main(
         "command": f"python -m pdlm_hf.shapes.train --steps {steps} --batch-size {batch_size} --learning-rate "
         f"{learning_rate} --prefix-attention {prefix_attention} --seed {seed} --threads {threads}"
         + f" --lesson {lesson}"
+        + (" --linear-head" if linear_head else "")
         + (" --freeze-vision" if freeze_vision else "")
         + (f" --init {init.name}" if init else ""),
         "steps": steps,

@@ -39,20 +39,22 @@ class AttributeCollator:
 
 
 class RegionClassifier(nn.Module):
-    """Attributes of regions from the mean of their RoI tokens.
-
-    A mean, so that the language model finds the answer in the tokens by attending to them evenly.
+    """Attributes of regions from their RoI tokens.
 
     Args:
         model (`PdlmForConditionalGeneration`): its vision tower, projector and region embeddings are trained.
+        linear (`bool`): from the plain mean of the normalised tokens, which is what an evenly attending head of the
+            language model gets; else through a small network, which learns faster and leaves the answer where the
+            language model has to dig for it.
     """
 
-    def __init__(self, model: PdlmForConditionalGeneration):
+    def __init__(self, model: PdlmForConditionalGeneration, linear: bool = False):
         super().__init__()
-        self.model = model
+        self.model, self.linear = model, linear
         hidden = model.config.text_config.hidden_size
-        self.position = nn.Parameter(torch.zeros(model.config.num_roi_tokens, hidden))
-        self.mix = nn.Linear(hidden, hidden)
+        if not linear:
+            self.position = nn.Parameter(torch.zeros(model.config.num_roi_tokens, hidden))
+            self.mix = nn.Linear(hidden, hidden)
         self.score = nn.Linear(hidden, sum(map(len, WORDS.values())))
 
     def forward(
@@ -67,7 +69,10 @@ class RegionClassifier(nn.Module):
         """Sum over the attributes of the mean cross entropy, as `loss`, and the `right` answers, bool (regions, 4)."""
         features = self.model.model.get_image_features(pixel_values, region_masks)
         tokens = self.model.model.get_region_features(features, image_grids, region_boxes, original_sizes)
-        hidden = F.gelu(self.mix(F.gelu(tokens + self.position).mean(1)))
+        if self.linear:
+            hidden = F.rms_norm(tokens, tokens.shape[-1:]).mean(1)
+        else:
+            hidden = F.gelu(self.mix(F.gelu(tokens + self.position).mean(1)))
         scores = self.score(hidden).split([len(words) for words in WORDS.values()], -1)
         loss = sum(F.cross_entropy(s, target) for s, target in zip(scores, attributes.T, strict=True))
         return {"loss": loss, "right": torch.stack([s.argmax(-1) for s in scores], 1) == attributes}

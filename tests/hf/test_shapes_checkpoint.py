@@ -14,7 +14,7 @@ from pdlm_hf.shapes.world import read
 
 RECORD = json.loads((CHECKPOINT / "training.json").read_text())
 CLAIMED = RECORD["held_out"]["exact"]  # measured when it was put into the package
-SPREAD = 0.12  # of a score on some 90 captions around it: two standard deviations and a little
+SPREAD = 0.05  # of a score on some 90 captions below it: two standard deviations and a little
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,27 @@ def test_says_how_it_was_made():
     assert RECORD["held_out"]["images"] >= 500
 
 
+def test_the_claim():
+    """The goal is 0.97 in all; what is shipped is just short of it."""
+    assert CLAIMED >= 0.965
+    assert RECORD["held_out"]["by_regions"]["6"] >= 0.95
+
+
 def test_accuracy_on_pictures_it_has_not_seen(shapes):
     with torch.inference_mode():
         report = evaluate(*shapes, seed=11, images=24)
-    assert abs(report["exact"] - CLAIMED) <= SPREAD
-    assert abs(report["well_formed"] - RECORD["held_out"]["well_formed"]) <= SPREAD
+    assert report["exact"] >= CLAIMED - SPREAD
+    assert report["well_formed"] >= RECORD["held_out"]["well_formed"] - SPREAD
     assert set(report["by_regions"]) <= {"1", "2", "3", "4", "5", "6"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [11, 12])
+def test_accuracy_on_many_pictures(shapes, seed):
+    with torch.inference_mode():
+        report = evaluate(*shapes, seed=seed, images=400)
+    assert report["exact"] >= 0.96
+    assert report["by_regions"]["6"] >= 0.94
 
 
 def test_one_step_is_not_enough(shapes):
@@ -125,12 +140,14 @@ def test_default_captioner_has_it(shapes, six):
     output = model.generate(**processor(images=six.image, segmentation_maps=six.masks))
     expected = processor.post_process_region_captions(output)[0]
     assert [caption.text for caption in captions] == [caption.text for caption in expected]
-    assert sum(read(caption.text) is not None for caption in captions) >= 4
+    assert [read(caption.text) for caption in captions] == six.figures
 
 
 def test_adaptive_decoding_is_faster_and_still_right(shapes):
     with torch.inference_mode():
-        report = evaluate(*shapes, seed=11, images=24, acceptance_threshold=0.9)
-        fixed = evaluate(*shapes, seed=11, images=8)
-    assert report["exact"] >= CLAIMED - SPREAD
-    assert report["num_forwards"] < fixed["num_forwards"]
+        report = evaluate(*shapes, seed=11, images=24)  # the checkpoint's default
+        fixed = evaluate(*shapes, seed=11, images=24, acceptance_threshold=None)
+        bounded = evaluate(*shapes, seed=11, images=24, acceptance_threshold=None, entropy_bound=0.1)
+    assert min(report["exact"], bounded["exact"]) >= fixed["exact"] - SPREAD
+    assert fixed["steps_per_region"] > 30
+    assert max(report["steps_per_region"], bounded["steps_per_region"]) <= 14
