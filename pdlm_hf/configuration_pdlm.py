@@ -89,6 +89,10 @@ def _from_upstream(config: dict[str, Any], folder: str | None, download: dict[st
     return ours | {"roi_replay": "reference", "prefix_attention": "full"}
 
 
+# Arguments of `from_pretrained` that say where a checkpoint comes from, in transformers' order
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+
 @strict
 class PdlmTextConfig(LlamaConfig):
     """LLaDA as a bidirectional Llama. The defaults are LLaDA-8B's (reference-spec 1.1)."""

@@ -145,8 +145,7 @@ class GenerationTask:
 
     def stop_ids(self) -> list[list[int]]:
         """Token sequences that end an answer."""
-        stops = self.settings.stop_strings or []
-        return [self.token_ids(stop) for stop in ([stops] if isinstance(stops, str) else stops)]
+        return [self.token_ids(stop) for stop in as_list(self.settings.stop_strings)]
 
     def score(
         self,
@@ -509,7 +508,7 @@ def find(tokens: list[int], pattern: list[int]) -> int | None:
 
 def as_list(value: Any) -> list:
     """None, a value or a list, as a list."""
-    return [] if value is None else value if isinstance(value, list) else [value]
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def cut_at_stop(tokens: torch.Tensor, stop: list[int], end: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from transformers.utils import ModelOutput, logging
 
 from .chat_denoising_pdlm import denoise_blocks
+from .configuration_pdlm import HUB_ARGUMENTS
 from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, cut_at_stop, denoise_regions, left_pad
 from .graphs_pdlm import CanvasGraphs
 
@@ -32,11 +33,6 @@ def _our_names(settings: dict[str, Any]) -> dict[str, Any]:
             warnings.warn(f"`{old}` is the reference's name for `{new}`; use `{new}`.", FutureWarning, stacklevel=4)
             settings[new] = settings.pop(old)
     return settings
-
-
-def _stops(value: "str | list | None") -> list:
-    """Stop strings as a list."""
-    return [] if value is None else [value] if isinstance(value, str) else value
 
 
 class PdlmGenerationConfig(GenerationConfig):
@@ -151,7 +147,7 @@ class PdlmGenerationConfig(GenerationConfig):
             raise ValueError(f"`guidance_scale` must be at least 1 (1 = off), got {self.guidance_scale!r}.")
         if self.seed is not None and not isinstance(self.seed, Integral):
             raise ValueError(f"`seed` must be an integer, got {self.seed!r}.")
-        if any(len(stop) == 0 for stop in _stops(self.stop_strings)):
+        if any(len(stop) == 0 for stop in as_list(self.stop_strings)):
             raise ValueError("`stop_strings` holds an empty string, which would end every text at its start.")
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -214,8 +210,8 @@ class PdlmGenerationMixin:
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
     ):
         """Called by `from_pretrained`: loads `generation_config.json` as [`PdlmGenerationConfig`]."""
-        download = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-        kwargs = {k: v for k, v in {**dict(zip(download, args, strict=False)), **kwargs}.items() if k in download}
+        given = {**dict(zip(HUB_ARGUMENTS, args, strict=False)), **kwargs}
+        kwargs = {name: value for name, value in given.items() if name in HUB_ARGUMENTS}
         if generation_config is not None:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
             return

@@ -11,14 +11,13 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
+from .configuration_pdlm import HUB_ARGUMENTS
 from .image_processing_pdlm import PdlmImageProcessorPil, to_binary_mask, to_rgb
 
 DEFAULT_QUESTION = "Describe each masked region in detail."
 IMAGE, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
 REGION, CAPTION = "<|reserved_token_{}|>", "<|Mask_Cap_{}|>"
 HEADER, HEADER_END, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 # The reference formats a conversation in two ways: for training and region captions (`training=True`: a system turn, a
 # newline after every turn of user and system, nothing behind the image) and for chat (reference-spec sections 9, 11).
@@ -103,7 +102,7 @@ class PdlmProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         """Also builds the processor of a reference checkpoint, whose settings are spread over three files."""
         path = pretrained_model_name_or_path
-        source = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        source = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         config_file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **source)
         upstream = {}
         if config_file:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..configuration_pdlm import HUB_ARGUMENTS
 from ..generation_pdlm import PdlmGenerationOutput
 from ..processing_pdlm import RegionCaption
 from ..shapes import CHECKPOINT
@@ -21,15 +22,6 @@ MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {"acceptance_threshold": 0.9, "prefix_refresh_interval": 0},
 }
-HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
 
 
 class RegionCaptioner:
@@ -73,7 +65,7 @@ class RegionCaptioner:
         """
         path = str(model or CHECKPOINT)
         network = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
-        source = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        source = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
         if "device_map" not in kwargs:
             network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(network, AutoProcessor.from_pretrained(path, **source), mode)

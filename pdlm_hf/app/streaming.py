@@ -33,8 +33,9 @@ class RegionStreamer(BaseStreamer):
         texts = self.processor.decode_captions(value)
         self.latest += [[] for _ in range(len(texts) - len(self.latest))]
         for known, drafts, regions in zip(self.latest, texts, present.tolist(), strict=True):
-            known += [""] * (max((k + 1 for k, there in enumerate(regions) if there), default=0) - len(known))
-            for k, draft in zip((k for k, there in enumerate(regions) if there), drafts, strict=True):
+            places = [k for k, there in enumerate(regions) if there]
+            known += [""] * (max(places, default=-1) + 1 - len(known))
+            for k, draft in zip(places, drafts, strict=True):
                 known[k] = draft
         self.steps.append([list(drafts) for drafts in self.latest])
         if self.on_step:
@@ -45,7 +46,8 @@ class RegionStreamer(BaseStreamer):
         self.captions = self.processor.decode_captions(value)
 
     def end(self) -> None:
-        """Nothing is left to flush."""
+        """The next call has other pictures."""
+        self.latest = []
 
 
 class LiveView:

@@ -166,6 +166,8 @@ def test_drafts_stay_with_their_regions_when_a_picture_takes_two_portions(captio
     assert len(streamer.steps) == output.num_forwards == 6
     assert [len(step[0]) for step in streamer.steps] == [6, 6, 6, 8, 8, 8]
     assert streamer.steps[-1][0] == [caption.text for caption in captions[0]]
+    captioner.generate([pair(1)], streamer=streamer, **SETTINGS)  # another picture: no draft of the last one is left
+    assert [len(step[0]) for step in streamer.steps[6:]] == [2, 2, 2]
     file = io.StringIO()
     with LiveView([f"name {k}" for k in range(8)], Console(file=file, force_terminal=True, width=80)) as view:
         view.show(1, streamer.steps[0])
