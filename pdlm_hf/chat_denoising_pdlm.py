@@ -2,7 +2,8 @@
 
 import torch
 
-from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, find, left_pad
+from .canvas_pdlm import left_pad
+from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, find
 from .diffusion_pdlm import lowest_mask, transfer_schedule
 
 

@@ -1,17 +1,12 @@
-"""Denoising of regions: all captions of a picture together.
+"""Denoising of regions: all captions of a picture together, step by step."""
 
-A row is one pass over one picture. Its sequence is prompt + canvas, the canvas being all its caption blocks. Prompts
-stand left-padded in the first columns and canvases behind them, so that the keys and values of all prompts can be kept
-while only the canvases run through the model (`prefix_refresh_interval`).
-"""
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, DynamicCache
-from transformers.masking_utils import create_bidirectional_mask
+from transformers import AutoTokenizer
 
+from .canvas_pdlm import CanvasView, RegionCanvas
 from .diffusion_pdlm import (
     accept_bounded,
     accept_confident,
@@ -21,10 +16,7 @@ from .diffusion_pdlm import (
     token_entropy,
     token_log_odds,
 )
-from .graphs_pdlm import WIDTH_MULTIPLE, CanvasGraph, CanvasGraphs, graphs_usable
-from .masking_pdlm import region_attention
-from .split_attention_pdlm import NAME as REGION_SPLIT
-from .split_attention_pdlm import SplitCache, split_pass
+from .graphs_pdlm import graphs_usable
 
 # Slots x vocabulary scored at a time: bounds the float32 logits to 256 MB.
 _MAX_LOGITS = 2**26
@@ -68,43 +60,6 @@ class RandomRows:
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
             out[i, :count] = torch.rand((count, *shape[1:]), generator=self.generators[row], device=self.device)
         return out.clamp_(1e-20, 1 - 1e-7)
-
-
-class PrefixCache(DynamicCache):
-    """Keys and values of the prompts, kept while canvases come and go.
-
-    The first pass fills it with prompt and canvas. Once frozen at the prompts' width, a canvas is written behind them
-    in place of the last one, and nothing of the prompts is copied.
-    """
-
-    prefix_length: int | None = None
-
-    def freeze(self, prefix_length: int) -> None:
-        """Keep the first `prefix_length` columns from now on."""
-        self.prefix_length = prefix_length
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep only these rows of the batch."""
-        for layer in self.layers:
-            layer.keys, layer.values = (states[rows.to(states.device)] for states in (layer.keys, layer.values))
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Keys and values of prompts and canvas."""
-        if self.prefix_length is None:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer = self.layers[layer_idx]
-        end = self.prefix_length + key_states.shape[-2]
-        layer.keys[:, :, self.prefix_length : end] = key_states
-        layer.values[:, :, self.prefix_length : end] = value_states
-        return layer.keys[:, :, :end], layer.values[:, :, :end]
-
-    def get_seq_length(self, *args, **kwargs) -> int:
-        """Width of the prompts, once frozen."""
-        return super().get_seq_length(*args, **kwargs) if self.prefix_length is None else self.prefix_length
-
-    def get_mask_sizes(self, query_length, *args, **kwargs) -> tuple[int, int]:
-        """Keys a query of this length sees, and their offset."""
-        return self.get_seq_length() + int(query_length), 0
 
 
 class GenerationTask:
@@ -207,195 +162,6 @@ class GenerationTask:
             self.streamer.put_draft(tokens.cpu())
 
 
-def left_pad(rows: list[torch.Tensor], fill: Any) -> torch.Tensor:
-    """Tensors of different lengths as one batch, padded on the left."""
-    length = max(len(row) for row in rows)
-    out = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), fill)
-    for i, row in enumerate(rows):
-        out[i, length - len(row) :] = row
-    return out
-
-
-@dataclass
-class _View:
-    """The blocks that take part in a pass: of some rows, some regions, packed to the left.
-
-    Args:
-        rows: numbers of the rows, `(R,)`.
-        blocks: region in each place, `(R, K)`.
-        present: places that hold a region, `(R, K)`.
-        row_of, region_of, place: the same as indices, for each present block: its row and region in the batch, and its
-            place in `(R * K,)`.
-        counts: slots of each row, in Python.
-        positions: of the canvas rows in their sequences, `(R, K * block length)`.
-        masks: attention mask of a pass over prompts and canvas (True) and over the canvas alone (False), once built.
-    """
-
-    rows: torch.Tensor
-    blocks: torch.Tensor
-    present: torch.Tensor
-    row_of: torch.Tensor
-    region_of: torch.Tensor
-    place: torch.Tensor
-    counts: list[int]
-    positions: torch.Tensor | None = None
-    masks: dict[bool, Any] = field(default_factory=dict)
-
-
-class RegionCanvas:
-    """All caption blocks of a batch, and the passes through the model that fill them.
-
-    Args:
-        task (`GenerationTask`)
-        prompt (`torch.FloatTensor` of shape `(rows, prompt_length, hidden_size)`): embedded prompts.
-        counts (`list[int]`): regions of every row.
-        num_slots (`int`): tokens to write per caption.
-    """
-
-    def __init__(self, task: GenerationTask, prompt: torch.Tensor, counts: list[int], num_slots: int):
-        self.task, self.model, self.counts, self.num_slots = task, task.model, counts, num_slots
-        config, device = task.config, task.device
-        self.mask_id, self.end = config.mask_token_id, config.eot_token_id
-        real = task.attention_mask
-        self.prompt_ids = left_pad([ids[keep] for ids, keep in zip(task.input_ids, real, strict=True)], self.end)
-        self.prompt = left_pad([row[keep] for row, keep in zip(prompt, real, strict=True)], 0)
-        self.lengths = real.sum(1)
-        width = self.prompt.shape[1]
-        self.prompt_mask = torch.arange(width, device=device) >= width - self.lengths[:, None]
-
-        rows, most = len(counts), max(counts)
-        region = torch.arange(most, device=device)
-        self.exists = region < torch.tensor(counts, device=device)[:, None]  # (rows, regions)
-        self.tokens = torch.full((rows, most, num_slots), self.mask_id, device=device)
-        self.masked = self.exists[..., None].expand(-1, -1, num_slots).clone()
-        self.written = torch.full(self.tokens.shape, -torch.inf, device=device)  # log odds when it was written
-        self.steps = torch.zeros(self.exists.shape, dtype=torch.long, device=device)
-
-        self.opening = torch.tensor(config.caption_token_ids, device=device)[:most].expand(rows, -1)
-        last = region == torch.tensor(counts, device=device)[:, None] - 1
-        self.closing = torch.where(last, self.end, config.newline_token_id)
-        ids = torch.cat([self.prompt_ids, self.blocks(self.tokens).flatten(1)], 1)
-        layout = self.model.model.region_layout(ids)
-        self.prompt_layout = layout[:, :width]
-        self.block_layout = layout[:, width:].view(rows, most, num_slots + 2)
-        self.cache: PrefixCache | SplitCache | None = None
-        self.cached_rows: torch.Tensor | None = None
-        self.shown: _View | None = None  # the view that a split cache has room for
-        self.graphs: CanvasGraphs | None = None
-        self.graph: CanvasGraph | None = None
-
-    def blocks(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Caption token, slots and closing newline (or end of turn) of every region, `(rows, regions, slots + 2)`."""
-        return torch.cat([self.opening[..., None], tokens, self.closing[..., None]], -1)
-
-    def view(self, active: torch.Tensor) -> _View:
-        """The blocks where `active` `(rows, regions)` is true."""
-        rows = active.any(1).nonzero()[:, 0]
-        active = active[rows]
-        counts = active.sum(1)
-        most = int(counts.max())
-        blocks = (~active).int().argsort(dim=1, stable=True)[:, :most]
-        present = torch.arange(most, device=active.device) < counts[:, None]
-        place = present.flatten().nonzero()[:, 0]
-        row_of, column = place // most, place % most
-        view = _View(
-            rows, blocks, present, rows[row_of], blocks[row_of, column], place, (counts * self.num_slots).tolist()
-        )
-        offset = torch.arange(self.num_slots + 2, device=active.device)
-        positions = self.lengths[rows, None, None] + blocks[..., None] * (self.num_slots + 2) + offset
-        view.positions = positions.flatten(1)
-        return view
-
-    def forward(self, view: _View, whole: bool, keep: bool = False) -> torch.Tensor:
-        """One pass; hidden states of the slots, `(R, K, num_slots, hidden_size)`.
-
-        Args:
-            view (`_View`): blocks that take part.
-            whole (`bool`): prompts and canvas; else the canvas alone, on the cached prompts.
-            keep (`bool`): with `whole`: keep the prompts' keys and values.
-        """
-        self.task.num_forwards += 1
-        rows, size = view.rows, self.num_slots + 2
-        shown = torch.where(self.masked, self.mask_id, self.tokens)
-        ids = self.blocks(shown)[rows[:, None], view.blocks].flatten(1)
-        embeds = self.model.get_input_embeddings()(ids).to(self.prompt.dtype)
-        positions, cache = view.positions, None
-        if whole:
-            prompt_positions = (self.prompt_mask[rows].cumsum(1) - 1).clamp_min(0)
-            embeds = torch.cat([self.prompt[rows], embeds], 1)
-            positions = torch.cat([prompt_positions, positions], 1)
-            cache = PrefixCache() if keep else None
-        else:
-            cache = self._cache_of(rows)
-        if isinstance(cache, SplitCache):
-            hidden = self._split_pass(view, embeds, positions, cache)
-            return hidden.view(*view.blocks.shape, size, -1)[:, :, 1:-1]
-        if whole not in view.masks:
-            view.masks[whole] = self._mask(view, embeds, cache, size)
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=view.masks[whole],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
-        if whole and keep:
-            self._keep(cache, rows)
-        if whole:
-            hidden = hidden[:, self.prompt.shape[1] :]
-        return hidden.view(*view.blocks.shape, size, -1)[:, :, 1:-1]
-
-    def _keep(self, cache: PrefixCache, rows: torch.Tensor) -> None:
-        """Keep the prompts' keys and values of a pass over prompts and canvas."""
-        width = self.prompt.shape[1]
-        self.cached_rows, self.shown = rows, None
-        if self.model.config.text_config._attn_implementation != REGION_SPLIT:
-            cache.freeze(width)
-            self.cache = cache
-            return
-        self.cache = SplitCache(
-            [(layer.keys, layer.values) for layer in cache.layers],
-            self.prompt_layout[rows],
-            self.prompt_mask[rows],
-            self.exists.shape[1],
-            self.model.config.num_roi_tokens,
-            self.num_slots + 2,
-            1 if self.graphs is None else WIDTH_MULTIPLE,
-        )
-
-    def _split_pass(self, view: _View, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache):
-        """A canvas pass without a mask; replayed from a CUDA graph where there is one."""
-        if view is not self.shown:
-            cache.show(view.blocks)
-            self.shown = view
-            if self.graphs is not None:
-                self.graph = self.graphs.load(embeds, positions, cache)
-        if self.graph is not None:
-            return self.graph(embeds, positions)
-        return split_pass(self.model.model.language_model, embeds, positions, cache)
-
-    def _mask(self, view: _View, embeds: torch.Tensor, cache: PrefixCache | None, size: int) -> Any:
-        """Attention of this view's queries over the prompts and its own blocks."""
-        rows = view.rows
-        blocks = self.block_layout[rows[:, None], view.blocks].flatten(1)
-        layout = torch.cat([self.prompt_layout[rows], blocks], 1)
-        present = view.present[..., None].expand(-1, -1, size).flatten(1)
-        return create_bidirectional_mask(
-            config=self.model.model.language_model.config,
-            inputs_embeds=embeds,
-            attention_mask=torch.cat([self.prompt_mask[rows], present], 1).long(),
-            past_key_values=cache if cache is not None and cache.prefix_length is not None else None,
-            and_mask_function=region_attention(layout, self.task.config.prefix_attention),
-        )
-
-    def _cache_of(self, rows: torch.Tensor) -> PrefixCache:
-        """The cache, cut down to these rows once others have finished; frees their memory."""
-        if len(rows) != len(self.cached_rows):
-            self.cache.select(torch.searchsorted(self.cached_rows, rows))
-            self.cached_rows = rows
-        return self.cache
-
-
 def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int], by_image) -> RegionCanvas:
     """Fill the captions of all regions of all rows.
 
@@ -461,7 +227,7 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
     return canvas
 
 
-def _score_view(task: GenerationTask, canvas: RegionCanvas, view: _View, hidden: torch.Tensor):
+def _score_view(task: GenerationTask, canvas: RegionCanvas, view: CanvasView, hidden: torch.Tensor):
     """Drafts, log odds, ranking and entropies of a view's slots, put in their places among all rows and regions."""
     rows = view.rows.tolist() if task.random is not None else [0] * len(view.rows)
     slots = hidden.flatten(1, 2)

@@ -10,9 +10,10 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput, logging
 
+from .canvas_pdlm import left_pad
 from .chat_denoising_pdlm import denoise_blocks
 from .configuration_pdlm import HUB_ARGUMENTS
-from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, cut_at_stop, denoise_regions, left_pad
+from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, cut_at_stop, denoise_regions
 from .graphs_pdlm import CanvasGraphs
 
 logger = logging.get_logger(__name__)

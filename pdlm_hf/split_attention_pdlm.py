@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .masking_pdlm import SHARED
+from .caching_pdlm import SplitCache
 
 NAME = "region_split"
 # torch 2.11 has the function without what is needed here
@@ -77,87 +77,6 @@ def merge(
     """
     share = torch.sigmoid(second_lse - first_lse)[..., None]
     return torch.lerp(first.float(), second.float(), share).to(first.dtype)
-
-
-class SplitCache:
-    """Keys and values of the prompts, sorted for [`split_attention`]; stands in for the prompt cache.
-
-    Args:
-        layers (`list`): for each layer the keys and values `(rows, heads, length, head_size)` whose first columns are
-            the prompts.
-        layout (`torch.LongTensor` of shape `(rows, prompt_length)`): see [`masking_pdlm.region_layout`].
-        real (`torch.BoolTensor` of the same shape): False on padding.
-        num_regions (`int`): regions of the row that has most.
-        num_roi_tokens (`int`): RoI tokens of each.
-        block (`int`): rows of a caption block.
-        multiple (`int`): room for shared rows is a multiple of this, so that few shapes occur.
-    """
-
-    def __init__(self, layers, layout, real, num_regions: int, num_roi_tokens: int, block: int, multiple: int = 1):
-        if len({keys.device for keys, _ in layers}) > 1:
-            raise ValueError(f'attn_implementation "{NAME}" needs the language model on one device; use "sdpa".')
-        shared = (layout == SHARED) & real
-        self.lengths = shared.sum(1).int()
-        room = multiple * -(-int(self.lengths.max()) // multiple)
-        common = (~shared).int().argsort(dim=1, stable=True)
-        common = common[:, torch.arange(room, device=layout.device).clamp_max(layout.shape[1] - 1)]
-        region = torch.arange(num_regions, device=layout.device)
-        roi = (layout[:, None] != 2 * region[:, None]).int().argsort(dim=2, stable=True)[..., :num_roi_tokens]
-        self.block, self.num_roi_tokens = block, num_roi_tokens
-        self.common = [tuple(_columns(states, common) for states in layer) for layer in layers]
-        self.roi = [
-            tuple(_columns(states, roi.flatten(1)).unflatten(1, roi.shape[1:]) for states in layer) for layer in layers
-        ]
-        self.own: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # (regions of the view, RoI tokens + block, heads, size)
-        self.own_lengths = self.lengths
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep only these rows of the batch."""
-        self.lengths = self.lengths[rows]
-        self.common = [tuple(states[rows] for states in layer) for layer in self.common]
-        self.roi = [tuple(states[rows] for states in layer) for layer in self.roi]
-
-    def show(self, regions: torch.Tensor) -> None:
-        """Make room for the blocks of these regions.
-
-        Args:
-            regions (`torch.LongTensor` of shape `(rows, blocks)`): index of the region of every block.
-        """
-        rows = torch.arange(len(regions), device=regions.device)[:, None]
-        keys = self.num_roi_tokens + self.block
-        self.own = []
-        for layer in self.roi:
-            own = tuple(states.new_empty(regions.numel(), keys, *states.shape[3:]) for states in layer)
-            for room, states in zip(own, layer, strict=True):
-                room[:, : self.num_roi_tokens] = states[rows, regions].flatten(0, 1)
-            self.own.append(own)
-        self.own_lengths = torch.full((regions.numel(),), keys, dtype=torch.int32, device=regions.device)
-
-    def copy_(self, other: "SplitCache") -> None:
-        """Take over the contents of a cache of the same shapes, in place, for pictures that are shown alike."""
-        self.lengths.copy_(other.lengths)
-        for mine, theirs in ((self.common, other.common), (self.own, other.own)):
-            for layer, new in zip(mine, theirs, strict=True):
-                for states, values in zip(layer, new, strict=True):
-                    states.copy_(values)
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Write keys and values of the blocks behind their RoI tokens."""
-        for room, states in zip(self.own[layer_idx], (key_states, value_states), strict=True):
-            room[:, self.num_roi_tokens :] = states.transpose(1, 2).reshape(-1, self.block, *room.shape[2:])
-        return key_states, value_states
-
-    def get_seq_length(self, *args, **kwargs) -> int:
-        """Rows of the longest prompt that all captions see."""
-        return self.common[0][0].shape[1]
-
-
-def _columns(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Columns of `(rows, heads, length, head_size)` as contiguous `(rows, columns, heads, head_size)`."""
-    index = index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-    return states.gather(2, index).transpose(1, 2).contiguous()
 
 
 def split_attention(

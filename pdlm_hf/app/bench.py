@@ -4,9 +4,7 @@ import json
 import platform
 import resource
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..configuration_pdlm import PdlmConfig
-from ..denoising_pdlm import GenerationTask, RegionCanvas, denoise_regions
-from ..diffusion_pdlm import masks_left
-from ..generation_pdlm import PdlmGenerationConfig
-from ..masking_pdlm import caption_canvas, region_attention, region_layout
-from ..modeling_pdlm import PdlmForConditionalGeneration
 from ..split_attention_pdlm import NAME as REGION_SPLIT
+from .bench_model import SHAPES, Bench, bound, flops
 
 # Arithmetic and memory limits of known devices: FLOP/s in bf16, bytes/s (measured on such a card).
 LIMITS = {"H200": (790e12, 4.3e12)}
@@ -31,249 +24,15 @@ MAX_REGIONS = 16  # of the caption tokens a checkpoint has
 TILES = 7  # of the picture that the prompt stands for
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What is built: language model sizes, and the prompt that stands for a picture."""
-
-    hidden: int
-    layers: int
-    heads: int
-    mlp: int
-    vocab: int
-    image_tokens: int
-    roi_tokens: int
-    text_tokens: int
-    dtype: torch.dtype
-
-    def config(self, max_regions: int) -> PdlmConfig:
-        """Model configuration; the vision tower is the smallest that is valid, unless this is the 8B."""
-        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
-        vision |= {"image_size": 32, "patch_size": 8}
-        first = self.vocab - 64
-        return PdlmConfig(
-            text_config={
-                "hidden_size": self.hidden,
-                "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads,
-                "intermediate_size": self.mlp,
-                "vocab_size": self.vocab,
-            },
-            vision_config=None if self.layers == 32 else vision,
-            num_region_prompts=max_regions,
-            region_token_ids=list(range(first, first + max_regions)),
-            caption_token_ids=list(range(first + 16, first + 16 + max_regions)),
-            **dict(
-                zip(
-                    ("mask_token_id", "eot_token_id", "newline_token_id", "image_token_id", "bos_token_id"),
-                    range(first + 32, first + 37),
-                    strict=True,
-                )
-            ),
-            eos_token_id=first + 37,
-            start_header_token_id=first + 38,
-            end_header_token_id=first + 39,
-        )
-
-
-SHAPES = {
-    "tiny": Shape(128, 4, 4, 384, 512, 112, 16, 30, torch.float32),
-    "small": Shape(512, 6, 8, 1536, 32000, 384, 16, 64, torch.float32),
-    "8b": Shape(4096, 32, 32, 12288, 126464, 7 * 256, 16, 44, torch.bfloat16),
-}
-
-
-class Bench:
-    """A model of random weights and prompts of random features.
-
-    Args:
-        shape (`Shape`), device (`str`), max_regions (`int`), seed (`int`)
-    """
-
-    def __init__(self, shape: Shape, device: str, max_regions: int, seed: int = 0):
-        self.shape, self.device = shape, torch.device(device)
-        torch.manual_seed(seed)
-        config = shape.config(max_regions)
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(shape.dtype)
-        with self.device:
-            self.model = PdlmForConditionalGeneration(config).eval()
-        torch.set_default_dtype(default)
-        # Unit scale everywhere: with the usual small weights every slot drafts the same token, and agreement of two
-        # loops would say nothing.
-        for name, weight in self.model.named_parameters():
-            if weight.ndim == 2:
-                weight.data.normal_(0, 1 if "embed_tokens" in name else weight.shape[1] ** -0.5)
-
-    def prompt_ids(self, num_regions: int, image_tokens: int | None = None) -> torch.Tensor:
-        """Image, RoI groups with newlines between, text; `(1, image + text + 17 N - 1)`."""
-        config, shape = self.model.config, self.shape
-        ids = [1] * (image_tokens or shape.image_tokens)
-        for k in range(num_regions):
-            ids += [config.region_token_ids[k]] * shape.roi_tokens + [config.newline_token_id] * (k < num_regions - 1)
-        return torch.tensor([ids + [2] * shape.text_tokens], device=self.device)
-
-    def prompts(
-        self, num_regions: int, batch: int, image_tokens: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and random embeddings of a batch of prompts."""
-        ids = self.prompt_ids(num_regions, image_tokens).expand(batch, -1)
-        generator = torch.Generator("cpu").manual_seed(num_regions)
-        embeds = torch.randn(1, ids.shape[1], self.shape.hidden, generator=generator)
-        return ids, embeds.to(self.device, self.shape.dtype).expand(batch, -1, -1).contiguous()
-
-    def ours(
-        self,
-        num_regions: int,
-        batch: int,
-        slots: int,
-        steps: int,
-        interval: int,
-        image_tokens: int | None = None,
-        attention: str = "sdpa",
-        graphs: bool = False,
-    ) -> torch.Tensor:
-        """Our loop; tokens `(batch, regions, slots)`."""
-        ids, embeds = self.prompts(num_regions, batch, image_tokens)
-        settings = PdlmGenerationConfig(
-            max_new_tokens=slots,
-            max_denoising_steps=steps,
-            prefix_refresh_interval=interval,
-            cuda_graphs=graphs or None,
-        )
-        self.model.set_attn_implementation({"text_config": attention})
-        task = GenerationTask(self.model, settings, ids, torch.ones_like(ids, dtype=torch.bool))
-        tokens = denoise_regions(task, embeds, [num_regions] * batch, lambda values, fill: values).tokens
-        self.model.set_attn_implementation({"text_config": "sdpa"})
-        return tokens
-
-    def reference(self, num_regions: int, slots: int, steps: int) -> torch.Tensor:
-        """The reference's loop as plainly as it stands (reference-spec section 8): one picture, everything recomputed
-        at every step, logits and their float64 softmax at all positions."""
-        model, config = self.model, self.model.config
-        ids, embeds = self.prompts(num_regions, 1)
-        canvas = caption_canvas(
-            num_regions,
-            slots,
-            config.caption_token_ids,
-            config.mask_token_id,
-            config.newline_token_id,
-            config.eot_token_id,
-        )
-        tokens = torch.cat([ids, torch.tensor([canvas], device=self.device)], 1)
-        lookup = model.get_input_embeddings()
-        embeds = torch.cat([embeds, lookup(tokens[:, ids.shape[1] :])], 1)
-        layout = region_layout(tokens, config.region_token_ids, config.caption_token_ids)
-        row = torch.arange(tokens.shape[1], device=self.device)
-        allowed = region_attention(layout, "full")(0, 0, row[:, None], row[None, :])
-        lowest = torch.finfo(embeds.dtype).min
-        bias = torch.zeros(allowed.shape, dtype=embeds.dtype, device=self.device).masked_fill(~allowed, lowest)
-        slots_of_all = tokens == config.mask_token_id
-        masked, total = slots_of_all.clone(), int(slots_of_all.sum())
-        for step in range(steps):
-            hidden = model.model.language_model(
-                inputs_embeds=embeds, attention_mask=bias[None, None], use_cache=False
-            ).last_hidden_state
-            logits = model.lm_head(hidden).float()
-            draft = logits.argmax(-1)
-            probability = torch.softmax(logits.double(), -1).gather(-1, draft[..., None])[..., 0]
-            tokens = torch.where(masked, draft, tokens)
-            left = masks_left(total, step, steps)
-            if left == 0:
-                break
-            confidence = torch.where(slots_of_all, probability, torch.inf)
-            masked = torch.zeros_like(masked)
-            masked[0, confidence[0].topk(left, largest=False).indices] = True
-            shown = torch.where(masked, config.mask_token_id, tokens)
-            embeds = torch.where(slots_of_all[..., None], lookup(shown), embeds)
-        return tokens[slots_of_all].view(1, num_regions, slots)
-
-    def synchronise(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def phases(self, num_regions: int, slots: int) -> dict[str, float]:
-        """Milliseconds of the parts of a cached decode: first pass over prompt and canvas, a canvas pass, scoring, and
-        for the 8B the vision tower."""
-        ids, embeds = self.prompts(num_regions, 1)
-        settings = PdlmGenerationConfig(max_new_tokens=slots)
-        task = GenerationTask(self.model, settings, ids, torch.ones_like(ids, dtype=torch.bool))
-        canvas = RegionCanvas(task, embeds, [num_regions], slots)
-        view = canvas.view(canvas.exists)
-        found = {"prefill": [], "canvas": [], "score": []}
-        for _ in range(4):
-            start = self._clock()
-            hidden = canvas.forward(view, whole=True, keep=True)
-            found["prefill"].append(self._clock() - start)
-            canvas.forward(view, whole=False)
-            start = self._clock()
-            hidden = canvas.forward(view, whole=False)
-            found["canvas"].append(self._clock() - start)
-            start = self._clock()
-            task.score(hidden.flatten(1, 2), [0], view.counts)
-            found["score"].append(self._clock() - start)
-            if self.shape.layers == SHAPES["8b"].layers:
-                size, tiles = self.model.config.vision_config.image_size, self.shape.image_tokens // 256
-                pixels = torch.zeros(tiles, 3, size, size, device=self.device, dtype=self.shape.dtype)
-                start = self._clock()
-                self.model.model.get_image_features(pixels)
-                found.setdefault("vision", []).append(self._clock() - start)
-        return {name: round(1000 * statistics.median(times[1:]), 3) for name, times in found.items()}
-
-    def _clock(self) -> float:
-        self.synchronise()
-        return time.perf_counter()
-
-
-def flops(bench: Bench, num_regions: int, slots: int, kind: str, steps: int) -> float:
-    """Arithmetic of one picture's decode: matrix products and attention, multiply and add counted as two."""
-    shape = bench.shape
-    canvas = num_regions * (slots + 2)
-    prompt = bench.prompt_ids(num_regions).shape[1]
-    weights = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.mlp)
-
-    def body(rows: int, keys: int) -> float:
-        return 2 * rows * weights + 4 * shape.layers * rows * keys * shape.hidden
-
-    head = 2 * shape.hidden * shape.vocab
-    whole = body(prompt + canvas, prompt + canvas)
-    if kind == "reference":
-        return steps * (whole + head * (prompt + canvas))
-    if kind == "exact":
-        return steps * (whole + head * num_regions * slots)
-    return whole + (steps - 1) * body(canvas, prompt + canvas) + steps * head * num_regions * slots
-
-
-def bound(bench: Bench, num_regions: int, slots: int, kind: str, steps: int, batch: int, limits) -> float:
-    """Least seconds a decode of `batch` pictures can take: every pass at the device's arithmetic or memory limit.
-
-    Memory: the weights once a pass, and the kept keys and values of every picture; activations are not counted.
-
-    Args:
-        kind (`str`): "reference", "exact" or "cached".
-        limits: FLOP/s and bytes/s.
-    """
-    arithmetic, memory = limits
-    shape, size = bench.shape, bench.shape.dtype.itemsize
-    weights = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.mlp) + shape.hidden * shape.vocab
-    kept = 2 * shape.layers * bench.prompt_ids(num_regions).shape[1] * shape.hidden
-    whole = max(batch * flops(bench, num_regions, slots, kind, 1) / arithmetic, weights * size / memory)
-    if kind != "cached":
-        return steps * whole
-    work = flops(bench, num_regions, slots, "cached", 2) - flops(bench, num_regions, slots, "cached", 1)
-    canvas = max(batch * work / arithmetic, (weights + batch * kept) * size / memory)
-    return whole + (steps - 1) * canvas
-
-
 def interleaved(bench: Bench, jobs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict, dict]:
     """Run all jobs in turn, `repeats` times after a warm-up; seconds of each and its last result."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     results = {}
     for repeat in range(repeats + 1):
         for name, job in jobs.items():
-            start = bench._clock()
+            start = bench.clock()
             results[name] = job()
-            elapsed = bench._clock() - start
+            elapsed = bench.clock() - start
             if repeat:
                 seconds[name].append(elapsed)
     return seconds, results
@@ -363,15 +122,15 @@ def _limits(bench: Bench) -> tuple[tuple[float, float], str]:
     a = torch.randn(n, n, device=bench.device, dtype=bench.shape.dtype)
     best = float("inf")
     for _ in range(6):
-        start = bench._clock()
+        start = bench.clock()
         a @ a
-        best = min(best, bench._clock() - start)
+        best = min(best, bench.clock() - start)
     large = torch.ones(2**27 // bench.shape.dtype.itemsize, device=bench.device, dtype=bench.shape.dtype)
     read = float("inf")
     for _ in range(6):
-        start = bench._clock()
+        start = bench.clock()
         large.sum()
-        read = min(read, bench._clock() - start)
+        read = min(read, bench.clock() - start)
     return (2 * n**3 / best, 2**27 / read), "measured: a matrix product, a sum"
 
 

@@ -20,7 +20,7 @@ from .regions import parse_regions
 # benchmarks/results/shapes_quality.json has what each threshold costs.
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"acceptance_threshold": 0.9, "prefix_refresh_interval": 0},
+    "fast": {"acceptance_threshold": 0.8, "prefix_refresh_interval": 0},
 }
 
 

@@ -8,24 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import make_picture
+from tiny import FLAT_FILES, make_picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pdlm_hf import PdlmForConditionalGeneration
 from pdlm_hf.app.export import export_checkpoint
 
-NAMES = [
-    "chat_denoising",
-    "configuration",
-    "conversion",
-    "denoising",
-    "diffusion",
-    "generation",
-    "graphs",
-    "image_processing",
-    "masking",
-]
-CODE = [f"{name}_pdlm.py" for name in [*NAMES, "modeling", "processing", "split_attention"]]
 MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors"]
 PROCESSOR_FILES = ["chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]
 SETTINGS = {"max_new_tokens": 6, "max_denoising_steps": 3}
@@ -140,16 +128,16 @@ def written(folder):
 @pytest.mark.parametrize("name", ["reference", "ours", "base"])
 def test_exact_files(work, name):
     folder, files, *_ = work
-    assert files[name] == written(folder / name) == sorted(CODE + MODEL_FILES + PROCESSOR_FILES)
+    assert files[name] == written(folder / name) == sorted(FLAT_FILES + MODEL_FILES + PROCESSOR_FILES)
 
 
 def test_files_of_the_model_alone(work):
-    code = [name for name in CODE if name not in ("image_processing_pdlm.py", "processing_pdlm.py")]
+    code = [name for name in FLAT_FILES if name not in ("image_processing_pdlm.py", "processing_pdlm.py")]
     assert written(work[0] / "model_only") == sorted(code + MODEL_FILES)
 
 
 def test_files_saved_by_a_stranger(work):
-    assert written(work[0] / "again") == sorted(CODE + MODEL_FILES + PROCESSOR_FILES)
+    assert written(work[0] / "again") == sorted(FLAT_FILES + MODEL_FILES + PROCESSOR_FILES)
 
 
 @pytest.mark.parametrize("name", ["reference", "ours", "model only", "again"])

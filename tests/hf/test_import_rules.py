@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import FLAT_FILES
 
 import pdlm_hf
 
@@ -28,19 +29,7 @@ def imports(path: Path):
 
 
 def test_the_flat_files_are_those_of_the_layout():
-    names = [
-        "chat_denoising",
-        "configuration",
-        "conversion",
-        "denoising",
-        "diffusion",
-        "generation",
-        "graphs",
-        "image_processing",
-        "masking",
-    ]
-    names += ["modeling", "processing", "split_attention"]
-    assert [path.name for path in FLAT] == [f"{name}_pdlm.py" for name in names]
+    assert [path.name for path in FLAT] == FLAT_FILES
 
 
 @pytest.mark.parametrize("path", FLAT, ids=lambda path: path.name)

@@ -5,6 +5,15 @@ import torch
 
 from pdlm_hf.shapes.model import build_model
 
+# What travels with a checkpoint as remote code
+FLAT_FILES = [
+    f"{name}_pdlm.py"
+    for name in (
+        "caching canvas chat_denoising configuration conversion denoising diffusion generation graphs "
+        "image_processing masking modeling processing split_attention"
+    ).split()
+]
+
 
 def lively_model(processor, prefix_attention: str = "full", seed: int = 0, **overrides):
     """The tiny model with random weights so large that drafts differ between slots, regions and steps."""
