@@ -237,28 +237,17 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
             init.normal_(module.region_embedding.weight)  # nn.Embedding's default, as in the reference
 
 
-class PdlmModel(PdlmPreTrainedModel):
-    """PerceptionDLM without the language-model head."""
+class PdlmEyes:
+    """What PerceptionDLM sees with: vision tower, region prompts, projector, RoI replay. Of any language model."""
 
-    def __init__(self, config: PdlmConfig):
-        super().__init__(config)
+    def _build_eyes(self, config: PdlmConfig) -> None:
         self.vision_tower = PdlmVisionModel._from_config(
             config.vision_config, vision_feature_layer=config.vision_feature_layer
         )
         self.multi_modal_projector = PdlmProjector(config)
-        self.language_model = PdlmTextModel._from_config(config.text_config)
         self.region_embedding = None
         if config.num_region_prompts:
             self.region_embedding = nn.Embedding(config.num_region_prompts, config.vision_config.hidden_size)
-        self.post_init()
-
-    def get_input_embeddings(self):
-        """Token embeddings."""
-        return self.language_model.embed_tokens
-
-    def set_input_embeddings(self, value):
-        """Replace the token embeddings."""
-        self.language_model.embed_tokens = value
 
     def get_image_features(self, pixel_values: torch.Tensor, region_masks: torch.Tensor | None = None) -> torch.Tensor:
         """Projected image features with the region prompts in them (paper section 3.2, region prompting).
@@ -328,6 +317,24 @@ class PdlmModel(PdlmPreTrainedModel):
             scale = 1.0 if aligned else 1 / cell_pixels
             tokens.append(roi_align(merged, boxes, self.config.roi_output_size, scale))
         return torch.cat(tokens)
+
+
+class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
+    """PerceptionDLM without the language-model head."""
+
+    def __init__(self, config: PdlmConfig):
+        super().__init__(config)
+        self._build_eyes(config)
+        self.language_model = PdlmTextModel._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        """Token embeddings."""
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        """Replace the token embeddings."""
+        self.language_model.embed_tokens = value
 
     def embed(
         self,

@@ -335,12 +335,12 @@ class PdlmProcessor(ProcessorMixin):
         captions = []
         for tokens, scores in zip(output.region_tokens.tolist(), output.region_scores.tolist(), strict=True):
             present = [(row, score) for row, score in zip(tokens, scores, strict=True) if row[0] >= 0]
-            captions.append([self._caption(row, score, k) for k, (row, score) in enumerate(present)])
+            captions.append([self.read_caption(row, score, k) for k, (row, score) in enumerate(present)])
         return captions
 
     def decode_captions(self, region_tokens: torch.Tensor) -> list[list[str]]:
         """Texts of `region_tokens` `(batch_size, num_regions, slots)`, as a streamer gets them."""
-        return [[self._caption(row).text for row in image if row[0] >= 0] for image in region_tokens.tolist()]
+        return [[self.read_caption(row).text for row in image if row[0] >= 0] for image in region_tokens.tolist()]
 
     def split_captions(self, sequence: list[int]) -> list[str]:
         """Captions in one generated sequence, by its caption tokens: the model's order, which is by area.
@@ -355,9 +355,10 @@ class PdlmProcessor(ProcessorMixin):
                 blocks.append([])
             elif blocks:
                 blocks[-1].append(token)
-        return [self._caption(block).text for block in blocks]
+        return [self.read_caption(block).text for block in blocks]
 
-    def _caption(self, tokens: list[int], score: float = 0.0, identifier: Any = None) -> RegionCaption:
+    def read_caption(self, tokens: list[int], score: float = 0.0, identifier: Any = None) -> RegionCaption:
+        """Caption from the slots of a region: cut at its end of turn, without special tokens."""
         ends = {self.tokenizer.convert_tokens_to_ids(END_OF_TURN), self.tokenizer.eos_token_id}
         end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
         text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
@@ -382,7 +383,7 @@ class PdlmProcessor(ProcessorMixin):
         answers = []
         for tokens in sequences.tolist():
             start = max((i for i, token in enumerate(tokens) if token == header_end), default=-1) + 1
-            answers.append(self._caption(tokens[start:]).text)
+            answers.append(self.read_caption(tokens[start:]).text)
         return answers
 
 

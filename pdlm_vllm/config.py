@@ -1,0 +1,118 @@
+"""How a PerceptionDLM checkpoint is served: what vLLM has to switch on and off for it."""
+
+from math import ceil
+
+from vllm.config.diffusion import DiffusionConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+from pdlm_hf import PdlmBaseConfig, PdlmConfig
+
+from .layout import private_pages
+
+logger = init_logger(__name__)
+
+MAX_TAIL = 192  # shared rows behind the RoI tokens: question and header, at most
+CANVAS_BASE = 512  # rows of a chat answer, at most
+CANVAS_REGION = 66  # rows of a caption block when all regions are taken: 64 slots
+SEQUENCES = 32  # pictures in flight, at most; every one keeps its prompt's keys and values and the largest canvas
+SEQUENCES_JOINT = 8  # the same where every step computes the prompts again
+
+
+class _Served:
+    """The mark by which vLLM knows a diffusion model, and the rows of its largest canvas."""
+
+    @property
+    def canvas_length(self) -> int:
+        """Rows of the largest canvas: every region with 64 slots, or a chat answer of 512 tokens."""
+        return max(CANVAS_BASE, CANVAS_REGION * self.num_region_prompts)
+
+
+class ServedPdlmConfig(_Served, PdlmConfig):
+    """PerceptionDLM in vLLM."""
+
+    model_type = "pdmllm"
+
+
+class ServedPdlmBaseConfig(_Served, PdlmBaseConfig):
+    """PerceptionDLM-Base in vLLM."""
+
+    model_type = "dmllm"
+
+
+def lookahead_tokens(vllm_config) -> int:
+    """Rows a request may need beyond its prompt: the canvas and the private areas."""
+    config, page = vllm_config.model_config.hf_config, vllm_config.cache_config.block_size
+    canvas = vllm_config.diffusion_config.canvas_length
+    regions = config.num_region_prompts
+    if regions < 2:
+        return canvas + page
+    # the longest block when all regions are taken; fewer regions with longer blocks take fewer areas
+    block = ceil(canvas / regions)
+    return canvas + page + regions * private_pages(page, config.num_roi_tokens, MAX_TAIL, block) * page
+
+
+class PdlmVerify(VerifyAndUpdateConfig):
+    """Settings without which the model would compute something else, and the limits that keep memory bounded."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config) -> None:
+        """Called by vLLM for our architectures, before the platform has its say."""
+        config = vllm_config.model_config.hf_config
+        if vllm_config.diffusion_config is None:
+            vllm_config.diffusion_config = DiffusionConfig(canvas_length=config.canvas_length)
+        cache, scheduler, parallel = (
+            vllm_config.cache_config,
+            vllm_config.scheduler_config,
+            vllm_config.parallel_config,
+        )
+        if parallel.pipeline_parallel_size > 1:
+            raise ValueError(
+                "PerceptionDLM does not run with --pipeline-parallel-size > 1: every step needs the whole model. Use "
+                "--tensor-parallel-size, or --data-parallel-size for throughput."
+            )
+        logger.info(
+            "PerceptionDLM: prefix caching and chunked prefill are off. Prompt rows attend in both directions, so keys "
+            "depend on the whole prompt and on the regions."
+        )
+        cache.enable_prefix_caching = False
+        scheduler.enable_chunked_prefill = False
+        if current_platform.is_cpu() and not cache.user_specified_block_size:
+            cache.block_size, cache.user_specified_block_size = 32, True
+        cls._limits(vllm_config)
+        if scheduler.scheduler_cls is None:
+            scheduler.scheduler_cls = "pdlm_vllm.scheduler.PdlmScheduler"
+        if current_platform.is_cpu():
+            if parallel.worker_cls in ("auto", "vllm.v1.worker.cpu_worker.CPUWorker"):
+                parallel.worker_cls = "pdlm_vllm.cpu.PdlmCPUWorker"
+        else:
+            from vllm.config.compilation import CUDAGraphMode
+
+            logger.info(
+                "PerceptionDLM: CUDA graphs are off. A step feeds one sequence per region and, when it computes prompts "
+                "again, more rows than were scheduled; captured graphs assume neither."
+            )
+            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+
+    @staticmethod
+    def _limits(vllm_config) -> None:
+        """A batch that fits: profiling then measures the memory of the largest one."""
+        model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        config = model.hf_config
+        joint = config.prefix_attention == "full" or not config.num_region_prompts
+        limit = SEQUENCES_JOINT if joint else SEQUENCES
+        if scheduler.max_num_seqs > limit:
+            logger.info(
+                "PerceptionDLM: at most %d requests at a time instead of %d%s.",
+                limit,
+                scheduler.max_num_seqs,
+                ", since steps may compute the prompts of all of them" if joint else "",
+            )
+            scheduler.max_num_seqs = limit
+        # vLLM counts prompt and answer; the private areas come on top
+        model.max_model_len += lookahead_tokens(vllm_config)
+        # A prompt is computed in one piece. Rows repeated for private areas and prompts that are computed again come on
+        # top of what is scheduled; memory is profiled for twice as many rows, and the model state stays below that.
+        rows = max(scheduler.max_num_batched_tokens, model.max_model_len)
+        scheduler.max_num_scheduled_tokens, scheduler.max_num_batched_tokens = rows, 2 * rows

@@ -1,0 +1,168 @@
+"""PerceptionDLM as a vLLM model: our eyes, vLLM's Llama."""
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+
+import torch
+from torch import nn
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from pdlm_hf.conversion_pdlm import PARAMETER_PREFIXES
+from pdlm_hf.modeling_pdlm import PdlmEyes
+
+from .processing import PdlmDummyInputs, PdlmMultiModalProcessor, PdlmProcessingInfo
+
+# our parameter prefix -> the one here
+_PREFIXES = {
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.region_embedding.": "region_embedding.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
+_EYES = ("vision_tower.", "multi_modal_projector.", "region_embedding.")
+
+
+def parameter_name(name: str) -> str | None:
+    """Name of a checkpoint's parameter here; None for what is not used. Reads our names and the reference's."""
+    for theirs, ours in PARAMETER_PREFIXES.items():
+        if name.startswith(theirs):
+            name = ours + name.removeprefix(theirs)
+            break
+    for ours, here in _PREFIXES.items():
+        if name.startswith(ours):
+            return here + name.removeprefix(ours)
+    return None
+
+
+@MULTIMODAL_REGISTRY.register_processor(PdlmMultiModalProcessor, info=PdlmProcessingInfo, dummy_inputs=PdlmDummyInputs)
+class PdlmForVllm(nn.Module, PdlmEyes, SupportsMultiModal):
+    """PerceptionDLM (regions, and chat about whole pictures)."""
+
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    @staticmethod
+    def get_model_state_cls():
+        """What drives the denoising in vLLM's model runner."""
+        from .state import PdlmModelState
+
+        return PdlmModelState
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """Text that stands for a picture in a message."""
+        return "<img><IMG_CONTEXT></img>\n" if modality == "image" else None
+
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        super().__init__()
+        self.config = vllm_config.model_config.hf_config
+        with self._mark_tower_model(vllm_config, {"image"}):
+            self._build_eyes(self.config)
+        text = deepcopy(self.config.text_config)
+        # To vLLM a Llama without causality is an encoder that keeps no keys and values. Ours keeps them; that its
+        # attention looks both ways is said with every call.
+        text.is_causal = True
+        with self._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                hf_config=text,
+                prefix=maybe_prefix(prefix, "language_model"),
+                architectures=["LlamaForCausalLM"],
+            )
+
+    def get_language_model(self) -> nn.Module:
+        """The Llama."""
+        return self.language_model
+
+    def embed_multimodal(self, **inputs) -> list[torch.Tensor]:
+        """Image tokens and RoI tokens of every picture, in the order of their placeholders.
+
+        Args:
+            **inputs: tensors of the processor, pictures one after the other.
+        """
+        if inputs.get("pixel_values") is None:
+            return []
+        grids = inputs["image_grids"].view(-1, 2)
+        features = self.get_image_features(inputs["pixel_values"], inputs.get("region_masks"))
+        counts = [c * r + (c * r > 1) for c, r in grids.tolist()]
+        pictures = [part.flatten(0, 2) for part in features.split(counts)]
+        boxes = inputs.get("region_boxes")
+        if boxes is None:
+            return pictures
+        boxes, sizes = boxes.view(len(grids), -1, 4), inputs["original_sizes"].view(-1, 2)
+        if not bool((boxes[..., 0] >= 0).any()):
+            return pictures
+        replayed = self.get_region_features(features, grids, boxes, sizes).flatten(0, 1)
+        rois = ((boxes[..., 0] >= 0).sum(1) * self.config.num_roi_tokens).tolist()
+        return [torch.cat(parts) for parts in zip(pictures, replayed.split(rois), strict=True)]
+
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings=None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+        **unused,
+    ) -> torch.Tensor:
+        """Token embeddings, with those of pictures and regions in their places."""
+        embeds = self.language_model.model.embed_input_ids(input_ids)
+        if multimodal_embeddings is not None and len(multimodal_embeddings):
+            found = torch.cat(list(multimodal_embeddings)).to(embeds.dtype)
+            embeds = embeds.masked_scatter(is_multimodal.to(embeds.device)[:, None], found)
+        return embeds
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors=None,
+        inputs_embeds: torch.Tensor | None = None,
+        slot_mapping: torch.Tensor | None = None,
+        scheduled: torch.Tensor | None = None,
+        **unused,
+    ) -> torch.Tensor:
+        """Hidden states of the rows vLLM scheduled.
+
+        Args:
+            slot_mapping (`torch.LongTensor`, *optional*): where the keys and values of every row go; there are more
+                rows than vLLM knows of, see [`layout`].
+            scheduled (`torch.LongTensor`, *optional*): which of the rows vLLM asked for.
+        """
+        context = get_forward_context()
+        if slot_mapping is not None and isinstance(context.slot_mapping, Mapping):
+            context.slot_mapping = dict.fromkeys(context.slot_mapping, slot_mapping)
+        hidden = self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        return hidden if scheduled is None else hidden[scheduled]
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Nothing yet: the sampler scores the slots alone, a bounded number at a time ([`logits`])."""
+        return hidden_states
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Scores over the vocabulary, of all tensor-parallel ranks."""
+        return self.language_model.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint of ours or of the reference. Raises: ValueError if a parameter is missing from it."""
+        known = {name for name, _ in self.named_parameters()}
+
+        def used():
+            for name, tensor in weights:
+                here = parameter_name(name)
+                if here is not None and (not here.startswith(_EYES) or here in known):
+                    yield here, tensor
+
+        loaded = AutoWeightsLoader(self).load_weights(used())
+        if missing := sorted(name for name in known if name.startswith(_EYES) and name not in loaded):
+            raise ValueError(f"The checkpoint lacks {len(missing)} parameters: {', '.join(missing[:3])}, ...")
+        return loaded
+
+
+class PdlmBaseForVllm(PdlmForVllm):
+    """PerceptionDLM-Base: chat about pictures."""

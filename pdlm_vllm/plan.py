@@ -1,0 +1,122 @@
+"""What one engine request is to do, read from its prompt and its settings. Scheduler and worker both ask here."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pdlm_hf import PdlmGenerationConfig
+from pdlm_hf.masking_pdlm import caption_canvas
+
+CANVAS_KEYS = (
+    "max_new_tokens",
+    "max_denoising_steps",
+    "acceptance_threshold",
+    "prefix_refresh_interval",
+    "block_length",
+)
+DEFAULT_SLOTS = 32  # of a caption
+DEFAULT_ANSWER = 64  # tokens of a chat answer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One denoising process.
+
+    Args:
+        num_regions (`int`): caption blocks; 0 in chat.
+        num_slots (`int`): tokens to write per caption, or of the answer.
+        steps (`int`): denoising steps at most.
+        threshold (`float`, *optional*): adaptive decoding of regions.
+        interval (`int`): recompute the prompt every so many steps, 0 = never.
+        joint (`bool`): prompt rows see the canvas, so that recomputing them changes something.
+        block_length (`int`): chat: the answer is written block by block.
+    """
+
+    num_regions: int
+    num_slots: int
+    steps: int
+    threshold: float | None
+    interval: int
+    joint: bool
+    block_length: int
+
+    @property
+    def blocks(self) -> int:
+        """Caption blocks; 1 in chat."""
+        return self.num_regions or 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block: with regions the caption token, the slots and what closes the caption."""
+        return self.num_slots + 2 * (self.num_regions > 0)
+
+    @property
+    def width(self) -> int:
+        """Rows of the canvas."""
+        return self.blocks * self.rows
+
+    def whole(self, step: int) -> bool:
+        """Whether this step (counted from 0) also computes the prompt."""
+        return self.joint and (step == 0 or (self.interval > 0 and step % self.interval == 0))
+
+    def canvas(self, config) -> list[int]:
+        """Token ids of the empty canvas."""
+        if not self.num_regions:
+            return [config.mask_token_id] * self.num_slots
+        return caption_canvas(
+            self.num_regions,
+            self.num_slots,
+            config.caption_token_ids,
+            config.mask_token_id,
+            config.newline_token_id,
+            config.eot_token_id,
+        )
+
+
+def defaults_of(model: str, revision: str | None = None) -> PdlmGenerationConfig:
+    """Generation settings beside a checkpoint; a reference checkpoint has none."""
+    try:
+        return PdlmGenerationConfig.from_pretrained(model, revision=revision)
+    except OSError:
+        return PdlmGenerationConfig()
+
+
+def make_plan(config, defaults, prompt: list[int], extra: dict[str, Any] | None, max_tokens: int | None, room: int):
+    """The plan of an engine request. Settings were checked when the request came in; here they are only fitted.
+
+    Args:
+        config (`PdlmConfig`)
+        defaults (`PdlmGenerationConfig`): of the checkpoint.
+        prompt (`list[int]`): ids, RoI placeholders expanded.
+        extra (`dict`, *optional*): `SamplingParams.extra_args`.
+        max_tokens (`int`, *optional*): length of a chat answer.
+        room (`int`): rows of the largest canvas that is served.
+    """
+    extra = extra or {}
+    values = {key: extra[key] if extra.get(key) is not None else getattr(defaults, key) for key in CANVAS_KEYS}
+    present = set(prompt)
+    regions = sum(token in present for token in config.region_token_ids)
+    interval = values["prefix_refresh_interval"]
+    if regions:
+        slots = max(1, min(int(values["max_new_tokens"] or DEFAULT_SLOTS), room // regions - 2))
+        joint = config.prefix_attention == "full"
+        threshold = values["acceptance_threshold"]
+        steps = values["max_denoising_steps"] or 32
+        length = slots
+    else:
+        slots = max(1, min(int(extra.get("max_new_tokens") or max_tokens or DEFAULT_ANSWER), room))
+        joint, threshold = True, None
+        length = values["block_length"] or slots
+        length = length if slots % length == 0 else slots
+        steps = extra.get("max_denoising_steps") or slots
+        steps = max(1, steps // (slots // length)) * (slots // length)
+    if interval is None:
+        interval = 1 if joint else 0
+    return Plan(regions, slots, int(steps), threshold, int(interval), joint, int(length))
+
+
+def slot_rows(plan: Plan) -> torch.Tensor:
+    """Position of every slot in the canvas, `(blocks, num_slots)`."""
+    first = torch.arange(plan.blocks)[:, None] * plan.rows + (plan.num_regions > 0)
+    return first + torch.arange(plan.num_slots)

@@ -1,0 +1,184 @@
+"""Pictures and regions into vLLM's multimodal inputs, by the processor of the transformers model."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from vllm.inputs import mm_input
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+from vllm.multimodal.parse import ImageProcessorItems
+from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
+
+from pdlm_hf import PdlmProcessor
+from pdlm_hf.app.regions import parse_regions
+from pdlm_hf.image_processing_pdlm import to_rgb
+from pdlm_hf.processing_pdlm import area_order
+
+from .config import MAX_TAIL
+
+_PER_TILE = ("pixel_values", "region_masks")
+
+
+@cache
+def load_processor(model: str, revision: str | None = None) -> PdlmProcessor:
+    """The processor of a checkpoint, loaded once a process."""
+    return PdlmProcessor.from_pretrained(model, revision=revision)
+
+
+class PdlmProcessingInfo(BaseProcessingInfo):
+    """What vLLM asks about pictures."""
+
+    def get_hf_processor(self, **kwargs: Any) -> PdlmProcessor:
+        """Ours, whatever transformers would find."""
+        return load_processor(self.ctx.model_config.model, self.ctx.model_config.revision)
+
+    def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
+        """`mm_processor_kwargs` that a request may have."""
+        return {"text_kwargs": set(), "images_kwargs": {"regions"}, "common_kwargs": {"regions"}}
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Any number of pictures in chat; region requests are checked for one."""
+        return {"image": None}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        """Embeddings of the largest picture with all its regions."""
+        config = self.get_hf_config()
+        tiles = config.max_tiles + (config.max_tiles > 1)
+        return {"image": tiles * config.feature_grid**2 + config.num_region_prompts * config.num_roi_tokens}
+
+
+class PdlmDummyInputs(BaseDummyInputsBuilder[PdlmProcessingInfo]):
+    """The largest picture, for memory profiling."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        """No text."""
+        return ""
+
+    def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
+        """Pictures of all tiles in a row."""
+        config = self.info.get_hf_config()
+        size = config.vision_config.image_size
+        picture = Image.new("RGB", (size * config.max_tiles, size))
+        return {"image": [picture] * mm_counts.get("image", 0)}
+
+
+class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
+    """One request's pictures. With `mm_processor_kwargs={"regions": [...]}` the prompt is the question (or empty)."""
+
+    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
+        sizes = torch.tensor([c * r + (c * r > 1) for c, r in hf_inputs["image_grids"].tolist()])
+        return {
+            name: MultiModalFieldConfig.flat_from_sizes("image", sizes)
+            if name in _PER_TILE
+            else MultiModalFieldConfig.batched("image")
+            for name in hf_inputs
+        }
+
+    def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs) -> Sequence:
+        return []  # `apply` writes the whole prompt
+
+    def apply(self, inputs, timing_ctx):
+        """Prompt with all placeholders, tensors, and where their embeddings go.
+
+        Raises:
+            ValueError: unknown arguments, no or several pictures with regions, more regions than prompts, a region
+                that cannot be used, a question that is too long.
+        """
+        options = dict(inputs.hf_processor_mm_kwargs)
+        regions = options.pop("regions", None)
+        if options:
+            raise ValueError(f"Unknown mm_processor_kwargs {sorted(options)}; PerceptionDLM takes `regions`.")
+        images = []
+        if "image" in inputs.mm_data_items:
+            items = inputs.mm_data_items.get_items("image", ImageProcessorItems)
+            images = [items.get(i) for i in range(items.get_count())]
+            images = [to_rgb(getattr(image, "media", image)) for image in images]
+        with timing_ctx.record("apply_hf_processor"):
+            if regions is not None:
+                ids, visual = self._regions(images, regions, list(inputs.prompt))
+            else:
+                ids, visual = self._chat(images, list(inputs.prompt))
+        kwargs = MultiModalKwargsItems({})
+        if visual:
+            data = BatchFeature(visual)
+            kwargs = MultiModalKwargsItems.from_hf_inputs(data, self._get_mm_fields_config(data, {}))
+        hashes = inputs.get_mm_hashes(self.info.model_id, self.info.ctx.get_mm_config().mm_hasher_algorithm)
+        return mm_input(
+            prompt_token_ids=ids,
+            mm_kwargs=kwargs,
+            mm_hashes=hashes,
+            mm_placeholders={"image": self._placeholders(ids, visual)} if visual else {},
+        )
+
+    def _regions(self, images: list, regions: Any, prompt: list[int]) -> tuple[list[int], dict[str, torch.Tensor]]:
+        processor, config = self.info.get_hf_processor(), self.info.get_hf_config()
+        if not config.num_region_prompts:
+            raise ValueError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
+        if len(images) != 1:
+            raise ValueError(f"A region request takes exactly one picture, got {len(images)}.")
+        found = parse_regions(regions, *images[0].size)
+        if len(found) > config.num_region_prompts:
+            raise ValueError(
+                f"{len(found)} regions in one request, but the checkpoint has {config.num_region_prompts} region "
+                "prompts. /v1/region_captions and pdlm_vllm.caption_many split them by themselves."
+            )
+        masks = [region.mask for region in found]
+        question = processor.tokenizer.decode(prompt, skip_special_tokens=True).strip() or None
+        row = processor.region_row(images[0], [masks[k] for k in area_order(masks)], question)
+        ids = list(row.pop("input_ids"))
+        regions_of = set(config.region_token_ids)
+        tail = len(ids) - 1 - max(i for i, token in enumerate(ids) if token in regions_of)
+        if tail > MAX_TAIL:
+            raise ValueError(f"The question is too long: {tail} tokens with its header, at most {MAX_TAIL}.")
+        return ids, dict(row)
+
+    def _chat(self, images: list, prompt: list[int]) -> tuple[list[int], dict[str, torch.Tensor]]:
+        processor, config = self.info.get_hf_processor(), self.info.get_hf_config()
+        if not images:
+            return prompt, {}
+        visual = processor.image_processor.preprocess(
+            images, max_tiles=1 if len(images) > 1 else None, return_tensors="pt"
+        )
+        visual, tiles = dict(visual), [c * r + (c * r > 1) for c, r in visual["image_grids"].tolist()]
+        places = [i for i, token in enumerate(prompt) if token == config.image_token_id]
+        if not places:  # a bare question, or vLLM's memory profile
+            prompt, places = [config.image_token_id] * len(images) + prompt, list(range(len(images)))
+        if len(places) != len(images):
+            raise ValueError(
+                f"The prompt has {len(places)} image placeholders, but {len(images)} pictures were given."
+            )
+        ids, last = [], 0
+        for place, count in zip(places, tiles, strict=True):
+            ids += prompt[last:place] + [config.image_token_id] * (count * processor.tokens_per_tile)
+            last = place + 1
+        ids += prompt[last:]
+        if config.num_region_prompts:  # the same tensors for every picture, so that vLLM can batch them
+            grid = config.patch_grid
+            visual["region_masks"] = torch.zeros(sum(tiles), config.num_region_prompts, grid, grid, dtype=torch.bool)
+            visual["region_boxes"] = torch.full((len(images), config.num_region_prompts, 4), -1)
+            visual["original_sizes"] = torch.tensor([[image.height, image.width] for image in images])
+        return ids, visual
+
+    def _placeholders(self, ids: list[int], visual: dict[str, torch.Tensor]) -> list[PlaceholderRange]:
+        """Where every picture's embeddings go: its image tokens, and with regions on to the last RoI token."""
+        config = self.info.get_hf_config()
+        tokens = torch.tensor(ids)
+        filled = torch.isin(tokens, torch.tensor([config.image_token_id, *config.region_token_ids]))
+        image = (tokens == config.image_token_id).nonzero()[:, 0].tolist()
+        ranges, first = [], 0
+        cells = self.info.get_hf_processor().tokens_per_tile
+        for columns, rows in visual["image_grids"].tolist() if visual else []:
+            count = (columns * rows + (columns * rows > 1)) * cells
+            start, end = image[first], image[first + count - 1] + 1
+            first += count
+            ranges.append([start, end])
+        if ranges and config.region_token_ids:
+            regions = torch.isin(tokens, torch.tensor(config.region_token_ids)).nonzero()[:, 0]
+            if len(regions):
+                ranges[-1][1] = int(regions[-1]) + 1
+        return [
+            PlaceholderRange(offset=start, length=end - start, is_embed=filled[start:end]) for start, end in ranges
+        ]

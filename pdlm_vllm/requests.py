@@ -1,0 +1,215 @@
+"""From a picture and its regions to engine requests, and from their outputs to captions in input order.
+
+The engine takes as many regions a request as the checkpoint has region prompts; here more are split into several, as
+the transformers processor does.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pycocotools import mask as coco_mask
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from pdlm_hf import PdlmGenerationConfig, Region, RegionCaption
+from pdlm_hf.app.images import load_image
+from pdlm_hf.app.regions import parse_regions
+from pdlm_hf.processing_pdlm import PdlmProcessor, area_order
+
+from .plan import CANVAS_KEYS, DEFAULT_SLOTS, make_plan
+from .scheduler import REPORT, STREAM
+
+REGION_SETTINGS = ("max_new_tokens", "max_denoising_steps", "acceptance_threshold", "prefix_refresh_interval")
+_REASONS = {
+    "seed": "decoding is greedy, there is nothing to seed",
+    "remasking": "the server ranks drafts by their probability",
+    "entropy_bound": "use acceptance_threshold",
+    "block_length": "it is for chat; with regions every caption is one block",
+    "guidance_scale": "it is not served; use pdlm_hf",
+    "generation_suffix": "it is not served; use pdlm_hf",
+    "stop_strings": "it is not served with regions",
+    "streamer": 'use "stream": true',
+    "cuda_graphs": "it is a setting of pdlm_hf",
+    "max_batch_tokens": "the server batches by itself",
+}
+
+
+@dataclass
+class Pass:
+    """One engine request: some of the regions of a picture.
+
+    Args:
+        prompt (`dict`): for vLLM.
+        params (`SamplingParams`)
+        regions (`list[Region]`): in the order of its caption blocks.
+        positions (`list[int]`): of each of them as given.
+    """
+
+    prompt: dict[str, Any]
+    params: SamplingParams
+    regions: list[Region]
+    positions: list[int]
+
+
+def check_settings(settings: dict[str, Any], known: tuple[str, ...] = REGION_SETTINGS) -> dict[str, Any]:
+    """Settings of a region request, without what is greedy anyway.
+
+    Raises:
+        ValueError: an unknown name, a value out of range, or a setting that means nothing here, by name.
+    """
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if settings.get("temperature", 0) == 0:
+        settings.pop("temperature", None)
+    for name in settings:
+        if name == "temperature":
+            raise ValueError("`temperature` must be 0 or left out: the server decodes greedily.")
+        if name not in known:
+            reason = _REASONS.get(name, f"known settings are {', '.join(known)}")
+            raise ValueError(f"`{name}` has no meaning here: {reason}. Leave it out.")
+    PdlmGenerationConfig(**settings)
+    return settings
+
+
+def region_requests(
+    config,
+    defaults: PdlmGenerationConfig,
+    image: Any,
+    regions: Any,
+    question: str | None = None,
+    room: int | None = None,
+    stream: bool = False,
+    max_regions: int | None = None,
+    **settings: Any,
+) -> list[Pass]:
+    """The engine requests for one picture.
+
+    Args:
+        config (`PdlmConfig`): of the served checkpoint.
+        defaults (`PdlmGenerationConfig`): of the checkpoint, see [`plan.defaults_of`].
+        image: path, PIL image, or array.
+        regions: masks, boxes, polygons, RLE or COCO annotations.
+        question (`str`, *optional*)
+        room (`int`, *optional*): rows of the largest canvas served; default: the checkpoint's.
+        stream (`bool`): report every denoising step.
+        max_regions (`int`, *optional*): refuse more.
+        **settings: max_new_tokens, max_denoising_steps, acceptance_threshold, prefix_refresh_interval.
+
+    Raises:
+        ValueError: anything that cannot be served; the message says what to do.
+    """
+    settings = check_settings(settings)
+    if not config.num_region_prompts:
+        raise ValueError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
+    image = load_image(image)
+    found = parse_regions(regions, *image.size)
+    if max_regions is not None and len(found) > max_regions:
+        raise ValueError(f"{len(found)} regions, but this server takes at most {max_regions} a request; send several.")
+    limit = config.num_region_prompts
+    room = room or config.canvas_length
+    slots = settings.get("max_new_tokens") or defaults.max_new_tokens or DEFAULT_SLOTS
+    if min(len(found), limit) * (slots + 2) > room:
+        most = room // min(len(found), limit) - 2
+        raise ValueError(
+            f"`max_new_tokens` {slots} for {min(len(found), limit)} regions together is more than the served canvas of "
+            f"{room} rows; at most {most}, or start the server with a larger --diffusion-config canvas_length."
+        )
+    passes = []
+    for start in range(0, len(found), limit):
+        chunk = found[start : start + limit]
+        order = area_order([region.mask for region in chunk])
+        ordered = [chunk[k] for k in order]
+        width = len(chunk) * (slots + 2)
+        params = SamplingParams(
+            max_tokens=width,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
+            extra_args={**settings, REPORT: True, STREAM: stream},
+        )
+        prompt = {
+            "prompt": question or "",
+            "multi_modal_data": {"image": image},
+            # by area, as the processor will have them anyway
+            "mm_processor_kwargs": {"regions": [_rle(region) for region in ordered]},
+        }
+        passes.append(Pass(prompt, params, ordered, [start + k for k in order]))
+    return passes
+
+
+def _rle(region: Region) -> dict[str, Any]:
+    encoded = coco_mask.encode(torch.from_numpy(region.mask).T.contiguous().T.numpy().astype("uint8", order="F"))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
+
+
+@dataclass
+class Reading:
+    """What a pass has come to.
+
+    Args:
+        captions (`dict[int, RegionCaption]`): by position as given.
+        closed (`dict[int, bool]`): whether each is finished.
+        steps (`int`): denoising steps of the pass so far.
+        text_tokens (`int`): tokens of the captions before their ends.
+    """
+
+    captions: dict[int, RegionCaption]
+    closed: dict[int, bool]
+    steps: int
+    text_tokens: int
+
+
+def read_report(report: dict[str, Any], work: Pass, processor: PdlmProcessor, config) -> Reading:
+    """Captions of a pass, from the report of a step."""
+    blocks = len(work.regions)
+    tokens = torch.tensor(report["tokens"]).view(blocks, -1)[:, 1:-1]
+    probability = torch.tensor(report["logprobs"]).view(blocks, -1)[:, 1:-1].exp()
+    still = torch.tensor(report["open"]).view(blocks, -1)[:, 1:-1].bool()
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = torch.tensor([token for token in [config.eot_token_id, *eos] if token is not None])
+    text = ~(torch.isin(tokens, ends).cumsum(-1) > 0)
+    scored = text.clone()
+    scored[:, 0] = True  # an empty caption is scored by its end token
+    scores = (probability * scored).sum(-1) / scored.sum(-1)
+    captions, closed = {}, {}
+    for k, (position, region) in enumerate(zip(work.positions, work.regions, strict=True)):
+        caption = processor.read_caption(tokens[k].tolist(), float(scores[k]), region.id)
+        caption.bbox = region.bbox
+        captions[position], closed[position] = caption, not bool(still[k].any())
+    return Reading(captions, closed, max(report["steps"]), int(text.sum()))
+
+
+def read_captions(passes: list[Pass], outputs: list, processor: PdlmProcessor, config) -> tuple[list, dict[str, Any]]:
+    """Captions in input order, and what they cost.
+
+    Args:
+        passes (`list[Pass]`): of one picture.
+        outputs (`list[RequestOutput]`): their final outputs.
+        processor (`PdlmProcessor`), config (`PdlmConfig`)
+
+    Returns:
+        `list[RegionCaption]`, and a dict: prompt_tokens, completion_tokens (before the ends of the captions),
+        total_tokens, num_forwards (denoising steps, and one pass over each prompt), tokens_per_forward.
+    """
+    captions: dict[int, RegionCaption] = {}
+    steps = written = prompt_tokens = 0
+    for work, output in zip(passes, outputs, strict=True):
+        reading = read_report(output.kv_transfer_params["pdlm"], work, processor, config)
+        captions.update(reading.captions)
+        steps, written = steps + reading.steps, written + reading.text_tokens
+        prompt_tokens += len(output.prompt_token_ids)
+    return [captions[k] for k in sorted(captions)], usage_of(prompt_tokens, written, steps, len(passes))
+
+
+def usage_of(prompt_tokens: int, written: int, steps: int, passes: int) -> dict[str, Any]:
+    """The `usage` of a response."""
+    forwards = steps + passes
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": prompt_tokens + written,
+        "num_forwards": forwards,
+        "tokens_per_forward": round(written / forwards, 3),
+    }
+
+
+__all__ = ["CANVAS_KEYS", "Pass", "Reading", "make_plan", "read_captions", "read_report", "region_requests"]

@@ -1,0 +1,255 @@
+"""The samplers of all running requests, batched: no request waits for another, and the host for none of them.
+
+Everything a step decides depends on tensors on the device and on counters of the host that are known beforehand; only
+adaptive decoding ends at a time the host does not know, and then the device says so in `num_sampled`.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.nn.functional import logsigmoid
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from pdlm_hf.diffusion_pdlm import accept_confident, lowest_mask, masks_left, token_log_odds, transfer_schedule
+
+from .plan import Plan, slot_rows
+
+_MAX_LOGITS = 2**27  # slots x vocabulary scored at a time: bounds the float32 logits to 512 MB
+
+
+class DenoisingSampler:
+    """Takes the place of vLLM's sampler.
+
+    Args:
+        base: vLLM's sampler, for what the runner reads from it.
+        state (`PdlmModelState`)
+    """
+
+    penalties_state = SimpleNamespace(output_bin_counts=None)
+
+    def __init__(self, base, state):
+        self.sampling_states = base.sampling_states
+        self.logprob_token_ids_state = base.logprob_token_ids_state
+        self.req_states = base.req_states
+        self.compute_nans = False
+        self.state, self.model, self.config, self.device = state, state.model, state.config, state.device
+        requests, room, regions = state.max_num_reqs, state.room, max(1, state.config.num_region_prompts)
+        self.canvas = torch.zeros(requests, room, dtype=torch.int64, device=self.device)
+        shape = (requests, regions, room)  # a slot is (request, block, slot)
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self.masked = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        self.exists = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        self.written = torch.zeros(shape, device=self.device)  # log odds as of the step that wrote it
+        self.steps = torch.zeros(requests, regions, dtype=torch.int32, device=self.device)
+        self.plans: dict[int, Plan] = {}
+        config = state.config
+        banned = [config.mask_token_id, config.start_header_token_id, config.end_header_token_id, config.bos_token_id]
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        self.banned = [token for token in [*banned, *ends] if token is not None]
+
+    def add_request(self, req_idx: int, sampling_params) -> None:
+        """Called by the runner; [`begin`] has done it."""
+
+    def apply_staged_writes(self) -> None:
+        """Called by the runner; nothing is staged."""
+
+    def begin(self, index: int, plan: Plan) -> None:
+        """An empty canvas for the request in this place."""
+        self.plans[index] = plan
+        empty = torch.tensor(plan.canvas(self.config), device=self.device)
+        self.canvas[index, : plan.width] = empty
+        self.tokens[index] = self.config.mask_token_id
+        self.exists[index] = False
+        self.exists[index, : plan.blocks, : plan.num_slots] = True
+        self.masked[index] = self.exists[index]
+        self.written[index] = -torch.inf
+        self.steps[index] = 0
+
+    def __call__(self, logits: torch.Tensor, input_batch, draft_logits=None) -> SamplerOutput:
+        """One step of every request that has rows in `logits`, which holds their hidden states.
+
+        Returns:
+            canvases of the requests that are finished; with them, as log probabilities, a report of every canvas:
+            token ids (the draft, whether it is open), log probabilities, and as rank the steps of its block.
+        """
+        count = input_batch.num_reqs
+        bounds = input_batch.cu_num_logits_np
+        places = input_batch.idx_mapping_np
+        active = [
+            i
+            for i in range(count)
+            if bounds[i + 1] > bounds[i] and int(places[i]) in self.state.running and i not in self.state.waiting
+        ]
+        sampled = torch.zeros(count, self.state.room, dtype=torch.int32, device=self.device)
+        num_sampled = torch.zeros(count, dtype=torch.int32, device=self.device)
+        scheduled = np.diff(input_batch.query_start_loc_np)[:count] * (np.diff(bounds) > 0)[:count]
+        num_rejected = self._device(scheduled.astype(np.int32))
+        report = None
+        if active:
+            index = self._device(places[active].astype(np.int64))
+            draft, odds = self._drafts(logits, active, bounds, places)
+            length = self._commit(index, [int(places[i]) for i in active], draft, odds)
+            rows = self._device(np.array(active))
+            width = max(self.plans[int(places[i])].width for i in active)
+            sampled[rows, :width] = self.canvas[index, :width].int()
+            num_sampled[rows] = length
+            num_rejected = num_rejected - num_sampled
+            report = self._report(active, index, places, count, draft, odds)
+        self.req_states.draft_tokens[input_batch.idx_mapping[:count].long(), : self.state.room] = self.canvas[
+            input_batch.idx_mapping[:count].long()
+        ].to(self.req_states.draft_tokens.dtype)
+        return SamplerOutput(
+            sampled_token_ids=sampled,
+            logprobs_tensors=report,
+            num_nans=None,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected,
+        )
+
+    def _device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
+
+    def _drafts(self, hidden: torch.Tensor, active: list[int], bounds, places) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drafts and log odds of all slots of the active requests, `(active, regions, room)`."""
+        shape = (len(active), *self.tokens.shape[1:])
+        drafts = torch.full(shape, -1, dtype=torch.int64, device=self.device)
+        odds = torch.full(shape, torch.inf, device=self.device)
+        for chat in (False, True):
+            rows, where = [], []
+            for k, i in enumerate(active):
+                plan = self.plans[int(places[i])]
+                if bool(plan.num_regions) == chat:
+                    continue
+                slots = slot_rows(plan).numpy()
+                rows.append(int(bounds[i]) + slots.ravel())
+                block, slot = np.indices(slots.shape)
+                where.append(((k * shape[1] + block) * shape[2] + slot).ravel())
+            if rows:
+                found = self._score(hidden[self._device(np.concatenate(rows))], self.banned if chat else [])
+                target = self._device(np.concatenate(where))
+                drafts.view(-1)[target], odds.view(-1)[target] = found
+        return drafts, odds
+
+    def _score(self, hidden: torch.Tensor, banned: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Most probable token and its log odds, logits a bounded number of rows at a time."""
+        at_once = max(1, _MAX_LOGITS // self.config.text_config.vocab_size)
+        tokens, odds = [], []
+        for part in hidden.split(at_once):
+            logits = self.model.logits(part).float()
+            if banned:
+                logits[:, banned] = -torch.inf
+            tokens.append(logits.argmax(-1))
+            odds.append(token_log_odds(logits, tokens[-1]))
+        return torch.cat(tokens), torch.cat(odds)
+
+    def _commit(
+        self, index: torch.Tensor, requests: list[int], draft: torch.Tensor, odds: torch.Tensor
+    ) -> torch.Tensor:
+        """One step of the samplers; length of what each request is finished with, 0 while it is not."""
+        plans = [self.plans[request] for request in requests]
+        states = [self.state.running[request] for request in requests]
+        tokens, masked, written = self.tokens[index], self.masked[index], self.written[index]
+        exists = self.exists[index]
+        self.steps[index] += masked.any(-1).int()
+        ends = np.zeros(len(plans), dtype=bool)  # known on the host
+        left, counts = np.zeros(len(plans), dtype=np.int64), np.zeros(len(plans), dtype=np.int64)
+        kinds = np.zeros(len(plans), dtype=np.int64)  # 0 schedule, 1 adaptive, 2 chat
+        inside = np.zeros((len(plans), 2), dtype=np.int64)
+        for k, (plan, state) in enumerate(zip(plans, states, strict=True)):
+            step = min(state.step, plan.steps - 1)
+            state.step += 1
+            ends[k] = step == plan.steps - 1
+            if not plan.num_regions:
+                kinds[k] = 2
+                blocks = plan.num_slots // plan.block_length
+                block, within = divmod(step, plan.steps // blocks)
+                schedule = [n for n in transfer_schedule(plan.block_length, plan.steps // blocks)]
+                counts[k] = schedule[within]
+                inside[k] = block * plan.block_length, (block + 1) * plan.block_length
+            elif plan.threshold is not None:
+                kinds[k] = 1
+            else:
+                left[k] = masks_left(plan.num_regions * plan.num_slots, step, plan.steps)
+                ends[k] |= left[k] == 0
+        kind, last = self._device(kinds)[:, None, None], self._device(ends)[:, None, None]
+        # committed for good: adaptive, chat
+        threshold = [plan.threshold if plan.threshold is not None else 1.0 for plan in plans]
+        threshold = self._device(np.array(threshold, dtype=np.float32))[:, None, None]
+        accepted = (accept_confident(odds.sigmoid(), masked, threshold) | (last & masked)) & (kind == 1)
+        if (kinds == 2).any():
+            slot = torch.arange(masked.shape[-1], device=self.device)
+            limits = self._device(inside)
+            wanted = masked & (slot >= limits[:, :1, None]) & (slot < limits[:, 1:, None])
+            score = torch.where(wanted, -odds, torch.inf).flatten(1)
+            chosen = lowest_mask(score, self._device(counts)).view_as(masked) & wanted
+            accepted = accepted | (chosen & (kind == 2))
+        # a budget for all regions together, kept tokens may be opened again
+        budget = kind == 0
+        changed = accepted | (masked & budget)
+        tokens, written = torch.where(changed, draft, tokens), torch.where(changed, odds, written)
+        masked = masked & ~accepted
+        if (kinds == 0).any():
+            score = torch.where(exists, odds, torch.inf).flatten(1)
+            reopened = lowest_mask(score, self._device(left)).view_as(masked) & exists
+            masked = torch.where(budget, reopened, masked)
+        closed = ((tokens == self.config.eot_token_id) & ~masked & exists).cumsum(-1) > 0
+        closed = closed & masked & (kind == 1)
+        tokens = torch.where(closed, self.config.eot_token_id, tokens)
+        written, masked = torch.where(closed, torch.inf, written), masked & ~closed
+        self.tokens[index], self.masked[index], self.written[index] = tokens, masked, written
+        self._show(index, plans, tokens, masked)
+        done = torch.where(kind[:, 0, 0] == 1, ~masked.flatten(1).any(-1), last[:, 0, 0])
+        return done * self._lengths(index, plans)
+
+    def _show(self, index: torch.Tensor, plans: list[Plan], tokens: torch.Tensor, masked: torch.Tensor) -> None:
+        """Write the slots into the canvases that run through the model."""
+        request, column, source = self._slots(plans)
+        shown = torch.where(masked, self.config.mask_token_id, tokens)
+        self.canvas[index[request], column] = shown.view(-1)[source]
+
+    def _slots(self, plans: list[Plan]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For every slot of these requests: its request, its column in the canvas, its place in (requests, blocks, slots)."""
+        regions, room = self.tokens.shape[1:]
+        request, column, source = [], [], []
+        for k, plan in enumerate(plans):
+            slots = slot_rows(plan).numpy()
+            block, slot = np.indices(slots.shape)
+            request.append(np.full(slots.size, k))
+            column.append(slots.ravel())
+            source.append(((k * regions + block) * room + slot).ravel())
+        return tuple(self._device(np.concatenate(part)) for part in (request, column, source))
+
+    def _lengths(self, index: torch.Tensor, plans: list[Plan]) -> torch.Tensor:
+        """Tokens that each canvas is worth: all of it, in chat up to the end of the turn."""
+        widths = self._device(np.array([plan.width for plan in plans]))
+        if all(plan.num_regions for plan in plans):
+            return widths.int()
+        chat = self._device(np.array([not plan.num_regions for plan in plans]))
+        canvas = self.canvas[index]
+        column = torch.arange(canvas.shape[1], device=self.device)
+        found = (canvas == self.config.eot_token_id) & (column < widths[:, None])
+        first = torch.where(found, column, canvas.shape[1]).amin(1) + 1
+        return torch.where(chat, torch.minimum(first, widths), widths).int()
+
+    def _report(self, active, index, places, count: int, draft, odds) -> LogprobsTensors:
+        plans = [self.plans[int(places[i])] for i in active]
+        request, column, source = self._slots(plans)
+        widths = np.zeros(count, dtype=np.int64)
+        widths[active] = [plan.width for plan in plans]
+        ends = np.concatenate([[0], np.cumsum(widths)])
+        rows = self._device(ends[np.array(active)])[request] + column
+        tokens, masked, written = self.tokens[index], self.masked[index], self.written[index]
+        total = int(ends[-1])
+        # what frames the captions is part of the canvas, certain and closed
+        fixed = torch.cat([self.canvas[int(places[i]), : plan.width] for i, plan in zip(active, plans, strict=True)])
+        ids = torch.stack([fixed, torch.zeros_like(fixed)], 1)
+        ids[rows, 0] = torch.where(masked, draft, tokens).view(-1)[source]
+        ids[rows, 1] = masked.view(-1)[source].long()
+        logprobs = torch.zeros(total, 2, device=self.device)
+        logprobs[rows, 0] = logsigmoid(torch.where(masked, odds, written)).view(-1)[source]
+        steps = torch.zeros(total, dtype=torch.int64, device=self.device)
+        room = self.tokens.shape[2]
+        steps[rows] = self.steps[index].view(-1)[source // room].long()
+        return LogprobsTensors(ids, logprobs, steps, ends.tolist())

@@ -1,0 +1,126 @@
+"""vLLM's diffusion scheduler with room for the private areas, and with a way back for scores and drafts.
+
+The worker hands every step's drafts, their log probabilities and steps to the scheduler in the arrays that vLLM copies
+to the host anyway for log probabilities, asynchronously. From here they travel with the engine's outputs to the front
+end, in the field a connector would use (`kv_transfer_params`), for requests that asked for a report.
+"""
+
+from typing import Any
+
+from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, DiffusionScheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+
+from .config import lookahead_tokens
+from .plan import Plan, defaults_of, make_plan
+
+REPORT, STREAM = "pdlm_report", "pdlm_stream"
+
+
+class _PdlmScheduling:
+    """What both schedulers add to vLLM's."""
+
+    def __init__(self, vllm_config, *args, **kwargs):
+        super().__init__(vllm_config, *args, **kwargs)
+        self.pdlm_config = vllm_config.model_config.hf_config
+        self.pdlm_room = vllm_config.diffusion_config.canvas_length
+        self.pdlm_defaults = defaults_of(vllm_config.model_config.model, vllm_config.model_config.revision)
+        self.pdlm_plans: dict[str, Plan] = {}
+        self.num_lookahead_tokens = lookahead_tokens(vllm_config)
+
+    def add_request(self, request) -> None:
+        """Fit the engine's settings to the canvas, so that plain `SamplingParams` work as well."""
+        params = request.sampling_params
+        if request.request_id not in self.requests and params is not None:
+            plan = make_plan(
+                self.pdlm_config,
+                self.pdlm_defaults,
+                request.prompt_token_ids,
+                params.extra_args,
+                params.max_tokens,
+                self.pdlm_room,
+            )
+            self.pdlm_plans[request.request_id] = plan
+            params.extra_args = {
+                **(params.extra_args or {}),
+                "diffusion_canvas_length": plan.width,
+                "diffusion_read_only": True,
+                "diffusion_max_steps": plan.steps,
+            }
+            params.max_tokens = request.max_tokens = plan.width
+            if plan.num_regions:
+                params._eos_token_id, params.stop_token_ids = None, []  # the canvas is taken whole
+            else:
+                params.stop_token_ids = [*(params.stop_token_ids or []), self.pdlm_config.eot_token_id]
+        super().add_request(request)
+
+    def update_from_output(self, scheduler_output, model_runner_output) -> dict[int, EngineCoreOutputs]:
+        """As vLLM's, with the reports."""
+        alive = dict(self.requests)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        finished = {item.request_id: item for found in outputs.values() for item in found.outputs}
+        for request_id, index in model_runner_output.req_id_to_index.items():
+            request = alive.get(request_id)
+            extra = request.sampling_params.extra_args if request is not None and request.sampling_params else None
+            if not extra or not (extra.get(REPORT) or extra.get(STREAM)):
+                continue
+            report = _report(model_runner_output.logprobs, index, self.pdlm_plans[request_id])
+            if report is None:  # a step over the prompt
+                continue
+            if request_id in finished:
+                finished[request_id].kv_transfer_params = {"pdlm": report}
+            elif extra.get(STREAM) and request_id in self.requests:
+                outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(
+                    EngineCoreOutput(
+                        request_id=request_id,
+                        new_token_ids=[],
+                        kv_transfer_params={"pdlm": report},
+                        prefill_stats=self._prefill_stats(request),
+                    )
+                )
+        for request_id in [name for name in self.pdlm_plans if name not in self.requests]:
+            del self.pdlm_plans[request_id]
+        return outputs
+
+    def _prefill_stats(self, request):
+        """What vLLM's metrics want with the first output of a request."""
+        stats = request.take_prefill_stats()
+        if stats is not None:
+            stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
+        return stats
+
+
+def _report(logprobs, index: int, plan: Plan) -> dict[str, Any] | None:
+    """Drafts, log probabilities and steps of one request after a step.
+
+    Returns:
+        "tokens" and "logprobs": of every canvas row; "open": whether it may still change; "steps": of every block.
+    """
+    if logprobs is None:
+        return None
+    ends = logprobs.cu_num_generated_tokens
+    if ends[index + 1] - ends[index] != plan.width:
+        return None
+    rows = slice(ends[index], ends[index + 1])
+    steps = logprobs.sampled_token_ranks[rows].reshape(plan.blocks, plan.rows)[:, plan.rows // 2]
+    return {
+        "tokens": logprobs.logprob_token_ids[rows, 0].tolist(),
+        "logprobs": logprobs.logprobs[rows, 0].tolist(),
+        "open": logprobs.logprob_token_ids[rows, 1].tolist(),
+        "steps": steps.tolist(),
+    }
+
+
+class PdlmSyncScheduler(_PdlmScheduling, DiffusionScheduler):
+    """For hosts that wait for every step (CPU)."""
+
+
+class PdlmAsyncScheduler(_PdlmScheduling, DiffusionAsyncScheduler):
+    """For hosts that run ahead of the device."""
+
+
+class PdlmScheduler:
+    """The one or the other: vLLM decides on asynchronous scheduling after it has asked for the class."""
+
+    def __new__(cls, vllm_config, *args, **kwargs):
+        asynchronous = vllm_config.scheduler_config.async_scheduling
+        return (PdlmAsyncScheduler if asynchronous else PdlmSyncScheduler)(vllm_config, *args, **kwargs)
