@@ -23,6 +23,11 @@ SEQUENCES_JOINT = 8  # the same where every step computes the prompts again
 class _Served:
     """The mark by which vLLM knows a diffusion model, and the rows of its largest canvas."""
 
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if not self.architectures:  # of a reference folder, whose config is read into ours
+            self.architectures = ["PdlmForConditionalGeneration"]
+
     @property
     def canvas_length(self) -> int:
         """Rows of the largest canvas: every region with 64 slots, or a chat answer of 512 tokens."""

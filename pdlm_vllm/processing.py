@@ -28,6 +28,22 @@ def load_processor(model: str, revision: str | None = None) -> PdlmProcessor:
     return PdlmProcessor.from_pretrained(model, revision=revision)
 
 
+def refuse_paths(regions: Any) -> None:
+    """Regions that come over the wire are dicts and lists; a string would be read as a path of this machine.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not isinstance(regions, (list, tuple)):
+        raise ValueError(f"`regions` must be a list of COCO regions, got {type(regions).__name__}.")
+    for k, region in enumerate(regions):
+        if not isinstance(region, (dict, list, tuple)):
+            raise ValueError(
+                f"region {k}: expected a COCO region with `segmentation` (RLE or polygons) or `bbox`, got "
+                f"{type(region).__name__}."
+            )
+
+
 class PdlmProcessingInfo(BaseProcessingInfo):
     """What vLLM asks about pictures."""
 
@@ -119,6 +135,7 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
             raise ValueError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
         if len(images) != 1:
             raise ValueError(f"A region request takes exactly one picture, got {len(images)}.")
+        refuse_paths(regions)
         found = parse_regions(regions, *images[0].size)
         if len(found) > config.num_region_prompts:
             raise ValueError(

@@ -21,7 +21,7 @@ def main(
     run: Annotated[Path, typer.Argument(help="Folder of a finished training run.")],
     images: Annotated[int, typer.Option(help="Held-out pictures to score it on.")] = 1000,
     seed: Annotated[int, typer.Option(help="Which pictures.")] = 11,
-    threshold: Annotated[float, typer.Option(help="Its default acceptance threshold.")] = 0.9,
+    threshold: Annotated[float, typer.Option(help="Its default acceptance threshold.")] = 0.8,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
     """Copy the checkpoint into the package and record its score."""

@@ -13,6 +13,7 @@
     $train --out runs/isolated2 --init runs/isolated $isolated --steps 900 --learning-rate 7e-4 --seed 1
     $train --out runs/isolated3 --init runs/isolated2 $isolated --steps 700 --learning-rate 6e-4 --seed 2
     $train --out runs/isolated4 --init runs/isolated3 $isolated --steps 700 --learning-rate 6e-4 --seed 3
+    $train --out runs/isolated5 --init runs/isolated4 $isolated --steps 2400 --learning-rate 6e-4 --seed 5
 
 Started again with the same `--out`, it goes on from the last saved step. Pictures are drawn while it trains, none
 twice in a run; runs of the same lesson with the same seed see the same ones.
