@@ -11,7 +11,7 @@ from pdlm_hf import PdlmBaseConfig, PdlmConfig
 
 from .layout import private_pages
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.plugins.pdlm")  # below vLLM's own, so that it is shown
 
 MAX_TAIL = 192  # shared rows behind the RoI tokens: question and header, at most
 CANVAS_BASE = 512  # rows of a chat answer, at most

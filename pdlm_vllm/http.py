@@ -86,9 +86,10 @@ class Service:
             allowed_media_domains=self.model_config.allowed_media_domains,
         )
         try:
-            return await connector.fetch_image_async(url)
+            image = await connector.fetch_image_async(url)
         except Exception as error:
             raise ValueError(f"The picture cannot be read: {error}") from error
+        return getattr(image, "media", image)  # vLLM keeps the file's bytes beside it
 
     async def passes(self, url: str, regions: Any, question: str | None, stream: bool, settings: dict) -> list[Pass]:
         """Engine requests of an HTTP request. Raises: ValueError, before the engine has heard of it."""
