@@ -248,7 +248,7 @@ class PdlmProcessor(ProcessorMixin):
             [image], [masks], None if prompt_ids is None else [prompt_ids], return_tensors="pt"
         )
         question = DEFAULT_QUESTION if question is None else question
-        self._refuse_specials(question, "the question")
+        self.refuse_specials(question, "the question")
         regions = "\n".join(REGION.format(k) * self.tokens_per_region for k in range(len(masks)))
         content = [{"type": "image"}, {"type": "text", "text": f"{regions}\n{question}"}]
         prompt = self.apply_chat_template(
@@ -264,7 +264,7 @@ class PdlmProcessor(ProcessorMixin):
         rows = []
         for i, (prompt, pictures) in enumerate(zip(texts, images, strict=True)):
             if not isinstance(prompt, str) or HEADER not in prompt:
-                self._refuse_specials(prompt, f"text {i}")
+                self.refuse_specials(prompt, f"text {i}")
                 content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
                 prompt = self.apply_chat_template(
                     [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -291,7 +291,8 @@ class PdlmProcessor(ProcessorMixin):
             pieces += [IMAGE * (self.tokens_per_tile * count), part]
         return self.tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
 
-    def _refuse_specials(self, text: str, name: str) -> None:
+    def refuse_specials(self, text: str, name: str) -> None:
+        """Raises: ValueError if `text` is no string or holds special tokens, which would break the layout."""
         if not isinstance(text, str):
             raise ValueError(f"{name}: expected a string, got {type(text).__name__}.")
         found = [token for token in self._specials if token in text]

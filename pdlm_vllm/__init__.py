@@ -37,8 +37,8 @@ def check_version(version: str) -> None:
     """Raises: RuntimeError for a vLLM this was not written for."""
     if not version.startswith(tuple(f"{known}." for known in SUPPORTED)):
         raise RuntimeError(
-            f"pdlm_vllm works with vLLM {' and '.join(SUPPORTED)}, but {version} is installed. Install vllm==0.32.*, or "
-            "leave this plugin out with VLLM_PLUGINS."
+            f"pdlm_vllm works with vLLM {' and '.join(SUPPORTED)}, but {version} is installed. Install vllm==0.32.*, "
+            "or leave this plugin out with VLLM_PLUGINS."
         )
 
 
@@ -46,7 +46,7 @@ def _allow_endpoint() -> None:
     """Let vLLM load our HTTP routes.
 
     vLLM loads endpoint plugins only if VLLM_PLUGINS names them, and that variable is one allow-list for all kinds of
-    plugins. If the user has set none, the list becomes: every other plugin that would be loaded anyway, and our routes.
+    plugins. If the user has set none, the list becomes: every plugin that would be loaded anyway, and our routes.
     """
     if os.environ.get("VLLM_PLUGINS") is not None:
         return

@@ -78,8 +78,8 @@ class PdlmVerify(VerifyAndUpdateConfig):
                 "--tensor-parallel-size, or --data-parallel-size for throughput."
             )
         logger.info(
-            "PerceptionDLM: prefix caching and chunked prefill are off. Prompt rows attend in both directions, so keys "
-            "depend on the whole prompt and on the regions."
+            "PerceptionDLM: prefix caching and chunked prefill are off. Prompt rows attend in both directions, so "
+            "keys depend on the whole prompt and on the regions."
         )
         cache.enable_prefix_caching = False
         scheduler.enable_chunked_prefill = False
@@ -95,8 +95,8 @@ class PdlmVerify(VerifyAndUpdateConfig):
             from vllm.config.compilation import CUDAGraphMode
 
             logger.info(
-                "PerceptionDLM: CUDA graphs are off. A step feeds one sequence per region and, when it computes prompts "
-                "again, more rows than were scheduled; captured graphs assume neither."
+                "PerceptionDLM: CUDA graphs are off. A step feeds one sequence per region and, when it computes "
+                "prompts again, more rows than were scheduled; captured graphs assume neither."
             )
             vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
 
@@ -117,7 +117,7 @@ class PdlmVerify(VerifyAndUpdateConfig):
             scheduler.max_num_seqs = limit
         # vLLM counts prompt and answer; the private areas come on top
         model.max_model_len += lookahead_tokens(vllm_config)
-        # A prompt is computed in one piece. Rows repeated for private areas and prompts that are computed again come on
-        # top of what is scheduled; memory is profiled for twice as many rows, and the model state stays below that.
+        # A prompt is computed in one piece. Rows repeated for private areas and prompts that are computed again come
+        # on top of what is scheduled; memory is profiled for twice as many rows, and the model state stays below.
         rows = max(scheduler.max_num_batched_tokens, model.max_model_len)
         scheduler.max_num_scheduled_tokens, scheduler.max_num_batched_tokens = rows, 2 * rows

@@ -1,7 +1,7 @@
 """vLLM's model runner V2 on a CPU: torch in place of the few Triton kernels a diffusion request launches.
 
-For tests and for trying things out on a machine without a GPU; nothing of this is imported on a GPU. PyPI has no Triton
-back end for CPUs, and vLLM refuses the V2 runner without Triton.
+For tests and for trying things out on a machine without a GPU; nothing of this is imported on a GPU. PyPI has no
+Triton back end for CPUs, and vLLM refuses the V2 runner without Triton.
 """
 
 import os

@@ -1,7 +1,7 @@
 """HTTP routes of the server: `/v1/region_captions`, and `/v1/chat/completions` with regions.
 
-A vLLM endpoint plugin. The chat route takes the place of vLLM's own: with `mm_processor_kwargs.regions` it answers with
-a JSON list of captions, without them it hands over to vLLM after checking what diffusion cannot do.
+A vLLM endpoint plugin. The chat route takes the place of vLLM's own: with `mm_processor_kwargs.regions` it answers
+with a JSON list of captions, without them it hands over to vLLM after checking what diffusion cannot do.
 """
 
 import asyncio
@@ -32,7 +32,9 @@ CHAT_SETTINGS = ("block_length", "max_denoising_steps", "prefix_refresh_interval
 _NEUTRAL = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 
 REGIONS = Counter("pdlm:regions", "Regions captioned.")
-STEPS = Histogram("pdlm:denoising_steps", "Denoising steps of a pass over a picture.", buckets=[1, 2, 4, 8, 16, 32, 64])
+STEPS = Histogram(
+    "pdlm:denoising_steps", "Denoising steps of a pass over a picture.", buckets=[1, 2, 4, 8, 16, 32, 64]
+)
 PER_FORWARD = Histogram(
     "pdlm:tokens_per_forward", "Caption tokens per forward pass of a request.", buckets=[1, 2, 4, 8, 16, 32, 64, 128]
 )
@@ -74,7 +76,9 @@ class Service:
         if not name or name in served:
             return None
         message = f"The model `{name}` does not exist. This server has {', '.join(served)}."
-        return JSONResponse({"error": {"message": message, "type": "NotFoundError", "param": "model", "code": 404}}, 404)
+        return JSONResponse(
+            {"error": {"message": message, "type": "NotFoundError", "param": "model", "code": 404}}, 404
+        )
 
     async def fetch(self, url: str):
         """A picture through vLLM's media loading, with its limits. Raises: ValueError if it cannot be read."""
@@ -98,6 +102,7 @@ class Service:
         image = await self.fetch(url)
         return await asyncio.to_thread(
             region_requests,
+            self.processor,
             self.config,
             self.defaults,
             image,

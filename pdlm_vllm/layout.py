@@ -1,9 +1,9 @@
 """Where the keys and values of a request lie, so that block tables alone express the region mask.
 
-A caption block sees the shared rows of the prompt, the RoI tokens of its region and itself. A paged attention call sees
-whole pages, of which only the last may be partly filled, and knows one sequence per query. So every block becomes a
-sequence of its own ("virtual"): the full pages of the shared rows at the start of the prompt, which all blocks have in
-common, and behind them a private area with the block's remaining keys:
+A caption block sees the shared rows of the prompt, the RoI tokens of its region and itself. A paged attention call
+sees whole pages, of which only the last may be partly filled, and knows one sequence per query. So every block becomes
+a sequence of its own ("virtual"): the full pages of the shared rows at the start of the prompt, which all blocks have
+in common, and behind them a private area with the block's remaining keys:
 
     natural area   [ prompt rows | all caption blocks ]
     private area i [ shared rows past the last full page | RoI tokens of region i | question, header | block i ]

@@ -34,7 +34,7 @@ def caption_many(
     pairs = iter(pairs)
     while batch := list(islice(pairs, batch_size)):
         works = [
-            region_requests(model.hf_config, defaults, image, regions, question, room, **settings)
+            region_requests(processor, model.hf_config, defaults, image, regions, question, room, **settings)
             for image, regions in batch
         ]
         flat = [work for passes in works for work in passes]

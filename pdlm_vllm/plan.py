@@ -15,6 +15,7 @@ CANVAS_KEYS = (
     "prefix_refresh_interval",
     "block_length",
 )
+REPORT, STREAM = "pdlm_report", "pdlm_stream"  # extra arguments: hand back scores at the end, drafts at every step
 DEFAULT_SLOTS = 32  # of a caption
 DEFAULT_ANSWER = 64  # tokens of a chat answer
 

@@ -44,6 +44,17 @@ def refuse_paths(regions: Any) -> None:
             )
 
 
+def check_question(processor: PdlmProcessor, question: str | None) -> None:
+    """Raises: ValueError for a question with special tokens, or one that is too long for the private areas."""
+    if question is None:
+        return
+    processor.refuse_specials(question, "the question")
+    most = MAX_TAIL - 16  # the header of the answer stands behind it
+    length = len(processor.tokenizer(question, add_special_tokens=False)["input_ids"])
+    if length > most:
+        raise ValueError(f"The question has {length} tokens, at most {most} are served with regions. Shorten it.")
+
+
 class PdlmProcessingInfo(BaseProcessingInfo):
     """What vLLM asks about pictures."""
 
@@ -144,12 +155,9 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
             )
         masks = [region.mask for region in found]
         question = processor.tokenizer.decode(prompt, skip_special_tokens=True).strip() or None
+        check_question(processor, question)
         row = processor.region_row(images[0], [masks[k] for k in area_order(masks)], question)
         ids = list(row.pop("input_ids"))
-        regions_of = set(config.region_token_ids)
-        tail = len(ids) - 1 - max(i for i, token in enumerate(ids) if token in regions_of)
-        if tail > MAX_TAIL:
-            raise ValueError(f"The question is too long: {tail} tokens with its header, at most {MAX_TAIL}.")
         return ids, dict(row)
 
     def _chat(self, images: list, prompt: list[int]) -> tuple[list[int], dict[str, torch.Tensor]]:

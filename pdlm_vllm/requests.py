@@ -17,8 +17,8 @@ from pdlm_hf.app.images import load_image
 from pdlm_hf.app.regions import parse_regions
 from pdlm_hf.processing_pdlm import PdlmProcessor, area_order
 
-from .plan import CANVAS_KEYS, DEFAULT_SLOTS, make_plan
-from .scheduler import REPORT, STREAM
+from .plan import DEFAULT_SLOTS, REPORT, STREAM
+from .processing import check_question
 
 REGION_SETTINGS = ("max_new_tokens", "max_denoising_steps", "acceptance_threshold", "prefix_refresh_interval")
 _REASONS = {
@@ -72,6 +72,7 @@ def check_settings(settings: dict[str, Any], known: tuple[str, ...] = REGION_SET
 
 
 def region_requests(
+    processor: PdlmProcessor,
     config,
     defaults: PdlmGenerationConfig,
     image: Any,
@@ -85,7 +86,7 @@ def region_requests(
     """The engine requests for one picture.
 
     Args:
-        config (`PdlmConfig`): of the served checkpoint.
+        processor (`PdlmProcessor`), config (`PdlmConfig`): of the served checkpoint.
         defaults (`PdlmGenerationConfig`): of the checkpoint, see [`plan.defaults_of`].
         image: path, PIL image, or array.
         regions: masks, boxes, polygons, RLE or COCO annotations.
@@ -101,6 +102,7 @@ def region_requests(
     settings = check_settings(settings)
     if not config.num_region_prompts:
         raise ValueError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
+    check_question(processor, question)
     image = load_image(image)
     found = parse_regions(regions, *image.size)
     if max_regions is not None and len(found) > max_regions:
@@ -111,8 +113,8 @@ def region_requests(
     if min(len(found), limit) * (slots + 2) > room:
         most = room // min(len(found), limit) - 2
         raise ValueError(
-            f"`max_new_tokens` {slots} for {min(len(found), limit)} regions together is more than the served canvas of "
-            f"{room} rows; at most {most}, or start the server with a larger --diffusion-config canvas_length."
+            f"`max_new_tokens` {slots} for {min(len(found), limit)} regions together is more than the served canvas "
+            f"of {room} rows; at most {most}, or start the server with a larger --diffusion-config canvas_length."
         )
     passes = []
     for start in range(0, len(found), limit):
@@ -210,6 +212,3 @@ def usage_of(prompt_tokens: int, written: int, steps: int, passes: int) -> dict[
         "num_forwards": forwards,
         "tokens_per_forward": round(written / forwards, 3),
     }
-
-
-__all__ = ["CANVAS_KEYS", "Pass", "Reading", "make_plan", "read_captions", "read_report", "region_requests"]

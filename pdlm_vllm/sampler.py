@@ -210,7 +210,7 @@ class DenoisingSampler:
         self.canvas[index[request], column] = shown.view(-1)[source]
 
     def _slots(self, plans: list[Plan]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For every slot of these requests: its request, its column in the canvas, its place in (requests, blocks, slots)."""
+        """Of every slot of these requests: request, column in the canvas, place in (requests, blocks, slots)."""
         regions, room = self.tokens.shape[1:]
         request, column, source = [], [], []
         for k, plan in enumerate(plans):

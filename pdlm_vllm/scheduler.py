@@ -11,9 +11,7 @@ from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, Diff
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 from .config import lookahead_tokens
-from .plan import Plan, defaults_of, make_plan
-
-REPORT, STREAM = "pdlm_report", "pdlm_stream"
+from .plan import REPORT, STREAM, Plan, defaults_of, make_plan
 
 
 class _PdlmScheduling:
@@ -122,5 +120,6 @@ class PdlmScheduler:
     """The one or the other: vLLM decides on asynchronous scheduling after it has asked for the class."""
 
     def __new__(cls, vllm_config, *args, **kwargs):
+        """Called by vLLM like the class itself."""
         asynchronous = vllm_config.scheduler_config.async_scheduling
         return (PdlmAsyncScheduler if asynchronous else PdlmSyncScheduler)(vllm_config, *args, **kwargs)
