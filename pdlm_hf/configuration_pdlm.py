@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 # Reference spelling -> ours, for the keys that are copied as they are.
 _UPSTREAM_KEYS = {
+    "architectures": "architectures",
     "image_token_id": "image_token_id",
     "downsample_ratio": "downsample_ratio",
     "vision_select_layer": "vision_feature_layer",
@@ -247,6 +248,12 @@ class PdlmConfig(PreTrainedConfig):
     def feature_grid(self) -> int:
         """Image tokens along one side of a tile, after the pixel unshuffle."""
         return int(self.patch_grid * self.downsample_ratio)
+
+    @property
+    def canvas_length(self) -> int:
+        """Rows of the largest canvas a server keeps room for: all regions with 64 slots, or an answer of 512 tokens.
+        vLLM knows diffusion models by this name."""
+        return max(512, 66 * self.num_region_prompts)
 
     @property
     def num_roi_tokens(self) -> int:

@@ -61,7 +61,6 @@ def register() -> None:
 
     check_version(vllm.__version__)
     _allow_endpoint()
-    from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.platforms import current_platform
@@ -71,10 +70,10 @@ def register() -> None:
 
         allow_model_runner()
 
-    from .config import PdlmVerify, ServedPdlmBaseConfig, ServedPdlmConfig
+    import pdlm_hf  # noqa: F401  registers the configurations with transformers
 
-    for config in (ServedPdlmConfig, ServedPdlmBaseConfig):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+    from .config import PdlmVerify
+
     known = ModelRegistry.get_supported_archs()
     for name, base in ARCHITECTURES.items():
         if name not in known:

@@ -7,43 +7,13 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from pdlm_hf import PdlmBaseConfig, PdlmConfig
-
 from .layout import private_pages
 
 logger = init_logger("vllm.plugins.pdlm")  # below vLLM's own, so that it is shown
 
 MAX_TAIL = 192  # shared rows behind the RoI tokens: question and header, at most
-CANVAS_BASE = 512  # rows of a chat answer, at most
-CANVAS_REGION = 66  # rows of a caption block when all regions are taken: 64 slots
 SEQUENCES = 32  # pictures in flight, at most; every one keeps its prompt's keys and values and the largest canvas
 SEQUENCES_JOINT = 8  # the same where every step computes the prompts again
-
-
-class _Served:
-    """The mark by which vLLM knows a diffusion model, and the rows of its largest canvas."""
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if not self.architectures:  # of a reference folder, whose config is read into ours
-            self.architectures = ["PdlmForConditionalGeneration"]
-
-    @property
-    def canvas_length(self) -> int:
-        """Rows of the largest canvas: every region with 64 slots, or a chat answer of 512 tokens."""
-        return max(CANVAS_BASE, CANVAS_REGION * self.num_region_prompts)
-
-
-class ServedPdlmConfig(_Served, PdlmConfig):
-    """PerceptionDLM in vLLM."""
-
-    model_type = "pdmllm"
-
-
-class ServedPdlmBaseConfig(_Served, PdlmBaseConfig):
-    """PerceptionDLM-Base in vLLM."""
-
-    model_type = "dmllm"
 
 
 def lookahead_tokens(vllm_config) -> int:

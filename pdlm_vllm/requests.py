@@ -120,7 +120,6 @@ def region_requests(
     for start in range(0, len(found), limit):
         chunk = found[start : start + limit]
         order = area_order([region.mask for region in chunk])
-        ordered = [chunk[k] for k in order]
         width = len(chunk) * (slots + 2)
         params = SamplingParams(
             max_tokens=width,
@@ -131,10 +130,10 @@ def region_requests(
         prompt = {
             "prompt": question or "",
             "multi_modal_data": {"image": image},
-            # by area, as the processor will have them anyway
-            "mm_processor_kwargs": {"regions": [_rle(region) for region in ordered]},
+            # as given: the processor sorts them by area, and twice sorted is not the same where areas are equal
+            "mm_processor_kwargs": {"regions": [_rle(region) for region in chunk]},
         }
-        passes.append(Pass(prompt, params, ordered, [start + k for k in order]))
+        passes.append(Pass(prompt, params, [chunk[k] for k in order], [start + k for k in order]))
     return passes
 
 

@@ -1,0 +1,35 @@
+"""Fixtures of the vLLM tests. Everything that needs vLLM itself runs in its own environment (`make test-vllm`)."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+sys.path.insert(0, str(Path(__file__).parent))
+
+WITHOUT_VLLM = ("test_layout.py", "test_plan.py")
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in WITHOUT_VLLM]
+
+
+@pytest.fixture(scope="session")
+def reference_folder(tmp_path_factory):
+    """The embedded checkpoint as the reference would have saved it: other switches, other layout."""
+    from reference_layout import write_reference
+
+    from pdlm_hf import CHECKPOINT
+
+    return write_reference(CHECKPOINT, tmp_path_factory.mktemp("reference") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def captioner():
+    """transformers, on the embedded checkpoint."""
+    from pdlm_hf import RegionCaptioner
+
+    return RegionCaptioner.from_pretrained(device="cpu")

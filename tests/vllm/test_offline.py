@@ -1,0 +1,168 @@
+"""The engine against transformers, without a server: the same captions in every mode, also under preemption."""
+
+import pytest
+import torch
+from pictures import pictures, texts
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from vllm import LLM, SamplingParams
+
+from pdlm_hf import CHECKPOINT, RegionCaptioner
+from pdlm_hf.shapes.evaluate import Tally, held_out
+from pdlm_vllm import caption_many
+
+MODES = [
+    {},
+    {"acceptance_threshold": 0.6, "prefix_refresh_interval": 4},
+    {"acceptance_threshold": 0.9, "prefix_refresh_interval": 0},
+    {"acceptance_threshold": 0.9, "prefix_refresh_interval": 1},
+    {"max_denoising_steps": 7, "max_new_tokens": 21},
+]
+FIXED = [
+    {"max_denoising_steps": 12, "prefix_refresh_interval": 1},
+    {"max_denoising_steps": 12, "prefix_refresh_interval": 5},
+    {"max_denoising_steps": 12, "prefix_refresh_interval": 0},
+]
+
+
+def engine(model, **options) -> LLM:
+    return LLM(str(model), dtype="float32", enforce_eager=True, disable_log_stats=False, **options)
+
+
+@pytest.fixture(scope="module", params=["shapes", "reference"])
+def both(request, captioner, reference_folder):
+    """An engine and transformers on the same checkpoint."""
+    if request.param == "shapes":
+        llm, plain = engine(CHECKPOINT), captioner
+    else:
+        llm, plain = engine(reference_folder), RegionCaptioner.from_pretrained(reference_folder, device="cpu")
+        assert (plain.model.config.roi_replay, plain.model.config.prefix_attention) == ("reference", "full")
+    yield llm, plain
+    llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.mark.parametrize("settings", MODES + FIXED, ids=str)
+def test_captions_are_those_of_transformers(both, settings):
+    llm, plain = both
+    pairs = pictures(12)
+    expected = list(plain.caption_many(pairs, batch_size=4, **settings))
+    found = list(caption_many(llm, pairs, **settings))
+    assert [texts(captions) for captions in found] == [texts(captions) for captions in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert [c.score for c in mine] == pytest.approx([c.score for c in theirs], abs=1e-5)
+        assert [c.bbox for c in mine] == [c.bbox for c in theirs]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"block_length": 4}, {"block_length": 1}, {"block_length": 8, "max_denoising_steps": 4}],
+    ids=str,
+)
+def test_chat_is_that_of_transformers(both, settings):
+    llm, plain = both
+    questions = ["What is this?", "One star, big and", "Which colour has the largest shape in the picture?"]
+    images = [image for image, _ in pictures(3)]
+    contents = [
+        [{"type": "image_pil", "image_pil": images[k]}, {"type": "text", "text": questions[k]}] for k in range(3)
+    ]
+    contents.append([{"type": "text", "text": "A sentence without a picture."}])
+    expected = []
+    for k, content in enumerate(contents):
+        text = content[-1]["text"]
+        inputs = plain.processor(images=images[k] if k < 3 else None, text=text)
+        out = plain.model.generate(**inputs, max_new_tokens=16, acceptance_threshold=None, **settings)
+        expected.append(plain.processor.post_process_answers(out)[0])
+    params = SamplingParams(max_tokens=16, extra_args=settings)
+    answers = llm.chat([[{"role": "user", "content": content}] for content in contents], params, use_tqdm=False)
+    assert [answer.outputs[0].text.strip() for answer in answers] == expected
+
+
+def test_plain_sampling_params_will_do(both):
+    llm, plain = both
+    image, regions = pictures(3)[2]
+    boxes = [[2, 2, 30, 30], [10, 5, 20, 25]]
+    prompt = {"prompt": "", "multi_modal_data": {"image": image}, "mm_processor_kwargs": {"regions": boxes}}
+    output = llm.generate([prompt], SamplingParams(), use_tqdm=False)[0]
+    expected = plain.caption(image, boxes)
+    blocks = plain.processor.split_captions(output.outputs[0].token_ids)
+    assert sorted(blocks) == sorted(texts(expected))
+
+
+@pytest.mark.parametrize(
+    "regions, message",
+    [
+        ([[0, 0, 5, 5]] * 7, "7 regions in one request"),
+        (["/etc/hostname"], "expected a COCO region"),
+        ([], "No regions given"),
+        ([[0, 0, 0, 5]], "has no area"),
+        ([{"segmentation": {"size": [3, 3], "counts": "11"}}], "the RLE is for size"),
+    ],
+)
+def test_bad_regions_are_refused_before_the_engine(both, regions, message):
+    llm, _ = both
+    image = pictures(1)[0][0]
+    prompt = {"prompt": "", "multi_modal_data": {"image": image}, "mm_processor_kwargs": {"regions": regions}}
+    with pytest.raises(ValueError, match=message):
+        llm.generate([prompt], SamplingParams(), use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"temperature": 0.5}, "`temperature` must be 0"),
+        ({"seed": 3}, "`seed` has no meaning"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be a positive integer"),
+        ({"max_new_tokens": 400}, "served canvas"),
+        ({"stepz": 4}, "`stepz` has no meaning"),
+        ({"question": "<|eot_id|>"}, "special tokens"),
+        ({"question": "why " * 200}, "tokens, at most"),
+    ],
+)
+def test_bad_settings_are_refused(both, settings, message):
+    llm, _ = both
+    with pytest.raises(ValueError, match=message):
+        list(caption_many(llm, pictures(2), **settings))
+
+
+def test_regions_of_equal_area_keep_their_captions(both):
+    llm, plain = both
+    image, _ = pictures(20)[18]
+    width, height = image.size
+    boxes = [[x, 4, 24, 24] for x in range(2, width - 26, (width - 28) // 3)][:4]
+    assert texts(next(caption_many(llm, [(image, boxes)]))) == texts(plain.caption(image, boxes))
+
+
+def test_temperature_zero_is_greedy(both):
+    llm, _ = both
+    pairs = pictures(2)
+    assert texts(next(caption_many(llm, pairs, temperature=0))) == texts(next(caption_many(llm, pairs)))
+
+
+def test_preemption_changes_nothing(captioner):
+    """A cache for about three requests, and sixteen that want in: some lose their place and start again."""
+    llm = engine(CHECKPOINT, num_gpu_blocks_override=180)
+    pairs = pictures(16, seed=5)
+    found = [texts(captions) for captions in caption_many(llm, pairs)]
+    preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
+    llm.llm_engine.engine_core.shutdown()
+    assert found == [texts(captions) for captions in captioner.caption_many(pairs)]
+    assert sum(preemptions) > 0
+
+
+@pytest.mark.slow
+def test_held_out_accuracy_is_that_of_transformers():
+    """The accuracy on the card, measured through the engine."""
+    llm = engine(CHECKPOINT)
+    model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT).eval()
+    processor = AutoProcessor.from_pretrained(CHECKPOINT)
+    mine, theirs = Tally(), Tally()
+    all_pictures = list(held_out(11, 200))
+    for picture, captions in zip(
+        all_pictures, caption_many(llm, ((p.image, p.masks) for p in all_pictures)), strict=True
+    ):
+        mine.add(picture, texts(captions))
+        with torch.inference_mode():
+            output = model.generate(**processor(images=[picture.image], segmentation_maps=[picture.masks]))
+        theirs.add(picture, texts(processor.post_process_region_captions(output)[0]))
+    llm.llm_engine.engine_core.shutdown()
+    assert mine.report() == theirs.report()
+    assert mine.report()["exact"] >= 0.96

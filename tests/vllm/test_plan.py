@@ -1,0 +1,73 @@
+"""What an engine request is to do, from its prompt and settings."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from pdlm_hf import CHECKPOINT, PdlmConfig, PdlmGenerationConfig
+from pdlm_vllm.plan import defaults_of, make_plan, slot_rows
+
+CONFIG = PdlmConfig.from_pretrained(CHECKPOINT)
+FULL = PdlmConfig.from_pretrained(CHECKPOINT, prefix_attention="full")
+NONE = PdlmGenerationConfig()
+
+
+def prompt(regions: int) -> list[int]:
+    return [1, 2, *CONFIG.region_token_ids[:regions] * 16, 3]
+
+
+def test_regions_with_the_defaults():
+    plan = make_plan(CONFIG, defaults_of(str(CHECKPOINT)), prompt(3), None, 16, 512)
+    assert (plan.num_regions, plan.num_slots, plan.steps, plan.threshold) == (3, 32, 32, 0.8)
+    assert (plan.width, plan.interval, plan.joint) == (3 * 34, 0, False)
+
+
+def test_a_request_goes_before_the_checkpoint():
+    extra = {"max_new_tokens": 20, "max_denoising_steps": 8, "acceptance_threshold": 0.5, "prefix_refresh_interval": 4}
+    plan = make_plan(FULL, defaults_of(str(CHECKPOINT)), prompt(2), extra, None, 512)
+    assert (plan.num_slots, plan.steps, plan.threshold, plan.interval, plan.joint) == (20, 8, 0.5, 4, True)
+    assert [step for step in range(9) if plan.whole(step)] == [0, 4, 8]
+
+
+def test_a_kept_prompt_is_computed_once_with_the_canvas_where_it_sees_it():
+    extra = {"prefix_refresh_interval": 0}
+    assert [s for s in range(5) if make_plan(FULL, NONE, prompt(1), extra, None, 512).whole(s)] == [0]
+    assert not any(
+        make_plan(CONFIG, NONE, prompt(1), {"prefix_refresh_interval": 1}, None, 512).whole(s) for s in (0, 1)
+    )
+
+
+@pytest.mark.parametrize(
+    "extra, max_tokens, expected",
+    [
+        ({}, None, (64, 64, 64)),
+        ({}, 20, (20, 20, 20)),
+        ({"block_length": 5}, 20, (20, 20, 5)),
+        ({"block_length": 5, "max_denoising_steps": 8}, 20, (20, 8, 5)),
+        ({"block_length": 7}, 20, (20, 20, 20)),  # refused at the door; here it must not break the engine
+    ],
+)
+def test_chat(extra, max_tokens, expected):
+    plan = make_plan(CONFIG, NONE, [1, 2, 3], extra, max_tokens, 512)
+    assert (plan.num_slots, plan.steps, plan.block_length) == expected
+    assert plan.num_regions == 0 and plan.width == expected[0] and plan.whole(3)
+
+
+def test_nothing_is_wider_than_what_is_served():
+    assert make_plan(CONFIG, NONE, [1], {}, 10_000, 512).width == 512
+    assert make_plan(CONFIG, NONE, prompt(6), {"max_new_tokens": 400}, None, 512).width <= 512
+
+
+def test_the_empty_canvas():
+    plan = make_plan(CONFIG, NONE, prompt(2), {"max_new_tokens": 3}, None, 512)
+    mask, end = CONFIG.mask_token_id, CONFIG.eot_token_id
+    first, second = CONFIG.caption_token_ids[:2]
+    assert plan.canvas(CONFIG) == [first, mask, mask, mask, CONFIG.newline_token_id, second, mask, mask, mask, end]
+    assert slot_rows(plan).tolist() == [[1, 2, 3], [6, 7, 8]]
+    chat = make_plan(CONFIG, NONE, [1], {}, 4, 512)
+    assert chat.canvas(CONFIG) == [mask] * 4 and slot_rows(chat).tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_folder_without_generation_settings(tmp_path):
+    assert defaults_of(str(tmp_path)).max_new_tokens is None
+    assert SimpleNamespace(**vars(defaults_of(str(CHECKPOINT)))).acceptance_threshold == 0.8
