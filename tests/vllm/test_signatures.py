@@ -1,0 +1,132 @@
+"""What we call and override in vLLM is there, with these parameters: read from its source, so that a version can be
+checked that cannot run here.
+
+    python tests/vllm/test_signatures.py FOLDER    # for example an unpacked wheel of vLLM for GPUs
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+# file -> (class or "", function) -> parameters that must exist
+EXPECTED = {
+    "v1/worker/gpu/model_states/interface.py": {
+        ("ModelState", "__init__"): ["vllm_config", "model", "encoder_cache", "device"],
+        ("ModelState", "add_request"): ["req_index", "new_req_data"],
+        ("ModelState", "remove_request"): ["req_id"],
+        ("ModelState", "initialize_kv_cache"): ["kv_cache_config", "block_tables"],
+        ("ModelState", "prepare_inputs_embeds"): ["scheduled_encoder_inputs", "input_batch", "req_states"],
+        ("ModelState", "prepare_inputs"): ["input_batch", "req_states"],
+        ("ModelState", "prepare_dummy_inputs"): ["num_reqs", "num_tokens"],
+        ("ModelState", "dummy_inputs_embeds"): ["num_tokens"],
+        ("ModelState", "custom_sampler"): ["sampler"],
+        ("ModelState", "execute_mm_encoder"): ["scheduled_encoder_inputs"],
+        ("ModelState", "gather_mm_embeddings"): ["input_batch"],
+        ("ModelState", "get_additional_cg_support"): [],
+        ("ModelState", "prepare_attn"): [
+            "input_batch",
+            "cudagraph_mode",
+            "block_tables",
+            "slot_mappings",
+            "attn_groups",
+            "kv_cache_config",
+            "for_capture",
+            "ubatch_idx",
+        ],
+    },
+    "v1/worker/gpu/attn_utils.py": {
+        ("", "build_attn_metadata"): [
+            "attn_groups",
+            "num_reqs",
+            "num_tokens",
+            "query_start_loc_gpu",
+            "query_start_loc_cpu",
+            "max_query_len",
+            "seq_lens",
+            "max_seq_len",
+            "block_tables",
+            "slot_mappings",
+            "kv_cache_config",
+            "causal",
+        ],
+    },
+    "v1/core/sched/diffusion_scheduler.py": {
+        ("DiffusionScheduler", "update_draft_token_ids"): ["draft_token_ids"],
+        ("DiffusionAsyncScheduler", "schedule"): [],
+    },
+    "v1/core/sched/scheduler.py": {
+        ("Scheduler", "add_request"): ["request"],
+        ("Scheduler", "update_from_output"): ["scheduler_output", "model_runner_output"],
+    },
+    "v1/core/kv_cache_manager.py": {("KVCacheManager", "estimate_cached_tokens"): ["request"]},
+    "v1/request.py": {("Request", "take_prefill_stats"): []},
+    "forward_context.py": {("", "get_forward_context"): [], ("", "set_forward_context"): ["slot_mapping"]},
+    "plugins/endpoint_plugins/interface.py": {
+        ("EndpointPlugin", "attach_router"): ["app"],
+        ("EndpointPlugin", "init_state"): ["engine_client", "state", "args"],
+    },
+    "multimodal/processing/processor.py": {("BaseMultiModalProcessor", "apply"): ["inputs", "timing_ctx"]},
+    "multimodal/media/connector.py": {("MediaConnector", "fetch_image_async"): ["image_url"]},
+    "entrypoints/openai/chat_completion/api_router.py": {("", "create_chat_completion"): ["request", "raw_request"]},
+    "model_executor/models/config.py": {("VerifyAndUpdateConfig", "verify_and_update_config"): ["vllm_config"]},
+    "v1/engine/async_llm.py": {("AsyncLLM", "generate"): ["prompt", "sampling_params", "request_id"]},
+}
+FIELDS = {
+    "v1/worker/gpu/sample/output.py": {
+        "SamplerOutput": ["sampled_token_ids", "logprobs_tensors", "num_nans", "num_sampled", "num_rejected"]
+    },
+    "v1/outputs.py": {
+        "LogprobsTensors": ["logprob_token_ids", "logprobs", "selected_token_ranks", "cu_num_generated_tokens"]
+    },
+    "v1/engine/__init__.py": {
+        "EngineCoreOutput": ["request_id", "new_token_ids", "kv_transfer_params", "prefill_stats"]
+    },
+    "config/diffusion.py": {"DiffusionConfig": ["canvas_length", "max_denoising_steps"]},
+    "config/scheduler.py": {
+        "SchedulerConfig": ["scheduler_cls", "max_num_seqs", "max_num_batched_tokens", "max_num_scheduled_tokens"]
+    },
+}
+
+
+def missing(folder: Path) -> list[str]:
+    """What the vLLM in this folder lacks."""
+    found = []
+    for name, functions in EXPECTED.items():
+        tree = ast.parse((folder / name).read_text(encoding="utf-8"))
+        for (owner, function), parameters in functions.items():
+            node = _find(tree, owner, function)
+            if node is None:
+                found.append(f"{name}: no {owner}.{function}")
+                continue
+            arguments = node.args
+            known = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+            found += [f"{name}: {owner}.{function} has no {p}" for p in parameters if p not in known]
+    for name, classes in FIELDS.items():
+        tree = ast.parse((folder / name).read_text(encoding="utf-8"))
+        for owner, fields in classes.items():
+            node = _class(tree, owner)
+            known = [n.target.id for n in node.body if isinstance(n, ast.AnnAssign)] if node else []
+            found += [f"{name}: {owner} has no {field}" for field in fields if field not in known]
+    return found
+
+
+def _class(tree: ast.Module, name: str) -> ast.ClassDef | None:
+    return next((n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == name), None)
+
+
+def _find(tree: ast.Module, owner: str, function: str):
+    place = _class(tree, owner) if owner else tree
+    nodes = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return next((n for n in place.body if isinstance(n, nodes) and n.name == function), None) if place else None
+
+
+def test_the_installed_vllm_has_what_we_need():
+    import vllm
+
+    assert missing(Path(vllm.__file__).parent) == []
+
+
+if __name__ == "__main__":
+    problems = missing(Path(sys.argv[1]))
+    sys.stdout.write("\n".join(problems or ["nothing is missing"]) + "\n")
+    sys.exit(bool(problems))
