@@ -1,11 +1,12 @@
 """What one engine request is to do, read from its prompt and its settings. Scheduler and worker both ask here."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pdlm_hf import PdlmGenerationConfig
+from pdlm_hf.diffusion_pdlm import masks_left, transfer_schedule
 from pdlm_hf.masking_pdlm import caption_canvas
 
 CANVAS_KEYS = (
@@ -18,6 +19,26 @@ CANVAS_KEYS = (
 REPORT, STREAM = "pdlm_report", "pdlm_stream"  # extra arguments: hand back scores at the end, drafts at every step
 DEFAULT_SLOTS = 32  # of a caption
 DEFAULT_ANSWER = 64  # tokens of a chat answer
+
+
+BUDGET, ADAPTIVE, CHAT = range(3)  # samplers
+
+
+class Agenda(NamedTuple):
+    """What a step may do, as far as the host knows.
+
+    Args:
+        kind (`int`): BUDGET: all slots but `left`, which are opened again; ADAPTIVE: what is certain; CHAT: the
+            `count` most certain from slot `start` to `stop`.
+        last (`bool`): the request ends with it.
+    """
+
+    kind: int
+    last: bool
+    left: int = 0
+    count: int = 0
+    start: int = 0
+    stop: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +81,20 @@ class Plan:
     def whole(self, step: int) -> bool:
         """Whether this step (counted from 0) also computes the prompt."""
         return self.joint and (step == 0 or (self.interval > 0 and step % self.interval == 0))
+
+    def agenda(self, step: int) -> "Agenda":
+        """What this step (counted from 0) may commit; past the last one, that of the last."""
+        step = min(step, self.steps - 1)
+        last = step == self.steps - 1
+        if not self.num_regions:
+            blocks = self.num_slots // self.block_length
+            block, within = divmod(step, self.steps // blocks)
+            count = transfer_schedule(self.block_length, self.steps // blocks)[within]
+            return Agenda(CHAT, last, 0, count, block * self.block_length, (block + 1) * self.block_length)
+        if self.threshold is not None:
+            return Agenda(ADAPTIVE, last)
+        left = masks_left(self.num_regions * self.num_slots, step, self.steps)
+        return Agenda(BUDGET, last or left == 0, left)
 
     def canvas(self, config) -> list[int]:
         """Token ids of the empty canvas."""

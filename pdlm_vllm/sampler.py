@@ -12,9 +12,9 @@ from torch.nn.functional import logsigmoid
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from pdlm_hf.diffusion_pdlm import accept_confident, lowest_mask, masks_left, token_log_odds, transfer_schedule
+from pdlm_hf.diffusion_pdlm import accept_confident, lowest_mask, token_log_odds
 
-from .plan import Plan, slot_rows
+from .plan import ADAPTIVE, BUDGET, CHAT, Plan, slot_rows
 
 _MAX_LOGITS = 2**27  # slots x vocabulary scored at a time: bounds the float32 logits to 512 MB
 
@@ -144,64 +144,46 @@ class DenoisingSampler:
             odds.append(token_log_odds(logits, tokens[-1]))
         return torch.cat(tokens), torch.cat(odds)
 
-    def _commit(
-        self, index: torch.Tensor, requests: list[int], draft: torch.Tensor, odds: torch.Tensor
-    ) -> torch.Tensor:
+    def _commit(self, index: torch.Tensor, requests: list[int], draft, odds) -> torch.Tensor:
         """One step of the samplers; length of what each request is finished with, 0 while it is not."""
         plans = [self.plans[request] for request in requests]
-        states = [self.state.running[request] for request in requests]
+        agenda = []
+        for plan, request in zip(plans, requests, strict=True):
+            state = self.state.running[request]
+            agenda.append(plan.agenda(state.step))
+            state.step += 1
+        kinds = {entry.kind for entry in agenda}
+        kind, last, left, count, start, stop = self._device(np.array(agenda, dtype=np.int64)).T[:, :, None, None]
         tokens, masked, written = self.tokens[index], self.masked[index], self.written[index]
         exists = self.exists[index]
         self.steps[index] += masked.any(-1).int()
-        ends = np.zeros(len(plans), dtype=bool)  # known on the host
-        left, counts = np.zeros(len(plans), dtype=np.int64), np.zeros(len(plans), dtype=np.int64)
-        kinds = np.zeros(len(plans), dtype=np.int64)  # 0 schedule, 1 adaptive, 2 chat
-        inside = np.zeros((len(plans), 2), dtype=np.int64)
-        for k, (plan, state) in enumerate(zip(plans, states, strict=True)):
-            step = min(state.step, plan.steps - 1)
-            state.step += 1
-            ends[k] = step == plan.steps - 1
-            if not plan.num_regions:
-                kinds[k] = 2
-                blocks = plan.num_slots // plan.block_length
-                block, within = divmod(step, plan.steps // blocks)
-                schedule = [n for n in transfer_schedule(plan.block_length, plan.steps // blocks)]
-                counts[k] = schedule[within]
-                inside[k] = block * plan.block_length, (block + 1) * plan.block_length
-            elif plan.threshold is not None:
-                kinds[k] = 1
-            else:
-                left[k] = masks_left(plan.num_regions * plan.num_slots, step, plan.steps)
-                ends[k] |= left[k] == 0
-        kind, last = self._device(kinds)[:, None, None], self._device(ends)[:, None, None]
-        # committed for good: adaptive, chat
-        threshold = [plan.threshold if plan.threshold is not None else 1.0 for plan in plans]
-        threshold = self._device(np.array(threshold, dtype=np.float32))[:, None, None]
-        accepted = (accept_confident(odds.sigmoid(), masked, threshold) | (last & masked)) & (kind == 1)
-        if (kinds == 2).any():
+        accepted = torch.zeros_like(masked)  # committed for good
+        if ADAPTIVE in kinds:
+            threshold = [1.0 if plan.threshold is None else plan.threshold for plan in plans]
+            threshold = self._device(np.array(threshold, dtype=np.float32))[:, None, None]
+            certain = accept_confident(odds.sigmoid(), masked, threshold) | ((last > 0) & masked)
+            accepted = certain & (kind == ADAPTIVE)
+        if CHAT in kinds:
             slot = torch.arange(masked.shape[-1], device=self.device)
-            limits = self._device(inside)
-            wanted = masked & (slot >= limits[:, :1, None]) & (slot < limits[:, 1:, None])
+            wanted = masked & (slot >= start) & (slot < stop)
             score = torch.where(wanted, -odds, torch.inf).flatten(1)
-            chosen = lowest_mask(score, self._device(counts)).view_as(masked) & wanted
-            accepted = accepted | (chosen & (kind == 2))
-        # a budget for all regions together, kept tokens may be opened again
-        budget = kind == 0
-        changed = accepted | (masked & budget)
+            accepted = accepted | (lowest_mask(score, count.flatten()).view_as(masked) & wanted & (kind == CHAT))
+        changed = accepted | (masked & (kind == BUDGET))
         tokens, written = torch.where(changed, draft, tokens), torch.where(changed, odds, written)
         masked = masked & ~accepted
-        if (kinds == 0).any():
+        if BUDGET in kinds:  # for all regions together, and what was kept may be opened again
             score = torch.where(exists, odds, torch.inf).flatten(1)
-            reopened = lowest_mask(score, self._device(left)).view_as(masked) & exists
-            masked = torch.where(budget, reopened, masked)
-        closed = ((tokens == self.config.eot_token_id) & ~masked & exists).cumsum(-1) > 0
-        closed = closed & masked & (kind == 1)
-        tokens = torch.where(closed, self.config.eot_token_id, tokens)
-        written, masked = torch.where(closed, torch.inf, written), masked & ~closed
+            opened = lowest_mask(score, left.flatten()).view_as(masked) & exists
+            masked = torch.where(kind == BUDGET, opened, masked)
+        if ADAPTIVE in kinds:  # an end of turn closes the slots behind it
+            ended = ((tokens == self.config.eot_token_id) & ~masked & exists).cumsum(-1) > 0
+            closed = ended & masked & (kind == ADAPTIVE)
+            tokens = torch.where(closed, self.config.eot_token_id, tokens)
+            written, masked = torch.where(closed, torch.inf, written), masked & ~closed
         self.tokens[index], self.masked[index], self.written[index] = tokens, masked, written
         self._show(index, plans, tokens, masked)
-        done = torch.where(kind[:, 0, 0] == 1, ~masked.flatten(1).any(-1), last[:, 0, 0])
-        return done * self._lengths(index, plans)
+        done = torch.where(kind == ADAPTIVE, ~masked.any(-1).any(-1)[:, None, None], last > 0)
+        return done.flatten() * self._lengths(index, plans)
 
     def _show(self, index: torch.Tensor, plans: list[Plan], tokens: torch.Tensor, masked: torch.Tensor) -> None:
         """Write the slots into the canvases that run through the model."""

@@ -1,6 +1,7 @@
 """Imports point one way, read from the syntax trees (layout.md)."""
 
 import ast
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,12 @@ import pdlm_hf
 PACKAGE = Path(pdlm_hf.__file__).parent
 FLAT = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
 EVERY = sorted(PACKAGE.rglob("*.py"))
+PLUGINS = ("pdlm_vllm",)
+PLUGIN_FILES = [
+    path
+    for name in PLUGINS
+    for path in sorted(Path(importlib.util.find_spec(name).submodule_search_locations[0]).rglob("*.py"))
+]
 MAY_PRINT = {"app/cli.py", "app/bench.py", "shapes/evaluate.py"}
 ALLOWED = {"torch", "numpy", "PIL", "transformers", "huggingface_hub", *sys.stdlib_module_names}
 # Functions that may be longer: the forward with its named arguments, and the command with its options.
@@ -22,6 +29,10 @@ OTHER_PLUGINS = {"pdlm_vllm", "pdlm_evalkit", "pdlm_peft"}
 
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE.parent if path.is_relative_to(PACKAGE) else path.parent.parent))
 
 
 def imports(path: Path):
@@ -60,7 +71,7 @@ def test_text_of_flat_files_has_no_false_imports(path):
         assert set(re.findall(pattern, source, re.MULTILINE)) <= absolute
 
 
-@pytest.mark.parametrize("path", EVERY, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", EVERY, ids=name_of)
 def test_nothing_is_imported_from_the_other_plugins(path):
     for node in imports(path):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -68,16 +79,24 @@ def test_nothing_is_imported_from_the_other_plugins(path):
         assert not {name.split(".")[0] for name in names} & {"pdlm_hf", "tests"}, "use relative imports"
 
 
-@pytest.mark.parametrize("path", EVERY, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", PLUGIN_FILES, ids=name_of)
+def test_a_plugin_imports_the_model_and_no_other_plugin(path):
+    for node in imports(path):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        others = OTHER_PLUGINS - {path.parent.name}
+        assert not {name.split(".")[0] for name in names} & {*others, "tests"}, ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", EVERY + PLUGIN_FILES, ids=name_of)
 def test_no_assert_and_no_print(path):
-    may_print = str(path.relative_to(PACKAGE)) in MAY_PRINT
+    may_print = name_of(path).removeprefix("pdlm_hf/") in MAY_PRINT
     for node in ast.walk(tree(path)):
         assert not isinstance(node, ast.Assert), f"assert in line {node.lineno}"
         called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id
         assert called != "print" or may_print, f"print in line {getattr(node, 'lineno', 0)}"
 
 
-@pytest.mark.parametrize("path", EVERY, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", EVERY + PLUGIN_FILES, ids=name_of)
 def test_sizes(path):
     """layout.md: the modeling file under 900 lines, functions under 60 lines of code (docstring not counted)."""
     assert len(path.read_text(encoding="utf-8").splitlines()) < 900

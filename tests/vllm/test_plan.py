@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from pdlm_hf import CHECKPOINT, PdlmConfig, PdlmGenerationConfig
-from pdlm_vllm.plan import defaults_of, make_plan, slot_rows
+from pdlm_vllm.plan import ADAPTIVE, BUDGET, CHAT, Agenda, defaults_of, make_plan, slot_rows
 
 CONFIG = PdlmConfig.from_pretrained(CHECKPOINT)
 FULL = PdlmConfig.from_pretrained(CHECKPOINT, prefix_attention="full")
@@ -51,6 +51,25 @@ def test_chat(extra, max_tokens, expected):
     plan = make_plan(CONFIG, NONE, [1, 2, 3], extra, max_tokens, 512)
     assert (plan.num_slots, plan.steps, plan.block_length) == expected
     assert plan.num_regions == 0 and plan.width == expected[0] and plan.whole(3)
+
+
+def test_the_agenda_of_each_sampler():
+    budget = make_plan(CONFIG, NONE, prompt(2), {"max_new_tokens": 4, "max_denoising_steps": 3}, None, 512)
+    assert [budget.agenda(step) for step in range(4)] == [
+        Agenda(BUDGET, False, 5),  # int(8 * (2 / 3))
+        Agenda(BUDGET, False, 2),
+        Agenda(BUDGET, True, 0),
+        Agenda(BUDGET, True, 0),
+    ]
+    adaptive = make_plan(CONFIG, NONE, prompt(2), {"max_denoising_steps": 2, "acceptance_threshold": 0.9}, None, 512)
+    assert [adaptive.agenda(step) for step in range(2)] == [Agenda(ADAPTIVE, False), Agenda(ADAPTIVE, True)]
+    chat = make_plan(CONFIG, NONE, [1], {"block_length": 5, "max_denoising_steps": 4}, 10, 512)
+    assert [chat.agenda(step) for step in range(4)] == [
+        Agenda(CHAT, False, 0, 3, 0, 5),
+        Agenda(CHAT, False, 0, 2, 0, 5),
+        Agenda(CHAT, False, 0, 3, 5, 10),
+        Agenda(CHAT, True, 0, 2, 5, 10),
+    ]
 
 
 def test_nothing_is_wider_than_what_is_served():

@@ -2,10 +2,13 @@
 
 import http.client
 import json
+import os
 import random
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
@@ -14,6 +17,7 @@ from server import serve
 
 from pdlm_hf import CHECKPOINT
 
+ROOT = Path(__file__).parents[2]
 MODES = [{}, {"prefix_refresh_interval": 1}, {"acceptance_threshold": 0.6, "prefix_refresh_interval": 3}]
 
 
@@ -165,6 +169,31 @@ def test_the_log_says_what_is_off(server):
     log = server.log.read_text()
     assert "prefix caching and chunked prefill are off" in log
     assert "Endpoint plugin overrides POST /v1/chat/completions" in log
+
+
+def example(*arguments: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_examples_against_a_server(server, captioner):
+    boxes = [[80, 9, 36, 35], [10, 10, 40, 40]]
+    texts_of_boxes = texts(captioner.caption("examples/shapes.png", boxes))
+    shown = example("examples/vllm_client.py", server.url, "examples/shapes.png", "80,9,36,35", "10,10,40,40")
+    assert "step  1 | " in shown and "'num_forwards'" in shown
+    assert all(f"{k}  {text}  (" in shown for k, text in enumerate(texts_of_boxes, 1))
+    load = example("examples/vllm_load.py", server.url, "examples/shapes.png", "--requests", "8", "--in-flight", "4")
+    assert load.startswith("32 captions in ")
+
+
+def test_the_offline_example(captioner):
+    shown = example("examples/vllm_offline.py")
+    masks = [f"examples/shapes_mask_{k}.png" for k in range(6)]
+    for caption in captioner.caption("examples/shapes.png", masks, acceptance_threshold=0.9):
+        assert f"{caption.score:.2f}  {caption.text}\n" in shown
 
 
 def disconnect(server, request: dict) -> None:
