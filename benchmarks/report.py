@@ -1,15 +1,18 @@
 """The tables of the README, from the files in benchmarks/results and the record of the embedded checkpoint.
 
-python benchmarks/report.py
+python benchmarks/report.py            # prints them
+python benchmarks/report.py --write    # puts them into the README, between its "table" marks
 """
 
 import json
-from collections.abc import Iterator
+import re
+import sys
 from pathlib import Path
 
 from pdlm_hf.shapes import CHECKPOINT
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
 ATTRIBUTES = ("size", "colour", "texture", "shape")
 
 
@@ -24,49 +27,117 @@ def table(*rows: list[str]) -> str:
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
-def held_out(record: dict) -> Iterator[str]:
+def held_out(record: dict) -> str:
     """Accuracy of the embedded checkpoint, from its training.json."""
     score = record["held_out"]
     attributes = [percent(score["by_attribute"][name]) for name in ATTRIBUTES]
-    yield table(
+    return table(
         ["exact", "well formed", *ATTRIBUTES],
         [percent(score["exact"]), percent(score["well_formed"]), *attributes],
     )
-    yield table(
-        ["regions in the picture", *score["by_regions"]],
-        ["exact", *(percent(share) for share in score["by_regions"].values())],
-    )
 
 
-def quality(record: dict) -> str:
-    """Accuracy of the embedded checkpoint for every decoding setting."""
-    rows = [["setting", "exact", "well formed", "steps a region", "forwards a batch"]]
+def by_regions(record: dict) -> str:
+    """The same, by the number of regions."""
+    shares = record["held_out"]["by_regions"]
+    return table(["regions in the picture", *shares], ["exact", *(percent(share) for share in shares.values())])
+
+
+def quality(record: dict, only: tuple[str, ...] = ()) -> str:
+    """Accuracy for every decoding setting."""
+    rows = [["setting", "exact", "well formed", "steps a region", "forwards a picture"]]
     for name, row in record["settings"].items():
-        numbers = [percent(row["exact"]), percent(row["well_formed"])]
-        rows.append([name, *numbers, f"{row['steps_per_region']:.1f}", f"{row['num_forwards']:.1f}"])
+        if not only or name in only:
+            numbers = [percent(row["exact"]), percent(row["well_formed"])]
+            rows.append([name, *numbers, f"{row['steps_per_region']:.1f}", f"{row['num_forwards']:.1f}"])
     return table(*rows)
 
 
-def decode(record: dict) -> Iterator[str]:
+# Table 7 of the paper: average of its benchmarks
+PAPER_ABLATION = {
+    "full model": 53.7,
+    "w/o region prompting": 1.1,
+    "w/o RoI feature replay": 51.3,
+    "full attention": 47.5,
+}
+
+
+def ablation(record: dict) -> str:
+    """What the parts of the model are worth, beside the paper."""
+    rows = [["variant", "exact", *ATTRIBUTES, "paper, Table 7"]]
+    for name, row in record["variants"].items():
+        attributes = [percent(row["by_attribute"][attribute]) for attribute in ATTRIBUTES]
+        rows.append([name, percent(row["exact"]), *attributes, str(PAPER_ABLATION[name])])
+    return table(*rows)
+
+
+def decode(record: dict) -> str:
     """Decoding speed beside the reference's loop."""
-    for part in record["tables"]:
-        rows = [["loop", "a picture", "times the reference", "regions a second"]]
-        for name, row in part["rows"].items():
-            rate = f"{row['regions_per_second']:.2f}"
-            rows.append([name, f"{row['ms_per_image'] / 1000:.2f} s", f"{row['ratio_to_reference']:.2f}", rate])
-        yield table(*rows)
+    rows = [["loop", "a picture", "times the reference", "regions a second", "tokens as exact"]]
+    for name, row in record["tables"][0]["rows"].items():
+        numbers = [
+            f"{row['ratio_to_reference']:.2f}",
+            f"{row['regions_per_second']:.2f}",
+            percent(row["tokens_as_exact"]),
+        ]
+        rows.append([name, f"{row['ms_per_image'] / 1000:.2f} s", *numbers])
+    return table(*rows)
 
 
-def tables() -> Iterator[str]:
-    """Every table of the README."""
+def scaling(record: dict) -> str:
+    """How a decode grows with regions, and what one pass for all is worth."""
+    times = record["scaling"]["ms"]
+    counts = [n for n in range(1, 9) if f"regions {n}" in times]
+    return table(
+        ["regions in one pass", *map(str, counts)],
+        ["cached, seconds", *(f"{times[f'regions {n}'] / 1000:.2f}" for n in counts)],
+    )
+
+
+def serving(record: dict) -> str:
+    """vLLM's server beside the transformers loop."""
+    rows = [["pictures in flight", "vLLM", "transformers", "ratio", "vLLM p50 / p99", "transformers p50 / p99"]]
+    table_of = record["rows"]
+    for name, row in table_of.items():
+        if name.startswith("vLLM"):
+            count = name.split(", ")[1]
+            other = table_of[f"transformers, {count}"]
+            rates = [f"{r['images_per_second']:.2f} pictures/s" for r in (row, other)]
+            latencies = [f"{r['p50_s']:.2f} / {r['p99_s']:.2f} s" for r in (row, other)]
+            rows.append([count, *rates, f"{row['ratio_to_transformers']:.2f}", *latencies])
+    return table(*rows)
+
+
+def tables() -> dict[str, str]:
+    """Every table of the README, by name."""
 
     def load(name: str) -> dict:
         return json.loads((RESULTS / name).read_text())
 
-    yield from held_out(json.loads((CHECKPOINT / "training.json").read_text()))
-    yield quality(load("shapes_quality.json"))
-    yield from decode(load("decode_cpu_small.json"))
+    checkpoint, speed = json.loads((CHECKPOINT / "training.json").read_text()), load("decode_cpu_small.json")
+    kept = ("32 steps, recomputed", "32 steps, prompt every 8", "32 steps", "threshold 0.8", "threshold 0.9")
+    return {
+        "held_out": held_out(checkpoint),
+        "by_regions": by_regions(checkpoint),
+        "quality": quality(load("shapes_quality.json")),
+        "quality_full": quality(load("shapes_quality_full.json"), kept),
+        "ablation": ablation(load("shapes_ablation.json")),
+        "decode": decode(speed),
+        "scaling": scaling(speed),
+        "serving": serving(load("serving_cpu_small.json")),
+    }
+
+
+def write(text: str) -> str:
+    """The README with its tables up to date. Raises: KeyError for a mark without a table."""
+    known = tables()
+    return re.sub(
+        r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)", lambda m: m[1] + known[m[2]] + m[3], text, flags=re.DOTALL
+    )
 
 
 if __name__ == "__main__":
-    print("\n\n".join(tables()))
+    if sys.argv[1:] == ["--write"]:
+        README.write_text(write(README.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print("\n\n".join(f"{name}\n{text}" for name, text in tables().items()))

@@ -1,9 +1,10 @@
 """Accuracy on drawn shapes for every decoding setting: steps, thresholds, prompt cache.
 
     python benchmarks/shapes_quality.py --images 200 --json benchmarks/results/shapes_quality.json
-    python benchmarks/shapes_quality.py --model runs/full --images 200 --json results_full.json
+    python benchmarks/shapes_quality.py --model runs/full2 --json benchmarks/results/shapes_quality_full.json
 
-The second line scores a checkpoint trained with `prefix_attention="full"`, where a kept prompt is an approximation.
+One picture at a time, so that the forward passes are those of a picture. The second line scores a checkpoint trained
+with `prefix_attention="full"`, where a kept prompt is an approximation.
 """
 
 import json
@@ -50,16 +51,18 @@ def main(
     rows = {}
     for name, generation in settings().items():
         with torch.inference_mode():
-            rows[name] = evaluate(network, processor, seed, images, **generation) | {"settings": generation}
+            rows[name] = evaluate(network, processor, seed, images, batch_size=1, **generation) | {
+                "settings": generation
+            }
         row = rows[name]
         print(
             f"{name:26} exact {row['exact']:.3f}  well formed {row['well_formed']:.3f}  "
-            f"forwards a batch {row['num_forwards']:5.1f}  steps a region {row['steps_per_region']:5.1f}  "
+            f"forwards {row['num_forwards']:5.1f}  steps a region {row['steps_per_region']:5.1f}  "
             f"{row['seconds']:6.1f} s"
         )
     if json_file:
         record = {
-            "what": f"{images} held-out pictures, seed {seed}, 32 slots a caption, batches of 8",
+            "what": f"{images} held-out pictures, seed {seed}, 32 slots a caption, one at a time",
             "prefix_attention": network.config.prefix_attention,
             "machine": f"{platform.machine()}, {threads} thread(s), torch {torch.__version__}",
             "settings": rows,

@@ -85,7 +85,8 @@ class PdlmVerify(VerifyAndUpdateConfig):
                 ", since steps may compute the prompts of all of them" if joint else "",
             )
             scheduler.max_num_seqs = limit
-        # vLLM counts prompt and answer; the private areas come on top
+        # What users may ask for; the private areas come on top, in the engine's count of rows a request can have.
+        config.served_length = model.max_model_len
         model.max_model_len += lookahead_tokens(vllm_config)
         # A prompt is computed in one piece. Rows repeated for private areas and prompts that are computed again come
         # on top of what is scheduled; memory is profiled for twice as many rows, and the model state stays below.

@@ -66,6 +66,8 @@ class Service:
         self.config = self.model_config.hf_config
         self.ours = isinstance(self.config, PdlmConfig)
         if self.ours:
+            # this process's copy: vLLM then refuses prompts by the length that is served, not by the engine's
+            self.model_config.max_model_len = self.config.served_length
             self.room = engine.vllm_config.diffusion_config.canvas_length
             self.processor = load_processor(self.model_config.model, self.model_config.revision)
             self.defaults = defaults_of(self.model_config.model, self.model_config.revision)

@@ -81,6 +81,11 @@ class CanvasLayout:
         inside = self.copied.shape[1] + torch.arange(self.block)
         self.canvas = (start[:, None] * self.page + inside).flatten()
 
+    def to(self, device: torch.device) -> "CanvasLayout":
+        """Move what every step looks up to the device."""
+        self.pages, self.canvas, self.copies = (t.to(device) for t in (self.pages, self.canvas, self.copies))
+        return self
+
     @property
     def num_pages(self) -> int:
         """Pages the request needs."""

@@ -68,6 +68,7 @@ class PdlmForVllm(nn.Module, PdlmEyes, SupportsMultiModal):
         # To vLLM a Llama without causality is an encoder that keeps no keys and values. Ours keeps them; that its
         # attention looks both ways is said with every call.
         text.is_causal = True
+        text.max_position_embeddings = max(text.max_position_embeddings, vllm_config.model_config.max_model_len)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,

@@ -18,6 +18,7 @@ from pdlm_hf.image_processing_pdlm import to_rgb
 from pdlm_hf.processing_pdlm import area_order
 
 from .config import MAX_TAIL
+from .plan import DEFAULT_SLOTS
 
 _PER_TILE = ("pixel_values", "region_masks")
 
@@ -128,6 +129,7 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
                 ids, visual = self._regions(images, regions, list(inputs.prompt))
             else:
                 ids, visual = self._chat(images, list(inputs.prompt))
+        self._check_length(len(ids), regions)
         kwargs = MultiModalKwargsItems({})
         if visual:
             data = BatchFeature(visual)
@@ -139,6 +141,16 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
             mm_hashes=hashes,
             mm_placeholders={"image": self._placeholders(ids, visual)} if visual else {},
         )
+
+    def _check_length(self, length: int, regions: Any) -> None:
+        config = self.info.get_hf_config()
+        canvas = len(regions) * (DEFAULT_SLOTS + 2) if regions is not None else 1
+        most = getattr(config, "served_length", None)
+        if most is not None and length + canvas > most:
+            raise ValueError(
+                f"The prompt has {length} tokens and its canvas {canvas} rows or more; this server takes {most} "
+                "together (--max-model-len). Ask about fewer regions or pictures at a time."
+            )
 
     def _regions(self, images: list, regions: Any, prompt: list[int]) -> tuple[list[int], dict[str, torch.Tensor]]:
         processor, config = self.info.get_hf_processor(), self.info.get_hf_config()

@@ -117,7 +117,8 @@ class PdlmModelState(ModelState):
             ids = torch.tensor([prompt])
             codes = region_layout(ids, self.config.region_token_ids, self.config.caption_token_ids)[0]
         self.index[new_req_data.req_id] = req_index
-        self.running[req_index] = Running(plan, CanvasLayout(codes, plan.blocks, plan.rows, self.page))
+        layout = CanvasLayout(codes, plan.blocks, plan.rows, self.page).to(self.device)
+        self.running[req_index] = Running(plan, layout)
         self.sampler.begin(req_index, plan)
 
     def remove_request(self, req_id: str) -> None:
@@ -215,7 +216,7 @@ class PdlmModelState(ModelState):
             rows.sequence(kept, np.arange(prompt), prompt + len(here), table)
             self._copies(rows, layout, kept, prompt + len(here), table)
         private = self._slots(layout.canvas, table)
-        pages = table[layout.pages.to(self.device, non_blocking=True)]
+        pages = table[layout.pages]
         natural = self._slots(torch.from_numpy(place), table) if whole and plan.blocks > 1 else None
         for k in range(plan.blocks):
             block = slice(k * plan.rows, (k + 1) * plan.rows)

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
 from pictures import coco, data_url, pictures, texts
+from PIL import Image
 from server import serve
 
 from pdlm_hf import CHECKPOINT
@@ -109,6 +111,7 @@ def test_base_chat(server, captioner):
         assert json.loads(text)["choices"][0]["message"]["content"].strip() == expected
 
 
+@cache
 def refusals() -> list[tuple[str, dict | bytes, int, str]]:
     image, regions = pictures(2)[1]
     good = body(image, regions)
@@ -140,6 +143,8 @@ def refusals() -> list[tuple[str, dict | bytes, int, str]]:
         (chat, {"messages": [question], "max_tokens": 5000}, 400, "served canvas"),
         (chat, {"messages": [question], "max_tokens": 10, "block_length": 4}, 400, "multiple of `block_length`"),
         (chat, {"messages": [question], "mm_processor_kwargs": {"region": []}}, 400, ""),
+        (chat, {"messages": [{"role": "user", "content": "word " * 4000}]}, 400, "maximum context length"),
+        (region_route, good | {"image": data_url(Image.new("1", (14000, 14000)))}, 400, "cannot be read"),
         (
             chat,
             {"messages": [question, question], "mm_processor_kwargs": {"regions": [[0, 0, 4, 4]]}},
