@@ -121,7 +121,7 @@ class PdlmCollator:
         """Ids and labels of the caption blocks, in the order of the regions."""
         tokenizer = self.processor.tokenizer
         for k, caption in enumerate(captions):
-            self.processor._refuse_specials(caption, f"caption of region {k}")
+            self.processor.refuse_specials(caption, f"caption of region {k}")
         if num_slots is None:
             text = "\n".join(CAPTION.format(k) + caption for k, caption in enumerate(captions)) + END_OF_TURN
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
