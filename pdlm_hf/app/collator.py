@@ -91,7 +91,8 @@ class PdlmCollator:
         if isinstance(num_slots, tuple):
             low, high = num_slots
             num_slots = int(torch.randint(low, high + 1, (), generator=generator))
-        encoded = [self.encode_regions(row, num_slots) if "regions" in row else self.encode_chat(row) for row in rows]
+        encode = {True: self.encode_regions, False: self.encode_chat}
+        encoded = [encode["regions" in row](row, num_slots) for row in rows]
         batch = self.processor.pad(encoded, "right")
         return batch | self.noise(batch["labels"], generator)
 
@@ -144,8 +145,12 @@ class PdlmCollator:
             labels += [-100, *slots, *[-100] * len(close)]
         return ids, labels
 
-    def encode_chat(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One conversation, without noise; the assistant's turns and their end-of-turn are labelled."""
+    def encode_chat(self, row: dict[str, Any], num_slots: int | None = None) -> dict[str, Any]:
+        """One conversation, without noise; the assistant's turns and their end-of-turn are labelled.
+
+        With `num_slots` the prompt is that of inference, and the last answer is written into so many slots (or more,
+        if it needs them), padded with end-of-turn.
+        """
         processor = self.processor
         pictures = [to_rgb(image) for image in row.get("images", [])]
         visual, tiles = {}, []
@@ -154,6 +159,13 @@ class PdlmCollator:
                 pictures, max_tiles=1 if len(pictures) > 1 else None, return_tensors="pt"
             )
             tiles = [c * r + (c * r > 1) for c, r in visual["image_grids"].tolist()]
+        if num_slots is not None:
+            *conversation, last = row["messages"]
+            prompt = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            ids = processor._encode(prompt, tiles)
+            answer = processor.tokenizer(last["content"] + END_OF_TURN, add_special_tokens=False)["input_ids"]
+            answer += answer[-1:] * (num_slots - len(answer))
+            return {"input_ids": ids + answer, "labels": [-100] * len(ids) + answer, **visual}
         ids, labels, done, used = [], [], "", 0
         for turn, message in enumerate(row["messages"]):
             answering = message["role"] == "assistant"

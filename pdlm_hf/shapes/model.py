@@ -7,11 +7,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 from transformers import initialization as init
 
-from ..configuration_pdlm import PdlmConfig, special_token_ids
+from ..configuration_pdlm import PdlmBaseConfig, PdlmConfig, special_token_ids
 from ..generation_pdlm import PdlmGenerationConfig
 from ..image_processing_pdlm import PdlmImageProcessorPil
-from ..modeling_pdlm import PdlmForConditionalGeneration
+from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
 from ..processing_pdlm import DEFAULT_QUESTION, PdlmProcessor
+from .questions import ask, draw_scene
 from .world import MAX_REGIONS, TILE, describe, draw_picture
 
 PATCH = 8
@@ -34,16 +35,27 @@ SPECIAL_TOKENS = [
 ]
 
 
-def build_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
+def _captions() -> list[str]:
+    rng = np.random.default_rng(0)
+    figures = [figure for _ in range(600) for figure in draw_picture(rng).figures]
+    corpus = [describe(figure, rng) for figure in figures]
+    return corpus + [f"system\nYou are a helpful assistant. user\n{DEFAULT_QUESTION} assistant\n"] * 200
+
+
+def _questions() -> list[str]:
+    rng = np.random.default_rng(0)
+    asked = [ask(rng, draw_scene(rng)[1]) for _ in range(3000)]
+    return [f"user\n{question.text} assistant\n{question.answer}" for question in asked]
+
+
+def build_tokenizer(vocab_size: int = 512, corpus: list[str] | None = None) -> PreTrainedTokenizerFast:
     """Byte-level BPE that writes the words of the shapes world as single tokens, and any other text in bytes.
 
     Args:
         vocab_size (`int`): 256 bytes and at most this many tokens in all, special tokens not counted.
+        corpus (`list[str]`, *optional*): what it learns its words from; default: captions.
     """
-    rng = np.random.default_rng(0)
-    figures = [figure for _ in range(600) for figure in draw_picture(rng).figures]
-    corpus = [describe(figure, rng) for figure in figures]
-    corpus += [f"system\nYou are a helpful assistant. user\n{DEFAULT_QUESTION} assistant\n"] * 200
+    corpus = _captions() if corpus is None else corpus
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -73,6 +85,15 @@ def build_processor() -> PdlmProcessor:
     return PdlmProcessor(
         image_processor, build_tokenizer(), tokens_per_tile=(TILE // PATCH // 2) ** 2, tokens_per_region=ROI**2
     )
+
+
+def build_base_processor() -> PdlmProcessor:
+    """Processor of the tiny base checkpoint: the same tiles, no regions, the words of the questions."""
+    image_processor = PdlmImageProcessorPil(
+        size={"height": TILE, "width": TILE}, patch_size=PATCH, num_region_prompts=0
+    )
+    tokenizer = build_tokenizer(640, _questions())
+    return PdlmProcessor(image_processor, tokenizer, tokens_per_tile=(TILE // PATCH // 2) ** 2, tokens_per_region=0)
 
 
 def build_config(processor: PdlmProcessor, prefix_attention: str = "full", **overrides) -> PdlmConfig:
@@ -110,12 +131,32 @@ def build_config(processor: PdlmProcessor, prefix_attention: str = "full", **ove
 
 def build_model(processor: PdlmProcessor, prefix_attention: str = "full", **overrides) -> PdlmForConditionalGeneration:
     """The tiny model with random weights."""
-    model = PdlmForConditionalGeneration(build_config(processor, prefix_attention, **overrides))
+    model = _unit_scale(PdlmForConditionalGeneration(build_config(processor, prefix_attention, **overrides)))
+    init.normal_(model.model.region_embedding.weight, std=0.3)  # less than what a patch looks like
+    model.generation_config = PdlmGenerationConfig(max_new_tokens=32, max_denoising_steps=32)
+    return model
+
+
+def build_base_model(processor: PdlmProcessor, eyes: PdlmForConditionalGeneration) -> PdlmBaseForConditionalGeneration:
+    """The tiny base model with random weights behind the vision tower of a region checkpoint.
+
+    Args:
+        processor (`PdlmProcessor`): from [`build_base_processor`].
+        eyes (`PdlmForConditionalGeneration`): the 8B's two models also share what they see with.
+    """
+    regions = {"num_region_prompts": 0, "region_token_ids": [], "caption_token_ids": []}
+    config = build_config(processor, **regions).to_dict()
+    config.pop("model_type")
+    model = _unit_scale(PdlmBaseForConditionalGeneration(PdlmBaseConfig(**config)))
+    model.model.vision_tower.load_state_dict(eyes.model.vision_tower.state_dict())
+    model.generation_config = PdlmGenerationConfig(max_new_tokens=32)
+    return model
+
+
+def _unit_scale(model: PdlmForConditionalGeneration) -> PdlmForConditionalGeneration:
     # At this width the usual small embeddings (0.02 to 0.05) are a fraction of what the first layer adds to them: give
     # tokens and image features unit scale.
     for weight in (model.get_input_embeddings().weight, model.model.multi_modal_projector.linear_2.weight):
         init.normal_(weight, std=1.0 if weight.shape[0] == model.config.text_config.vocab_size else 0.06)
     init.normal_(model.model.multi_modal_projector.linear_1.weight, std=0.05)
-    init.normal_(model.model.region_embedding.weight, std=0.3)  # less than what a patch looks like
-    model.generation_config = PdlmGenerationConfig(max_new_tokens=32, max_denoising_steps=32)
     return model

@@ -182,13 +182,21 @@ def draw_picture(
         columns, rows = best_grid(width, height, TILE, 1, 6)
         scale = (width / columns + height / rows) / (2 * TILE)
         extra = int(rng.integers(0, 3)) if rng.random() < 0.3 else 0
-        picture = _paint(rng, width, height, scale, count + extra)
+        picture = paint(rng, width, height, scale, count + extra)
         if len(picture.masks) >= count:
             keep = sorted(rng.permutation(len(picture.masks))[:count].tolist())
             return Picture(picture.image, [picture.masks[k] for k in keep], [picture.figures[k] for k in keep])
 
 
-def _paint(rng: np.random.Generator, width: int, height: int, scale: float, count: int) -> Picture:
+def paint(rng: np.random.Generator, width: int, height: int, scale: float, count: int) -> Picture:
+    """At most `count` figures on a plain ground; fewer where there is no room.
+
+    Args:
+        rng (`np.random.Generator`): decides everything.
+        width, height (`int`): of the picture, in pixels.
+        scale (`float`): pixels per pixel of a tile.
+        count (`int`): figures to draw.
+    """
     grey = rng.integers(105, 175)
     background = tuple(int(x) for x in np.clip(grey + rng.integers(-14, 15, 3), 0, 255))
     image = Image.new("RGB", (width, height), background)

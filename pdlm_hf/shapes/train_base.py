@@ -1,0 +1,106 @@
+"""Train the tiny base checkpoint on questions about drawn pictures.
+
+    train="python -m pdlm_hf.shapes.train_base --threads 2"
+    $train --out runs/base_easy --easy --steps 3000
+    $train --out runs/base --init runs/base_easy --steps 6000
+
+Started again with the same `--out`, it goes on from the last saved step.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch.utils.data import Dataset
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..app.collator import PdlmCollator
+from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
+from ..processing_pdlm import PdlmProcessor
+from . import CHECKPOINT
+from .model import build_base_model, build_base_processor
+from .questions import ask, draw_scene
+from .train import TRAINING, Clock, InOrderTrainer, arguments, save
+
+SLOTS = (2, 32)  # answer lengths to train for
+
+
+class QuestionDataset(Dataset):
+    """Drawn pictures with a question, made on demand from (seed, index).
+
+    Args:
+        seed (`int`)
+        length (`int`): number of questions.
+        easy (`bool`): one or two figures on one tile.
+    """
+
+    def __init__(self, seed: int, length: int, easy: bool = False):
+        self.seed, self.length, self.easy = seed, length, easy
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= self.length:
+            raise IndexError(index)
+        rng = np.random.default_rng((TRAINING, self.seed, index))
+        image, figures = draw_scene(rng, self.easy)
+        question = ask(rng, figures)
+        content = [{"type": "image"}, {"type": "text", "text": question.text}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
+        return {"images": [image], "messages": messages, "seed": self.seed * 2**40 + index}
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write; training goes on where it stopped.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 6000,
+    batch_size: Annotated[int, typer.Option(help="Questions a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
+    eyes: Annotated[Path, typer.Option(help="Region checkpoint whose vision tower it gets.")] = CHECKPOINT,
+    easy: Annotated[bool, typer.Option("--easy", help="One or two figures on one tile.")] = False,
+    freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="Keep the vision tower.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Train, or go on training, and save."""
+    torch.set_num_threads(threads)
+    set_seed(seed)
+    if init is None:
+        processor = build_base_processor()
+        model = build_base_model(processor, PdlmForConditionalGeneration.from_pretrained(eyes))
+    else:
+        processor = PdlmProcessor.from_pretrained(init)
+        model = PdlmBaseForConditionalGeneration.from_pretrained(init)
+    model.model.vision_tower.requires_grad_(not freeze_vision)
+    trainer = InOrderTrainer(
+        model=model,
+        args=arguments(out, steps, batch_size, learning_rate, seed),
+        train_dataset=QuestionDataset(seed, steps * batch_size, easy),
+        data_collator=PdlmCollator(processor, num_slots=SLOTS, noise_floor=0.1),
+    )
+    trainer.add_callback(Clock())
+    last = get_last_checkpoint(out / "trainer") if (out / "trainer").is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    record = {
+        "command": f"python -m pdlm_hf.shapes.train_base --steps {steps} --batch-size {batch_size} --learning-rate "
+        f"{learning_rate} --seed {seed} --threads {threads}"
+        + (" --easy" if easy else "")
+        + (" --freeze-vision" if freeze_vision else "")
+        + (f" --init {init.name}" if init else ""),
+        "steps": steps,
+        "seed": seed,
+        "seconds": trainer.state.log_history[-1].get("elapsed"),
+        "final_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "initialised_from": json.loads((init / "training.json").read_text()) if init else None,
+    }
+    save(model, processor, out, record)
+
+
+if __name__ == "__main__":
+    typer.run(main)
