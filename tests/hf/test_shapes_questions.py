@@ -1,0 +1,114 @@
+"""Questions about drawn pictures: every answer is true of what is drawn."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pdlm_hf.app.collator import PdlmCollator
+from pdlm_hf.shapes.model import build_base_processor
+from pdlm_hf.shapes.questions import KINDS, LETTER_PROMPT, Question, ask, draw_scene, is_right
+from pdlm_hf.shapes.train_base import QuestionDataset
+from pdlm_hf.shapes.world import COLOURS, Figure
+
+FIGURES = [
+    Figure("small", "red", "plain", "star"),
+    Figure("large", "red", "dotted", "circle"),
+    Figure("large", "blue", "striped", "circle"),
+]
+
+
+def questions(kind: str, count: int = 300) -> list[Question]:
+    found = [ask(np.random.default_rng(seed), FIGURES, kind) for seed in range(count)]
+    assert {question.kind for question in found} == {kind}
+    return found
+
+
+def figures_named(text: str) -> list[Figure]:
+    return [f for f in FIGURES if f"{f.colour} figure" in text or f" {f.shape}" in text]
+
+
+def test_open_questions_name_one_figure():
+    for question in questions("open"):
+        (figure,) = figures_named(question.text)
+        assert figure.shape == "star" or figure.colour == "blue"  # red and circle are not unique
+        assert question.answer.rstrip(".").lower() in vars(figure).values()
+
+
+def test_the_letter_is_that_of_the_right_option():
+    for question in questions("choice"):
+        text, *lines, prompt = question.text.split("\n")
+        (figure,) = figures_named(text)
+        options = {line[0]: line[3:] for line in lines}
+        assert prompt == LETTER_PROMPT and list(options) == list("ABCD")[: len(options)]
+        right = [letter for letter, option in options.items() if option in vars(figure).values()]
+        assert question.answer in right and len(set(options.values())) == len(options)
+
+
+def test_yes_or_no():
+    there = {(f.colour, f.shape) for f in FIGURES}
+    for question in questions("yes_no"):
+        colour, shape = question.text.split("?")[0].split()[-2:]
+        assert colour in COLOURS and question.answer == ("Yes" if (colour, shape) in there else "No")
+    answers = Counter(question.answer for question in questions("yes_no"))
+    assert 0.3 < answers["No"] / 300 < 0.7
+
+
+def test_counts():
+    numbers = {"figures": 3, "circles": 2, "stars": 1, "red figures": 2, "blue figures": 1}
+    for question in questions("count"):
+        what = question.text.removeprefix("How many ").removesuffix(" are there?")
+        assert question.answer == str(numbers.get(what, 0))
+
+
+def test_reasoning_states_what_it_counts():
+    number = {"circle": 2, "star": 1}
+    for question in questions("reasoning"):
+        first, second, relation, verdict = question.answer.rstrip(".").split(". ")
+        (a, m), (b, n) = (part.split(": ") for part in (first, second))
+        assert (int(m), int(n)) == (number.get(a, 0), number.get(b, 0))
+        assert verdict == ("Yes" if int(m) > int(n) else "No")
+        expected = "more than" if m > n else "less than" if m < n else "as many as"
+        assert relation == f"{m} is {expected} {n}"
+
+
+@pytest.mark.parametrize("easy", [True, False])
+def test_scenes_hold_nothing_that_is_not_known(easy):
+    counts = Counter()
+    for seed in range(60):
+        image, figures = draw_scene(np.random.default_rng(seed), easy)
+        counts[len(figures)] += 1
+        assert max(image.size) < 64 * 1.5 * (1 if len(figures) < 3 else 2)
+    assert set(counts) == ({1, 2} if easy else {1, 2, 3, 4})
+
+
+@pytest.mark.parametrize(
+    "kind, answer, said, right",
+    [
+        ("choice", "B", "B", True),
+        ("choice", "B", " b.", True),
+        ("choice", "B", "B. red", False),
+        ("open", "Red.", "red", True),
+        ("open", "Red.", "", False),
+        ("reasoning", "star: 1. circle: 2. 1 is less than 2. No.", "star: 1. circle: 1. No.", True),
+        ("reasoning", "star: 1. circle: 2. 1 is less than 2. No.", "", False),
+    ],
+)
+def test_what_counts_as_right(kind, answer, said, right):
+    assert is_right(Question(kind, "", answer), said) is right
+
+
+def test_training_rows_are_the_prompt_of_inference_and_padded_slots():
+    processor = build_base_processor()
+    row = QuestionDataset(0, 4, easy=True)[1]
+    encoded = PdlmCollator(processor).encode_chat(row, num_slots=24)
+    prompt = processor(images=row["images"], text=row["messages"][0]["content"][1]["text"])["input_ids"][0].tolist()
+    end = processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    answer = processor.tokenizer(row["messages"][1]["content"], add_special_tokens=False)["input_ids"]
+    assert encoded["input_ids"] == prompt + answer + [end] * (24 - len(answer))
+    assert encoded["labels"] == [-100] * len(prompt) + encoded["input_ids"][len(prompt) :]
+
+
+def test_every_kind_is_asked():
+    asked = Counter(ask(np.random.default_rng(seed), FIGURES).kind for seed in range(400))
+    assert set(asked) == set(KINDS) and min(asked.values()) > 40
