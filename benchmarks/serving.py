@@ -27,7 +27,8 @@ from pictures import coco, data_url, texts
 from server import serve
 
 from pdlm_hf import CHECKPOINT, PdlmConfig, PdlmForConditionalGeneration, PdlmProcessor, RegionCaptioner
-from pdlm_hf.app.bench_model import FEW_STEPS, SHAPES
+from pdlm_hf.app.bench import FEW_STEPS
+from pdlm_hf.app.bench_model import SHAPES
 from pdlm_hf.shapes.world import draw_picture
 
 

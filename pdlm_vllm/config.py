@@ -92,3 +92,4 @@ class PdlmVerify(VerifyAndUpdateConfig):
         # on top of what is scheduled; memory is profiled for twice as many rows, and the model state stays below.
         rows = max(scheduler.max_num_batched_tokens, model.max_model_len)
         scheduler.max_num_scheduled_tokens, scheduler.max_num_batched_tokens = rows, 2 * rows
+        scheduler.max_num_encoder_input_tokens = scheduler.encoder_cache_size = rows

@@ -51,6 +51,15 @@ class _PdlmScheduling:
                 params.stop_token_ids = [*(params.stop_token_ids or []), self.pdlm_config.eot_token_id]
         super().add_request(request)
 
+    def _try_schedule_encoder_inputs(self, request, num_computed_tokens, num_new_tokens, *args, **kwargs):
+        """A prompt is computed in one piece: if its picture does not fit into this step, none of it is scheduled.
+
+        vLLM would go ahead with the text before the picture, also with chunked prefill switched off.
+        """
+        budget = args[0] if args else kwargs["encoder_compute_budget"]
+        found = super()._try_schedule_encoder_inputs(request, num_computed_tokens, num_new_tokens, *args, **kwargs)
+        return found if found[1] == num_new_tokens else ([], 0, budget, [], [])
+
     def update_from_output(self, scheduler_output, model_runner_output) -> dict[int, EngineCoreOutputs]:
         """As vLLM's, with the reports."""
         alive = dict(self.requests)

@@ -72,7 +72,8 @@ def serve(model: str | Path, log: Path, *options: str):
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", *options]
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
-    environment |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    environment |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO", "HF_HUB_OFFLINE": "1"}
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     server = Server(process, f"http://127.0.0.1:{port}", log)

@@ -176,6 +176,15 @@ def test_the_log_says_what_is_off(server):
     assert "Endpoint plugin overrides POST /v1/chat/completions" in log
 
 
+def test_a_crowd_of_large_pictures(server, captioner):
+    """More image tokens than fit into one step: a picture waits, it is not cut."""
+    pairs = [(image.resize((192, 128)), [[8 + k, 8, 60, 60]]) for k, (image, _) in enumerate(pictures(32, seed=3))]
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda pair: server.captions(body(*pair)), pairs))
+    expected = [texts(captions) for captions in captioner.caption_many(pairs)]
+    assert [[row["caption"] for row in answer["regions"]] for answer in answers] == expected
+
+
 def example(*arguments: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]

@@ -56,6 +56,12 @@ EXPECTED = {
     },
     "v1/core/sched/scheduler.py": {
         ("Scheduler", "add_request"): ["request"],
+        ("Scheduler", "_try_schedule_encoder_inputs"): [
+            "request",
+            "num_computed_tokens",
+            "num_new_tokens",
+            "encoder_compute_budget",
+        ],
         ("Scheduler", "update_from_output"): ["scheduler_output", "model_runner_output"],
     },
     "v1/core/kv_cache_manager.py": {("KVCacheManager", "estimate_cached_tokens"): ["request"]},

@@ -1,0 +1,85 @@
+"""Accuracy of a base checkpoint on held-out questions about drawn pictures.
+
+    python -m pdlm_hf.shapes.evaluate_base RUN --seed 7 --questions 500 --json
+
+Answers are asked for as the benchmarks do: letters and yes or no in 2 slots, numbers and words in 8, reasoning in 32.
+"""
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from ..modeling_pdlm import PdlmBaseForConditionalGeneration
+from ..processing_pdlm import PdlmProcessor
+from .questions import KINDS, ask, draw_scene, is_right
+from .train import HELD_OUT
+
+SLOTS = {"choice": 2, "yes_no": 2, "count": 4, "open": 8, "reasoning": 32}
+
+
+def evaluate(
+    model, processor, seed: int, count: int, batch_size: int = 16, easy: bool = False, **generation: Any
+) -> dict[str, Any]:
+    """Answer held-out questions and count.
+
+    Args:
+        model, processor: a base checkpoint.
+        seed, count (`int`): which questions, and how many of each kind.
+        batch_size (`int`): questions a forward.
+        easy (`bool`): one or two figures on one tile.
+        **generation: settings of `generate`; `max_new_tokens` is by kind.
+
+    Returns:
+        `dict` with right (share), by_kind (shares), num_forwards (mean of the batches) and seconds.
+    """
+    by_kind, forwards, start = {}, defaultdict(list), time.perf_counter()
+    for kind in KINDS:
+        right = 0
+        cases = []
+        for index in range(count):
+            rng = np.random.default_rng((HELD_OUT, seed, index))
+            image, figures = draw_scene(rng, easy)
+            cases.append((image, ask(rng, figures, kind)))
+        for first in range(0, count, batch_size):
+            chunk = cases[first : first + batch_size]
+            inputs = processor(images=[image for image, _ in chunk], text=[question.text for _, question in chunk])
+            output = model.generate(**inputs, max_new_tokens=SLOTS[kind], return_dict_in_generate=True, **generation)
+            forwards[kind].append(output.num_forwards)
+            answers = processor.post_process_answers(output.sequences)
+            right += sum(is_right(question, said) for (_, question), said in zip(chunk, answers, strict=True))
+        by_kind[kind] = round(right / count, 4)
+    return {
+        "right": round(sum(by_kind.values()) / len(by_kind), 4),
+        "by_kind": by_kind,
+        "num_forwards": {kind: round(float(np.mean(values)), 2) for kind, values in forwards.items()},
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    seed: Annotated[int, typer.Option(help="Which questions.")] = 11,
+    questions: Annotated[int, typer.Option(help="How many of each kind.", min=1)] = 200,
+    easy: Annotated[bool, typer.Option("--easy", help="One or two figures on one tile.")] = False,
+    block_length: Annotated[int | None, typer.Option(help="1 = autoregressive order.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Score a base checkpoint."""
+    torch.set_num_threads(threads)
+    network = PdlmBaseForConditionalGeneration.from_pretrained(model).eval()
+    with torch.inference_mode():
+        report = evaluate(
+            network, PdlmProcessor.from_pretrained(model), seed, questions, easy=easy, block_length=block_length
+        )
+    typer.echo(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
+
+
+if __name__ == "__main__":
+    typer.run(main)
