@@ -88,8 +88,10 @@ class PdlmVerify(VerifyAndUpdateConfig):
         # What users may ask for; the private areas come on top, in the engine's count of rows a request can have.
         config.served_length = model.max_model_len
         model.max_model_len += lookahead_tokens(vllm_config)
-        # A prompt is computed in one piece. Rows repeated for private areas and prompts that are computed again come
-        # on top of what is scheduled; memory is profiled for twice as many rows, and the model state stays below.
-        rows = max(scheduler.max_num_batched_tokens, model.max_model_len)
+        # Neither prompts nor canvases are cut: a step has room for all canvases and a prompt. Rows repeated for
+        # private areas and prompts that are computed again come on top of what is scheduled; memory is profiled for
+        # twice as many rows, and the model state stays below.
+        canvases = scheduler.max_num_seqs * vllm_config.diffusion_config.canvas_length
+        rows = max(scheduler.max_num_batched_tokens, canvases + model.max_model_len)
         scheduler.max_num_scheduled_tokens, scheduler.max_num_batched_tokens = rows, 2 * rows
         scheduler.max_num_encoder_input_tokens = scheduler.encoder_cache_size = rows

@@ -185,6 +185,16 @@ def test_a_crowd_of_large_pictures(server, captioner):
     assert [[row["caption"] for row in answer["regions"]] for answer in answers] == expected
 
 
+def test_a_crowd_of_large_canvases(server, captioner):
+    """All places taken by six regions of 64 slots each: no canvas is cut either."""
+    settings = {"max_new_tokens": 64, "max_denoising_steps": 4}
+    pairs = [(image, [[2 + k, 2 + r, 20, 20] for r in range(6)]) for k, (image, _) in enumerate(pictures(32, seed=4))]
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda pair: server.captions(body(*pair, **settings)), pairs))
+    expected = [texts(captions) for captions in captioner.caption_many(pairs, **settings)]
+    assert [[row["caption"] for row in answer["regions"]] for answer in answers] == expected
+
+
 def example(*arguments: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
