@@ -91,7 +91,7 @@ def main(
         captioner = RegionCaptioner.from_pretrained(folder, device="cpu")
         captioner.model.generation_config.acceptance_threshold = None
         expected = [texts(captions) for captions in captioner.caption_many(pairs[:4], **settings)]
-        with serve(folder, Path(temporary) / "server.log", "--generation-config", "vllm") as server:
+        with serve(folder, Path(temporary) / "server.log", "--generation-config", "vllm", cores="0") as server:
             found = [[r["caption"] for r in server.captions(body)["regions"]] for body in bodies[:4]]
             same = found == expected
             for _ in range(repeats):
@@ -132,7 +132,7 @@ def main(
     record = {
         "what": f"{images} pictures of 4 regions, 32 slots, {FEW_STEPS} steps, prompt kept; {repeats} runs in turn",
         "shape": shape,
-        "hardware": f"{platform.machine()} CPU; vLLM's worker and transformers on one thread each, in turn",
+        "hardware": f"{platform.machine()} CPU; vLLM's worker and transformers on one core each, in turn; vLLM's engine process on another",
         "torch": torch.__version__,
         "same_captions": same,
         "rows": table,

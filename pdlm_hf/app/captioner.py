@@ -16,11 +16,11 @@ from .images import load_image
 from .regions import parse_regions
 
 # Settings of `generate` behind each mode. "default" is the checkpoint's own: what the reference computes, or for
-# "isolated" checkpoints the same with a kept prompt, which is exact there. "fast" commits whatever is certain enough;
-# benchmarks/results/shapes_quality.json has what each threshold costs.
+# "isolated" checkpoints the same with a kept prompt, which is exact there. "fast" commits what tells little about the rest;
+# benchmarks/results/shapes_quality.json has what each rule and value costs.
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"acceptance_threshold": 0.8, "prefix_refresh_interval": 0},
+    "fast": {"entropy_bound": 0.1, "acceptance_threshold": None, "prefix_refresh_interval": 0},
 }
 
 
@@ -116,8 +116,13 @@ class RegionCaptioner:
         if not pairs:
             raise ValueError("No pictures given: pass at least one (image, regions) pair.")
         settings = {**MODES[self.mode], **generation}
-        if "entropy_bound" in generation:  # the other rule of adaptive decoding takes the mode's place
-            settings["acceptance_threshold"] = generation.get("acceptance_threshold")
+        # A rule of adaptive decoding takes the place of the mode's or the checkpoint's other one.
+        rules = {"entropy_bound": "acceptance_threshold", "acceptance_threshold": "entropy_bound"}
+        for rule, other in rules.items():
+            if generation.get(rule) is not None and other not in generation:
+                settings[other] = None
+        if generation.get("remasking") == "random" and "entropy_bound" not in generation:
+            settings["entropy_bound"] = None
         images = [load_image(image) for image, _ in pairs]
         regions = [parse_regions(found, *image.size) for image, (_, found) in zip(images, pairs, strict=True)]
         masks = [[region.mask for region in found] for found in regions]

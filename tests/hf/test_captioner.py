@@ -249,10 +249,12 @@ def test_fast_mode_uses_fewer_passes_and_calls_override_it(isolated_model, proce
         RegionCaptioner(isolated_model, processor, mode="quick")
 
 
-def test_entropy_bound_takes_the_place_of_the_fast_threshold(captioner):
+def test_a_rule_takes_the_place_of_the_fast_one(captioner):
     fast = RegionCaptioner(captioner.model, captioner.processor, mode="fast")
     (image, masks) = pair(1)
     assert len(fast.caption(image, masks, entropy_bound=1e6, max_new_tokens=4)) == 2
+    assert fast.generate([(image, masks)], acceptance_threshold=1e-9, max_new_tokens=4)[1].num_forwards == 1
+    assert len(fast.caption(image, masks, remasking="random", seed=1, max_new_tokens=4)) == 2
     with pytest.raises(ValueError, match="leave out `acceptance_threshold`"):
         fast.caption(image, masks, entropy_bound=0.1, acceptance_threshold=0.9)
 

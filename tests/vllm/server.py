@@ -64,8 +64,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(model: str | Path, log: Path, *options: str):
-    """Start `vllm serve MODEL` on a free port of 127.0.0.1 and end it afterwards."""
+def serve(model: str | Path, log: Path, *options: str, cores: str | None = None):
+    """Start `vllm serve MODEL` on a free port of 127.0.0.1 and end it afterwards.
+
+    Args:
+        model, log, options: what to serve, where its output goes, further flags.
+        cores (`str`, *optional*): cores for the worker's threads, "0" for one; vLLM takes all by itself.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,6 +79,8 @@ def serve(model: str | Path, log: Path, *options: str):
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
     environment |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO", "HF_HUB_OFFLINE": "1"}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    if cores is not None:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = cores
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     server = Server(process, f"http://127.0.0.1:{port}", log)
