@@ -132,7 +132,8 @@ def main(
     record = {
         "what": f"{images} pictures of 4 regions, 32 slots, {FEW_STEPS} steps, prompt kept; {repeats} runs in turn",
         "shape": shape,
-        "hardware": f"{platform.machine()} CPU; vLLM's worker and transformers on one core each, in turn; vLLM's engine process on another",
+        "hardware": f"{platform.machine()} CPU; vLLM's worker and transformers on one core each, in turn; vLLM's "
+        "engine process on another",
         "torch": torch.__version__,
         "same_captions": same,
         "rows": table,

@@ -16,8 +16,8 @@ from .images import load_image
 from .regions import parse_regions
 
 # Settings of `generate` behind each mode. "default" is the checkpoint's own: what the reference computes, or for
-# "isolated" checkpoints the same with a kept prompt, which is exact there. "fast" commits what tells little about the rest;
-# benchmarks/results/shapes_quality.json has what each rule and value costs.
+# "isolated" checkpoints the same with a kept prompt, which is exact there. "fast" commits what tells little about the
+# rest; benchmarks/results/shapes_quality.json has what each rule and value costs.
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {"entropy_bound": 0.1, "acceptance_threshold": None, "prefix_refresh_interval": 0},
