@@ -245,6 +245,8 @@ class PdlmEyes:
             config.vision_config, vision_feature_layer=config.vision_feature_layer
         )
         self.multi_modal_projector = PdlmProjector(config)
+
+    def _build_region_prompts(self, config: PdlmConfig) -> None:
         self.region_embedding = None
         if config.num_region_prompts:
             self.region_embedding = nn.Embedding(config.num_region_prompts, config.vision_config.hidden_size)
@@ -326,6 +328,7 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
         super().__init__(config)
         self._build_eyes(config)
         self.language_model = PdlmTextModel._from_config(config.text_config)
+        self._build_region_prompts(config)  # last: the order of modules is the order in which weights are drawn
         self.post_init()
 
     def get_input_embeddings(self):

@@ -64,6 +64,7 @@ class PdlmForVllm(nn.Module, PdlmEyes, SupportsMultiModal):
         self.config = vllm_config.model_config.hf_config
         with self._mark_tower_model(vllm_config, {"image"}):
             self._build_eyes(self.config)
+            self._build_region_prompts(self.config)
         text = deepcopy(self.config.text_config)
         # To vLLM a Llama without causality is an encoder that keeps no keys and values. Ours keeps them; that its
         # attention looks both ways is said with every call.

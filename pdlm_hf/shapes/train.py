@@ -130,6 +130,29 @@ def save(model: PdlmForConditionalGeneration, processor: PdlmProcessor, out: Pat
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
+def run(trainer: Trainer, model, processor, out: Path, init: Path | None, command: str, steps: int, seed: int) -> None:
+    """Train from the last saved step on, and save with a record of how it was made.
+
+    Args:
+        trainer (`Trainer`), model, processor: ready to go.
+        out, init (`Path`): folder to write, and the checkpoint it started from.
+        command, steps, seed: for the record.
+    """
+    trainer.add_callback(Clock())
+    last = get_last_checkpoint(out / "trainer") if (out / "trainer").is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    record = {
+        "command": command + (f" --init {init.name}" if init else ""),
+        "steps": steps,
+        "seed": seed,
+        "seconds": trainer.state.log_history[-1].get("elapsed"),
+        "final_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "initialised_from": json.loads((init / "training.json").read_text()) if init else None,
+    }
+    save(model, processor, out, record)
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write; training goes on where it stopped.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
@@ -174,24 +197,13 @@ def main(
         if seeing
         else PdlmCollator(processor, num_slots=slots, noise_floor=0.1, prompt_ids="ordered"),
     )
-    trainer.add_callback(Clock())
-    last = get_last_checkpoint(out / "trainer") if (out / "trainer").is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    record = {
-        "command": f"python -m pdlm_hf.shapes.train --steps {steps} --batch-size {batch_size} --learning-rate "
-        f"{learning_rate} --prefix-attention {prefix_attention} --seed {seed} --threads {threads}"
-        + f" --lesson {lesson}"
+    command = (
+        f"python -m pdlm_hf.shapes.train --steps {steps} --batch-size {batch_size} --learning-rate {learning_rate} "
+        f"--prefix-attention {prefix_attention} --seed {seed} --threads {threads} --lesson {lesson}"
         + (" --linear-head" if linear_head else "")
         + (" --freeze-vision" if freeze_vision else "")
-        + (f" --init {init.name}" if init else ""),
-        "steps": steps,
-        "seed": seed,
-        "seconds": trainer.state.log_history[-1].get("elapsed"),
-        "final_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "initialised_from": json.loads((init / "training.json").read_text()) if init else None,
-    }
-    save(model, processor, out, record)
+    )
+    run(trainer, model, processor, out, init, command, steps, seed)
 
 
 if __name__ == "__main__":

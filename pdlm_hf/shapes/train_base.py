@@ -7,7 +7,6 @@
 Started again with the same `--out`, it goes on from the last saved step.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,6 @@ import torch
 import typer
 from torch.utils.data import Dataset
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..app.collator import PdlmCollator
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
@@ -24,7 +22,7 @@ from ..processing_pdlm import PdlmProcessor
 from . import CHECKPOINT
 from .model import build_base_model, build_base_processor
 from .questions import ask, draw_scene
-from .train import TRAINING, Clock, InOrderTrainer, arguments, save
+from .train import TRAINING, InOrderTrainer, arguments, run
 
 SLOTS = (2, 32)  # answer lengths to train for
 
@@ -83,23 +81,13 @@ def main(
         train_dataset=QuestionDataset(seed, steps * batch_size, easy),
         data_collator=PdlmCollator(processor, num_slots=SLOTS, noise_floor=0.1),
     )
-    trainer.add_callback(Clock())
-    last = get_last_checkpoint(out / "trainer") if (out / "trainer").is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    record = {
-        "command": f"python -m pdlm_hf.shapes.train_base --steps {steps} --batch-size {batch_size} --learning-rate "
-        f"{learning_rate} --seed {seed} --threads {threads}"
+    command = (
+        f"python -m pdlm_hf.shapes.train_base --steps {steps} --batch-size {batch_size} --learning-rate {learning_rate} "
+        f"--seed {seed} --threads {threads}"
         + (" --easy" if easy else "")
         + (" --freeze-vision" if freeze_vision else "")
-        + (f" --init {init.name}" if init else ""),
-        "steps": steps,
-        "seed": seed,
-        "seconds": trainer.state.log_history[-1].get("elapsed"),
-        "final_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "initialised_from": json.loads((init / "training.json").read_text()) if init else None,
-    }
-    save(model, processor, out, record)
+    )
+    run(trainer, model, processor, out, init, command, steps, seed)
 
 
 if __name__ == "__main__":
