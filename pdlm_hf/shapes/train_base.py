@@ -82,8 +82,8 @@ def main(
         data_collator=PdlmCollator(processor, num_slots=SLOTS, noise_floor=0.1),
     )
     command = (
-        f"python -m pdlm_hf.shapes.train_base --steps {steps} --batch-size {batch_size} --learning-rate {learning_rate} "
-        f"--seed {seed} --threads {threads}"
+        f"python -m pdlm_hf.shapes.train_base --steps {steps} --batch-size {batch_size} --learning-rate "
+        f"{learning_rate} --seed {seed} --threads {threads}"
         + (" --easy" if easy else "")
         + (" --freeze-vision" if freeze_vision else "")
     )
