@@ -8,10 +8,10 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from .layout import private_pages
+from .plan import MAX_TAIL
 
 logger = init_logger("vllm.plugins.pdlm")  # below vLLM's own, so that it is shown
 
-MAX_TAIL = 192  # shared rows behind the RoI tokens: question and header, at most
 SEQUENCES = 32  # pictures in flight, at most; every one keeps its prompt's keys and values and the largest canvas
 SEQUENCES_JOINT = 8  # the same where every step computes the prompts again
 
@@ -26,6 +26,14 @@ def lookahead_tokens(vllm_config) -> int:
     # the longest block when all regions are taken; fewer regions with longer blocks take fewer areas
     block = ceil(canvas / regions)
     return canvas + page + regions * private_pages(page, config.num_roi_tokens, MAX_TAIL, block) * page
+
+
+def fit_length(vllm_config) -> int:
+    """Rows that prompt and canvas may have; less than asked for if vLLM had to fit the engine into its memory."""
+    config = vllm_config.model_config.hf_config
+    room = vllm_config.model_config.max_model_len - lookahead_tokens(vllm_config)
+    config.served_length = min(config.served_length, room)
+    return config.served_length
 
 
 class PdlmVerify(VerifyAndUpdateConfig):
@@ -64,6 +72,15 @@ class PdlmVerify(VerifyAndUpdateConfig):
         else:
             from vllm.config.compilation import CUDAGraphMode
 
+            attention = vllm_config.attention_config
+            if attention.backend is None:
+                attention.use_non_causal = True
+            elif attention.backend.name == "FLASHINFER":
+                raise ValueError(
+                    "FLASHINFER takes one sequence per request, PerceptionDLM needs one per region: leave the "
+                    "attention backend to vLLM, or choose FLASH_ATTN or TRITON_ATTN."
+                )
+
             logger.info(
                 "PerceptionDLM: CUDA graphs are off. A step feeds one sequence per region and, when it computes "
                 "prompts again, more rows than were scheduled; captured graphs assume neither."
@@ -88,10 +105,13 @@ class PdlmVerify(VerifyAndUpdateConfig):
         # What users may ask for; the private areas come on top, in the engine's count of rows a request can have.
         config.served_length = model.max_model_len
         model.max_model_len += lookahead_tokens(vllm_config)
-        # Neither prompts nor canvases are cut: a step has room for all canvases and a prompt. Rows repeated for
-        # private areas and prompts that are computed again come on top of what is scheduled; memory is profiled for
-        # twice as many rows, and the model state stays below.
+        # Neither prompts nor canvases are cut: a step has room for all canvases and a prompt. On top of what is
+        # scheduled come rows repeated for private areas and prompts that are computed again; memory is profiled with
+        # them, and the model state stays below.
         canvases = scheduler.max_num_seqs * vllm_config.diffusion_config.canvas_length
         rows = max(scheduler.max_num_batched_tokens, canvases + model.max_model_len)
-        scheduler.max_num_scheduled_tokens, scheduler.max_num_batched_tokens = rows, 2 * rows
+        area = vllm_config.cache_config.block_size + config.num_roi_tokens + MAX_TAIL
+        copies = scheduler.max_num_seqs * config.num_region_prompts * area
+        again = rows if joint else model.max_model_len
+        scheduler.max_num_scheduled_tokens, scheduler.max_num_batched_tokens = rows, rows + copies + again
         scheduler.max_num_encoder_input_tokens = scheduler.encoder_cache_size = rows

@@ -23,6 +23,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from pdlm_hf import PdlmConfig
 
+from .config import fit_length
 from .plan import DEFAULT_ANSWER, defaults_of
 from .processing import load_processor, refuse_paths
 from .requests import Pass, Reading, check_settings, read_report, region_requests, usage_of
@@ -67,7 +68,7 @@ class Service:
         self.ours = isinstance(self.config, PdlmConfig)
         if self.ours:
             # this process's copy: vLLM then refuses prompts by the length that is served, not by the engine's
-            self.model_config.max_model_len = self.config.served_length
+            self.model_config.max_model_len = fit_length(engine.vllm_config)
             self.room = engine.vllm_config.diffusion_config.canvas_length
             self.processor = load_processor(self.model_config.model, self.model_config.revision)
             self.defaults = defaults_of(self.model_config.model, self.model_config.revision)
@@ -101,6 +102,10 @@ class Service:
         """Engine requests of an HTTP request. Raises: ValueError, before the engine has heard of it."""
         check_settings(settings)
         refuse_paths(regions)
+        if len(regions) > MAX_REGIONS:
+            raise ValueError(
+                f"{len(regions)} regions, but this server takes at most {MAX_REGIONS} a request; send several."
+            )
         image = await self.fetch(url)
         return await asyncio.to_thread(
             region_requests,
@@ -112,7 +117,6 @@ class Service:
             question,
             self.room,
             stream,
-            MAX_REGIONS,
             **settings,
         )
 
@@ -124,6 +128,9 @@ class Service:
             try:
                 async for output in self.engine.generate(work.prompt, work.params, f"pdlm-{uuid.uuid4().hex}"):
                     report = (output.kv_transfer_params or {}).get("pdlm")
+                    if output.finished and report is None:
+                        reason = output.outputs[0].finish_reason if output.outputs else "no output"
+                        raise RuntimeError(f"The engine gave up on this request ({reason}); see the server's log.")
                     if report is not None:
                         reading = read_report(report, work, self.processor, self.config)
                         await queue.put((number, reading, len(output.prompt_token_ids), output.finished))
@@ -240,6 +247,9 @@ def check_chat(request: ChatCompletionRequest, room: int) -> None:
     for name, neutral in _NEUTRAL.items():
         if getattr(request, name, None) not in (None, neutral):
             raise ValueError(f"`{name}` has no meaning here: decoding is greedy. Leave it out.")
+    for name in ("logprobs", "prompt_logprobs", "echo", "stop_token_ids", "logit_bias"):
+        if getattr(request, name, None):
+            raise ValueError(f"`{name}` is not served: an answer is written as a whole. Leave it out.")
     extra = request.model_extra or {}
     settings = {name: extra[name] for name in CHAT_SETTINGS if extra.get(name) is not None}
     settings = check_settings({**settings, **(request.vllm_xargs or {})}, CHAT_SETTINGS)
@@ -312,6 +322,11 @@ async def region_chat(request: ChatCompletionRequest, raw_request: Request):
         raise ValueError(f"Unknown mm_processor_kwargs {sorted(options)}; PerceptionDLM takes `regions`.")
     settings = {**(request.model_extra or {}), **(request.vllm_xargs or {}), "temperature": request.temperature}
     settings["seed"] = request.seed
+    for name in ("max_tokens", "max_completion_tokens", "stop", "logprobs", "prompt_logprobs", "top_p", "tools"):
+        if getattr(request, name, None):
+            raise ValueError(f"`{name}` has no meaning with regions (slots per caption are `max_new_tokens`).")
+    if (request.n or 1) != 1:
+        raise ValueError("`n` must be 1: decoding is greedy, all answers would be the same.")
     url, question = region_message(request)
     passes = await service.passes(url, regions, question, False, settings)
     captions, usage = await service.captions(passes)

@@ -6,6 +6,7 @@ from typing import Any
 
 from pdlm_hf import RegionCaption
 
+from .config import fit_length
 from .plan import defaults_of
 from .processing import load_processor
 from .requests import read_captions, region_requests
@@ -29,6 +30,7 @@ def caption_many(
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
     config = llm.llm_engine.vllm_config
+    fit_length(config)
     model, room = config.model_config, config.diffusion_config.canvas_length
     processor, defaults = load_processor(model.model, model.revision), defaults_of(model.model, model.revision)
     pairs = iter(pairs)

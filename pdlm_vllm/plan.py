@@ -9,13 +9,7 @@ from pdlm_hf import PdlmGenerationConfig
 from pdlm_hf.diffusion_pdlm import masks_left, transfer_schedule
 from pdlm_hf.masking_pdlm import caption_canvas
 
-CANVAS_KEYS = (
-    "max_new_tokens",
-    "max_denoising_steps",
-    "acceptance_threshold",
-    "prefix_refresh_interval",
-    "block_length",
-)
+MAX_TAIL = 192  # shared rows behind the RoI tokens: question and header, at most
 REPORT, STREAM = "pdlm_report", "pdlm_stream"  # extra arguments: hand back scores at the end, drafts at every step
 DEFAULT_SLOTS = 32  # of a caption
 DEFAULT_ANSWER = 64  # tokens of a chat answer
@@ -129,27 +123,50 @@ def make_plan(config, defaults, prompt: list[int], extra: dict[str, Any] | None,
         max_tokens (`int`, *optional*): length of a chat answer.
         room (`int`): rows of the largest canvas that is served.
     """
-    extra = extra or {}
-    values = {key: extra[key] if extra.get(key) is not None else getattr(defaults, key) for key in CANVAS_KEYS}
-    present = set(prompt)
-    regions = sum(token in present for token in config.region_token_ids)
-    interval = values["prefix_refresh_interval"]
+    extra = extra if isinstance(extra, dict) else {}
+
+    def whole(name: str, least: int, default: int | None) -> int | None:
+        """A whole number, or the default where it is none: what comes by other doors must not stop the engine."""
+        value = extra.get(name)
+        right = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+        return int(value) if right and least <= value < 2**31 else default
+
+    regions = count_regions(config, prompt)
+    interval = whole("prefix_refresh_interval", 0, defaults.prefix_refresh_interval)
     if regions:
-        slots = max(1, min(int(values["max_new_tokens"] or DEFAULT_SLOTS), room // regions - 2))
+        slots = max(1, min(whole("max_new_tokens", 1, defaults.max_new_tokens or DEFAULT_SLOTS), room // regions - 2))
         joint = config.prefix_attention == "full"
-        threshold = values["acceptance_threshold"]
-        steps = values["max_denoising_steps"] or 32
+        threshold = extra.get("acceptance_threshold")
+        right = isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and 0 < threshold <= 1
+        threshold = float(threshold) if right else None if threshold == 0 else defaults.acceptance_threshold
+        steps = whole("max_denoising_steps", 1, defaults.max_denoising_steps or 32)
         length = slots
     else:
-        slots = max(1, min(int(extra.get("max_new_tokens") or max_tokens or DEFAULT_ANSWER), room))
+        slots = max(1, min(whole("max_new_tokens", 1, max_tokens or DEFAULT_ANSWER), room))
         joint, threshold = True, None
-        length = values["block_length"] or slots
+        length = whole("block_length", 1, defaults.block_length or slots)
         length = length if slots % length == 0 else slots
-        steps = extra.get("max_denoising_steps") or slots
+        steps = whole("max_denoising_steps", 1, slots)
         steps = max(1, steps // (slots // length)) * (slots // length)
     if interval is None:
         interval = 1 if joint else 0
-    return Plan(regions, slots, int(steps), threshold, int(interval), joint, int(length))
+    return Plan(regions, slots, steps, threshold, interval, joint, length)
+
+
+def count_regions(config, prompt: list[int]) -> int:
+    """Regions of a prompt as our processor writes it; 0 for anything else, also for a text with its tokens in it."""
+    number = {token: i for i, token in enumerate(config.region_token_ids)}
+    places = [(i, number[token]) for i, token in enumerate(prompt) if token in number]
+    if not places:
+        return 0
+    regions = places[-1][1] + 1
+    first, last = places[0][0], places[-1][0]
+    group = config.num_roi_tokens
+    expected = [k for k in range(regions) for _ in range(group)]
+    span = regions * group + regions - 1  # a newline between groups
+    if [k for _, k in places] != expected or last - first + 1 != span or len(prompt) - 1 - last > MAX_TAIL:
+        return 0
+    return regions
 
 
 def slot_rows(plan: Plan) -> torch.Tensor:

@@ -17,9 +17,9 @@ from pdlm_hf.app.regions import parse_regions
 from pdlm_hf.image_processing_pdlm import to_rgb
 from pdlm_hf.processing_pdlm import area_order
 
-from .config import MAX_TAIL
-from .plan import DEFAULT_SLOTS
+from .plan import DEFAULT_SLOTS, MAX_TAIL
 
+MAX_MASK_PIXELS = 2**29  # a byte each
 _PER_TILE = ("pixel_values", "region_masks")
 
 
@@ -43,6 +43,16 @@ def refuse_paths(regions: Any) -> None:
                 f"region {k}: expected a COCO region with `segmentation` (RLE or polygons) or `bbox`, got "
                 f"{type(region).__name__}."
             )
+
+
+def check_pixels(image: Any, regions: Any) -> None:
+    """Raises: ValueError if the masks would take more memory than a request should, before any is decoded."""
+    pixels = image.width * image.height * len(regions)
+    if pixels > MAX_MASK_PIXELS:
+        raise ValueError(
+            f"{len(regions)} regions of a picture of {image.width} x {image.height} pixels are too many pixels at "
+            "once; send fewer regions, or a smaller picture."
+        )
 
 
 def check_question(processor: PdlmProcessor, question: str | None) -> None:
@@ -135,6 +145,8 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
             data = BatchFeature(visual)
             kwargs = MultiModalKwargsItems.from_hf_inputs(data, self._get_mm_fields_config(data, {}))
         hashes = inputs.get_mm_hashes(self.info.model_id, self.info.ctx.get_mm_config().mm_hasher_algorithm)
+        if len(images) > 1:  # each is one tile then, and not what it is alone
+            hashes = {name: [f"{value}-1" for value in values] for name, values in hashes.items()}
         return mm_input(
             prompt_token_ids=ids,
             mm_kwargs=kwargs,
@@ -159,13 +171,13 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         if len(images) != 1:
             raise ValueError(f"A region request takes exactly one picture, got {len(images)}.")
         refuse_paths(regions)
-        found = parse_regions(regions, *images[0].size)
-        if len(found) > config.num_region_prompts:
+        if len(regions) > config.num_region_prompts:
             raise ValueError(
-                f"{len(found)} regions in one request, but the checkpoint has {config.num_region_prompts} region "
+                f"{len(regions)} regions in one request, but the checkpoint has {config.num_region_prompts} region "
                 "prompts. /v1/region_captions and pdlm_vllm.caption_many split them by themselves."
             )
-        masks = [region.mask for region in found]
+        check_pixels(images[0], regions)
+        masks = [region.mask for region in parse_regions(regions, *images[0].size)]
         question = processor.tokenizer.decode(prompt, skip_special_tokens=True).strip() or None
         check_question(processor, question)
         row = processor.region_row(images[0], [masks[k] for k in area_order(masks)], question)

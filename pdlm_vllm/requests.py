@@ -18,7 +18,7 @@ from pdlm_hf.app.regions import parse_regions
 from pdlm_hf.processing_pdlm import PdlmProcessor, area_order
 
 from .plan import DEFAULT_SLOTS, REPORT, STREAM
-from .processing import check_question
+from .processing import check_pixels, check_question
 
 REGION_SETTINGS = ("max_new_tokens", "max_denoising_steps", "acceptance_threshold", "prefix_refresh_interval")
 _REASONS = {
@@ -53,11 +53,12 @@ class Pass:
 
 
 def check_settings(settings: dict[str, Any], known: tuple[str, ...] = REGION_SETTINGS) -> dict[str, Any]:
-    """Settings of a region request, without what is greedy anyway.
+    """Settings of a request, without what is greedy anyway. `acceptance_threshold` None asks for the fixed schedule.
 
     Raises:
         ValueError: an unknown name, a value out of range, or a setting that means nothing here, by name.
     """
+    fixed = "acceptance_threshold" in settings and settings["acceptance_threshold"] is None
     settings = {name: value for name, value in settings.items() if value is not None}
     if settings.get("temperature", 0) == 0:
         settings.pop("temperature", None)
@@ -68,7 +69,7 @@ def check_settings(settings: dict[str, Any], known: tuple[str, ...] = REGION_SET
             reason = _REASONS.get(name, f"known settings are {', '.join(known)}")
             raise ValueError(f"`{name}` has no meaning here: {reason}. Leave it out.")
     PdlmGenerationConfig(**settings)
-    return settings
+    return settings | ({"acceptance_threshold": 0} if fixed else {})  # 0: not even the checkpoint's own
 
 
 def region_requests(
@@ -80,7 +81,6 @@ def region_requests(
     question: str | None = None,
     room: int | None = None,
     stream: bool = False,
-    max_regions: int | None = None,
     **settings: Any,
 ) -> list[Pass]:
     """The engine requests for one picture.
@@ -93,7 +93,6 @@ def region_requests(
         question (`str`, *optional*)
         room (`int`, *optional*): rows of the largest canvas served; default: the checkpoint's.
         stream (`bool`): report every denoising step.
-        max_regions (`int`, *optional*): refuse more.
         **settings: max_new_tokens, max_denoising_steps, acceptance_threshold, prefix_refresh_interval.
 
     Raises:
@@ -104,9 +103,8 @@ def region_requests(
         raise ValueError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
     check_question(processor, question)
     image = load_image(image)
+    check_pixels(image, regions)
     found = parse_regions(regions, *image.size)
-    if max_regions is not None and len(found) > max_regions:
-        raise ValueError(f"{len(found)} regions, but this server takes at most {max_regions} a request; send several.")
     limit = config.num_region_prompts
     room = room or config.canvas_length
     slots = settings.get("max_new_tokens") or defaults.max_new_tokens or DEFAULT_SLOTS

@@ -47,7 +47,8 @@ class DenoisingSampler:
         config = state.config
         banned = [config.mask_token_id, config.start_header_token_id, config.end_header_token_id, config.bos_token_id]
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        self.banned = [token for token in [*banned, *ends] if token is not None]
+        banned = [token for token in [*banned, *ends] if token is not None]
+        self.banned = torch.tensor(banned, device=self.device)
 
     def add_request(self, req_idx: int, sampling_params) -> None:
         """Called by the runner; [`begin`] has done it."""
@@ -87,6 +88,9 @@ class DenoisingSampler:
         scheduled = np.diff(input_batch.query_start_loc_np)[:count] * (np.diff(bounds) > 0)[:count]
         num_rejected = self._device(scheduled.astype(np.int32))
         report = None
+        if not self.state.running and len(logits):  # vLLM measures the memory: as much as is ever scored at a time
+            at_once = max(1, _MAX_LOGITS // self.config.text_config.vocab_size)
+            self._score(logits[:1].expand(at_once, -1))
         if active:
             index = self._device(places[active].astype(np.int64))
             draft, odds = self._drafts(logits, active, bounds, places)
@@ -127,19 +131,19 @@ class DenoisingSampler:
                 block, slot = np.indices(slots.shape)
                 where.append(((k * shape[1] + block) * shape[2] + slot).ravel())
             if rows:
-                found = self._score(hidden[self._device(np.concatenate(rows))], self.banned if chat else [])
+                found = self._score(hidden[self._device(np.concatenate(rows))], self.banned if chat else None)
                 target = self._device(np.concatenate(where))
                 drafts.view(-1)[target], odds.view(-1)[target] = found
         return drafts, odds
 
-    def _score(self, hidden: torch.Tensor, banned: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _score(self, hidden: torch.Tensor, banned: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Most probable token and its log odds, logits a bounded number of rows at a time."""
         at_once = max(1, _MAX_LOGITS // self.config.text_config.vocab_size)
         tokens, odds = [], []
         for part in hidden.split(at_once):
             logits = self.model.logits(part).float()
-            if banned:
-                logits[:, banned] = -torch.inf
+            if banned is not None:
+                logits.index_fill_(-1, banned, -torch.inf)
             tokens.append(logits.argmax(-1))
             odds.append(token_log_odds(logits, tokens[-1]))
         return torch.cat(tokens), torch.cat(odds)

@@ -29,14 +29,9 @@ class _PdlmScheduling:
         """Fit the engine's settings to the canvas, so that plain `SamplingParams` work as well."""
         params = request.sampling_params
         if request.request_id not in self.requests and params is not None:
-            plan = make_plan(
-                self.pdlm_config,
-                self.pdlm_defaults,
-                request.prompt_token_ids,
-                params.extra_args,
-                params.max_tokens,
-                self.pdlm_room,
-            )
+            prompt = request.prompt_token_ids or []
+            room = min(self.pdlm_room, self.max_model_len - len(prompt))
+            plan = make_plan(self.pdlm_config, self.pdlm_defaults, prompt, params.extra_args, params.max_tokens, room)
             self.pdlm_plans[request.request_id] = plan
             params.extra_args = {
                 **(params.extra_args or {}),
@@ -45,6 +40,10 @@ class _PdlmScheduling:
                 "diffusion_max_steps": plan.steps,
             }
             params.max_tokens = request.max_tokens = plan.width
+            # refused at our doors; other routes of vLLM would let them through to an engine that cannot serve them
+            params.logprobs = params.prompt_logprobs = None
+            if getattr(params, "prompt_logprob_token_ids", None):
+                params.prompt_logprob_token_ids = None
             if plan.num_regions:
                 params._eos_token_id, params.stop_token_ids = None, []  # the canvas is taken whole
             else:

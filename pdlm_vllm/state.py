@@ -108,10 +108,11 @@ class PdlmModelState(ModelState):
     def add_request(self, req_index: int, new_req_data) -> None:
         """A request enters, or comes back after preemption: it starts from an empty canvas."""
         params = new_req_data.sampling_params
-        if params is None:
-            return
+        if params is None or "diffusion_max_steps" not in (params.extra_args or {}):
+            return  # vLLM's warm-up, which has not been through our scheduler
         prompt = new_req_data.prompt_token_ids
-        plan = make_plan(self.config, self.defaults, prompt, params.extra_args, params.max_tokens, self.room)
+        room = min(self.room, self.max_model_len - len(prompt))
+        plan = make_plan(self.config, self.defaults, prompt, params.extra_args, params.max_tokens, room)
         codes = torch.full((len(prompt),), SHARED)
         if plan.num_regions:
             ids = torch.tensor([prompt])
@@ -147,6 +148,9 @@ class PdlmModelState(ModelState):
         starts = input_batch.query_start_loc_np
         logits = np.diff(input_batch.cu_num_logits_np)
         budget = self.max_num_tokens - int(starts[input_batch.num_reqs])
+        for index, count in zip(input_batch.idx_mapping_np.tolist(), logits.tolist(), strict=False):
+            if not count and index in self.running:
+                budget -= self.running[index].layout.copied.numel()
         for i in range(input_batch.num_reqs):
             first, last = int(starts[i]), int(starts[i + 1])
             request = self.running.get(int(input_batch.idx_mapping_np[i]))
@@ -154,7 +158,8 @@ class PdlmModelState(ModelState):
                 rows.scheduled.append(np.arange(rows.count, rows.count + last - first))
                 rows.slot_mapping.append(slot_mappings[0, first:last])
                 done = int(input_batch.num_computed_tokens_np[i])
-                rows.sequence(np.arange(first, last), np.arange(done, done + last - first), last - first, table[i])
+                keys = min(last - first, self.max_model_len)
+                rows.sequence(np.arange(first, last), np.arange(done, done + last - first), keys, table[i])
             elif not logits[i]:
                 self._prompt(rows, request, first, last, table[i])
             else:

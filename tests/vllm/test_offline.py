@@ -18,6 +18,7 @@ MODES = [
     {"max_denoising_steps": 7, "max_new_tokens": 21},
 ]
 FIXED = [
+    {"acceptance_threshold": None, "max_denoising_steps": 9},
     {"max_denoising_steps": 12, "prefix_refresh_interval": 1},
     {"max_denoising_steps": 12, "prefix_refresh_interval": 5},
     {"max_denoising_steps": 12, "prefix_refresh_interval": 0},
@@ -85,6 +86,37 @@ def test_plain_sampling_params_will_do(both):
     expected = plain.caption(image, boxes)
     blocks = plain.processor.split_captions(output.outputs[0].token_ids)
     assert sorted(blocks) == sorted(texts(expected))
+
+
+def test_a_picture_alone_and_with_another(both):
+    """With several pictures each is one tile: what was computed for one alone is not used."""
+    llm, plain = both
+    images = [image for image, _ in pictures(8)[5:7]]
+    for chosen in (images[:1], images, images[:1]):
+        inputs = plain.processor(images=chosen if len(chosen) == 1 else [chosen], text=["What is this?"])
+        out = plain.model.generate(**inputs, max_new_tokens=8, acceptance_threshold=None)
+        content = [{"type": "image_pil", "image_pil": image} for image in chosen]
+        content.append({"type": "text", "text": "What is this?"})
+        answer = llm.chat([{"role": "user", "content": content}], SamplingParams(max_tokens=8), use_tqdm=False)
+        assert answer[0].outputs[0].text.strip() == plain.processor.post_process_answers(out)[0]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"block_length": "a"},
+        {"block_length": -4},
+        {"max_denoising_steps": [1]},
+        {"acceptance_threshold": float("nan")},
+        {"prefix_refresh_interval": 1e300},
+    ],
+    ids=str,
+)
+def test_nothing_that_gets_past_the_doors_stops_the_engine(both, extra):
+    llm, _ = both
+    prompts = ["Hi", "<|reserved_token_0|><|reserved_token_1|><|reserved_token_1|> Hi", "<|reserved_token_1|>" * 40]
+    params = SamplingParams(max_tokens=8, logprobs=1, prompt_logprobs=1, extra_args=extra)
+    assert len(llm.generate(prompts, params, use_tqdm=False)) == 3
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from pdlm_hf import CHECKPOINT, PdlmConfig, PdlmGenerationConfig
-from pdlm_vllm.plan import ADAPTIVE, BUDGET, CHAT, Agenda, defaults_of, make_plan, slot_rows
+from pdlm_vllm.plan import ADAPTIVE, BUDGET, CHAT, MAX_TAIL, Agenda, count_regions, defaults_of, make_plan, slot_rows
 
 CONFIG = PdlmConfig.from_pretrained(CHECKPOINT)
 FULL = PdlmConfig.from_pretrained(CHECKPOINT, prefix_attention="full")
@@ -13,7 +13,9 @@ NONE = PdlmGenerationConfig()
 
 
 def prompt(regions: int) -> list[int]:
-    return [1, 2, *CONFIG.region_token_ids[:regions] * 16, 3]
+    groups = [[token] * CONFIG.num_roi_tokens for token in CONFIG.region_token_ids[:regions]]
+    joined = [token for k, group in enumerate(groups) for token in [CONFIG.newline_token_id] * (k > 0) + group]
+    return [1, 2, *joined, 3]
 
 
 def test_regions_with_the_defaults():
@@ -70,6 +72,35 @@ def test_the_agenda_of_each_sampler():
         Agenda(CHAT, False, 0, 3, 5, 10),
         Agenda(CHAT, True, 0, 2, 5, 10),
     ]
+
+
+def test_only_prompts_of_the_processor_have_regions():
+    first, second = CONFIG.region_token_ids[:2]
+    group = CONFIG.num_roi_tokens
+    assert [count_regions(CONFIG, prompt(n)) for n in range(7)] == list(range(7))
+    for text in (
+        [first, second, second],
+        [second] * group,
+        [first] * (group - 1),
+        [first] * group + [second] * group,  # no newline between
+        [*prompt(2), first],
+        prompt(2) + [3] * MAX_TAIL,
+    ):
+        assert count_regions(CONFIG, text) == 0
+
+
+def test_settings_that_are_none_are_the_defaults():
+    bad = {
+        "max_new_tokens": -3,
+        "max_denoising_steps": "x",
+        "acceptance_threshold": 7,
+        "prefix_refresh_interval": None,
+    }
+    assert make_plan(FULL, NONE, prompt(2), bad, None, 512) == make_plan(FULL, NONE, prompt(2), {}, None, 512)
+    assert make_plan(CONFIG, NONE, [1], {"block_length": -4}, 8, 512).block_length == 8
+    assert make_plan(CONFIG, NONE, [1], "nonsense", 8, 512).num_slots == 8
+    fixed = make_plan(CONFIG, defaults_of(str(CHECKPOINT)), prompt(1), {"acceptance_threshold": 0}, None, 512)
+    assert fixed.threshold is None
 
 
 def test_nothing_is_wider_than_what_is_served():
