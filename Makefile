@@ -70,8 +70,8 @@ test-vllm: .venv-vllm/ready
 test-full: lint test-wheel .venv-vllm/ready
 	@mkdir -p benchmarks/results
 	( $(BIN)/python -c "import platform, torch, transformers; print(platform.platform(), platform.python_version(), 'torch', torch.__version__, 'transformers', transformers.__version__)"; \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --durations=10; \
-	  OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q --durations=10 tests/vllm; \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --durations=10 --disable-warnings; \
+	  OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/vllm; \
 	  $(BIN)/python -m pdlm_hf.shapes.evaluate --seed 11 --images 1000 --json ) 2>&1 | tee benchmarks/results/test-full.log
 	@! grep -qE "[0-9]+ (failed|error)" benchmarks/results/test-full.log
 
