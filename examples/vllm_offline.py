@@ -12,7 +12,7 @@ from pdlm_vllm import caption_many
 
 def main() -> None:
     """Caption the example picture."""
-    llm = LLM(str(pdlm_hf.CHECKPOINT), dtype="float32", enforce_eager=True)
+    llm = LLM(str(pdlm_hf.CHECKPOINT), dtype="float32")
     masks = [f"examples/shapes_mask_{k}.png" for k in range(6)]
     pictures = [("examples/shapes.png", masks), ("examples/shapes.png", masks[:2])]
     for captions in caption_many(llm, pictures, acceptance_threshold=0.9):

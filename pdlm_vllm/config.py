@@ -67,6 +67,9 @@ class PdlmVerify(VerifyAndUpdateConfig):
         if scheduler.scheduler_cls is None:
             scheduler.scheduler_cls = "pdlm_vllm.scheduler.PdlmScheduler"
         if current_platform.is_cpu():
+            if not vllm_config.model_config.enforce_eager:
+                logger.info("PerceptionDLM: torch.compile is off on CPUs, where its warm-up takes many minutes.")
+                vllm_config.model_config.enforce_eager = True
             if parallel.worker_cls in ("auto", "vllm.v1.worker.cpu_worker.CPUWorker"):
                 parallel.worker_cls = "pdlm_vllm.cpu.PdlmCPUWorker"
         else:

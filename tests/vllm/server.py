@@ -75,7 +75,7 @@ def serve(model: str | Path, log: Path, *options: str, cores: str | None = None)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", *options]
+    command += ["--port", str(port), "--dtype", "float32", *options]
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
     environment |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO", "HF_HUB_OFFLINE": "1"}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB

@@ -181,6 +181,17 @@ def test_preemption_changes_nothing(captioner):
 
 
 @pytest.mark.slow
+def test_two_ranks_compute_what_one_does(captioner, monkeypatch):
+    """Tensor parallelism, over two processes of a core each."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    llm = engine(CHECKPOINT, tensor_parallel_size=2)
+    pairs = pictures(12)
+    found = [texts(captions) for captions in caption_many(llm, pairs)]
+    llm.llm_engine.engine_core.shutdown()
+    assert found == [texts(captions) for captions in captioner.caption_many(pairs)]
+
+
+@pytest.mark.slow
 def test_held_out_accuracy_is_that_of_transformers():
     """The accuracy on the card, measured through the engine."""
     llm = engine(CHECKPOINT)
