@@ -33,13 +33,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def check_version(version: str) -> None:
-    """Raises: RuntimeError for a vLLM this was not written for."""
-    if not version.startswith(tuple(f"{known}." for known in SUPPORTED)):
-        raise RuntimeError(
-            f"pdlm_vllm works with vLLM {' and '.join(SUPPORTED)}, but {version} is installed. Install vllm==0.32.*, "
-            "or leave this plugin out with VLLM_PLUGINS."
-        )
+def version_problem(version: str) -> str | None:
+    """What is wrong with this version of vLLM, None if nothing is."""
+    if version.startswith(tuple(f"{known}." for known in SUPPORTED)):
+        return None
+    return (
+        f"pdlm_vllm works with vLLM {' and '.join(SUPPORTED)}, but {version} is installed: PerceptionDLM is not "
+        "registered. Install vllm==0.32.* to serve it."
+    )
 
 
 def _allow_endpoint() -> None:
@@ -59,7 +60,11 @@ def register() -> None:
     """Entry point `vllm.general_plugins`. Harmless when repeated."""
     import vllm
 
-    check_version(vllm.__version__)
+    if problem := version_problem(vllm.__version__):
+        from vllm.logger import init_logger
+
+        init_logger("vllm.plugins.pdlm").error(problem)  # not an exception: this vLLM may serve other models
+        return
     _allow_endpoint()
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

@@ -49,7 +49,7 @@ def test_both_routes_give_the_captions_of_transformers(server, captioner, settin
     def one(pair) -> list[str]:
         return [row["caption"] for row in server.captions(body(*pair, **settings))["regions"]]
 
-    assert [one(pair) for pair in pairs[:8]] == expected[:8]
+    assert [one(pair) for pair in pairs] == expected
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(one, pairs)) == expected
     for k in (0, 7):

@@ -132,6 +132,23 @@ def test_the_installed_vllm_has_what_we_need():
     assert missing(Path(vllm.__file__).parent) == []
 
 
+def test_another_version_is_named_and_left_alone(monkeypatch):
+    import vllm
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    import pdlm_vllm
+
+    assert pdlm_vllm.version_problem("0.32.0") is None and pdlm_vllm.version_problem("0.33.1+cu130") is None
+    assert "0.40.1 is installed" in pdlm_vllm.version_problem("0.40.1")
+    monkeypatch.setattr(vllm, "__version__", "0.31.0")
+    monkeypatch.delitem(MODELS_CONFIG_MAP, "PDMLLM", raising=False)
+    pdlm_vllm.register()
+    assert "PDMLLM" not in MODELS_CONFIG_MAP
+    monkeypatch.undo()
+    pdlm_vllm.register()
+    assert "PDMLLM" in MODELS_CONFIG_MAP
+
+
 if __name__ == "__main__":
     problems = missing(Path(sys.argv[1]))
     sys.stdout.write("\n".join(problems or ["nothing is missing"]) + "\n")
