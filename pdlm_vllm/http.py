@@ -28,7 +28,7 @@ from .plan import DEFAULT_ANSWER, defaults_of
 from .processing import load_processor, refuse_paths
 from .requests import Pass, Reading, check_settings, read_report, region_requests, usage_of
 
-MAX_REGIONS = 64  # a request; more come in several
+MAX_REGIONS = 64  # a request, unless --additional-config says otherwise; more come in several
 CHAT_SETTINGS = ("block_length", "max_denoising_steps", "prefix_refresh_interval")
 _NEUTRAL = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 
@@ -70,6 +70,7 @@ class Service:
             # this process's copy: vLLM then refuses prompts by the length that is served, not by the engine's
             self.model_config.max_model_len = fit_length(engine.vllm_config)
             self.room = engine.vllm_config.diffusion_config.canvas_length
+            self.max_regions = int((engine.vllm_config.additional_config or {}).get("max_regions", MAX_REGIONS))
             self.processor = load_processor(self.model_config.model, self.model_config.revision)
             self.defaults = defaults_of(self.model_config.model, self.model_config.revision)
 
@@ -102,9 +103,9 @@ class Service:
         """Engine requests of an HTTP request. Raises: ValueError, before the engine has heard of it."""
         check_settings(settings)
         refuse_paths(regions)
-        if len(regions) > MAX_REGIONS:
+        if len(regions) > self.max_regions:
             raise ValueError(
-                f"{len(regions)} regions, but this server takes at most {MAX_REGIONS} a request; send several."
+                f"{len(regions)} regions, but this server takes at most {self.max_regions} a request; send several."
             )
         image = await self.fetch(url)
         return await asyncio.to_thread(

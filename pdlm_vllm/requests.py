@@ -7,6 +7,7 @@ the transformers processor does.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from vllm import SamplingParams
@@ -15,6 +16,7 @@ from vllm.sampling_params import RequestOutputKind
 from pdlm_hf import PdlmGenerationConfig, Region, RegionCaption
 from pdlm_hf.app.images import load_image
 from pdlm_hf.app.regions import parse_regions
+from pdlm_hf.denoising_pdlm import as_list
 from pdlm_hf.processing_pdlm import PdlmProcessor, area_order
 
 from .plan import DEFAULT_SLOTS, REPORT, STREAM
@@ -136,7 +138,7 @@ def region_requests(
 
 
 def _rle(region: Region) -> dict[str, Any]:
-    encoded = coco_mask.encode(torch.from_numpy(region.mask).T.contiguous().T.numpy().astype("uint8", order="F"))
+    encoded = coco_mask.encode(np.asfortranarray(region.mask, dtype=np.uint8))
     return {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
 
 
@@ -163,8 +165,7 @@ def read_report(report: dict[str, Any], work: Pass, processor: PdlmProcessor, co
     tokens = torch.tensor(report["tokens"]).view(blocks, -1)[:, 1:-1]
     probability = torch.tensor(report["logprobs"]).view(blocks, -1)[:, 1:-1].exp()
     still = torch.tensor(report["open"]).view(blocks, -1)[:, 1:-1].bool()
-    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = torch.tensor([token for token in [config.eot_token_id, *eos] if token is not None])
+    ends = torch.tensor([config.eot_token_id, *as_list(config.eos_token_id)])
     text = ~(torch.isin(tokens, ends).cumsum(-1) > 0)
     scored = text.clone()
     scored[:, 0] = True  # an empty caption is scored by its end token

@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from pdlm_hf.denoising_pdlm import as_list
 from pdlm_hf.diffusion_pdlm import accept_confident, lowest_mask, token_log_odds
 
 from .plan import ADAPTIVE, BUDGET, CHAT, Plan, slot_rows
@@ -46,8 +47,7 @@ class DenoisingSampler:
         self.plans: dict[int, Plan] = {}
         config = state.config
         banned = [config.mask_token_id, config.start_header_token_id, config.end_header_token_id, config.bos_token_id]
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        banned = [token for token in [*banned, *ends] if token is not None]
+        banned = [token for token in [*banned, *as_list(config.eos_token_id)] if token is not None]
         self.banned = torch.tensor(banned, device=self.device)
 
     def add_request(self, req_idx: int, sampling_params) -> None:

@@ -1,7 +1,5 @@
 """What an engine request is to do, from its prompt and settings."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from pdlm_hf import CHECKPOINT, PdlmConfig, PdlmGenerationConfig
@@ -120,4 +118,4 @@ def test_the_empty_canvas():
 
 def test_a_folder_without_generation_settings(tmp_path):
     assert defaults_of(str(tmp_path)).max_new_tokens is None
-    assert SimpleNamespace(**vars(defaults_of(str(CHECKPOINT)))).acceptance_threshold == 0.8
+    assert defaults_of(str(CHECKPOINT)).acceptance_threshold == 0.8

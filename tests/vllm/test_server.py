@@ -27,7 +27,8 @@ MODES = [{}, {"prefix_refresh_interval": 1}, {"acceptance_threshold": 0.6, "pref
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "server.log"
     # a cache so small that requests lose their places under load
-    with serve(CHECKPOINT, log, "--served-model-name", "shapes", "--num-gpu-blocks-override", "400") as running:
+    options = ["--num-gpu-blocks-override", "400", "--additional-config", '{"max_regions": 60}']
+    with serve(CHECKPOINT, log, "--served-model-name", "shapes", *options) as running:
         yield running
 
 
@@ -120,7 +121,7 @@ def refusals() -> list[tuple[str, dict | bytes, int, str]]:
     region_route, chat = "/v1/region_captions", "/v1/chat/completions"
     return [
         (region_route, good | {"regions": []}, 400, "No regions given"),
-        (region_route, good | {"regions": [[0, 0, 4, 4]] * 65}, 400, "at most 64"),
+        (region_route, good | {"regions": [[0, 0, 4, 4]] * 61}, 400, "at most 60"),
         (region_route, good | {"regions": ["/etc/hostname"]}, 400, "expected a COCO region"),
         (region_route, good | {"regions": [{"segmentation": rle | {"size": [3, 4]}}]}, 400, "the RLE is for size"),
         (region_route, good | {"regions": [{"segmentation": rle | {"counts": "00"}}]}, 400, "the RLE is damaged"),
@@ -137,7 +138,7 @@ def refusals() -> list[tuple[str, dict | bytes, int, str]]:
         (region_route, good | {"question": "why " * 300}, 400, "tokens, at most"),
         (
             region_route,
-            body(Image.new("L", (8000, 8000)), [[0, 0, 9, 9]]) | {"regions": [[0, 0, 9, 9]] * 64},
+            body(Image.new("L", (8000, 8000)), [[0, 0, 9, 9]]) | {"regions": [[0, 0, 9, 9]] * 60},
             400,
             "pixels",
         ),
