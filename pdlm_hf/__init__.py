@@ -13,13 +13,14 @@ from .modeling_pdlm import (
     PdlmPreTrainedModel,
 )
 from .processing_pdlm import PdlmProcessor, RegionCaption
-from .shapes import CHECKPOINT
+from .shapes import BASE_CHECKPOINT, CHECKPOINT
 
 __version__ = "0.1.0"
 
 register()
 
 __all__ = [
+    "BASE_CHECKPOINT",
     "CHECKPOINT",
     "PdlmBaseConfig",
     "PdlmBaseForConditionalGeneration",

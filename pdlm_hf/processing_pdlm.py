@@ -143,6 +143,7 @@ class PdlmProcessor(ProcessorMixin):
         padding: Any = True,
         padding_side: str = "left",
         add_special_tokens: bool = False,
+        max_tiles: int | None = None,
         videos: None = None,
         audio: None = None,
         **unknown: Any,
@@ -156,6 +157,8 @@ class PdlmProcessor(ProcessorMixin):
             segmentation_maps: for one picture a list of masks (or an array (N, H, W)), for a list of pictures a
                 list of those. A mask is (H, W): bool, 0/1, 0/255; PIL, array or tensor.
             return_tensors (`str`, *optional*): "pt" (default), "np" or None.
+            max_tiles (`int`, *optional*): chat: tiles a picture may take. Default: what the checkpoint was trained
+                with for one picture, 1 for several, as the reference's `chat` does.
             padding, padding_side, add_special_tokens: accepted for transformers' sake; rows are padded on the left.
             videos, audio: must be None.
 
@@ -186,7 +189,7 @@ class PdlmProcessor(ProcessorMixin):
                     "about the whole picture."
                 )
             raise ValueError("Pass a question as `text`, or a conversation to `apply_chat_template`.")
-        return self._chat(images, text, return_tensors)
+        return self._chat(images, text, max_tiles, return_tensors)
 
     def _regions(self, images, text, segmentation_maps, return_tensors) -> BatchFeature:
         if not self.tokens_per_region:
@@ -257,7 +260,7 @@ class PdlmProcessor(ProcessorMixin):
         input_ids = self._encode(prompt, [len(visual["pixel_values"])])
         return {"input_ids": input_ids + list(answer_ids or []), **visual}
 
-    def _chat(self, images, text, return_tensors) -> BatchFeature:
+    def _chat(self, images, text, max_tiles, return_tensors) -> BatchFeature:
         batched = isinstance(text, (list, tuple))
         texts = list(text) if batched else [text]
         images = _images_of_each(images, len(texts), batched)
@@ -276,9 +279,8 @@ class PdlmProcessor(ProcessorMixin):
             visual, tiles = {}, []
             if pictures:
                 # several pictures share the context: one tile each, as in the reference
-                visual = self.image_processor.preprocess(
-                    pictures, max_tiles=1 if len(pictures) > 1 else None, return_tensors="pt"
-                )
+                limit = max_tiles or (1 if len(pictures) > 1 else None)
+                visual = self.image_processor.preprocess(pictures, max_tiles=limit, return_tensors="pt")
                 tiles = [c * r + (c * r > 1) for c, r in visual["image_grids"].tolist()]
             rows.append({"input_ids": self._encode(prompt, tiles), **visual})
         return _as(self.pad(rows, "left"), return_tensors)

@@ -137,6 +137,51 @@ def _run(picture, found, model, question, watch, fast, max_new_tokens, steps):
 
 
 @app.command()
+def chat(
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Slots for the answer; default: the checkpoint's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; default: one per slot.")] = None,
+    block_length: Annotated[
+        int | None, typer.Option(help="Answer block by block; 1 = autoregressive order. Default: one block.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Ask about a whole picture."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..shapes import BASE_CHECKPOINT
+    from .images import load_image
+
+    disable_progress_bar()
+    settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps, "block_length": block_length}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    try:  # the picture first: the model takes longer
+        picture, path = load_image(image), str(model or BASE_CHECKPOINT)
+        processor = _load(AutoProcessor.from_pretrained, path)
+        network = _load(AutoModelForImageTextToText.from_pretrained, path, dtype="auto").eval()
+        inputs = processor(images=picture, text=question)
+        start = time.perf_counter()
+        adaptive = dict.fromkeys(("acceptance_threshold", "entropy_bound"))  # a region checkpoint's; chat has neither
+        output = network.generate(**inputs, **adaptive, **settings, return_dict_in_generate=True)
+    except (ValueError, OSError, ImportError) as error:
+        raise _fail(error) from None
+    answer = processor.post_process_answers(output.sequences)[0]
+    report = {"num_forwards": output.num_forwards, "seconds": round(time.perf_counter() - start, 3)}
+    if as_json:
+        name = model or "shapes base (embedded)"
+        typer.echo(json.dumps({"model": name, "image": str(image), "question": question, "answer": answer} | report))
+    else:
+        typer.echo(answer)
+        typer.echo(f"{report['num_forwards']} forward passes, {report['seconds']:.2f} s", err=True)
+    if not answer:
+        typer.echo("pdlm: no answer", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, ours or the reference's.")],
     out: Annotated[Path, typer.Argument(help="New folder to write.")],

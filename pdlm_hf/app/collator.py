@@ -92,7 +92,7 @@ class PdlmCollator:
             low, high = num_slots
             num_slots = int(torch.randint(low, high + 1, (), generator=generator))
         encode = {True: self.encode_regions, False: self.encode_chat}
-        encoded = [encode["regions" in row](row, num_slots) for row in rows]
+        encoded = [encode["regions" in row](row, row.get("num_slots", num_slots)) for row in rows]
         batch = self.processor.pad(encoded, "right")
         return batch | self.noise(batch["labels"], generator)
 

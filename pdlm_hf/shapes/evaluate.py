@@ -33,7 +33,12 @@ def held_out(seed: int, count: int, easy: bool = False) -> Iterator[Picture]:
         easy (`bool`): pictures of the first lesson: one tile, one or two figures.
     """
     for index in range(count):
-        yield draw_picture(np.random.default_rng((HELD_OUT, seed, index)), easy=easy)
+        yield held_out_picture(seed, index, easy)
+
+
+def held_out_picture(seed: int, index: int, easy: bool = False) -> Picture:
+    """One of [`held_out`]."""
+    return draw_picture(np.random.default_rng((HELD_OUT, seed, index)), easy=easy)
 
 
 class Tally:

@@ -2,7 +2,7 @@
 
     python -m pdlm_hf.shapes.evaluate_base RUN --seed 7 --questions 500 --json
 
-Answers are asked for as the benchmarks do: letters and yes or no in 2 slots, numbers and words in 8, reasoning in 32.
+Answers are asked for as the benchmarks do: letters and yes or no in 2 slots, longer answers in more (`SLOTS`).
 """
 
 import json
@@ -14,13 +14,20 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from PIL import Image
 
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
-from .questions import KINDS, ask, draw_scene, is_right
+from .questions import KINDS, SLOTS, Question, draw_scene, is_right
 from .train import HELD_OUT
 
-SLOTS = {"choice": 2, "yes_no": 2, "count": 4, "open": 8, "reasoning": 32}
+def held_out_question(seed: int, index: int, kind: str, easy: bool = False) -> tuple[Image.Image, Question]:
+    """A picture that training never draws, and a question of this kind about it."""
+    rng = np.random.default_rng((HELD_OUT, seed, index))
+    while True:
+        image, figures = draw_scene(rng, easy)
+        if question := KINDS[kind](rng, figures):
+            return image, question
 
 
 def evaluate(
@@ -41,11 +48,7 @@ def evaluate(
     by_kind, forwards, start = {}, defaultdict(list), time.perf_counter()
     for kind in KINDS:
         right = 0
-        cases = []
-        for index in range(count):
-            rng = np.random.default_rng((HELD_OUT, seed, index))
-            image, figures = draw_scene(rng, easy)
-            cases.append((image, ask(rng, figures, kind)))
+        cases = [held_out_question(seed, index, kind, easy) for index in range(count)]
         for first in range(0, count, batch_size):
             chunk = cases[first : first + batch_size]
             inputs = processor(images=[image for image, _ in chunk], text=[question.text for _, question in chunk])

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers import initialization as init
@@ -137,18 +138,38 @@ def build_model(processor: PdlmProcessor, prefix_attention: str = "full", **over
     return model
 
 
-def build_base_model(processor: PdlmProcessor, eyes: PdlmForConditionalGeneration) -> PdlmBaseForConditionalGeneration:
-    """The tiny base model with random weights behind the vision tower of a region checkpoint.
+def build_base_model(
+    processor: PdlmProcessor, start: PdlmForConditionalGeneration, vocabulary: dict[str, int]
+) -> PdlmBaseForConditionalGeneration:
+    """The tiny base model before training: what a region checkpoint sees and says, and two layers more to reason in.
+
+    From random weights it learns to write answers, not to look: the words come first, and the pictures never.
 
     Args:
         processor (`PdlmProcessor`): from [`build_base_processor`].
-        eyes (`PdlmForConditionalGeneration`): the 8B's two models also share what they see with.
+        start (`PdlmForConditionalGeneration`): region checkpoint; its vision tower, projector and layers are copied.
+        vocabulary (`dict[str, int]`): of its tokenizer; words that both know keep their embedding.
     """
     regions = {"num_region_prompts": 0, "region_token_ids": [], "caption_token_ids": []}
-    config = build_config(processor, **regions).to_dict()
-    config.pop("model_type")
-    model = _unit_scale(PdlmBaseForConditionalGeneration(PdlmBaseConfig(**config)))
-    model.model.vision_tower.load_state_dict(eyes.model.vision_tower.state_dict())
+    config = build_config(processor, **regions)
+    config.text_config.num_hidden_layers = start.config.text_config.num_hidden_layers + 2
+    settings = config.to_dict()
+    settings.pop("model_type")
+    model = _unit_scale(PdlmBaseForConditionalGeneration(PdlmBaseConfig(**settings)))
+    weights = model.state_dict()
+    for name, weight in start.state_dict().items():
+        if name in weights and weights[name].shape == weight.shape:
+            weights[name].copy_(weight)
+    known = [(new, vocabulary[token]) for token, new in processor.tokenizer.get_vocab().items() if token in vocabulary]
+    ours, theirs = (torch.tensor(ids) for ids in zip(*known, strict=True))
+    for mine, other in (
+        (model.get_input_embeddings(), start.get_input_embeddings()),
+        (model.get_output_embeddings(), start.get_output_embeddings()),
+    ):
+        mine.weight.data[ours] = other.weight.data[theirs]
+    for layer in model.model.language_model.layers[start.config.text_config.num_hidden_layers :]:
+        layer.self_attn.o_proj.weight.data.zero_()  # new layers begin by changing nothing
+        layer.mlp.down_proj.weight.data.zero_()
     model.generation_config = PdlmGenerationConfig(max_new_tokens=32)
     return model
 

@@ -1,4 +1,4 @@
-"""Questions about drawn pictures, with their answers: open, yes or no, counting, multiple choice, short reasoning.
+"""Questions about drawn pictures, with answers: open, yes or no, counting, multiple choice, reasoning, description.
 
 For the base model, which looks at whole pictures. Everything that is drawn is known, so that every answer is true.
 """
@@ -17,6 +17,7 @@ LETTERS = "ABCD"
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."  # as VLMEvalKit and lmms-eval ask
 YES_NO_PROMPT = "Please answer yes or no."
 REASONING_PROMPT = "Please reason step by step."
+DESCRIBE_PROMPT = "Describe the picture."
 SHAPES = tuple(WORDS["shape"])
 TEXTURES = tuple(WORDS["texture"])
 SIZES = tuple(WORDS["size"])
@@ -148,13 +149,28 @@ def _reason(rng: np.random.Generator, figures: list[Figure]) -> Question:
     return Question("reasoning", text, answer)
 
 
+def _describe(rng: np.random.Generator, figures: list[Figure]) -> Question:
+    order = [list(values) for values in (COLOURS, SHAPES, TEXTURES, SIZES)]
+
+    def place(figure: Figure) -> list[int]:
+        values = (figure.colour, figure.shape, figure.texture, figure.size)
+        return [known.index(value) for known, value in zip(order, values, strict=True)]
+
+    told = [f"a {f.size} {f.colour} {f.texture} {f.shape}" for f in sorted(figures, key=place)]
+    answer = ", ".join(told) + "."
+    return Question("describe", DESCRIBE_PROMPT, answer[0].upper() + answer[1:])
+
+
 KINDS: dict[str, Callable[[np.random.Generator, list[Figure]], Question | None]] = {
     "open": _open,
     "choice": _choice,
     "yes_no": _yes_no,
     "count": _count,
     "reasoning": _reason,
+    "describe": _describe,
 }
+# Length of the answer that is asked for, in tokens: letters and yes or no as in the paper's settings.
+SLOTS = {"choice": 2, "yes_no": 2, "count": 4, "open": 8, "reasoning": 32, "describe": 32}
 
 
 def ask(rng: np.random.Generator, figures: list[Figure], kind: str | None = None) -> Question:

@@ -21,10 +21,11 @@ from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditional
 from ..processing_pdlm import PdlmProcessor
 from . import CHECKPOINT
 from .model import build_base_model, build_base_processor
-from .questions import ask, draw_scene
+from .questions import SLOTS, ask, draw_scene
 from .train import TRAINING, InOrderTrainer, arguments, run
 
-SLOTS = (2, 32)  # answer lengths to train for
+LONGEST = 32  # slots
+OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
 
 
 class QuestionDataset(Dataset):
@@ -50,7 +51,10 @@ class QuestionDataset(Dataset):
         question = ask(rng, figures)
         content = [{"type": "image"}, {"type": "text", "text": question.text}]
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
-        return {"images": [image], "messages": messages, "seed": self.seed * 2**40 + index}
+        slots = SLOTS[question.kind]
+        if rng.random() < OTHER_LENGTHS:
+            slots = int(rng.integers(slots, LONGEST + 1))
+        return {"images": [image], "messages": messages, "num_slots": slots, "seed": self.seed * 2**40 + index}
 
 
 def main(
@@ -59,7 +63,7 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Questions a step.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
-    eyes: Annotated[Path, typer.Option(help="Region checkpoint whose vision tower it gets.")] = CHECKPOINT,
+    start: Annotated[Path, typer.Option(help="Region checkpoint it starts from.")] = CHECKPOINT,
     easy: Annotated[bool, typer.Option("--easy", help="One or two figures on one tile.")] = False,
     freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="Keep the vision tower.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
@@ -70,7 +74,8 @@ def main(
     set_seed(seed)
     if init is None:
         processor = build_base_processor()
-        model = build_base_model(processor, PdlmForConditionalGeneration.from_pretrained(eyes))
+        vocabulary = PdlmProcessor.from_pretrained(start).tokenizer.get_vocab()
+        model = build_base_model(processor, PdlmForConditionalGeneration.from_pretrained(start), vocabulary)
     else:
         processor = PdlmProcessor.from_pretrained(init)
         model = PdlmBaseForConditionalGeneration.from_pretrained(init)
@@ -79,7 +84,7 @@ def main(
         model=model,
         args=arguments(out, steps, batch_size, learning_rate, seed),
         train_dataset=QuestionDataset(seed, steps * batch_size, easy),
-        data_collator=PdlmCollator(processor, num_slots=SLOTS, noise_floor=0.1),
+        data_collator=PdlmCollator(processor, noise_floor=0.3),
     )
     command = (
         f"python -m pdlm_hf.shapes.train_base --steps {steps} --batch-size {batch_size} --learning-rate "

@@ -1,0 +1,263 @@
+"""One way to answer for both harnesses: prompts and settings of the paper, real batches, and what an answer cost."""
+
+import json
+import re
+import time
+import warnings
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import pdlm_hf
+from pdlm_hf.app.captioner import RegionCaptioner
+from pdlm_hf.app.images import load_image
+from pdlm_hf.configuration_pdlm import HUB_ARGUMENTS
+
+from .benchmarks import Benchmark, tiles_for
+
+# The reference's settings for a data set it has no special ones for.
+DEFAULT_GENERATION: dict[str, Any] = {"max_new_tokens": 64, "block_length": 64, "max_denoising_steps": 64}
+SETTINGS = (
+    "max_new_tokens",
+    "block_length",
+    "max_denoising_steps",
+    "temperature",
+    "remasking",
+    "guidance_scale",
+    "prefix_refresh_interval",
+    "acceptance_threshold",
+    "entropy_bound",
+    "generation_suffix",
+    "seed",
+)
+REFERENCE_NAMES = {"steps": "max_denoising_steps", "gen_length": "max_new_tokens"}
+_CHAT_ONLY = ("block_length", "generation_suffix", "guidance_scale")
+_ADAPTIVE = ("acceptance_threshold", "entropy_bound")  # of a region checkpoint; chat has neither
+
+
+@dataclass
+class Question:
+    """Something to answer.
+
+    Args:
+        images (`list`): pictures: PIL images or paths.
+        text (`str`): as the model is to read it.
+        benchmark (`Benchmark`, *optional*): whose settings hold.
+        settings (`dict`): of `generate`, before the benchmark's.
+        masks (`list`): regions of the first picture, see [`pdlm_hf.app.regions.parse_region`]; a region model then
+            describes them.
+    """
+
+    images: list[Any]
+    text: str
+    benchmark: Benchmark | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    masks: list[Any] | None = None
+
+
+@dataclass
+class Answer:
+    """An answer and what it cost.
+
+    Args:
+        text (`str`): post-processed; with regions a JSON list of captions.
+        input_tokens (`int`): of the prompt.
+        output_tokens (`int`): before the end of the answer.
+        slots (`int`): that were denoised, padding included.
+        num_forwards (`int`): passes of the language model it took part in.
+        seconds (`float`): its share of the time of its batch.
+    """
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+    slots: int
+    num_forwards: int
+    seconds: float
+
+
+class Answerer:
+    """Answers questions about pictures, in batches.
+
+    Args:
+        model, processor: a base checkpoint; a region checkpoint also answers, and describes regions.
+        batch_size (`int`): questions a forward.
+        presets (`str`): "paper", or "none" to leave all settings to the harness.
+        **settings: of `generate`; these go before everything else.
+
+    Raises:
+        ValueError: an unknown setting or preset.
+    """
+
+    def __init__(self, model, processor, batch_size: int = 1, presets: str = "paper", **settings: Any):
+        if presets not in ("paper", "none"):
+            raise ValueError(f'`presets` must be "paper" or "none", got {presets!r}.')
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
+        self.model, self.processor = model.eval(), processor
+        self.batch_size, self.presets = batch_size, presets
+        self.settings = our_settings(settings)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained: str | Path, device: str | None = None, dtype: Any = "auto", **kwargs: Any
+    ) -> "Answerer":
+        """Load a checkpoint.
+
+        Args:
+            pretrained (`str` or `Path`): folder, hub id, or "shapes" and "shapes_base", the embedded checkpoints.
+            device (`str`, *optional*): default: the GPU if there is one.
+            dtype: as in `AutoModel.from_pretrained`.
+            **kwargs: of this class, and `revision`, `trust_remote_code`, `attn_implementation` of `from_pretrained`.
+        """
+        path = {"shapes": pdlm_hf.CHECKPOINT, "shapes_base": pdlm_hf.BASE_CHECKPOINT}.get(str(pretrained), pretrained)
+        source = {name: kwargs.pop(name) for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
+        attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if k in kwargs}
+        model = AutoModelForImageTextToText.from_pretrained(str(path), dtype=dtype, **source, **attention)
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, AutoProcessor.from_pretrained(str(path), **source), **kwargs)
+
+    def settings_of(self, question: Question) -> dict[str, Any]:
+        """Settings of `generate` for a question: the caller's, then the question's, then the benchmark's."""
+        explicit = {**our_settings(question.settings), **self.settings}
+        if question.masks is not None:
+            return {k: v for k, v in explicit.items() if k not in _CHAT_ONLY}
+        preset = question.benchmark is not None and self.presets == "paper"
+        base = question.benchmark.generation() if preset else dict(DEFAULT_GENERATION)
+        slots = explicit.get("max_new_tokens") or base["max_new_tokens"]
+        if slots != base["max_new_tokens"]:  # another length: as many steps, and one block if it was one
+            one_block = base["block_length"] == base["max_new_tokens"]
+            base |= {"max_denoising_steps": slots, "block_length": slots if one_block else base["block_length"]}
+        settings = {**dict.fromkeys(_ADAPTIVE), **base, **explicit, "max_new_tokens": slots}
+        return settings | {"block_length": min(settings["block_length"], slots)}
+
+    @torch.inference_mode()
+    def answer(self, questions: list[Question]) -> list[Answer]:
+        """Answers in the order of the questions; alike ones share a forward."""
+        keys = [(q.masks is not None, repr(sorted(self.settings_of(q).items())), self._tiles(q)) for q in questions]
+        order = sorted(range(len(questions)), key=lambda i: (keys[i], len(questions[i].images), questions[i].text))
+        answers: dict[int, Answer] = {}
+        for _, group in groupby(order, key=lambda i: keys[i]):
+            alike = list(group)
+            for first in range(0, len(alike), self.batch_size):
+                batch = alike[first : first + self.batch_size]
+                answers.update(zip(batch, self._batch([questions[i] for i in batch]), strict=True))
+        return [answers[i] for i in range(len(questions))]
+
+    def _tiles(self, question: Question) -> int:
+        own = self.processor.image_processor.max_tiles
+        most = own if question.benchmark is None else min(own, question.benchmark.max_tiles)
+        return tiles_for(len(question.images), most)
+
+    def _batch(self, questions: list[Question]) -> list[Answer]:
+        settings, start = self.settings_of(questions[0]), time.perf_counter()
+        answers = (
+            self._captions(questions, settings) if questions[0].masks is not None else self._chat(questions, settings)
+        )
+        for answer in answers:
+            answer.seconds = round((time.perf_counter() - start) / len(answers), 4)
+        return answers
+
+    def _chat(self, questions: list[Question], settings: dict[str, Any]) -> list[Answer]:
+        pictures = [self._pictures(question) for question in questions]
+        prompts = [self._prompt(q.text, len(images)) for q, images in zip(questions, pictures, strict=True)]
+        inputs = self.processor(
+            images=pictures if any(pictures) else None, text=prompts, max_tiles=self._tiles(questions[0])
+        )
+        inputs = inputs.to(self.model.device)
+        output = self.model.generate(**inputs, **settings, return_dict_in_generate=True)
+        slots = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        answers = []
+        for question, tokens, mask in zip(questions, slots, inputs["attention_mask"], strict=True):
+            said = self.processor.read_caption(tokens)
+            answers.append(
+                Answer(
+                    shorten(said.text) if question.benchmark is not None or self.presets == "paper" else said.text,
+                    int(mask.sum()),
+                    len(said.token_ids),
+                    settings["max_new_tokens"],
+                    output.num_forwards,
+                    0.0,
+                )
+            )
+        return answers
+
+    def _captions(self, questions: list[Question], settings: dict[str, Any]) -> list[Answer]:
+        captioner = RegionCaptioner(self.model, self.processor)
+        answers = []
+        for text, group in groupby(questions, key=lambda q: q.text):  # a batch shares its question
+            rows = list(group)
+            captions, output = captioner.generate([(q.images[0], q.masks) for q in rows], text or None, **settings)
+            slots = output.region_tokens.shape[-1]
+            for found in captions:
+                spoken = json.dumps([caption.text for caption in found], ensure_ascii=False)
+                tokens = sum(len(caption.token_ids) for caption in found)
+                answers.append(Answer(spoken, 0, tokens, slots * len(found), output.num_forwards, 0.0))
+        return answers
+
+    def _pictures(self, question: Question) -> list[Image.Image]:
+        images = [load_image(image) for image in question.images]
+        if images and question.benchmark is not None and question.benchmark.upscale_first and self.presets == "paper":
+            images[0] = images[0].resize((images[0].width * 2, images[0].height * 2), Image.Resampling.BILINEAR)
+        return images
+
+    def _prompt(self, text: str, pictures: int) -> str:
+        """The conversation as the reference's harness writes it: pictures first, numbered if there are several."""
+        text = self._without_specials(text)
+        content: list[dict[str, str]] = []
+        for number in range(1, pictures + 1):
+            content += [{"type": "text", "text": f"Image-{number}: "}] * (pictures > 1) + [{"type": "image"}]
+        content.append({"type": "text", "text": text})
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+
+    def _without_specials(self, text: str) -> str:
+        """A question may hold what is a special token here; a run of hours must not end on it."""
+        for token in self.processor.tokenizer.added_tokens_encoder:
+            if token in text:
+                warnings.warn(f"A question holds the model's special token {token}; it is left out.", stacklevel=2)
+                text = text.replace(token, " ")
+        return text
+
+    def describe(self) -> dict[str, Any]:
+        """What decides about the answers, for result files."""
+        return {
+            "model": self.model.name_or_path,
+            "dtype": str(self.model.dtype),
+            "device": str(self.model.device),
+            "batch_size": self.batch_size,
+            "presets": self.presets,
+            "settings": self.settings,
+            "version": pdlm_hf.__version__,
+        }
+
+
+def our_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `generate` under our names; also takes the reference's names, cfg_scale included.
+
+    Raises:
+        ValueError: a setting that does not exist.
+    """
+    ours = {REFERENCE_NAMES.get(name, name): value for name, value in settings.items()}
+    if "cfg_scale" in ours:
+        ours["guidance_scale"] = ours.pop("cfg_scale") + 1
+    unknown = sorted(set(ours) - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"Unknown settings {unknown}. Known: {', '.join(SETTINGS)}.")
+    return ours
+
+
+def shorten(answer: str) -> str:
+    """Post-processing of the reference's harness: a bare Yes or No, or the letter of "B. text"."""
+    answer = answer.replace("<|im_end|>", "").strip()
+    if len(answer) <= 4 and ("Yes" in answer or "No" in answer):
+        return "Yes" if "Yes" in answer else "No"
+    if len(answer) > 2 and re.match(r"[A-F]\.", answer):
+        return answer[0]
+    return answer

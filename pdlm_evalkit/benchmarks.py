@@ -1,0 +1,242 @@
+"""The paper's 16 benchmarks: one table with everything a run needs, and the paper's score beside it.
+
+Settings are those of the reference's harness copy (reference-spec and eval notes: generation by benchmark, prompts by
+kind of question, images by benchmark); scores are Table 1 of the paper.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+Kind = Literal["letter", "yes_no", "document", "math", "free"]
+
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+DIRECT = "\nAnswer the question directly."
+SUFFIX: dict[str, str] = {
+    "letter": LETTER,
+    "yes_no": " Please answer yes or no. Answer the question using a single word or phrase.",
+    "document": "\n\nPlease reason step by step, and answer the question using a single word or phrase.",
+    "math": "\n\n\nPlease reason step by step.",
+    "free": "\nAnswer the question using a single word or phrase.",
+}
+# What the harnesses' own tasks ask for at the end of a question, without the last full stop.
+HARNESS_SUFFIXES = (
+    "Answer with the option's letter from the given choices directly",
+    "Answer the question with a single word",
+    "Answer the question using a single word or phrase",
+    "Please answer directly with only the letter of the correct option and nothing else",
+    "Please answer directly with a single word or number",
+)
+TOTAL_TILES = 64  # all pictures of a question share them
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark with the paper's settings.
+
+    Args:
+        name (`str`): as in Table 1.
+        group (`str`): as in Table 1.
+        kind (`str`): of question, which decides prompt suffix and post-processing.
+        vlmeval (`str`): name in VLMEvalKit.
+        lmms (`str`): task of lmms-eval.
+        split (`str`): that the score is of.
+        stock_judge (`str`): what the harness itself scores with: "rules", "rules, then LLM" or "LLM".
+        paper_judge (`str`): what the paper scored with where that is another.
+        max_new_tokens, block_length, max_denoising_steps (`int`): block_length 1 is autoregressive order.
+        upscale_first (`bool`): the first picture is doubled in size.
+        max_tiles (`int`): for one picture, thumbnail not counted.
+        aliases (`tuple[str]`): further names it has in the harnesses.
+        lmms_metric, vlmeval_metric (`str`): where the harness puts its main score.
+        paper (`float`): score of PerceptionDLM-Base, Table 1, in percent.
+    """
+
+    name: str
+    group: str
+    kind: Kind
+    vlmeval: str
+    lmms: str
+    split: str
+    stock_judge: str
+    lmms_metric: str
+    paper: float
+    paper_judge: str | None = None
+    vlmeval_metric: str = "Overall"
+    max_new_tokens: int = 2
+    block_length: int = 2
+    max_denoising_steps: int = 2
+    upscale_first: bool = False
+    max_tiles: int = 6
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def suffix(self) -> str:
+        """What is put behind a question."""
+        return SUFFIX[self.kind]
+
+    def generation(self) -> dict[str, Any]:
+        """Settings of `generate`."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "block_length": self.block_length,
+            "max_denoising_steps": self.max_denoising_steps,
+        }
+
+    def tiles_for(self, pictures: int) -> int:
+        """Tiles a picture may take where a question has this many."""
+        return tiles_for(pictures, self.max_tiles)
+
+    def needs_judge(self) -> bool:
+        """Whether the harness cannot score it without a language model."""
+        return self.stock_judge == "LLM"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For result files."""
+        return asdict(self)
+
+
+_RULES, _RULES_LLM, _LLM = "rules", "rules, then LLM", "LLM"
+_REASON = {"max_new_tokens": 256, "block_length": 1, "max_denoising_steps": 256}
+_READ = {
+    "max_new_tokens": 128,
+    "block_length": 128,
+    "max_denoising_steps": 128,
+    "paper_judge": "Qwen3-8B, strict",
+}
+
+BENCHMARKS: tuple[Benchmark, ...] = (
+    Benchmark("MMStar", "General VQA", "letter", "MMStar", "mmstar", "val", _RULES_LLM, "average", 63.7),
+    Benchmark(
+        "SeedBench", "General VQA", "letter", "SEEDBench_IMG", "seedbench", "image", _RULES_LLM, "seed_image", 78.9
+    ),
+    Benchmark(
+        "MMBench",
+        "General VQA",
+        "letter",
+        "MMBench_DEV_EN",
+        "mmbench_en_dev",
+        "dev",
+        _RULES_LLM,
+        "gpt_eval_score",
+        85.0,
+    ),
+    Benchmark(
+        "MMMU",
+        "Reasoning",
+        "letter",
+        "MMMU_DEV_VAL",
+        "mmmu_val",
+        "validation",
+        _RULES_LLM,
+        "mmmu_acc",
+        47.2,
+        upscale_first=True,
+    ),
+    Benchmark(
+        "MathVista",
+        "Reasoning",
+        "math",
+        "MathVista_MINI",
+        "mathvista_testmini_format",
+        "testmini",
+        _LLM,
+        "llm_as_judge_eval",
+        65.5,
+        aliases=("mathvista_testmini",),
+        **_REASON,
+    ),
+    Benchmark(
+        "MathVerse Vision-Only",
+        "Reasoning",
+        "math",
+        "MathVerse_MINI_Vision_Only",
+        "mathverse_testmini_vision_only",
+        "testmini",
+        _LLM,
+        "gpt_eval_score",
+        25.3,
+        **_REASON,
+    ),
+    Benchmark("AI2D", "OCR & Doc & Chart", "letter", "AI2D_TEST", "ai2d", "test", _RULES_LLM, "exact_match", 85.0),
+    Benchmark(
+        "ChartQA",
+        "OCR & Doc & Chart",
+        "document",
+        "ChartQA_TEST",
+        "chartqa",
+        "test",
+        _RULES,
+        "relaxed_overall",
+        91.6,
+        **_READ,
+    ),
+    Benchmark(
+        "DocVQA", "OCR & Doc & Chart", "document", "DocVQA_VAL", "docvqa_val", "val", _RULES, "anls", 89.9, **_READ
+    ),
+    Benchmark(
+        "InfoVQA", "OCR & Doc & Chart", "document", "InfoVQA_VAL", "infovqa_val", "val", _RULES, "anls", 74.6, **_READ
+    ),
+    Benchmark("MMVP", "Perception", "letter", "MMVP", "mmvp", "test", _RULES_LLM, "mmvp_accuracy", 82.0),
+    Benchmark("BLINK", "Perception", "letter", "BLINK", "blink", "val", _RULES_LLM, "blink_acc", 60.3),
+    Benchmark(
+        "RealWorldQA", "Perception", "letter", "RealWorldQA", "realworldqa", "test", _RULES_LLM, "exact_match", 73.7
+    ),
+    Benchmark(
+        "CV-Bench-2D", "Perception", "letter", "CV-Bench-2D", "cv_bench_2d", "2D", _RULES_LLM, "cv_bench_acc", 79.8
+    ),
+    Benchmark(
+        "HallusionBench",
+        "Others",
+        "yes_no",
+        "HallusionBench",
+        "hallusion_bench_image",
+        "image",
+        _RULES_LLM,
+        "aAcc",
+        58.4,
+    ),
+    Benchmark("V*", "Others", "letter", "VStarBench", "vstar_bench", "test", _RULES_LLM, "vstar_overall_acc", 73.3),
+)
+
+
+def tiles_for(pictures: int, max_tiles: int = 6) -> int:
+    """Tiles a picture may take where a question has this many: all share [`TOTAL_TILES`]."""
+    return max(1, min(max_tiles, TOTAL_TILES // max(1, pictures)))
+
+
+def find(name: str) -> Benchmark | None:
+    """The benchmark of this name, in the paper's, VLMEvalKit's or lmms-eval's spelling; None if it is another.
+
+    Relatives of a harness's data set have its settings, as in the reference: `MMBench_DEV_EN_V11`, `blink_counting`.
+    """
+    wanted = _plain(name)
+    for benchmark in BENCHMARKS:
+        names = [_plain(key) for key in (benchmark.vlmeval, benchmark.lmms, *benchmark.aliases)]
+        if wanted in (_plain(benchmark.name), *names) or any(wanted.startswith(key + "_") for key in names):
+            return benchmark
+    return None
+
+
+def choose(names: list[str] | None) -> list[Benchmark]:
+    """Benchmarks of these names; all without any. Raises: ValueError naming those that are none."""
+    if not names:
+        return list(BENCHMARKS)
+    unknown = [name for name in names if find(name) is None]
+    if unknown:
+        raise ValueError(
+            f"No benchmark of the paper: {', '.join(unknown)}. Known: {', '.join(b.name for b in BENCHMARKS)}."
+        )
+    return list(dict.fromkeys(find(name) for name in names))
+
+
+def with_settings(benchmark: Benchmark, **changes: Any) -> Benchmark:
+    """The benchmark with some settings changed. Raises: ValueError for a setting there is not."""
+    unknown = sorted(set(changes) - set(Benchmark.__dataclass_fields__))
+    if unknown:
+        raise ValueError(
+            f"{benchmark.name} has no settings {unknown}. Known: {sorted(Benchmark.__dataclass_fields__)}."
+        )
+    return replace(benchmark, **changes)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_").replace(" ", "_")

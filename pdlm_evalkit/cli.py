@@ -1,0 +1,198 @@
+"""The command `pdlm-eval`."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from . import LMMS_TASKS
+from .benchmarks import BENCHMARKS, SUFFIX, choose
+from .judge import Judge, JudgeError, public_url
+from .paradlc.cli import app as paradlc
+
+app = typer.Typer(help="Evaluation of PerceptionDLM.", no_args_is_help=True)
+app.add_typer(paradlc, name="paradlc")
+
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def _fail(message: Any, code: int = 2) -> typer.Exit:
+    """One line on stderr; exit code 2: the call was wrong, 1: it could not be finished."""
+    typer.echo(f"pdlm-eval: {' '.join(str(message).split())}", err=True)
+    return typer.Exit(code)
+
+
+@app.command("list")
+def list_benchmarks(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list, prompt suffixes included.")] = False,
+) -> None:
+    """Show the paper's benchmarks with both harness names, settings, judge and score."""
+    from .report import list_table
+
+    try:
+        chosen = choose(names)
+    except ValueError as error:
+        raise _fail(error) from None
+    if as_json:
+        typer.echo(json.dumps([b.as_dict() | {"suffix": SUFFIX[b.kind]} for b in chosen], indent=1))
+    else:
+        Console(width=None if Console().is_terminal else 160).print(list_table(chosen))
+
+
+@app.command()
+def tasks() -> None:
+    """Print the folder of our lmms-eval tasks, for `lmms-eval --include_path $(pdlm-eval tasks)`."""
+    typer.echo(str(LMMS_TASKS))
+
+
+@app.command(context_settings=_PASSED_ON)
+def lmms(context: typer.Context) -> None:
+    """Run lmms-eval with PerceptionDLM and our tasks; options are lmms-eval's. Exit code 1: a result is missing."""
+    from .lmms_run import run
+
+    _run_harness(run, context.args)
+
+
+@app.command(context_settings=_PASSED_ON)
+def vlmeval(context: typer.Context) -> None:
+    """Run VLMEvalKit. Ours: --pretrained, --device, --dtype, --presets, --settings, --no-check; the rest: run.py's."""
+    from .vlmeval_run import run
+
+    _run_harness(run, context.args)
+
+
+def _run_harness(run, arguments: list[str]) -> None:
+    try:
+        code = run(arguments)
+    except (ValueError, ImportError) as error:
+        raise _fail(error) from None
+    raise typer.Exit(code)
+
+
+@app.command()
+def check(
+    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks; default: all 16.")] = None,
+    harness: Annotated[str, typer.Option(help="vlmeval or lmms.")] = "vlmeval",
+    pretrained: Annotated[str | None, typer.Option(help="Also load this checkpoint.")] = None,
+    judge: Annotated[str | None, typer.Option(help="As for run.py; exact_matching for rules only.")] = None,
+    judge_base_url: Annotated[str | None, typer.Option(help="Default: OPENAI_API_BASE.")] = None,
+    judge_key_env: Annotated[str, typer.Option(help="Variable with the judge's key.")] = "OPENAI_API_KEY",
+    data: Annotated[bool, typer.Option(help="Look for the data.")] = True,
+) -> None:
+    """Before any GPU minute: is the data there, is a judge needed and does it answer, does the model load."""
+    import os
+
+    from .check import Finding, check_data, check_judge, check_model
+
+    try:
+        if harness not in ("vlmeval", "lmms"):
+            raise ValueError(f"--harness must be vlmeval or lmms, got {harness}.")
+        chosen = choose(names)
+    except ValueError as error:
+        raise _fail(error) from None
+    findings: list[Finding] = []
+    for benchmark in chosen:
+        if data:
+            findings.append(check_data(benchmark, harness))
+        findings.append(check_judge(benchmark, judge, judge_base_url, os.environ.get(judge_key_env)))
+    if pretrained:
+        findings.append(check_model(pretrained))
+    table = Table("", "what", "subject", "finding")
+    for finding in findings:
+        table.add_row(
+            "FAIL" if finding.problem else "ok", finding.what, finding.subject, finding.problem or finding.note
+        )
+    Console(width=None if Console().is_terminal else 160).print(table)
+    failed = [finding for finding in findings if finding.problem]
+    if failed:
+        raise _fail(f"{len(failed)} of {len(findings)} checks failed", 1)
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Result files or folders of either harness.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+) -> None:
+    """Put measured scores beside the paper's."""
+    from .report import as_rows, as_table, collect
+
+    try:
+        measured = collect(results)
+    except ValueError as error:
+        raise _fail(error) from None
+    if as_json:
+        typer.echo(json.dumps(as_rows(measured), indent=1))
+    else:
+        Console(width=None if Console().is_terminal else 160).print(as_table(measured))
+
+
+@app.command()
+def strict(
+    results: Annotated[
+        Path, typer.Argument(help="Predictions of VLMEvalKit or samples of lmms-eval.")
+    ],
+    benchmark: Annotated[str | None, typer.Option(help="Default: the one in the file's name.")] = None,
+    judge: Annotated[str, typer.Option(help="Model name at the server.")] = "Qwen/Qwen3-8B",
+    base_url: Annotated[str, typer.Option(help="Any OpenAI-compatible server.")] = "http://127.0.0.1:8000/v1",
+    api_key_env: Annotated[str, typer.Option(help="Variable with the key, if one is needed.")] = "OPENAI_API_KEY",
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
+    retries: Annotated[int, typer.Option(help="Further attempts of a failed call.")] = 4,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a reply.")] = 120.0,
+    out: Annotated[Path | None, typer.Option(help="Default: beside the results, *_strict.json.")] = None,
+) -> None:
+    """Score ChartQA, DocVQA or InfoVQA as the paper does: Qwen3-8B as a strict judge. Goes on where it stopped."""
+    import os
+
+    from .strict import SETTINGS, judge_results, read_results
+
+    try:
+        rows = read_results(results)
+        name = benchmark or _benchmark_in(results.name)
+        out = out or results.with_name(f"{results.stem}_strict.json")
+        server = Judge(
+            judge,
+            base_url,
+            os.environ.get(api_key_env),
+            SETTINGS,
+            cache=out.with_suffix(".sqlite"),
+            concurrency=concurrency,
+            retries=retries,
+            timeout=timeout,
+        )
+        server.probe()
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task("judging", total=len(rows))
+            score, verdicts = judge_results(rows, server, lambda done, _: bar.update(task, completed=done))
+    except (ValueError, ImportError) as error:
+        raise _fail(error) from None
+    except JudgeError as error:
+        raise _fail(error, 1) from None
+    finally:
+        if "server" in locals():
+            server.close()
+    score |= {"benchmark": name, "judge": judge, "base_url": public_url(base_url), "settings": SETTINGS}
+    score |= {"results": results.name, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+    out.write_text(json.dumps(score, indent=1) + "\n", encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) for row in verdicts]
+    out.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    typer.echo(json.dumps({key: score[key] for key in score if key.startswith(("accuracy", "n_"))}))
+    if score["n_failed"]:
+        raise _fail(f"{score['n_failed']} rows got no verdict and count as wrong; run again to ask for them", 1)
+
+
+def _benchmark_in(name: str) -> str:
+    """The paper's benchmark a result file's name speaks of. Raises: ValueError if it speaks of none."""
+    for benchmark in BENCHMARKS:
+        if benchmark.vlmeval in name or benchmark.lmms in name:
+            return benchmark.name
+    raise ValueError(f"{name}: which benchmark is it of? Give --benchmark, for example --benchmark ChartQA.")
+
+
+if __name__ == "__main__":
+    app()

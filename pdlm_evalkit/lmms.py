@@ -1,0 +1,204 @@
+"""PerceptionDLM as a model of lmms-eval: `lmms-eval --model pdlm --model_args pretrained=DIR`.
+
+Found through the entry point `lmms_eval.models`, with a chat and a simple interface (`--force_simple`). Tasks of the
+paper's benchmarks get the paper's settings and prompts; `model_args` go before them. This module is imported by
+lmms-eval only.
+"""
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.protocol import ChatMessages
+
+from .answering import REFERENCE_NAMES, SETTINGS, Answer, Answerer, Question
+from .benchmarks import HARNESS_SUFFIXES, SUFFIX, Benchmark, find
+
+logger = logging.getLogger(__name__)
+
+_DIFFUSION = {*SETTINGS, *REFERENCE_NAMES, "cfg_scale"} - {"max_new_tokens", "temperature"}
+# What tasks ask of autoregressive models; greedy denoising has nothing to do with them.
+_WITHOUT_MEANING = {"until", "top_p", "top_k", "num_beams", "do_sample", "image_aspect_ratio", "use_cache"}
+
+
+@dataclass
+class DenoisingCounts(TokenCounts):
+    """Token counts of an answer, with what it cost; all of it goes into the samples.
+
+    Args:
+        num_forwards (`int`): passes of the language model.
+        slots (`int`): denoised, padding included.
+        seconds (`float`): its share of its batch.
+        settings (`dict`): of `generate`.
+    """
+
+    num_forwards: int | None = None
+    slots: int | None = None
+    seconds: float | None = None
+    settings: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the samples file."""
+        own = ("num_forwards", "slots", "seconds", "settings")
+        return super().to_dict() | {name: getattr(self, name) for name in own}
+
+
+class _Pdlm(lmms):
+    """Shared by both interfaces.
+
+    Args:
+        pretrained (`str`): folder, hub id, "shapes" or "shapes_base".
+        batch_size (`int`): questions a forward.
+        device (`str`, *optional*): default: this rank's.
+        dtype (`str`): as in `from_pretrained`.
+        presets (`str`): "paper", or "none" to leave settings and prompts to the task.
+        **settings: of `generate`, and what [`Answerer.from_pretrained`] takes.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "MSALab/PerceptionDLM-Base",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str = "auto",
+        presets: str = "paper",
+        max_batch_size: Any = None,
+        **settings: Any,
+    ):
+        super().__init__()
+        self.accelerator = Accelerator()
+        if self.accelerator.num_processes > 1:
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+            device = str(self.accelerator.device)
+        self.answerer = Answerer.from_pretrained(
+            pretrained, device=device, dtype=dtype, batch_size=int(batch_size), presets=presets, **settings
+        )
+        self.device = self.answerer.model.device  # lmms-eval gathers the counts of all ranks on it
+        self._said: set[str] = set()
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers in the order of the requests, alike ones in one forward."""
+        questions = [self._question(*self._read(request)) for request in requests]
+        start = time.perf_counter()
+        answers = self.answerer.answer(questions)
+        self._log(answers, time.perf_counter() - start)
+        return [
+            GenerationResult(answer.text, self._counts(question, answer))
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+
+    def loglikelihood(self, requests: list[Instance]) -> list:
+        """Not defined: a masked diffusion model has no token-by-token likelihood."""
+        raise NotImplementedError(
+            "PerceptionDLM writes answers by denoising and has no token-by-token likelihood; choose the generative "
+            "variant of this task."
+        )
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list:
+        """Not defined: the checkpoints are trained on one round."""
+        raise NotImplementedError("PerceptionDLM answers single questions; tasks of several rounds are not supported.")
+
+    def _read(self, request: Instance) -> tuple[str, dict[str, Any], list[Any], str]:
+        """Text, settings, pictures and task of a request."""
+        raise NotImplementedError
+
+    def _question(self, text: str, asked: dict[str, Any], images: list[Any], task: str) -> Question:
+        asked = dict(asked)
+        if asked.pop("pdlm_regions", False):  # the first picture, and a mask for each region
+            settings = self._settings(asked, None, task)
+            return Question(images[:1], text, None, settings, masks=list(images[1:]))
+        benchmark = find(task) if self.answerer.presets == "paper" else None
+        if benchmark is not None:
+            text = ask_like_paper(benchmark, text)
+        return Question(images, text, benchmark, self._settings(asked, benchmark, task))
+
+    def _settings(self, asked: dict[str, Any], benchmark: Benchmark | None, task: str) -> dict[str, Any]:
+        """Settings of a task that mean something here; those of the paper's benchmarks keep the paper's length."""
+        settings = {name: value for name, value in asked.items() if name in _DIFFUSION and value is not None}
+        if asked.get("temperature"):
+            settings["temperature"] = asked["temperature"]
+        if benchmark is None:
+            settings |= {k: asked[k] for k in ("max_new_tokens",) if asked.get(k)}
+        elif asked.get("max_new_tokens") not in (None, benchmark.max_new_tokens):
+            self._say(
+                f"{task}: the paper's length of {benchmark.max_new_tokens} takes the place of the task's "
+                f"{asked['max_new_tokens']}. `--model_args max_new_tokens=...` or `presets=none` change it."
+            )
+        unknown = set(asked) - _DIFFUSION - _WITHOUT_MEANING - {"max_new_tokens", "temperature"}
+        if unknown:
+            self._say(f"{task}: generation settings without meaning for PerceptionDLM: {sorted(unknown)}.")
+        return settings
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
+
+    def _counts(self, question: Question, answer: Answer) -> DenoisingCounts:
+        return DenoisingCounts(
+            answer.input_tokens,
+            answer.output_tokens,
+            num_forwards=answer.num_forwards,
+            slots=answer.slots,
+            seconds=answer.seconds,
+            settings=self.answerer.settings_of(question),
+        )
+
+    def _log(self, answers: list[Answer], seconds: float) -> None:
+        """Tokens, passes and time for lmms-eval's summary; one line a call where PDLM_EVAL_LOG says."""
+        tokens, forwards = (sum(getattr(a, name) for a in answers) for name in ("output_tokens", "num_forwards"))
+        totals = {"total_requests": len(answers), "num_forwards": forwards, "slots": sum(a.slots for a in answers)}
+        log_metrics(seconds, tokens, tokens / max(seconds, 1e-9), totals)
+        if path := os.environ.get("PDLM_EVAL_LOG"):
+            with Path(path).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"rank": self.rank, **totals, **self.answerer.describe()}, default=str) + "\n")
+
+
+class PdlmChat(_Pdlm):
+    """Reads the messages of a task."""
+
+    is_simple = False
+
+    def _read(self, request: Instance) -> tuple[str, dict[str, Any], list[Any], str]:
+        _, to_messages, asked, doc_id, task, split = request.args
+        messages = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
+        images, videos, audios = messages.extract_media()
+        if videos or audios:
+            raise ValueError(f"{task} asks about videos or sound; PerceptionDLM reads pictures only.")
+        parts = [part.text for message in messages.messages for part in message.content if part.type == "text"]
+        return ("" if len(images) > 1 else "\n").join(parts), asked, images, task
+
+
+class PdlmSimple(_Pdlm):
+    """Reads the text and the pictures of a task."""
+
+    is_simple = True
+
+    def _read(self, request: Instance) -> tuple[str, dict[str, Any], list[Any], str]:
+        text, asked, to_images, doc_id, task, split = request.args
+        return text, asked, list(to_images(self.task_dict[task][split][doc_id])), task
+
+
+def ask_like_paper(benchmark: Benchmark, text: str) -> str:
+    """A question of a stock task with the paper's way of asking for the answer instead of the task's.
+
+    Multiple choice and open questions among them keep their own request, if they have one.
+
+    Args:
+        benchmark (`Benchmark`)
+        text (`str`): as the task wrote it.
+    """
+    own = next((s for s in HARNESS_SUFFIXES if text.rstrip(" .\n").endswith(s)), None)
+    if benchmark.kind == "letter":
+        return text if own else text.rstrip() + SUFFIX["letter"]
+    if own:
+        text = text.rstrip(" .\n")[: -len(own)].rstrip()
+    return text if text.endswith(benchmark.suffix.strip()) else text.rstrip() + benchmark.suffix

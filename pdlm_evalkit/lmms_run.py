@@ -1,0 +1,106 @@
+"""`pdlm-eval lmms`: lmms-eval with our tasks included, and an exit code that can be trusted.
+
+    pdlm-eval lmms --tasks mmstar,pdlm_shapes_choice --model_args pretrained=DIR --batch_size 8
+    torchrun --nproc-per-node=8 -m pdlm_evalkit.lmms_run --tasks ...
+
+`lmms-eval --model pdlm` itself works as well; it ends with exit code 0 whatever happened.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import LMMS_TASKS
+from .answering import REFERENCE_NAMES, SETTINGS
+
+
+def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
+    """lmms-eval's arguments, completed; and those we must know.
+
+    Raises:
+        ValueError: no task, or settings its response cache would overlook.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--tasks", "--model", "--output_path", "--include_path", "--gen_kwargs", "--use_cache"):
+        parser.add_argument(name)
+    known, _ = parser.parse_known_args(argv)
+    if not known.tasks:
+        raise ValueError("No tasks: give --tasks NAME,NAME (`pdlm-eval list` shows the paper's).")
+    overlooked = (set(SETTINGS) | set(REFERENCE_NAMES)) - {"temperature", "max_new_tokens"}
+    given = {pair.split("=")[0].strip() for pair in (known.gen_kwargs or "").split(",")} & overlooked
+    if known.use_cache and given:
+        raise ValueError(
+            f"lmms-eval's response cache does not look at {sorted(given)} in --gen_kwargs and would return answers of "
+            "other settings. Give them in --model_args, which it looks at."
+        )
+    completed = list(argv)
+    if not known.model:
+        completed += ["--model", "pdlm"]
+    if not known.include_path:
+        completed += ["--include_path", str(LMMS_TASKS)]
+    if not known.output_path:
+        known.output_path = "outputs/lmms"
+        completed += ["--output_path", known.output_path]
+    if "--log_samples" not in completed:
+        completed.append("--log_samples")  # tokens and passes are in the samples
+    return completed, known
+
+
+def missing_results(tasks: list[str], files: list[Path]) -> list[str]:
+    """Those of the tasks (or groups, or tags) that no result file has a score of.
+
+    Args:
+        tasks (`list[str]`): as asked for.
+        files (`list[Path]`): *_results.json of this run.
+    """
+    found: set[str] = set()
+    for path in files:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        scored = {name for name, row in content.get("results", {}).items() if any("," in key for key in row)}
+        found |= scored
+        found |= {group for group, members in content.get("group_subtasks", {}).items() if scored & set(members)}
+        for name in scored:
+            tag = content.get("configs", {}).get(name, {}).get("tag") or []
+            found |= {tag} if isinstance(tag, str) else set(tag)
+    return [task for task in tasks if task not in found]
+
+
+def run(argv: list[str]) -> int:
+    """Run, and say which task has no result. Returns: 0 only if every task has one.
+
+    Raises:
+        ValueError: the call cannot work; nothing was started.
+    """
+    completed, known = arguments_for(argv)
+    try:
+        from lmms_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        raise ValueError(
+            f"lmms-eval cannot be imported ({error}). Install it in an environment of its own: pip install lmms-eval."
+        ) from None
+    output = Path(known.output_path)
+    before = set(output.rglob("*_results.json"))
+    sys.argv = ["lmms-eval", *completed]
+    cli_evaluate()
+    if int(os.environ.get("RANK", 0)):
+        return 0
+    new = sorted(set(output.rglob("*_results.json")) - before)
+    missing = missing_results([name.strip() for name in known.tasks.split(",")], new)
+    for task in missing:
+        print(f"pdlm-eval: {task}: no result was written; lmms-eval says above why.", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def main() -> None:
+    """Command for torchrun: `torchrun -m pdlm_evalkit.lmms_run ...`."""
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"pdlm-eval: {error}")
+
+
+if __name__ == "__main__":
+    main()

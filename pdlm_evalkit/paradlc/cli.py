@@ -1,0 +1,359 @@
+"""The commands `pdlm-eval paradlc caption | judge | score | report`."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..judge import Judge, JudgeError
+from .data import check_pictures, load_benchmark, load_questions, read_captions, read_json, write_json
+
+app = typer.Typer(
+    help="ParaDLC-Bench and DLC-Bench: caption, judge, score, report.", no_args_is_help=True, rich_markup_mode=None
+)
+
+Annotations = Annotated[
+    Path, typer.Option(help="Folder with annotations.json, qa.json and class_names.json.", show_default=False)
+]
+Images = Annotated[Path | None, typer.Option(help="Folder of the pictures; default: images in the annotations.")]
+Form = Annotated[str | None, typer.Option("--benchmark", help="paradlc or dlc; default: by the form of the files.")]
+Reader = Annotated[str, typer.Option("--parser", help="How replies are read: robust or reference.")]
+KeyEnv = Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")]
+Extra = Annotated[
+    list[str] | None,
+    typer.Option("--setting", help="NAME=JSON: a field of every request; null leaves out what is sent otherwise."),
+]
+Retries = Annotated[int, typer.Option(help="Further attempts for a request.")]
+Timeout = Annotated[float, typer.Option(help="Seconds to wait for the server.")]
+
+
+def _says_why(command: Callable) -> Callable:
+    """What goes wrong is one line on stderr; exit code 2, or 130 if the user stopped it."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError, ImportError, JudgeError) as error:
+            typer.echo(f"pdlm-eval: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("pdlm-eval: stopped. What is done is kept; run the same command to go on.", err=True)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal; yields the function to call with (done, of all)."""
+    columns = (TextColumn(what), *Progress.get_default_columns()[1:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _settings(base: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
+    """Fields of every request, with those given as NAME=JSON. Raises: ValueError."""
+    settings = dict(base)
+    for text in extra or []:
+        name, equals, value = text.partition("=")
+        try:
+            if not name or not equals:
+                raise ValueError
+            settings[name] = json.loads(value)
+        except ValueError:
+            raise ValueError(f"--setting {text}: expected NAME=JSON, for example --setting temperature=0.") from None
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _key(variable: str | None) -> str | None:
+    """The key in an environment variable. Raises: ValueError if it is not set."""
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ValueError(f"The environment variable {variable} is not set; it holds the key of the server.")
+    return os.environ[variable]
+
+
+@app.command()
+@_says_why
+def caption(
+    annotations: Annotations,
+    out: Annotated[Path, typer.Option(help="Run folder; a run that was stopped goes on.", show_default=False)],
+    images: Images = None,
+    benchmark: Form = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Question; default: the reference's.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Slots per caption; default 32 (crops: 512).")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps at most.")] = 32,
+    fast: Annotated[bool, typer.Option("--fast", help="Commit what is certain early: fewer passes.")] = False,
+    acceptance_threshold: Annotated[float | None, typer.Option(help="As in generate.")] = None,
+    entropy_bound: Annotated[float | None, typer.Option(help="As in generate.")] = None,
+    prefix_refresh_interval: Annotated[int | None, typer.Option(help="As in generate.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="As in generate; default 0, greedy.")] = None,
+    remasking: Annotated[str | None, typer.Option(help="As in generate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="As in generate.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Passes a forward.")] = 1,
+    masks_per_pass: Annotated[int | None, typer.Option(help="At most; default: as trained, in DLC-Bench 1.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float32, ...")] = "auto",
+    server: Annotated[
+        str | None, typer.Option(help="Address of an OpenAI-compatible server, instead of --model.")
+    ] = None,
+    server_model: Annotated[str | None, typer.Option(help="Name of the model there.")] = None,
+    server_style: Annotated[
+        str, typer.Option(help="regions: our server. crops: any vision-language model.")
+    ] = "regions",
+    api_key_env: KeyEnv = None,
+    setting: Extra = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time; above 1, seconds tell the throughput.")] = 1,
+    retries: Retries = 4,
+    timeout: Timeout = 300.0,
+    captions: Annotated[Path | None, typer.Option(help="Captions of another system: {mask_id: caption}.")] = None,
+    allow_missing: Annotated[bool, typer.Option(help="With --captions: masks may be without; they score 0.")] = False,
+    name: Annotated[str | None, typer.Option(help="What the report calls the model.")] = None,
+) -> None:
+    """Caption a benchmark with our model, through a server, or import another system's captions."""
+    from . import captioning
+
+    if sum(value is not None for value in (model, server, captions)) > 1:
+        raise ValueError("Give one of --model, --server and --captions.")
+    if (server is None) != (server_model is None):
+        raise ValueError("--server and --server-model go together.")
+    data = load_benchmark(annotations, images, benchmark)
+    check_pictures(data)
+    prompt = captioning.PROMPTS[data.name] if prompt is None else prompt
+    limit = masks_per_pass or captioning.MASKS_PER_PASS[data.name]
+    if masks_per_pass is not None and masks_per_pass < 1:
+        raise ValueError(f"--masks-per-pass must be positive, got {masks_per_pass}.")
+    generation = {
+        "max_new_tokens": max_new_tokens or (512 if server and server_style == "crops" else 32),
+        "max_denoising_steps": steps,
+        "acceptance_threshold": acceptance_threshold,
+        "entropy_bound": entropy_bound,
+        "prefix_refresh_interval": prefix_refresh_interval,
+        "temperature": temperature,
+        "remasking": remasking,
+        "seed": seed,
+    }
+    generation = {key: value for key, value in generation.items() if value is not None}
+    common = {"name": name, "prompt": prompt, **generation}
+    hardware = captioning.hardware_of()
+    if captions is not None:
+        line = captioning.imported_line(captions, data, allow_missing)
+        settings = {"source": "file", "name": name or captions.stem, "allow_missing": allow_missing}
+        run = captioning.CaptionRun(out, data, settings | {"captions": line["captions"]}, annotations)
+        lines = iter([] if run.lines else [line])
+    elif server is not None:
+        lines, run = _server(
+            data, out, annotations, common, generation, limit, server, server_model, server_style,
+            dict(api_key=_key(api_key_env), concurrency=concurrency, retries=retries, timeout=timeout),
+            setting, fast,
+        )  # fmt: skip
+    else:
+        captioner = captioning.load_captioner(model, "fast" if fast else "default", device, dtype)
+        trained = captioner.model.config.num_region_prompts
+        passes = captioning.passes_of(data, min(limit or trained, trained))
+        settings = {"batch_size": batch_size, "masks_per_pass": min(limit or trained, trained)}
+        settings = captioning.model_settings(captioner, model, **common, **settings)
+        run = captioning.CaptionRun(out, data, settings, annotations)
+        hardware = captioning.hardware_of(captioner)
+        lines = captioning.model_lines(captioner, passes, batch_size, prompt, generation, run)
+    with _progress("captions") as progress:
+        captioning.caption_into(run, lines, progress)
+    record = run.finish(hardware)
+    _say_captioned(out, record["totals"], len(data.order))
+    if not record["finished"]:
+        typer.echo("pdlm-eval: not all masks have a caption; run the same command to try again.", err=True)
+        raise typer.Exit(1)
+
+
+def _server(data, out, annotations, common, generation, limit, url, model, style, options, extra, fast):
+    """Lines and run of a server."""
+    from ..judge import public_url
+    from . import server as serving
+    from .captioning import CaptionRun, passes_of
+
+    if style not in serving.STYLES:
+        raise ValueError(f"--server-style must be one of {', '.join(serving.STYLES)}, got {style!r}.")
+    if fast:
+        raise ValueError(
+            "--fast is a mode of --model; a server takes its settings, for example --acceptance-threshold."
+        )
+    if style == "crops":
+        common = common | {"prompt": serving.CROPS_PROMPT} if common["prompt"] in _default_prompts() else common
+        fields = {"temperature": generation.get("temperature", 0), "max_tokens": generation["max_new_tokens"]}
+        limit = 1
+    else:
+        fields, limit = generation, min(limit or serving.MAX_REGIONS, serving.MAX_REGIONS)
+    fields = _settings(fields, extra)
+    settings = {"source": f"server, {style}", "model": model, "server": public_url(url), **common, "request": fields}
+    run = CaptionRun(out, data, settings | {"concurrency": options["concurrency"]}, annotations)
+    client = Judge(model, url, settings=fields, **options)
+    passes = passes_of(data, limit)
+    return serving.server_lines(client, style, passes, common["prompt"], generation["max_new_tokens"], run), run
+
+
+def _default_prompts() -> set[str]:
+    from .captioning import PROMPTS
+
+    return set(PROMPTS.values())
+
+
+def _say_captioned(out: Path, totals: dict[str, Any], masks: int) -> None:
+    parts = [f"{out}: {totals['n_masks']} of {masks} masks captioned"]
+    if totals["num_forwards"]:
+        parts.append(
+            f"{totals['num_forwards']} forward passes, {totals['tokens_per_forward']:.2f} tokens a pass "
+            f"({totals['text_tokens_per_forward']:.2f} of them text)"
+        )
+    if totals["seconds"]:
+        parts.append(f"{totals['seconds']:.1f} s, {totals['regions_per_second']:.1f} regions/s")
+    typer.echo("; ".join(parts))
+
+
+@app.command()
+@_says_why
+def judge(
+    captions: Annotated[Path, typer.Argument(help="Run folder, or a file {mask_id: caption}.")],
+    annotations: Annotations,
+    judge: Annotated[
+        str, typer.Option(help="gpt-5.2, gemini-3.1-pro, qwen3.5-27b, llama-3.1-8b, or a model's name at --base-url.")
+    ],
+    images: Images = None,
+    benchmark: Form = None,
+    base_url: Annotated[str | None, typer.Option(help="The server's address, ending in /v1.")] = None,
+    api_key_env: KeyEnv = None,
+    with_images: Annotated[
+        bool | None,
+        typer.Option("--with-images/--text-only", help="Show the judge the region; default: only in ParaDLC-Bench."),
+    ] = None,
+    setting: Extra = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 10,
+    retries: Retries = 4,
+    timeout: Timeout = 120.0,
+    cache: Annotated[Path | None, typer.Option(help="File of replies; default: beside the answers.")] = None,
+    max_calls: Annotated[int | None, typer.Option(help="Stop after so many requests; run again to go on.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the answers; default: that of the captions.")] = None,
+) -> None:
+    """Ask a judge the benchmark's questions about captions; writes answers.json and judge.json."""
+    from . import judging
+
+    preset = judging.preset_of(judge, base_url, api_key_env)
+    key = _key(preset.key_env)
+    data = load_benchmark(annotations, images, benchmark)
+    run = captions if captions.is_dir() else None
+    path = captions if run is None else captions / "captions.json"
+    if run is not None and not path.exists():
+        raise ValueError(f"{path}: no such file; let `pdlm-eval paradlc caption` finish first.")
+    texts = read_captions(path, data.order, allow_missing=True)
+    if not texts:
+        raise ValueError(f"{path}: holds no caption.")
+    if missing := len(data.order) - len(texts):
+        typer.echo(f"pdlm-eval: {missing} of {len(data.order)} masks have no caption; they score 0.", err=True)
+    shown = data.name == "paradlc" if with_images is None else with_images
+    if shown:
+        check_pictures(data)
+    folder = out or path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    client = Judge(
+        preset.model,
+        preset.base_url,
+        key,
+        _settings(preset.settings, setting),
+        cache=cache or folder / "judge_cache.sqlite",
+        concurrency=concurrency,
+        retries=retries,
+        timeout=timeout,
+        max_calls=max_calls,
+    )
+    number = judging.count_requests(data, texts)
+    with _progress("replies") as progress:
+        answers, counts = judging.judge_captions(client, data, texts, shown, lambda done, _: progress(done, number))
+    judging.write_answers(folder, run, judge, client, data, texts, shown, answers, counts)
+    client.close()
+    typer.echo(
+        f"{folder / 'answers.json'}: {number} questions; {counts['n_calls']} replies received, {counts['n_cached']} from "
+        f"the cache, {counts['n_failed']} calls failed; {counts['prompt_tokens']} tokens read, "
+        f"{counts['completion_tokens']} written"
+    )
+    if counts["n_failed"]:
+        typer.echo("pdlm-eval: some calls failed and score 0; run the same command to ask those again.", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+@_says_why
+def score(
+    annotations: Annotations,
+    answers: Annotated[Path, typer.Option(help="Replies: {mask_id: [recognition, question 1, ...]}.")],
+    parser: Reader = "robust",
+    benchmark: Form = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    per_mask: Annotated[Path | None, typer.Option(help="Write the score of every mask to this JSON file.")] = None,
+) -> None:
+    """Score recorded replies; needs no model, no judge and no picture."""
+    from . import scoring
+    from .data import form_of
+
+    scoring.choose_parser(parser, benchmark or "paradlc")
+    questions = load_questions(annotations)
+    path = annotations / "annotations.json"
+    if benchmark is None and path.exists():
+        benchmark = form_of(read_json(path), path)
+    scores = scoring.score_answers(questions, scoring.read_answers(answers, questions), parser, benchmark or "paradlc")
+    totals = scoring.totals(scores)
+    if per_mask is not None:
+        write_json(per_mask, {found.id: found.as_dict() for found in scores})
+    if as_json:
+        typer.echo(json.dumps(totals))
+        return
+    for name, value in totals.items():
+        typer.echo(f"{name:<16} {value:>9}" if isinstance(value, int) else f"{name:<16} {value:>9.6f}")
+
+
+@app.command()
+@_says_why
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Judged run folders.")],
+    annotations: Annotated[Path | None, typer.Option(help="The benchmark's folder; default: that of the run.")] = None,
+    parser: Reader = "robust",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the report to this Markdown file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the report into this picture.")] = None,
+) -> None:
+    """Scores and cost of runs, beside each other and beside the paper."""
+    from . import plot as plotting
+    from . import report as reporting
+
+    if plot is not None:
+        plotting.check_target(plot)
+    reports = [reporting.report_run(run, annotations, parser) for run in runs]
+    notes = reporting.notes_of(reports)
+    if as_json:
+        paper = [{"table": title, "rows": rows} for title, rows in reporting.paper_beside(reports)]
+        typer.echo(json.dumps({"runs": reports, "paper": paper, "notes": notes}))
+    else:
+        console = Console()
+        for table in reporting.tables_of(reports):
+            console.print(table.rich())
+        for note in notes:
+            console.print(f"- {note}", markup=False, highlight=False)
+    if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        markdown.write_text(reporting.markdown_of(reports), encoding="utf-8")
+    if plot is not None:
+        plotting.save_plot(plot, reports)
+
+
+if __name__ == "__main__":
+    app()

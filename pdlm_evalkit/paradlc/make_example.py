@@ -1,0 +1,140 @@
+"""Writes the small made-up benchmark in `example/`, and so describes the files of ParaDLC-Bench and DLC-Bench.
+
+    python -m pdlm_evalkit.paradlc.make_example FOLDER
+
+A benchmark folder holds
+
+- `annotations.json`. ParaDLC-Bench: a list of pictures `{"image_id", "file_name", "height", "width", "annotations":
+  [{"index", "category_name", "bbox": [x0, y0, x1, y1], "mask_rle": {"size": [height, width], "counts"}}]}`, whose masks
+  are named `"<image_id>_<index>"`. DLC-Bench: a COCO file, whose masks are named by the annotation's id.
+- `qa.json`: `{mask id: [{"question", "choices": [[text, score], ...], "type": "positive" | "negative"}]}`. Not every mask
+  need have questions, nor every question of a mask be of both types.
+- `class_names.json`: `{mask id: name of the object}`; it may name more masks.
+- `images/`.
+
+Here the pictures are drawn figures, and `example/dlc` has the same pictures and questions in the form of DLC-Bench.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from pdlm_hf.shapes.world import WORDS, Figure, Picture, draw_picture
+
+NUM_PICTURES = 6
+SEED = 2026
+
+
+def draw_pictures() -> list[Picture]:
+    """The pictures: those of the world of shapes with two to six figures."""
+    pictures, number = [], 0
+    while len(pictures) < NUM_PICTURES:
+        picture = draw_picture(np.random.default_rng([SEED, number]))
+        number += 1
+        if len(picture.masks) >= 2:
+            pictures.append(picture)
+    return pictures
+
+
+def positive_question(figure: Figure, attribute: str) -> dict[str, Any]:
+    """Is this attribute stated, and right?"""
+    name, value = figure.shape, getattr(figure, attribute)
+    return {
+        "question": "Which of the following is applicable to the description?",
+        "choices": [
+            [f"The {attribute} of the {name} is mentioned in the description and it is {value}.", 1],
+            [f"The {name} is not mentioned.", 0],
+            [f"The {attribute} of the {name} is mentioned in the description but it is not {value}.", -1],
+            [f"The {attribute} is not mentioned, but the {name} is mentioned.", 0.5],
+        ],
+        "type": "positive",
+    }
+
+
+def negative_question(detail: str) -> dict[str, Any]:
+    """Is something stated that is not there?"""
+    return {
+        "question": "Which of the following is applicable to the description?",
+        "choices": [
+            [f"{detail} is mentioned in the description.", -1],
+            [f"{detail} is not mentioned in the description.", 1],
+        ],
+        "type": "negative",
+        "subtype": "negative mislocalization",
+    }
+
+
+def questions_of(figure: Figure, others: list[Figure], with_positives: bool) -> list[dict[str, Any]]:
+    """Questions about a figure: its colour, texture and size, and an attribute that only other figures have."""
+    asked = [positive_question(figure, name) for name in ("colour", "texture", "size")] if with_positives else []
+    foreign = sorted({other.colour for other in others} - {figure.colour})
+    colour = foreign[0] if foreign else next(name for name in WORDS["colour"] if name != figure.colour)
+    return [*asked, negative_question(f"The colour {colour}"), negative_question("A word written on the surface")]
+
+
+def encode(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's compressed run lengths of a mask (H, W)."""
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
+
+
+def build(pictures: list[Picture]) -> dict[str, Any]:
+    """The contents of the JSON files, by path."""
+    paradlc, dlc_images, dlc_annotations = [], [], []
+    qa, names, dlc_qa, dlc_names = {}, {}, {}, {}
+    for number, picture in enumerate(pictures):
+        image = {"file_name": f"{number}.png", "height": picture.image.height, "width": picture.image.width}
+        entry = {**image, "image_id": str(900 + number), "annotations": []}
+        for index, (mask, figure) in enumerate(zip(picture.masks, picture.figures, strict=True)):
+            y, x = mask.nonzero()
+            box = [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1]
+            entry["annotations"].append(
+                {"index": 2 * index, "category_name": figure.shape, "bbox": box, "mask_rle": encode(mask)}
+            )
+            key, dlc_key = f"{900 + number}_{2 * index}", 1000 + 10 * number + index
+            others = [other for other in picture.figures if other is not figure]
+            # as in ParaDLC-Bench, a mask may have no positive question; in DLC-Bench each has some
+            qa[key] = questions_of(figure, others, with_positives=(number, index) != (1, 0))
+            dlc_qa[str(dlc_key)] = questions_of(figure, others, with_positives=True)
+            names[key] = dlc_names[str(dlc_key)] = figure.shape
+            dlc_annotations.append(
+                {
+                    "id": dlc_key,
+                    "image_id": number,
+                    "category_id": list(WORDS["shape"]).index(figure.shape) + 1,
+                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                    "area": int(mask.sum()),
+                    "iscrowd": 0,
+                    "segmentation": encode(mask),
+                }
+            )
+        paradlc.append(entry)
+        dlc_images.append({"id": number, **image})
+    categories = [{"id": number, "name": name} for number, name in enumerate(WORDS["shape"], 1)]
+    return {
+        "annotations.json": paradlc,
+        "qa.json": qa,
+        "class_names.json": names,
+        "dlc/annotations.json": {"images": dlc_images, "annotations": dlc_annotations, "categories": categories},
+        "dlc/qa.json": dlc_qa,
+        "dlc/class_names.json": dlc_names,
+    }
+
+
+def main(folder: Path) -> None:
+    """Write both forms of the benchmark."""
+    pictures = draw_pictures()
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "dlc").mkdir(exist_ok=True)
+    for number, picture in enumerate(pictures):
+        picture.image.save(folder / "images" / f"{number}.png", optimize=True)
+    for name, value in build(pictures).items():
+        (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

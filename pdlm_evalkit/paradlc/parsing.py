@@ -1,0 +1,209 @@
+"""Reading a judge's reply: which of the choices does it name?
+
+Two readers. `parse_reference` reads as the reference's scripts do, whose order of rules decides published scores.
+`parse_robust` understands more ways to name a choice, and takes nothing for an answer that is none.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+LETTERS = "abcde"
+
+Parser = Callable[[str, Sequence[str]], int | None]
+
+
+def parse_reference(reply: str, choices: Sequence[str], benchmark: str = "paradlc") -> int | None:
+    """The choice the reference's script takes from a reply.
+
+    The first rule that applies decides: the reply is a choice, its letter, or "letter. choice"; it contains exactly one
+    choice; it starts with a letter and a full stop; of several choices in it, the one found furthest back (of those
+    that start there, the longest); of the choices that contain the reply, the longest; a letter on a line of its own.
+    Surprises of it that are kept: an empty reply is contained in every choice, and "I do not know" contains "no".
+
+    Args:
+        reply (`str`): the judge's.
+        choices (`Sequence[str]`): the texts, in order.
+        benchmark (`str`): "paradlc" or "dlc"; their scripts differ where a reply is too short for a full stop.
+
+    Returns:
+        position of the choice, or None where the script finds none or would stop with an error.
+    """
+    reply = reply.strip().lower()
+    choices = [choice.strip().lower() for choice in choices]
+    for index, (letter, choice) in enumerate(zip(LETTERS, choices, strict=False)):
+        if reply in (choice, letter, f"{letter}. {choice}"):
+            return index
+    contained = [index for index, choice in enumerate(choices) if choice in reply]
+    if len(contained) == 1:
+        return contained[0]
+    named = LETTERS.find(reply[0]) if reply else -1
+    if benchmark == "dlc" and (not reply or (named >= 0 and len(reply) == 1)):
+        return None  # the script looks at a second character that is not there
+    if named >= 0 and reply[1:2] == ".":
+        return named if named < len(choices) else None
+    if contained:
+        return max(contained, key=lambda index: (reply.find(choices[index]), len(choices[index])))
+    if containing := [index for index, choice in enumerate(choices) if reply in choice]:
+        return max(containing, key=lambda index: len(choices[index]))
+    if named >= 0 and reply[1:2] in ("", "\n"):
+        return named if named < len(choices) else None
+    return None
+
+
+# A letter, alone or in brackets, that is no part of a word or of something like "N/A".
+_LETTER = r"(?<![\w'/.-])[(\[]?([A-Ea-e])[)\]]?(?![\w'])"
+# What makes a letter at the start of a line an answer. "A dog" is none, "A. dog" and "A because" are.
+_MARK = re.compile(
+    r"[(\[]([A-Ea-e])[)\]]|([A-Ea-e])(?=\s*$|\s*[.):;,/&+]|\s+[-\u2013\u2014]\s|\s+(?:and|or|is|because|since|as)\b)"
+)
+_STATED = re.compile(
+    r"\b(?:answer|correct (?:option|choice)|final choice)\b(?:\s+(?:is|would be|should be|must be))?[\s:=-]*"
+    r"(?:(?:option|choice|letter)\s+)?" + _LETTER,
+    re.IGNORECASE,
+)
+_JOINED = re.compile(
+    r"^[)\].,:;\s]*(?:(?:and|or)\b|[,;/&+]|(?=[(\[]?[A-E][)\]]?(?![\w'])))\s*[(\[]?([A-Ea-e])(?![\w'])"
+)
+_VERB = re.compile(r"\s*(?:$|[^\w\s]|(?:is|because|since|as|seems|would|and|or)\b)")
+_DOUBT = re.compile(
+    r"\b(?:not (?:sure|certain|clear)|unsure|uncertain|unclear|unknown|undecided|no idea|no way|none of|n/a|neither|"
+    r"(?:do not|don't|cannot|can't|could not|couldn't|unable to|impossible to) "
+    r"(?:know|tell|say|determine|decide|answer|choose|see|judge))\b"
+)
+
+
+def parse_robust(reply: str, choices: Sequence[str]) -> int | None:
+    """The choice a reply names, by letter or by text, if it names exactly one.
+
+    Understood: "B", "(B)", "b)", "**B**", "B: ...", "Answer: B", "The answer is C.", a choice's text with or without
+    its letter, quotes, markdown, code fences, an explanation after the answer. Not taken for an answer: nothing at
+    all, doubt ("I do not know"), two different letters, a letter beside another choice's text, a letter there is no
+    choice for.
+
+    Args:
+        reply (`str`): the judge's.
+        choices (`Sequence[str]`): the texts, in order.
+
+    Returns:
+        position of the choice, or None.
+    """
+    text = _plain(reply)
+    wanted = [_words(choice) for choice in choices]
+    if not text:
+        return None
+    if (found := _only(index for index, choice in enumerate(wanted) if choice == _words(text))) is not None:
+        return found
+    statements = [match for match in _STATED.finditer(text) if _is_letter(match)]
+    stated = {letter for match in statements for letter in (match.group(1).lower(), _joined(text, match))} - {""}
+    marked = _marked_letters(text, wanted)
+    if stated or marked:
+        letters = stated or marked
+        index = LETTERS.index(next(iter(letters)))
+        agreed = len(letters) == 1 and index < len(wanted) and (not marked or letters <= marked)
+        return index if agreed and _text_agrees(text, wanted, index) else None
+    words = _words(text)
+    named = _by_text(words, wanted)
+    if named is None and not _DOUBT.search(words):
+        named = _in_prose(text, wanted)
+    return named
+
+
+def _plain(reply: str) -> str:
+    """Without thinking, markdown, quotes and tags; lines kept."""
+    text = re.sub(r"<think>.*?(?:</think>|$)", " ", reply, flags=re.DOTALL | re.IGNORECASE)
+    text = re.sub(r"\\boxed\s*\{(?:\\text\s*\{)?([^{}]*)\}+", r"\1", text)
+    text = re.sub(r"```[a-z]*|</?\w+>|[*`\"\u201c\u201d\u00ab\u00bb{}$]|\b_+|_+\b", " ", text)
+    text = text.replace("\u2019", "'").replace("\u2018", "'")
+    lines = [re.sub(r"^[\s>#\u2022-]+|\s+$", "", line) for line in text.splitlines()]
+    return "\n".join(line.strip().strip("'").strip() for line in lines if line.strip(" '"))
+
+
+def _words(text: str) -> str:
+    """Lower case, single spaces, no full stop at the end: how texts are compared."""
+    return " ".join(_plain(text).casefold().split()).rstrip(" .!")
+
+
+def _only(found) -> int | None:
+    found = set(found)
+    return found.pop() if len(found) == 1 else None
+
+
+def _is_letter(match: re.Match) -> bool:
+    """Whether an "a" is a letter here, not an article: brackets, or no noun after it."""
+    if match.group(1) not in "Aa" or match.group(0)[-1] in ")]":
+        return True
+    return _VERB.match(match.string, match.end()) is not None
+
+
+def _joined(text: str, match: re.Match) -> str:
+    """A second letter right behind one: "A or B", "A, B", "A/B"."""
+    second = _JOINED.match(text[match.end() :].split("\n")[0])
+    return second.group(1).lower() if second else ""
+
+
+def _marked_letters(text: str, wanted: list[str]) -> set[str]:
+    """Letters that stand as an answer at the start of a line, and those joined to them."""
+    letters = set()
+    for line in text.splitlines():
+        if match := _MARK.match(line):
+            letters |= {(match.group(1) or match.group(2)).lower(), _joined(line, match)}
+        elif match := re.match(r"[A-Ea-e] +", line):  # "B The tie is red.", "A B"
+            letter, rest = line[0].lower(), line[match.end() :]
+            second = re.match(r"[A-E](?!\w)", rest)
+            own = wanted[LETTERS.index(letter)] if LETTERS.index(letter) < len(wanted) else None
+            if second or (own and _starts(_words(rest), own)):
+                letters |= {letter, second.group(0).lower() if second else ""}
+    return letters - {""}
+
+
+def _starts(words: str, choice: str) -> bool:
+    return words.startswith(choice) and not words[len(choice) : len(choice) + 1].isalnum()
+
+
+def _text_agrees(text: str, wanted: list[str], index: int) -> bool:
+    """Whether the text right after a letter is not that of another choice."""
+    for line in text.splitlines():
+        match = _MARK.match(line) or re.match(rf"{LETTERS[index]}(?=\s)", line, re.IGNORECASE)
+        if match and match.group(0).strip("()[] ").lower() == LETTERS[index]:
+            rest = _words(line[match.end() :].lstrip(" .):;,-\u2013\u2014"))
+            said = [k for k, choice in enumerate(wanted) if _starts(rest, choice)]
+            if said and index not in said:
+                return False
+    return True
+
+
+def _by_text(words: str, wanted: list[str]) -> int | None:
+    """The one choice whose text is in the reply; choices of one word count at its start or end only."""
+    spans = []
+    for index, choice in enumerate(wanted):
+        pattern = rf"(?<!\w){re.escape(choice)}(?!\w)"
+        for match in re.finditer(pattern, words):
+            at_edge = match.start() == 0 or match.end() == len(words)
+            if " " in choice or at_edge:
+                spans.append((match.start(), match.end(), index))
+    if _DOUBT.search(words) and all(" " not in wanted[index] for _, _, index in spans):
+        return None  # "no idea" is not "no"
+    if any(_offered(a, b, words) for a in wanted for b in wanted if a != b):
+        return None  # "yes or no"
+    inner = {a for a in spans for b in spans if a != b and b[0] <= a[0] and a[1] <= b[1] and a[1] - a[0] < b[1] - b[0]}
+    if spans:
+        return _only(index for start, end, index in spans if (start, end, index) not in inner)
+    if len(words.split()) > 1 and not _DOUBT.search(words):  # a choice that was cut short
+        return _only(index for index, choice in enumerate(wanted) if re.search(rf"(?<!\w){re.escape(words)}", choice))
+    return None
+
+
+def _offered(one: str, other: str, words: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(one)}\s*(?:or|and|/)\s*{re.escape(other)}(?!\w)", words) is not None
+
+
+def _in_prose(text: str, wanted: list[str]) -> int | None:
+    """The one letter named in a sentence: "I would choose option B"."""
+    letters = set()
+    for match in re.finditer(_LETTER, text):
+        if match.group(1).isupper() and _is_letter(match):
+            if re.search(r"\bnot\s+(?:option\s+|choice\s+)?[(\[]?$", text[: match.start()]):
+                return None
+            letters.add(match.group(1).lower())
+    index = _only(LETTERS.index(letter) for letter in letters)
+    return index if index is not None and index < len(wanted) else None

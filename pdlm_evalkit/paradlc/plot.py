@@ -1,0 +1,52 @@
+"""The report as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from .report import paper_beside
+
+SCORES = (("avg_pos", "Pos"), ("avg_neg", "Neg"), ("avg", "Avg"))
+
+
+def check_target(path: Path) -> None:
+    """Raises: ImportError without matplotlib, ValueError if it cannot write this kind of file."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise ImportError("--plot needs matplotlib: pip install 'perceptiondlm[eval]' (or matplotlib).") from None
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().lstrip(".") not in kinds:
+        raise ValueError(f"{path}: cannot be written as a picture; choose a name like report.png.")
+
+
+def save_plot(path: Path, reports: list[dict[str, Any]]) -> None:
+    """Draw scores of the runs beside the paper's model, and the average by number and by area of the masks.
+
+    Args:
+        path (`Path`): picture to write.
+        reports: from [`report.report_run`].
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    overall, by_masks, by_area = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    bars = [(report["run"], [100 * report[name] for name, _ in SCORES]) for report in reports]
+    for title, rows in paper_beside(reports):
+        ours = rows[-1]
+        bars.append((f"{ours['name']} ({title.split(',')[1].strip()})", [ours["pos"], ours["neg"], ours["avg"]]))
+    width = 0.8 / len(bars)
+    for number, (name, values) in enumerate(bars):
+        places = [x + number * width for x in range(len(SCORES))]
+        drawn = overall.bar(places, values, width, label=name)
+        overall.bar_label(drawn, fmt="%.1f", fontsize=7)
+    overall.set_xticks([x + 0.4 - width / 2 for x in range(len(SCORES))], [label for _, label in SCORES])
+    overall.set_ylabel("%")
+    overall.legend(fontsize=7)
+    for axes, key, label in ((by_masks, "by_masks", "masks in the picture"), (by_area, "by_area", "area of the mask")):
+        for report in reports:
+            groups = report[key]
+            axes.plot([g["group"] for g in groups], [100 * g["avg"] for g in groups], marker="o", label=report["run"])
+        axes.set_xlabel(label)
+        axes.set_ylabel("Avg, %")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

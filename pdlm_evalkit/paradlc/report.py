@@ -1,0 +1,192 @@
+"""Runs beside each other and beside the paper."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .captioning import totals as cost_of
+from .data import Benchmark, load_benchmark, read_captions, read_json
+from .judging import captions_hash
+from .paper import paper_rows
+from .scoring import MaskScore, read_answers, score_answers, totals
+
+AREAS = ((0.01, "< 1 %"), (0.05, "1-5 %"), (0.20, "5-20 %"), (float("inf"), ">= 20 %"))  # share of the picture
+MANY_MASKS = 6  # pictures with as many masks or more are one group
+
+
+@dataclass
+class Table:
+    """A table, to be shown in a terminal or in a page.
+
+    Args:
+        title (`str`): above it.
+        columns (`list[str]`): the first is text, the others numbers.
+        rows (`list[list[str]]`): the cells.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """As a Markdown table under its title."""
+        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def rich(self) -> Any:
+        """As a `rich.table.Table`."""
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title, title_justify="left")
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if number else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def report_run(folder: Path, annotations: Path | None = None, parser: str = "robust") -> dict[str, Any]:
+    """Everything about a judged run.
+
+    Args:
+        folder (`Path`): a run folder with answers.json, or the folder in which `judge --out` wrote.
+        annotations (`Path`, *optional*): the benchmark's folder; default: the one the captions were made for.
+        parser (`str`): "robust" or "reference".
+
+    Returns:
+        `run`, `model`, `benchmark`, `judge`, `parser`, `settings`, all of [`scoring.totals`], all of
+        [`captioning.totals`], and `by_masks` and `by_area`: lists of totals with their `group`.
+
+    Raises:
+        ValueError: not judged yet, judged with other captions, or another benchmark.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is not a run folder.")
+    if not (folder / "answers.json").exists():
+        raise ValueError(f"{folder}: has no answers.json; run `pdlm-eval paradlc judge` first.")
+    judged = read_json(folder / "judge.json")
+    source = folder if (folder / "run.json").exists() else Path(judged["run"] or folder)
+    if not (source / "run.json").exists():
+        raise ValueError(f"{folder}: its captions are not from a run folder; make one with `caption --captions FILE`.")
+    run = read_json(source / "run.json")
+    benchmark = load_benchmark(annotations or run["annotations"])
+    if {benchmark.fingerprint} != {run["settings"]["fingerprint"], judged["fingerprint"]}:
+        raise ValueError(f"{folder}: was made with other annotations than {annotations or run['annotations']}.")
+    if (
+        captions_hash(read_captions(source / "captions.json", benchmark.order, allow_missing=True))
+        != judged["captions"]
+    ):
+        raise ValueError(f"{folder}: the judge's answers are to other captions; run `pdlm-eval paradlc judge` again.")
+    questions = {key: mask.questions for key, mask in benchmark.masks.items()}
+    scores = score_answers(questions, read_answers(folder / "answers.json", questions), parser, benchmark.name)
+    with open(source / "captions.jsonl", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    areas = {key: area for line in lines for key, area in line["areas"].items()}
+    cost = cost_of(lines)
+    del cost["n_masks"]  # of the captions; the score's is of all masks
+    return {
+        "run": folder.name,
+        "model": run["settings"].get("name") or run["settings"].get("model"),
+        "benchmark": benchmark.name,
+        "judge": judged["judge"],
+        "parser": parser,
+        "settings": run["settings"],
+        **totals(scores),
+        **cost,
+        "by_masks": _grouped(scores, _by_masks(benchmark)),
+        "by_area": _grouped(scores, {key: _area_group(area) for key, area in areas.items()}),
+    }
+
+
+def _by_masks(benchmark: Benchmark) -> dict[str, str]:
+    counts = {mask.id: len(picture.masks) for picture in benchmark.pictures for mask in picture.masks}
+    return {key: str(count) if count < MANY_MASKS else f"{MANY_MASKS}+" for key, count in counts.items()}
+
+
+def _area_group(area: float) -> str:
+    return next(name for limit, name in AREAS if area < limit)
+
+
+def _grouped(scores: list[MaskScore], group_of: dict[str, str]) -> list[dict[str, Any]]:
+    """Totals of every group, in the order of the areas or of the numbers."""
+    order = [name for _, name in AREAS]
+    names = sorted(set(group_of.values()), key=lambda name: (order.index(name) if name in order else 0, name))
+    return [{"group": name, **totals(score for score in scores if group_of.get(score.id) == name)} for name in names]
+
+
+def paper_beside(reports: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The paper's rows for these runs, each table once."""
+    found = {}
+    for report in reports:
+        title, rows = paper_rows(report["benchmark"], report["judge"], report["settings"].get("max_denoising_steps"))
+        known = found.setdefault(title, rows)
+        known += [row for row in rows if row not in known]
+    return list(found.items())
+
+
+def notes_of(reports: list[dict[str, Any]]) -> list[str]:
+    """What one must know to read the numbers."""
+    notes = []
+    for empty, masks in sorted({(r["n_no_positive"], r["n_masks"]) for r in reports if r["n_no_positive"]}):
+        notes.append(
+            f"{empty} of {masks} masks have no positive question and count 0 in Pos, as in the reference: Pos is at most "
+            f"{(masks - empty) / masks:.5f}."
+        )
+    notes.append(
+        "Avg is (Pos + Neg) / 2, which the reference prints. The paper's Avg is that for PerceptionDLM (42.3 and 82.4 "
+        "give 62.35), but not in every row of table 2 (DAM: 48.1 and 87.2 give 67.65, printed 69.2), and its text speaks "
+        "of a mean over masks: compare Pos and Neg, and look at both averages."
+    )
+    if any(report["text_tokens_per_forward"] is not None for report in reports):
+        notes.append(
+            "TPF: tokens per forward pass, with the slots after a caption's end (the paper counts them) and without."
+        )
+    if any(report["n_missing"] or report["n_failed"] or report["n_unparsed"] for report in reports):
+        notes.append("Missing captions, failed calls and replies that name no choice score 0 and are in all means.")
+    return notes
+
+
+def tables_of(reports: list[dict[str, Any]]) -> list[Table]:
+    """The report as tables."""
+    overall = [_overall(report["run"], report, 100) for report in reports]
+    columns = ["", "Pos", "Neg", "Avg", "mean of masks", "TPF", "TPF, text", "seconds"]
+    tables = [Table("Scores (%)", columns, overall)]
+    for title, rows in paper_beside(reports):
+        cells = [[row["name"], *(_number(row[c]) for c in ("pos", "neg", "avg"))] for row in rows]
+        tail = [["-", _number(row["tokens_per_forward"]), "-", _number(row["seconds"], 0)] for row in rows]
+        tables.append(Table(title, columns, [a + b for a, b in zip(cells, tail, strict=True)]))
+    names = ("n_masks", "n_recognised", "n_missing", "n_failed", "n_unparsed", "n_no_positive")
+    counts = [
+        [report["run"], report["judge"], report["parser"], *(str(report[name]) for name in names)]
+        for report in reports
+    ]
+    heads = ["", "judge", "parser", "masks", "recognised", "no caption", "failed", "unparsed", "no positive"]
+    tables.append(Table("Counts", heads, counts))
+    for name, title in (("by_masks", "By number of masks in the picture (%)"), ("by_area", "By area of the mask (%)")):
+        rows = [
+            [f"{report['run']}: {group['group']}", str(group["n_masks"]), *_percent(group)]
+            for report in reports
+            for group in report[name]
+        ]
+        tables.append(Table(title, ["", "masks", "Pos", "Neg", "Avg", "mean of masks"], rows))
+    return tables
+
+
+def markdown_of(reports: list[dict[str, Any]]) -> str:
+    """The report as a page."""
+    parts = [table.markdown() for table in tables_of(reports)]
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes_of(reports))]) + "\n"
+
+
+def _percent(values: dict[str, Any]) -> list[str]:
+    return [_number(100 * values[name]) for name in ("avg_pos", "avg_neg", "avg", "mean_mask_score")]
+
+
+def _overall(name: str, report: dict[str, Any], scale: int) -> list[str]:
+    cost = [report["tokens_per_forward"], report["text_tokens_per_forward"], report["seconds"]]
+    return [name, *_percent(report), *(_number(value, 2) for value in cost)]
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

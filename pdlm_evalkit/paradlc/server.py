@@ -1,0 +1,127 @@
+"""Captions from an OpenAI-compatible server: our own, which takes regions, or any vision-language model's."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ..judge import Judge, Reply, Request
+from .captioning import CaptionRun, Pass, areas_of, masks_of
+from .data import open_picture, png_url
+
+STYLES = ("regions", "crops")
+MAX_REGIONS = 64  # of a request to our server, unless it is told otherwise
+OUTLINE = (255, 0, 0)
+CROPS_PROMPT = (
+    "The first picture has one region outlined in red; the second shows this region larger, with what surrounds it. "
+    "Describe the outlined region in detail, in one or two sentences. Do not mention the outline."
+)
+
+
+def server_lines(
+    server: Judge, style: str, passes: list[Pass], prompt: str, max_new_tokens: int, run: CaptionRun
+) -> Iterator[dict[str, Any]]:
+    """Caption through a server.
+
+    Args:
+        server (`Judge`): the server and the settings of each request.
+        style (`str`): "regions" sends a picture and all masks of a pass to our own server; "crops" sends, for a pass
+            of one mask, the picture with its outline and an enlarged part of it, which any vision-language model reads.
+        passes: what to caption.
+        prompt (`str`): the question.
+        max_new_tokens (`int`): slots per caption, to count them where the server says how often it ran.
+        run (`CaptionRun`): its lines are not made again.
+
+    Yields:
+        a line of captions.jsonl per reply. Its seconds are those since the line before, so that they add up to the
+        time the run took, however many requests were under way. Requests that failed for good yield nothing.
+
+    Raises:
+        JudgeError: the server is of no use.
+    """
+    if style not in STYLES:
+        raise ValueError(f"The style must be one of {', '.join(STYLES)}, got {style!r}.")
+    known = set(run.captions)
+    todo = [work for work in passes if not all(mask.id in known for mask in work[1])]
+    if not todo:
+        return
+    server.probe(chat=style != "regions")
+    build = regions_request if style == "regions" else crops_request
+    last = time.perf_counter()
+    for index, reply in server.ask_many(build(work, prompt) for work in todo):
+        texts = read_texts(reply, style, len(todo[index][1]))
+        now = time.perf_counter()
+        if texts is None:
+            continue
+        captions = {mask.id: text for mask, text in zip(todo[index][1], texts, strict=True)}
+        forwards = reply.usage.get("num_forwards")
+        yield {
+            "captions": captions,
+            "areas": areas_of(todo[index], masks_of(todo[index])),
+            "seconds": round(now - last, 6),
+            "num_forwards": forwards,
+            "slots": None if forwards is None else len(captions) * max_new_tokens,
+            "text_tokens": reply.completion_tokens,
+        }
+        last = now
+
+
+def read_texts(reply: Reply, style: str, count: int) -> list[str] | None:
+    """Captions in a reply, None if they are not there: our server's is a JSON list, others' the caption itself."""
+    if reply.text is None:
+        return None
+    if style == "crops":
+        return [reply.text.strip()]
+    try:
+        texts = json.loads(reply.text)
+    except ValueError:
+        return None
+    whole = isinstance(texts, list) and len(texts) == count and all(isinstance(text, str) for text in texts)
+    return texts if whole else None
+
+
+def regions_request(work: Pass, prompt: str) -> Request:
+    """A picture with all masks of a pass, as our server takes them."""
+    picture, masks = work
+    regions = [{"id": mask.id, "segmentation": _rle(mask.segmentation)} for mask in masks]
+    return {
+        "messages": [_message([png_url(open_picture(picture))], prompt)],
+        "mm_processor_kwargs": {"regions": regions},
+    }
+
+
+def crops_request(work: Pass, prompt: str) -> Request:
+    """A picture with the outline of its one mask, and the part around the mask."""
+    from PIL import Image
+
+    from .judging import crop_box
+
+    image, mask = open_picture(work[0]), masks_of(work)[0]
+    outlined = draw_outline(image, Image.fromarray(mask))
+    top, bottom, left, right = crop_box(mask)
+    return {"messages": [_message([png_url(outlined), png_url(outlined.crop((left, top, right, bottom)))], prompt)]}
+
+
+def draw_outline(image: Any, mask: Any) -> Any:
+    """The picture with a line around the mask, outside of it, so that the region's own pixels stay.
+
+    Args:
+        image (`PIL.Image`): RGB.
+        mask (`PIL.Image`): mode "1" or "L", of the same size.
+    """
+    from PIL import Image, ImageChops, ImageFilter
+
+    width = max(2, round(max(image.size) / 250))
+    mask = mask.convert("L").point(lambda value: 255 if value else 0)
+    line = ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(2 * width + 1)), mask)
+    return Image.composite(Image.new("RGB", image.size, OUTLINE), image, line)
+
+
+def _message(urls: list[str], prompt: str) -> dict[str, Any]:
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}
+
+
+def _rle(segmentation: dict[str, Any]) -> Any:
+    """DLC-Bench wraps its run lengths, ParaDLC-Bench does not."""
+    return segmentation.get("segmentation", segmentation)

@@ -1,0 +1,223 @@
+"""Measured scores beside the paper's, from the result files of either harness and of the strict judge."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .benchmarks import BENCHMARKS, Benchmark, find
+
+
+@dataclass
+class Measured:
+    """A score of one benchmark.
+
+    Args:
+        benchmark (`str`): the paper's name.
+        harness (`str`): "VLMEvalKit", "lmms-eval" or "strict judge".
+        score (`float`): in percent.
+        metric (`str`): what it is called there.
+        paper (`float`): PerceptionDLM-Base, Table 1.
+        questions (`int`, *optional*): how many it is of.
+        tokens_per_forward (`float`, *optional*): slots a pass, padding included.
+        text_tokens_per_forward (`float`, *optional*): tokens before the end of the answers, a pass.
+        seconds (`float`, *optional*): of the model.
+        note (`str`): what makes it differ from the paper's way.
+        source (`str`): file.
+    """
+
+    benchmark: str
+    harness: str
+    score: float
+    metric: str
+    paper: float
+    questions: int | None = None
+    tokens_per_forward: float | None = None
+    text_tokens_per_forward: float | None = None
+    seconds: float | None = None
+    note: str = ""
+    source: str = ""
+
+    @property
+    def difference(self) -> float:
+        """Measured minus paper, in points."""
+        return round(self.score - self.paper, 2)
+
+
+def collect(paths: list[Path]) -> list[Measured]:
+    """All scores of the paper's benchmarks in these files and folders, in the paper's order, oldest first.
+
+    Raises:
+        ValueError: a path is not there, a result file cannot be read, or nothing was found.
+    """
+    files: set[Path] = set()
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder.")
+        patterns = ("pdlm_report.json", "*_results.json", "*_strict.json")
+        files |= {path} if path.is_file() else {file for pattern in patterns for file in path.rglob(pattern)}
+    found: list[Measured] = []
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file}: cannot be read ({error}).") from None
+        if isinstance(content, list):
+            found += [row for row in map(_from_vlmeval, content) if row is not None]
+        elif "accuracy" in content:
+            found += [row for row in [_from_strict(content)] if row is not None]
+        else:
+            found += _from_lmms(content, file)
+        for row in found:
+            row.source = row.source or str(file)
+    if not found:
+        raise ValueError(f"No scores of the paper's benchmarks in {', '.join(map(str, paths))}.")
+    order = [benchmark.name for benchmark in BENCHMARKS]
+    return sorted(found, key=lambda row: order.index(row.benchmark))
+
+
+def percent(value: float) -> float:
+    """Harnesses write shares or percents, VLMEvalKit both; a share is at most 1."""
+    return round(100 * value if value <= 1 else value, 2)
+
+
+def _from_vlmeval(row: dict[str, Any]) -> Measured | None:
+    benchmark, value = find(row["benchmark"]), row.get("primary_metric_value")
+    if isinstance(value, dict):  # several main metrics; the paper's is the first the table names
+        value = next((v for k, v in value.items() if benchmark and benchmark.vlmeval_metric in k), None)
+    if benchmark is None or not isinstance(value, (int, float)):
+        return None
+    answers = row.get("answers") or {}
+    notes = []
+    if row.get("paper_settings") is None:
+        notes.append("not the paper's settings")
+    elif row.get("settings"):
+        notes.append("changed: " + ", ".join(f"{k}={v}" for k, v in row["settings"].items()))
+    if benchmark.paper_judge:
+        notes.append(f"the paper: {benchmark.paper_judge}")
+    return Measured(
+        benchmark.name,
+        "VLMEvalKit",
+        percent(value),
+        str(row.get("primary_metric")),
+        benchmark.paper,
+        row.get("infer_total"),
+        answers.get("tokens_per_forward"),
+        answers.get("text_tokens_per_forward"),
+        answers.get("seconds"),
+        "; ".join(notes),
+    )
+
+
+def _from_strict(content: dict[str, Any]) -> Measured | None:
+    benchmark = find(content.get("benchmark") or "")
+    if benchmark is None:
+        return None
+    lost = content.get("n_failed", 0) + content.get("n_unparsed", 0)
+    note = f"{content.get('judge')}" + (f"; {lost} rows without a verdict count as wrong" if lost else "")
+    return Measured(
+        benchmark.name,
+        "strict judge",
+        percent(content["accuracy"]),
+        "CORRECT",
+        benchmark.paper,
+        content["n_rows"],
+        note=note,
+    )
+
+
+def _from_lmms(content: dict[str, Any], file: Path) -> list[Measured]:
+    found = []
+    rows = {**content.get("results", {}), **content.get("groups", {})}
+    for task, metrics in rows.items():
+        benchmark = find(task)
+        if benchmark is None or (task != benchmark.lmms and benchmark.lmms in rows):
+            continue  # a part of one that is there as a whole
+        scores = {key.split(",")[0]: value for key, value in metrics.items() if "," in key and "_stderr" not in key}
+        value = scores.get(benchmark.lmms_metric)
+        if not isinstance(value, (int, float)):
+            continue
+        note = "" if task == benchmark.lmms else f"task {task}"
+        measured = Measured(
+            benchmark.name, "lmms-eval", percent(value), benchmark.lmms_metric, benchmark.paper, note=note
+        )
+        _add_costs(measured, file.with_name(file.name.replace("_results.json", f"_samples_{task}.jsonl")))
+        limit = content.get("config", {}).get("limit")
+        if limit:
+            measured.note = "; ".join(filter(None, (measured.note, f"only {limit:g} questions (--limit)")))
+        found.append(measured)
+    return found
+
+
+def _add_costs(measured: Measured, samples: Path) -> None:
+    """Tokens, passes and time from the samples, where they were logged."""
+    if not samples.is_file():
+        return
+    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines() if line.strip()]
+    measured.questions = len(rows)
+    counts = [c for row in rows for c in row.get("token_counts") or [] if c and c.get("num_forwards")]
+    forwards = sum(c["num_forwards"] for c in counts)
+    if forwards:
+        measured.tokens_per_forward = round(sum(c["slots"] for c in counts) / forwards, 3)
+        measured.text_tokens_per_forward = round(sum(c.get("output_tokens") or 0 for c in counts) / forwards, 3)
+        measured.seconds = round(sum(c["seconds"] for c in counts), 1)
+
+
+def as_rows(measured: list[Measured]) -> list[dict[str, Any]]:
+    """For `--json`."""
+    return [asdict(row) | {"difference": row.difference} for row in measured]
+
+
+def as_table(measured: list[Measured]) -> Table:
+    """For the terminal."""
+    table = Table(title="PerceptionDLM-Base: measured and the paper's Table 1")
+    for name in (
+        "benchmark",
+        "harness",
+        "measured",
+        "paper",
+        "difference",
+        "questions",
+        "TPF",
+        "text TPF",
+        "s",
+        "note",
+    ):
+        table.add_column(name, justify="left" if name in ("benchmark", "harness", "note") else "right")
+    for row in measured:
+        numbers = (row.questions, row.tokens_per_forward, row.text_tokens_per_forward, row.seconds)
+        table.add_row(
+            row.benchmark,
+            row.harness,
+            f"{row.score:.1f}",
+            f"{row.paper:.1f}",
+            f"{row.difference:+.1f}",
+            *("" if number is None else f"{number:g}" for number in numbers),
+            row.note,
+        )
+    return table
+
+
+def list_table(benchmarks: list[Benchmark]) -> Table:
+    """The paper's benchmarks with their settings."""
+    table = Table(title="The paper's benchmarks")
+    columns = ("benchmark", "VLMEvalKit", "lmms-eval", "split", "judge", "slots", "block", "steps", "ask for", "paper")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for b in benchmarks:
+        judge = b.stock_judge + (f"; paper: {b.paper_judge}" if b.paper_judge else "")
+        table.add_row(
+            b.name,
+            b.vlmeval,
+            b.lmms,
+            b.split,
+            judge,
+            str(b.max_new_tokens),
+            str(b.block_length),
+            str(b.max_denoising_steps),
+            b.kind + (", first picture doubled" if b.upscale_first else ""),
+            f"{b.paper:.1f}",
+        )
+    return table

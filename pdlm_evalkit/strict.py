@@ -1,0 +1,178 @@
+"""The paper's strict judge for ChartQA, DocVQA and InfoVQA: Qwen3-8B says whether a prediction holds the answer.
+
+Works on result files of either harness, asks any OpenAI-compatible server several things at a time, and goes on where
+it stopped. Counting is the reference's: CORRECT / rows; failed calls and other replies are wrong, and are counted.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .judge import Judge, Reply, Request
+
+MODEL, BASE_URL = "Qwen/Qwen3-8B", "http://127.0.0.1:8000/v1"
+# Settings and wording are the reference's, to the letter, since the scores depend on them.
+SETTINGS: dict[str, Any] = {
+    "temperature": 0.0,
+    "top_p": 1,
+    "max_tokens": 1000,
+    "top_k": 20,
+    "chat_template_kwargs": {"enable_thinking": False},
+}
+SYSTEM_PROMPT = """
+You are a strict evaluator.
+
+You will be given:
+1. A list or single ground truth answers (multiple valid formats).
+2. A predicted answer, which may contain extra text or explanations.
+
+Your task is to determine whether the prediction is correct.
+
+----------------------
+Evaluation Rules:
+
+1. The prediction is considered CORRECT if it contains ANY one of the ground truth answers as a substring, ignoring minor formatting differences such as:
+   - punctuation (e.g., ":" vs ".")
+   - extra spaces
+   - capitalization
+
+2. Ignore any irrelevant text in the prediction, including reasoning, explanations, or content inside <think> tags.
+
+3. Focus only on whether the core answer content matches one of the ground truth answers.
+
+4. The prediction is INCORRECT if:
+   - none of the valid answers appear in the prediction
+   - or the meaning is clearly different
+
+----------------------
+
+Output format (strict):
+- Output only one word: "CORRECT" or "INCORRECT"
+- Do NOT output anything else
+"""
+
+
+@dataclass
+class Row:
+    """A row of a result file.
+
+    Args:
+        index (`str`): of the question.
+        answer (`str`): right answer, or a list of them, as the file has it.
+        prediction (`str`): what the model said.
+    """
+
+    index: str
+    answer: str
+    prediction: str
+
+
+def read_results(path: Path) -> list[Row]:
+    """Rows of a result file.
+
+    Args:
+        path (`Path`): VLMEvalKit's predictions (.xlsx, .tsv, .csv, .json) or lmms-eval's samples (.jsonl).
+
+    Raises:
+        ValueError: it cannot be read, has no rows, or lacks a column.
+    """
+    readers = {
+        ".jsonl": _lmms_rows,
+        ".json": _json_rows,
+        ".tsv": _table_rows,
+        ".csv": _table_rows,
+        ".xlsx": _table_rows,
+    }
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: expected one of {', '.join(readers)}.")
+    try:
+        rows = readers[path.suffix](path)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}).") from None
+    if not rows:
+        raise ValueError(f"{path}: holds no rows.")
+    return rows
+
+
+def _need(row: Any, names: tuple[str, ...], path: Path, number: int) -> None:
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise ValueError(f"{path}: row {number} has no {' and no '.join(missing)}; is it a file of predictions?")
+
+
+def _lmms_rows(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            row = json.loads(line)
+            _need(row, ("target", "filtered_resps", "doc_id"), path, number)
+            said = row["filtered_resps"][0]
+            rows.append(Row(str(row["doc_id"]), str(row["target"]), str(said[0] if isinstance(said, list) else said)))
+    return rows
+
+
+def _json_rows(path: Path) -> list[Row]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, list):
+        raise ValueError(f"{path}: expected a list of rows.")
+    for number, row in enumerate(content, 1):
+        _need(row, ("answer", "prediction"), path, number)
+    return [Row(str(row.get("index", k)), str(row["answer"]), str(row["prediction"])) for k, row in enumerate(content)]
+
+
+def _table_rows(path: Path) -> list[Row]:
+    try:
+        import pandas
+    except ImportError:
+        raise ImportError(
+            "Reading VLMEvalKit's tables needs pandas and openpyxl, which come with VLMEvalKit."
+        ) from None
+    try:
+        if path.suffix == ".xlsx":
+            table = pandas.read_excel(path)
+        else:
+            table = pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+    except Exception as error:  # pandas, openpyxl and zipfile raise what they like on a damaged file
+        raise ValueError(f"{path}: cannot be read ({error}).") from None
+    _need(table.columns, ("answer", "prediction"), path, 1)
+    index = table["index"] if "index" in table.columns else table.index
+    return [
+        Row(str(i), str(answer), str(said))
+        for i, answer, said in zip(index, table["answer"], table["prediction"], strict=True)
+    ]
+
+
+def request_for(row: Row) -> Request:
+    """What the judge is asked about a row; the question is not shown to it, as in the reference."""
+    user = f"Ground Truth(s): {row.answer}\nPrediction: {row.prediction}"
+    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
+
+
+def judge_results(
+    rows: list[Row], judge: Judge, progress: Callable[[int, Reply], None] | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ask about every row and count.
+
+    Args:
+        rows (`list[Row]`): from [`read_results`].
+        judge (`Judge`)
+        progress (*optional*): see [`Judge.ask_many`].
+
+    Returns:
+        accuracy (share of all rows) with its counts, and the rows with their verdicts: "CORRECT", "INCORRECT",
+        "UNPARSED" or "FAILED".
+
+    Raises:
+        JudgeError: the judge is of no use; what it said so far is in the cache.
+    """
+    verdicts = ["FAILED"] * len(rows)
+    for index, reply in judge.ask_many([request_for(row) for row in rows], progress):
+        if reply.text is not None:
+            said = reply.text.strip()
+            verdicts[index] = said if said in ("CORRECT", "INCORRECT") else "UNPARSED"
+    counts = {name: verdicts.count(name) for name in ("CORRECT", "INCORRECT", "UNPARSED", "FAILED")}
+    score = {"accuracy": counts["CORRECT"] / len(rows), "n_rows": len(rows)}
+    score |= {f"n_{name.lower()}": count for name, count in counts.items()}
+    return score, [{**vars(row), "verdict": verdict} for row, verdict in zip(rows, verdicts, strict=True)]

@@ -1,0 +1,101 @@
+"""PerceptionDLM as a model of VLMEvalKit. Imported by [`vlmeval_run`] only, since VLMEvalKit has no plugins."""
+
+import json
+import os
+import string
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from vlmeval.dataset import DATASET_MODALITY, DATASET_TYPE
+from vlmeval.vlm.base import BaseModel
+
+from .answering import Answerer, Question
+from .benchmarks import DIRECT, LETTER, SUFFIX, find
+
+_CHINESE_LETTER, _CHINESE_DIRECT = "\n请直接回答选项字母。", "\n请直接回答问题。"
+_SEVERAL_ROUNDS = ("MMDU", "MME-RealWorld", "WeMath_COT", "MMAlignBench")
+
+
+class PerceptionDLM(BaseModel):
+    """A checkpoint, with the paper's settings and prompts for the paper's benchmarks.
+
+    Args:
+        pretrained (`str`): folder, hub id, "shapes" or "shapes_base".
+        device (`str`, *optional*): default: the GPU this rank sees, if there is one.
+        dtype (`str`): as in `from_pretrained`.
+        presets (`str`): "paper", or "none": the reference's general settings everywhere.
+        log (`str`, *optional*): file that gets one JSON line an answer: tokens, forwards, seconds.
+        **settings: of `generate`; these go before the benchmark's.
+    """
+
+    INSTALL_REQ = False
+    INTERLEAVE = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        device: str | None = None,
+        dtype: str = "auto",
+        presets: str = "paper",
+        log: str | None = None,
+        **settings: Any,
+    ):
+        super().__init__()
+        self.answerer = Answerer.from_pretrained(pretrained, device=device, dtype=dtype, presets=presets, **settings)
+        self.log = Path(log) if log else None
+
+    def use_custom_prompt(self, dataset: str) -> bool:
+        """Whether [`build_prompt`] writes the question: for pictures and single questions."""
+        if self.answerer.presets != "paper" or any(name in dataset for name in _SEVERAL_ROUNDS):
+            return False
+        return DATASET_MODALITY(dataset) != "VIDEO" and DATASET_TYPE(dataset) in ("MCQ", "Y/N", "VQA")
+
+    def build_prompt(self, line: Any, dataset: str | None = None) -> list[dict[str, str]]:
+        """A row of a data set as a message, with the reference's wording.
+
+        Args:
+            line: row with question, answer options and picture.
+            dataset (`str`): its name.
+        """
+        images = self.dump_image(line, dataset)
+        images = images if isinstance(images, list) else [images]
+        text = question_text(line, DATASET_TYPE(dataset), dataset)
+        return [{"type": "text", "value": text}, *({"type": "image", "value": path} for path in images)]
+
+    def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
+        """The answer to one message, post-processed as the reference does."""
+        images = [part["value"] for part in message if part["type"] == "image"]
+        texts = [part["value"] for part in message if part["type"] == "text"]
+        benchmark = find(dataset) if dataset and self.answerer.presets == "paper" else None
+        question = Question(images, ("" if len(images) > 1 else "\n").join(texts), benchmark)
+        answer = self.answerer.answer([question])[0]
+        if self.log is not None:
+            row = {"dataset": dataset, "rank": int(os.environ.get("RANK", 0)), **vars(answer)}
+            row["settings"] = self.answerer.settings_of(question)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return answer.text
+
+
+def question_text(line: Any, kind: str, dataset: str) -> str:
+    """The question of a row in the reference's wording.
+
+    Args:
+        line: mapping with `question`, and `hint` and options `A`, `B`, ... if it has them.
+        kind (`str`): VLMEvalKit's type: "MCQ", "Y/N" or "VQA".
+        dataset (`str`): its name.
+    """
+    question = str(line["question"])
+    if kind == "MCQ":
+        if "hint" in line and not pd.isna(line["hint"]):
+            question = f"{line['hint']}\n{question}"
+        options = [c for c in string.ascii_uppercase if c in line and not pd.isna(line[c])]
+        question += "".join(f"\n{letter}. {line[letter]}" for letter in options)
+        if any("\u4e00" <= character <= "\u9fff" for character in question):
+            return question + (_CHINESE_LETTER if options else _CHINESE_DIRECT)
+        return question + (LETTER if options else DIRECT)
+    benchmark = find(dataset)
+    if benchmark is not None:
+        return question + benchmark.suffix
+    return question + (SUFFIX["free"] if kind == "VQA" else "")

@@ -1,0 +1,243 @@
+"""`pdlm-eval vlmeval`: VLMEvalKit's own run.py with PerceptionDLM registered, and an exit code that can be trusted.
+
+pdlm-eval vlmeval --data MMStar ChartQA_TEST --model PerceptionDLM-Base --pretrained DIR --judge exact_matching
+torchrun --nproc-per-node=8 -m pdlm_evalkit.vlmeval_run --data ...
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import runpy
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .benchmarks import find
+
+HUB = {"PerceptionDLM-Base": "MSALab/PerceptionDLM-Base", "PerceptionDLM": "MSALab/PerceptionDLM"}
+
+
+def settings_from(text: str | None) -> dict[str, Any]:
+    """`key=value,key=value` as a dict, numbers as numbers. Raises: ValueError for anything else."""
+    settings = {}
+    for pair in filter(None, (text or "").split(",")):
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--settings: expected key=value,key=value, got {pair!r}.")
+        try:
+            settings[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name.strip()] = value
+    return settings
+
+
+def find_run_py() -> Path:
+    """VLMEvalKit's run.py, which its wheel does not have. Raises: ValueError saying how to install it."""
+    spec = importlib.util.find_spec("vlmeval")
+    if spec is None or not spec.origin:
+        raise ValueError(
+            "VLMEvalKit is not installed. Clone its repository and run `pip install -e VLMEvalKit` in this environment."
+        )
+    path = Path(spec.origin).resolve().parents[1] / "run.py"
+    if not path.is_file():
+        raise ValueError(
+            f"VLMEvalKit is installed without its run.py (looked for {path}). Install it from a checkout: "
+            "`pip install -e VLMEvalKit`."
+        )
+    return path
+
+
+def register(pretrained: str | None = None, **kwargs: Any) -> None:
+    """Put both models into VLMEvalKit's tables, for `--model` and for the classes of `--config`.
+
+    Args:
+        pretrained (`str`, *optional*): checkpoint of both names; default: the released ones.
+        **kwargs: of [`vlmeval_model.PerceptionDLM`].
+    """
+    import vlmeval.vlm
+    from vlmeval.config import supported_VLM
+
+    from .vlmeval_model import PerceptionDLM
+
+    vlmeval.vlm.PerceptionDLM = PerceptionDLM
+    for name, hub_id in HUB.items():
+        supported_VLM[name] = partial(PerceptionDLM, pretrained=pretrained or hub_id, **kwargs)
+
+
+def use_gloo_without_cuda() -> None:
+    """run.py asks for NCCL by name; several ranks on CPUs need gloo."""
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        return
+    start = dist.init_process_group
+
+    def init(backend: str | None = None, *args: Any, **kwargs: Any):
+        return start("gloo", *args, **kwargs)
+
+    dist.init_process_group = init
+
+
+def _status_files(work_dir: Path) -> set[Path]:
+    return set(work_dir.glob("*/*/status.json"))
+
+
+def problem_of(row: dict[str, Any], mode: str = "all") -> str | None:
+    """What is wrong with the result of a data set, or None.
+
+    Args:
+        row (`dict`): of VLMEvalKit's run report: infer_failed, judge_failed, primary_metric_value, skip_reason, ...
+        mode (`str`): run.py's; with "infer" predictions alone are a result.
+    """
+    if row.get("eval_error"):
+        return str(row["eval_error"])
+    if row.get("infer_failed"):
+        return f"{row['infer_failed']} of {row.get('infer_total')} questions got no answer"
+    if mode == "infer":
+        return None if row.get("infer_total") else "no answers were written"
+    if row.get("skip_reason"):
+        return f"not scored ({row['skip_reason']})"
+    if row.get("primary_metric_value") is None:
+        return "no score was written"
+    if row.get("judge_failed"):
+        return f"the judge failed on {row['judge_failed']} of {row.get('judge_total')} answers"
+    return None
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, what we must know of run.py's, and everything that goes to run.py."""
+    parser = argparse.ArgumentParser(prog="pdlm-eval vlmeval", allow_abbrev=False)
+    parser.add_argument("--pretrained", help="Checkpoint folder, hub id, shapes or shapes_base.")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--presets", default="paper", choices=["paper", "none"])
+    parser.add_argument("--settings", help="key=value,... of generate; before the paper's.")
+    parser.add_argument("--no-check", action="store_true", help="Do not ask for a working judge before the start.")
+    ours, rest = parser.parse_known_args(argv)
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--data", nargs="+", default=[])
+    known.add_argument("--model", nargs="+", default=[])
+    known.add_argument("--config")
+    known.add_argument("--work-dir", default="./outputs")
+    known.add_argument("--mode", default="all")
+    for name in ("--judge", "--judge-base-url", "--judge-key"):
+        known.add_argument(name)
+    theirs, _ = known.parse_known_args(rest)
+    return argparse.Namespace(**vars(theirs), **vars(ours)), rest
+
+
+def expected_data(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Models and data sets a call asks for. Raises: ValueError if its config cannot be read."""
+    if not options.config:
+        return options.model, options.data
+    try:
+        config = json.loads(Path(options.config).read_text(encoding="utf-8"))
+        return list(config["model"]), list(config["data"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"--config {options.config}: expected JSON with `model` and `data` ({error}).") from None
+
+
+def run(argv: list[str]) -> int:
+    """Run, and say what has no result. Returns: 0 only if every data set has one.
+
+    Args:
+        argv (`list[str]`): our options and run.py's, in any order.
+
+    Raises:
+        ValueError: the call cannot work; nothing was started.
+    """
+    options, rest = parse(argv)
+    settings, run_py = settings_from(options.settings), find_run_py()
+    models, data = expected_data(options)
+    if not models or not data:
+        raise ValueError("Nothing to do: give --model and --data, or --config.")
+    if not options.no_check and options.mode != "infer":
+        from .check import check_vlmeval_judge
+
+        check_vlmeval_judge(data, options.judge, options.judge_base_url, options.judge_key)
+    work_dir = Path(options.work_dir)
+    rank = int(os.environ.get("RANK", 0))
+    before, log = _status_files(work_dir), work_dir / f"pdlm_answers_{time.strftime('%Y%m%d_%H%M%S')}.{rank}.jsonl"
+    work_dir.mkdir(parents=True, exist_ok=True)
+    use_gloo_without_cuda()
+    register(
+        options.pretrained,
+        device=options.device,
+        dtype=options.dtype,
+        presets=options.presets,
+        log=str(log),
+        **settings,
+    )
+    sys.argv = [str(run_py), *rest]
+    try:
+        runpy.run_path(str(run_py), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            return int(end.code) if isinstance(end.code, int) else 1
+    if rank:
+        return 0
+    return finish(models, data, _status_files(work_dir) - before, options, settings)
+
+
+def finish(
+    models: list[str], data: list[str], files: set[Path], options: argparse.Namespace, settings: dict[str, Any]
+) -> int:
+    """Write `pdlm_report.json` into every run, and name the data sets without a result. Returns: exit code."""
+    from vlmeval.smp import collect_run_benchmark_report
+
+    missing = 0
+    for model in models:
+        rows: dict[str, dict[str, Any]] = {}
+        for path in sorted(path for path in files if path.parts[-3] == model):
+            found = {row["benchmark"]: row for row in collect_run_benchmark_report(path.parent)}
+            for name, row in found.items():
+                benchmark = find(name) if options.presets == "paper" else None
+                row |= {"paper_settings": benchmark and benchmark.as_dict(), "settings": settings}
+                row |= {"pretrained": options.pretrained or HUB.get(model), "answers": answer_costs(path, name)}
+            (path.parent / "pdlm_report.json").write_text(json.dumps(list(found.values()), indent=1, default=str))
+            rows |= found
+        for name in data:
+            problem = problem_of(rows[name], options.mode) if name in rows else "no result was written"
+            if problem:
+                missing += 1
+                print(f"pdlm-eval: {model} on {name}: {problem}", file=sys.stderr)  # noqa: T201
+    return 1 if missing else 0
+
+
+def answer_costs(status: Path, dataset: str) -> dict[str, Any]:
+    """What the answers to a data set cost, summed over the newest log of every rank.
+
+    Args:
+        status (`Path`): status.json of the run; the logs lie in the working folder above.
+        dataset (`str`): its name.
+    """
+    total = {"questions": 0, "num_forwards": 0, "slots": 0, "output_tokens": 0, "seconds": 0.0}
+    logs = sorted(status.parents[2].glob("pdlm_answers_*.jsonl"))
+    newest = {log.name.split(".")[-2]: log for log in logs}  # by rank
+    for log in newest.values():
+        for line in log.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["dataset"] == dataset:
+                total["questions"] += 1
+                for name in ("num_forwards", "slots", "output_tokens", "seconds"):
+                    total[name] += row[name]
+    if total["num_forwards"]:
+        total["tokens_per_forward"] = round(total["slots"] / total["num_forwards"], 3)
+        total["text_tokens_per_forward"] = round(total["output_tokens"] / total["num_forwards"], 3)
+    return total
+
+
+def main() -> None:
+    """Command for torchrun: `torchrun -m pdlm_evalkit.vlmeval_run ...`."""
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"pdlm-eval: {error}")
+
+
+if __name__ == "__main__":
+    main()
