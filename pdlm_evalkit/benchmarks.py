@@ -4,7 +4,7 @@ Settings are those of the reference's harness copy (reference-spec and eval note
 kind of question, images by benchmark); scores are Table 1 of the paper.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Kind = Literal["letter", "yes_no", "document", "math", "free"]
@@ -103,99 +103,39 @@ _READ = {
     "paper_judge": "Qwen3-8B, strict",
 }
 
+_DOC = "OCR & Doc & Chart"
+_MATHVISTA = {"aliases": ("mathvista_testmini",), **_REASON}
+
+# fmt: off
+# name, group, kind, VLMEvalKit, lmms-eval, split, stock judge, lmms-eval's metric, Table 1
 BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("MMStar", "General VQA", "letter", "MMStar", "mmstar", "val", _RULES_LLM, "average", 63.7),
-    Benchmark(
-        "SeedBench", "General VQA", "letter", "SEEDBench_IMG", "seedbench", "image", _RULES_LLM, "seed_image", 78.9
-    ),
-    Benchmark(
-        "MMBench",
-        "General VQA",
-        "letter",
-        "MMBench_DEV_EN",
-        "mmbench_en_dev",
-        "dev",
-        _RULES_LLM,
-        "gpt_eval_score",
-        85.0,
-    ),
-    Benchmark(
-        "MMMU",
-        "Reasoning",
-        "letter",
-        "MMMU_DEV_VAL",
-        "mmmu_val",
-        "validation",
-        _RULES_LLM,
-        "mmmu_acc",
-        47.2,
-        upscale_first=True,
-    ),
-    Benchmark(
-        "MathVista",
-        "Reasoning",
-        "math",
-        "MathVista_MINI",
-        "mathvista_testmini_format",
-        "testmini",
-        _LLM,
-        "llm_as_judge_eval",
-        65.5,
-        aliases=("mathvista_testmini",),
-        **_REASON,
-    ),
-    Benchmark(
-        "MathVerse Vision-Only",
-        "Reasoning",
-        "math",
-        "MathVerse_MINI_Vision_Only",
-        "mathverse_testmini_vision_only",
-        "testmini",
-        _LLM,
-        "gpt_eval_score",
-        25.3,
-        **_REASON,
-    ),
-    Benchmark("AI2D", "OCR & Doc & Chart", "letter", "AI2D_TEST", "ai2d", "test", _RULES_LLM, "exact_match", 85.0),
-    Benchmark(
-        "ChartQA",
-        "OCR & Doc & Chart",
-        "document",
-        "ChartQA_TEST",
-        "chartqa",
-        "test",
-        _RULES,
-        "relaxed_overall",
-        91.6,
-        **_READ,
-    ),
-    Benchmark(
-        "DocVQA", "OCR & Doc & Chart", "document", "DocVQA_VAL", "docvqa_val", "val", _RULES, "anls", 89.9, **_READ
-    ),
-    Benchmark(
-        "InfoVQA", "OCR & Doc & Chart", "document", "InfoVQA_VAL", "infovqa_val", "val", _RULES, "anls", 74.6, **_READ
-    ),
+    Benchmark("SeedBench", "General VQA", "letter", "SEEDBench_IMG", "seedbench", "image", _RULES_LLM,
+              "seed_image", 78.9),
+    Benchmark("MMBench", "General VQA", "letter", "MMBench_DEV_EN", "mmbench_en_dev", "dev", _RULES_LLM,
+              "gpt_eval_score", 85.0),
+    Benchmark("MMMU", "Reasoning", "letter", "MMMU_DEV_VAL", "mmmu_val", "validation", _RULES_LLM,
+              "mmmu_acc", 47.2, upscale_first=True),
+    Benchmark("MathVista", "Reasoning", "math", "MathVista_MINI", "mathvista_testmini_format", "testmini", _LLM,
+              "llm_as_judge_eval", 65.5, **_MATHVISTA),
+    Benchmark("MathVerse Vision-Only", "Reasoning", "math", "MathVerse_MINI_Vision_Only",
+              "mathverse_testmini_vision_only", "testmini", _LLM, "gpt_eval_score", 25.3, **_REASON),
+    Benchmark("AI2D", _DOC, "letter", "AI2D_TEST", "ai2d", "test", _RULES_LLM, "exact_match", 85.0),
+    Benchmark("ChartQA", _DOC, "document", "ChartQA_TEST", "chartqa", "test", _RULES,
+              "relaxed_overall", 91.6, **_READ),
+    Benchmark("DocVQA", _DOC, "document", "DocVQA_VAL", "docvqa_val", "val", _RULES, "anls", 89.9, **_READ),
+    Benchmark("InfoVQA", _DOC, "document", "InfoVQA_VAL", "infovqa_val", "val", _RULES, "anls", 74.6, **_READ),
     Benchmark("MMVP", "Perception", "letter", "MMVP", "mmvp", "test", _RULES_LLM, "mmvp_accuracy", 82.0),
     Benchmark("BLINK", "Perception", "letter", "BLINK", "blink", "val", _RULES_LLM, "blink_acc", 60.3),
-    Benchmark(
-        "RealWorldQA", "Perception", "letter", "RealWorldQA", "realworldqa", "test", _RULES_LLM, "exact_match", 73.7
-    ),
-    Benchmark(
-        "CV-Bench-2D", "Perception", "letter", "CV-Bench-2D", "cv_bench_2d", "2D", _RULES_LLM, "cv_bench_acc", 79.8
-    ),
-    Benchmark(
-        "HallusionBench",
-        "Others",
-        "yes_no",
-        "HallusionBench",
-        "hallusion_bench_image",
-        "image",
-        _RULES_LLM,
-        "aAcc",
-        58.4,
-    ),
+    Benchmark("RealWorldQA", "Perception", "letter", "RealWorldQA", "realworldqa", "test", _RULES_LLM,
+              "exact_match", 73.7),
+    Benchmark("CV-Bench-2D", "Perception", "letter", "CV-Bench-2D", "cv_bench_2d", "2D", _RULES_LLM,
+              "cv_bench_acc", 79.8),
+    Benchmark("HallusionBench", "Others", "yes_no", "HallusionBench", "hallusion_bench_image", "image", _RULES_LLM,
+              "aAcc", 58.4),
     Benchmark("V*", "Others", "letter", "VStarBench", "vstar_bench", "test", _RULES_LLM, "vstar_overall_acc", 73.3),
 )
+# fmt: on
 
 
 def tiles_for(pictures: int, max_tiles: int = 6) -> int:
@@ -228,14 +168,23 @@ def choose(names: list[str] | None) -> list[Benchmark]:
     return list(dict.fromkeys(find(name) for name in names))
 
 
-def with_settings(benchmark: Benchmark, **changes: Any) -> Benchmark:
-    """The benchmark with some settings changed. Raises: ValueError for a setting there is not."""
-    unknown = sorted(set(changes) - set(Benchmark.__dataclass_fields__))
-    if unknown:
-        raise ValueError(
-            f"{benchmark.name} has no settings {unknown}. Known: {sorted(Benchmark.__dataclass_fields__)}."
-        )
-    return replace(benchmark, **changes)
+def ask_like_paper(benchmark: Benchmark, text: str) -> str:
+    """A question of a stock task with the paper's way of asking for the answer instead of the task's.
+
+    Multiple choice and open questions among them keep their own request, if they have one.
+
+    Args:
+        benchmark (`Benchmark`)
+        text (`str`): as the task wrote it.
+    """
+    own = next((s for s in HARNESS_SUFFIXES if text.rstrip(" .\n").endswith(s)), None)
+    if benchmark.kind == "letter":
+        return text if own else text.rstrip() + benchmark.suffix
+    if text.endswith(benchmark.suffix):
+        return text
+    if own:
+        text = text.rstrip(" .\n").removesuffix(own)
+    return text.rstrip() + benchmark.suffix
 
 
 def _plain(name: str) -> str:

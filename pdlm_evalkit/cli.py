@@ -134,9 +134,7 @@ def report(
 
 @app.command()
 def strict(
-    results: Annotated[
-        Path, typer.Argument(help="Predictions of VLMEvalKit or samples of lmms-eval.")
-    ],
+    results: Annotated[Path, typer.Argument(help="Predictions of VLMEvalKit or samples of lmms-eval.")],
     benchmark: Annotated[str | None, typer.Option(help="Default: the one in the file's name.")] = None,
     judge: Annotated[str, typer.Option(help="Model name at the server.")] = "Qwen/Qwen3-8B",
     base_url: Annotated[str, typer.Option(help="Any OpenAI-compatible server.")] = "http://127.0.0.1:8000/v1",

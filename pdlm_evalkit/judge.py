@@ -1,4 +1,4 @@
-"""`Judge`: questions to a model behind any OpenAI-compatible server. No reply is paid for twice, no failure is a reply.
+"""`Judge`: questions to a model behind an OpenAI-compatible server. No reply is paid twice, no failure is a reply.
 
 Replies are kept in a SQLite file the moment they arrive, so that a run can be stopped at any point, also by kill -9,
 and goes on where it was. The key of a reply is what was asked (model, settings, messages with their pictures), not
@@ -193,8 +193,8 @@ class Judge:
                 elif key in waiting:
                     waiting[key].append(index)
                 else:
-                    if not threads:
-                        self._probe_once()
+                    if not self._probed:
+                        self.probe()
                     if len(threads) < self.concurrency:
                         threads.append(threading.Thread(target=self._work, args=(tasks, done, stop), daemon=True))
                         threads[-1].start()
@@ -247,10 +247,6 @@ class Judge:
 
     # ---------------------------------------------------------------- one request
 
-    def _probe_once(self) -> None:
-        if not self._probed:
-            self.probe()
-
     def _look_up(self) -> None:
         try:
             known = [model.id for model in self._client.models.list()]
@@ -262,7 +258,7 @@ class Judge:
             ) from error
         if known and self.model not in known:
             raise JudgeError(
-                f"The server at {public_url(self.base_url)} has no model {self.model!r}; it has {', '.join(known[:9])}."
+                f"The server at {public_url(self.base_url)} has no model {self.model!r}, but {', '.join(known[:9])}."
             )
         self._probed = True
 
@@ -330,7 +326,11 @@ class Judge:
         """Seconds until the next attempt; None if another one is of no use. Raises: JudgeError if none ever is."""
         status = getattr(error, "status_code", None)
         if status in (401, 404) or (status == 403 and not self._probed):
-            what = {401: "refuses the key", 403: "refuses access", 404: f"does not know {self.model!r} or the address"}
+            what = {
+                401: "refuses the key" if self._key else "wants a key, and none was given",
+                403: "refuses access",
+                404: f"does not know {self.model!r} or the address",
+            }
             raise JudgeError(
                 f"The server at {public_url(self.base_url)} {what[status]}: {self._why(error)}"
             ) from error

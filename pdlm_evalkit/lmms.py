@@ -20,7 +20,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 
 from .answering import REFERENCE_NAMES, SETTINGS, Answer, Answerer, Question
-from .benchmarks import HARNESS_SUFFIXES, SUFFIX, Benchmark, find
+from .benchmarks import Benchmark, ask_like_paper, find
 
 logger = logging.getLogger(__name__)
 
@@ -185,20 +185,3 @@ class PdlmSimple(_Pdlm):
     def _read(self, request: Instance) -> tuple[str, dict[str, Any], list[Any], str]:
         text, asked, to_images, doc_id, task, split = request.args
         return text, asked, list(to_images(self.task_dict[task][split][doc_id])), task
-
-
-def ask_like_paper(benchmark: Benchmark, text: str) -> str:
-    """A question of a stock task with the paper's way of asking for the answer instead of the task's.
-
-    Multiple choice and open questions among them keep their own request, if they have one.
-
-    Args:
-        benchmark (`Benchmark`)
-        text (`str`): as the task wrote it.
-    """
-    own = next((s for s in HARNESS_SUFFIXES if text.rstrip(" .\n").endswith(s)), None)
-    if benchmark.kind == "letter":
-        return text if own else text.rstrip() + SUFFIX["letter"]
-    if own:
-        text = text.rstrip(" .\n")[: -len(own)].rstrip()
-    return text if text.endswith(benchmark.suffix.strip()) else text.rstrip() + benchmark.suffix

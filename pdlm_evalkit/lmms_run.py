@@ -90,7 +90,7 @@ def run(argv: list[str]) -> int:
     new = sorted(set(output.rglob("*_results.json")) - before)
     missing = missing_results([name.strip() for name in known.tasks.split(",")], new)
     for task in missing:
-        print(f"pdlm-eval: {task}: no result was written; lmms-eval says above why.", file=sys.stderr)
+        print(f"pdlm-eval: {task}: no result was written; lmms-eval says above why.", file=sys.stderr)  # noqa: T201
     return 1 if missing else 0
 
 

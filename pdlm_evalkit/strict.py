@@ -51,7 +51,7 @@ Evaluation Rules:
 Output format (strict):
 - Output only one word: "CORRECT" or "INCORRECT"
 - Do NOT output anything else
-"""
+"""  # noqa: E501
 
 
 @dataclass

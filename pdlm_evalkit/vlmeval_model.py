@@ -6,7 +6,6 @@ import string
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from vlmeval.dataset import DATASET_MODALITY, DATASET_TYPE
 from vlmeval.vlm.base import BaseModel
 
@@ -88,9 +87,9 @@ def question_text(line: Any, kind: str, dataset: str) -> str:
     """
     question = str(line["question"])
     if kind == "MCQ":
-        if "hint" in line and not pd.isna(line["hint"]):
+        if "hint" in line and not _absent(line["hint"]):
             question = f"{line['hint']}\n{question}"
-        options = [c for c in string.ascii_uppercase if c in line and not pd.isna(line[c])]
+        options = [c for c in string.ascii_uppercase if c in line and not _absent(line[c])]
         question += "".join(f"\n{letter}. {line[letter]}" for letter in options)
         if any("\u4e00" <= character <= "\u9fff" for character in question):
             return question + (_CHINESE_LETTER if options else _CHINESE_DIRECT)
@@ -99,3 +98,8 @@ def question_text(line: Any, kind: str, dataset: str) -> str:
     if benchmark is not None:
         return question + benchmark.suffix
     return question + (SUFFIX["free"] if kind == "VQA" else "")
+
+
+def _absent(value: Any) -> bool:
+    """Whether a cell of a table is empty: None, or NaN, which differs from itself."""
+    return value is None or value != value

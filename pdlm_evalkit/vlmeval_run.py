@@ -38,9 +38,7 @@ def find_run_py() -> Path:
     """VLMEvalKit's run.py, which its wheel does not have. Raises: ValueError saying how to install it."""
     spec = importlib.util.find_spec("vlmeval")
     if spec is None or not spec.origin:
-        raise ValueError(
-            "VLMEvalKit is not installed. Clone its repository and run `pip install -e VLMEvalKit` in this environment."
-        )
+        raise ValueError("VLMEvalKit is not installed here. Clone its repository and run `pip install -e VLMEvalKit`.")
     path = Path(spec.origin).resolve().parents[1] / "run.py"
     if not path.is_file():
         raise ValueError(

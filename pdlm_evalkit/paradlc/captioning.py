@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,36 @@ PROMPTS = {
 # In DLC-Bench every mask is captioned alone, also where a picture has several.
 MASKS_PER_PASS = {"paradlc": None, "dlc": 1}
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 Pass = tuple[Picture, tuple[Mask, ...]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is captioned, and how, whoever does it.
+
+    Args:
+        benchmark (`Benchmark`): the masks.
+        annotations (`Path`): its folder.
+        folder (`Path`): the run folder.
+        name (`str`, *optional*): what the report calls the model.
+        prompt (`str`, *optional*): the question; default: the usual one.
+        limit (`int`, *optional*): masks a pass at most.
+        generation (`dict`): settings of `generate`.
+    """
+
+    benchmark: Benchmark
+    annotations: Path
+    folder: Path
+    name: str | None
+    prompt: str | None
+    limit: int | None
+    generation: dict[str, Any]
+
+    def run(self, settings: dict[str, Any]) -> "CaptionRun":
+        """The run folder for these settings. Raises: ValueError, see [`CaptionRun`]."""
+        return CaptionRun(self.folder, self.benchmark, settings, self.annotations)
 
 
 class CaptionRun:
@@ -48,15 +78,14 @@ class CaptionRun:
             "settings": settings,
             "finished": False,
         }
-        if self.run_path.exists():
+        self.lines = self._read_lines()
+        if self.lines and not self.run_path.exists():
+            raise ValueError(f"{folder}: has captions.jsonl, but no run.json that says how they were made.")
+        if self.lines:
             before = read_json(self.run_path)["settings"]
             if changed := sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)):
                 was = ", ".join(f"{k} was {before.get(k)!r}, now {settings.get(k)!r}" for k in changed)
                 raise ValueError(f"{folder}: holds a run with other settings ({was}). Choose another folder.")
-        elif self.lines_path.exists():
-            raise ValueError(f"{folder}: has captions.jsonl, but no run.json that says how they were made.")
-        self.lines = self._read_lines()
-        write_json(self.run_path, self.record)
 
     def _read_lines(self) -> list[dict[str, Any]]:
         """What was done before; a last line that was cut short is taken off."""
@@ -80,7 +109,9 @@ class CaptionRun:
         return {key: found[key] for key in self.benchmark.order if key in found}
 
     def append(self, line: dict[str, Any]) -> None:
-        """Write one line; it is there when this returns."""
+        """Write one line; it is there when this returns. What it was made with is written before the first."""
+        if not self.lines:
+            write_json(self.run_path, self.record)
         with open(self.lines_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.lines.append(line)
@@ -152,6 +183,8 @@ def areas_of(work: Pass, masks: list[Any]) -> dict[str, float]:
 
 def load_captioner(model: str | None, mode: str, device: str | None, dtype: str) -> Any:
     """A `RegionCaptioner`. Raises: ValueError if the checkpoint cannot be loaded, or is a chat model."""
+    if dtype not in DTYPES:
+        raise ValueError(f"The dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
@@ -248,16 +281,16 @@ class TimedModel:
         return output
 
 
-def hardware_of(captioner: Any = None) -> dict[str, Any]:
-    """The machine, for run.json; without a captioner only that of this process."""
-    found = {"python": platform.python_version(), "system": platform.platform(terse=True), "cpus": os.cpu_count()}
-    if captioner is None:
-        return found
+def hardware_of(captioner: Any) -> dict[str, Any]:
+    """The machine, for run.json."""
     import torch
     import transformers
 
     cuda = captioner.model.device.type == "cuda"
-    return found | {
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "cpus": os.cpu_count(),
         "device": torch.cuda.get_device_name(captioner.model.device) if cuda else platform.processor() or "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..judge import Judge, JudgeError
+from ..judge import Judge, JudgeError, public_url
 from .data import check_pictures, load_benchmark, load_questions, read_captions, read_json, write_json
 
 app = typer.Typer(
@@ -105,14 +105,10 @@ def caption(
     batch_size: Annotated[int, typer.Option(help="Passes a forward.")] = 1,
     masks_per_pass: Annotated[int | None, typer.Option(help="At most; default: as trained, in DLC-Bench 1.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float32, ...")] = "auto",
-    server: Annotated[
-        str | None, typer.Option(help="Address of an OpenAI-compatible server, instead of --model.")
-    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    server: Annotated[str | None, typer.Option(help="OpenAI-compatible server, instead of --model.")] = None,
     server_model: Annotated[str | None, typer.Option(help="Name of the model there.")] = None,
-    server_style: Annotated[
-        str, typer.Option(help="regions: our server. crops: any vision-language model.")
-    ] = "regions",
+    server_style: Annotated[str, typer.Option(help="regions: our server. crops: any other model.")] = "regions",
     api_key_env: KeyEnv = None,
     setting: Extra = None,
     concurrency: Annotated[int, typer.Option(help="Requests at a time; above 1, seconds tell the throughput.")] = 1,
@@ -123,18 +119,18 @@ def caption(
     name: Annotated[str | None, typer.Option(help="What the report calls the model.")] = None,
 ) -> None:
     """Caption a benchmark with our model, through a server, or import another system's captions."""
-    from . import captioning
+    from .captioning import MASKS_PER_PASS, Job, caption_into
 
     if sum(value is not None for value in (model, server, captions)) > 1:
         raise ValueError("Give one of --model, --server and --captions.")
     if (server is None) != (server_model is None):
         raise ValueError("--server and --server-model go together.")
-    data = load_benchmark(annotations, images, benchmark)
-    check_pictures(data)
-    prompt = captioning.PROMPTS[data.name] if prompt is None else prompt
-    limit = masks_per_pass or captioning.MASKS_PER_PASS[data.name]
+    if fast and server is not None:
+        raise ValueError("--fast is a mode of --model; a server takes settings, --acceptance-threshold say.")
     if masks_per_pass is not None and masks_per_pass < 1:
         raise ValueError(f"--masks-per-pass must be positive, got {masks_per_pass}.")
+    data = load_benchmark(annotations, images, benchmark)
+    check_pictures(data)
     generation = {
         "max_new_tokens": max_new_tokens or (512 if server and server_style == "crops" else 32),
         "max_denoising_steps": steps,
@@ -146,67 +142,80 @@ def caption(
         "seed": seed,
     }
     generation = {key: value for key, value in generation.items() if value is not None}
-    common = {"name": name, "prompt": prompt, **generation}
-    hardware = captioning.hardware_of()
+    job = Job(data, annotations, out, name, prompt, masks_per_pass or MASKS_PER_PASS[data.name], generation)
+    failed: list[str] = []
     if captions is not None:
-        line = captioning.imported_line(captions, data, allow_missing)
-        settings = {"source": "file", "name": name or captions.stem, "allow_missing": allow_missing}
-        run = captioning.CaptionRun(out, data, settings | {"captions": line["captions"]}, annotations)
-        lines = iter([] if run.lines else [line])
+        run, lines, hardware = _from_file(job, captions, allow_missing)
     elif server is not None:
-        lines, run = _server(
-            data, out, annotations, common, generation, limit, server, server_model, server_style,
-            dict(api_key=_key(api_key_env), concurrency=concurrency, retries=retries, timeout=timeout),
-            setting, fast,
-        )  # fmt: skip
+        options = {"api_key": _key(api_key_env), "concurrency": concurrency, "retries": retries, "timeout": timeout}
+        run, lines, hardware = _from_server(job, server, server_model, server_style, setting, options, failed)
     else:
-        captioner = captioning.load_captioner(model, "fast" if fast else "default", device, dtype)
-        trained = captioner.model.config.num_region_prompts
-        passes = captioning.passes_of(data, min(limit or trained, trained))
-        settings = {"batch_size": batch_size, "masks_per_pass": min(limit or trained, trained)}
-        settings = captioning.model_settings(captioner, model, **common, **settings)
-        run = captioning.CaptionRun(out, data, settings, annotations)
-        hardware = captioning.hardware_of(captioner)
-        lines = captioning.model_lines(captioner, passes, batch_size, prompt, generation, run)
+        run, lines, hardware = _from_model(job, model, "fast" if fast else "default", device, dtype, batch_size)
     with _progress("captions") as progress:
-        captioning.caption_into(run, lines, progress)
+        caption_into(run, lines, progress)
     record = run.finish(hardware)
     _say_captioned(out, record["totals"], len(data.order))
     if not record["finished"]:
-        typer.echo("pdlm-eval: not all masks have a caption; run the same command to try again.", err=True)
+        why = f"{len(failed)} requests failed: {failed[0]}" if failed else "not all masks have a caption."
+        typer.echo(f"pdlm-eval: {why} Run the same command to try again.", err=True)
         raise typer.Exit(1)
 
 
-def _server(data, out, annotations, common, generation, limit, url, model, style, options, extra, fast):
-    """Lines and run of a server."""
-    from ..judge import public_url
+def _from_file(job: Any, path: Path, allow_missing: bool) -> tuple:
+    """Run, lines and hardware of an import."""
+    from .captioning import imported_line
+    from .judging import captions_hash
+
+    line = imported_line(path, job.benchmark, allow_missing)
+    settings = {"source": "file", "captions": captions_hash(line["captions"]), "allow_missing": allow_missing}
+    run = job.run(settings | {"name": job.name or path.stem})
+    return run, iter([] if run.lines else [line]), {}
+
+
+def _from_model(job: Any, model: str | None, mode: str, device: str | None, dtype: str, batch_size: int) -> tuple:
+    """Run, lines and hardware of our model."""
+    from . import captioning
+
+    captioner = captioning.load_captioner(model, mode, device, dtype)
+    trained = captioner.model.config.num_region_prompts
+    limit = min(job.limit or trained, trained)
+    prompt = job.prompt if job.prompt is not None else captioning.PROMPTS[job.benchmark.name]
+    settings = {
+        "name": job.name,
+        "prompt": prompt,
+        **job.generation,
+        "batch_size": batch_size,
+        "masks_per_pass": limit,
+    }
+    run = job.run(captioning.model_settings(captioner, model, **settings))
+    passes = captioning.passes_of(job.benchmark, limit)
+    lines = captioning.model_lines(captioner, passes, batch_size, prompt, job.generation, run)
+    return run, lines, captioning.hardware_of(captioner)
+
+
+def _from_server(
+    job: Any, url: str, model: str, style: str, extra: list[str] | None, options: dict[str, Any], failed: list[str]
+) -> tuple:
+    """Run, lines and hardware (which is not ours to see) of a server."""
     from . import server as serving
-    from .captioning import CaptionRun, passes_of
+    from .captioning import PROMPTS, passes_of
 
     if style not in serving.STYLES:
         raise ValueError(f"--server-style must be one of {', '.join(serving.STYLES)}, got {style!r}.")
-    if fast:
-        raise ValueError(
-            "--fast is a mode of --model; a server takes its settings, for example --acceptance-threshold."
-        )
+    slots = job.generation["max_new_tokens"]
     if style == "crops":
-        common = common | {"prompt": serving.CROPS_PROMPT} if common["prompt"] in _default_prompts() else common
-        fields = {"temperature": generation.get("temperature", 0), "max_tokens": generation["max_new_tokens"]}
-        limit = 1
+        fields, limit, usual = {"temperature": 0, "max_tokens": slots}, 1, serving.CROPS_PROMPT
     else:
-        fields, limit = generation, min(limit or serving.MAX_REGIONS, serving.MAX_REGIONS)
+        fields, usual = job.generation, PROMPTS[job.benchmark.name]
+        limit = min(job.limit or serving.MAX_REGIONS, serving.MAX_REGIONS)
     fields = _settings(fields, extra)
-    settings = {"source": f"server, {style}", "model": model, "server": public_url(url), **common, "request": fields}
-    run = CaptionRun(out, data, settings | {"concurrency": options["concurrency"]}, annotations)
+    prompt = usual if job.prompt is None else job.prompt
+    settings = {"source": "server", "style": style, "server": public_url(url), "model": model, "name": job.name}
+    shape = {"prompt": prompt, "masks_per_pass": limit, "concurrency": options["concurrency"], **fields}
+    run = job.run(settings | shape)
     client = Judge(model, url, settings=fields, **options)
-    passes = passes_of(data, limit)
-    return serving.server_lines(client, style, passes, common["prompt"], generation["max_new_tokens"], run), run
-
-
-def _default_prompts() -> set[str]:
-    from .captioning import PROMPTS
-
-    return set(PROMPTS.values())
+    lines = serving.server_lines(client, style, passes_of(job.benchmark, limit), prompt, slots, run, failed)
+    return run, lines, {}
 
 
 def _say_captioned(out: Path, totals: dict[str, Any], masks: int) -> None:
@@ -282,8 +291,8 @@ def judge(
     judging.write_answers(folder, run, judge, client, data, texts, shown, answers, counts)
     client.close()
     typer.echo(
-        f"{folder / 'answers.json'}: {number} questions; {counts['n_calls']} replies received, {counts['n_cached']} from "
-        f"the cache, {counts['n_failed']} calls failed; {counts['prompt_tokens']} tokens read, "
+        f"{folder / 'answers.json'}: {number} questions; {counts['n_calls']} replies received, {counts['n_cached']} "
+        f"from the cache, {counts['n_failed']} calls failed; {counts['prompt_tokens']} tokens read, "
         f"{counts['completion_tokens']} written"
     )
     if counts["n_failed"]:

@@ -23,7 +23,7 @@ class Question:
         text (`str`): the question.
         choices (`tuple[str, ...]`): two to five.
         scores (`tuple[float, ...]`): of each choice.
-        type (`str`): "positive" (is a detail stated, and right?) or "negative" (is something stated that is not there?).
+        type (`str`): "positive" (is a detail stated, and right?) or "negative" (is something stated that is not so?).
     """
 
     text: str
@@ -40,13 +40,13 @@ class Mask:
         id (`str`): the key of all files: "<image_id>_<index>" in ParaDLC-Bench, the annotation's id in DLC-Bench.
         class_name (`str`): what the region is.
         questions (`tuple[Question, ...]`): in the order of qa.json.
-        segmentation (`dict`): RLE of the region.
+        region (`dict`): `{"id", "segmentation"}`, as COCO has it; the segmentation is an RLE (or polygons).
     """
 
     id: str
     class_name: str
     questions: tuple[Question, ...]
-    segmentation: dict[str, Any] = field(repr=False)
+    region: dict[str, Any] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ def load_benchmark(folder: str | Path, images: str | Path | None = None, name: s
         if not isinstance(names.get(mask_id), str) or not names[mask_id].strip():
             raise ValueError(f"{folder / 'class_names.json'}: no class name for {mask_id}.")
         picture, segmentation = entries[mask_id]
-        mask = Mask(mask_id, names[mask_id], asked, segmentation)
+        region = {"id": mask_id, "segmentation": segmentation}
+        mask = Mask(mask_id, names[mask_id], asked, region)
         pictures.setdefault(picture["id"], {**picture, "masks": []})["masks"].append(mask)
     root = Path(images) if images is not None else folder / "images"
     return Benchmark(
@@ -211,14 +212,14 @@ def _paradlc_masks(annotations: list) -> Iterator[tuple[str, dict, dict]]:
     for image in annotations:
         picture = _picture(image, image["image_id"])
         for annotation in image["annotations"]:
-            yield f"{picture['id']}_{annotation['index']}", picture, dict(annotation["mask_rle"])
+            yield f"{picture['id']}_{annotation['index']}", picture, annotation["mask_rle"]
 
 
 def _dlc_masks(annotations: dict) -> Iterator[tuple[str, dict, dict]]:
     pictures = {image["id"]: _picture(image, image["id"]) for image in annotations["images"]}
     for annotation in annotations["annotations"]:
         picture = pictures[annotation["image_id"]]
-        yield str(annotation["id"]), picture, {"segmentation": annotation["segmentation"]}
+        yield str(annotation["id"]), picture, annotation["segmentation"]
 
 
 def _picture(image: dict, identifier: Any) -> dict[str, Any]:
@@ -243,9 +244,7 @@ def open_picture(picture: Picture) -> Any:
         with Image.open(picture.path) as file:
             image = file.convert("RGB")
     except FileNotFoundError:
-        raise ValueError(
-            f"{picture.path}: no such file; pictures are looked for by the names in annotations.json."
-        ) from None
+        raise ValueError(f"{picture.path}: no such file.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{picture.path}: cannot be opened as a picture ({error}).") from None
     if image.size != (picture.width, picture.height):
@@ -263,9 +262,9 @@ def decode_masks(picture: Picture) -> list[Any]:
     masks = []
     for mask in picture.masks:
         try:
-            masks.append(parse_region(mask.segmentation, picture.width, picture.height).mask)
+            masks.append(parse_region(mask.region, picture.width, picture.height).mask)
         except ValueError as error:
-            raise ValueError(f"annotations.json: mask {mask.id}: {error}") from None
+            raise ValueError(f"annotations.json: {error}") from None
     return masks
 
 
@@ -285,9 +284,7 @@ def check_pictures(benchmark: Benchmark) -> None:
     for picture in benchmark.pictures:
         if not picture.path.is_file():
             missing = sum(not other.path.is_file() for other in benchmark.pictures)
-            raise ValueError(
-                f"{picture.path}: no such file ({missing} of {len(benchmark.pictures)} pictures missing)."
-            )
+            raise ValueError(f"{picture.path}: no such file ({missing} of {len(benchmark.pictures)} are missing).")
     for picture in benchmark.pictures:
         open_picture(picture)
         decode_masks(picture)
@@ -313,6 +310,6 @@ def read_captions(path: Path, masks: dict[str, Any] | tuple[str, ...], allow_mis
         raise ValueError(f"{path}: {len(wrong)} captions are not strings: {', '.join(wrong[:5])}.")
     if not allow_missing and (missing := [key for key in masks if key not in captions]):
         raise ValueError(
-            f"{path}: {len(missing)} masks have no caption: {', '.join(missing[:5])}. With --allow-missing they score 0."
+            f"{path}: {len(missing)} masks have no caption: {', '.join(missing[:5])}; --allow-missing scores them 0."
         )
     return {key: captions[key] for key in masks if key in captions}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -169,10 +170,9 @@ def messages_of(prompt: str, crops: tuple[str, str] | None) -> Request:
     if crops is None:
         return [{"role": "user", "content": prompt}]
     picture, mask = ({"type": "image_url", "image_url": {"url": url}} for url in crops)
-    texts = [
-        {"type": "text", "text": text} for text in ("The image:\n", "\nThe mask of the image:\n", f"\n{prompt}\n")
-    ]
-    return [{"role": "user", "content": [texts[0], picture, texts[1], mask, texts[2]]}]
+    heads = "The image:\n", "\nThe mask of the image:\n", f"\n{prompt}\n"
+    first, second, last = ({"type": "text", "text": text} for text in heads)
+    return [{"role": "user", "content": [first, picture, second, mask, last]}]
 
 
 def asked_of(mask: Mask, benchmark: str) -> list[Question]:
@@ -281,7 +281,7 @@ def write_answers(
         "with_images": with_images,
         "benchmark": benchmark.name,
         "fingerprint": benchmark.fingerprint,
-        "run": None if run is None else str(run.resolve()),
+        "run": None if run is None else os.path.relpath(run, folder),
         "captions": captions_hash(captions),
         "n_masks": len(answers),
         **counts,

@@ -5,14 +5,15 @@
 A benchmark folder holds
 
 - `annotations.json`. ParaDLC-Bench: a list of pictures `{"image_id", "file_name", "height", "width", "annotations":
-  [{"index", "category_name", "bbox": [x0, y0, x1, y1], "mask_rle": {"size": [height, width], "counts"}}]}`, whose masks
-  are named `"<image_id>_<index>"`. DLC-Bench: a COCO file, whose masks are named by the annotation's id.
-- `qa.json`: `{mask id: [{"question", "choices": [[text, score], ...], "type": "positive" | "negative"}]}`. Not every mask
-  need have questions, nor every question of a mask be of both types.
+  [{"index", "category_name", "bbox": [x0, y0, x1, y1], "mask_rle": {"size": [height, width], "counts"}}]}`, with masks
+  named `"<image_id>_<index>"`. DLC-Bench: a COCO file, whose masks are named by the annotation's id.
+- `qa.json`: `{mask id: [{"question", "choices": [[text, score], ...], "type": "positive" | "negative"}]}`. A mask may
+  be without questions (it is not part of the benchmark then), or without positive ones.
 - `class_names.json`: `{mask id: name of the object}`; it may name more masks.
 - `images/`.
 
-Here the pictures are drawn figures, and `example/dlc` has the same pictures and questions in the form of DLC-Bench.
+Here the pictures are drawn figures. `example/dlc` has the same pictures and questions in the form of DLC-Bench; its
+pictures are those of `example/images`.
 """
 
 import json
@@ -133,7 +134,7 @@ def main(folder: Path) -> None:
     for number, picture in enumerate(pictures):
         picture.image.save(folder / "images" / f"{number}.png", optimize=True)
     for name, value in build(pictures).items():
-        (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        (folder / name).write_text(json.dumps(value) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The paper's numbers for ParaDLC-Bench and DLC-Bench (tables 2, 8 and 9), in percent, tokens per forward and seconds."""
+"""The paper's numbers for ParaDLC-Bench and DLC-Bench, its tables 2, 8 and 9: percent, tokens a pass, seconds."""
 
 from typing import Any
 

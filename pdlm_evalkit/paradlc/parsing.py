@@ -15,9 +15,10 @@ Parser = Callable[[str, Sequence[str]], int | None]
 def parse_reference(reply: str, choices: Sequence[str], benchmark: str = "paradlc") -> int | None:
     """The choice the reference's script takes from a reply.
 
-    The first rule that applies decides: the reply is a choice, its letter, or "letter. choice"; it contains exactly one
-    choice; it starts with a letter and a full stop; of several choices in it, the one found furthest back (of those
-    that start there, the longest); of the choices that contain the reply, the longest; a letter on a line of its own.
+    The first rule that applies decides: the reply is a choice, its letter, or "letter. choice"; it contains one choice
+    and no other; it starts with a letter and a full stop; of several choices in it, the one found furthest back (of
+    those that start there, the longest); of the choices that contain the reply, the longest; a letter on the first
+    line alone.
     Surprises of it that are kept: an empty reply is contained in every choice, and "I do not know" contains "no".
 
     Args:
@@ -88,7 +89,7 @@ def parse_robust(reply: str, choices: Sequence[str]) -> int | None:
         position of the choice, or None.
     """
     text = _plain(reply)
-    wanted = [_words(choice) for choice in choices]
+    wanted = [_words(choice) or "\0" for choice in choices]  # one of signs alone has no text to be named by
     if not text:
         return None
     if (found := _only(index for index, choice in enumerate(wanted) if choice == _words(text))) is not None:

@@ -33,7 +33,8 @@ def save_plot(path: Path, reports: list[dict[str, Any]]) -> None:
     bars = [(report["run"], [100 * report[name] for name, _ in SCORES]) for report in reports]
     for title, rows in paper_beside(reports):
         ours = rows[-1]
-        bars.append((f"{ours['name']} ({title.split(',')[1].strip()})", [ours["pos"], ours["neg"], ours["avg"]]))
+        name = ours["name"] if "table" in ours["name"] else f"{ours['name']} ({title.removeprefix('paper, ')})"
+        bars.append((name, [ours["pos"], ours["neg"], ours["avg"]]))
     width = 0.8 / len(bars)
     for number, (name, values) in enumerate(bars):
         places = [x + number * width for x in range(len(SCORES))]
@@ -41,7 +42,7 @@ def save_plot(path: Path, reports: list[dict[str, Any]]) -> None:
         overall.bar_label(drawn, fmt="%.1f", fontsize=7)
     overall.set_xticks([x + 0.4 - width / 2 for x in range(len(SCORES))], [label for _, label in SCORES])
     overall.set_ylabel("%")
-    overall.legend(fontsize=7)
+    figure.legend(loc="outside upper left", ncols=4, fontsize=8)
     for axes, key, label in ((by_masks, "by_masks", "masks in the picture"), (by_area, "by_area", "area of the mask")):
         for report in reports:
             groups = report[key]

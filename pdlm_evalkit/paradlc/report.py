@@ -66,7 +66,7 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
     if not (folder / "answers.json").exists():
         raise ValueError(f"{folder}: has no answers.json; run `pdlm-eval paradlc judge` first.")
     judged = read_json(folder / "judge.json")
-    source = folder if (folder / "run.json").exists() else Path(judged["run"] or folder)
+    source = folder if (folder / "run.json").exists() else folder / (judged["run"] or "")
     if not (source / "run.json").exists():
         raise ValueError(f"{folder}: its captions are not from a run folder; make one with `caption --captions FILE`.")
     run = read_json(source / "run.json")
@@ -130,13 +130,13 @@ def notes_of(reports: list[dict[str, Any]]) -> list[str]:
     notes = []
     for empty, masks in sorted({(r["n_no_positive"], r["n_masks"]) for r in reports if r["n_no_positive"]}):
         notes.append(
-            f"{empty} of {masks} masks have no positive question and count 0 in Pos, as in the reference: Pos is at most "
-            f"{(masks - empty) / masks:.5f}."
+            f"{empty} of {masks} masks have no positive question and count 0 in Pos, as in the reference: Pos is at "
+            f"most {(masks - empty) / masks:.5f}."
         )
     notes.append(
-        "Avg is (Pos + Neg) / 2, which the reference prints. The paper's Avg is that for PerceptionDLM (42.3 and 82.4 "
-        "give 62.35), but not in every row of table 2 (DAM: 48.1 and 87.2 give 67.65, printed 69.2), and its text speaks "
-        "of a mean over masks: compare Pos and Neg, and look at both averages."
+        "Avg is (Pos + Neg) / 2, which the reference prints. So is the paper's for PerceptionDLM (42.3 and 82.4 give "
+        "62.35), but not in 8 of 10 rows of its table 2 (DAM: 48.1 and 87.2 give 67.65, printed 69.2), and its text "
+        "speaks of a mean over masks: compare Pos and Neg, and look at both averages."
     )
     if any(report["text_tokens_per_forward"] is not None for report in reports):
         notes.append(

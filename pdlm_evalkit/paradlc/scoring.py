@@ -1,10 +1,10 @@
 """From replies to scores: the reference's arithmetic, with nothing left out of a denominator.
 
 For a mask: every question scores what the chosen answer is worth; if the judge does not recognise the region in the
-caption, at most 0. A mask's Pos and Neg are the means over its positive and negative questions, its score the mean over
-all. The benchmark's Pos is the mean over all masks, where one without positive question counts 0; Neg the mean over the
-masks that have negative questions; Avg is (Pos + Neg) / 2. A missing caption, a failed call and a reply that names no
-choice score 0 and are counted.
+caption, at most 0. A mask's Pos and Neg are the means over its positive and negative questions, its score the mean
+over all. The benchmark's Pos is the mean over all masks, where one without positive question counts 0; Neg the mean
+over the masks that have negative questions; Avg is (Pos + Neg) / 2. A missing caption, a failed call and a reply that
+names no choice score 0 and are counted.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,7 +90,7 @@ def read_answers(path: Path, questions: Mapping[str, Sequence[Question]]) -> dic
         expected = 1 + len(questions[mask_id])
         if len(replies) > expected:
             raise ValueError(
-                f"{path}: {mask_id} has {len(replies)} replies, but {expected} questions with the recognition question."
+                f"{path}: {mask_id} has {len(replies)} replies to {expected} questions (recognition included)."
             )
     return answers
 

@@ -19,18 +19,19 @@ CROPS_PROMPT = (
 
 
 def server_lines(
-    server: Judge, style: str, passes: list[Pass], prompt: str, max_new_tokens: int, run: CaptionRun
+    server: Judge, style: str, passes: list[Pass], prompt: str, max_new_tokens: int, run: CaptionRun, failed: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Caption through a server.
 
     Args:
         server (`Judge`): the server and the settings of each request.
         style (`str`): "regions" sends a picture and all masks of a pass to our own server; "crops" sends, for a pass
-            of one mask, the picture with its outline and an enlarged part of it, which any vision-language model reads.
+            of one mask, the picture with its outline and a part of it, which any vision-language model reads.
         passes: what to caption.
         prompt (`str`): the question.
         max_new_tokens (`int`): slots per caption, to count them where the server says how often it ran.
         run (`CaptionRun`): its lines are not made again.
+        failed (`list[str]`): gets the reason of every request that failed for good.
 
     Yields:
         a line of captions.jsonl per reply. Its seconds are those since the line before, so that they add up to the
@@ -52,6 +53,7 @@ def server_lines(
         texts = read_texts(reply, style, len(todo[index][1]))
         now = time.perf_counter()
         if texts is None:
+            failed.append(reply.error or f"the reply is not a list of captions: {reply.text[:80]!r}.")
             continue
         captions = {mask.id: text for mask, text in zip(todo[index][1], texts, strict=True)}
         forwards = reply.usage.get("num_forwards")
@@ -83,10 +85,9 @@ def read_texts(reply: Reply, style: str, count: int) -> list[str] | None:
 def regions_request(work: Pass, prompt: str) -> Request:
     """A picture with all masks of a pass, as our server takes them."""
     picture, masks = work
-    regions = [{"id": mask.id, "segmentation": _rle(mask.segmentation)} for mask in masks]
     return {
         "messages": [_message([png_url(open_picture(picture))], prompt)],
-        "mm_processor_kwargs": {"regions": regions},
+        "mm_processor_kwargs": {"regions": [mask.region for mask in masks]},
     }
 
 
@@ -120,8 +121,3 @@ def draw_outline(image: Any, mask: Any) -> Any:
 def _message(urls: list[str], prompt: str) -> dict[str, Any]:
     pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}
-
-
-def _rle(segmentation: dict[str, Any]) -> Any:
-    """DLC-Bench wraps its run lengths, ParaDLC-Bench does not."""
-    return segmentation.get("segmentation", segmentation)

@@ -141,7 +141,7 @@ def chat(
     image: Annotated[Path, typer.Argument(help="The picture.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Slots for the answer; default: the checkpoint's.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Slots; default: the checkpoint's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; default: one per slot.")] = None,
     block_length: Annotated[
         int | None, typer.Option(help="Answer block by block; 1 = autoregressive order. Default: one block.")

@@ -8,6 +8,7 @@ Answers are asked for as the benchmarks do: letters and yes or no in 2 slots, lo
 import json
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from ..processing_pdlm import PdlmProcessor
 from .questions import KINDS, SLOTS, Question, draw_scene, is_right
 from .train import HELD_OUT
 
+
 def held_out_question(seed: int, index: int, kind: str, easy: bool = False) -> tuple[Image.Image, Question]:
     """A picture that training never draws, and a question of this kind about it."""
     rng = np.random.default_rng((HELD_OUT, seed, index))
@@ -31,7 +33,14 @@ def held_out_question(seed: int, index: int, kind: str, easy: bool = False) -> t
 
 
 def evaluate(
-    model, processor, seed: int, count: int, batch_size: int = 16, easy: bool = False, **generation: Any
+    model,
+    processor,
+    seed: int,
+    count: int,
+    batch_size: int = 16,
+    easy: bool = False,
+    kinds: Iterable[str] = tuple(KINDS),
+    **generation: Any,
 ) -> dict[str, Any]:
     """Answer held-out questions and count.
 
@@ -40,13 +49,14 @@ def evaluate(
         seed, count (`int`): which questions, and how many of each kind.
         batch_size (`int`): questions a forward.
         easy (`bool`): one or two figures on one tile.
+        kinds (`Iterable[str]`): of questions, keys of [`KINDS`].
         **generation: settings of `generate`; `max_new_tokens` is by kind.
 
     Returns:
         `dict` with right (share), by_kind (shares), num_forwards (mean of the batches) and seconds.
     """
     by_kind, forwards, start = {}, defaultdict(list), time.perf_counter()
-    for kind in KINDS:
+    for kind in kinds:
         right = 0
         cases = [held_out_question(seed, index, kind, easy) for index in range(count)]
         for first in range(0, count, batch_size):

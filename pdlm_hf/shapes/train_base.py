@@ -21,9 +21,12 @@ from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditional
 from ..processing_pdlm import PdlmProcessor
 from . import CHECKPOINT
 from .model import build_base_model, build_base_processor
-from .questions import SLOTS, ask, draw_scene
+from .questions import LETTER_PROMPT, SLOTS, Question, ask, draw_scene
 from .train import TRAINING, InOrderTrainer, arguments, run
 
+# How often each kind is asked: the short answers are hardest, since all of the thinking happens in one or two passes.
+SHARES = {"choice": 0.34, "yes_no": 0.24, "open": 0.12, "count": 0.1, "reasoning": 0.1, "describe": 0.1}
+WITH_TEXT, WORDS_ONLY = 0.2, 0.25  # of the choices: letter with its text; no picture, only which letter a word has
 LONGEST = 32  # slots
 OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
 
@@ -48,13 +51,34 @@ class QuestionDataset(Dataset):
             raise IndexError(index)
         rng = np.random.default_rng((TRAINING, self.seed, index))
         image, figures = draw_scene(rng, self.easy)
-        question = ask(rng, figures)
-        content = [{"type": "image"}, {"type": "text", "text": question.text}]
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
-        slots = SLOTS[question.kind]
+        kind = list(SHARES)[int(rng.choice(len(SHARES), p=list(SHARES.values())))]
+        question, images = ask(rng, figures, kind), [image]
+        slots, draw = SLOTS[question.kind], rng.random()
+        if question.kind == "choice" and draw < WITH_TEXT:
+            question, slots = with_text(question), SLOTS["open"]
+        elif question.kind == "choice" and draw < WITH_TEXT + WORDS_ONLY:
+            question, images = words_only(question), []
         if rng.random() < OTHER_LENGTHS:
             slots = int(rng.integers(slots, LONGEST + 1))
-        return {"images": [image], "messages": messages, "num_slots": slots, "seed": self.seed * 2**40 + index}
+        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question.text}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
+        return {"images": images, "messages": messages, "num_slots": slots, "seed": self.seed * 2**40 + index}
+
+
+def _options(question: Question) -> dict[str, str]:
+    return {line[0]: line[3:] for line in question.text.split("\n")[1:-1]}
+
+
+def with_text(question: Question) -> Question:
+    """A choice that is answered by letter and text: what is seen, and which letter it has, side by side."""
+    text = question.text.replace(LETTER_PROMPT, "Answer with the option's letter and text.")
+    return Question("choice", text, f"{question.answer}. {_options(question)[question.answer]}")
+
+
+def words_only(question: Question) -> Question:
+    """A choice that needs no picture: which letter a word has."""
+    _, options = question.text.split("\n", 1)
+    return Question("choice", f"Which is {_options(question)[question.answer]}?\n{options}", question.answer)
 
 
 def main(

@@ -1,0 +1,149 @@
+"""ParaDLC-Bench and DLC-Bench as tasks of lmms-eval: all regions of a picture in one request, judged at the end.
+
+Environment:
+    PDLM_PARADLC, PDLM_DLC: folder of the benchmark (annotations.json, qa.json, class_names.json, images/).
+    PDLM_JUDGE: a judge of `pdlm-eval paradlc judge`, or a model's name; "none" to write captions only, scores are NaN.
+    PDLM_JUDGE_URL, PDLM_JUDGE_KEY_ENV: its server and the variable of its key, where it has no usual one.
+    PDLM_JUDGE_CACHE: file of replies; default: pdlm_judge.sqlite in the working folder.
+"""
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from loguru import logger
+from PIL import Image
+
+from pdlm_evalkit.judge import Judge
+from pdlm_evalkit.paradlc.data import Benchmark, check_pictures, decode_masks, load_benchmark, open_picture
+from pdlm_evalkit.paradlc.judging import captions_hash, judge_captions, preset_of
+from pdlm_evalkit.paradlc.scoring import score_answers, totals
+
+FOLDERS = {"paradlc": "PDLM_PARADLC", "dlc": "PDLM_DLC"}
+PROMPTS = {"paradlc": "Describe the masked region in detail.", "dlc": "Describe each masked region in detail."}
+METRICS = ("avg", "avg_pos", "avg_neg", "mean_mask_score", "n_missing", "n_unparsed", "n_failed")
+
+
+@lru_cache(maxsize=2)
+def benchmark_of(name: str) -> Benchmark:
+    """The benchmark in the folder the environment names. Raises: ValueError if it names none or a damaged one."""
+    folder = os.environ.get(FOLDERS[name])
+    if not folder:
+        raise ValueError(f"Set {FOLDERS[name]} to the folder of the benchmark (with annotations.json and images/).")
+    return load_benchmark(folder, name=name)
+
+
+@lru_cache(maxsize=1)
+def judge_from_environment() -> Judge | None:
+    """The judge the environment names, after one call to it; None for "none".
+
+    Raises:
+        ValueError: none is named. JudgeError: it does not answer.
+    """
+    name = os.environ.get("PDLM_JUDGE")
+    if not name:
+        raise ValueError(
+            'Set PDLM_JUDGE to a judge (`pdlm-eval paradlc judge --help`), or to "none" for captions only.'
+        )
+    if name == "none":
+        return None
+    preset = preset_of(name, os.environ.get("PDLM_JUDGE_URL"), os.environ.get("PDLM_JUDGE_KEY_ENV"))
+    key = os.environ.get(preset.key_env) if preset.key_env else None
+    if preset.key_env and not key:
+        raise ValueError(f"The judge {name} needs its key in {preset.key_env}.")
+    cache = Path(os.environ.get("PDLM_JUDGE_CACHE", "pdlm_judge.sqlite"))
+    judge = Judge(preset.model, preset.base_url, key, preset.settings, cache=cache)
+    judge.probe()
+    return judge
+
+
+def _documents(name: str) -> datasets.Dataset:
+    try:
+        judge_from_environment()
+        benchmark = benchmark_of(name)
+        check_pictures(benchmark)
+    except Exception as error:  # lmms-eval tries five times and then speaks of a RetryError
+        logger.error(str(error))
+        raise
+    rows = [
+        {"picture": i, "masks": [mask.id for mask in picture.masks]} for i, picture in enumerate(benchmark.pictures)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+def _visual(name: str, doc: dict[str, Any]) -> list[Image.Image]:
+    picture = benchmark_of(name).pictures[doc["picture"]]
+    masks = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in decode_masks(picture)]
+    return [open_picture(picture), *masks]
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, tuple]:
+    """The captions of a picture, for every metric."""
+    captions = json.loads(results[0])
+    return dict.fromkeys(METRICS, (doc["masks"], captions))
+
+
+@lru_cache(maxsize=4)
+def _scored(name: str, digest: str, captions: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    judge = judge_from_environment()
+    if judge is None:
+        logger.warning("PDLM_JUDGE is none: the captions are in the samples, there is no score.")
+        return dict.fromkeys(METRICS, float("nan"))
+    benchmark = benchmark_of(name)
+    with_images = name == "paradlc"  # as the reference's two scripts
+    answers, _ = judge_captions(judge, benchmark, dict(captions), with_images)
+    asked = dict(captions)  # with --limit not all of them
+    questions = {key: mask.questions for key, mask in benchmark.masks.items() if key in asked}
+    return totals(score_answers(questions, answers, benchmark=name))
+
+
+def _aggregate(name: str, metric: str):
+    def aggregate(rows: list[tuple[list[str], list[str]]]) -> float:
+        captions = {key: text for keys, texts in rows for key, text in zip(keys, texts, strict=True)}
+        return float(_scored(name, captions_hash(captions), tuple(captions.items()))[metric])
+
+    return aggregate
+
+
+def paradlc_documents(dataset: datasets.Dataset) -> datasets.Dataset:
+    """One row a picture."""
+    return _documents("paradlc")
+
+
+def dlc_documents(dataset: datasets.Dataset) -> datasets.Dataset:
+    """One row a picture."""
+    return _documents("dlc")
+
+
+def paradlc_visual(doc: dict[str, Any]) -> list[Image.Image]:
+    """The picture, then a mask for each region."""
+    return _visual("paradlc", doc)
+
+
+def dlc_visual(doc: dict[str, Any]) -> list[Image.Image]:
+    """The picture, then a mask for each region."""
+    return _visual("dlc", doc)
+
+
+def paradlc_text(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
+    """The reference's prompt for the benchmark."""
+    return PROMPTS["paradlc"]
+
+
+def dlc_text(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
+    """The reference's prompt for the benchmark."""
+    return PROMPTS["dlc"]
+
+
+def no_target(doc: dict[str, Any]) -> str:
+    """There are no reference captions."""
+    return ""
+
+
+for _name in FOLDERS:
+    for _metric in METRICS:
+        globals()[f"{_name}_{_metric}"] = _aggregate(_name, _metric)

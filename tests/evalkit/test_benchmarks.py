@@ -1,0 +1,98 @@
+"""The table of the paper's benchmarks."""
+
+import pytest
+
+from pdlm_evalkit.benchmarks import BENCHMARKS, LETTER, SUFFIX, ask_like_paper, choose, find, tiles_for
+
+# name, VLMEvalKit, lmms-eval, slots, block, steps, paper's Table 1
+EXPECTED = [
+    ("MMStar", "MMStar", "mmstar", 2, 2, 2, 63.7),
+    ("SeedBench", "SEEDBench_IMG", "seedbench", 2, 2, 2, 78.9),
+    ("MMBench", "MMBench_DEV_EN", "mmbench_en_dev", 2, 2, 2, 85.0),
+    ("MMMU", "MMMU_DEV_VAL", "mmmu_val", 2, 2, 2, 47.2),
+    ("MathVista", "MathVista_MINI", "mathvista_testmini_format", 256, 1, 256, 65.5),
+    ("MathVerse Vision-Only", "MathVerse_MINI_Vision_Only", "mathverse_testmini_vision_only", 256, 1, 256, 25.3),
+    ("AI2D", "AI2D_TEST", "ai2d", 2, 2, 2, 85.0),
+    ("ChartQA", "ChartQA_TEST", "chartqa", 128, 128, 128, 91.6),
+    ("DocVQA", "DocVQA_VAL", "docvqa_val", 128, 128, 128, 89.9),
+    ("InfoVQA", "InfoVQA_VAL", "infovqa_val", 128, 128, 128, 74.6),
+    ("MMVP", "MMVP", "mmvp", 2, 2, 2, 82.0),
+    ("BLINK", "BLINK", "blink", 2, 2, 2, 60.3),
+    ("RealWorldQA", "RealWorldQA", "realworldqa", 2, 2, 2, 73.7),
+    ("CV-Bench-2D", "CV-Bench-2D", "cv_bench_2d", 2, 2, 2, 79.8),
+    ("HallusionBench", "HallusionBench", "hallusion_bench_image", 2, 2, 2, 58.4),
+    ("V*", "VStarBench", "vstar_bench", 2, 2, 2, 73.3),
+]
+
+
+def test_the_sixteen():
+    rows = [
+        (b.name, b.vlmeval, b.lmms, b.max_new_tokens, b.block_length, b.max_denoising_steps, b.paper)
+        for b in BENCHMARKS
+    ]
+    assert rows == EXPECTED
+
+
+def test_only_mmmu_doubles_its_first_picture():
+    assert [b.name for b in BENCHMARKS if b.upscale_first] == ["MMMU"]
+
+
+def test_judges():
+    assert [b.name for b in BENCHMARKS if b.needs_judge()] == ["MathVista", "MathVerse Vision-Only"]
+    assert [b.name for b in BENCHMARKS if b.paper_judge] == ["ChartQA", "DocVQA", "InfoVQA"]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("MMStar", "MMStar"),
+        ("mmstar", "MMStar"),
+        ("MMBench_DEV_EN_V11", "MMBench"),
+        ("AI2D_TEST_NO_MASK", "AI2D"),
+        ("blink_counting", "BLINK"),
+        ("mathvista_testmini_cot", "MathVista"),
+        ("cv-bench-2d", "CV-Bench-2D"),
+        ("CV-Bench-3D", None),
+        ("MMMU_Pro_10c", None),
+        ("ChartQAPro", None),
+        ("DocVQA_TEST", None),
+        ("mathverse_testmini", None),
+    ],
+)
+def test_find(name, found):
+    benchmark = find(name)
+    assert (benchmark and benchmark.name) == found
+
+
+@pytest.mark.parametrize(("pictures", "tiles"), [(0, 6), (1, 6), (2, 6), (10, 6), (11, 5), (16, 4), (64, 1), (100, 1)])
+def test_pictures_share_64_tiles(pictures, tiles):
+    assert tiles_for(pictures) == tiles
+
+
+def test_choose_names_what_it_does_not_know():
+    assert [b.name for b in choose(["V*", "mmmu_val"])] == ["V*", "MMMU"]
+    assert len(choose(None)) == 16
+    with pytest.raises(ValueError, match="MMStarr.*Known: MMStar, SeedBench"):
+        choose(["MMStar", "MMStarr"])
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "text", "asked"),
+    [
+        # a task's own request for the letter stays; one that lacks it gets it
+        ("MMStar", "Q?\nA. x" + LETTER[:-1], "Q?\nA. x" + LETTER[:-1]),
+        ("CV-Bench-2D", "Q? (A) x (B) y\n", "Q? (A) x (B) y" + LETTER),
+        ("RealWorldQA", "Q? Please answer directly with a single word or number.", None),
+        ("MMMU", "Q? <image 1>\n\nAnswer the question using a single word or phrase.", None),
+        # documents: reasoning in place of the task's short answer
+        ("ChartQA", "Q?\nAnswer the question with a single word.", "Q?" + SUFFIX["document"]),
+        ("DocVQA", "Q?\nAnswer the question using a single word or phrase.", "Q?" + SUFFIX["document"]),
+        ("HallusionBench", "Is it?", "Is it?" + SUFFIX["yes_no"]),
+        ("MathVista", "How many?", "How many?\n\n\nPlease reason step by step."),
+    ],
+)
+def test_ask_like_paper(benchmark, text, asked):
+    assert ask_like_paper(find(benchmark), text) == (text if asked is None else asked)
+    assert ask_like_paper(find(benchmark), ask_like_paper(find(benchmark), text)) == ask_like_paper(
+        find(benchmark), text
+    )

@@ -1,0 +1,146 @@
+"""`pdlm-eval check`, `list`, `report` and `tasks`."""
+
+import json
+
+import pytest
+from judge_server import JudgeServer
+from typer.testing import CliRunner
+
+from pdlm_evalkit import LMMS_TASKS, check
+from pdlm_evalkit.benchmarks import find
+from pdlm_evalkit.cli import app
+from pdlm_evalkit.report import collect, percent
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch, tmp_path):
+    for name in ("OPENAI_API_KEY", "OPENAI_API_BASE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("LMUData", str(tmp_path / "lmu"))
+    check._answered.clear()
+
+
+def put_data(tmp_path, name, header="index\timage\tquestion\tanswer\n"):
+    (tmp_path / "lmu").mkdir(exist_ok=True)
+    (tmp_path / "lmu" / f"{name}.tsv").write_text(header)
+
+
+class TestCheck:
+    def test_all_is_well(self, tmp_path):
+        put_data(tmp_path, "ChartQA_TEST")
+        done = call("check", "ChartQA", "--pretrained", "shapes_base")
+        assert done.exit_code == 0, done.output
+        assert "scored by rules" in done.output
+        assert "M parameters" in done.output and "FAIL" not in done.output
+
+    def test_data_that_is_not_there(self):
+        done = call("check", "ChartQA")
+        assert done.exit_code == 1
+        assert "1 of 2 checks failed" in done.stderr
+        assert "ChartQA_TEST.tsv is not there" in " ".join(done.output.replace("│", " ").split())
+
+    def test_a_broken_download(self, tmp_path):
+        put_data(tmp_path, "ChartQA_TEST", "<html>\n")
+        assert call("check", "ChartQA").exit_code == 1
+
+    def test_a_judge_without_key(self, tmp_path):
+        finding = check.check_judge(find("MMStar"), None)
+        assert "has no key" in finding.problem and "--judge exact_matching" in finding.problem
+        assert check.check_judge(find("MMStar"), "exact_matching").problem is None
+        assert "without a language model" in check.check_judge(find("MathVista"), "exact_matching").problem
+        assert check.check_judge(find("DocVQA"), None).problem is None
+
+    def test_the_judge_is_asked_once(self):
+        with JudgeServer(model="m") as server:
+            for name in ("MMStar", "MathVista"):
+                assert check.check_judge(find(name), "m", server.url).problem is None
+            assert server.probes == 1
+            problem = check.check_judge(find("MMStar"), "other", server.url).problem
+            assert "does not know 'other'" in problem
+
+    def test_a_judge_that_does_not_answer(self):
+        problem = check.check_judge(find("MMStar"), "m", "http://127.0.0.1:9/v1").problem
+        assert "127.0.0.1:9" in problem
+
+    def test_address_in_the_environment(self, monkeypatch):
+        """VLMEvalKit's variable holds the whole path."""
+        with JudgeServer(model="m", key="k") as server:
+            monkeypatch.setenv("OPENAI_API_BASE", server.url + "/chat/completions")
+            assert "refuses the key" in check.check_judge(find("MMStar"), "m").problem
+            check._answered.clear()
+            monkeypatch.setenv("OPENAI_API_KEY", "k")
+            assert check.check_judge(find("MMStar"), "m").problem is None
+
+    def test_a_model_that_does_not_load(self, tmp_path):
+        (tmp_path / "config.json").write_text("{")
+        assert "does not load" in check.check_model(str(tmp_path)).problem
+
+    def test_unknown_names(self):
+        done = call("check", "MMStarr")
+        assert done.exit_code == 2 and "No benchmark of the paper: MMStarr" in done.stderr
+        assert call("check", "--harness", "other").exit_code == 2
+
+
+def test_list_and_tasks():
+    rows = json.loads(call("list", "--json").stdout)
+    assert len(rows) == 16
+    assert rows[4]["name"] == "MathVista" and rows[4]["suffix"] == "\n\n\nPlease reason step by step."
+    assert "mathverse_testmini_vision_only" in call("list", "MathVerse Vision-Only").stdout.replace("\n", "")
+    assert call("tasks").stdout.strip() == str(LMMS_TASKS)
+    assert (LMMS_TASKS / "pdlm_shapes_regions.yaml").is_file()
+
+
+class TestReport:
+    def write(self, path, value):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+
+    def test_all_sources_side_by_side(self, tmp_path):
+        rows = [
+            {
+                "benchmark": "ChartQA_TEST", "primary_metric": "Overall", "primary_metric_value": 80.5, "infer_total": 10,
+                "paper_settings": {}, "settings": {"block_length": 32},
+                "answers": {"tokens_per_forward": 1.0, "text_tokens_per_forward": 0.25, "seconds": 9.0},
+            },
+            {"benchmark": "Unknown", "primary_metric_value": 1.0},
+            {"benchmark": "MMStar", "primary_metric_value": None},
+        ]  # fmt: skip
+        self.write(tmp_path / "vk" / "pdlm_report.json", rows)
+        strict = {"benchmark": "ChartQA", "accuracy": 0.9, "n_rows": 10, "judge": "q", "n_failed": 1, "n_unparsed": 1}
+        self.write(tmp_path / "vk" / "x_strict.json", strict)
+        lmms = {"results": {"mmstar": {"average,none": 0.64, "math,none": 0.1, "average_stderr,none": "N/A"}}}
+        lmms["config"] = {"limit": 2.0}
+        self.write(tmp_path / "lm" / "1_results.json", lmms)
+        counts = {"num_forwards": 2, "slots": 2, "output_tokens": 1, "seconds": 0.5}
+        samples = [{"token_counts": [counts]}, {"token_counts": [counts]}]
+        (tmp_path / "lm" / "1_samples_mmstar.jsonl").write_text("\n".join(map(json.dumps, samples)))
+        measured = collect([tmp_path])
+        assert [(m.benchmark, m.harness, m.score, m.difference) for m in measured] == [
+            ("MMStar", "lmms-eval", 64.0, 0.3),
+            ("ChartQA", "VLMEvalKit", 80.5, -11.1),
+            ("ChartQA", "strict judge", 90.0, -1.6),
+        ]
+        mmstar, stock, judged = measured
+        assert (mmstar.questions, mmstar.tokens_per_forward, mmstar.text_tokens_per_forward) == (2, 1.0, 0.5)
+        assert (mmstar.seconds, mmstar.note) == (1.0, "only 2 questions (--limit)")
+        assert stock.note == "changed: block_length=32; the paper: Qwen3-8B, strict"
+        assert judged.note == "q; 2 rows without a verdict count as wrong"
+        printed = json.loads(call("report", str(tmp_path), "--json").stdout)
+        assert printed[0]["difference"] == 0.3
+        assert "+0.3" in call("report", str(tmp_path)).stdout
+
+    @pytest.mark.parametrize(("value", "shown"), [(0.637, 63.7), (63.7, 63.7), (0, 0), (1.0, 100.0)])
+    def test_shares_and_percents(self, value, shown):
+        assert percent(value) == shown
+
+    def test_nothing_to_report(self, tmp_path):
+        assert "no such file" in call("report", str(tmp_path / "x")).stderr
+        assert "No scores" in call("report", str(tmp_path)).stderr
+        (tmp_path / "a_results.json").write_text('{"results"')
+        done = call("report", str(tmp_path))
+        assert done.exit_code == 2 and "cannot be read" in done.stderr

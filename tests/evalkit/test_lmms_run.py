@@ -1,0 +1,101 @@
+"""What `pdlm-eval lmms` adds to lmms-eval, without lmms-eval. Real runs are in tests/lmms."""
+
+import json
+
+import pytest
+import yaml
+
+from pdlm_evalkit import LMMS_TASKS
+from pdlm_evalkit.lmms_run import arguments_for, missing_results
+
+
+def test_arguments_are_completed():
+    completed, known = arguments_for(["--tasks", "mmstar", "--batch_size", "4"])
+    assert completed[:4] == ["--tasks", "mmstar", "--batch_size", "4"]
+    assert completed[4:] == [
+        *("--model", "pdlm", "--include_path", str(LMMS_TASKS), "--output_path", "outputs/lmms", "--log_samples")
+    ]
+    assert known.output_path == "outputs/lmms"
+
+
+def test_own_arguments_stay():
+    given = [
+        "--tasks",
+        "a,b",
+        "--model",
+        "perceptiondlm",
+        "--include_path",
+        "X",
+        "--output_path",
+        "O",
+        "--log_samples",
+    ]
+    assert arguments_for(given)[0] == given
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch_size", "4"], "No tasks: give --tasks"),
+        (
+            ["--tasks", "a", "--use_cache", "C", "--gen_kwargs", "block_length=1"],
+            r"does not look at \['block_length'\]",
+        ),
+        (["--tasks", "a", "--use_cache", "C", "--gen_kwargs", "temperature=0,steps=4"], r"\['steps'\]"),
+    ],
+)
+def test_calls_that_cannot_work(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        arguments_for(arguments)
+
+
+def test_missing_results(tmp_path):
+    content = {
+        "results": {"mmstar": {"average,none": 0.5}, "blink_a": {"blink_acc,none": 1}, "empty": {"alias": "empty"}},
+        "group_subtasks": {"blink": ["blink_a"]},
+        "configs": {"blink_a": {"tag": "blink_groups"}},
+    }
+    (tmp_path / "1_results.json").write_text(json.dumps(content))
+    asked = ["mmstar", "blink", "blink_groups", "empty", "mmvp"]
+    assert missing_results(asked, [tmp_path / "1_results.json"]) == ["empty", "mmvp"]
+    assert missing_results(asked, []) == asked
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+
+
+@pytest.mark.parametrize("path", sorted(LMMS_TASKS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_task_files(path):
+    task = yaml.load(path.read_text(), _Loader)
+    assert task["task"] == path.stem
+    assert (LMMS_TASKS / task["include"]).is_file()
+    assert task["generation_kwargs"]["max_new_tokens"] > 0
+    if "process_docs" not in task:  # importable without lmms-eval
+        from pdlm_evalkit.lmms_tasks import shapes
+
+        for key in ("doc_to_visual", "doc_to_text", "doc_to_target", "process_results"):
+            module, _, name = task[key].rpartition(".")
+            assert module == shapes.__name__
+            assert callable(getattr(shapes, name))
+
+
+def test_drawn_tasks_know_their_answers():
+    from pdlm_evalkit.lmms_tasks import shapes
+
+    doc = {"index": 5}
+    said = shapes.region_target(doc)
+    assert len(shapes.region_visual(doc)) == len(said) + 1
+    right = shapes.region_results(doc, [json.dumps(said)])
+    assert right == {"exact": (len(said), len(said)), "well_formed": (len(said), len(said))}
+    wrong = shapes.region_results(doc, [json.dumps(["nothing"] * len(said))])
+    assert wrong == {"exact": (0, len(said)), "well_formed": (0, len(said))}
+    assert shapes.share([(1, 1), (0, 3)]) == 0.25
+    for kind in ("choice", "yes_no", "count", "open", "reasoning"):
+        _, text, target, results = shapes.of_kind(kind)
+        assert text(doc)
+        assert results(doc, [target(doc)]) == {"right": 1.0}
+        assert results(doc, ["Z"]) == {"right": 0.0}

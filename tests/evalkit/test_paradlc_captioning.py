@@ -1,0 +1,251 @@
+"""Runs: passes as the reference cuts them, resuming, importing, and captions from servers."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from judge_server import JudgeServer, text_of  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import pdlm_evalkit.paradlc as package  # noqa: E402
+from pdlm_evalkit import judge as client  # noqa: E402
+from pdlm_evalkit.paradlc import captioning, server  # noqa: E402
+from pdlm_evalkit.paradlc.cli import app  # noqa: E402
+from pdlm_evalkit.paradlc.data import load_benchmark  # noqa: E402
+from pdlm_hf import RegionCaptioner  # noqa: E402
+
+EXAMPLE = Path(package.__file__).parent / "example"
+ROOT = EXAMPLE.parents[2]
+
+
+def caption(out, *options, folder=EXAMPLE):
+    return CliRunner().invoke(app, ["caption", "--annotations", str(folder), "--out", str(out), *options])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(client, "_BACKOFF", 0.001)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The embedded checkpoint's captions."""
+    out = tmp_path_factory.mktemp("runs") / "shapes"
+    result = caption(out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_a_run_is_what_the_captioner_says(finished):
+    """In passes of at most six masks in the order of qa.json; the totals are those of the passes."""
+    captioner = RegionCaptioner.from_pretrained()
+    expected, forwards, text = {}, 0, 0
+    for picture in load_benchmark(EXAMPLE).pictures:
+        assert len(picture.masks) <= 6
+        pair = (picture.path, [mask.region for mask in picture.masks])
+        captions, output = captioner.generate([pair], captioning.PROMPTS["paradlc"], max_new_tokens=32)
+        expected |= {mask.id: c.text for mask, c in zip(picture.masks, captions[0], strict=True)}
+        forwards += output.num_forwards
+        text += round(output.text_tokens_per_forward * output.num_forwards)
+    assert json.loads((finished / "captions.json").read_text()) == expected
+    run = json.loads((finished / "run.json").read_text())
+    assert run["finished"] and run["totals"]["num_forwards"] == forwards
+    assert (run["totals"]["slots"], run["totals"]["text_tokens"]) == (20 * 32, text)
+    assert run["totals"]["tokens_per_forward"] == 20 * 32 / forwards
+    assert run["totals"]["n_requests"] == 6 and run["totals"]["seconds"] > 0
+
+
+def test_passes_are_cut_before_they_are_sorted():
+    """Paper, table 2: passes of six over 299 masks are 103 forwards a step; here three at a time."""
+    benchmark = load_benchmark(EXAMPLE)
+    passes = captioning.passes_of(benchmark, 3)
+    assert [len(masks) for picture, masks in passes][:4] == [3, 3, 3, 1]
+    assert [mask.id for _, masks in passes for mask in masks] == list(benchmark.order)
+    assert len(captioning.passes_of(load_benchmark(EXAMPLE / "dlc"), 1)) == 20
+
+
+def test_masks_of_dlc_bench_are_captioned_alone(tmp_path):
+    options = ("--images", str(EXAMPLE / "images"), "--max-new-tokens", "8", "--steps", "2")
+    assert caption(tmp_path / "run", *options, folder=EXAMPLE / "dlc").exit_code == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["totals"]["n_requests"] == 20 and run["settings"]["masks_per_pass"] == 1
+    assert run["settings"]["prompt"] == "Describe each masked region in detail."
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3])
+@pytest.mark.parametrize("torn", [b"", b'{"captions": {"90'])
+def test_a_run_that_was_stopped_goes_on(finished, tmp_path, keep, torn):
+    """As kill -9 leaves it: some lines, the last perhaps cut short. Only what is missing is made."""
+    lines = (finished / "captions.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "run.json").write_bytes((finished / "run.json").read_bytes())
+    (tmp_path / "captions.jsonl").write_bytes(b"".join(lines[:keep]) + torn)
+    assert caption(tmp_path).exit_code == 0
+    assert (tmp_path / "captions.json").read_bytes() == (finished / "captions.json").read_bytes()
+    resumed = (tmp_path / "captions.jsonl").read_bytes().splitlines(keepends=True)
+    assert resumed[:keep] == lines[:keep] and len(resumed) == len(lines)
+
+
+def test_batches_make_the_same_captions(finished, tmp_path):
+    assert caption(tmp_path / "run", "--batch-size", "4").exit_code == 0
+    assert (tmp_path / "run" / "captions.json").read_bytes() == (finished / "captions.json").read_bytes()
+    many, one = (json.loads((p / "run.json").read_text())["totals"] for p in (tmp_path / "run", finished))
+    assert many["n_requests"] == 2 and many["tokens_per_forward"] > one["tokens_per_forward"]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--steps", "16"), "max_denoising_steps was 32, now 16"),
+        (("--fast",), "mode was 'default', now 'fast'"),
+        (("--prompt", "What is it?"), "prompt was 'Describe the masked region in detail.', now 'What is it?'"),
+    ],
+)
+def test_other_settings_are_refused(finished, options, said):
+    before = (finished / "captions.jsonl").read_bytes()
+    result = caption(finished, *options)
+    assert result.exit_code == 2 and said in result.stderr
+    assert (finished / "captions.jsonl").read_bytes() == before
+
+
+def test_a_damaged_run_is_said(finished, tmp_path):
+    (tmp_path / "run.json").write_bytes((finished / "run.json").read_bytes())
+    (tmp_path / "captions.jsonl").write_bytes(b"not json\n")
+    result = caption(tmp_path)
+    assert result.exit_code == 2 and "captions.jsonl: damaged" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--model", "x", "--captions", "y"), "Give one of --model, --server and --captions"),
+        (("--server", "http://127.0.0.1:1/v1"), "--server and --server-model go together"),
+        (("--model", "no/such/folder"), "no/such/folder"),
+        (("--batch-size", "0"), "batch size must be positive"),
+        (("--acceptance-threshold", "2"), "`acceptance_threshold` must be in"),
+        (("--dtype", "nonsense"), "nonsense"),
+    ],
+)
+def test_wrong_calls(tmp_path, options, said):
+    result = caption(tmp_path / "run", *options)
+    assert result.exit_code == 2 and said in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_another_systems_captions(finished, tmp_path):
+    path = tmp_path / "theirs.json"
+    captions = json.loads((finished / "captions.json").read_text())
+    path.write_text(json.dumps(dict(reversed(captions.items()))))
+    result = caption(tmp_path / "run", "--captions", str(path))
+    assert result.exit_code == 0
+    assert json.loads((tmp_path / "run" / "captions.json").read_text()) == captions
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["settings"]["name"] == "theirs" and run["totals"]["tokens_per_forward"] is None
+    captions.pop("900_0")
+    path.write_text(json.dumps(captions))
+    assert "1 masks have no caption: 900_0" in caption(tmp_path / "less", "--captions", str(path)).stderr
+    assert caption(tmp_path / "less", "--captions", str(path), "--allow-missing").exit_code == 0
+
+
+def test_a_server_that_takes_regions(finished, tmp_path):
+    """One request a picture, regions in the order of qa.json, the settings of `generate` beside them."""
+    known = json.loads((finished / "captions.json").read_text())
+
+    def reply(body):
+        return json.dumps([known[region["id"]] for region in body["mm_processor_kwargs"]["regions"]])
+
+    usage = {"prompt_tokens": 9, "completion_tokens": 10, "num_forwards": 5}
+    options = ("--server-model", "ours", "--prefix-refresh-interval", "0")
+    with JudgeServer(reply, model="ours", usage=lambda body: usage) as host:
+        result = caption(tmp_path / "run", "--server", host.url, *options)
+        assert result.exit_code == 0, result.output
+        assert len(host.bodies) == 6 and host.probes == 0
+        assert host.bodies[0]["max_new_tokens"] == 32 and host.bodies[0]["prefix_refresh_interval"] == 0
+        assert text_of(host.bodies[0]) == "Describe the masked region in detail."
+        rle = json.loads((EXAMPLE / "annotations.json").read_text())[0]["annotations"][0]["mask_rle"]
+        assert host.bodies[0]["mm_processor_kwargs"]["regions"][0] == {"id": "900_0", "segmentation": rle}
+        assert caption(tmp_path / "run", "--server", host.url, *options).exit_code == 0
+        assert len(host.bodies) == 6
+    assert (tmp_path / "run" / "captions.json").read_bytes() == (finished / "captions.json").read_bytes()
+    run = json.loads((tmp_path / "run" / "run.json").read_text())["totals"]
+    assert (run["num_forwards"], run["text_tokens"], run["slots"]) == (30, 60, 640)
+
+
+def test_a_server_that_answers_something_else_is_asked_again_later(finished, tmp_path):
+    broken = {"on": True}
+
+    def reply(body):
+        regions = body["mm_processor_kwargs"]["regions"]
+        short = broken["on"] and regions[0]["id"] == "902_0"
+        return json.dumps(["a caption"] * (len(regions) - short))
+
+    with JudgeServer(reply) as host:
+        command = ("--server", host.url, "--server-model", "any")
+        result = caption(tmp_path / "run", *command)
+        assert result.exit_code == 1 and "1 requests failed: the reply is not a list of captions" in result.stderr
+        assert len(json.loads((tmp_path / "run" / "captions.json").read_text())) == 18
+        broken["on"] = False
+        assert caption(tmp_path / "run", *command).exit_code == 0
+    assert len(host.bodies) == 7
+
+
+def test_any_other_model_gets_crops(tmp_path, monkeypatch):
+    with JudgeServer(lambda body: " A star. ", key="sk-secret") as host:
+        command = ("--server", host.url, "--server-model", "vlm", "--server-style", "crops", "--concurrency", "4")
+        assert "wants a key, and none was given" in caption(tmp_path / "run", *command).stderr
+        monkeypatch.setenv("TEST_CAPTION_KEY", "sk-secret")
+        result = caption(tmp_path / "other", *command, "--api-key-env", "TEST_CAPTION_KEY", "--setting", "top_p=0.5")
+        assert result.exit_code == 0, result.output
+    assert len(host.bodies) - 20 in (0, 1)
+    body = host.bodies[-1]
+    assert body["max_tokens"] == 512 and body["temperature"] == 0 and body["top_p"] == 0.5
+    assert [part["type"] for part in body["messages"][0]["content"]] == ["image_url", "image_url", "text"]
+    assert set(json.loads((tmp_path / "other" / "captions.json").read_text()).values()) == {"A star."}
+    assert "sk-secret" not in (tmp_path / "other" / "run.json").read_text()
+
+
+def test_the_outline_leaves_the_region_alone():
+    image = Image.new("RGB", (40, 30), (10, 20, 30))
+    mask = np.zeros((30, 40), dtype=bool)
+    mask[10:20, 10:25] = True
+    drawn = np.asarray(server.draw_outline(image, Image.fromarray(mask)))
+    assert (drawn[mask] == (10, 20, 30)).all()
+    red = (drawn == server.OUTLINE).all(-1)
+    assert red[8:10, 8:27].all() and red[20:22, 8:27].all() and not red[5].any() and red.sum() == 14 * 19 - 150
+
+
+def test_an_unreachable_server_is_said_first(tmp_path):
+    with JudgeServer() as host:
+        pass
+    result = caption(tmp_path / "run", "--server", host.url, "--server-model", "any")
+    assert result.exit_code == 2 and "no connection" in result.stderr
+
+
+def test_killed_half_way(tmp_path):
+    """kill -9 while a server is captioning; then the same command again."""
+
+    def reply(body):
+        regions = body["mm_processor_kwargs"]["regions"]
+        return json.dumps([f"caption of {region['id']}" for region in regions])
+
+    with JudgeServer(reply, delay=0.15) as host:
+        command = [sys.executable, "-m", "pdlm_evalkit.paradlc.cli", "caption", "--annotations", str(EXAMPLE)]
+        command += ["--server", host.url, "--server-model", "any", "--out", str(tmp_path / "run")]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(host.answered) < 3 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "run" / "captions.json").exists()
+        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    assert 6 <= len(host.answered) <= 7  # at most the one that was on its way is asked again
+    captions = json.loads((tmp_path / "run" / "captions.json").read_text())
+    assert captions == {key: f"caption of {key}" for key in load_benchmark(EXAMPLE).order}

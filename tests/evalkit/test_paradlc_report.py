@@ -1,0 +1,180 @@
+"""From pictures to a report: captions of the embedded checkpoint, a truthful judge, scores computed a second way."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from judge_server import JudgeServer  # noqa: E402
+
+import pdlm_evalkit.paradlc as package  # noqa: E402
+from pdlm_evalkit.paradlc.cli import app  # noqa: E402
+from pdlm_evalkit.paradlc.data import load_benchmark  # noqa: E402
+from pdlm_evalkit.paradlc.make_example import draw_pictures  # noqa: E402
+from pdlm_evalkit.paradlc.paper import COLUMNS, TABLE_2, TABLE_2_DLC, TABLE_8, paper_rows  # noqa: E402
+from pdlm_evalkit.paradlc.report import Table, notes_of, report_run  # noqa: E402
+from pdlm_hf.shapes.world import read  # noqa: E402
+
+EXAMPLE = Path(package.__file__).parent / "example"
+
+
+def run(*command):
+    result = CliRunner().invoke(app, [str(part) for part in command])
+    return result
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A judged run of each benchmark, by name."""
+    folder = tmp_path_factory.mktemp("runs")
+    places = {
+        "paradlc": ("--annotations", EXAMPLE),
+        "dlc": ("--annotations", EXAMPLE / "dlc", "--images", EXAMPLE / "images"),
+    }
+    with JudgeServer() as server:
+        for name, place in places.items():
+            assert run("caption", *place, "--out", folder / name).exit_code == 0
+            address = ("--judge", "qwen3.5-27b" if name == "paradlc" else "llama-3.1-8b", "--base-url", server.url)
+            result = run("judge", folder / name, *place, *address)
+            assert result.exit_code == 0, result.output
+        assert server.keys == {"Bearer none"}
+        texts = [isinstance(body["messages"][0]["content"], str) for body in server.bodies]
+        assert texts.count(True) == 20 * 6 and texts.count(False) == 20 * 6 - 3
+        assert server.bodies[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    return folder
+
+
+def expected(captions, with_positives):
+    """Pos and Neg by the attributes themselves, without questions, choices and letters."""
+    figures = [(figure, picture.figures) for picture in draw_pictures() for figure in picture.figures]
+    pos, neg = [], []
+    for number, ((figure, others), text) in enumerate(zip(figures, captions.values(), strict=True)):
+        stated = read(text)
+        known = stated.shape == figure.shape
+        foreign = min(
+            {other.colour for other in others} - {figure.colour}, default="red" if figure.colour != "red" else "green"
+        )
+        scores = [
+            1 if getattr(stated, name) == getattr(figure, name) else -1 for name in ("colour", "texture", "size")
+        ]
+        absent = [-1 if stated.colour == foreign else 1, 1]
+        if not known:  # the shape is not mentioned, and nothing may score
+            scores, absent = [0, 0, 0], [min(0, value) for value in absent]
+        pos.append(sum(scores) / 3 if with_positives or number != first_of_second() else 0)
+        neg.append(sum(absent) / 2)
+    return sum(pos) / len(pos), sum(neg) / len(neg)
+
+
+def first_of_second():
+    """The one mask without positive question: the first of the second picture."""
+    return len(draw_pictures()[0].masks)
+
+
+@pytest.mark.parametrize("name", ["paradlc", "dlc"])
+def test_scores_of_the_embedded_checkpoint(judged, name):
+    captions = json.loads((judged / name / "captions.json").read_text())
+    assert list(captions) == list(load_benchmark(EXAMPLE / ("" if name == "paradlc" else "dlc")).order)
+    pos, neg = expected(captions, with_positives=name == "dlc")
+    place = EXAMPLE if name == "paradlc" else EXAMPLE / "dlc"
+    for parser in ("robust", "reference"):
+        command = ("score", "--annotations", place, "--answers", judged / name / "answers.json", "--parser", parser)
+        found = json.loads(run(*command, "--json").stdout)
+        assert found["avg_pos"] == pytest.approx(pos) and found["avg_neg"] == pytest.approx(neg)
+        assert found["avg"] == pytest.approx((pos + neg) / 2)
+        assert (found["n_masks"], found["n_unparsed"], found["n_missing"], found["n_failed"]) == (20, 0, 0, 0)
+        assert found["n_no_positive"] == (name == "paradlc")
+    assert found["avg"] > 0.7  # the checkpoint knows its world
+
+
+def test_the_report_as_json(judged):
+    data = json.loads(run("report", judged / "paradlc", judged / "dlc", "--json").stdout)
+    first, second = data["runs"]
+    assert (first["run"], first["judge"], second["judge"]) == ("paradlc", "qwen3.5-27b", "llama-3.1-8b")
+    assert first["tokens_per_forward"] > first["text_tokens_per_forward"] > 0
+    for report in (first, second):
+        for name in ("by_masks", "by_area"):
+            assert sum(group["n_masks"] for group in report[name]) == 20
+            mean = sum(group["n_masks"] * group["avg_pos"] for group in report[name]) / 20
+            assert mean == pytest.approx(report["avg_pos"])
+    assert [group["group"] for group in first["by_area"]] == ["< 1 %", "1-5 %", "5-20 %"][: len(first["by_area"])]
+    tables = {table["table"]: [row["name"] for row in table["rows"]] for table in data["paper"]}
+    assert list(tables) == ["paper, table 8 (judge qwen3.5-27b)", "paper, table 2 (DLC-Bench)"]
+    assert tables["paper, table 8 (judge qwen3.5-27b)"][-1] == "PerceptionDLM, 32 steps (table 9)"
+    assert any("1 of 20 masks have no positive question" in note and "0.95000" in note for note in data["notes"])
+    assert any("67.65, printed 69.2" in note for note in data["notes"])
+
+
+def test_the_report_as_tables_and_pages(judged, tmp_path):
+    result = run("report", judged / "paradlc", "--markdown", tmp_path / "deep" / "report.md")
+    assert result.exit_code == 0
+    page = (tmp_path / "deep" / "report.md").read_text()
+    assert "| PerceptionDLM | 59.4 | 87.5 | 73.5 |" in page and "| paradlc: 2 |" in page
+    assert "| paradlc | qwen3.5-27b | robust | 20 |" in page and page.count("**") == 10
+
+
+def test_the_report_as_a_picture(judged, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert run("report", judged / "paradlc", judged / "dlc", "--plot", tmp_path / "r.png").exit_code == 0
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+    result = run("report", judged / "paradlc", "--plot", tmp_path / "r.doc")
+    assert result.exit_code == 2 and "cannot be written as a picture" in result.stderr
+
+
+def test_answers_elsewhere_and_answers_to_other_captions(judged, tmp_path):
+    with JudgeServer(lambda body: "B") as server:
+        command = ("judge", judged / "paradlc", "--annotations", EXAMPLE, "--judge", "other", "--base-url", server.url)
+        assert run(*command, "--out", tmp_path / "other").exit_code == 0
+    report = report_run(tmp_path / "other")
+    assert (report["judge"], report["n_recognised"], report["avg_pos"]) == ("other", 0, 0)
+    captions = (judged / "paradlc" / "captions.json").read_text()
+    for name in ("run.json", "captions.jsonl", "answers.json", "judge.json"):
+        (tmp_path / name).write_bytes((judged / "paradlc" / name).read_bytes())
+    (tmp_path / "captions.json").write_text(captions.replace("One ", "Two "))
+    result = run("report", tmp_path)
+    assert result.exit_code == 2 and "answers are to other captions" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        (("report", "{tmp}/nothing"), "is not a run folder"),
+        (("report", "{tmp}"), "has no answers.json"),
+        (("report", "{judged}/paradlc", "--annotations", EXAMPLE / "dlc"), "other annotations"),
+        (("judge", "{tmp}", "--annotations", EXAMPLE, "--judge", "llama-3.1-8b"), "captions.json: no such file"),
+        (("score", "--annotations", EXAMPLE, "--answers", "{tmp}/a.json"), "a.json: no such file"),
+        (("score", "--annotations", "{tmp}", "--answers", "{tmp}/a.json"), "qa.json: no such file"),
+        (("score", "--annotations", EXAMPLE, "--answers", "x", "--parser", "best"), "The parser must be one of"),
+    ],
+)
+def test_wrong_calls(judged, tmp_path, command, said):
+    result = run(*(str(part).format(tmp=tmp_path, judged=judged) for part in command))
+    assert result.exit_code == 2 and said in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_the_papers_rows():
+    """Avg is the mean of Pos and Neg, to a rounding, in all tables but in eight rows of table 2."""
+    off = [
+        {name for name, row in rows.items() if abs((row[0] + row[1]) / 2 - row[2]) > 0.1}
+        for rows in (TABLE_2, TABLE_2_DLC, *TABLE_8.values())
+    ]
+    assert off == [TABLE_2.keys() - {"LLaDA-V 8B", "PerceptionDLM"}, set(), set(), set()]
+    assert len(TABLE_2) == 10 and all(rows.keys() == TABLE_2.keys() for rows in (TABLE_2_DLC, *TABLE_8.values()))
+    title, rows = paper_rows("paradlc", "gpt-5.2", 32)
+    assert title == "paper, table 2" and rows[-1] == {
+        "name": "PerceptionDLM",
+        **dict(zip(COLUMNS, TABLE_2["PerceptionDLM"], strict=True)),
+    }
+    assert "not comparable with scores of mine" in paper_rows("paradlc", "mine")[0]
+    assert paper_rows("dlc", "llama-3.1-8b")[0] == "paper, table 2 (DLC-Bench)"
+    assert paper_rows("paradlc", "qwen3.5-27b", 16)[1][-1]["seconds"] == 138
+
+
+def test_tables_and_notes():
+    assert Table("t", ["", "n"], [["a", "1"]]).markdown() == "**t**\n\n|  | n |\n| --- | ---: |\n| a | 1 |"
+    base = dict.fromkeys(("n_no_positive", "n_missing", "n_failed", "n_unparsed", "text_tokens_per_forward"))
+    assert len(notes_of([base | {"n_masks": 9}])) == 1
+    assert "at most 0.95987" in notes_of([base | {"n_masks": 299, "n_no_positive": 12}])[0]

@@ -1,0 +1,134 @@
+"""The strict judge: reads files of both harnesses, counts as the reference, pays nothing twice."""
+
+import json
+
+import pytest
+from judge_server import JudgeServer, text_of
+from typer.testing import CliRunner
+
+from pdlm_evalkit import judge as client
+from pdlm_evalkit.cli import app
+from pdlm_evalkit.strict import SETTINGS, SYSTEM_PROMPT, Row, read_results, request_for
+
+ROWS = [
+    {"index": 1, "answer": "12:30", "prediction": "It is 12.30"},
+    {"index": 2, "answer": "['red', 'crimson']", "prediction": "blue"},
+    {"index": 3, "answer": "7", "prediction": "I think 7 of them"},
+    {"index": 4, "answer": "9", "prediction": "odd"},
+]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(client, "_BACKOFF", 0.001)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def verdict(body):
+    said = text_of(body).rsplit("Prediction: ", 1)[1]
+    return {"It is 12.30": "CORRECT", "blue": " INCORRECT\n", "I think 7 of them": "CORRECT"}.get(
+        said, "correct, I guess"
+    )
+
+
+def judge(path, server, *options):
+    return CliRunner().invoke(app, ["strict", str(path), "--base-url", server.url, "--judge", "m", *options])
+
+
+def test_what_is_asked():
+    assert request_for(Row("1", "['a', 'b']", "b.")) == [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": "Ground Truth(s): ['a', 'b']\nPrediction: b."},
+    ]
+    assert SETTINGS["temperature"] == 0 and SETTINGS["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_scores_are_the_references_and_nothing_is_paid_twice(tmp_path):
+    path = tmp_path / "M_ChartQA_TEST.json"
+    path.write_text(json.dumps(ROWS))
+    with JudgeServer(verdict) as server:
+        done = judge(path, server)
+        assert done.exit_code == 0, done.output
+        again = judge(path, server)
+        assert len(server.answered) == 4
+    score = json.loads((tmp_path / "M_ChartQA_TEST_strict.json").read_text())
+    assert (score["accuracy"], score["n_rows"]) == (0.5, 4)
+    assert (score["n_correct"], score["n_incorrect"], score["n_unparsed"], score["n_failed"]) == (2, 1, 1, 0)
+    assert (score["benchmark"], score["judge"]) == ("ChartQA", "m")
+    assert json.loads(again.stdout)["accuracy"] == 0.5
+    rows = [json.loads(line) for line in (tmp_path / "M_ChartQA_TEST_strict.jsonl").read_text().splitlines()]
+    assert [row["verdict"] for row in rows] == ["CORRECT", "INCORRECT", "CORRECT", "UNPARSED"]
+    assert server.bodies[0]["top_k"] == 20
+
+
+def test_a_failed_call_is_wrong_is_said_and_is_asked_again(tmp_path):
+    path = tmp_path / "M_ChartQA_TEST.json"
+    path.write_text(json.dumps(ROWS))
+    with JudgeServer(verdict, lambda number, body: "500" if "12:30" in text_of(body) else None) as server:
+        done = judge(path, server, "--retries", "1")
+        assert done.exit_code == 1
+        assert "1 rows got no verdict and count as wrong" in done.stderr
+        score = json.loads(done.stdout.splitlines()[0])
+        assert (score["accuracy"], score["n_failed"]) == (0.25, 1)
+        server.faults = None
+        assert json.loads(judge(path, server).stdout)["accuracy"] == 0.5
+        assert len(server.answered) == 4
+
+
+def test_an_unreachable_judge_ends_it_at_once(tmp_path):
+    path = tmp_path / "M_ChartQA_TEST.json"
+    path.write_text(json.dumps(ROWS))
+    done = CliRunner().invoke(app, ["strict", str(path), "--base-url", "http://127.0.0.1:9/v1", "--retries", "0"])
+    assert done.exit_code == 1
+    assert "127.0.0.1:9" in done.stderr
+    assert not (tmp_path / "M_ChartQA_TEST_strict.json").exists()
+
+
+def test_samples_of_lmms_eval(tmp_path):
+    rows = [
+        {"doc_id": 0, "target": ["a", "b"], "filtered_resps": ["It is a"]},
+        {"doc_id": 1, "target": "7", "filtered_resps": [["8"]]},
+        {"doc_id": 2, "target": "7", "filtered_resps": "9"},
+    ]
+    path = tmp_path / "x_samples_docvqa_val.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert read_results(path) == [Row("0", "['a', 'b']", "It is a"), Row("1", "7", "8"), Row("2", "7", "9")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"doc_id": 1}\n', "row 1 has no target and no filtered_resps"),
+        ("a.json", "[]", "holds no rows"),
+        ("a.json", '[{"answer": 1}]', "row 1 has no prediction"),
+        ("a.json", '[{"answer": 1}', "cannot be read"),
+        ("a.txt", "x", "expected one of .jsonl"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_results(tmp_path / name)
+
+
+def test_tables(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("openpyxl")
+    table = pandas.DataFrame(ROWS)
+    table.to_excel(tmp_path / "a.xlsx", index=False)
+    table.to_csv(tmp_path / "a.tsv", sep="\t", index=False)
+    expected = [Row(str(row["index"]), row["answer"], row["prediction"]) for row in ROWS]
+    assert read_results(tmp_path / "a.xlsx") == read_results(tmp_path / "a.tsv") == expected
+    (tmp_path / "b.xlsx").write_bytes(b"PK broken")
+    with pytest.raises(ValueError, match="b.xlsx: cannot be read"):
+        read_results(tmp_path / "b.xlsx")
+
+
+def test_which_benchmark_a_file_is_of(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(ROWS))
+    with JudgeServer(verdict) as server:
+        done = judge(tmp_path / "x.json", server)
+        assert done.exit_code == 2
+        assert "Give --benchmark" in done.stderr
+        assert not server.bodies

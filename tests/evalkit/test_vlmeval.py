@@ -1,0 +1,172 @@
+"""The VLMEvalKit wrapper against a stand-in for a checkout: registration, prompts, ranks, exit codes."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_vlmeval import make
+
+from pdlm_evalkit.benchmarks import LETTER, SUFFIX
+from pdlm_evalkit.report import collect
+from pdlm_evalkit.vlmeval_run import find_run_py, parse, problem_of, settings_from
+from pdlm_hf.shapes.evaluate_base import held_out_question
+
+ROWS = 4
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    folder = make(tmp_path_factory.mktemp("checkout"))
+    rows = []
+    for index in range(ROWS):
+        image, question = held_out_question(11, index, "choice")
+        path = folder / f"{index}.png"
+        image.save(path)
+        text, *options, _ = question.text.split("\n")
+        rows.append({"question": text, "answer": question.answer, "image_path": [str(path)]})
+        rows[-1] |= {option[0]: option[3:] for option in options}
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+def run(checkout: Path, work: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI")}
+    environment |= {"PYTHONPATH": f"{checkout}{os.pathsep}{Path(__file__).parents[2]}", "OMP_NUM_THREADS": "1"}
+    environment |= {"FAKE_ROWS": str(checkout / "rows.json"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", *launcher, "pdlm_evalkit.vlmeval_run", *arguments, "--work-dir", str(work)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_run_has_settings_costs_and_exit_code(checkout, tmp_path):
+    done = run(
+        checkout, tmp_path, "--data", "MMStar", "--model", "PerceptionDLM-Base", "--pretrained", "shapes_base",
+        "--judge", "exact_matching",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "PerceptionDLM-Base" / "T1" / "pdlm_report.json").read_text())
+    assert report[0]["paper_settings"]["max_new_tokens"] == 2
+    assert report[0]["pretrained"] == "shapes_base"
+    costs = report[0]["answers"]
+    assert (costs["questions"], costs["num_forwards"], costs["slots"]) == (ROWS, 2 * ROWS, 2 * ROWS)
+    log = [json.loads(line) for line in next(tmp_path.glob("pdlm_answers_*.jsonl")).read_text().splitlines()]
+    assert [row["settings"]["block_length"] for row in log] == [2] * ROWS
+    measured = collect([tmp_path])
+    assert [(m.benchmark, m.paper, m.tokens_per_forward) for m in measured] == [("MMStar", 63.7, 1.0)]
+    assert measured[0].score == 100 * report[0]["primary_metric_value"]
+
+
+def test_two_ranks_without_cuda(checkout, tmp_path):
+    """run.py asks for NCCL; the wrapper gives it gloo."""
+    options = ("--data", "MMStar", "--model", "PerceptionDLM-Base", "--pretrained", "shapes_base")
+    alone = run(checkout, tmp_path / "one", *options, "--judge", "exact_matching")
+    torchrun = ("torch.distributed.run", "--nproc-per-node=2", "--master-port=29671", "-m")
+    both = run(checkout, tmp_path / "two", *options, "--judge", "exact_matching", launcher=torchrun)
+    assert alone.returncode == both.returncode == 0, both.stderr
+    one, two = (
+        json.loads((tmp_path / name / "PerceptionDLM-Base" / "T1" / "pdlm_report.json").read_text())[0]
+        for name in ("one", "two")
+    )
+    assert one["primary_metric_value"] == two["primary_metric_value"]
+    assert two["answers"]["questions"] == ROWS
+    assert len(list((tmp_path / "two").glob("pdlm_answers_*.jsonl"))) == 2
+
+
+def test_config_knows_the_class(checkout, tmp_path):
+    model = {"mine": {"class": "PerceptionDLM", "pretrained": "shapes_base", "block_length": 1}}
+    (tmp_path / "config.json").write_text(json.dumps({"model": model, "data": {"MMStar": {}}}))
+    done = run(checkout, tmp_path, "--config", str(tmp_path / "config.json"), "--judge", "exact_matching")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine" / "T1" / "pdlm_report.json").is_file()
+
+
+def test_data_sets_without_result_are_named(checkout, tmp_path):
+    done = run(
+        checkout, tmp_path, "--data", "MMStar", "Broken", "Vanishes", "--model", "PerceptionDLM", "--pretrained",
+        "shapes_base", "--judge", "exact_matching",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "PerceptionDLM on Broken: no such column" in done.stderr
+    assert "PerceptionDLM on Vanishes: no result was written" in done.stderr
+    assert "on MMStar" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "MMStar", "--model", "PerceptionDLM"), "MMStar: gpt-4o-mini has no key"),
+        (("--data", "MathVista_MINI", "--model", "M", "--judge", "exact_matching"), "without a language model"),
+        (("--data", "MMStar"), "Nothing to do"),
+        (("--data", "A", "--model", "M", "--settings", "steps"), "expected key=value"),
+        (("--config", "nowhere.json"), "nowhere.json: expected JSON"),
+    ],
+)
+def test_calls_that_cannot_work_end_before_the_start(checkout, tmp_path, arguments, message):
+    done = run(checkout, tmp_path, *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_from():
+    assert settings_from("steps=4,remasking=random,temperature=0.5") == {
+        "steps": 4,
+        "remasking": "random",
+        "temperature": 0.5,
+    }
+    assert settings_from(None) == {}
+
+
+def test_options_may_come_in_any_order():
+    options, rest = parse(["--data", "A", "B", "--pretrained", "X", "--model", "M", "--judge", "j", "--verbose"])
+    assert (options.data, options.model, options.pretrained, options.judge) == (["A", "B"], ["M"], "X", "j")
+    assert rest == ["--data", "A", "B", "--model", "M", "--judge", "j", "--verbose"]
+
+
+@pytest.mark.parametrize(
+    ("row", "mode", "problem"),
+    [
+        ({"primary_metric_value": 0.5, "infer_total": 4}, "all", None),
+        ({"primary_metric_value": 0.0, "infer_total": 4}, "all", None),
+        ({"primary_metric_value": None}, "all", "no score was written"),
+        ({"skip_reason": "mode_infer", "infer_total": 4}, "infer", None),
+        ({"skip_reason": "mode_infer", "infer_total": 0}, "infer", "no answers were written"),
+        ({"skip_reason": "evaluate_returned_none"}, "all", "not scored (evaluate_returned_none)"),
+        (
+            {"primary_metric_value": 0.5, "judge_failed": 2, "judge_total": 4},
+            "all",
+            "the judge failed on 2 of 4 answers",
+        ),
+        ({"primary_metric_value": 0.5, "infer_failed": 1, "infer_total": 4}, "all", "1 of 4 questions got no answer"),
+        ({"eval_error": "boom", "primary_metric_value": 0.5}, "all", "boom"),
+    ],
+)
+def test_problem_of(row, mode, problem):
+    assert problem_of(row, mode) == problem
+
+
+def test_without_vlmevalkit(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="not installed here"):
+        find_run_py()
+
+
+def test_question_text(checkout, monkeypatch):
+    monkeypatch.syspath_prepend(str(checkout))
+    from pdlm_evalkit.vlmeval_model import question_text
+
+    nan = float("nan")
+    row = {"question": "Which?", "hint": "Look.", "A": "x", "B": 2, "C": nan, "D": None}
+    assert question_text(row, "MCQ", "MMStar") == "Look.\nWhich?\nA. x\nB. 2" + LETTER
+    assert (
+        question_text({"question": "Which?", "hint": nan}, "MCQ", "MMStar") == "Which?\nAnswer the question directly."
+    )
+    assert question_text({"question": "哪个?", "A": "红"}, "MCQ", "MMBench_CN") == "哪个?\nA. 红\n请直接回答选项字母。"
+    assert question_text({"question": "Is it?"}, "Y/N", "HallusionBench") == "Is it?" + SUFFIX["yes_no"]
+    assert question_text({"question": "How?"}, "VQA", "ChartQA_TEST") == "How?" + SUFFIX["document"]
+    assert question_text({"question": "How?"}, "VQA", "MathVista_MINI") == "How?\n\n\nPlease reason step by step."
+    assert question_text({"question": "How?"}, "VQA", "Other") == "How?" + SUFFIX["free"]
+    assert question_text({"question": "Is it?"}, "Y/N", "POPE") == "Is it?"

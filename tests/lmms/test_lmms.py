@@ -1,0 +1,229 @@
+"""Real runs of lmms-eval, in its own environment: scores equal to our own evaluation, ranks, cache, exit codes.
+
+LMMS_QUESTIONS is how many questions of each task are asked (default 24; the full load is 400).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "evalkit"))
+
+import torch
+from judge_server import JudgeServer
+
+import pdlm_evalkit
+import pdlm_hf
+from pdlm_evalkit.paradlc.data import load_benchmark
+from pdlm_hf.shapes.evaluate import evaluate as evaluate_regions
+from pdlm_hf.shapes.evaluate_base import evaluate as evaluate_questions
+
+QUESTIONS = int(os.environ.get("LMMS_QUESTIONS", 24))
+SEED = 11  # of the tasks
+BIN = Path(sys.executable).parent
+EXAMPLE = Path(pdlm_evalkit.__file__).parent / "paradlc" / "example"
+
+
+class Run:
+    """A finished run: exit code, printed text, results, samples, what the model was asked."""
+
+    def __init__(self, folder: Path, done: subprocess.CompletedProcess):
+        self.code, self.text = done.returncode, done.stdout + done.stderr
+        files = sorted(folder.rglob("*_results.json"))
+        self.content = json.loads(files[-1].read_text()) if files else {}
+        self.samples = {
+            path.name.split("_samples_")[1].removesuffix(".jsonl"): [
+                json.loads(line) for line in path.read_text().splitlines()
+            ]
+            for path in folder.rglob("*_samples_*.jsonl")
+        }
+        log = folder / "model.log"
+        self.calls = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def score(self, task: str, metric: str) -> float:
+        return self.content["results"][task][f"{metric},none"]
+
+
+def run(folder: Path, command: list, *arguments: str, **environment: str) -> Run:
+    folder.mkdir(exist_ok=True)
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"HF_HOME": str(folder.parent / "hf"), "PDLM_EVAL_LOG": str(folder / "model.log"), "NO_PROXY": "127.0.0.1"}
+    arguments = [*arguments, "--output_path", str(folder), "--log_samples"]
+    done = subprocess.run(
+        [*map(str, command), *arguments],
+        env=env | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    return Run(folder, done)
+
+
+def arguments_for(task: str, pretrained: str, **more: str) -> list[str]:
+    given = {"tasks": task, "model_args": f"pretrained={pretrained}", "batch_size": "8", "limit": str(QUESTIONS)}
+    return [part for name, value in (given | more).items() for part in (f"--{name}", value)]
+
+
+LMMS_EVAL = [BIN / "lmms-eval", "--model", "pdlm", "--include_path", pdlm_evalkit.LMMS_TASKS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def regions(folder):
+    """lmms-eval's own command, no path of ours on it but that of the tasks."""
+    cache = str(folder / "cache")
+    return run(folder / "regions", LMMS_EVAL, *arguments_for("pdlm_shapes_regions", "shapes", use_cache=cache))
+
+
+@pytest.fixture(scope="module")
+def choice(folder):
+    return run(folder / "choice", LMMS_EVAL, *arguments_for("pdlm_shapes_choice", "shapes_base"))
+
+
+def test_regions_score_what_our_own_evaluation_says(regions):
+    assert regions.code == 0, regions.text
+    captioner = pdlm_hf.RegionCaptioner.from_pretrained()
+    with torch.inference_mode():
+        own = evaluate_regions(captioner.model, captioner.processor, SEED, QUESTIONS)
+    assert regions.score("pdlm_shapes_regions", "exact") == pytest.approx(own["exact"], abs=6e-5)  # own is rounded
+    assert regions.score("pdlm_shapes_regions", "well_formed") == pytest.approx(own["well_formed"], abs=6e-5)
+    assert own["exact"] > 0.9
+
+
+def test_choices_score_what_our_own_evaluation_says(choice):
+    assert choice.code == 0, choice.text
+    answerer = pdlm_hf.PdlmBaseForConditionalGeneration.from_pretrained(pdlm_hf.BASE_CHECKPOINT).eval()
+    processor = pdlm_hf.PdlmProcessor.from_pretrained(pdlm_hf.BASE_CHECKPOINT)
+    with torch.inference_mode():
+        own = evaluate_questions(answerer, processor, SEED, QUESTIONS, kinds=["choice"])
+    assert choice.score("pdlm_shapes_choice", "right") == pytest.approx(own["by_kind"]["choice"], abs=6e-5)
+    assert own["by_kind"]["choice"] > 0.8
+
+
+def test_samples_say_what_an_answer_cost(regions, choice):
+    counts = [row["token_counts"][0] for row in choice.samples["pdlm_shapes_choice"]]
+    assert {(c["slots"], c["num_forwards"], c["output_tokens"]) for c in counts} == {(2, 2, 1)}
+    assert all(c["input_tokens"] > 30 and c["settings"]["block_length"] == 2 for c in counts)
+    row = regions.samples["pdlm_shapes_regions"][0]
+    captions = json.loads(
+        row["filtered_resps"] if isinstance(row["filtered_resps"], str) else row["filtered_resps"][0]
+    )
+    assert row["token_counts"][0]["slots"] == 32 * len(captions)
+    assert choice.content["throughput"]["avg_num_forwards"] == 2 * QUESTIONS
+
+
+def test_batches_are_real(choice):
+    """One call with all questions; eight a forward."""
+    assert [call["requests"] if "requests" in call else call["total_requests"] for call in choice.calls] == [QUESTIONS]
+    assert choice.calls[0]["batch_size"] == 8
+
+
+def test_a_second_run_comes_from_the_cache(folder, regions):
+    again = run(
+        folder / "again", LMMS_EVAL,
+        *arguments_for("pdlm_shapes_regions", "shapes", use_cache=str(folder / "cache")),
+    )  # fmt: skip
+    assert again.score("pdlm_shapes_regions", "exact") == regions.score("pdlm_shapes_regions", "exact")
+    assert sum(call["total_requests"] for call in regions.calls) == QUESTIONS
+    assert sum(call["total_requests"] for call in again.calls) == 0
+
+
+@pytest.mark.parametrize("task, metric, pretrained", [
+    ("pdlm_shapes_regions", "exact", "shapes"), ("pdlm_shapes_choice", "right", "shapes_base")
+])  # fmt: skip
+def test_two_ranks(folder, request, task, metric, pretrained):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29672"]
+    both = run(
+        folder / f"two_{task}", [*torchrun, "-m", "pdlm_evalkit.lmms_run"], *arguments_for(task, pretrained),
+        ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    assert both.code == 0, both.text
+    one = request.getfixturevalue("regions" if metric == "exact" else "choice")
+    assert both.score(task, metric) == one.score(task, metric)
+    assert sorted((call["rank"], call["total_requests"]) for call in both.calls) == [
+        (0, QUESTIONS - QUESTIONS // 2),
+        (1, QUESTIONS - QUESTIONS // 2),  # padded to the same number
+    ]
+
+
+def test_the_simple_interface_says_the_same(folder, choice):
+    simple = run(
+        folder / "simple", [*LMMS_EVAL, "--force_simple"], *arguments_for("pdlm_shapes_choice", "shapes_base")
+    )
+    assert simple.score("pdlm_shapes_choice", "right") == choice.score("pdlm_shapes_choice", "right")
+
+
+def test_model_args_go_before_the_task(folder):
+    asked = arguments_for("pdlm_shapes_open", "shapes_base,block_length=1", limit="2")
+    order = run(folder / "order", LMMS_EVAL, *asked)
+    settings = [row["token_counts"][0]["settings"] for row in order.samples["pdlm_shapes_open"]]
+    assert [s["block_length"] for s in settings] == [1, 1]
+
+
+@pytest.mark.parametrize("arguments", [
+    arguments_for("no_such_task", "shapes"), arguments_for("pdlm_shapes_choice", "nowhere"),
+])  # fmt: skip
+def test_a_run_without_result_does_not_end_with_zero(folder, arguments):
+    stock = run(folder / "stock", LMMS_EVAL, *arguments)
+    ours = run(folder / "ours", [BIN / "pdlm-eval", "lmms"], *arguments)
+    assert stock.code == 0  # which is why there is a wrapper
+    assert ours.code == 1
+    assert "no result was written" in ours.text
+
+
+def test_paradlc_bench_with_a_judge(folder):
+    """A picture is one request, a question is asked once, and the score is that of our own command."""
+    with JudgeServer() as server:
+        judged = run(
+            folder / "paradlc", [BIN / "pdlm-eval", "lmms"], "--tasks", "pdlm_paradlc_bench", "--model_args",
+            "pretrained=shapes", PDLM_PARADLC=str(EXAMPLE), PDLM_JUDGE="m", PDLM_JUDGE_URL=server.url,
+            PDLM_JUDGE_CACHE=str(folder / "judge.sqlite"),
+        )  # fmt: skip
+        asked = len(server.bodies)
+    assert judged.code == 0, judged.text
+    benchmark = load_benchmark(EXAMPLE)
+    assert asked == len(set(server.answered)) <= sum(1 + len(mask.questions) for mask in benchmark.masks.values())
+    captions = {}
+    for row in judged.samples["pdlm_paradlc_bench"]:
+        said = row["filtered_resps"] if isinstance(row["filtered_resps"], str) else row["filtered_resps"][0]
+        captions |= dict(zip(row["avg"][0], json.loads(said), strict=True))
+    (folder / "captions.json").write_text(json.dumps(captions))
+    with JudgeServer() as server:
+        command = [BIN / "pdlm-eval", "paradlc"]
+        options = ["--annotations", EXAMPLE, "--judge", "m", "--base-url", server.url, "--out", folder / "judged"]
+        env = os.environ | {"NO_PROXY": "127.0.0.1"}
+        subprocess.run(
+            [*command, "judge", folder / "captions.json", *options],
+            env=env,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    answers = next((folder / "judged").rglob("answers.json"))
+    scored = subprocess.run(
+        [*command, "score", "--annotations", EXAMPLE, "--answers", answers, "--json"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    own = json.loads(scored.stdout)
+    for metric in ("avg", "avg_pos", "avg_neg", "mean_mask_score", "n_missing"):
+        assert judged.score("pdlm_paradlc_bench", metric) == pytest.approx(own[metric], abs=1e-9)
+    assert own["avg"] > 0.8
+
+
+def test_without_a_judge_nothing_is_captioned(folder):
+    refused = run(
+        folder / "refused", [BIN / "pdlm-eval", "lmms"], "--tasks", "pdlm_paradlc_bench", "--model_args",
+        "pretrained=shapes", PDLM_PARADLC=str(EXAMPLE),
+    )  # fmt: skip
+    assert refused.code == 1
+    assert "Set PDLM_JUDGE" in refused.text
+    assert not refused.calls
