@@ -1,9 +1,10 @@
 """Before any GPU minute: is the data there, is a judge needed, does it answer, does the model load."""
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import typer
 
 from .benchmarks import Benchmark, find
 from .judge import Judge, JudgeError, public_url
@@ -169,10 +170,10 @@ def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None
         benchmark = find(name)
         if benchmark is None:
             if judge is None and _environment_key() is None:
-                print(  # noqa: T201
+                typer.echo(
                     f"pdlm-eval: {name} is none of the paper's benchmarks; if VLMEvalKit scores it with a language "
                     "model, it will fall back to rules, since no --judge and no OPENAI_API_KEY is given.",
-                    file=sys.stderr,
+                    err=True,
                 )
             continue
         finding = check_judge(benchmark, judge, base_url, key)

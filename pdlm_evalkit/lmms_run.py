@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from . import LMMS_TASKS
 from .answering import REFERENCE_NAMES, SETTINGS
 
@@ -90,7 +92,7 @@ def run(argv: list[str]) -> int:
     new = sorted(set(output.rglob("*_results.json")) - before)
     missing = missing_results([name.strip() for name in known.tasks.split(",")], new)
     for task in missing:
-        print(f"pdlm-eval: {task}: no result was written; lmms-eval says above why.", file=sys.stderr)  # noqa: T201
+        typer.echo(f"pdlm-eval: {task}: no result was written; lmms-eval says above why.", err=True)
     return 1 if missing else 0
 
 

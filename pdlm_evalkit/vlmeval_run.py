@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from .benchmarks import find
 
 HUB = {"PerceptionDLM-Base": "MSALab/PerceptionDLM-Base", "PerceptionDLM": "MSALab/PerceptionDLM"}
@@ -202,7 +204,7 @@ def finish(
             problem = problem_of(rows[name], options.mode) if name in rows else "no result was written"
             if problem:
                 missing += 1
-                print(f"pdlm-eval: {model} on {name}: {problem}", file=sys.stderr)  # noqa: T201
+                typer.echo(f"pdlm-eval: {model} on {name}: {problem}", err=True)
     return 1 if missing else 0
 
 

@@ -18,10 +18,10 @@ import numpy as np
 from loguru import logger
 from PIL import Image
 
-from pdlm_evalkit.judge import Judge
-from pdlm_evalkit.paradlc.data import Benchmark, check_pictures, decode_masks, load_benchmark, open_picture
-from pdlm_evalkit.paradlc.judging import captions_hash, judge_captions, preset_of
-from pdlm_evalkit.paradlc.scoring import score_answers, totals
+from ..judge import Judge
+from ..paradlc.data import Benchmark, check_pictures, decode_masks, load_benchmark, open_picture
+from ..paradlc.judging import captions_hash, judge_captions, preset_of
+from ..paradlc.scoring import score_answers, totals
 
 FOLDERS = {"paradlc": "PDLM_PARADLC", "dlc": "PDLM_DLC"}
 PROMPTS = {"paradlc": "Describe the masked region in detail.", "dlc": "Describe each masked region in detail."}

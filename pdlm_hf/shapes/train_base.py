@@ -8,7 +8,7 @@ Started again with the same `--out`, it goes on from the last saved step.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -23,9 +23,15 @@ from . import CHECKPOINT
 from .model import build_base_model, build_base_processor
 from .questions import LETTER_PROMPT, SLOTS, Question, ask, draw_scene
 from .train import TRAINING, InOrderTrainer, arguments, run
+from .world import Figure
 
-# How often each kind is asked: the short answers are hardest, since all of the thinking happens in one or two passes.
-SHARES = {"choice": 0.34, "yes_no": 0.24, "open": 0.12, "count": 0.1, "reasoning": 0.1, "describe": 0.1}
+# How often each kind is asked in a lesson. To look at what a question names is learned from whole descriptions of one
+# of two figures; a letter or a yes says too little about where to look, and is learned when that is there.
+LESSONS: dict[str, dict[str, float]] = {
+    "bind": {"tell": 0.5, "open": 0.2, "yes_no": 0.2, "choice": 0.1},
+    "easy": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
+    "full": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
+}
 WITH_TEXT, WORDS_ONLY = 0.2, 0.25  # of the choices: letter with its text; no picture, only which letter a word has
 LONGEST = 32  # slots
 OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
@@ -37,11 +43,11 @@ class QuestionDataset(Dataset):
     Args:
         seed (`int`)
         length (`int`): number of questions.
-        easy (`bool`): one or two figures on one tile.
+        lesson (`str`): "bind": one of two figures on one tile; "easy": one or two on one tile; "full".
     """
 
-    def __init__(self, seed: int, length: int, easy: bool = False):
-        self.seed, self.length, self.easy = seed, length, easy
+    def __init__(self, seed: int, length: int, lesson: str = "full"):
+        self.seed, self.length, self.lesson = seed, length, lesson
 
     def __len__(self) -> int:
         return self.length
@@ -50,10 +56,14 @@ class QuestionDataset(Dataset):
         if index >= self.length:
             raise IndexError(index)
         rng = np.random.default_rng((TRAINING, self.seed, index))
-        image, figures = draw_scene(rng, self.easy)
-        kind = list(SHARES)[int(rng.choice(len(SHARES), p=list(SHARES.values())))]
-        question, images = ask(rng, figures, kind), [image]
-        slots, draw = SLOTS[question.kind], rng.random()
+        image, figures = draw_scene(rng, self.lesson != "full")
+        while self.lesson == "bind" and len(figures) < 2:
+            image, figures = draw_scene(rng, True)
+        shares = LESSONS[self.lesson]
+        kind = list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
+        question = tell(rng, figures) if kind == "tell" else None
+        question = question or ask(rng, figures, "open" if kind == "tell" else kind)
+        images, slots, draw = [image], SLOTS[question.kind], rng.random()
         if question.kind == "choice" and draw < WITH_TEXT:
             question, slots = with_text(question), SLOTS["open"]
         elif question.kind == "choice" and draw < WITH_TEXT + WORDS_ONLY:
@@ -63,6 +73,19 @@ class QuestionDataset(Dataset):
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question.text}]
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
         return {"images": images, "messages": messages, "num_slots": slots, "seed": self.seed * 2**40 + index}
+
+
+def tell(rng: np.random.Generator, figures: list[Figure]) -> Question | None:
+    """All about one figure, named by an attribute it alone has; None if there is no such figure."""
+    named = ("shape", "colour")[int(rng.integers(2))]
+    values = [getattr(figure, named) for figure in figures]
+    alone = [figure for figure in figures if values.count(getattr(figure, named)) == 1]
+    if not alone:
+        return None
+    figure = alone[int(rng.integers(len(alone)))]
+    name = f"{figure.colour} figure" if named == "colour" else figure.shape
+    answer = f"A {figure.size} {figure.colour} {figure.texture} {figure.shape}."
+    return Question("open", f"Describe the {name}.", answer)
 
 
 def _options(question: Question) -> dict[str, str]:
@@ -88,7 +111,7 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     start: Annotated[Path, typer.Option(help="Region checkpoint it starts from.")] = CHECKPOINT,
-    easy: Annotated[bool, typer.Option("--easy", help="One or two figures on one tile.")] = False,
+    lesson: Annotated[Literal["bind", "easy", "full"], typer.Option(help="What is drawn and asked.")] = "full",
     freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="Keep the vision tower.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -107,13 +130,12 @@ def main(
     trainer = InOrderTrainer(
         model=model,
         args=arguments(out, steps, batch_size, learning_rate, seed),
-        train_dataset=QuestionDataset(seed, steps * batch_size, easy),
+        train_dataset=QuestionDataset(seed, steps * batch_size, lesson),
         data_collator=PdlmCollator(processor, noise_floor=0.3),
     )
     command = (
         f"python -m pdlm_hf.shapes.train_base --steps {steps} --batch-size {batch_size} --learning-rate "
-        f"{learning_rate} --seed {seed} --threads {threads}"
-        + (" --easy" if easy else "")
+        f"{learning_rate} --seed {seed} --threads {threads} --lesson {lesson}"
         + (" --freeze-vision" if freeze_vision else "")
     )
     run(trainer, model, processor, out, init, command, steps, seed)

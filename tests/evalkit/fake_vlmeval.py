@@ -69,9 +69,9 @@ for name in config["model"] if config else args.model:
             said = [text for part in zip(*parts) for text in part]
         score = sum(text == line["answer"] for text, line in zip(said, lines)) / len(lines)
         bad = data == "Broken"
-        rows.append(dict(benchmark=data, infer_failed=0, infer_total=len(lines), judge_failed=0,
-                         judge_total=len(lines), primary_metric="Overall", primary_metric_value=None if bad else score, skip_reason=None,
-                         eval_error="no such column" if bad else None))
+        row = dict(benchmark=data, infer_failed=0, infer_total=len(lines), judge_failed=0, judge_total=len(lines))
+        row |= dict(primary_metric="Overall", primary_metric_value=None if bad else score, skip_reason=None)
+        rows.append(row | dict(eval_error="no such column" if bad else None))
     if int(os.environ.get("RANK", 0)) == 0:
         folder = Path(args.work_dir) / name / "T1"
         folder.mkdir(parents=True)

@@ -103,8 +103,8 @@ class TestReport:
     def test_all_sources_side_by_side(self, tmp_path):
         rows = [
             {
-                "benchmark": "ChartQA_TEST", "primary_metric": "Overall", "primary_metric_value": 80.5, "infer_total": 10,
-                "paper_settings": {}, "settings": {"block_length": 32},
+                "benchmark": "ChartQA_TEST", "primary_metric": "Overall", "primary_metric_value": 80.5,
+                "infer_total": 10, "paper_settings": {}, "settings": {"block_length": 32},
                 "answers": {"tokens_per_forward": 1.0, "text_tokens_per_forward": 0.25, "seconds": 9.0},
             },
             {"benchmark": "Unknown", "primary_metric_value": 1.0},

@@ -93,8 +93,8 @@ def test_config_with_our_class(data, tmp_path):
 
 
 def test_a_data_set_that_is_not_there(data, tmp_path):
-    done, _ = run(data, tmp_path, "--data", "NoSuchData", "--model", "PerceptionDLM", "--pretrained", "shapes", "--judge",
-                  "exact_matching")  # fmt: skip
+    asked = ("--data", "NoSuchData", "--model", "PerceptionDLM", "--pretrained", "shapes", "--judge", "exact_matching")
+    done, _ = run(data, tmp_path, *asked)
     assert done.returncode == 1
     assert "PerceptionDLM on NoSuchData: " in done.stderr
 
