@@ -71,7 +71,7 @@ class TestCheck:
         """VLMEvalKit's variable holds the whole path."""
         with JudgeServer(model="m", key="k") as server:
             monkeypatch.setenv("OPENAI_API_BASE", server.url + "/chat/completions")
-            assert "refuses the key" in check.check_judge(find("MMStar"), "m").problem
+            assert "wants a key, and none was given" in check.check_judge(find("MMStar"), "m").problem
             check._answered.clear()
             monkeypatch.setenv("OPENAI_API_KEY", "k")
             assert check.check_judge(find("MMStar"), "m").problem is None
