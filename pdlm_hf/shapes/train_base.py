@@ -1,8 +1,8 @@
 """Train the tiny base checkpoint on questions about drawn pictures.
 
-    train="python -m pdlm_hf.shapes.train_base --threads 2"
-    $train --out runs/base_easy --easy --steps 3000
-    $train --out runs/base --init runs/base_easy --steps 6000
+    train="python -m pdlm_hf.shapes.train_base --threads 2 --freeze-vision"
+    $train --out runs/easy --lesson easy --steps 2000
+    $train --out runs/bind --lesson bind --init runs/easy --steps 3000 --batch-size 48 --seed 1
 
 Started again with the same `--out`, it goes on from the last saved step.
 """

@@ -222,3 +222,36 @@ def test_a_damaged_checkpoint_is_one_line(pdlm, files, tiny_checkpoint, tmp_path
         result = pdlm("export", tmp_path / "damaged", tmp_path / "out")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1 and "cannot be loaded" in result.stderr
+
+
+class TestChat:
+    def ask(self, *arguments):
+        return CliRunner().invoke(app, ["chat", *map(str, arguments)])
+
+    def test_the_embedded_checkpoint_looks_at_the_picture(self, tmp_path):
+        from pdlm_hf.shapes.evaluate_base import held_out_question
+        from pdlm_hf.shapes.questions import is_right
+
+        right = 0
+        for index in range(10):
+            image, question = held_out_question(2, index, "yes_no", easy=True)
+            image.save(tmp_path / "picture.png")
+            done = self.ask(tmp_path / "picture.png", question.text, "--max-new-tokens", 2)
+            right += is_right(question, done.stdout)
+        assert right >= 8
+
+    def test_json(self, files):
+        done = self.ask(
+            files / "picture.png", "What shape is it?", "--max-new-tokens", 8, "--block-length", 4, "--json"
+        )
+        report = json.loads(done.stdout)
+        assert report["model"] == "shapes base (embedded)"
+        assert report["num_forwards"] == 8
+        assert report["answer"] and report["question"] == "What shape is it?"
+
+    def test_wrong_calls(self, files, tmp_path):
+        assert self.ask(tmp_path / "nothing.png", "Why?").exit_code == 2
+        done = self.ask(files / "picture.png", "Why?", "--max-new-tokens", 8, "--block-length", 3)
+        assert done.exit_code == 2 and "multiple of `block_length`" in done.stderr
+        done = self.ask(files / "picture.png", "Why <|eot_id|>?")
+        assert done.exit_code == 2 and "special tokens" in done.stderr
