@@ -37,7 +37,6 @@ SETTINGS = (
 )
 REFERENCE_NAMES = {"steps": "max_denoising_steps", "gen_length": "max_new_tokens"}
 _CHAT_ONLY = ("block_length", "generation_suffix", "guidance_scale")
-_ADAPTIVE = ("acceptance_threshold", "entropy_bound")  # of a region checkpoint; chat has neither
 
 
 @dataclass
@@ -133,7 +132,7 @@ class Answerer:
         if slots != base["max_new_tokens"]:  # another length: as many steps, and one block if it was one
             one_block = base["block_length"] == base["max_new_tokens"]
             base |= {"max_denoising_steps": slots, "block_length": slots if one_block else base["block_length"]}
-        settings = {**dict.fromkeys(_ADAPTIVE), **base, **explicit, "max_new_tokens": slots}
+        settings = {**base, **explicit, "max_new_tokens": slots}
         return settings | {"block_length": min(settings["block_length"], slots)}
 
     @torch.inference_mode()

@@ -40,7 +40,8 @@ class Benchmark:
         vlmeval (`str`): name in VLMEvalKit.
         lmms (`str`): task of lmms-eval.
         split (`str`): that the score is of.
-        stock_judge (`str`): what the harness itself scores with: "rules", "rules, then LLM" or "LLM".
+        stock_judge, lmms_judge (`str`): what VLMEvalKit and lmms-eval themselves score with: "rules", "LLM", or
+            "rules, then LLM".
         paper_judge (`str`): what the paper scored with where that is another.
         max_new_tokens, block_length, max_denoising_steps (`int`): block_length 1 is autoregressive order.
         upscale_first (`bool`): the first picture is doubled in size.
@@ -59,6 +60,7 @@ class Benchmark:
     stock_judge: str
     lmms_metric: str
     paper: float
+    lmms_judge: str = "rules"
     paper_judge: str | None = None
     vlmeval_metric: str = "Overall"
     max_new_tokens: int = 2
@@ -80,14 +82,6 @@ class Benchmark:
             "block_length": self.block_length,
             "max_denoising_steps": self.max_denoising_steps,
         }
-
-    def tiles_for(self, pictures: int) -> int:
-        """Tiles a picture may take where a question has this many."""
-        return tiles_for(pictures, self.max_tiles)
-
-    def needs_judge(self) -> bool:
-        """Whether the harness cannot score it without a language model."""
-        return self.stock_judge == "LLM"
 
     def as_dict(self) -> dict[str, Any]:
         """For result files."""
@@ -113,13 +107,13 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("SeedBench", "General VQA", "letter", "SEEDBench_IMG", "seedbench", "image", _RULES_LLM,
               "seed_image", 78.9),
     Benchmark("MMBench", "General VQA", "letter", "MMBench_DEV_EN", "mmbench_en_dev", "dev", _RULES_LLM,
-              "gpt_eval_score", 85.0),
+              "gpt_eval_score", 85.0, lmms_judge=_RULES_LLM),
     Benchmark("MMMU", "Reasoning", "letter", "MMMU_DEV_VAL", "mmmu_val", "validation", _RULES_LLM,
               "mmmu_acc", 47.2, upscale_first=True),
     Benchmark("MathVista", "Reasoning", "math", "MathVista_MINI", "mathvista_testmini_format", "testmini", _LLM,
-              "llm_as_judge_eval", 65.5, **_MATHVISTA),
+              "llm_as_judge_eval", 65.5, lmms_judge=_LLM, **_MATHVISTA),
     Benchmark("MathVerse Vision-Only", "Reasoning", "math", "MathVerse_MINI_Vision_Only",
-              "mathverse_testmini_vision_only", "testmini", _LLM, "gpt_eval_score", 25.3, **_REASON),
+              "mathverse_testmini_vision_only", "testmini", _LLM, "gpt_eval_score", 25.3, lmms_judge=_LLM, **_REASON),
     Benchmark("AI2D", _DOC, "letter", "AI2D_TEST", "ai2d", "test", _RULES_LLM, "exact_match", 85.0),
     Benchmark("ChartQA", _DOC, "document", "ChartQA_TEST", "chartqa", "test", _RULES,
               "relaxed_overall", 91.6, **_READ),
@@ -132,7 +126,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("CV-Bench-2D", "Perception", "letter", "CV-Bench-2D", "cv_bench_2d", "2D", _RULES_LLM,
               "cv_bench_acc", 79.8),
     Benchmark("HallusionBench", "Others", "yes_no", "HallusionBench", "hallusion_bench_image", "image", _RULES_LLM,
-              "aAcc", 58.4),
+              "aAcc", 58.4, lmms_judge=_LLM),
     Benchmark("V*", "Others", "letter", "VStarBench", "vstar_bench", "test", _RULES_LLM, "vstar_overall_acc", 73.3),
 )
 # fmt: on

@@ -11,7 +11,6 @@ from .judge import Judge, JudgeError, public_url
 
 RULES = "exact_matching"  # VLMEvalKit's name for scoring without a language model
 OPENAI_URL = "https://api.openai.com/v1"
-VLMEVAL_JUDGE = "gpt-4o-mini"  # where run.py is given none
 
 
 @dataclass
@@ -100,10 +99,39 @@ def _lmms_repository(task: str) -> str:
     raise ValueError(f"lmms-eval has no task {task}")
 
 
-def judge_of(name: str | None, base_url: str | None, key: str | None) -> tuple[str, str, str | None]:
-    """Model, address and key of VLMEvalKit's judge, as run.py finds them."""
-    url = base_url or os.environ.get("OPENAI_API_BASE") or OPENAI_URL
-    return name or VLMEVAL_JUDGE, url.removesuffix("/").removesuffix("/chat/completions"), key or _environment_key()
+@dataclass(frozen=True)
+class _Harness:
+    """How a harness is told of its judge, and what it does without one."""
+
+    name: str
+    url: str
+    model: str
+    default: str
+    silent: str
+
+    def judge_of(self, model: str | None, url: str | None, key: str | None) -> tuple[str, str, str | None]:
+        """Model, address and key of the judge, as the harness finds them."""
+        url = url or os.environ.get(self.url) or OPENAI_URL
+        url = url.removesuffix("/").removesuffix("/chat/completions")
+        return model or os.environ.get(self.model) or self.default, url, key or _environment_key()
+
+
+HARNESSES = {
+    "vlmeval": _Harness(
+        "VLMEvalKit",
+        "OPENAI_API_BASE",
+        "",  # only run.py's --judge
+        "gpt-4o-mini",
+        f"would score by rules without saying so in the result. Or ask for rules: --judge {RULES}",
+    ),
+    "lmms": _Harness(
+        "lmms-eval",
+        "OPENAI_API_URL",
+        "MODEL_VERSION",
+        "gpt-4o-2024-11-20",
+        "would count what it cannot read by rules as wrong",
+    ),
+}
 
 
 def _environment_key() -> str | None:
@@ -111,38 +139,46 @@ def _environment_key() -> str | None:
 
 
 def check_judge(
-    benchmark: Benchmark, judge: str | None, base_url: str | None = None, key: str | None = None, probe: bool = True
+    benchmark: Benchmark,
+    judge: str | None,
+    base_url: str | None = None,
+    key: str | None = None,
+    harness: str = "vlmeval",
 ) -> Finding:
     """Whether a benchmark can be scored as asked: nothing may fall back to other scoring unseen.
 
     Args:
         benchmark (`Benchmark`)
-        judge (`str`, *optional*): as given to run.py; "exact_matching" for rules only.
-        base_url, key (`str`, *optional*): as given to run.py; default: OPENAI_API_BASE and OPENAI_API_KEY.
-        probe (`bool`): ask the judge something; otherwise only see whether a key is set.
+        judge (`str`, *optional*): as given to run.py; "exact_matching" for rules only. lmms-eval has it in
+            MODEL_VERSION.
+        base_url, key (`str`, *optional*): as given to run.py; default: OPENAI_API_BASE (lmms-eval: OPENAI_API_URL) and
+            OPENAI_API_KEY.
+        harness (`str`): "vlmeval" or "lmms".
     """
-    if benchmark.stock_judge == "rules":
-        return Finding(benchmark.name, "judge", None, "scored by rules")
+    scored_by = benchmark.stock_judge if harness == "vlmeval" else benchmark.lmms_judge
+    used = HARNESSES[harness]
+
+    def finding(problem: str | None, note: str = "") -> Finding:
+        return Finding(benchmark.name, "judge", problem, note)
+
+    if scored_by == "rules":
+        return finding(None, "scored by rules")
+    if judge == RULES and scored_by == "LLM":
+        return finding("cannot be scored without a language model; give a judge and its server.")
+    if judge == RULES and harness == "vlmeval":
+        return finding(None, "scored by rules, as asked; unreadable answers count as wrong")
     if judge == RULES:
-        if benchmark.needs_judge():
-            return Finding(
-                benchmark.name, "judge", "cannot be scored without a language model; give --judge MODEL and a server."
-            )
-        return Finding(benchmark.name, "judge", None, "scored by rules, as asked; unreadable answers count as wrong")
-    model, url, key = judge_of(judge, base_url, key)
+        return finding("lmms-eval has no --judge; mmbench_en_dev_static is its task that is scored by rules.")
+    model, url, key = used.judge_of(judge, base_url, key)
     if key is None and url == OPENAI_URL:
-        return Finding(
-            benchmark.name,
-            "judge",
-            f"{model} has no key. VLMEvalKit would score by rules without saying so in the result. Set "
-            f"OPENAI_API_KEY, or OPENAI_API_BASE for another server, or ask for rules: --judge {RULES}.",
+        return finding(
+            f"{model} has no key; {used.name} {used.silent}. Set OPENAI_API_KEY, or {used.url} for another server."
         )
-    if probe:
-        try:
-            probe_once(model, url, key)
-        except (JudgeError, ValueError, ImportError) as error:
-            return Finding(benchmark.name, "judge", str(error))
-    return Finding(benchmark.name, "judge", None, f"{model} at {public_url(url)}")
+    try:
+        probe_once(model, url, key)
+    except (JudgeError, ValueError, ImportError) as error:
+        return finding(str(error))
+    return finding(None, f"{model} at {public_url(url)}")
 
 
 _answered: dict[tuple[str, str], str | None] = {}
@@ -183,12 +219,11 @@ def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None
         raise ValueError(" ".join(problems))
 
 
-def check_model(pretrained: str, harness_regions: bool = False) -> Finding:
-    """Whether a checkpoint loads with its processor, on the CPU; and whether it is of the kind that is needed.
+def check_model(pretrained: str) -> Finding:
+    """Whether a checkpoint loads with its processor, on the CPU, and of which kind it is.
 
     Args:
         pretrained (`str`): folder, hub id, "shapes" or "shapes_base".
-        harness_regions (`bool`): regions are to be described.
     """
     from .answering import Answerer
 
@@ -197,8 +232,6 @@ def check_model(pretrained: str, harness_regions: bool = False) -> Finding:
     except Exception as error:  # whatever a damaged or missing checkpoint makes the readers raise
         return Finding(pretrained, "model", f"does not load: {' '.join(str(error).split())[:300]}")
     config = answerer.model.config
-    if harness_regions and not config.num_region_prompts:
-        return Finding(pretrained, "model", "is a base (chat) checkpoint; region captions need a region checkpoint.")
     size = sum(parameter.numel() for parameter in answerer.model.parameters())
     kind = f"{config.num_region_prompts} region prompts" if config.num_region_prompts else "base (chat)"
     return Finding(pretrained, "model", None, f"{size / 1e6:.1f} M parameters, {answerer.model.dtype}, {kind}")

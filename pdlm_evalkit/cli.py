@@ -1,6 +1,7 @@
 """The command `pdlm-eval`."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +13,9 @@ from rich.table import Table
 
 from . import LMMS_TASKS
 from .benchmarks import BENCHMARKS, SUFFIX, choose
-from .judge import Judge, JudgeError, public_url
+from .judge import Judge, JudgeError, key_in, public_url
 from .paradlc.cli import app as paradlc
+from .strict import BASE_URL, MODEL, SETTINGS, judge_results, read_results
 
 app = typer.Typer(help="Evaluation of PerceptionDLM.", no_args_is_help=True)
 app.add_typer(paradlc, name="paradlc")
@@ -80,14 +82,12 @@ def check(
     names: Annotated[list[str] | None, typer.Argument(help="Benchmarks; default: all 16.")] = None,
     harness: Annotated[str, typer.Option(help="vlmeval or lmms.")] = "vlmeval",
     pretrained: Annotated[str | None, typer.Option(help="Also load this checkpoint.")] = None,
-    judge: Annotated[str | None, typer.Option(help="As for run.py; exact_matching for rules only.")] = None,
-    judge_base_url: Annotated[str | None, typer.Option(help="Default: OPENAI_API_BASE.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Model; exact_matching for VLMEvalKit's rules only.")] = None,
+    judge_base_url: Annotated[str | None, typer.Option(help="Default: OPENAI_API_BASE, or _URL for lmms.")] = None,
     judge_key_env: Annotated[str, typer.Option(help="Variable with the judge's key.")] = "OPENAI_API_KEY",
     data: Annotated[bool, typer.Option(help="Look for the data.")] = True,
 ) -> None:
     """Before any GPU minute: is the data there, is a judge needed and does it answer, does the model load."""
-    import os
-
     from .check import Finding, check_data, check_judge, check_model
 
     try:
@@ -100,7 +100,7 @@ def check(
     for benchmark in chosen:
         if data:
             findings.append(check_data(benchmark, harness))
-        findings.append(check_judge(benchmark, judge, judge_base_url, os.environ.get(judge_key_env)))
+        findings.append(check_judge(benchmark, judge, judge_base_url, os.environ.get(judge_key_env), harness))
     if pretrained:
         findings.append(check_model(pretrained))
     table = Table("", "what", "subject", "finding")
@@ -136,19 +136,15 @@ def report(
 def strict(
     results: Annotated[Path, typer.Argument(help="Predictions of VLMEvalKit or samples of lmms-eval.")],
     benchmark: Annotated[str | None, typer.Option(help="Default: the one in the file's name.")] = None,
-    judge: Annotated[str, typer.Option(help="Model name at the server.")] = "Qwen/Qwen3-8B",
-    base_url: Annotated[str, typer.Option(help="Any OpenAI-compatible server.")] = "http://127.0.0.1:8000/v1",
-    api_key_env: Annotated[str, typer.Option(help="Variable with the key, if one is needed.")] = "OPENAI_API_KEY",
+    judge: Annotated[str, typer.Option(help="Model name at the server.")] = MODEL,
+    base_url: Annotated[str, typer.Option(help="Any OpenAI-compatible server.")] = BASE_URL,
+    api_key_env: Annotated[str | None, typer.Option(help="Variable with the key, if one is needed.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
     retries: Annotated[int, typer.Option(help="Further attempts of a failed call.")] = 4,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a reply.")] = 120.0,
     out: Annotated[Path | None, typer.Option(help="Default: beside the results, *_strict.json.")] = None,
 ) -> None:
     """Score ChartQA, DocVQA or InfoVQA as the paper does: Qwen3-8B as a strict judge. Goes on where it stopped."""
-    import os
-
-    from .strict import SETTINGS, judge_results, read_results
-
     try:
         rows = read_results(results)
         name = benchmark or _benchmark_in(results.name)
@@ -156,7 +152,7 @@ def strict(
         server = Judge(
             judge,
             base_url,
-            os.environ.get(api_key_env),
+            key_in(api_key_env),
             SETTINGS,
             cache=out.with_suffix(".sqlite"),
             concurrency=concurrency,

@@ -7,6 +7,7 @@ where: the same model behind another address gives the replies that are there al
 
 import hashlib
 import json
+import os
 import random
 import sqlite3
 import threading
@@ -95,6 +96,15 @@ class ReplyCache:
         """Close the file."""
         with self._lock:
             self._rows.close()
+
+
+def key_in(variable: str | None) -> str | None:
+    """The key in an environment variable; None for none. Raises: ValueError if it is not set."""
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ValueError(f"The environment variable {variable} is not set; it holds the key of the server.")
+    return os.environ[variable]
 
 
 class Judge:

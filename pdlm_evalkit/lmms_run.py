@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,8 @@ def run(argv: list[str]) -> int:
     return 1 if missing else 0
 
 
-def main() -> None:
-    """Command for torchrun: `torchrun -m pdlm_evalkit.lmms_run ...`."""
+def as_command(run: Callable[[list[str]], int]) -> None:
+    """What torchrun starts: `torchrun -m pdlm_evalkit.lmms_run ...`."""
     try:
         sys.exit(run(sys.argv[1:]))
     except ValueError as error:
@@ -105,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(run)

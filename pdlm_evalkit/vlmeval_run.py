@@ -18,6 +18,7 @@ from typing import Any
 import typer
 
 from .benchmarks import find
+from .lmms_run import as_command
 
 HUB = {"PerceptionDLM-Base": "MSALab/PerceptionDLM-Base", "PerceptionDLM": "MSALab/PerceptionDLM"}
 
@@ -209,17 +210,16 @@ def finish(
 
 
 def answer_costs(status: Path, dataset: str) -> dict[str, Any]:
-    """What the answers to a data set cost, summed over the newest log of every rank.
+    """What the answers to a data set cost, summed over the newest log of every rank of this run.
 
     Args:
         status (`Path`): status.json of the run; the logs lie in the working folder above.
         dataset (`str`): its name.
     """
     total = {"questions": 0, "num_forwards": 0, "slots": 0, "output_tokens": 0, "seconds": 0.0}
-    logs = sorted(status.parents[2].glob("pdlm_answers_*.jsonl"))
-    newest = {log.name.split(".")[-2]: log for log in logs}  # by rank
-    for log in newest.values():
-        for line in log.read_text(encoding="utf-8").splitlines():
+    for rank in range(int(os.environ.get("WORLD_SIZE", 1))):
+        logs = sorted(status.parents[2].glob(f"pdlm_answers_*.{rank}.jsonl"))
+        for line in logs[-1].read_text(encoding="utf-8").splitlines() if logs else ():
             row = json.loads(line)
             if row["dataset"] == dataset:
                 total["questions"] += 1
@@ -231,13 +231,5 @@ def answer_costs(status: Path, dataset: str) -> dict[str, Any]:
     return total
 
 
-def main() -> None:
-    """Command for torchrun: `torchrun -m pdlm_evalkit.vlmeval_run ...`."""
-    try:
-        sys.exit(run(sys.argv[1:]))
-    except ValueError as error:
-        sys.exit(f"pdlm-eval: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    as_command(run)

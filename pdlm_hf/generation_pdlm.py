@@ -202,6 +202,9 @@ class PdlmGenerationOutput(ModelOutput):
     history: list | None = None
 
 
+_CAPTIONS_ONLY = ("acceptance_threshold", "entropy_bound", "cuda_graphs", "max_batch_tokens")
+
+
 class PdlmGenerationMixin:
     """`generate` of PerceptionDLM. Not transformers' autoregressive GenerationMixin, but with its conventions."""
 
@@ -274,7 +277,7 @@ class PdlmGenerationMixin:
         """
         if input_ids is None:
             raise ValueError("`generate` needs `input_ids`; build them with the processor.")
-        settings = self._settings(generation_config, kwargs)
+        settings = self._settings(generation_config, kwargs, chat=region_order is None and region_boxes is None)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         inputs = {
@@ -308,15 +311,21 @@ class PdlmGenerationMixin:
                 "the processor returned: `generate(**inputs)`."
             )
 
-    def _settings(self, generation_config: PdlmGenerationConfig | None, kwargs: dict[str, Any]):
-        """The model's settings (or those given), overridden by the keyword arguments of the call."""
+    def _settings(self, generation_config: PdlmGenerationConfig | None, kwargs: dict[str, Any], chat: bool = False):
+        """The model's settings (or those given), overridden by the keyword arguments of the call.
+
+        In chat a region checkpoint's own defaults that are for captions do not count; given ones are refused later.
+        """
         if generation_config is not None and not isinstance(generation_config, PdlmGenerationConfig):
             raise ValueError(
                 f"`generation_config` must be a PdlmGenerationConfig, got {type(generation_config).__name__}, most of "
                 "whose settings mean nothing here."
             )
         base = (generation_config or self.generation_config).to_dict()
-        known = {k: v for k, v in base.items() if k in PdlmGenerationConfig._FIELDS and v is not None}
+        dropped = _CAPTIONS_ONLY if chat and generation_config is None else ()
+        known = {
+            k: v for k, v in base.items() if k in PdlmGenerationConfig._FIELDS and v is not None and k not in dropped
+        }
         return PdlmGenerationConfig(**{**known, **_our_names(kwargs)})
 
     def _generate_captions(self, inputs, settings, region_order, image_index, streamer, tokenizer):
@@ -396,7 +405,7 @@ class PdlmGenerationMixin:
         )
 
     def _generate_chat(self, inputs, settings, streamer, tokenizer) -> "PdlmGenerationOutput | torch.LongTensor":
-        for name in ("acceptance_threshold", "entropy_bound", "cuda_graphs", "max_batch_tokens"):
+        for name in _CAPTIONS_ONLY:
             if getattr(settings, name) is not None:
                 raise ValueError(f"`{name}` is for region captions at present. Leave it out in chat.")
         num_slots = settings.max_new_tokens or 64

@@ -18,13 +18,13 @@ import numpy as np
 from loguru import logger
 from PIL import Image
 
-from ..judge import Judge
+from ..judge import Judge, key_in
+from ..paradlc.captioning import PROMPTS
 from ..paradlc.data import Benchmark, check_pictures, decode_masks, load_benchmark, open_picture
 from ..paradlc.judging import captions_hash, judge_captions, preset_of
 from ..paradlc.scoring import score_answers, totals
 
 FOLDERS = {"paradlc": "PDLM_PARADLC", "dlc": "PDLM_DLC"}
-PROMPTS = {"paradlc": "Describe the masked region in detail.", "dlc": "Describe each masked region in detail."}
 METRICS = ("avg", "avg_pos", "avg_neg", "mean_mask_score", "n_missing", "n_unparsed", "n_failed")
 
 
@@ -52,9 +52,7 @@ def judge_from_environment() -> Judge | None:
     if name == "none":
         return None
     preset = preset_of(name, os.environ.get("PDLM_JUDGE_URL"), os.environ.get("PDLM_JUDGE_KEY_ENV"))
-    key = os.environ.get(preset.key_env) if preset.key_env else None
-    if preset.key_env and not key:
-        raise ValueError(f"The judge {name} needs its key in {preset.key_env}.")
+    key = key_in(preset.key_env)
     cache = Path(os.environ.get("PDLM_JUDGE_CACHE", "pdlm_judge.sqlite"))
     judge = Judge(preset.model, preset.base_url, key, preset.settings, cache=cache)
     judge.probe()

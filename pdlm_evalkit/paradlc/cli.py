@@ -1,7 +1,6 @@
 """The commands `pdlm-eval paradlc caption | judge | score | report`."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..judge import Judge, JudgeError, public_url
+from ..judge import Judge, JudgeError, key_in, public_url
 from .data import check_pictures, load_benchmark, load_questions, read_captions, read_json, write_json
 
 app = typer.Typer(
@@ -73,15 +72,6 @@ def _settings(base: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
         except ValueError:
             raise ValueError(f"--setting {text}: expected NAME=JSON, for example --setting temperature=0.") from None
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def _key(variable: str | None) -> str | None:
-    """The key in an environment variable. Raises: ValueError if it is not set."""
-    if variable is None:
-        return None
-    if not os.environ.get(variable):
-        raise ValueError(f"The environment variable {variable} is not set; it holds the key of the server.")
-    return os.environ[variable]
 
 
 @app.command()
@@ -147,7 +137,7 @@ def caption(
     if captions is not None:
         run, lines, hardware = _from_file(job, captions, allow_missing)
     elif server is not None:
-        options = {"api_key": _key(api_key_env), "concurrency": concurrency, "retries": retries, "timeout": timeout}
+        options = {"api_key": key_in(api_key_env), "concurrency": concurrency, "retries": retries, "timeout": timeout}
         run, lines, hardware = _from_server(job, server, server_model, server_style, setting, options, failed)
     else:
         run, lines, hardware = _from_model(job, model, "fast" if fast else "default", device, dtype, batch_size)
@@ -258,7 +248,7 @@ def judge(
     from . import judging
 
     preset = judging.preset_of(judge, base_url, api_key_env)
-    key = _key(preset.key_env)
+    key = key_in(preset.key_env)
     data = load_benchmark(annotations, images, benchmark)
     run = captions if captions.is_dir() else None
     path = captions if run is None else captions / "captions.json"

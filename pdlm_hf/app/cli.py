@@ -164,8 +164,7 @@ def chat(
         network = _load(AutoModelForImageTextToText.from_pretrained, path, dtype="auto").eval()
         inputs = processor(images=picture, text=question)
         start = time.perf_counter()
-        adaptive = dict.fromkeys(("acceptance_threshold", "entropy_bound"))  # a region checkpoint's; chat has neither
-        output = network.generate(**inputs, **adaptive, **settings, return_dict_in_generate=True)
+        output = network.generate(**inputs, **settings, return_dict_in_generate=True)
     except (ValueError, OSError, ImportError) as error:
         raise _fail(error) from None
     answer = processor.post_process_answers(output.sequences)[0]

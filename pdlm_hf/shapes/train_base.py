@@ -21,17 +21,19 @@ from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditional
 from ..processing_pdlm import PdlmProcessor
 from . import CHECKPOINT
 from .model import build_base_model, build_base_processor
-from .questions import LETTER_PROMPT, SLOTS, Question, ask, draw_scene
+from .questions import LETTER_PROMPT, LETTERS, SHAPES, SIZES, SLOTS, TEXTURES, Question, ask, draw_scene
 from .train import TRAINING, InOrderTrainer, arguments, run
-from .world import Figure
+from .world import COLOURS, Figure
 
 # How often each kind is asked in a lesson. To look at what a question names is learned from whole descriptions of one
 # of two figures; a letter or a yes says too little about where to look, and is learned when that is there.
 LESSONS: dict[str, dict[str, float]] = {
     "bind": {"tell": 0.5, "open": 0.2, "yes_no": 0.2, "choice": 0.1},
+    "letters": {"letters": 0.8, "choice": 0.2},
     "easy": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
     "full": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
 }
+Lesson = Literal["bind", "letters", "easy", "full"]
 WITH_TEXT, WORDS_ONLY = 0.2, 0.25  # of the choices: letter with its text; no picture, only which letter a word has
 LONGEST = 32  # slots
 OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
@@ -43,7 +45,8 @@ class QuestionDataset(Dataset):
     Args:
         seed (`int`)
         length (`int`): number of questions.
-        lesson (`str`): "bind": one of two figures on one tile; "easy": one or two on one tile; "full".
+        lesson (`str`): "bind": one of two figures on one tile; "letters": mostly without picture; "easy": one or two
+            on one tile; "full".
     """
 
     def __init__(self, seed: int, length: int, lesson: str = "full"):
@@ -61,9 +64,9 @@ class QuestionDataset(Dataset):
             image, figures = draw_scene(rng, True)
         shares = LESSONS[self.lesson]
         kind = list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
-        question = tell(rng, figures) if kind == "tell" else None
+        question = tell(rng, figures) if kind == "tell" else letters(rng) if kind == "letters" else None
         question = question or ask(rng, figures, "open" if kind == "tell" else kind)
-        images, slots, draw = [image], SLOTS[question.kind], rng.random()
+        images, slots, draw = [image] if kind != "letters" else [], SLOTS[question.kind], rng.random()
         if question.kind == "choice" and draw < WITH_TEXT:
             question, slots = with_text(question), SLOTS["open"]
         elif question.kind == "choice" and draw < WITH_TEXT + WORDS_ONLY:
@@ -104,6 +107,15 @@ def words_only(question: Question) -> Question:
     return Question("choice", f"Which is {_options(question)[question.answer]}?\n{options}", question.answer)
 
 
+def letters(rng: np.random.Generator) -> Question:
+    """Which letters some words have in a list; no picture. Several at once, since one letter teaches little."""
+    words = rng.permutation([*COLOURS, *SHAPES, *TEXTURES, *SIZES])[: int(rng.integers(2, 5))].tolist()
+    asked = rng.permutation(words)[: int(rng.integers(1, len(words) + 1))].tolist()
+    lines = "\n".join(f"{letter}. {word}" for letter, word in zip(LETTERS, words, strict=False))
+    answer = " ".join(LETTERS[words.index(word)] for word in asked)
+    return Question("open", f"Which is {', '.join(asked)}?\n{lines}\n{LETTER_PROMPT}", answer)
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write; training goes on where it stopped.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 6000,
@@ -111,7 +123,9 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     start: Annotated[Path, typer.Option(help="Region checkpoint it starts from.")] = CHECKPOINT,
-    lesson: Annotated[Literal["bind", "easy", "full"], typer.Option(help="What is drawn and asked.")] = "full",
+    lesson: Annotated[
+        Literal["bind", "letters", "easy", "full"], typer.Option(help="What is drawn and asked.")
+    ] = "full",
     freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="Keep the vision tower.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,

@@ -38,7 +38,7 @@ def test_only_mmmu_doubles_its_first_picture():
 
 
 def test_judges():
-    assert [b.name for b in BENCHMARKS if b.needs_judge()] == ["MathVista", "MathVerse Vision-Only"]
+    assert [b.name for b in BENCHMARKS if b.stock_judge == "LLM"] == ["MathVista", "MathVerse Vision-Only"]
     assert [b.name for b in BENCHMARKS if b.paper_judge] == ["ChartQA", "DocVQA", "InfoVQA"]
 
 

@@ -18,7 +18,7 @@ def call(*arguments):
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch, tmp_path):
-    for name in ("OPENAI_API_KEY", "OPENAI_API_BASE"):
+    for name in ("OPENAI_API_KEY", "OPENAI_API_BASE", "OPENAI_API_URL", "MODEL_VERSION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("LMUData", str(tmp_path / "lmu"))
@@ -75,6 +75,18 @@ class TestCheck:
             check._answered.clear()
             monkeypatch.setenv("OPENAI_API_KEY", "k")
             assert check.check_judge(find("MMStar"), "m").problem is None
+
+    def test_the_judge_of_lmms_eval(self, monkeypatch):
+        """It has its own variables, no --judge, and scores other benchmarks by rules."""
+        assert check.check_judge(find("MMStar"), None, harness="lmms").note == "scored by rules"
+        problem = check.check_judge(find("HallusionBench"), None, harness="lmms").problem
+        assert "gpt-4o-2024-11-20 has no key; lmms-eval would count" in problem and "OPENAI_API_URL" in problem
+        assert "mmbench_en_dev_static" in check.check_judge(find("MMBench"), "exact_matching", harness="lmms").problem
+        with JudgeServer(model="m", key="k") as server:
+            monkeypatch.setenv("OPENAI_API_URL", server.url)
+            monkeypatch.setenv("MODEL_VERSION", "m")
+            monkeypatch.setenv("OPENAI_API_KEY", "k")
+            assert check.check_judge(find("MathVista"), None, harness="lmms").problem is None
 
     def test_a_model_that_does_not_load(self, tmp_path):
         (tmp_path / "config.json").write_text("{")

@@ -150,3 +150,13 @@ def test_adaptive_decoding_is_faster_and_still_right(shapes):
     assert min(report["exact"], bounded["exact"]) >= fixed["exact"] - SPREAD
     assert fixed["steps_per_region"] > 30
     assert max(report["steps_per_region"], bounded["steps_per_region"]) <= 14
+
+
+def test_its_caption_settings_do_not_count_in_chat(shapes):
+    """Its default is a threshold, which chat has not; given in the call it is refused."""
+    model, processor = shapes
+    assert model.generation_config.acceptance_threshold
+    inputs = processor(text="What colour is it?")
+    assert model.generate(**inputs, max_new_tokens=4).shape[1] == inputs["input_ids"].shape[1] + 4
+    with pytest.raises(ValueError, match="for region captions"):
+        model.generate(**inputs, acceptance_threshold=0.9)
