@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import typer
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import set_seed
 
@@ -29,7 +30,7 @@ from .world import COLOURS, Figure
 # of two figures; a letter or a yes says too little about where to look, and is learned when that is there.
 LESSONS: dict[str, dict[str, float]] = {
     "bind": {"tell": 0.5, "open": 0.2, "yes_no": 0.2, "choice": 0.1},
-    "letters": {"letters": 0.8, "choice": 0.2},
+    "letters": {"letters": 0.9, "choice": 0.1},
     "easy": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
     "full": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
 }
@@ -64,15 +65,20 @@ class QuestionDataset(Dataset):
             image, figures = draw_scene(rng, True)
         shares = LESSONS[self.lesson]
         kind = list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
-        question = tell(rng, figures) if kind == "tell" else letters(rng) if kind == "letters" else None
+        if kind == "letters":
+            return self._row(index, [], *letters(rng))
+        question = tell(rng, figures) if kind == "tell" else None
         question = question or ask(rng, figures, "open" if kind == "tell" else kind)
-        images, slots, draw = [image] if kind != "letters" else [], SLOTS[question.kind], rng.random()
+        images, slots, draw = [image], SLOTS[question.kind], rng.random()
         if question.kind == "choice" and draw < WITH_TEXT:
             question, slots = with_text(question), SLOTS["open"]
         elif question.kind == "choice" and draw < WITH_TEXT + WORDS_ONLY:
             question, images = words_only(question), []
         if rng.random() < OTHER_LENGTHS:
             slots = int(rng.integers(slots, LONGEST + 1))
+        return self._row(index, images, question, slots)
+
+    def _row(self, index: int, images: list[Image.Image], question: Question, slots: int) -> dict[str, Any]:
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question.text}]
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
         return {"images": images, "messages": messages, "num_slots": slots, "seed": self.seed * 2**40 + index}
@@ -107,13 +113,23 @@ def words_only(question: Question) -> Question:
     return Question("choice", f"Which is {_options(question)[question.answer]}?\n{options}", question.answer)
 
 
-def letters(rng: np.random.Generator) -> Question:
-    """Which letters some words have in a list; no picture. Several at once, since one letter teaches little."""
-    words = rng.permutation([*COLOURS, *SHAPES, *TEXTURES, *SIZES])[: int(rng.integers(2, 5))].tolist()
-    asked = rng.permutation(words)[: int(rng.integers(1, len(words) + 1))].tolist()
-    lines = "\n".join(f"{letter}. {word}" for letter, word in zip(LETTERS, words, strict=False))
-    answer = " ".join(LETTERS[words.index(word)] for word in asked)
-    return Question("open", f"Which is {', '.join(asked)}?\n{lines}\n{LETTER_PROMPT}", answer)
+def letters(rng: np.random.Generator) -> tuple[Question, int]:
+    """Which letters some words have in a list, and its slots; no picture.
+
+    Most are long lists with any letters, repeated in another order: noise hides letters or words, and to look one up by
+    the other is learned from many at once. A single letter teaches it too slowly.
+    """
+    words = rng.permutation([*COLOURS, *SHAPES, *TEXTURES, *SIZES]).tolist()
+    long = rng.random() < 0.6
+    words = words[: int(rng.integers(4, 11) if long else rng.integers(2, 5))]
+    names = rng.permutation(list("ABCDEFGHIJKLMNOP")).tolist() if long else list(LETTERS)
+    told = [f"{letter}. {word}" for letter, word in zip(names, words, strict=False)]
+    order, lines = rng.permutation(len(words)).tolist(), "\n".join(told)
+    if long:
+        asked = ", ".join(words[k] for k in order)
+        return Question("choice", f"Which are {asked}?\n{lines}", "\n".join(told[k] for k in order)), 4 * len(words)
+    question = Question("choice", f"Which is {words[order[0]]}?\n{lines}\n{LETTER_PROMPT}", names[order[0]])
+    return (question, SLOTS["choice"]) if rng.random() < 0.5 else (with_text(question), SLOTS["open"])
 
 
 def main(

@@ -230,6 +230,25 @@ def test_the_offline_example(captioner):
         assert f"{caption.score:.2f}  {caption.text}\n" in shown
 
 
+def test_a_benchmark_is_captioned_through_the_server(server, tmp_path):
+    """`pdlm-eval paradlc caption --server` writes what the same command with --model writes."""
+    annotations = ROOT / "pdlm_evalkit/paradlc/example"
+    sources = {
+        "server": ("--server", server.url + "/v1", "--server-model", "shapes"),
+        "model": ("--model", str(CHECKPOINT)),
+    }
+    captions = {}
+    for name, source in sources.items():
+        out = tmp_path / name
+        command = [str(Path(sys.executable).with_name("pdlm-eval")), "paradlc", "caption"]
+        command += ["--annotations", str(annotations), "--out", str(out), *source]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        captions[name] = json.loads((out / "captions.json").read_text())
+    assert captions["server"] == captions["model"]
+    assert len(captions["model"]) == len(json.loads((annotations / "qa.json").read_text()))
+
+
 def disconnect(server, request: dict) -> None:
     """Send a request and hang up."""
     connection = http.client.HTTPConnection(urlparse(server.url).netloc, timeout=60)
