@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from pdlm_hf.app.replies import Judge, JudgeError, public_url
+
 from . import LMMS_TASKS
 from .benchmarks import BENCHMARKS, SUFFIX, choose
-from .judge import Judge, JudgeError, public_url
 from .paradlc.cli import app as paradlc
 
 app = typer.Typer(help="Evaluation of PerceptionDLM.", no_args_is_help=True)
