@@ -17,7 +17,7 @@ from judge_server import JudgeServer, text_of  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import pdlm_evalkit.paradlc as package  # noqa: E402
-from pdlm_evalkit.paradlc import captioning, server  # noqa: E402
+from pdlm_evalkit.paradlc import captioning  # noqa: E402
 from pdlm_evalkit.paradlc.cli import app  # noqa: E402
 from pdlm_evalkit.paradlc.data import load_benchmark  # noqa: E402
 from pdlm_hf import RegionCaptioner  # noqa: E402
