@@ -1,4 +1,4 @@
-"""The commands `pdlm-peft validate | convert | split | build`."""
+"""The commands `pdlm-peft validate | convert | split`, and `build` from its own file."""
 
 import json
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from pdlm_hf.app.replies import JudgeError
 
 SHOWN = 50  # faults printed unless asked otherwise
 SAMPLES = 4
@@ -22,7 +24,7 @@ def says_why(command: Callable) -> Callable:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, JudgeError) as error:
             raise fail(error) from None
         except KeyboardInterrupt:
             raise fail("stopped. What is done is kept; run the same command to go on.", 130) from None
@@ -38,8 +40,11 @@ def fail(message: Any, code: int = 2) -> typer.Exit:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to an app."""
+    from . import build_cli
+
     for command in (validate, convert, split):
         app.command()(command)
+    app.add_typer(build_cli.app, name="build")
 
 
 @says_why
