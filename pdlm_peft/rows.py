@@ -147,10 +147,9 @@ def _check_regions(regions: list, number: int, captions: bool) -> Iterator[Fault
         if not isinstance(region, dict):
             yield Fault(number, field, "wrong type", _said(region), "an object with a shape and `caption`")
             continue
-        for name in region:
-            if name not in REGION_KEYS:
-                expected = f"one of {', '.join(sorted(REGION_KEYS))}"
-                yield Fault(number, f"{field}.{name}", "unknown key", "an unknown key", expected)
+        for name in region.keys() - REGION_KEYS:
+            expected = f"one of {', '.join(sorted(REGION_KEYS))}"
+            yield Fault(number, f"{field}.{name}", "unknown key", "an unknown key", expected)
         identifier = region.get("id", k)
         if not isinstance(identifier, (int, str)) or isinstance(identifier, bool):
             yield Fault(number, f"{field}.id", "wrong type", _said(identifier), "a number or a text")
@@ -158,7 +157,7 @@ def _check_regions(regions: list, number: int, captions: bool) -> Iterator[Fault
             yield Fault(number, f"{field}.id", "duplicate id", repr(identifier) + " again", "an id for each region")
         else:
             seen.add(identifier)
-        yield from _check_shape(region, f"{field}", number)
+        yield from _check_shape(region, field, number)
         if captions:
             yield from _check_caption(region, f"{field}.caption", number)
 

@@ -81,9 +81,7 @@ def test_captions_of_any_server(world):
         done = captions_in(out)
         assert run("caption", data, out, *options).exit_code == 0 and len(asked) == count - 1
     assert len(done) == count and done[0] == "mine" and done[1] == "Figure 1"
-    images = [
-        row["image"] for row in read_jsonl(out)
-    ]  # paths start from the new file; the row of the refused one last
+    images = [row["image"] for row in read_jsonl(out)]  # from the new file; that of the refused one last
     assert images == [f"images/{k}.png" for k in (1, 2, 3, 4, 0)]
     with JudgeServer(reply) as server:
         result = run("caption", data, out, "--server", server.url, "--server-model", "other")
@@ -231,7 +229,7 @@ def test_a_mask_of_its_own_box(world):
 
     folder, rows, pictures = world
     tasks = [Task(1, rows[0], k, folder / "images") for k in range(len(rows[0]["regions"]))]
-    for (task, verdict), mask in zip(remask_step(Boxes(), 0.0, True)(tasks), pictures[0].masks, strict=True):
+    for (_, verdict), mask in zip(remask_step(Boxes(), 0.0, True)(tasks), pictures[0].masks, strict=True):
         x0, y0, x1, y1 = box_around(mask)
         share = mask.sum() / ((x1 - x0) * (y1 - y0))
         assert verdict.region["meta"]["sam_iou"] == pytest.approx(share, abs=1e-4)
