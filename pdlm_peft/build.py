@@ -130,7 +130,7 @@ def run_step(source: Source, run: StepRun, decide: Decide, captions: bool = True
         if failed:
             counts["failed"] += len(failed)
             continue
-        run.finish_row(relocated(task.row, task.folder, run.out.parent), verdicts)
+        run.finish_row(relocated(task.row, source.own_folder, run.out.parent), verdicts)
         for verdict in verdicts.values():
             counts["kept" if verdict.region is not None else "dropped"] += 1
             if verdict.reason is not None:
@@ -153,7 +153,7 @@ def _tasks(source: Source, run: StepRun, counts: Counter, captions: bool) -> Ite
         for fault in check_row(row, number, captions):
             raise RowError(fault)
         row["regions"] = [{"id": k, **region} for k, region in enumerate(row["regions"])]
-        written = relocated(row, source.folder, run.out.parent)
+        written = relocated(row, source.own_folder, run.out.parent)
         keys = {region_key(written, region["id"]) for region in row["regions"]}
         if keys & seen:
             raise ValueError(f"row {number}: a region with the id of one in an earlier row; see `pdlm-peft validate`.")

@@ -62,7 +62,7 @@ def convert(
         rows, folder = dam_rows(Path(source), images), Path(source).parent
     else:
         found = find_source(source, images)
-        rows, folder = (gar_rows if form == "gar" else reference_rows)(found, counts), found.folder
+        rows, folder = gar_rows(found, counts) if form == "gar" else reference_rows(found), found.own_folder
     start = None if images is not None else folder
     write_rows(out, counted((relocated(row, start, out.parent) for row in rows), counts))
     return counts
@@ -278,7 +278,7 @@ def gar_rows(source: Source, counts: Counter) -> Iterator[dict]:
         }
 
 
-def reference_rows(source: Source, counts: Counter) -> Iterator[dict]:
+def reference_rows(source: Source) -> Iterator[dict]:
     """Rows of the reference's training json, or of any source that [`~data.RegionDataset`] reads."""
     for number, raw in raw_rows(source):
         if isinstance(raw, RowError):
@@ -328,17 +328,16 @@ def split(
         raise ValueError(f"The share to hold out must be between 0 and 1, got {share}.")
     found = find_source(source, images)
     counts: tuple[Counter, Counter] = (Counter(), Counter())
-    keys = sorted({_picture_key(row, found.folder) for row in reference_rows(found, Counter())})
+    keys = sorted({_picture_key(row, found.folder) for row in reference_rows(found)})
     if len(keys) < 2:
         raise ValueError(f"{source}: has {len(keys)} pictures; a split needs two.")
     random.Random(seed).shuffle(keys)
     number = min(max(1, round(share * len(keys))), len(keys) - 1)
     chosen = set(keys[:number])
     for out, count, wanted in ((train, counts[0], False), (held_out, counts[1], True)):
-        start = None if images is not None else found.folder
-        rows = reference_rows(found, Counter())
+        rows = reference_rows(found)
         own = (row for row in rows if (_picture_key(row, found.folder) in chosen) == wanted)
-        write_rows(out, counted((relocated(row, start, out.parent) for row in own), count))
+        write_rows(out, counted((relocated(row, found.own_folder, out.parent) for row in own), count))
         count["pictures"] = number if wanted else len(keys) - number
     return counts
 

@@ -249,13 +249,23 @@ class Source:
         kind (`str`): "jsonl", "list" (a JSON list), "coco", "table" (a saved `datasets` folder) or "hub".
         path (`Path`, *optional*): of the file or folder.
         name (`str`): as the user wrote it.
-        folder (`Path`, *optional*): what relative paths of pictures start from.
+        images (`Path`, *optional*): the folder of pictures that the user gave.
     """
 
     kind: str
     path: Path | None
     name: str
-    folder: Path | None
+    images: Path | None
+
+    @property
+    def own_folder(self) -> Path | None:
+        """What relative paths start from if no folder was given; files written elsewhere must say another path."""
+        return None if self.images is not None or self.path is None else self.path.parent
+
+    @property
+    def folder(self) -> Path | None:
+        """What relative paths of pictures start from."""
+        return self.images if self.images is not None else self.own_folder
 
 
 def find_source(source: str | Path, images: str | Path | None = None) -> Source:
@@ -282,7 +292,6 @@ def find_source(source: str | Path, images: str | Path | None = None) -> Source:
         return Source("table", path, name, folder)
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
-    folder = folder if folder is not None else path.parent
     with open(path, "rb") as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if path.suffix in (".jsonl", ".ndjson"):

@@ -55,3 +55,23 @@ def as_coco(rows, pictures):
         "annotations": annotations,
         "categories": [{"id": k, "name": name} for k, name in enumerate(names)],
     }
+
+
+def tiny_sam(folder: Path) -> Path:
+    """A SAM with random weights."""
+    import torch
+    from transformers import SamConfig, SamImageProcessorPil, SamModel, SamProcessor
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    grid = {"image_size": 64, "patch_size": 16}
+    vision = {**small, **grid, "output_channels": 16, "global_attn_indexes": [0], "window_size": 2, "num_pos_feats": 8}
+    config = SamConfig(
+        vision_config=vision,
+        prompt_encoder_config={"hidden_size": 16, "mask_input_channels": 4, **grid},
+        mask_decoder_config={**small, "mlp_dim": 16, "iou_head_hidden_dim": 16},
+    )
+    torch.manual_seed(0)
+    SamModel(config).save_pretrained(folder)
+    size = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
+    SamProcessor(SamImageProcessorPil(**size)).save_pretrained(folder)
+    return folder

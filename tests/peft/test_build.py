@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn import drawn_rows, read_jsonl, write_jsonl
+from drawn import drawn_rows, read_jsonl, tiny_sam, write_jsonl
 from judge_server import JudgeServer, text_of
 from typer.testing import CliRunner
 
@@ -158,24 +158,7 @@ def test_repetition():
 
 @pytest.fixture(scope="module")
 def sam(tmp_path_factory):
-    """A SAM with random weights."""
-    import torch
-    from transformers import SamConfig, SamImageProcessorPil, SamModel, SamProcessor
-
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    grid = {"image_size": 64, "patch_size": 16}
-    vision = {**small, **grid, "output_channels": 16, "global_attn_indexes": [0], "window_size": 2, "num_pos_feats": 8}
-    config = SamConfig(
-        vision_config=vision,
-        prompt_encoder_config={"hidden_size": 16, "mask_input_channels": 4, **grid},
-        mask_decoder_config={**small, "mlp_dim": 16, "iou_head_hidden_dim": 16},
-    )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("sam")
-    SamModel(config).save_pretrained(folder)
-    size = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
-    SamProcessor(SamImageProcessorPil(**size)).save_pretrained(folder)
-    return folder
+    return tiny_sam(tmp_path_factory.mktemp("sam"))
 
 
 def test_sam_sees_pictures_and_boxes(world, sam):
