@@ -21,7 +21,7 @@ from transformers import AutoProcessor
 
 import pdlm_hf
 from pdlm_hf.shapes.world import describe, draw_picture
-from pdlm_peft.rows import find_source
+from pdlm_peft.sources import find_source
 from pdlm_peft.validate import Validator
 
 

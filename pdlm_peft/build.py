@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .convert import relocated
-from .rows import RowError, Source, check_row, normal_row, open_row_image, raw_rows
+from .rows import RowError, check_row, normal_row, open_row_image
+from .sources import Source, raw_rows
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def run_step(source: Source, run: StepRun, decide: Decide, captions: bool = True
     """Decide about all regions that are not decided yet.
 
     Args:
-        source ([`~rows.Source`]): the rows.
+        source ([`~sources.Source`]): the rows.
         run ([`StepRun`]): where they go.
         decide: the step.
         captions (`bool`): the rows need captions.

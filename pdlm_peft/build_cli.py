@@ -37,7 +37,7 @@ def _server(out: Path, url: str, model: str, key_env: str | None, settings: dict
 def _run(data: str, images: Path | None, out: Path, decide: Any, settings: dict, captions: bool = True) -> None:
     """Run a step and say what came of it; exit code 1 if some regions could not be decided."""
     from .build import StepRun, run_step
-    from .rows import find_source
+    from .sources import find_source
 
     source = find_source(data, images)
     if source.path is not None and source.path.resolve() == out.resolve():

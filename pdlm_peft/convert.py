@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .rows import WHOLE, Fault, RowError, Source, check_row, find_source, normal_row, raw_rows
+from .rows import WHOLE, Fault, RowError, check_row, normal_row
+from .sources import Source, find_source, raw_rows
 
 FORMS = ("coco-instances", "coco-panoptic", "dam", "gar", "reference")
 

@@ -8,19 +8,8 @@ from torch.utils.data import Dataset
 
 from pdlm_hf.app.regions import parse_region
 
-from .rows import (
-    Fault,
-    RowError,
-    Source,
-    check_row,
-    find_source,
-    normal_row,
-    open_row_image,
-    open_table,
-    parse_line,
-    raw_rows,
-    row_size,
-)
+from .rows import Fault, RowError, check_row, normal_row, open_row_image, row_size
+from .sources import Source, find_source, open_table, parse_line, raw_rows
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 IMAGE = "<image>"

@@ -67,7 +67,7 @@ def validate(
 
     import pdlm_hf
 
-    from .rows import find_source
+    from .sources import find_source
     from .validate import Validator, draw_samples
 
     if max_caption_tokens < 0 or max_faults < 0 or samples < 1:

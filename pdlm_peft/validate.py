@@ -14,7 +14,8 @@ import numpy as np
 from pdlm_hf.app.regions import region_areas
 
 from .data import decode_row
-from .rows import WHOLE, Fault, RowError, Source, check_row, normal_row, open_row_image, raw_rows, row_size
+from .rows import WHOLE, Fault, RowError, check_row, normal_row, open_row_image, row_size
+from .sources import Source, raw_rows
 
 _BATCH = 512  # rows whose masks and captions are looked at together
 

@@ -10,7 +10,7 @@ from drawn import as_coco, drawn_rows, rle, write_jsonl
 from PIL import Image
 
 from pdlm_hf.app.collator import PdlmCollator
-from pdlm_peft import rows as rows_module
+from pdlm_peft import sources
 from pdlm_peft.data import ChatDataset, RegionDataset, stream_rows
 
 
@@ -99,11 +99,11 @@ def test_long_lists_are_read_in_pieces(world, tmp_path, monkeypatch):
     for text in (json.dumps(rows), json.dumps(rows, indent=2), "[]", " [ ] ", "[1, 23 , [4]]"):
         path.write_text(text)
         for size in (1, 7, 100, 1 << 20):
-            monkeypatch.setattr(rows_module, "_CHUNK", size)
-            found = list(rows_module.raw_rows(rows_module.find_source(path)))
+            monkeypatch.setattr(sources, "_CHUNK", size)
+            found = list(sources.raw_rows(sources.find_source(path)))
             assert found == list(enumerate(json.loads(text), 1))
     path.write_text(json.dumps(rows)[:-40])
-    *whole, (number, error) = rows_module.raw_rows(rows_module.find_source(path))
+    *whole, (number, error) = sources.raw_rows(sources.find_source(path))
     assert len(whole) == len(rows) - 1 and number == len(rows) and error.fault.kind == "broken JSON"
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pdlm_peft.cli import app
-from pdlm_peft.rows import find_source
+from pdlm_peft.sources import find_source
 from pdlm_peft.validate import Validator
 
 
