@@ -6,8 +6,9 @@ from pathlib import Path
 
 import typer
 
+from pdlm_hf.app.replies import Judge, JudgeError, public_url
+
 from .benchmarks import Benchmark, find
-from .judge import Judge, JudgeError, public_url
 
 RULES = "exact_matching"  # VLMEvalKit's name for scoring without a language model
 OPENAI_URL = "https://api.openai.com/v1"

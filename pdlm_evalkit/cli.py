@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from pdlm_hf.app.replies import Judge, JudgeError, key_in, public_url
+
 from . import LMMS_TASKS
 from .benchmarks import BENCHMARKS, SUFFIX, choose
-from .judge import Judge, JudgeError, key_in, public_url
 from .paradlc.cli import app as paradlc
 from .strict import BASE_URL, MODEL, SETTINGS, judge_results, read_results
 

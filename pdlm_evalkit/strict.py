@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .judge import Judge, Reply, Request
+from pdlm_hf.app.replies import Judge, Reply, Request
 
 MODEL, BASE_URL = "Qwen/Qwen3-8B", "http://127.0.0.1:8000/v1"
 # Settings and wording are the reference's, to the letter, since the scores depend on them.

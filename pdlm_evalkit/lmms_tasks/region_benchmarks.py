@@ -18,7 +18,8 @@ import numpy as np
 from loguru import logger
 from PIL import Image
 
-from ..judge import Judge, key_in
+from pdlm_hf.app.replies import Judge, key_in
+
 from ..paradlc.captioning import PROMPTS
 from ..paradlc.data import Benchmark, check_pictures, decode_masks, load_benchmark, open_picture
 from ..paradlc.judging import captions_hash, judge_captions, preset_of

@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..judge import Judge, JudgeError, key_in, public_url
+from pdlm_hf.app.replies import Judge, JudgeError, key_in, public_url
+
 from .data import check_pictures, load_benchmark, load_questions, read_captions, read_json, write_json
 
 app = typer.Typer(
@@ -187,6 +188,8 @@ def _from_server(
     job: Any, url: str, model: str, style: str, extra: list[str] | None, options: dict[str, Any], failed: list[str]
 ) -> tuple:
     """Run, lines and hardware (which is not ours to see) of a server."""
+    from pdlm_hf.app.views import CROPS_PROMPT
+
     from . import server as serving
     from .captioning import PROMPTS, passes_of
 
@@ -194,7 +197,7 @@ def _from_server(
         raise ValueError(f"--server-style must be one of {', '.join(serving.STYLES)}, got {style!r}.")
     slots = job.generation["max_new_tokens"]
     if style == "crops":
-        fields, limit, usual = {"temperature": 0, "max_tokens": slots}, 1, serving.CROPS_PROMPT
+        fields, limit, usual = {"temperature": 0, "max_tokens": slots}, 1, CROPS_PROMPT
     else:
         fields, usual = job.generation, PROMPTS[job.benchmark.name]
         limit = min(job.limit or serving.MAX_REGIONS, serving.MAX_REGIONS)

@@ -1,8 +1,6 @@
 """A benchmark folder: annotations.json, qa.json, class_names.json and pictures; read and checked."""
 
-import base64
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -266,13 +264,6 @@ def decode_masks(picture: Picture) -> list[Any]:
         except ValueError as error:
             raise ValueError(f"annotations.json: {error}") from None
     return masks
-
-
-def png_url(image: Any) -> str:
-    """A picture (`PIL.Image`) as a data URL, without loss."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def check_pictures(benchmark: Benchmark) -> None:

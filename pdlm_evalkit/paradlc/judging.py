@@ -10,8 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..judge import Judge, Reply, Request, public_url
-from .data import Benchmark, Mask, Question, decode_masks, open_picture, png_url, write_json
+from pdlm_hf.app.replies import Judge, Reply, Request, public_url
+from pdlm_hf.app.views import crop_box, png_url
+
+from .data import Benchmark, Mask, Question, decode_masks, open_picture, write_json
 from .scoring import RECOGNITION
 
 RULES = """Answer the multiple-choice question based on the text description of an object in {image} image. You need to follow these rules:
@@ -25,7 +27,6 @@ From the description above, please answer the following question with one of the
 {question}
 """  # noqa: E501
 IMAGE = {"paradlc": "this", "dlc": "an"}
-LEAST_SIDE = 56  # pixels of the box around a mask, before it is grown to three times its side
 
 
 @dataclass(frozen=True)
@@ -130,25 +131,6 @@ def prompt_of(question: Question, caption: str, benchmark: str) -> str:
     """The text of one request."""
     lines = [question.text, *(f"{letter}. {text}" for letter, text in zip("ABCDE", question.choices, strict=False))]
     return RULES.format(image=IMAGE[benchmark], caption=caption, question="\n".join(lines).strip())
-
-
-def crop_box(mask: Any) -> tuple[int, int, int, int]:
-    """The part of a picture that the judge sees: the mask's box grown by its own size on every side.
-
-    Args:
-        mask (`np.ndarray` of shape `(H, W)`): bool, not empty.
-
-    Returns:
-        top, bottom, left and right in pixels, within the picture.
-    """
-    bounds = []
-    for length, used in zip(mask.shape, (mask.any(1), mask.any(0)), strict=True):
-        inside = used.nonzero()[0]
-        start, side = int(inside[0]), int(inside[-1]) + 1 - int(inside[0])
-        grown = max(side, LEAST_SIDE)
-        start = int(start + side / 2 - grown / 2)
-        bounds += [max(start - grown, 0), min(start + 2 * grown, length)]
-    return tuple(bounds)
 
 
 def crops_of(image: Any, mask: Any) -> tuple[str, str]:

@@ -5,17 +5,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ..judge import Judge, Reply, Request
+from pdlm_hf.app.replies import Judge, Reply, Request
+from pdlm_hf.app.views import crops_message, pictures_message
+
 from .captioning import CaptionRun, Pass, areas_of, masks_of
-from .data import open_picture, png_url
+from .data import open_picture
 
 STYLES = ("regions", "crops")
 MAX_REGIONS = 64  # of a request to our server, unless it is told otherwise
-OUTLINE = (255, 0, 0)
-CROPS_PROMPT = (
-    "The first picture has one region outlined in red; the second shows this region larger, with what surrounds it. "
-    "Describe the outlined region in detail, in one or two sentences. Do not mention the outline."
-)
 
 
 def server_lines(
@@ -86,38 +83,11 @@ def regions_request(work: Pass, prompt: str) -> Request:
     """A picture with all masks of a pass, as our server takes them."""
     picture, masks = work
     return {
-        "messages": [_message([png_url(open_picture(picture))], prompt)],
+        "messages": [pictures_message([open_picture(picture)], prompt)],
         "mm_processor_kwargs": {"regions": [mask.region for mask in masks]},
     }
 
 
 def crops_request(work: Pass, prompt: str) -> Request:
     """A picture with the outline of its one mask, and the part around the mask."""
-    from PIL import Image
-
-    from .judging import crop_box
-
-    image, mask = open_picture(work[0]), masks_of(work)[0]
-    outlined = draw_outline(image, Image.fromarray(mask))
-    top, bottom, left, right = crop_box(mask)
-    return {"messages": [_message([png_url(outlined), png_url(outlined.crop((left, top, right, bottom)))], prompt)]}
-
-
-def draw_outline(image: Any, mask: Any) -> Any:
-    """The picture with a line around the mask, outside of it, so that the region's own pixels stay.
-
-    Args:
-        image (`PIL.Image`): RGB.
-        mask (`PIL.Image`): mode "1" or "L", of the same size.
-    """
-    from PIL import Image, ImageChops, ImageFilter
-
-    width = max(2, round(max(image.size) / 250))
-    mask = mask.convert("L").point(lambda value: 255 if value else 0)
-    line = ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(2 * width + 1)), mask)
-    return Image.composite(Image.new("RGB", image.size, OUTLINE), image, line)
-
-
-def _message(urls: list[str], prompt: str) -> dict[str, Any]:
-    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return {"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}
+    return {"messages": [crops_message(open_picture(work[0]), masks_of(work)[0], prompt)]}

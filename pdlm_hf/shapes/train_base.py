@@ -116,8 +116,8 @@ def words_only(question: Question) -> Question:
 def letters(rng: np.random.Generator) -> tuple[Question, int]:
     """Which letters some words have in a list, and its slots; no picture.
 
-    Most are long lists with any letters, repeated in another order: noise hides letters or words, and to look one up by
-    the other is learned from many at once. A single letter teaches it too slowly.
+    Most are long lists with any letters, repeated in another order: noise hides letters or words, and to look one up
+    by the other is learned from many at once. A single letter teaches it too slowly.
     """
     words = rng.permutation([*COLOURS, *SHAPES, *TEXTURES, *SIZES]).tolist()
     long = rng.random() < 0.6

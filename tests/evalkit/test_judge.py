@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from judge_server import JudgeServer, text_of  # noqa: E402
 
-from pdlm_evalkit import judge as client  # noqa: E402
-from pdlm_evalkit.judge import Judge, JudgeError, ReplyCache, public_url  # noqa: E402
+from pdlm_hf.app import replies as client  # noqa: E402
+from pdlm_hf.app.replies import Judge, JudgeError, ReplyCache, public_url  # noqa: E402
 
 KEY = "sk-very-secret-key"
 

@@ -17,11 +17,12 @@ from judge_server import JudgeServer, text_of  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import pdlm_evalkit.paradlc as package  # noqa: E402
-from pdlm_evalkit import judge as client  # noqa: E402
-from pdlm_evalkit.paradlc import captioning, server  # noqa: E402
+from pdlm_evalkit.paradlc import captioning  # noqa: E402
 from pdlm_evalkit.paradlc.cli import app  # noqa: E402
 from pdlm_evalkit.paradlc.data import load_benchmark  # noqa: E402
 from pdlm_hf import RegionCaptioner  # noqa: E402
+from pdlm_hf.app import replies as client  # noqa: E402
+from pdlm_hf.app.views import OUTLINE, draw_outline  # noqa: E402
 
 EXAMPLE = Path(package.__file__).parent / "example"
 ROOT = EXAMPLE.parents[2]
@@ -216,9 +217,9 @@ def test_the_outline_leaves_the_region_alone():
     image = Image.new("RGB", (40, 30), (10, 20, 30))
     mask = np.zeros((30, 40), dtype=bool)
     mask[10:20, 10:25] = True
-    drawn = np.asarray(server.draw_outline(image, Image.fromarray(mask)))
+    drawn = np.asarray(draw_outline(image, Image.fromarray(mask)))
     assert (drawn[mask] == (10, 20, 30)).all()
-    red = (drawn == server.OUTLINE).all(-1)
+    red = (drawn == OUTLINE).all(-1)
     assert red[8:10, 8:27].all() and red[20:22, 8:27].all() and not red[5].any() and red.sum() == 14 * 19 - 150
 
 

@@ -19,11 +19,11 @@ from judge_server import JudgeServer, parts_of, text_of  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import pdlm_evalkit.paradlc as package  # noqa: E402
-from pdlm_evalkit import judge as client  # noqa: E402
 from pdlm_evalkit.paradlc import judging  # noqa: E402
 from pdlm_evalkit.paradlc.cli import app  # noqa: E402
 from pdlm_evalkit.paradlc.data import Question, decode_masks, load_benchmark, open_picture  # noqa: E402
 from pdlm_evalkit.paradlc.make_example import draw_pictures  # noqa: E402
+from pdlm_hf.app import replies as client  # noqa: E402
 from pdlm_hf.shapes.world import describe  # noqa: E402
 
 EXAMPLE = Path(package.__file__).parent / "example"

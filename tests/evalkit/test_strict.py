@@ -6,9 +6,9 @@ import pytest
 from judge_server import JudgeServer, text_of
 from typer.testing import CliRunner
 
-from pdlm_evalkit import judge as client
 from pdlm_evalkit.cli import app
 from pdlm_evalkit.strict import SETTINGS, SYSTEM_PROMPT, Row, read_results, request_for
+from pdlm_hf.app import replies as client
 
 ROWS = [
     {"index": 1, "answer": "12:30", "prediction": "It is 12.30"},

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from pycocotools import mask as coco
 from pdlm_hf import Region
 from pdlm_hf.app.coco import read_regions
 from pdlm_hf.app.images import load_image
-from pdlm_hf.app.regions import parse_region, parse_regions
+from pdlm_hf.app.regions import parse_region, parse_regions, region_areas
 
 WIDTH, HEIGHT = 30, 20
 BLOB = np.zeros((HEIGHT, WIDTH), dtype=bool)
@@ -332,3 +333,53 @@ def test_a_picture_of_sixteen_bits_is_refused(tmp_path):
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(path)
     with pytest.raises(ValueError, match="integer values 0..255"):
         load_image(path)
+
+
+def test_areas_in_bulk_are_those_of_the_masks():
+    """Every form, of pictures of different sizes, in one call; damaged ones beside good ones change nothing."""
+    rng = np.random.default_rng(5)
+    annotations, sizes, expected = [], [], []
+    for k in range(60):
+        height, width = (int(side) for side in rng.integers(1, 90, 2))
+        mask = rng.random((height, width)) < rng.random()
+        rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        text = rle["counts"]
+        if k % 4 == 1:
+            text = text.decode()
+        annotations.append({"id": k, "segmentation": {"size": [height, width], "counts": text}})
+        sizes.append((width, height))
+        expected.append(int(mask.sum()))
+    broken = (
+        b"",
+        b"\xff\xff",
+        b"0" * 400,
+        b"PPPPPPPPPPPPPPPPPPPPPPP",
+        b"oooo",
+        annotations[3]["segmentation"]["counts"][:-1],
+    )
+    for k, text in enumerate(broken):
+        annotations.insert(7 * k, {"segmentation": {"size": [9, 11], "counts": text}})
+        sizes.insert(7 * k, (11, 9))
+        expected.insert(7 * k, None)
+    others = (
+        ({"bbox": [-3, 2.5, 8, 4]}, 5 * 5),
+        ({"segmentation": [[1, 1, 5, 1, 5, 5, 1, 5]]}, 16),
+        ({"segmentation": {"size": [9, 11], "counts": [5, 4, 80, 10]}}, 14),
+        ({"segmentation": {"size": [9, 11], "counts": [99]}}, 0),
+        ({"segmentation": {"size": [9, 12], "counts": [108]}}, None),
+        ({"bbox": [11, 0, 5, 5]}, None),
+        ({"id": 3}, None),
+    )
+    for annotation, area in others:
+        annotations.append(annotation)
+        sizes.append((11, 9))
+        expected.append(area)
+    areas = region_areas(annotations, sizes)
+    assert [None if isinstance(area, ValueError) else area for area in areas] == expected
+    for annotation, size, area in zip(annotations, sizes, areas, strict=True):
+        if isinstance(area, ValueError):  # the words are those of the one region parser
+            with pytest.raises(ValueError, match=re.escape(str(area).split(":", 1)[1])):
+                parse_region(annotation, *size)
+        elif area:
+            assert parse_region(annotation, *size).mask.sum() == area
+    assert region_areas([], []) == []

@@ -146,9 +146,7 @@ class Judge:
         try:
             import openai
         except ImportError:
-            raise ImportError(
-                "Asking a server needs the openai package: pip install 'perceptiondlm[eval]' (or openai)."
-            ) from None
+            raise ImportError("Asking a server needs the openai package: pip install openai.") from None
         for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")

@@ -1,0 +1,1 @@
+"""Fine-tuning PerceptionDLM on your own region data: its format, its check, and recipes with adapters."""

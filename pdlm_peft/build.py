@@ -1,0 +1,187 @@
+"""Building captioned region data as ParaCaption was made (paper, 3.4), step by step, each one able to go on.
+
+A step reads rows and appends rows to OUT as their last region is decided; regions that are dropped go to
+OUT.dropped.jsonl with the reason. A region is known by its picture (and question) and its id; what is in either file
+is not done again, so that a run that was killed loses at most what was under way.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .convert import relocated
+from .rows import RowError, check_row, normal_row, open_row_image
+from .sources import Source, raw_rows
+
+
+@dataclass(frozen=True)
+class Task:
+    """One region to decide about.
+
+    Args:
+        number (`int`): of its row.
+        row (`dict`): in the one form, every region with an id.
+        k (`int`): place of the region in the row.
+        folder (`Path`, *optional*): what the picture's path starts from.
+    """
+
+    number: int
+    row: dict
+    k: int
+    folder: Path | None
+
+    @property
+    def region(self) -> dict:
+        """The region itself."""
+        return self.row["regions"][self.k]
+
+    def open_image(self) -> Any:
+        """Its picture. Raises: ValueError with the row."""
+        try:
+            return open_row_image(self.row["image"], self.folder)
+        except ValueError as error:
+            raise ValueError(f"row {self.number}: image: {error}") from None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a region: it stays (`region`, perhaps changed), is dropped (`reason`), or could not be decided
+    this time (`error`)."""
+
+    region: dict | None = None
+    reason: str | None = None
+    error: str | None = None
+
+
+# A step: takes tasks as it can work on them, gives each one's verdict, in any order.
+Decide = Callable[[Iterable[Task]], Iterator[tuple[Task, Verdict]]]
+
+
+class StepRun:
+    """OUT, OUT.dropped.jsonl and OUT.run.json of a step.
+
+    Args:
+        out (`Path`): JSONL file.
+        settings (`dict`): what the verdicts depend on; a run goes on only with the same.
+
+    Raises:
+        ValueError: there is no such folder, a file is damaged, or it was made with other settings.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any]):
+        if not out.parent.is_dir():
+            raise ValueError(f"{out}: there is no folder {out.parent}.")
+        self.out, self.dropped = out, out.with_suffix(".dropped.jsonl")
+        record = out.with_suffix(".run.json")
+        kept, dropped = _whole_lines(self.out), _whole_lines(self.dropped)
+        if (kept or dropped) and not record.is_file():
+            raise ValueError(f"{out}: is there, but no {record.name} that says how it was made; choose another file.")
+        if kept or dropped:
+            before = json.loads(record.read_text(encoding="utf-8"))
+            if changed := [name for name in settings if before.get(name) != settings[name]]:
+                was = ", ".join(f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
+                raise ValueError(f"{out}: was begun with other settings ({was}); choose another file.")
+        else:
+            record.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        self.done = {region_key(row, region["id"]) for row in kept for region in row["regions"]}
+        self.lost = {region_key(line, line["id"]) for line in dropped}
+
+    def finish_row(self, row: dict, verdicts: dict[int, Verdict]) -> None:
+        """Write what came of a row. The dropped ones first: the row's own line says that it is whole."""
+        lines, kept = [], []
+        for k, region in enumerate(row["regions"]):
+            verdict = verdicts[k]
+            if verdict.region is not None:
+                kept.append(verdict.region)
+            elif region_key(row, region["id"]) not in self.lost:
+                place = {key: row[key] for key in ("image", "question") if key in row}
+                lines.append({**place, **region, "reason": verdict.reason})
+        _append(self.dropped, lines)
+        if kept:
+            _append(self.out, [{**row, "regions": kept}])
+
+
+def run_step(source: Source, run: StepRun, decide: Decide, captions: bool = True) -> Counter:
+    """Decide about all regions that are not decided yet.
+
+    Args:
+        source ([`~sources.Source`]): the rows.
+        run ([`StepRun`]): where they go.
+        decide: the step.
+        captions (`bool`): the rows need captions.
+
+    Returns:
+        numbers of "kept", "dropped", "failed" regions, of those there "before", and of each reason.
+
+    Raises:
+        ValueError: a row that cannot be used; what came before it is written.
+    """
+    counts: Counter = Counter()
+    waiting: dict[int, dict[int, Verdict]] = {}
+    for task, verdict in decide(_tasks(source, run, counts, captions)):
+        verdicts = waiting.setdefault(task.number, {})
+        verdicts[task.k] = verdict
+        if len(verdicts) < len(task.row["regions"]):
+            continue
+        del waiting[task.number]
+        failed = [verdict.error for verdict in verdicts.values() if verdict.error is not None]
+        if failed:
+            counts["failed"] += len(failed)
+            continue
+        run.finish_row(relocated(task.row, source.own_folder, run.out.parent), verdicts)
+        for verdict in verdicts.values():
+            counts["kept" if verdict.region is not None else "dropped"] += 1
+            if verdict.reason is not None:
+                counts[verdict.reason.partition(":")[0]] += 1
+    return counts
+
+
+def region_key(row: dict, identifier: Any) -> tuple:
+    """What tells a region from all others."""
+    image = row["image"]
+    return (image if len(image) < 300 else hash(image), row.get("question"), identifier)
+
+
+def _tasks(source: Source, run: StepRun, counts: Counter, captions: bool) -> Iterator[Task]:
+    seen: set[tuple] = set()
+    for number, raw in raw_rows(source):
+        if isinstance(raw, RowError):
+            raise raw
+        row = normal_row(raw)
+        for fault in check_row(row, number, captions):
+            raise RowError(fault)
+        row["regions"] = [{"id": k, **region} for k, region in enumerate(row["regions"])]
+        written = relocated(row, source.own_folder, run.out.parent)
+        keys = {region_key(written, region["id"]) for region in row["regions"]}
+        if keys & seen:
+            raise ValueError(f"row {number}: a region with the id of one in an earlier row; see `pdlm-peft validate`.")
+        seen |= keys
+        if keys <= run.done | run.lost:
+            counts["before"] += len(keys)
+            continue
+        for k in range(len(row["regions"])):
+            yield Task(number, row, k, source.folder)
+
+
+def _whole_lines(path: Path) -> list[dict]:
+    """Lines of a file that grows; a last one that was cut short is taken off."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it to start again.") from None
+
+
+def _append(path: Path, rows: list[dict]) -> None:
+    if rows:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

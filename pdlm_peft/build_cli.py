@@ -1,0 +1,142 @@
+"""The commands `pdlm-peft build caption | check | remask | filter`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pdlm_hf.app.replies import Judge, key_in, public_url
+
+from .data_cli import Data, Images, fail, says_why
+
+app = typer.Typer(
+    help="Build captioned region data: caption, check, remask, filter. Each step reads rows and writes rows.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Path, typer.Argument(help="JSONL file; a step that was stopped goes on.")]
+Server = Annotated[str, typer.Option(help="OpenAI-compatible server, its address with /v1.", show_default=False)]
+ServerModel = Annotated[str, typer.Option(help="Name of the model there.", show_default=False)]
+KeyEnv = Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")]
+Concurrency = Annotated[int, typer.Option(help="Requests at a time.")]
+Retries = Annotated[int, typer.Option(help="Further attempts for a request.")]
+Timeout = Annotated[float, typer.Option(help="Seconds to wait for the server.")]
+MaxTokens = Annotated[int, typer.Option(help="Length of a reply at most.")]
+
+
+def _server(out: Path, url: str, model: str, key_env: str | None, settings: dict, **options: Any) -> Judge:
+    """The server, with its replies beside `out`. Raises: ValueError if the key is not there."""
+    key = key_in(key_env)
+    return Judge(model, url, key, settings, cache=out.with_suffix(".replies.sqlite"), **options)
+
+
+def _run(data: str, images: Path | None, out: Path, decide: Any, settings: dict, captions: bool = True) -> None:
+    """Run a step and say what came of it; exit code 1 if some regions could not be decided."""
+    from .build import StepRun, run_step
+    from .sources import find_source
+
+    source = find_source(data, images)
+    if source.path is not None and source.path.resolve() == out.resolve():
+        raise ValueError(f"{out}: the step would read what it writes; choose another file.")
+    counts = run_step(source, StepRun(out, settings), decide, captions)
+    known = ("kept", "dropped", "failed", "before")
+    reasons = ", ".join(f"{count} {name}" for name, count in counts.most_common() if name not in known)
+    before = f", {counts['before']} done before" * bool(counts["before"])
+    typer.echo(
+        f"{out}: {counts['kept']} regions kept, {counts['dropped']} dropped{f' ({reasons})' * bool(reasons)}{before}"
+    )
+    if counts["failed"]:
+        raise fail(f"{counts['failed']} regions could not be decided; run the same command to try again.", 1)
+
+
+@app.command()
+@says_why
+def caption(
+    data: Data,
+    out: Out,
+    server: Server,
+    server_model: ServerModel,
+    images: Images = None,
+    server_style: Annotated[str, typer.Option(help="crops: any model. regions: our server.")] = "crops",
+    prompt: Annotated[str | None, typer.Option(help="Question; default: one that suits the style.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Also describe regions that have a caption.")] = False,
+    max_tokens: MaxTokens = 512,
+    api_key_env: KeyEnv = None,
+    concurrency: Concurrency = 8,
+    retries: Retries = 4,
+    timeout: Timeout = 300.0,
+) -> None:
+    """Describe regions through a server."""
+    from pdlm_hf.app.views import CROPS_PROMPT
+
+    from .build_steps import REGION_PROMPT, caption_step
+
+    question = prompt or (CROPS_PROMPT if server_style == "crops" else REGION_PROMPT)
+    request = {"temperature": 0, "max_tokens": max_tokens} if server_style == "crops" else {}
+    options = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
+    client = _server(out, server, server_model, api_key_env, request, **options)
+    step = caption_step(client, question, server_style, replace)
+    settings = {"step": "caption", "server": public_url(server), "model": server_model, "style": server_style}
+    _run(data, images, out, step, settings | {"prompt": question, "replace": replace, **request}, captions=False)
+
+
+@app.command()
+@says_why
+def check(
+    data: Data,
+    out: Out,
+    server: Server,
+    server_model: ServerModel,
+    images: Images = None,
+    max_tokens: MaxTokens = 2048,
+    api_key_env: KeyEnv = None,
+    concurrency: Concurrency = 16,
+    retries: Retries = 4,
+    timeout: Timeout = 120.0,
+) -> None:
+    """Drop regions whose caption does not agree with their `category`, asking a language model."""
+    from .build_steps import check_step
+
+    request = {"temperature": 0, "max_tokens": max_tokens}
+    options = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
+    client = _server(out, server, server_model, api_key_env, request, **options)
+    settings = {"step": "check", "server": public_url(server), "model": server_model, **request}
+    _run(data, images, out, check_step(client), settings)
+
+
+@app.command()
+@says_why
+def remask(
+    data: Data,
+    out: Out,
+    sam: Annotated[str, typer.Option(help="Folder or hub id of a SAM model for transformers.", show_default=False)],
+    images: Images = None,
+    min_iou: Annotated[float, typer.Option(help="Least overlap of the two masks.")] = 0.5,
+    replace: Annotated[bool, typer.Option("--replace", help="Keep SAM's mask instead of the region's own.")] = False,
+    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+) -> None:
+    """Drop regions whose mask SAM does not find again from its box."""
+    from .build_steps import Segmenter, remask_step
+
+    step = remask_step(Segmenter(sam, device), min_iou, replace)
+    _run(
+        data, images, out, step, {"step": "remask", "sam": sam, "min_iou": min_iou, "replace": replace}, captions=False
+    )
+
+
+@app.command("filter")
+@says_why
+def filter_captions(
+    data: Data,
+    out: Out,
+    images: Images = None,
+    min_words: Annotated[int, typer.Option(help="A shorter caption is dropped.")] = 3,
+    max_words: Annotated[int, typer.Option(help="A longer caption is dropped.")] = 200,
+    max_repetition: Annotated[float, typer.Option(help="Share of repeated groups of three words, at most.")] = 0.2,
+) -> None:
+    """Drop captions that are too short, too long, or that repeat themselves."""
+    from .build_steps import filter_step
+
+    settings = {"min_words": min_words, "max_words": max_words, "max_repetition": max_repetition}
+    _run(data, images, out, filter_step(**settings), {"step": "filter", **settings})

@@ -1,0 +1,11 @@
+"""The command `pdlm-peft`."""
+
+import typer
+
+from . import data_cli
+
+app = typer.Typer(help="Fine-tune PerceptionDLM on your own region data.", no_args_is_help=True, rich_markup_mode=None)
+data_cli.register(app)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,353 @@
+"""Other people's annotation files as region data (JSONL), and a split by picture."""
+
+import base64
+import csv
+import json
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .rows import WHOLE, Fault, RowError, check_row, normal_row
+from .sources import Source, find_source, raw_rows
+
+FORMS = ("coco-instances", "coco-panoptic", "dam", "gar", "reference")
+
+# Caption of a region, from the id of its picture, its own id, and its category's name; None: it has none.
+Captions = Callable[[Any, Any, str | None], str | None]
+_PROMPT = re.compile(r"<Prompt\d+>")
+
+
+def convert(
+    source: str | Path,
+    out: Path,
+    form: str,
+    images: Path | None = None,
+    captions: Captions | None = None,
+    masks: Path | None = None,
+    crowds: bool = False,
+) -> Counter:
+    """Write region data in our form. Nothing is written if something goes wrong.
+
+    Args:
+        source (`str` or `Path`): the annotation file, or for "gar" and "reference" also a saved `datasets` folder.
+        out (`Path`): JSONL file.
+        form (`str`): one of [`FORMS`].
+        images (`Path`, *optional*): folder the pictures' paths start from, then and later; default: that of the file,
+            and paths are written so that they start from that of `out`.
+        captions (*optional*): of COCO annotations; see [`read_captions`] and [`category_captions`].
+        masks (`Path`, *optional*): folder of the PNG files of COCO panoptic; default: the file's name without .json.
+        crowds (`bool`): also take COCO's crowd regions.
+
+    Returns:
+        numbers of "rows", "regions", and what was left out, by reason.
+
+    Raises:
+        ValueError: a file that cannot be read as this form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"The form must be one of {', '.join(FORMS)}, got {form!r}.")
+    counts: Counter = Counter()
+    if form.startswith("coco"):
+        if captions is None:
+            raise ValueError("COCO annotations have no captions: give a file of captions, or use the category names.")
+        png_folder = _png_folder(source, masks) if form == "coco-panoptic" else None
+        rows = coco_rows(Path(source), captions, counts, crowds, png_folder)
+        folder = Path(source).parent
+    elif form == "dam":
+        rows, folder = dam_rows(Path(source), images), Path(source).parent
+    else:
+        found = find_source(source, images)
+        rows, folder = gar_rows(found, counts) if form == "gar" else reference_rows(found), found.own_folder
+    start = None if images is not None else folder
+    write_rows(out, counted((relocated(row, start, out.parent) for row in rows), counts))
+    return counts
+
+
+def counted(rows: Iterable[dict], counts: Counter) -> Iterator[dict]:
+    """Rows that have regions, counted. Raises: RowError for one of another form."""
+    for number, row in enumerate(rows, 1):
+        if not row["regions"]:
+            counts["rows without regions"] += 1
+            continue
+        for fault in check_row(row, number):
+            raise RowError(fault)
+        counts["rows"] += 1
+        counts["regions"] += len(row["regions"])
+        yield row
+
+
+def write_rows(out: Path, rows: Iterable[dict]) -> None:
+    """Write a JSONL file row by row; it is there whole, or as it was before."""
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: there is no folder {out.parent}.")
+    part = out.with_name(f"{out.name}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def relocated(row: dict, start: Path | None, folder: Path) -> dict:
+    """The row with its picture as text: a path that starts from `folder` instead of `start`, or the picture itself.
+
+    Args:
+        row (`dict`): in the one form.
+        start, folder (`Path`): None leaves paths as they are.
+    """
+    image = row.get("image")
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return {**row, "image": "data:base64," + base64.b64encode(image["bytes"]).decode()}
+    if isinstance(image, dict):
+        image = image.get("path")
+    moves = isinstance(image, str) and not image.startswith("data:") and not os.path.isabs(image)
+    if moves and start is not None and start.resolve() != folder.resolve():
+        image = Path(os.path.relpath(start / image, folder)).as_posix()
+    return {**row, "image": image}
+
+
+# ---------------------------------------------------------------------------------------------------- COCO
+
+
+def read_captions(path: Path) -> Captions:
+    """Captions from a CSV with the columns `id` (or `annotation_id`), `caption` and perhaps `image_id`, or from JSONL
+    with the same fields; `pdlm batch` writes such. Ids of panoptic segments need `image_id`.
+
+    Raises:
+        ValueError: no such file or columns, or an id that is there twice.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    found: dict[tuple[str, str], str] = {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            rows = (
+                csv.DictReader(file) if path.suffix == ".csv" else (json.loads(line) for line in file if line.strip())
+            )
+            for number, row in enumerate(rows, 1):
+                identifier = row.get("annotation_id", row.get("id"))
+                if identifier is None or not isinstance(row.get("caption"), str):
+                    raise ValueError(f"row {number} needs `id` (or `annotation_id`) and `caption`.")
+                key = (str(row.get("image_id", "")), str(identifier))
+                if key in found:
+                    raise ValueError(f"row {number}: the id {identifier!r} is there twice.")
+                found[key] = row["caption"].strip()
+        except (ValueError, csv.Error, AttributeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def caption(image_id: Any, annotation_id: Any, category: str | None) -> str | None:
+        return found.get((str(image_id), str(annotation_id)), found.get(("", str(annotation_id)))) or None
+
+    return caption
+
+
+def category_captions(template: str = "{}") -> Captions:
+    """The category's name as caption, in a sentence if `template` is one. Raises: ValueError without {} in it."""
+    if "{}" not in template:
+        raise ValueError(f"The template needs {{}} where the category's name belongs, got {template!r}.")
+    return lambda image_id, annotation_id, category: None if category is None else template.replace("{}", category)
+
+
+def _png_folder(source: str | Path, masks: Path | None) -> Path:
+    folder = masks if masks is not None else Path(source).with_suffix("")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of panoptic PNG files; give --masks.")
+    return folder
+
+
+def coco_rows(
+    path: Path, captions: Captions, counts: Counter, crowds: bool = False, png_folder: Path | None = None
+) -> Iterator[dict]:
+    """A row for each picture of a COCO instances or, with a folder of PNG files, panoptic file."""
+    data = _read_json(path)
+    try:
+        names = {entry["id"]: entry["name"] for entry in data.get("categories", [])}
+        images = {image["id"]: image for image in data["images"]}
+        of_image: dict[Any, list] = {}
+        for annotation in data["annotations"]:
+            if annotation["image_id"] not in images:
+                raise ValueError(
+                    f"{path}: the picture {annotation['image_id']!r} of an annotation is not in `images`."
+                )
+            of_image.setdefault(annotation["image_id"], []).append(annotation)
+        for image_id, own in of_image.items():
+            image = images[image_id]
+            segments = own if png_folder is None else _panoptic_segments(own, png_folder, counts)
+            regions = []
+            for segment in segments:
+                category = names.get(segment["category_id"]) if "category_id" in segment else None
+                caption = captions(image_id, segment["id"], category)
+                if segment.get("iscrowd") and not crowds:
+                    counts["crowd regions"] += 1
+                elif caption is None:
+                    counts["regions without a caption"] += 1
+                else:
+                    shape = {key: segment[key] for key in ("segmentation", "bbox") if segment.get(key)}
+                    extra = {} if category is None else {"category": category}
+                    regions.append({"id": segment["id"], **shape, "caption": caption, **extra})
+            size = {key: image[key] for key in ("width", "height") if key in image}
+            yield {"image": image["file_name"], "regions": regions, **size}
+    except (KeyError, TypeError, AttributeError) as error:
+        form = "instances" if png_folder is None else "panoptic"
+        raise ValueError(f"{path}: is no COCO {form} file ({type(error).__name__}: {error}).") from None
+
+
+def _panoptic_segments(annotations: list[dict], folder: Path, counts: Counter) -> Iterator[dict]:
+    """The segments of a picture with their RLE, read from the colours of its PNG (R + 256 G + 256^2 B is the id)."""
+    from pycocotools import mask as coco_mask
+
+    from pdlm_hf.app.images import load_image
+
+    for annotation in annotations:
+        pixels = np.asarray(load_image(folder / Path(annotation["file_name"]).name), dtype=np.uint32)
+        ids = pixels @ np.array([1, 256, 65536], dtype=np.uint32)
+        for segment in annotation["segments_info"]:
+            mask = ids == segment["id"]
+            if not mask.any():
+                counts["segments without a pixel"] += 1
+                continue
+            rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+            shape = {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
+            yield {**segment, "bbox": None, "segmentation": shape}
+
+
+# ---------------------------------------------------------------------------------------------------- others
+
+
+def dam_rows(path: Path, images: Path | None) -> Iterator[dict]:
+    """A row for each picture of an `annotations.json` of the Describe Anything data set.
+
+    `{img_id: [{"ann_id", "image", "mask_rle", "caption", ...}]}`, one file for each of its subsets; the pictures are
+    those of the tar files beside it, unpacked. Where `images` has no picture of the full name, its last part and, for
+    numbers, the name without leading zeros are tried.
+    """
+    data = _read_json(path)
+    if not all(isinstance(regions, list) for regions in data.values()):
+        raise ValueError(f"{path}: expected {{img_id: [regions]}}, an annotations.json of describe-anything-dataset.")
+    for image_id, own in data.items():
+        try:
+            regions = [
+                {"id": r["ann_id"], "segmentation": _text_rle(r["mask_rle"]), "caption": r["caption"]} for r in own
+            ]
+            yield {"image": _find_picture(own[0]["image"], images) if own else image_id, "regions": regions}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: {image_id}: expected ann_id, image, mask_rle, caption ({error!r}).") from None
+
+
+def _find_picture(name: str, images: Path | None) -> str:
+    last = Path(name).name
+    short = Path(last).stem.lstrip("0") + Path(last).suffix
+    for candidate in (name, last, short):
+        if images is not None and (images / candidate).is_file():
+            return candidate
+    return name
+
+
+def gar_rows(source: Source, counts: Counter) -> Iterator[dict]:
+    """A row for each of the Grasp Any Region data set: `{"image", "mask_rle", "conversations"}`, where the k-th answer
+    describes the k-th mask, and no mask means the whole picture. Questions about relations (with <Prompt0>) are left
+    out: they are no captions."""
+    for number, raw in raw_rows(source):
+        if isinstance(raw, RowError):
+            raise raw
+        turns = raw.get("conversations") if isinstance(raw, dict) else None
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            expected = "a list of turns, as in Grasp-Any-Region-Dataset"
+            raise RowError(Fault(number, "conversations", "wrong type", f"{turns!r:.60}", expected))
+        if any(_PROMPT.search(str(turn.get("value"))) for turn in turns):
+            counts["rows about relations"] += 1
+            continue
+        captions = [turn.get("value") for turn in turns if turn.get("from") == "gpt"]
+        masks = raw.get("mask_rle")
+        masks = [None] * len(captions) if not masks else [masks] if isinstance(masks, dict) else masks
+        if len(masks) != len(captions):
+            got = f"{len(masks)} masks and {len(captions)} answers"
+            raise RowError(Fault(number, "mask_rle", "wrong length", got, "one answer for each mask"))
+        shapes = [{"bbox": WHOLE} if mask is None else {"segmentation": _text_rle(mask)} for mask in masks]
+        pairs = enumerate(zip(shapes, captions, strict=True))
+        yield {
+            "image": raw.get("image"),
+            "regions": [{"id": k, **shape, "caption": text} for k, (shape, text) in pairs],
+        }
+
+
+def reference_rows(source: Source) -> Iterator[dict]:
+    """Rows of the reference's training json, or of any source that [`~data.RegionDataset`] reads."""
+    for number, raw in raw_rows(source):
+        if isinstance(raw, RowError):
+            raise raw
+        row = normal_row(raw)
+        for fault in check_row(row, number):
+            raise RowError(fault)
+        yield row
+
+
+def _text_rle(rle: dict) -> dict:
+    counts = rle["counts"]
+    return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON, perhaps cut short ({error}).") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}.")
+    return data
+
+
+# ---------------------------------------------------------------------------------------------------- split
+
+
+def split(
+    source: str | Path, train: Path, held_out: Path, share: float = 0.05, seed: int = 0, images: Path | None = None
+) -> tuple[Counter, Counter]:
+    """Split region data so that no picture is on both sides, however many rows it has. Reads the rows twice.
+
+    Args:
+        source (`str` or `Path`): any data that [`~data.RegionDataset`] reads.
+        train, held_out (`Path`): JSONL files to write.
+        share (`float`): of the pictures to hold out; at least one, and not all.
+        seed (`int`): the same pictures with the same seed give the same split, in whatever order they come.
+        images (`Path`, *optional*): see [`convert`].
+
+    Returns:
+        numbers of "rows", "regions" and "pictures" of both sides.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"The share to hold out must be between 0 and 1, got {share}.")
+    found = find_source(source, images)
+    counts: tuple[Counter, Counter] = (Counter(), Counter())
+    keys = sorted({_picture_key(row, found.folder) for row in reference_rows(found)})
+    if len(keys) < 2:
+        raise ValueError(f"{source}: has {len(keys)} pictures; a split needs two.")
+    random.Random(seed).shuffle(keys)
+    number = min(max(1, round(share * len(keys))), len(keys) - 1)
+    chosen = set(keys[:number])
+    for out, count, wanted in ((train, counts[0], False), (held_out, counts[1], True)):
+        rows = reference_rows(found)
+        own = (row for row in rows if (_picture_key(row, found.folder) in chosen) == wanted)
+        write_rows(out, counted((relocated(row, found.own_folder, out.parent) for row in own), count))
+        count["pictures"] = number if wanted else len(keys) - number
+    return counts
+
+
+def _picture_key(row: dict, folder: Path | None) -> str:
+    """The same for every way to write the same path."""
+    image = row["image"]
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else base64.b64encode(image["bytes"]).decode()
+    if image.startswith("data:") or folder is None:
+        return image.removeprefix("data:base64,")
+    return os.path.relpath(folder / image, folder)

@@ -1,0 +1,257 @@
+"""Data sets of captioned regions and of conversations, decoded when they are asked for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from pdlm_hf.app.regions import parse_region
+
+from .rows import Fault, RowError, check_row, normal_row, open_row_image, row_size
+from .sources import Source, find_source, open_table, parse_line, raw_rows
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+IMAGE = "<image>"
+
+
+class RegionDataset(Dataset):
+    """Pictures with captioned regions, as [`~pdlm_hf.app.collator.PdlmCollator`] takes them.
+
+    A JSONL file is read line by line when a row is asked for, so that only positions are in memory; a JSON list and a
+    COCO file are held as read; pictures and masks are decoded when asked for.
+
+    Args:
+        source (`str` or `Path`): COCO json, JSONL, the reference's training json, a saved `datasets` folder, or
+            `hf:NAME[:CONFIG][@SPLIT]`.
+        images (`str` or `Path`, *optional*): folder of the pictures; default: that of the file.
+        limit (`int`, *optional*): only so many rows, the first ones.
+
+    Raises:
+        ValueError: no such data; on access "row N: field: got ..., expected ...", rows counting from 1.
+    """
+
+    def __init__(self, source: str | Path, images: str | Path | None = None, limit: int | None = None):
+        self.source = find_source(source, images)
+        self._rows = _Rows(self.source, limit)
+        if not len(self._rows):
+            raise ValueError(f"{self.source.name}: holds no rows.")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return decode_row(*self._rows[index], self.source.folder)
+
+    def sizes(self) -> list[tuple[int, int, int, int]]:
+        """Width and height of the picture, regions and characters of all captions of every row. A picture is opened
+        only where neither the row nor an RLE says its size. Raises: ValueError as on access."""
+        sizes = []
+        for index in range(len(self)):
+            number, raw = self._rows[index]
+            row = _sound(raw, number)
+            size = row_size(row) or _open(row, number, self.source.folder).size
+            captions = [region["caption"] for region in row["regions"]]
+            sizes.append((*size, len(captions), sum(map(len, captions))))
+        return sizes
+
+
+class ChatDataset(Dataset):
+    """Conversations about pictures, as [`~pdlm_hf.app.collator.PdlmCollator`] takes them.
+
+    Rows are LLaVA's `{"image": path or list (optional), "conversations": [{"from": "human" | "gpt", "value"}]}`, with
+    `<image>` where a picture belongs, or `{"images", "messages": [{"role", "content"}]}`.
+
+    Args:
+        source, images, limit: as in [`RegionDataset`], COCO excepted.
+    """
+
+    def __init__(self, source: str | Path, images: str | Path | None = None, limit: int | None = None):
+        self.source = find_source(source, images)
+        if self.source.kind == "coco":
+            raise ValueError(f"{source}: expected a JSON list or JSONL of conversations.")
+        self._rows = _Rows(self.source, limit)
+        if not len(self._rows):
+            raise ValueError(f"{self.source.name}: holds no rows.")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, raw = self._rows[index]
+        return decode_chat(number, raw, self.source.folder)
+
+
+def stream_rows(source: str | Path, images: str | Path | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of [`RegionDataset`] one after the other, nothing kept in memory (a COCO file excepted).
+
+    `datasets.IterableDataset.from_generator(stream_rows, gen_kwargs={"source": ...})` makes a table of it.
+
+    Raises:
+        ValueError: as [`RegionDataset`], at the row that is at fault.
+    """
+    found = find_source(source, images)
+    for number, raw in raw_rows(found):
+        yield decode_row(number, raw, found.folder)
+
+
+def decode_row(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
+    """Open the picture and decode the masks of a row.
+
+    Args:
+        number (`int`): of the row, from 1.
+        raw: the row as read.
+        folder (`Path`, *optional*): what relative paths start from.
+
+    Returns:
+        `{"image": PIL.Image (RGB), "regions": [{"id", "mask": bool (H, W), "caption"}], "question"?}`
+
+    Raises:
+        ValueError: "row N: field: got ..., expected ...".
+    """
+    row = _sound(raw, number)
+    image = _open(row, number, folder)
+    regions = []
+    for k, region in enumerate(row["regions"]):
+        try:
+            parsed = parse_region(region, *image.size, k)
+        except ValueError as error:
+            fault = Fault(number, f"regions[{k}]", "mask", str(error).rstrip("."), "a mask inside the picture")
+            raise RowError(fault) from None
+        regions.append({"id": parsed.id, "mask": parsed.mask, "caption": region["caption"]})
+    return {"image": image, "regions": regions, **({"question": row["question"]} if "question" in row else {})}
+
+
+def decode_chat(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
+    """Open the pictures of a conversation and bring it into one form.
+
+    Returns:
+        `{"images": [PIL.Image], "messages": [{"role", "content"}]}`
+
+    Raises:
+        ValueError: "row N: field: got ..., expected ...".
+    """
+    if isinstance(raw, RowError):
+        raise raw
+
+    def fail(field: str, got: Any, expected: str) -> RowError:
+        return RowError(Fault(number, field, "conversation", f"{got!r:.60}", expected))
+
+    if not isinstance(raw, dict):
+        raise fail("row", raw, "an object with `conversations` or `messages`")
+    name, role, text = ("messages", "role", "content") if raw.get("messages") else ("conversations", "from", "value")
+    turns = raw.get(name)
+    if not isinstance(turns, list) or not turns:
+        raise fail(name, turns, "a list of turns")
+    paths = raw.get("images") or raw.get("image") or []
+    paths = paths if isinstance(paths, list) else [paths]
+    messages = []
+    for k, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get(role) not in ROLES:
+            raise fail(f"{name}[{k}]", turn, f"`{role}`, one of {', '.join(ROLES)}, and `{text}`")
+        content = _content(turn.get(text), ROLES[turn[role]])
+        if content is None:
+            raise fail(f"{name}[{k}].{text}", turn.get(text), "a text")
+        messages.append({"role": ROLES[turn[role]], "content": content})
+    if messages[-1]["role"] != "assistant":
+        raise fail(name, messages[-1]["role"], "an answer as the last turn")
+    found = sum(part["type"] == "image" for message in messages for part in _parts(message))
+    if not found and paths:  # as is usual: the pictures come first
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
+            raise fail(name, "no question", "a turn of the user")
+        first["content"] = [{"type": "image"}] * len(paths) + first["content"]
+    elif found != len(paths):
+        raise fail(name, f"{found} times {IMAGE}", f"one for each of {len(paths)} pictures")
+    images = [_open({"image": path}, number, folder) for path in paths]
+    return {"images": images, "messages": messages}
+
+
+def _content(value: Any, role: str) -> Any:
+    """Content of a message: text of the assistant and the system, parts of the user. None if it is neither."""
+    if isinstance(value, str) and role != "user":
+        return value.strip() or None
+    if isinstance(value, str):
+        parts: list[dict] = []
+        for k, piece in enumerate(value.split(IMAGE)):
+            parts += [{"type": "image"}] * (k > 0)
+            parts += [{"type": "text", "text": piece.strip()}] * bool(piece.strip())
+        return parts or None
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        return None
+    if role != "user":
+        return "".join(part.get("text") or "" for part in value).strip() or None
+    kept = [{"type": "image"} if part.get("type") == "image" else part for part in value]
+    sound = all(part == {"type": "image"} or isinstance(part.get("text"), str) for part in kept)
+    return kept if sound and kept else None
+
+
+def _parts(message: dict) -> list[dict]:
+    return message["content"] if isinstance(message["content"], list) else []
+
+
+def _sound(raw: Any, number: int) -> dict:
+    """The row in the one form. Raises: RowError."""
+    if isinstance(raw, RowError):
+        raise raw
+    row = normal_row(raw)
+    for fault in check_row(row, number):
+        raise RowError(fault)
+    return row
+
+
+def _open(row: dict, number: int, folder: Path | None):
+    try:
+        return open_row_image(row["image"], folder)
+    except ValueError as error:
+        fault = Fault(number, "image", "image", str(error).rstrip("."), "a picture that can be decoded")
+        raise RowError(fault) from None
+
+
+class _Rows:
+    """Raw rows with their numbers, by position."""
+
+    def __init__(self, source: Source, limit: int | None):
+        self.source = source
+        self.table = self.places = self.rows = None
+        if source.kind == "jsonl":
+            self.places = self._find_lines(limit)
+        elif source.kind in ("table", "hub"):
+            self.table = open_table(source)
+            if limit is not None:
+                self.table = self.table.select(range(min(limit, len(self.table))))
+        else:
+            self.rows = []
+            for number, row in raw_rows(source):
+                if isinstance(row, RowError):
+                    raise row
+                if limit is not None and len(self.rows) == limit:
+                    break
+                self.rows.append((number, row))
+
+    def _find_lines(self, limit: int | None) -> list[tuple[int, int]]:
+        """Number and position in the file of every row."""
+        places, position = [], 0
+        with open(self.source.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if limit is not None and len(places) == limit:
+                    break
+                if line.strip():
+                    places.append((number, position))
+                position += len(line)
+        return places
+
+    def __len__(self) -> int:
+        return len(self.rows if self.rows is not None else self.places if self.places is not None else self.table)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        if self.rows is not None:
+            return self.rows[index]
+        if self.table is not None:
+            return index % len(self) + 1, self.table[index]
+        number, position = self.places[index]
+        with open(self.source.path, "rb") as file:  # opened anew: workers of a loader must not share a position
+            file.seek(position)
+            return number, parse_line(file.readline(), number)

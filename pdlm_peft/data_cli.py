@@ -1,0 +1,173 @@
+"""The commands `pdlm-peft validate | convert | split`, and `build` from its own file."""
+
+import json
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pdlm_hf.app.replies import JudgeError
+
+SHOWN = 50  # faults printed unless asked otherwise
+SAMPLES = 4
+
+Data = Annotated[str, typer.Argument(help="COCO json, JSONL, the reference's json, a saved table, or hf:NAME@SPLIT.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of the pictures; default: that of the file.")]
+
+
+def says_why(command: Callable) -> Callable:
+    """What goes wrong is one line on stderr; exit code 2, or 130 if the user stopped it."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError, ImportError, JudgeError) as error:
+            raise fail(error) from None
+        except KeyboardInterrupt:
+            raise fail("stopped. What is done is kept; run the same command to go on.", 130) from None
+
+    return wrapped
+
+
+def fail(message: Any, code: int = 2) -> typer.Exit:
+    """One line on stderr."""
+    typer.echo(f"pdlm-peft: {' '.join(str(message).split())}", err=True)
+    return typer.Exit(code)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    from . import build_cli
+
+    for command in (validate, convert, split):
+        app.command()(command)
+    app.add_typer(build_cli.app, name="build")
+
+
+@says_why
+def validate(
+    data: Data,
+    images: Images = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint to train; default: the embedded one.")] = None,
+    max_caption_tokens: Annotated[int, typer.Option(help="A longer caption is a fault; 0: none is.")] = 512,
+    max_regions: Annotated[int | None, typer.Option(help="More regions in a row are a fault.")] = None,
+    open_images: Annotated[
+        bool, typer.Option("--open-images/--no-images", help="Decode every picture, or believe the sizes in the file.")
+    ] = True,
+    max_faults: Annotated[int, typer.Option(help="Faults to print; 0: all. All are counted.")] = SHOWN,
+    draw: Annotated[Path | None, typer.Option(help="Draw the first samples, into a .png or a folder.")] = None,
+    samples: Annotated[int, typer.Option(help="Samples to draw.")] = SAMPLES,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check region data: every fault with its row, and a summary. Exit code 1 if there are faults."""
+    from transformers import AutoProcessor
+
+    import pdlm_hf
+
+    from .sources import find_source
+    from .validate import Validator, draw_samples
+
+    if max_caption_tokens < 0 or max_faults < 0 or samples < 1:
+        raise ValueError("--max-caption-tokens and --max-faults must not be negative, --samples must be positive.")
+    source = find_source(data, images)
+    if draw is not None and not draw.is_dir():
+        from pdlm_hf.app.drawing import check_target
+
+        check_target(draw)
+    processor = AutoProcessor.from_pretrained(str(model or pdlm_hf.CHECKPOINT))
+    validator = Validator(processor, open_images, max_caption_tokens or None, max_regions, samples if draw else 0)
+    report = validator.validate(source)
+    shown = report.faults[: max_faults or None]
+    if as_json:
+        found = {"data": data, "faults": [vars(fault) for fault in shown], "n_faults": len(report.faults)}
+        typer.echo(json.dumps(found | {"counts": report.counts, "summary": report.summary}))
+    else:
+        for fault in shown:
+            typer.echo(str(fault))
+        if hidden := len(report.faults) - len(shown):
+            typer.echo(f"... and {hidden} more (--max-faults 0 prints all)")
+        _say_summary(report)
+    if draw is not None and report.samples:
+        paths = draw_samples(report.samples, source.folder, draw)
+        typer.echo(f"drawn: {', '.join(map(str, paths))}", err=True)
+    if report.faults:
+        raise typer.Exit(1)
+
+
+def _say_summary(report: Any) -> None:
+    summary = report.summary
+    typer.echo(f"{summary['rows']} rows, {summary['images']} pictures, {summary['regions']} regions")
+    names = {
+        "regions_per_row": ("regions a row", "{:g}"),
+        "area_share": ("share of the picture", "{:.2%}"),
+        "caption_tokens": ("tokens a caption", "{:g}"),
+    }
+    for name, (label, form) in names.items():
+        if spread := summary[name]:
+            values = ", ".join(f"{key} {form.format(value)}" for key, value in spread.items())
+            typer.echo(f"{label}: {values}")
+    typer.echo(
+        f"{summary['rows_in_several_groups']} rows need several groups for {summary['region_prompts']} region prompts"
+    )
+    counts = ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
+    typer.echo(f"faults: {counts or 'none'}")
+
+
+@says_why
+def convert(
+    source: Annotated[str, typer.Argument(help="The annotation file, or a saved table.")],
+    out: Annotated[Path, typer.Argument(help="JSONL file to write.")],
+    form: Annotated[str, typer.Option("--from", help="coco-instances, coco-panoptic, dam, gar or reference.")],
+    images: Images = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="COCO: CSV or JSONL with id (or annotation_id), caption, perhaps image_id.")
+    ] = None,
+    category_captions: Annotated[
+        str | None, typer.Option(help="COCO: a caption with the category's name for {}; '{}' for the name alone.")
+    ] = None,
+    masks: Annotated[Path | None, typer.Option(help="COCO panoptic: folder of its PNG files.")] = None,
+    crowds: Annotated[bool, typer.Option("--crowds", help="COCO: also take crowd regions.")] = False,
+) -> None:
+    """Write other annotation files as region data (JSONL)."""
+    from . import convert as converting
+
+    if captions is not None and category_captions is not None:
+        raise ValueError("Give one of --captions and --category-captions.")
+    texts = None
+    if captions is not None:
+        texts = converting.read_captions(captions)
+    elif category_captions is not None:
+        texts = converting.category_captions(category_captions)
+    counts = converting.convert(source, out, form, images, texts, masks, crowds)
+    _say_counts(out, counts)
+    if not counts["rows"]:
+        raise fail("no row was written", 1)
+
+
+@says_why
+def split(
+    data: Data,
+    train: Annotated[Path, typer.Argument(help="JSONL file to write, for training.")],
+    held_out: Annotated[Path, typer.Argument(help="JSONL file to write, held out.")],
+    share: Annotated[float, typer.Option("--held-out", help="Share of the pictures to hold out.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same split.")] = 0,
+    images: Images = None,
+) -> None:
+    """Split region data by picture: none is on both sides."""
+    from .convert import split as split_rows
+
+    if train.resolve() == held_out.resolve():
+        raise ValueError(f"{train}: the two files must differ.")
+    for out, counts in zip((train, held_out), split_rows(data, train, held_out, share, seed, images), strict=True):
+        _say_counts(out, counts)
+
+
+def _say_counts(out: Path, counts: Any) -> None:
+    left = [
+        f"{count} {name} left out" for name, count in counts.items() if name not in ("rows", "regions", "pictures")
+    ]
+    pictures = [f"{counts['pictures']} pictures"] * ("pictures" in counts)
+    typer.echo("; ".join([f"{out}: {counts['rows']} rows", f"{counts['regions']} regions", *pictures, *left]))

@@ -1,0 +1,236 @@
+"""One row of region data in one form (COCO's field names), and what can be wrong with it.
+
+The form: `{"image": path, "regions": [{"id", "segmentation" | "bbox", "caption"}, ...], "question"?, "width"?,
+"height"?}`. Pictures and masks stay encoded here.
+"""
+
+import base64
+import binascii
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pdlm_hf.app.images import load_image, open_image
+
+ROW_KEYS = {"image", "regions", "question", "width", "height", "id", "meta"}
+REGION_KEYS = {
+    "id",
+    "segmentation",
+    "bbox",
+    "caption",
+    "category",
+    "category_id",
+    "image_id",
+    "area",
+    "iscrowd",
+    "meta",
+}
+IMAGE_NAMES = ("image", "image_file", "image_path")  # the reference knows all three
+# A box is cut off at the edges of its picture: this one is any whole picture.
+WHOLE = [0, 0, 2**31, 2**31]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with the data.
+
+    Args:
+        row (`int`): from 1; the line of a JSONL file, the position in a list, in COCO that of the picture.
+        field (`str`): where in the row.
+        kind (`str`): by which faults are counted.
+        got, expected (`str`): in a few words.
+    """
+
+    row: int
+    field: str
+    kind: str
+    got: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"row {self.row}: {self.field}: got {self.got}, expected {self.expected}"
+
+
+class RowError(ValueError):
+    """A row that cannot be used; `fault` says why."""
+
+    def __init__(self, fault: Fault):
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+# ---------------------------------------------------------------------------------------------------- one row
+
+
+def normal_row(raw: Any) -> Any:
+    """A row in the one form, whatever form it came in; what is not understood is left for [`check_row`].
+
+    The reference's training rows have `image`, `image_file` or `image_path`, and `mask_rles` with `captions`, or
+    `annotations` whose `segmentation` is an RLE or null for the whole picture.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    # a column of a `datasets` table is there in every row, with null where a row has no such field
+    row = {name: value for name, value in raw.items() if value is not None}
+    for name in IMAGE_NAMES[1:]:
+        if name in row:
+            row.setdefault("image", row.pop(name))
+    masks, captions = row.get("mask_rles"), row.get("captions")
+    if isinstance(masks, list) and isinstance(captions, list) and len(masks) == len(captions):
+        pairs = enumerate(zip(masks, captions, strict=True))
+        row["regions"] = [{"id": k, "segmentation": mask, "caption": caption} for k, (mask, caption) in pairs]
+        del row["mask_rles"], row["captions"]
+    elif isinstance(row.get("annotations"), list) and "regions" not in row:
+        row["regions"] = [_reference_region(region) for region in row.pop("annotations")]
+    elif isinstance(row.get("regions"), list):
+        row["regions"] = [_without_nulls(region) for region in row["regions"]]
+    return row
+
+
+def _without_nulls(region: Any) -> Any:
+    if not isinstance(region, dict):
+        return region
+    return {name: value for name, value in region.items() if value is not None}
+
+
+def _reference_region(region: Any) -> Any:
+    whole = isinstance(region, dict) and region.get("segmentation", ()) is None and region.get("bbox") is None
+    return _without_nulls({**region, "bbox": WHOLE} if whole else region)
+
+
+def check_row(row: Any, number: int, captions: bool = True) -> Iterator[Fault]:
+    """Everything that is wrong with the form of a row; pictures and masks are not decoded.
+
+    Args:
+        row: from [`normal_row`].
+        number (`int`): of the row, from 1.
+        captions (`bool`): every region needs one.
+    """
+    if not isinstance(row, dict):
+        yield Fault(number, "row", "wrong type", type(row).__name__, "an object with `image` and `regions`")
+        return
+    for name in row:
+        if name not in ROW_KEYS and name not in ("mask_rles", "captions"):
+            yield Fault(number, name, "unknown key", "an unknown key", f"one of {', '.join(sorted(ROW_KEYS))}")
+    if "image" not in row:
+        yield Fault(number, "image", "missing field", "nothing", "the path of a picture")
+    elif not (isinstance(row["image"], (str, dict, Image.Image)) and row["image"]):
+        yield Fault(number, "image", "wrong type", _said(row["image"]), "the path of a picture")
+    if "question" in row and not (isinstance(row["question"], str) and row["question"].strip()):
+        yield Fault(number, "question", "wrong type", _said(row["question"]), "a text")
+    for name in ("width", "height"):
+        if name in row and not (_is_whole(row[name]) and row[name] > 0):
+            yield Fault(number, name, "wrong type", _said(row[name]), "a number of pixels")
+    if "mask_rles" in row:
+        got = " and ".join(f"{_count(row.get(name))} {name}" for name in ("mask_rles", "captions"))
+        yield Fault(number, "captions", "wrong length", got, "one caption for each mask")
+    elif "regions" not in row:
+        yield Fault(number, "regions", "missing field", "nothing", "a list of regions")
+    elif not isinstance(row["regions"], list):
+        yield Fault(number, "regions", "wrong type", _said(row["regions"]), "a list of regions")
+    elif not row["regions"]:
+        yield Fault(number, "regions", "no regions", "an empty list", "at least one region")
+    else:
+        yield from _check_regions(row["regions"], number, captions)
+
+
+def _check_regions(regions: list, number: int, captions: bool) -> Iterator[Fault]:
+    seen = set()
+    for k, region in enumerate(regions):
+        field = f"regions[{k}]"
+        if not isinstance(region, dict):
+            yield Fault(number, field, "wrong type", _said(region), "an object with a shape and `caption`")
+            continue
+        for name in region.keys() - REGION_KEYS:
+            expected = f"one of {', '.join(sorted(REGION_KEYS))}"
+            yield Fault(number, f"{field}.{name}", "unknown key", "an unknown key", expected)
+        identifier = region.get("id", k)
+        if not isinstance(identifier, (int, str)) or isinstance(identifier, bool):
+            yield Fault(number, f"{field}.id", "wrong type", _said(identifier), "a number or a text")
+        elif identifier in seen:
+            yield Fault(number, f"{field}.id", "duplicate id", repr(identifier) + " again", "an id for each region")
+        else:
+            seen.add(identifier)
+        yield from _check_shape(region, field, number)
+        if captions:
+            yield from _check_caption(region, f"{field}.caption", number)
+
+
+def _check_shape(region: dict, field: str, number: int) -> Iterator[Fault]:
+    shape, box = region.get("segmentation"), region.get("bbox")
+    if shape is not None and shape != [] and shape != {}:
+        if not isinstance(shape, (dict, list)):
+            yield Fault(number, f"{field}.segmentation", "wrong type", _said(shape), "an RLE or polygons")
+    elif box is None:
+        yield Fault(number, field, "missing field", "no shape", "`segmentation` (RLE or polygons) or `bbox`")
+    elif not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+        yield Fault(number, f"{field}.bbox", "wrong type", _said(box), "[x, y, width, height] in pixels")
+
+
+def _check_caption(region: dict, field: str, number: int) -> Iterator[Fault]:
+    caption = region.get("caption")
+    if caption is None:
+        yield Fault(number, field, "missing field", "nothing", "a text")
+    elif not isinstance(caption, str):
+        yield Fault(number, field, "wrong type", _said(caption), "a text")
+    elif not caption.strip():
+        yield Fault(number, field, "empty caption", repr(caption), "a text")
+
+
+def _said(value: Any) -> str:
+    return f"{value!r:.60} ({type(value).__name__})"
+
+
+def _count(value: Any) -> str:
+    return str(len(value)) if isinstance(value, list) else "no list of"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def row_size(row: dict) -> tuple[int, int] | None:
+    """Width and height of the picture as the row says them: in so many words, or by an RLE; None if it does not."""
+    if _is_whole(row.get("width")) and _is_whole(row.get("height")):
+        return row["width"], row["height"]
+    regions = row["regions"] if isinstance(row.get("regions"), list) else []
+    for region in regions:
+        shape = region.get("segmentation") if isinstance(region, dict) else None
+        size = shape.get("size") if isinstance(shape, dict) else None
+        if isinstance(size, (list, tuple)) and len(size) == 2 and all(map(_is_whole, size)):
+            return size[1], size[0]
+    return None
+
+
+def open_row_image(image: Any, folder: Path | None) -> Image.Image:
+    """The picture of a row, RGB, turned the way it is meant to be seen.
+
+    Args:
+        image: path, `data:...;base64,...`, a picture, or the `{"bytes", "path"}` of a `datasets` column.
+        folder (`Path`, *optional*): what relative paths start from.
+
+    Raises:
+        ValueError: missing, or not to be decoded.
+    """
+    if isinstance(image, str) and not image.startswith("data:"):
+        return load_image(Path(folder or "", image))
+    if isinstance(image, Image.Image):
+        return load_image(image)
+    try:
+        if isinstance(image, str):
+            data = base64.b64decode(image.partition("base64,")[2], validate=True)
+        elif image.get("bytes") is None:
+            return load_image(Path(folder or "", image["path"]))
+        else:
+            data = image["bytes"]
+        return load_image(open_image(io.BytesIO(data)))
+    except (binascii.Error, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the picture in the row cannot be decoded ({error}).") from None

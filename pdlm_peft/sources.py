@@ -1,0 +1,222 @@
+"""All rows of a file or table, one after the other, whatever kind it is of."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .rows import REGION_KEYS, Fault, RowError
+
+_CHUNK = 1 << 20  # characters read at a time
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Args:
+        kind (`str`): "jsonl", "list" (a JSON list), "coco", "table" (a saved `datasets` folder) or "hub".
+        path (`Path`, *optional*): of the file or folder.
+        name (`str`): as the user wrote it.
+        images (`Path`, *optional*): the folder of pictures that the user gave.
+    """
+
+    kind: str
+    path: Path | None
+    name: str
+    images: Path | None
+
+    @property
+    def own_folder(self) -> Path | None:
+        """What relative paths start from if no folder was given; files written elsewhere must say another path."""
+        return None if self.images is not None or self.path is None else self.path.parent
+
+    @property
+    def folder(self) -> Path | None:
+        """What relative paths of pictures start from."""
+        return self.images if self.images is not None else self.own_folder
+
+
+def find_source(source: str | Path, images: str | Path | None = None) -> Source:
+    """What kind of data this is, by its first character.
+
+    Args:
+        source (`str` or `Path`): COCO json, JSONL, a JSON list of rows, a folder written by `save_to_disk` of
+            `datasets`, or `hf:NAME[:CONFIG][@SPLIT]`.
+        images (`str` or `Path`, *optional*): folder of the pictures; default: that of the file.
+
+    Raises:
+        ValueError: there is no such thing, or it is of no known kind.
+    """
+    name = str(source)
+    folder = None if images is None else Path(images)
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of pictures.")
+    if name.startswith("hf:"):
+        return Source("hub", None, name, folder)
+    path = Path(source)
+    if path.is_dir():
+        if not any((path / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
+            raise ValueError(f"{path}: is a folder, but none that `save_to_disk` of `datasets` has written.")
+        return Source("table", path, name, folder)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    with open(path, "rb") as file:
+        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if path.suffix in (".jsonl", ".ndjson"):
+        return Source("jsonl", path, name, folder)
+    if start[:1] == b"[":
+        return Source("list", path, name, folder)
+    if start[:1] == b"{":
+        return Source("coco" if _is_one_object(path) else "jsonl", path, name, folder)
+    raise ValueError(f"{path}: expected a COCO json, a JSON list of rows, or JSONL (one row a line).")
+
+
+def _is_one_object(path: Path) -> bool:
+    """Whether a file that starts with { is one JSON object, not one a line."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        first, second = file.readline(), file.readline()
+    try:
+        return not (json.loads(first) and second.strip())
+    except ValueError:
+        return True
+
+
+def raw_rows(source: Source) -> Iterator[tuple[int, Any]]:
+    """Rows as they are, with their numbers from 1, one after the other; nothing is kept of JSONL, lists and hub data.
+
+    Yields:
+        number and row; instead of a row that is no JSON, the [`RowError`] that says so.
+
+    Raises:
+        ValueError: the source as a whole is of no use.
+    """
+    if source.kind == "jsonl":
+        with open(source.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, parse_line(line, number)
+    elif source.kind == "list":
+        yield from _list_rows(source.path)
+    elif source.kind == "coco":
+        yield from _coco_rows(source.path)
+    else:
+        table = open_table(source, streaming=source.kind == "hub")
+        yield from enumerate(table, 1)
+
+
+def parse_line(line: bytes, number: int) -> Any:
+    """The row in a line of a JSONL file, or the [`RowError`] that says why there is none."""
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        where = f"line {number}, column {error.colno}: {error.msg}" if hasattr(error, "colno") else f"{error}"
+        return RowError(Fault(number, "row", "broken JSON", where, "one whole JSON object a line"))
+
+
+def _list_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of a JSON list, which is read piece by piece."""
+    decoder, number, text, more = json.JSONDecoder(), 0, "", True
+    with open(path, encoding="utf-8-sig") as file:
+        while file.read(1) != "[":  # which is there: that made it a list
+            pass
+        while True:
+            text = text.lstrip().removeprefix(",").lstrip() if number else text.lstrip()
+            if text.startswith("]"):
+                return
+            try:
+                row, end = decoder.raw_decode(text)
+                if end == len(text) and more:  # a number may go on in the next piece
+                    raise json.JSONDecodeError("cut", text, end)
+            except json.JSONDecodeError as error:
+                piece = file.read(max(_CHUNK, len(text)))
+                text, more = text + piece, bool(piece)
+                if more:
+                    continue
+                got = f"{error.msg}, after {number} whole rows"
+                yield number + 1, RowError(Fault(number + 1, "row", "broken JSON", got, "a whole JSON list"))
+                return
+            number += 1
+            text = text[end:]
+            yield number, row
+
+
+def _coco_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """A row for each picture of a COCO file that has annotations, numbered by its place among the pictures."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        yield 1, RowError(Fault(1, "file", "broken JSON", str(error), "one whole JSON object"))
+        return
+    images, annotations = data.get("images"), data.get("annotations")
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        got = f"an object with {', '.join(sorted(data)[:5])}"
+        yield 1, RowError(Fault(1, "file", "wrong type", got, "COCO's lists `images` and `annotations`"))
+        return
+    rows: dict[Any, tuple[int, dict, list]] = {}
+    for k, image in enumerate(images):
+        if fault := _coco_fault(image, ("id", "file_name"), k, "images", rows):
+            yield k + 1, RowError(fault)
+        else:
+            rows[image["id"]] = (k + 1, image, [])
+    ids: set = set()
+    for k, annotation in enumerate(annotations):
+        if fault := _coco_fault(annotation, ("image_id",), k, "annotations", ids):
+            yield k + 1, RowError(fault)
+        elif annotation["image_id"] not in rows:
+            got = f"{annotation['image_id']!r}"
+            field = f"annotations[{k}].image_id"
+            yield k + 1, RowError(Fault(k + 1, field, "unknown picture", got, "the id of one of `images`"))
+        else:
+            ids.add(annotation.get("id"))
+            rows[annotation["image_id"]][2].append(annotation)
+    names = {entry.get("id"): entry.get("name") for entry in data.get("categories") or [] if isinstance(entry, dict)}
+    for number, image, own in rows.values():
+        if own:
+            row = {"image": image["file_name"], "regions": [_coco_region(annotation, names) for annotation in own]}
+            yield number, row | {name: image[name] for name in ("width", "height") if name in image}
+
+
+def _coco_fault(entry: Any, needed: tuple[str, ...], k: int, name: str, ids: Any) -> Fault | None:
+    """What is wrong with the k-th entry of one of COCO's lists."""
+    for key in needed:
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), (int, str)):
+            return Fault(k + 1, f"{name}[{k}].{key}", "missing field", f"{entry!r:.60}", f"`{key}`")
+    if entry.get("id") is not None and entry["id"] in ids:
+        return Fault(k + 1, f"{name}[{k}].id", "duplicate id", f"{entry['id']!r} again", "an id for each")
+    return None
+
+
+def _coco_region(annotation: dict, names: dict) -> dict:
+    """COCO files of all kinds have keys of their own; only what is known is kept."""
+    region = {name: value for name, value in annotation.items() if name in REGION_KEYS}
+    if isinstance(names.get(annotation.get("category_id")), str):
+        region.setdefault("category", names[annotation["category_id"]])
+    return region
+
+
+def open_table(source: Source, streaming: bool = False) -> Any:
+    """A `datasets` table with its pictures left encoded. Raises: ImportError, or ValueError if it cannot be had."""
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError('Reading tables needs datasets: pip install "perceptiondlm[peft]".') from None
+    try:
+        if source.kind == "table":
+            table = datasets.load_from_disk(str(source.path))
+        else:
+            name, _, split = source.name.removeprefix("hf:").partition("@")
+            name, _, config = name.partition(":")
+            table = datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
+    except Exception as error:  # whatever its readers raise; all of it means the same to the user
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source.name}: `datasets` cannot read it ({reason}).") from None
+    if isinstance(table, datasets.DatasetDict):
+        if "train" not in table:
+            raise ValueError(f"{source.name}: has the splits {', '.join(table)}; give the folder of one of them.")
+        table = table["train"]
+    for name, feature in (table.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table

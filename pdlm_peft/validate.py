@@ -1,0 +1,281 @@
+"""The check of region data before any GPU minute: every fault with its row, and what the data are like."""
+
+import gc
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pdlm_hf.app.regions import region_areas
+
+from .data import decode_row
+from .rows import WHOLE, Fault, RowError, check_row, normal_row, open_row_image, row_size
+from .sources import Source, raw_rows
+
+_BATCH = 512  # rows whose masks and captions are looked at together
+
+
+@dataclass
+class Report:
+    """What the check found.
+
+    Args:
+        faults (`list[Fault]`): all of them, row after row.
+        summary (`dict`): numbers about the rows that could be read.
+        samples: number and raw row of the first sound rows.
+    """
+
+    faults: list[Fault]
+    summary: dict[str, Any]
+    samples: list[tuple[int, Any]] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Faults of every kind, the most frequent first."""
+        return dict(Counter(fault.kind for fault in self.faults).most_common())
+
+
+class Validator:
+    """Checks region data; nothing is kept in memory but ids, areas, lengths and faults.
+
+    Args:
+        processor (`PdlmProcessor`): counts tokens and region prompts.
+        open_images (`bool`): decode every picture; otherwise sizes are those of the rows and RLEs.
+        max_caption_tokens (`int`, *optional*): a longer caption is a fault.
+        max_regions (`int`, *optional*): more regions in a row are a fault. More than the region prompts of the
+            checkpoint are none: training splits them into groups.
+        samples (`int`): sound rows to keep for drawing.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        open_images: bool = True,
+        max_caption_tokens: int | None = 512,
+        max_regions: int | None = None,
+        samples: int = 0,
+    ):
+        for name, value in (("max_caption_tokens", max_caption_tokens), ("max_regions", max_regions)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+        self.processor, self.open_images, self.num_samples = processor, open_images, samples
+        self.max_caption_tokens, self.max_regions = max_caption_tokens, max_regions
+        self._special_ids = frozenset(processor.tokenizer.added_tokens_decoder)
+
+    def validate(self, source: Source) -> Report:
+        """Check all rows. Raises: ValueError if there is no such data at all."""
+        self.faults: list[Fault] = []
+        self.samples: list[tuple[int, Any]] = []
+        self.images: set[bytes] = set()
+        self.ids: set[bytes] = set()
+        self.areas: list[float] = []
+        self.lengths: list[int] = []
+        self.region_counts: list[int] = []
+        self.rows = 0
+        rows = _readable(raw_rows(source))
+        collecting = gc.isenabled()
+        gc.disable()  # rows have no cycles; walking them again and again takes a quarter of the time
+        try:
+            while batch := list(islice(rows, _BATCH)):
+                self._check_batch(batch, source.folder)
+        finally:
+            if collecting:
+                gc.enable()
+        if not self.rows:
+            self.faults.append(Fault(1, "file", "no rows", "no rows", "at least one"))
+        self.faults.sort(key=lambda fault: fault.row)
+        return Report(self.faults, self._summary(), self.samples)
+
+    def _check_batch(self, batch: list[tuple[int, Any]], folder: Path | None) -> None:
+        shapes: list[tuple[int, int, dict, tuple[int, int]]] = []
+        captions: list[tuple[int, int, str]] = []
+        first, sound = len(self.faults), []
+        for number, raw in batch:
+            self.rows += 1
+            if isinstance(raw, RowError):
+                self.faults.append(raw.fault)
+                continue
+            row = normal_row(raw)
+            found = list(check_row(row, number))
+            self.faults += found
+            if not isinstance(row, dict):
+                continue
+            size = self._size(row, number, folder, found)
+            self._check_ids(row, number)
+            regions = row["regions"] if isinstance(row.get("regions"), list) else []
+            self.region_counts.append(len(regions))
+            if self.max_regions is not None and len(regions) > self.max_regions:
+                self.faults.append(
+                    Fault(number, "regions", "too many regions", f"{len(regions)}", f"at most {self.max_regions}")
+                )
+            wrong = {fault.field for fault in found}
+            for k, region in enumerate(regions):
+                name = f"regions[{k}]"
+                if not isinstance(region, dict):
+                    continue
+                if size and wrong.isdisjoint((name, f"{name}.segmentation", f"{name}.bbox")):
+                    shapes.append((number, k, region, size))
+                if f"{name}.caption" not in wrong:
+                    captions.append((number, k, region["caption"]))
+            sound.append((number, raw))
+        self._check_masks(shapes)
+        self._check_captions(captions)
+        if len(self.samples) < self.num_samples:
+            faulty = {fault.row for fault in self.faults[first:]}
+            good = [pair for pair in sound if pair[0] not in faulty]
+            self.samples += good[: self.num_samples - len(self.samples)]
+
+    def _size(self, row: dict, number: int, folder: Path | None, found: list[Fault]) -> tuple[int, int] | None:
+        """Width and height of the picture, None if they are not known."""
+        if any(fault.field in ("image", "width", "height") for fault in found):
+            return None
+        self.images.add(_digest(row["image"]))
+        said = (row["width"], row["height"]) if "width" in row and "height" in row else None
+        if not self.open_images:
+            return row_size(row)
+        try:
+            size = open_row_image(row["image"], folder).size
+        except ValueError as error:
+            kind = "missing image" if "no such file" in str(error) else "broken image"
+            self.faults.append(Fault(number, "image", kind, str(error).rstrip("."), "a picture that can be decoded"))
+            return None
+        if said and said != size:
+            got, expected = (f"{w} x {h}" for w, h in (said, size))
+            self.faults.append(Fault(number, "width", "other size", got, f"{expected}, as the picture"))
+        return size
+
+    def _check_ids(self, row: dict, number: int) -> None:
+        """The same region of the same picture in two rows, unless they ask different questions."""
+        if not isinstance(row.get("regions"), list) or "image" not in row:
+            return
+        place = _digest(row["image"], row.get("question"))
+        own = set()
+        for k, region in enumerate(row["regions"]):
+            if isinstance(region, dict) and "id" in region:
+                key = _digest(place, region["id"])
+                if key in self.ids and key not in own:
+                    got = f"{region['id']!r}, which another row with this picture has"
+                    self.faults.append(Fault(number, f"regions[{k}].id", "duplicate id", got, "an id of its own"))
+                own.add(key)
+        self.ids |= own
+
+    def _check_masks(self, shapes: list[tuple[int, int, dict, tuple[int, int]]]) -> None:
+        areas = region_areas([region for *_, region, _ in shapes], [size for *_, size in shapes])
+        for (number, k, region, (width, height)), area in zip(shapes, areas, strict=True):
+            if not isinstance(area, ValueError):
+                self.areas.append(area / (width * height))
+                if 0 < area < width * height:
+                    continue
+            field, shape = f"regions[{k}]", region.get("segmentation")
+            picture = f"the picture of {width} x {height}"
+            if isinstance(area, ValueError):
+                size = list(shape["size"]) if isinstance(shape, dict) and isinstance(shape.get("size"), list) else None
+                if size is not None and size != [height, width]:
+                    kind, got = "other size", f"an RLE of size {size}"
+                    expected = f"{[height, width]} (height, width), as the picture"
+                else:
+                    kind = "broken " + ("RLE" if isinstance(shape, dict) else "polygons" if shape else "box")
+                    got, expected = str(area).partition(": ")[2].rstrip("."), f"a region of {picture}"
+                self.faults.append(Fault(number, field, kind, got, expected))
+            elif area == 0:
+                self.faults.append(Fault(number, field, "empty mask", "no pixel", f"some of {picture}"))
+            elif region.get("bbox") != WHOLE:
+                expected = f"a part of {picture}; is the mask inverted?"
+                self.faults.append(Fault(number, field, "full mask", "every pixel", expected))
+
+    def _check_captions(self, captions: list[tuple[int, int, str]]) -> None:
+        if not captions:
+            return
+        texts = [text for *_, text in captions]
+        # without positions in the text, which the tokenizer's own call also computes
+        encoded = self.processor.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for (number, k, text), ids in zip(captions, (encoding.ids for encoding in encoded), strict=True):
+            self.lengths.append(len(ids))
+            if self.max_caption_tokens is not None and len(ids) > self.max_caption_tokens:
+                got, most = f"{len(ids)} tokens", f"at most {self.max_caption_tokens}"
+                self.faults.append(Fault(number, f"regions[{k}].caption", "long caption", got, most))
+            if not self._special_ids.isdisjoint(ids):
+                try:
+                    self.processor.refuse_specials(text, "the caption")
+                except ValueError as error:
+                    self.faults.append(Fault(number, f"regions[{k}].caption", "special tokens", str(error), "text"))
+
+    def _summary(self) -> dict[str, Any]:
+        prompts = self.processor.image_processor.num_region_prompts
+        return {
+            "rows": self.rows,
+            "images": len(self.images),
+            "regions": sum(self.region_counts),
+            "regions_per_row": _spread(self.region_counts),
+            "area_share": _spread(self.areas),
+            "caption_tokens": _spread(self.lengths),
+            "region_prompts": prompts,
+            "rows_in_several_groups": sum(count > prompts for count in self.region_counts),
+            "images_opened": self.open_images,
+        }
+
+
+def _readable(rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """The rows as far as the file is text."""
+    number = 0
+    try:
+        for number, row in rows:
+            yield number, row
+    except UnicodeDecodeError as error:
+        yield number + 1, RowError(Fault(number + 1, "file", "broken JSON", str(error), "text in UTF-8"))
+
+
+def _digest(*values: Any) -> bytes:
+    """A short stand-in for long values, so that millions fit."""
+    return hashlib.blake2b(repr(values).encode(), digest_size=12).digest()
+
+
+def _spread(values: list) -> dict[str, float] | None:
+    if not values:
+        return None
+    array = np.asarray(values, dtype=np.float64)
+    names = {"min": 0, "median": 50, "p95": 95, "max": 100}
+    return {name: round(float(np.percentile(array, q)), 6) for name, q in names.items()}
+
+
+def draw_samples(samples: list[tuple[int, Any]], folder: Path | None, out: Path) -> list[Path]:
+    """Draw rows with their regions and captions.
+
+    Args:
+        samples: of a [`Report`].
+        folder (`Path`, *optional*): what relative paths of pictures start from.
+        out (`Path`): a picture for all of them, one below the other, or a folder for one picture each.
+
+    Raises:
+        ValueError: a picture cannot be opened; ImportError: the drawing library is missing.
+    """
+    from PIL import Image
+
+    from pdlm_hf.app.drawing import draw_captions
+    from pdlm_hf.app.regions import Region
+    from pdlm_hf.processing_pdlm import RegionCaption
+
+    drawn = []
+    for number, raw in samples:
+        row = decode_row(number, raw, folder)
+        regions = [Region(region["id"], region["mask"]) for region in row["regions"]]
+        captions = [RegionCaption(region["caption"], 1.0) for region in row["regions"]]
+        drawn.append((number, draw_captions(row["image"], regions, captions)))
+    if out.is_dir():
+        paths = [out / f"row_{number}.png" for number, _ in drawn]
+        for path, (_, picture) in zip(paths, drawn, strict=True):
+            picture.save(path)
+        return paths
+    pictures = [picture for _, picture in drawn]
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    sheet.save(out)
+    return [out]

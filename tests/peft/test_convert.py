@@ -1,0 +1,230 @@
+"""Converted files hold what was drawn; a split keeps pictures apart."""
+
+import base64
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+from drawn import as_coco, drawn_rows, read_jsonl, write_jsonl
+from PIL import Image
+from typer.testing import CliRunner
+
+from pdlm_peft import convert as converting
+from pdlm_peft.cli import app
+from pdlm_peft.data import RegionDataset
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return folder, *drawn_rows(folder / "images")
+
+
+def masks_of(path, images=None):
+    return [{r["id"]: r["mask"] for r in row["regions"]} for row in RegionDataset(path, images)]
+
+
+def test_coco_instances_with_captions_from_a_file(world, tmp_path):
+    root, rows, pictures = world
+    data = as_coco(rows, pictures)
+    data["annotations"][0]["iscrowd"] = 1
+    source = tmp_path / "instances.json"
+    source.write_text(json.dumps(data))
+    texts = {r["id"]: r["caption"] for row in rows for r in row["regions"]}
+    missing = data["annotations"][1]["id"]
+    with open(tmp_path / "captions.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "caption"])
+        writer.writeheader()
+        writer.writerows({"id": key, "caption": text} for key, text in texts.items() if key != missing)
+    out = tmp_path / "out.jsonl"
+    result = run(
+        "convert",
+        source,
+        out,
+        "--from",
+        "coco-instances",
+        "--images",
+        root / "images",
+        "--captions",
+        tmp_path / "captions.csv",
+    )
+    assert result.exit_code == 0, result.output
+    assert "1 crowd regions left out; 1 regions without a caption left out" in result.output
+    found = read_jsonl(out)
+    left = {r["id"]: r["caption"] for row in found for r in row["regions"]}
+    assert left == {key: text for key, text in texts.items() if key not in (missing, data["annotations"][0]["id"])}
+    assert (found[-1]["width"], found[-1]["height"]) == pictures[-1].image.size
+    masks = {key: mask for row in masks_of(out, root / "images") for key, mask in row.items()}
+    for row, picture in zip(rows, pictures, strict=True):
+        for region, mask in zip(row["regions"], picture.masks, strict=True):
+            assert region["id"] not in masks or np.array_equal(masks[region["id"]], mask)
+
+
+def test_coco_panoptic(world, tmp_path):
+    """Colours of the PNG files are the ids; later figures hide earlier ones, as they do in the drawing."""
+    root, rows, pictures = world
+    data = as_coco(rows, pictures)
+    (tmp_path / "panoptic").mkdir()
+    annotations = []
+    for k, picture in enumerate(pictures):
+        colours = np.zeros((picture.image.height, picture.image.width, 3), np.uint8)
+        segments = []
+        for n, mask in enumerate(picture.masks):
+            colour = (7 + n, 3 * n, n)
+            colours[mask] = colour
+            segments.append(
+                {"id": colour[0] + 256 * colour[1] + 65536 * colour[2], "category_id": n % 5, "iscrowd": 0}
+            )
+        segments.append({"id": 250, "category_id": 0})
+        Image.fromarray(colours).save(tmp_path / "panoptic" / f"{k}.png")
+        annotations.append({"image_id": k + 1, "file_name": f"{k}.png", "segments_info": segments})
+    (tmp_path / "panoptic.json").write_text(json.dumps({**data, "annotations": annotations}))
+    out = tmp_path / "out.jsonl"
+    result = run(
+        *("convert", tmp_path / "panoptic.json", out, "--from", "coco-panoptic", "--images", root / "images"),
+        *("--category-captions", "A {}."),
+    )
+    assert result.exit_code == 0 and f"{len(rows)} segments without a pixel left out" in result.output, result.output
+    for found, row, picture in zip(masks_of(out, root / "images"), read_jsonl(out), pictures, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(found.values(), picture.masks, strict=True))
+        names = [entry["name"] for entry in data["categories"]]
+        assert [r["caption"] for r in row["regions"]] == [f"A {names[n % 5]}." for n in range(len(picture.masks))]
+    result = run(
+        "convert",
+        tmp_path / "panoptic.json",
+        out,
+        "--from",
+        "coco-panoptic",
+        "--category-captions",
+        "{}",
+        "--masks",
+        tmp_path / "no",
+    )
+    assert result.exit_code == 2 and "no such folder of panoptic PNG files" in result.stderr
+
+
+def test_describe_anything(world, tmp_path):
+    """Pictures may be named without the leading zeros that the annotations have."""
+    root, rows, pictures = world
+    data = {}
+    for k, (row, picture) in enumerate(zip(rows, pictures, strict=True), 1):
+        picture.image.save(tmp_path / f"{k}.png")
+        data[f"img{k}"] = [
+            {
+                "ann_id": r["id"],
+                "img_id": f"img{k}",
+                "image": f"train/{k:06}.png",
+                "tar_file": "0.tar",
+                "mask_rle": r["segmentation"],
+                "caption": r["caption"],
+            }
+            for r in row["regions"]
+        ]
+    source = tmp_path / "annotations.json"
+    source.write_text(json.dumps(data))
+    result = run("convert", source, tmp_path / "out.jsonl", "--from", "dam", "--images", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert [row["regions"] for row in read_jsonl(tmp_path / "out.jsonl")] == [row["regions"] for row in rows]
+    assert np.array_equal(next(iter(masks_of(tmp_path / "out.jsonl", tmp_path)[1].values())), pictures[1].masks[0])
+
+
+def test_grasp_any_region(world, tmp_path):
+    root, rows, pictures = world
+    data = []
+    for row in rows[:2]:
+        turns = []
+        for region in row["regions"]:
+            turns += [{"from": "human", "value": "Describe."}, {"from": "gpt", "value": region["caption"]}]
+        data.append(
+            {"image": row["image"], "mask_rle": [r["segmentation"] for r in row["regions"]], "conversations": turns}
+        )
+    data[0]["image"] = "data:base64," + base64.b64encode((root / "images" / "0.png").read_bytes()).decode()
+    turns = [{"from": "human", "value": "What do <Prompt0> and <Prompt1> do?"}, {"from": "gpt", "value": "Touch."}]
+    data.append({"image": "1.png", "mask_rle": data[1]["mask_rle"], "conversations": turns})
+    data.append({"image": "2.png", "mask_rle": None, "conversations": [{"from": "gpt", "value": "All."}]})
+    (root / "images" / "gar.json").write_text(json.dumps(data))
+    (tmp_path / "deep").mkdir()
+    out = tmp_path / "deep" / "out.jsonl"
+    result = run("convert", root / "images" / "gar.json", out, "--from", "gar")
+    assert result.exit_code == 0 and "1 rows about relations left out" in result.output, result.output
+    found = list(RegionDataset(out))  # paths were turned to start from the new file
+    captions = [[[r["caption"] for r in row["regions"]] for row in side[:2]] for side in (found, rows)]
+    assert captions[0] == captions[1]
+    assert np.array_equal(found[0]["regions"][0]["mask"], pictures[0].masks[0])
+    assert found[2]["regions"][0]["mask"].all()
+
+
+def test_tables_bring_their_pictures_along(world, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    root, rows, pictures = world
+    values = [
+        {
+            "image": {"bytes": (root / "images" / row["image"]).read_bytes(), "path": None},
+            "mask_rles": [r["segmentation"] for r in row["regions"]],
+            "captions": [r["caption"] for r in row["regions"]],
+        }
+        for row in rows
+    ]
+    table = datasets.Dataset.from_list(values).cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "table")
+    assert run("convert", tmp_path / "table", tmp_path / "out.jsonl", "--from", "reference").exit_code == 0
+    for row, picture in zip(RegionDataset(tmp_path / "out.jsonl"), pictures, strict=True):
+        assert np.array_equal(np.asarray(row["image"]), np.asarray(picture.image))
+        assert all(np.array_equal(r["mask"], mask) for r, mask in zip(row["regions"], picture.masks, strict=True))
+
+
+def test_nothing_is_written_if_something_is_wrong(world, tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("before")
+    source = write_jsonl(tmp_path / "rows.jsonl", [world[1][0], {"image": "a.png", "regions": [{"caption": "x"}]}])
+    result = run("convert", source, out, "--from", "reference")
+    assert result.exit_code == 2 and "row 2: regions[0]: got no shape" in result.stderr
+    assert out.read_text() == "before" and sorted(os.listdir(tmp_path)) == ["out.jsonl", "rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--from", "yolo"), "must be one of"),
+        (("--from", "coco-instances"), "no captions"),
+        (("--from", "coco-instances", "--category-captions", "x"), "needs {}"),
+        (("--from", "coco-instances", "--captions", "none.csv"), "no such file"),
+        (("--from", "dam"), "not valid JSON"),
+    ],
+)
+def test_wrong_calls(world, tmp_path, arguments, message):
+    source = write_jsonl(tmp_path / "rows.json", [{"a": 1}, {"a": 2}])
+    result = run("convert", source, tmp_path / "out.jsonl", *arguments)
+    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_split_keeps_pictures_apart(tmp_path):
+    """Rows of the same picture, however its path is written, stay together; the same seed, the same split."""
+    region = {"bbox": [0, 0, 5, 5], "caption": "x"}
+    rows = [{"image": f"{k % 40}.png", "regions": [region | {"id": k}]} for k in range(100)]
+    rows += [{"image": f"./{k}.png", "regions": [region | {"id": 1000 + k}]} for k in range(40)]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    train, held = tmp_path / "train.jsonl", tmp_path / "sub" / "held.jsonl"
+    held.parent.mkdir()
+    result = run("split", source, train, held, "--held-out", "0.1", "--seed", "3")
+    assert result.exit_code == 0 and "4 pictures" in result.output, result.output
+    sides = [read_jsonl(train), read_jsonl(held)]
+    names = [{os.path.basename(row["image"]) for row in side} for side in sides]
+    assert len(names[1]) == 4 and len(names[0]) == 36 and not names[0] & names[1]
+    assert sorted(r["id"] for side in sides for row in side for r in row["regions"]) == sorted(
+        r["id"] for row in rows for r in row["regions"]
+    )
+    assert sides[1][0]["image"].startswith("../")
+    again = converting.split(write_jsonl(tmp_path / "other.jsonl", rows[::-1]), tmp_path / "a", tmp_path / "b", 0.1, 3)
+    assert {os.path.basename(row["image"]) for row in read_jsonl(tmp_path / "b")} == names[1]
+    assert again[1]["pictures"] == 4
+    converting.split(source, tmp_path / "a", tmp_path / "b", 0.1, 4)
+    assert {os.path.basename(row["image"]) for row in read_jsonl(tmp_path / "b")} != names[1]
+    assert run("split", source, train, train).exit_code == 2
+    assert run("split", source, train, held, "--held-out", "1").exit_code == 2
