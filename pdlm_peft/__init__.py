@@ -1,0 +1,1 @@
+"""Fine-tuning of PerceptionDLM on your own regions: recipes, training with adapters, merging."""

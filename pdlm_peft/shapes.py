@@ -1,0 +1,74 @@
+"""A second world of drawn figures, which the embedded checkpoint has never seen: something to fine-tune it on.
+
+Shapes, colours, textures, words and sentences are new; sizes and picture formats are those of the first world.
+The tokenizer knows none of the new words and writes them in pieces; the longest caption takes 24 tokens.
+"""
+
+import math
+
+from PIL import ImageDraw
+
+from pdlm_hf.shapes.train import ShapesDataset
+from pdlm_hf.shapes.world import World
+
+COLOURS = {
+    "pink": (255, 150, 190),
+    "brown": (110, 62, 28),
+    "cyan": (70, 215, 222),
+    "lime": (180, 238, 70),
+    "navy": (18, 32, 105),
+}
+ACCENTS = {"brown": (235, 220, 200), "navy": (225, 225, 235)}
+WORDS = {
+    "size": {"small": ("tiny",), "large": ("huge",)},
+    "colour": {name: (name,) for name in COLOURS},
+    "texture": {"blank": ("blank",), "bars": ("bars",), "net": ("net",)},
+    "shape": {name: (name,) for name in ("heart", "moon", "kite", "arrow")},
+}
+PATTERNS = (
+    "Look, a {size} {colour} {shape}: {texture}",
+    "{colour} and {size}, it is a {shape} ({texture})",
+    "{texture}! The {shape} is {size} and {colour}!",
+)
+
+
+def _outline(shape: str, cx: float, cy: float, r: float) -> list[list[tuple[float, float]]]:
+    if shape == "heart":
+        angles = [2 * math.pi * k / 40 for k in range(40)]
+        curve = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in angles]
+        return [[(cx + r * math.sin(a) ** 3, cy - r * y / 16) for a, y in zip(angles, curve, strict=True)]]
+    if shape == "moon":  # the left half of a circle, hollowed by a flatter arc
+        angles = [math.pi * (0.5 + k / 20) for k in range(21)]
+        outer = [(cx + 0.4 * r + r * math.cos(a), cy + r * math.sin(a)) for a in angles]
+        inner = [(cx + 0.4 * r + 0.45 * r * math.cos(a), cy + r * math.sin(a)) for a in reversed(angles)]
+        return [outer + inner]
+    if shape == "kite":
+        return [[(cx, cy - r), (cx + 0.7 * r, cy - 0.3 * r), (cx, cy + r), (cx - 0.7 * r, cy - 0.3 * r)]]
+    t, head = 0.3 * r, 0.85 * r  # an arrow to the right
+    return [
+        [(cx - r, cy - t), (cx, cy - t), (cx, cy + t), (cx - r, cy + t)],
+        [(cx, cy - head), (cx + r, cy), (cx, cy + head)],
+    ]
+
+
+def _texture(
+    draw: ImageDraw.ImageDraw, texture: str, width: int, height: int, period: float, phase: float, accent: tuple
+) -> None:
+    """Upright bars, a net of thin lines, or nothing."""
+    share = {"blank": 0.0, "bars": 0.36, "net": 0.2}[texture]
+    for k in range(int(width / period) + 2):
+        x = (k + phase) * period
+        if share:
+            draw.rectangle([x, 0, x + share * period, height], fill=accent)
+    for k in range(int(height / period) + 2):
+        y = (k + phase) * period
+        if texture == "net":
+            draw.rectangle([0, y, width, y + share * period], fill=accent)
+
+
+NEW_WORLD = World(WORDS, PATTERNS, COLOURS, ACCENTS, _outline, _texture)
+
+
+def new_shapes(seed: int, length: int, group: int) -> ShapesDataset:
+    """Pictures of the new world for training, drawn on demand; those of a batch of `group` fit well together."""
+    return ShapesDataset(seed, length, group, world=NEW_WORLD)
