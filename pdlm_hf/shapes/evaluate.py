@@ -109,7 +109,9 @@ def evaluate(
     """
     tally, forwards, slots, batches, steps = Tally(world), 0, 0, 0, 0
     # alike pictures share a batch, so that little is padded
-    pictures = sorted(held_out(seed, images, easy, world), key=lambda p: (len(p.masks), p.image.width * p.image.height))
+    pictures = sorted(
+        held_out(seed, images, easy, world), key=lambda p: (len(p.masks), p.image.width * p.image.height)
+    )
     start = time.perf_counter()
     chunks = [pictures[i : i + batch_size] for i in range(0, images, batch_size)]
     for chunk in track(chunks, "captioning", console=Console(stderr=True), disable=not show):
