@@ -1,5 +1,6 @@
 """PerceptionDLM: SigLIP2 vision tower with region prompts, projector, RoI feature replay, bidirectional LLaDA."""
 
+import json
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from .configuration_pdlm import PdlmBaseConfig, PdlmConfig, PdlmTextConfig
 from .conversion_pdlm import register_conversion
@@ -234,6 +235,17 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
                 **dict.fromkeys(AUTO_CLASSES, name),
             }
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """As everywhere, and sets the switches that the adapter was trained for (`pdlm_base.json` beside it)."""
+        info = super().load_adapter(peft_model_id, *args, **kwargs)
+        quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        path = peft_model_id and cached_file(str(peft_model_id), "pdlm_base.json", **quietly)
+        if path:
+            with open(path, encoding="utf-8") as file:
+                for name, value in json.load(file)["switches"].items():
+                    setattr(self.config, name, value)
+        return info
 
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -9,7 +9,7 @@ import math
 from PIL import ImageDraw
 
 from pdlm_hf.shapes.train import ShapesDataset
-from pdlm_hf.shapes.world import World
+from pdlm_hf.shapes.world import SHAPES_WORLD, World
 
 COLOURS = {
     "pink": (255, 150, 190),
@@ -69,6 +69,15 @@ def _texture(
 NEW_WORLD = World(WORDS, PATTERNS, COLOURS, ACCENTS, _outline, _texture)
 
 
-def new_shapes(seed: int, length: int, group: int) -> ShapesDataset:
-    """Pictures of the new world for training, drawn on demand; those of a batch of `group` fit well together."""
-    return ShapesDataset(seed, length, group, world=NEW_WORLD)
+WORLDS = {"new": NEW_WORLD, "shapes": SHAPES_WORLD}
+
+
+def drawn_pictures(world: str, seed: int, length: int, group: int) -> ShapesDataset:
+    """Pictures for training, drawn on demand.
+
+    Args:
+        world (`str`): "new" or "shapes".
+        seed, length (`int`): which pictures, and how many.
+        group (`int`): pictures of a batch, which are drawn to fit well together.
+    """
+    return ShapesDataset(seed, length, group, world=WORLDS[world])

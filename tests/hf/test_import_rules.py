@@ -14,7 +14,7 @@ import pdlm_hf
 PACKAGE = Path(pdlm_hf.__file__).parent
 FLAT = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
 EVERY = sorted(PACKAGE.rglob("*.py"))
-PLUGINS = ("pdlm_vllm", "pdlm_evalkit")
+PLUGINS = ("pdlm_vllm", "pdlm_evalkit", "pdlm_peft")
 PLUGIN_FILES = [
     path
     for name in PLUGINS
