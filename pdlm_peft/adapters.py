@@ -75,8 +75,8 @@ def add_adapter(model, processor, adapter: Adapter) -> PeftModel:
 def fingerprint(base: str | Path) -> str:
     """Tells base checkpoints apart: a hash over names, shapes and the first values of all weights the model uses.
 
-    The same for a checkpoint in the reference's format and in ours, in one file or many, in bfloat16 or float32 (values
-    are compared in bfloat16).
+    The same for a checkpoint in the reference's format and in ours, in one file or many, in bfloat16 or float32
+    (values are compared in bfloat16).
 
     Args:
         base (`str` or `Path`): folder or hub id.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from transformers import TrainingArguments
 
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT
@@ -147,6 +147,12 @@ class Recipe(_Part):
     samples: Samples = Samples()
     hardware: Hardware = Hardware()
     training: dict[str, Any] = {}
+
+    @field_validator("training")
+    @classmethod
+    def _strategies(cls, training: dict[str, Any]) -> dict[str, Any]:
+        """YAML 1.1 reads `eval_strategy: no` as false."""
+        return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in training.items()}
 
     @property
     def base(self) -> str:

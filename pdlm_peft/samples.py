@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 class CaptionSamples(TrainerCallback):
     """Captions the same pictures every so many steps.
 
-    Writes `step_000300/0.png` and so on, with `captions.jsonl` beside them (one row a region: what is said, what should
-    be), and adds the pictures to TensorBoard and wandb where the run reports there.
+    Writes `step_000300/0.png` and so on, with `captions.jsonl` beside them (one row a region: what is said, what
+    should be), and adds the pictures to TensorBoard and wandb where the run reports there.
 
     Args:
         trainer (`Trainer`), processor (`PdlmProcessor`)

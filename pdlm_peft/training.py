@@ -156,12 +156,11 @@ def collator(recipe: Recipe, processor) -> PdlmCollator:
 
 def training_rows(recipe: Recipe, args: TrainingArguments, processor) -> tuple[Any, int]:
     """The training rows and the number of optimizer steps."""
-    group = args.per_device_train_batch_size
-    batch = group * args.gradient_accumulation_steps * args.world_size
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if recipe.data.streaming:
         return StreamedRows(recipe.data, processor, recipe.seed), args.max_steps
     length = batch * max(args.max_steps, 1)
-    dataset = open_dataset(recipe.data, length=length, group=group, seed=recipe.seed)
+    dataset = open_dataset(recipe.data, length=length, group=batch, seed=recipe.seed)
     steps = plan(dataset, recipe.data, processor, batch, args.max_steps, args.num_train_epochs, recipe.seed)
     return TrainingRows(dataset, steps, recipe.seed), len(steps) // batch
 

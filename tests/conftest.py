@@ -10,7 +10,7 @@ import pdlm_hf  # noqa: F401  (registers the Auto classes)
 from pdlm_hf.shapes.model import build_processor
 from pdlm_hf.shapes.world import draw_picture
 
-for _helpers in ("hf", "evalkit"):
+for _helpers in ("hf", "evalkit", "peft"):
     sys.path.insert(0, str(Path(__file__).parent / _helpers))
 
 from tiny import lively_model, make_picture  # noqa: E402

@@ -52,8 +52,8 @@ class PdlmCollator:
         processor (`PdlmProcessor`)
         num_slots (`int` or `tuple[int, int]`, *optional*): write every caption into this many slots, padded with
             end-of-turn, which is the layout at inference; only the slots are labelled. A pair is a range to draw from
-            per batch, or per row where rows have seeds. None: the reference's layout, captions at their own length, everything behind the assistant
-            header labelled.
+            for every batch, or for every row where rows have seeds. None: the reference's layout, captions at their
+            own length, everything behind the assistant header labelled.
         noise_floor (`float`): lowest masking probability; 1e-3 in the reference.
         prompt_ids (`str`): "random": any of the P region prompts, as the reference trains; "ordered": 0, 1, 2, ... as
             at inference.
