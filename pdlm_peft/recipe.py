@@ -247,6 +247,12 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{where}: `training.save_steps` ({saving}) must be a multiple of `training.logging_steps` ({logging}), "
             "or the curve of a resumed run would differ from that of an undisturbed one."
         )
+    if recipe.dtype == "bfloat16" and not training.get("bf16"):
+        raise ValueError(
+            f"{where}: `dtype: bfloat16` needs `training.bf16: true`, or dtype=float32: adapters are float32."
+        )
+    if adapter is None and recipe.dtype == "bfloat16":
+        raise ValueError(f"{where}: without an adapter the weights are trained; set dtype=float32 (bf16 computes).")
     if adapter is None and recipe.quantize:
         raise ValueError(f"{where}: 4-bit weights cannot be trained; set `adapter` or drop `quantize`.")
     if adapter is not None and recipe.freeze:

@@ -86,8 +86,6 @@ def switches_of(recipe: Recipe) -> dict[str, str]:
 def arguments(recipe: Recipe) -> TrainingArguments:
     """transformers' arguments of a recipe. Raises: ValueError if they refuse a value."""
     settings = {"report_to": "none", "use_cpu": not torch.cuda.is_available()} | recipe.training
-    if settings["use_cpu"]:
-        settings |= {"bf16": False, "fp16": False}
     try:
         return TrainingArguments(
             output_dir=str(Path(recipe.output) / "checkpoints"),

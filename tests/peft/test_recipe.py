@@ -1,6 +1,6 @@
 import pytest
 
-from pdlm_peft.recipe import known_keys, load_recipe, names
+from pdlm_peft.recipe import RECIPES, known_keys, load_recipe, names
 
 NAMES = [
     "aligned_8b",
@@ -24,7 +24,7 @@ def test_the_packaged_recipes():
 def test_every_recipe_parses(name):
     recipe = load_recipe(name)
     assert recipe.training["learning_rate"] > 0
-    text = (pytest.importorskip("pdlm_peft.recipe").RECIPES / f"{name}.yaml").read_text()
+    text = (RECIPES / f"{name}.yaml").read_text()
     assert ("Not run on this hardware" in text) == name.endswith(("8b", "gb", "fsdp", "zero3"))
 
 
@@ -71,6 +71,8 @@ def test_overrides():
         ("training.seed=3", "`training.seed` cannot be set here: set `seed`"),
         ("training.save_steps=7", "must be a multiple of `training.logging_steps`"),
         ("quantize=4bit adapter=null", "4-bit weights cannot be trained"),
+        ("dtype=bfloat16", "needs `training.bf16: true`"),
+        ("dtype=bfloat16 training.bf16=true adapter=null", "set dtype=float32"),
         ("adapter.new_words=[zebra] adapter.train_embeddings=false", "`adapter.new_words` need"),
         ("data.num_slots=[9,3]", "from low to high"),
         ("freeze=[vision_tower]", "`freeze` is for runs without `adapter`"),
@@ -100,6 +102,15 @@ def test_bad_files(tmp_path):
         with pytest.raises(ValueError) as error:
             load_recipe(str(path))
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("fsdp", "FSDP"), ("zero3", "DEEPSPEED")])
+def test_accelerate_reads_its_configuration(name, kind):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(RECIPES / "accelerate" / f"{name}.yaml"))
+    assert config.distributed_type == kind
+    assert config.num_processes == load_recipe(f"lora_8b_{name}").hardware.devices
 
 
 def test_known_keys():

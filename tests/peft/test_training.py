@@ -172,9 +172,13 @@ def test_what_is_trained(tmp_path):
 
 
 def test_bf16_weights_train_in_float32(tmp_path):
-    model, _ = training.load(small("shapes", tmp_path / "x", "dtype=bfloat16"))
+    bf16 = ["dtype=bfloat16", "training.bf16=true"]
+    model, _ = training.load(small("shapes", tmp_path / "x", *bf16))
     dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    record = training.run(small("shapes", tmp_path / "run", *bf16, "training.gradient_checkpointing=true"))
+    exact = training.run(small("shapes", tmp_path / "exact"))
+    assert dict(losses(record["log"])) == pytest.approx(dict(losses(exact["log"])), rel=0.05)
 
 
 def test_new_words(own_rows, tmp_path):
