@@ -1,1 +1,1 @@
-"""Fine-tuning of PerceptionDLM on your own regions: recipes, training with adapters, merging."""
+"""Fine-tuning PerceptionDLM on your own region data: its format, its check, and recipes with adapters."""

@@ -82,7 +82,7 @@ def _estimate(settings, dry_run: bool):
     from transformers import AutoProcessor
 
     from .memory import SHAPES, Row, estimate, load_config
-    from .rows import open_dataset, plan, row_tokens, sizes_of
+    from .plan import open_dataset, plan, row_tokens, sizes_of
 
     config = load_config(settings)
     training, data = settings.training, settings.data

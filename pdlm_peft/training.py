@@ -16,7 +16,7 @@ from pdlm_hf.shapes.train import Clock, InOrderTrainer
 from .adapters import BASE_FILE, add_adapter, fingerprint, read_base, write_base
 from .card import write_card
 from .recipe import Recipe
-from .rows import StreamedRows, TrainingRows, held_out_rows, open_dataset, plan
+from .plan import StreamedRows, TrainingRows, held_out_rows, open_dataset, plan
 from .samples import CaptionSamples
 
 LEVELS = 5  # bins of the noise level in the log

@@ -14,10 +14,10 @@ from transformers import AutoProcessor
 import pdlm_hf
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT
 from pdlm_hf.app.collator import PdlmCollator, partition_regions
-from pdlm_peft import rows as rows_module
+from pdlm_peft import plan as plan_module
 from pdlm_peft import training
 from pdlm_peft.recipe import Data, load_recipe, names
-from pdlm_peft.rows import StreamedRows, TrainingRows, cut, held_out_rows, plan, row_tokens, sizes_of
+from pdlm_peft.plan import StreamedRows, TrainingRows, cut, held_out_rows, plan, row_tokens, sizes_of
 from pdlm_peft.shapes import NEW_WORLD, PATTERNS, WORDS
 
 
@@ -87,7 +87,7 @@ def test_row_tokens_are_nearly_those_of_the_collator(shapes_processor):
 
 def test_a_row_has_its_regions_and_its_seed():
     dataset = region_rows(2)
-    rows = TrainingRows(dataset, [rows_module.Step(1, [1]), rows_module.Step(0, None)], seed=3)
+    rows = TrainingRows(dataset, [plan_module.Step(1, [1]), plan_module.Step(0, None)], seed=3)
     assert rows[0]["regions"] == [dataset[1]["regions"][1]]
     assert rows[1]["regions"] == dataset[0]["regions"]
     assert [rows[k]["seed"] for k in range(2)] == [3 * 2**40, 3 * 2**40 + 1]
