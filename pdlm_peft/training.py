@@ -15,8 +15,8 @@ from pdlm_hf.shapes.train import Clock, InOrderTrainer
 
 from .adapters import BASE_FILE, add_adapter, fingerprint, read_base, write_base
 from .card import write_card
-from .recipe import Recipe
 from .plan import StreamedRows, TrainingRows, held_out_rows, open_dataset, plan
+from .recipe import Recipe
 from .samples import CaptionSamples
 
 LEVELS = 5  # bins of the noise level in the log

@@ -16,8 +16,8 @@ from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT
 from pdlm_hf.app.collator import PdlmCollator, partition_regions
 from pdlm_peft import plan as plan_module
 from pdlm_peft import training
-from pdlm_peft.recipe import Data, load_recipe, names
 from pdlm_peft.plan import StreamedRows, TrainingRows, cut, held_out_rows, plan, row_tokens, sizes_of
+from pdlm_peft.recipe import Data, load_recipe, names
 from pdlm_peft.shapes import NEW_WORLD, PATTERNS, WORDS
 
 
@@ -310,3 +310,59 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path):
     logs = [json.loads((tmp_path / name / "training.json").read_text())["log"] for name in "ab"]
     assert losses(logs[0]) == losses(logs[1]) and len(losses(logs[0])) == 12
     assert losses(logs[0], "eval_loss") == losses(logs[1], "eval_loss")
+
+
+# ---------------------------------------------------------------- from files
+
+
+def write_rows(folder):
+    """A region file, and a chat file, beside their pictures."""
+    from pycocotools import mask as coco_mask
+
+    regions, chats = [], []
+    for k, row in enumerate(region_rows()):
+        row["image"].save(folder / f"{k}.png")
+        codes = [coco_mask.encode(np.asfortranarray(r["mask"].astype(np.uint8))) for r in row["regions"]]
+        parts = [
+            {"segmentation": code | {"counts": code["counts"].decode()}, "caption": region["caption"]}
+            for code, region in zip(codes, row["regions"], strict=True)
+        ]
+        regions.append({"image": f"{k}.png", "regions": parts})
+        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A drawing."}]
+        chats.append({"image": f"{k}.png", "conversations": turns})
+    for name, rows in (("regions.jsonl", regions), ("chat.jsonl", chats)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_from_a_file(tmp_path, streaming, own_rows, monkeypatch):
+    """The same rows from a file and from memory give the same losses."""
+    pytest.importorskip("pdlm_peft.data")
+    write_rows(tmp_path)
+    expected = training.run(small("lora_8b_80gb", tmp_path / "memory", "model=shapes"))
+    monkeypatch.undo()
+    source = [f"data.train={tmp_path}/regions.jsonl", "data.held_out=null", f"data.streaming={streaming}"]
+    record = training.run(small("lora_8b_80gb", tmp_path / "file", "model=shapes", *source))
+    if not streaming:
+        assert losses(record["log"]) == losses(expected["log"])
+    assert len(losses(record["log"])) == 2
+
+
+def test_chat_from_a_file(tmp_path):
+    pytest.importorskip("pdlm_peft.data")
+    write_rows(tmp_path)
+    record = training.run(small("chat_8b", tmp_path / "run", "model=shapes_base", f"data.train={tmp_path}/chat.jsonl"))
+    assert len(losses(record["log"])) == 2
+
+
+def test_the_command_says_steps_and_time(tmp_path):
+    pytest.importorskip("pdlm_peft.data")
+    write_rows(tmp_path)
+    source = [f"data.train={tmp_path}/regions.jsonl", "model=shapes", "training.max_steps=-1"]
+    result = run(["-m", "pdlm_peft.train_cli", "train", "lora_8b_80gb", "--dry-run", *SMALL, *source])
+    assert result.returncode == 0, result.stderr
+    passes = sum(len(partition_regions(len(row["regions"]), 6, k, 0)) for k, row in enumerate(region_rows()))
+    assert f"{-(-passes // 2)} steps of 2 rows a device" in result.stderr
+    (tmp_path / "regions.jsonl").write_text('{"image": "0.png", "regions": [{"bbox": [0, 0, 9, 9]}]}\n')
+    bad = run(["-m", "pdlm_peft.train_cli", "train", "lora_8b_80gb", *SMALL, *source, f"output={tmp_path}/x"])
+    assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith("pdlm-peft: row 1: ")
