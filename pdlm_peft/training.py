@@ -86,6 +86,9 @@ def switches_of(recipe: Recipe) -> dict[str, str]:
 def arguments(recipe: Recipe) -> TrainingArguments:
     """transformers' arguments of a recipe. Raises: ValueError if they refuse a value."""
     settings = {"report_to": "none", "use_cpu": not torch.cuda.is_available()} | recipe.training
+    if recipe.data.streaming:
+        # dispatching would cut every tensor to the number of rows, and pictures have several tiles each
+        settings["accelerator_config"] = {"dispatch_batches": False}
     try:
         return TrainingArguments(
             output_dir=str(Path(recipe.output) / "checkpoints"),
