@@ -1,7 +1,8 @@
 """A second world of drawn figures, which the embedded checkpoint has never seen: something to fine-tune it on.
 
 Shapes, colours, textures, words and sentences are new; sizes and picture formats are those of the first world.
-The tokenizer knows none of the new words and writes them in pieces; the longest caption takes 24 tokens.
+The tokenizer knows none of the new words and writes each in three pieces, so that what follows a word is always in the
+same place: slots that are written at once cannot disagree about where it is.
 """
 
 import math
@@ -11,24 +12,18 @@ from PIL import ImageDraw
 from pdlm_hf.shapes.train import ShapesDataset
 from pdlm_hf.shapes.world import SHAPES_WORLD, World
 
-COLOURS = {
-    "pink": (255, 150, 190),
-    "brown": (110, 62, 28),
-    "cyan": (70, 215, 222),
-    "lime": (180, 238, 70),
-    "navy": (18, 32, 105),
-}
-ACCENTS = {"brown": (235, 220, 200), "navy": (225, 225, 235)}
+COLOURS = {"pink": (255, 150, 190), "cyan": (70, 215, 222), "wine": (112, 20, 52), "sand": (232, 208, 150)}
+ACCENTS = {"wine": (240, 220, 225)}
 WORDS = {
-    "size": {"small": ("tiny",), "large": ("huge",)},
+    "size": {"small": ("tiny",), "large": ("great",)},
     "colour": {name: (name,) for name in COLOURS},
-    "texture": {"blank": ("blank",), "bars": ("bars",), "net": ("net",)},
-    "shape": {name: (name,) for name in ("heart", "moon", "kite", "arrow")},
+    "texture": {name: (name,) for name in ("blank", "bars", "net")},
+    "shape": {name: (name,) for name in ("heart", "kite", "arc", "lens")},
 }
 PATTERNS = (
-    "Look, a {size} {colour} {shape}: {texture}",
-    "{colour} and {size}, it is a {shape} ({texture})",
-    "{texture}! The {shape} is {size} and {colour}!",
+    "Look, a {size} {colour} {shape} with {texture}",
+    "{colour} and {size}, it is a {shape}, {texture}",
+    "This is {texture}! The {shape} is {size} and {colour}!",
 )
 
 
@@ -37,18 +32,15 @@ def _outline(shape: str, cx: float, cy: float, r: float) -> list[list[tuple[floa
         angles = [2 * math.pi * k / 40 for k in range(40)]
         curve = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in angles]
         return [[(cx + r * math.sin(a) ** 3, cy - r * y / 16) for a, y in zip(angles, curve, strict=True)]]
-    if shape == "moon":  # the left half of a circle, hollowed by a flatter arc
+    if shape == "arc":  # the left half of a circle, hollowed by a flatter one
         angles = [math.pi * (0.5 + k / 20) for k in range(21)]
         outer = [(cx + 0.4 * r + r * math.cos(a), cy + r * math.sin(a)) for a in angles]
         inner = [(cx + 0.4 * r + 0.45 * r * math.cos(a), cy + r * math.sin(a)) for a in reversed(angles)]
         return [outer + inner]
     if shape == "kite":
         return [[(cx, cy - r), (cx + 0.7 * r, cy - 0.3 * r), (cx, cy + r), (cx - 0.7 * r, cy - 0.3 * r)]]
-    t, head = 0.3 * r, 0.85 * r  # an arrow to the right
-    return [
-        [(cx - r, cy - t), (cx, cy - t), (cx, cy + t), (cx - r, cy + t)],
-        [(cx, cy - head), (cx + r, cy), (cx, cy + head)],
-    ]
+    angles = [2 * math.pi * k / 40 for k in range(40)]  # a lens, lying
+    return [[(cx + r * math.cos(a), cy + 0.42 * r * math.sin(a)) for a in angles]]
 
 
 def _texture(

@@ -129,6 +129,8 @@ def test_the_new_world_is_new_and_fits_its_slots(shapes_processor):
         caption = world.describe(figure, rng, world=NEW_WORLD)
         assert world.read(caption, NEW_WORLD) == figure and world.read(caption) is None
         assert len(shapes_processor.tokenizer(caption)["input_ids"]) <= load_recipe("shapes").data.num_slots[0]
+    words = [f" {word}" for values in WORDS.values() for words in values.values() for word in words]
+    assert {len(shapes_processor.tokenizer(word)["input_ids"]) for word in words} == {3}
     assert len(PATTERNS) == 3
 
 
