@@ -72,7 +72,7 @@ def test_what_a_choice_costs():
     assert memory("adapter.train_embeddings=true")["optimizer"] == pytest.approx(
         plain["optimizer"] + 8 * 2 * 126464 * 4096
     )
-    full = memory("adapter=null")
+    full = memory("adapter=null", "dtype=float32")
     assert full["weights"] + full["gradients"] + full["optimizer"] == pytest.approx(16 * 8.449e9, rel=1e-3)
     shared = memory("hardware.devices=8", "hardware.shard=full")
     assert shared["weights"] == pytest.approx(plain["weights"] / 8)
