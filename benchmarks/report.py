@@ -108,12 +108,39 @@ def serving(record: dict) -> str:
     return table(*rows)
 
 
+def lora(record: dict) -> str:
+    """Fine-tuning on a new world: both worlds, before and after."""
+    rows = [["", "new world, exact", "well formed", "old world, exact"]]
+    for stage in ("before", "after"):
+        worlds = record[stage]
+        cells = [worlds["new"]["exact"], worlds["new"]["well_formed"], worlds["old"]["exact"]]
+        rows.append([stage, *map(percent, cells)])
+    return table(*rows)
+
+
+def lora_parts(record: dict) -> str:
+    """What the parts of the adapter are worth, for equal steps."""
+    rows = [["variant", "new world, exact", *ATTRIBUTES, "old world, exact"]]
+    for name, row in record["variants"].items():
+        attributes = [percent(row["new"]["by_attribute"][attribute]) for attribute in ATTRIBUTES]
+        rows.append([name, percent(row["new"]["exact"]), *attributes, percent(row["old"]["exact"])])
+    return table(*rows)
+
+
+def lora_isolated(record: dict) -> str:
+    """Cached decoding before and after the adaptation."""
+    rows = [["checkpoint, prompt", "exact", "well formed"]]
+    rows += [[name, percent(row["exact"]), percent(row["well_formed"])] for name, row in record["rows"].items()]
+    return table(*rows)
+
+
 def tables() -> dict[str, str]:
     """Every table of the README, by name."""
 
     def load(name: str) -> dict:
         return json.loads((RESULTS / name).read_text())
 
+    tuned = {"lora_shapes": lora, "lora_parts": lora_parts, "lora_isolated": lora_isolated}
     checkpoint, speed = json.loads((CHECKPOINT / "training.json").read_text()), load("decode_cpu_small.json")
     kept = ("32 steps, recomputed", "32 steps, prompt every 8", "32 steps", "threshold 0.8", "threshold 0.9")
     return {
@@ -125,6 +152,7 @@ def tables() -> dict[str, str]:
         "decode": decode(speed),
         "scaling": scaling(speed),
         "serving": serving(load("serving_cpu_small.json")),
+        **{name: make(load(f"{name}.json")) for name, make in tuned.items() if (RESULTS / f"{name}.json").is_file()},
     }
 
 

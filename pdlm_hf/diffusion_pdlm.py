@@ -23,22 +23,22 @@ def diffusion_loss(
     targets: torch.Tensor,
     probability: torch.Tensor,
     answer_length: torch.Tensor,
-    batch_size: int,
 ) -> torch.Tensor:
-    """Masked-diffusion negative log-likelihood bound: sum of cross entropy / p / answer length, over the batch size.
+    """Masked-diffusion negative log-likelihood bound, term by term: cross entropy / p / answer length.
+
+    Their sum over a sample is its loss, the mean over samples that of the batch.
 
     Args:
         logits (`torch.FloatTensor` of shape `(num_masked, vocab_size)`): at the masked positions only.
         targets (`torch.LongTensor` of shape `(num_masked,)`): clean tokens there (no shift).
         probability (`torch.FloatTensor` of shape `(num_masked,)`): masking probability p of each one's sample.
         answer_length (`torch.LongTensor` of shape `(num_masked,)`): labelled tokens in each one's sample.
-        batch_size (`int`): samples in the batch.
 
     Returns:
-        scalar float32 tensor; 0 (with gradient) if nothing is masked.
+        float32 tensor of shape `(num_masked,)`.
     """
     cross_entropy = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    return (cross_entropy / probability / answer_length).sum() / batch_size
+    return cross_entropy / probability / answer_length
 
 
 def gumbel_perturb(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """PerceptionDLM: SigLIP2 vision tower with region prompts, projector, RoI feature replay, bidirectional LLaDA."""
 
+import json
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from .configuration_pdlm import PdlmBaseConfig, PdlmConfig, PdlmTextConfig
 from .conversion_pdlm import register_conversion
@@ -36,6 +37,9 @@ class PdlmOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
             Scores of the token at each position itself (no shift). None when `labels` are given: the loss needs them
             at the masked positions only.
+        sample_losses (`torch.FloatTensor` of shape `(batch_size,)`, *optional*, returned when `labels` are given):
+            What every sample adds to the loss, without gradient; `loss` is their mean. Beside `mask_probability` it
+            shows how well the model does at each noise level. None in replacement mode.
         past_key_values (`Cache`, *optional*):
             The cache that was passed.
         hidden_states, attentions (`tuple`, *optional*):
@@ -44,6 +48,7 @@ class PdlmOutput(ModelOutput):
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
+    sample_losses: torch.FloatTensor | None = None
     past_key_values: object | None = None
     hidden_states: tuple | None = None
     attentions: tuple | None = None
@@ -230,6 +235,17 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
                 **dict.fromkeys(AUTO_CLASSES, name),
             }
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """As everywhere, and sets the switches that the adapter was trained for (`pdlm_base.json` beside it)."""
+        info = super().load_adapter(peft_model_id, *args, **kwargs)
+        quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        path = peft_model_id and cached_file(str(peft_model_id), "pdlm_base.json", **quietly)
+        if path:
+            with open(path, encoding="utf-8") as file:
+                for name, value in json.load(file)["switches"].items():
+                    setattr(self.config, name, value)
+        return info
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -534,14 +550,15 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        loss = logits = None
+        loss = logits = sample_losses = None
         if labels is None:
             logits = self.lm_head(outputs.last_hidden_state)
         else:
-            loss = self._loss(outputs.last_hidden_state, labels, noise_mask, mask_probability)
+            loss, sample_losses = self._loss(outputs.last_hidden_state, labels, noise_mask, mask_probability)
         return PdlmOutput(
             loss=loss,
             logits=logits,
+            sample_losses=sample_losses,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -553,10 +570,11 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
         logits = self.lm_head(hidden[scored]).float()
         targets = labels[scored]
         if self.config.replacement_noise_mode:
-            return nn.functional.cross_entropy(logits, targets, reduction="sum") / answer.sum().clamp_min(1)
+            return nn.functional.cross_entropy(logits, targets, reduction="sum") / answer.sum().clamp_min(1), None
         row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)[scored]
         probability = probability.reshape(len(labels), -1)[:, 0]
-        return diffusion_loss(logits, targets, probability[row], answer.sum(1)[row], len(labels))
+        terms = diffusion_loss(logits, targets, probability[row], answer.sum(1)[row])
+        return terms.sum() / len(labels), terms.new_zeros(len(labels)).index_add(0, row, terms.detach())
 
 
 class PdlmBaseForConditionalGeneration(PdlmForConditionalGeneration):

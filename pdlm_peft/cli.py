@@ -2,10 +2,11 @@
 
 import typer
 
-from . import data_cli
+from . import data_cli, train_cli
 
 app = typer.Typer(help="Fine-tune PerceptionDLM on your own region data.", no_args_is_help=True, rich_markup_mode=None)
 data_cli.register(app)
+train_cli.register(app)
 
 if __name__ == "__main__":
     app()

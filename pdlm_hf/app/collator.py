@@ -44,15 +44,16 @@ class PdlmCollator:
     regions, or `{"images": [...], "messages": [{"role", "content"}, ...]}` for the base model.
 
     Random numbers are drawn in the reference's order: t per sample, then one uniform number per token (and the same
-    again plus the replacement tokens in replacement mode). A row may bring a "seed": the first row's decides the noise
-    of its batch and each one's its prompt ids, whatever was drawn before, so that a resumed run repeats itself.
+    again plus the replacement tokens in replacement mode). Where every row brings a "seed", each draws its own noise,
+    slots and prompt ids from it, whatever was drawn before and whichever rows share its batch: a resumed run repeats
+    itself, and several processes compute what one does with all their rows.
 
     Args:
         processor (`PdlmProcessor`)
         num_slots (`int` or `tuple[int, int]`, *optional*): write every caption into this many slots, padded with
             end-of-turn, which is the layout at inference; only the slots are labelled. A pair is a range to draw from
-            per batch. None: the reference's layout, captions at their own length, everything behind the assistant
-            header labelled.
+            for every batch, or for every row where rows have seeds. None: the reference's layout, captions at their
+            own length, everything behind the assistant header labelled.
         noise_floor (`float`): lowest masking probability; 1e-3 in the reference.
         prompt_ids (`str`): "random": any of the P region prompts, as the reference trains; "ordered": 0, 1, 2, ... as
             at inference.
@@ -85,16 +86,32 @@ class PdlmCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Encode the rows, pad them on the right and draw their noise."""
-        generator, num_slots = self.generator, self.num_slots
-        if "seed" in rows[0]:
-            generator = torch.Generator().manual_seed(rows[0]["seed"])
-        if isinstance(num_slots, tuple):
-            low, high = num_slots
-            num_slots = int(torch.randint(low, high + 1, (), generator=generator))
+        generators = None
+        if all("seed" in row for row in rows):
+            generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
+        slots = [self.slots(g) for g in generators] if generators else [self.slots(self.generator)] * len(rows)
         encode = {True: self.encode_regions, False: self.encode_chat}
-        encoded = [encode["regions" in row](row, row.get("num_slots", num_slots)) for row in rows]
+        encoded = [encode["regions" in r](r, r.get("num_slots", n)) for r, n in zip(rows, slots, strict=True)]
         batch = self.processor.pad(encoded, "right")
-        return batch | self.noise(batch["labels"], generator)
+        return batch | (self._row_noise(encoded, generators) if generators else self.noise(batch["labels"]))
+
+    def _row_noise(self, encoded: list[dict[str, Any]], generators: list[torch.Generator]) -> dict[str, torch.Tensor]:
+        """[`noise`] of every row by itself, over its own length, so that padding does not shift what it draws."""
+        labels = [torch.tensor([row["labels"]]) for row in encoded]
+        drawn = [self.noise(row, generator) for row, generator in zip(labels, generators, strict=True)]
+        noise = {"mask_probability": torch.cat([row["mask_probability"] for row in drawn])}
+        for name, padding in (("noise_mask", False), ("replacement_ids", -1)):
+            if name in drawn[0]:
+                tokens = [row[name][0] for row in drawn]
+                noise[name] = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=padding)
+        return noise
+
+    def slots(self, generator: torch.Generator | None) -> int | None:
+        """Slots of a caption: the setting, or drawn from its range."""
+        if not isinstance(self.num_slots, tuple):
+            return self.num_slots
+        low, high = self.num_slots
+        return int(torch.randint(low, high + 1, (), generator=generator))
 
     def encode_regions(self, row: dict[str, Any], num_slots: int | None = None) -> dict[str, Any]:
         """One picture with captioned regions, without noise. Raises: ValueError on a bad mask or caption."""

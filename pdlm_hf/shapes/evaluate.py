@@ -21,30 +21,32 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from . import CHECKPOINT
 from .train import HELD_OUT
-from .world import WORDS, Picture, draw_picture, read
+from .world import SHAPES_WORLD, WORDS, Picture, World, draw_picture, read
 
 
-def held_out(seed: int, count: int, easy: bool = False) -> Iterator[Picture]:
+def held_out(seed: int, count: int, easy: bool = False, world: World = SHAPES_WORLD) -> Iterator[Picture]:
     """Pictures that training never draws.
 
     Args:
         seed (`int`)
         count (`int`): number of pictures.
         easy (`bool`): pictures of the first lesson: one tile, one or two figures.
+        world (`World`): what there is to draw.
     """
     for index in range(count):
-        yield held_out_picture(seed, index, easy)
+        yield held_out_picture(seed, index, easy, world)
 
 
-def held_out_picture(seed: int, index: int, easy: bool = False) -> Picture:
+def held_out_picture(seed: int, index: int, easy: bool = False, world: World = SHAPES_WORLD) -> Picture:
     """One of [`held_out`]."""
-    return draw_picture(np.random.default_rng((HELD_OUT, seed, index)), easy=easy)
+    return draw_picture(np.random.default_rng((HELD_OUT, seed, index)), easy=easy, world=world)
 
 
 class Tally:
     """Counts right captions, in all and by attribute and number of regions."""
 
-    def __init__(self):
+    def __init__(self, world: World = SHAPES_WORLD):
+        self.world = world
         self.captions = self.exact = self.well_formed = 0
         self.by_attribute = dict.fromkeys(WORDS, 0)
         self.by_regions: dict[int, list[int]] = defaultdict(lambda: [0, 0])
@@ -52,7 +54,7 @@ class Tally:
     def add(self, picture: Picture, captions: list[str]) -> None:
         """Count the captions of one picture, given in the order of its figures."""
         for figure, caption in zip(picture.figures, captions, strict=True):
-            said = read(caption)
+            said = read(caption, self.world)
             self.captions += 1
             self.well_formed += said is not None
             self.exact += said == figure
@@ -87,6 +89,7 @@ def evaluate(
     batch_size: int = 8,
     show: bool = False,
     easy: bool = False,
+    world: World = SHAPES_WORLD,
     **generation,
 ) -> dict:
     """Caption held-out pictures and count.
@@ -97,15 +100,18 @@ def evaluate(
         batch_size (`int`): pictures a forward.
         show (`bool`): progress bar on stderr.
         easy (`bool`): score on the pictures of the first lesson.
+        world (`World`): what there is to draw, and to say.
         **generation: settings of `generate`.
 
     Returns:
         `dict` with exact, well_formed, by_attribute, by_regions, tokens_per_forward, num_forwards (mean of the
         batches) and steps_per_region (mean).
     """
-    tally, forwards, slots, batches, steps = Tally(), 0, 0, 0, 0
+    tally, forwards, slots, batches, steps = Tally(world), 0, 0, 0, 0
     # alike pictures share a batch, so that little is padded
-    pictures = sorted(held_out(seed, images, easy), key=lambda p: (len(p.masks), p.image.width * p.image.height))
+    pictures = sorted(
+        held_out(seed, images, easy, world), key=lambda p: (len(p.masks), p.image.width * p.image.height)
+    )
     start = time.perf_counter()
     chunks = [pictures[i : i + batch_size] for i in range(0, images, batch_size)]
     for chunk in track(chunks, "captioning", console=Console(stderr=True), disable=not show):

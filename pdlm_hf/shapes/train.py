@@ -36,7 +36,7 @@ from ..modeling_pdlm import PdlmForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
 from .model import build_model, build_processor
 from .vision import AttributeCollator, RegionClassifier
-from .world import describe, draw_picture
+from .world import SHAPES_WORLD, World, describe, draw_picture
 
 TRAINING, HELD_OUT = 0, 1  # first part of every picture's seed: the two never meet
 SLOTS, EASY_SLOTS = (20, 32), (5, 9)  # caption lengths to train for
@@ -51,10 +51,13 @@ class ShapesDataset(Dataset):
         group (`int`): pictures of one batch share the number of regions and the grid, so that little is padded.
         easy (`bool`): one tile, one or two figures, one wording. On those the model learns in minutes to look at its
             region at all; on the whole world it first writes well-formed sentences about nothing for very long.
+        world (`World`): what there is to draw.
     """
 
-    def __init__(self, seed: int, length: int, group: int, easy: bool = False):
-        self.seed, self.length, self.group, self.easy = seed, length, group, easy
+    in_order = True  # drawn at random already; the order makes the groups
+
+    def __init__(self, seed: int, length: int, group: int, easy: bool = False, world: World = SHAPES_WORLD):
+        self.seed, self.length, self.group, self.easy, self.world = seed, length, group, easy, world
 
     def __len__(self) -> int:
         return self.length
@@ -64,8 +67,8 @@ class ShapesDataset(Dataset):
             raise IndexError(index)
         rng = np.random.default_rng((TRAINING, self.seed, index))
         layout = np.random.default_rng((TRAINING, self.seed, 2**40 + index // self.group))
-        picture = draw_picture(rng, layout, self.easy)
-        captions = [describe(figure, rng, self.easy) for figure in picture.figures]
+        picture = draw_picture(rng, layout, self.easy, self.world)
+        captions = [describe(figure, rng, self.easy, self.world) for figure in picture.figures]
         return region_rows(picture.image, picture.masks, captions) | {"seed": self.seed * 2**40 + index}
 
 

@@ -8,6 +8,7 @@ caption depend on each other: writing all of them in a single step mixes sentenc
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -82,32 +83,54 @@ class Picture:
     figures: list[Figure]
 
 
-def describe(figure: Figure, rng: np.random.Generator, easy: bool = False) -> str:
+@dataclass(frozen=True, eq=False)
+class World:
+    """What can be drawn, and how it is called.
+
+    Args:
+        words (`dict`): attribute ("size", "colour", "texture", "shape") -> value -> words that may express it. The
+            sizes are "small" and "large".
+        patterns (`tuple[str, ...]`): sentences with a place for every attribute.
+        colours, accents (`dict`): RGB of every colour, and of its stripes and dots where they are not nearly black.
+        outline (`Callable`): (shape, x, y, radius) -> polygons.
+        texture (`Callable`): (drawing, texture, width, height, period, phase, accent) draws stripes, dots and so on.
+    """
+
+    words: dict[str, dict[str, tuple[str, ...]]]
+    patterns: tuple[str, ...]
+    colours: dict[str, tuple[int, int, int]]
+    accents: dict[str, tuple[int, int, int]]
+    outline: Callable[[str, float, float, float], list[list[tuple[float, float]]]]
+    texture: Callable[[ImageDraw.ImageDraw, str, int, int, float, float, tuple[int, int, int]], None]
+
+
+def describe(figure: Figure, rng: np.random.Generator, easy: bool = False, world: World | None = None) -> str:
     """A true caption, worded at random; `easy`: always in the same words."""
+    world = world or SHAPES_WORLD
     if easy:
-        return PATTERNS[0].format(**vars(figure))
-    pattern = PATTERNS[rng.integers(len(PATTERNS))]
+        return world.patterns[0].format(**vars(figure))
+    pattern = world.patterns[rng.integers(len(world.patterns))]
     words = {}
-    for attribute, values in WORDS.items():
+    for attribute, values in world.words.items():
         choices = values[getattr(figure, attribute)]
         words[attribute] = choices[rng.integers(len(choices))]
     return pattern.format(**words)
 
 
-@lru_cache(maxsize=1)
-def _grammar() -> list[tuple[re.Pattern, dict[str, dict[str, str]]]]:
-    value_of = {a: {word: value for value, words in vs.items() for word in words} for a, vs in WORDS.items()}
+@lru_cache
+def _grammar(world: World) -> list[tuple[re.Pattern, dict[str, dict[str, str]]]]:
+    value_of = {a: {word: value for value, words in vs.items() for word in words} for a, vs in world.words.items()}
     grammar = []
-    for pattern in PATTERNS:
+    for pattern in world.patterns:
         groups = {a: f"(?P<{a}>{'|'.join(words)})" for a, words in value_of.items()}
         escaped = re.escape(pattern).replace(r"\{", "{").replace(r"\}", "}")
         grammar.append((re.compile(escaped.format(**groups)), value_of))
     return grammar
 
 
-def read(caption: str) -> Figure | None:
+def read(caption: str, world: World | None = None) -> Figure | None:
     """The attributes a caption states, or None if it is no sentence of this world."""
-    for pattern, value_of in _grammar():
+    for pattern, value_of in _grammar(world or SHAPES_WORLD):
         if match := pattern.fullmatch(caption):
             return Figure(**{attribute: value_of[attribute][word] for attribute, word in match.groupdict().items()})
     return None
@@ -135,21 +158,29 @@ def _outline(shape: str, cx: float, cy: float, r: float) -> list[list[tuple[floa
     ]
 
 
-def _fill(figure: Figure, width: int, height: int, scale: float, phase: float) -> Image.Image:
-    """The figure's colour and texture over the whole picture."""
-    fill = Image.new("RGB", (width, height), COLOURS[figure.colour])
-    draw = ImageDraw.Draw(fill)
-    accent = ACCENTS.get(figure.colour, (25, 25, 25))
-    period = 5.5 * scale
-    if figure.texture == "striped":
+def _texture(
+    draw: ImageDraw.ImageDraw, texture: str, width: int, height: int, period: float, phase: float, accent: tuple
+) -> None:
+    """Stripes, dots or nothing over the whole picture."""
+    if texture == "striped":
         for k in range(int(height / period) + 2):
             y = (k + phase) * period
             draw.rectangle([0, y, width, y + 0.36 * period], fill=accent)
-    elif figure.texture == "dotted":
+    elif texture == "dotted":
         for row in range(int(height / period) + 2):
             for column in range(int(width / period) + 2):
                 x, y = (column + phase) * period, (row + phase) * period
                 draw.rectangle([x, y, x + 0.45 * period, y + 0.45 * period], fill=accent)
+
+
+SHAPES_WORLD = World(WORDS, PATTERNS, COLOURS, ACCENTS, _outline, _texture)
+
+
+def _fill(figure: Figure, width: int, height: int, scale: float, phase: float, world: World) -> Image.Image:
+    """The figure's colour and texture over the whole picture."""
+    fill = Image.new("RGB", (width, height), world.colours[figure.colour])
+    accent = world.accents.get(figure.colour, (25, 25, 25))
+    world.texture(ImageDraw.Draw(fill), figure.texture, width, height, 5.5 * scale, phase, accent)
     return fill
 
 
@@ -163,7 +194,10 @@ def _choose_layout(rng: np.random.Generator, easy: bool) -> tuple[int, tuple[int
 
 
 def draw_picture(
-    rng: np.random.Generator, layout_rng: np.random.Generator | None = None, easy: bool = False
+    rng: np.random.Generator,
+    layout_rng: np.random.Generator | None = None,
+    easy: bool = False,
+    world: World = SHAPES_WORLD,
 ) -> Picture:
     """A random picture with 1 to 6 described figures, possibly beside others that are not.
 
@@ -172,6 +206,7 @@ def draw_picture(
         layout_rng (`np.random.Generator`, *optional*): decides number of figures and grid instead; pictures that
             share its state fit well into one batch.
         easy (`bool`): one tile, one or two described figures.
+        world (`World`): what there is to draw.
     """
     while True:
         count, (columns, rows) = _choose_layout(layout_rng or rng, easy)
@@ -182,13 +217,15 @@ def draw_picture(
         columns, rows = best_grid(width, height, TILE, 1, 6)
         scale = (width / columns + height / rows) / (2 * TILE)
         extra = int(rng.integers(0, 3)) if rng.random() < 0.3 else 0
-        picture = paint(rng, width, height, scale, count + extra)
+        picture = paint(rng, width, height, scale, count + extra, world)
         if len(picture.masks) >= count:
             keep = sorted(rng.permutation(len(picture.masks))[:count].tolist())
             return Picture(picture.image, [picture.masks[k] for k in keep], [picture.figures[k] for k in keep])
 
 
-def paint(rng: np.random.Generator, width: int, height: int, scale: float, count: int) -> Picture:
+def paint(
+    rng: np.random.Generator, width: int, height: int, scale: float, count: int, world: World = SHAPES_WORLD
+) -> Picture:
     """At most `count` figures on a plain ground; fewer where there is no room.
 
     Args:
@@ -196,6 +233,7 @@ def paint(rng: np.random.Generator, width: int, height: int, scale: float, count
         width, height (`int`): of the picture, in pixels.
         scale (`float`): pixels per pixel of a tile.
         count (`int`): figures to draw.
+        world (`World`): what there is to draw.
     """
     grey = rng.integers(105, 175)
     background = tuple(int(x) for x in np.clip(grey + rng.integers(-14, 15, 3), 0, 255))
@@ -214,16 +252,16 @@ def paint(rng: np.random.Generator, width: int, height: int, scale: float, count
         cx, cy = rng.uniform(r + 1, width - r - 1), rng.uniform(r + 1, height - r - 1)
         if any(math.hypot(cx - x, cy - y) < 0.85 * (r + q) for x, y, q in placed):
             continue
-        values = {a: list(vs)[rng.integers(len(vs))] for a, vs in WORDS.items() if a != "size"}
+        values = {a: list(vs)[rng.integers(len(vs))] for a, vs in world.words.items() if a != "size"}
         figure = Figure(size=size, **values)
         stencil = Image.new("L", (width, height), 0)
-        for polygon in _outline(figure.shape, cx, cy, r):
+        for polygon in world.outline(figure.shape, cx, cy, r):
             ImageDraw.Draw(stencil).polygon(polygon, fill=255)
         mask = np.asarray(stencil) > 0
         visible = [old & ~mask for old in masks]
         if any(v.sum() < 0.8 * area for v, area in zip(visible, areas, strict=True)):
             continue  # would hide too much of an earlier figure
-        image.paste(_fill(figure, width, height, scale, rng.random()), (0, 0), stencil)
+        image.paste(_fill(figure, width, height, scale, rng.random(), world), (0, 0), stencil)
         masks = [*visible, mask]
         areas.append(int(mask.sum()))
         placed.append((cx, cy, r))

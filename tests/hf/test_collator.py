@@ -203,6 +203,32 @@ def test_conversations(golden_base):
     assert (real == processor.image_token_id).sum() == tiles * processor.tokens_per_tile
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_slots": (10, 14)}, {"replacement_noise": True, "vocab_size": 512}])
+def test_rows_with_seeds_draw_their_own_noise(processor, rows, settings):
+    seeded = [entry | {"seed": 5 + k} for k, entry in enumerate(rows)]
+    collator = PdlmCollator(processor, **settings)
+    together, alone = collator(seeded), [collator([entry]) for entry in seeded]
+    for k, one in enumerate(alone):
+        length = one["labels"].shape[1]
+        for name in {"input_ids", "labels", "noise_mask", "replacement_ids"} & one.keys():
+            assert torch.equal(together[name][k, :length], one[name][0]), name
+        assert together["mask_probability"][k] == one["mask_probability"][0]
+        assert not together["noise_mask"][k, length:].any()
+    assert together["mask_probability"][0] != together["mask_probability"][1]
+    assert not torch.equal(alone[0]["noise_mask"], collator([seeded[0] | {"seed": 99}])["noise_mask"])
+
+
+def test_sample_losses(model, processor, rows):
+    """Their mean is the loss, and each is the loss of its row alone."""
+    collator = PdlmCollator(processor)
+    seeded = [entry | {"seed": k} for k, entry in enumerate(rows)]
+    with torch.no_grad():
+        output = model(**collator(seeded))
+        alone = [model(**collator([entry])).loss for entry in seeded]
+    torch.testing.assert_close(output.sample_losses, torch.stack(alone), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.sample_losses.mean(), output.loss)
+
+
 # ---------------------------------------------------------------- groups of regions
 
 

@@ -1,9 +1,11 @@
 """Training: data set item or batch, injected noise, loss, logits and gradients."""
 
+import copy
 import functools
 import random
 import re
 
+import pytest
 import torch
 from parity_golden import (
     GRADIENT,
@@ -313,3 +315,38 @@ def test_which_parameters_have_gradients(name, run):
     without = {our_name(p) for p in record(name)["runs"][run]["params_without_grad"]} - {None}
     assert {n for n, _ in _loaded(name).model.named_parameters() if n not in gradients} <= without
     assert not without & set(gradients)
+
+
+# ---------------------------------------------------------------- with an adapter
+
+
+@functools.cache
+def _adapted(name: str, run: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss, and gradients of what is trained in full, of the model in a new adapter."""
+    adapters, recipe = pytest.importorskip("pdlm_peft.adapters"), pytest.importorskip("pdlm_peft.recipe")
+    loaded = _loaded(name)
+    model = copy.deepcopy(loaded.model)
+    model.config.replacement_noise_mode = record(name)["runs"][run]["replacement_noise"]
+    model = adapters.add_adapter(model, loaded.processor, recipe.Adapter(rank=2, train_embeddings=True))
+    loss = model(**_batch(name), **_noise(name, run)).loss
+    loss.backward()
+    full = {n: p.grad for n, p in model.named_parameters() if ".modules_to_save." in n and p.grad is not None}
+    own = {n.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): g for n, g in full.items()}
+    return loss.detach(), own
+
+
+@each("name, run", RUNS)
+def test_loss_in_an_adapter(name, run):
+    theirs = tensors(name)[f"{run}.loss"]
+    assert_close(_adapted(name, run)[0], theirs, LOSS * max(1.0, theirs.item()))
+
+
+@each("name, run", RUNS)
+def test_gradients_of_what_is_trained_in_full_beside_an_adapter(name, run):
+    ours = _adapted(name, run)[1]
+    compared = 0
+    for reference_name, norm in record(name)["runs"][run]["grad_norms"].items():
+        if norm is not None and our_name(reference_name) in ours:
+            assert abs(ours[our_name(reference_name)].norm().item() - norm) <= GRADIENT * norm, reference_name
+            compared += 1
+    assert compared >= 4  # the reference recorded some of them

@@ -1,0 +1,296 @@
+"""Recipes: what to train, on what, how. YAML files, checked before anything is loaded."""
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from transformers import TrainingArguments
+
+from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT
+
+RECIPES = Path(__file__).parent / "recipes"
+EMBEDDED = {"shapes": CHECKPOINT, "shapes_base": BASE_CHECKPOINT}
+TRAINING_KEYS = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+# set elsewhere in a recipe, or needed as they are
+_OWN_KEYS = {
+    "output_dir": "set `output`",
+    "seed": "set `seed`",
+    "data_seed": "set `seed`",
+    "remove_unused_columns": "the collator needs every column",
+    "resume_from_checkpoint": "a run with the same `output` goes on by itself",
+    "push_to_hub": "push the finished folder with `hf upload`",
+}
+_FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Data(_Part):
+    """What to train on.
+
+    Args:
+        kind (`str`): "regions": pictures with captioned regions; "chat": conversations in LLaVA's format; "drawn": the
+            shapes of `world`, drawn on demand.
+        world (`str`): "new": [`~shapes.NEW_WORLD`]; "shapes": the one that the embedded checkpoint knows.
+        train, held_out (`str`, *optional*): data file; nothing for "drawn".
+        images (`str`, *optional*): folder of the pictures; default: that of the data file.
+        limit, held_out_limit (`int`, *optional*): take so many pictures only.
+        partition (`str`): how the regions of a picture are cut into passes. "shuffle": into random, nearly equal
+            groups, in every epoch others, as the reference does; "together": as many as there are region prompts.
+        num_slots (`int` or pair, *optional*): slots of a caption, or a range to draw from, filled up with end-of-turn.
+            None: captions at their own length, as the reference trains.
+        noise_floor (`float`): lowest masking probability.
+        prompt_ids (`str`): "random" as the reference trains, or "ordered" as at inference.
+        streaming (`bool`): read the file on and on instead of indexing it; needs `training.max_steps`.
+    """
+
+    kind: Literal["regions", "chat", "drawn"] = "regions"
+    world: Literal["new", "shapes"] = "new"
+    train: str | None = None
+    held_out: str | None = None
+    images: str | None = None
+    limit: Count | None = None
+    held_out_limit: Count | None = 64
+    partition: Literal["shuffle", "together"] = "shuffle"
+    num_slots: Count | tuple[Count, Count] | None = None
+    noise_floor: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    prompt_ids: Literal["random", "ordered"] = "random"
+    streaming: bool = False
+
+
+class Adapter(_Part):
+    """LoRA on the language model, and what is trained in full beside it.
+
+    Args:
+        rank, alpha, dropout: PEFT's `r`, `lora_alpha` (default: twice the rank), `lora_dropout`.
+        vision (`bool`): LoRA on the vision tower, too.
+        train_in_full (`list[str]`): modules that are trained as they are.
+        train_embeddings (`bool`): also train the token embeddings and the head.
+        new_words (`list[str]`): tokens to add; needs `train_embeddings` and free rows in the embedding.
+    """
+
+    rank: Count = 16
+    alpha: Count | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    vision: bool = False
+    train_in_full: list[Literal["region_embedding", "multi_modal_projector"]] = [
+        "region_embedding",
+        "multi_modal_projector",
+    ]
+    train_embeddings: bool = False
+    new_words: list[str] = []
+
+
+class Switches(_Part):
+    """Behaviour to adapt the weights to; None: as the checkpoint has it (see `PdlmConfig`)."""
+
+    prefix_attention: Literal["full", "isolated"] | None = None
+    roi_replay: Literal["reference", "aligned"] | None = None
+
+
+class Samples(_Part):
+    """Captions of held-out pictures while it trains: of how many, and every how many steps (0: none)."""
+
+    images: Annotated[int, Field(ge=0)] = 4
+    every: Annotated[int, Field(ge=0)] = 0
+
+
+class Hardware(_Part):
+    """What the recipe is meant for; the estimate before the start uses it.
+
+    Args:
+        devices (`int`): GPUs.
+        memory (`float`, *optional*): GB of one.
+        shard (`str`): what the devices share: "none", "optimizer" (ZeRO-1/2), "full" (FSDP, ZeRO-3).
+        tflops (`float`, *optional*): what one device achieves (not its peak), for the estimate of time.
+    """
+
+    devices: Count = 1
+    memory: Annotated[float, Field(gt=0)] | None = None
+    shard: Literal["none", "optimizer", "full"] = "none"
+    tflops: Annotated[float, Field(gt=0)] | None = None
+
+
+class Recipe(_Part):
+    """Everything about a run.
+
+    Args:
+        model (`str`): folder, hub id, "shapes" or "shapes_base"; for a dry run also "8b" or "8b_base".
+        output (`str`): folder for the adapter (or checkpoint), its card, samples and logs.
+        seed (`int`): decides order, noise and new weights.
+        dtype (`str`): of the frozen weights. What is trained is float32.
+        quantize (`str`, *optional*): "4bit": the language model's frozen weights in NF4 (bitsandbytes, CUDA).
+        attention (`str`, *optional*): `attn_implementation` of the language model.
+        adapter ([`Adapter`], *optional*): None trains all weights.
+        freeze (`list[str]`): without an adapter, parts to keep.
+        data, switches, samples, hardware: see there.
+        training (`dict`): transformers' `TrainingArguments`, by their names.
+    """
+
+    model: str
+    output: str
+    seed: Annotated[int, Field(ge=0, lt=2**18)] = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    quantize: Literal["4bit"] | None = None
+    attention: Literal["sdpa", "eager", "flex_attention"] | None = None
+    adapter: Adapter | None = Adapter()
+    freeze: list[Literal["vision_tower", "region_embedding", "multi_modal_projector", "language_model"]] = []
+    data: Data = Data()
+    switches: Switches = Switches()
+    samples: Samples = Samples()
+    hardware: Hardware = Hardware()
+    training: dict[str, Any] = {}
+
+    @field_validator("training")
+    @classmethod
+    def _strategies(cls, training: dict[str, Any]) -> dict[str, Any]:
+        """YAML 1.1 reads `eval_strategy: no` as false."""
+        return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in training.items()}
+
+    @property
+    def base(self) -> str:
+        """Folder or hub id of the base checkpoint."""
+        return str(EMBEDDED.get(self.model, self.model))
+
+
+def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        name (`str`): a packaged name (see [`names`]) or a file.
+        overrides (`list[str]`): "key=value" with dotted keys, `adapter.rank=4`; values are YAML.
+
+    Raises:
+        ValueError: no such recipe, an unknown key (with the nearest known one), or a value that does not fit.
+    """
+    path = Path(name)
+    if not path.suffix:
+        path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"There is no recipe {name!r}. Give a YAML file or one of: {', '.join(names())}.")
+    try:
+        settings = _floats(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: is no YAML ({error}).") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected keys and values, got {type(settings).__name__}.")
+    for override in overrides:
+        _override(settings, override)
+    return parse_recipe(settings, str(path))
+
+
+def names() -> list[str]:
+    """The packaged recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def parse_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:
+    """A checked recipe from plain settings. Raises: ValueError, see [`load_recipe`]."""
+    try:
+        recipe = Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_first(error)}") from None
+    _check(recipe, where)
+    return recipe
+
+
+def known_keys() -> list[str]:
+    """All keys of a recipe, dotted."""
+    found = []
+    for name, field in Recipe.model_fields.items():
+        found.append(name)
+        parts = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for part in parts:
+            if isinstance(part, type) and issubclass(part, _Part):
+                found += [f"{name}.{inner}" for inner in part.model_fields]
+    return found + [f"training.{key}" for key in sorted(TRAINING_KEYS)]
+
+
+def nearest(key: str) -> str:
+    """'; did you mean ...' or nothing."""
+    known = known_keys()
+    last = {name.rpartition(".")[2]: name for name in reversed(known)}
+    close = difflib.get_close_matches(key, known, 1) or [
+        last[match] for match in difflib.get_close_matches(key.rpartition(".")[2], last, 1)
+    ]
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", str(part)))
+    if first["type"] == "extra_forbidden":
+        return f"unknown key `{key}`{nearest(key)}"
+    if first["type"] == "missing":
+        return f"`{key}` is missing."
+    return f"`{key}`: {first['msg']}, got {first['input']!r}."
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """What single fields cannot know."""
+    data, training, adapter = recipe.data, recipe.training, recipe.adapter
+    for key in training:
+        if key in _OWN_KEYS:
+            raise ValueError(f"{where}: `training.{key}` cannot be set here: {_OWN_KEYS[key]}.")
+        if key not in TRAINING_KEYS:
+            raise ValueError(f"{where}: unknown key `training.{key}`{nearest(f'training.{key}')}")
+    logging, saving = training.get("logging_steps", 500), training.get("save_steps", 500)
+    if training.get("save_strategy") != "no" and (saving % logging or saving < 1):
+        raise ValueError(
+            f"{where}: `training.save_steps` ({saving}) must be a multiple of `training.logging_steps` ({logging}), "
+            "or the curve of a resumed run would differ from that of an undisturbed one."
+        )
+    if recipe.dtype == "bfloat16" and not training.get("bf16"):
+        raise ValueError(
+            f"{where}: `dtype: bfloat16` needs `training.bf16: true`, or dtype=float32: adapters are float32."
+        )
+    if adapter is None and recipe.dtype == "bfloat16":
+        raise ValueError(f"{where}: without an adapter the weights are trained; set dtype=float32 (bf16 computes).")
+    if adapter is None and recipe.quantize:
+        raise ValueError(f"{where}: 4-bit weights cannot be trained; set `adapter` or drop `quantize`.")
+    if adapter is not None and recipe.freeze:
+        raise ValueError(f"{where}: `freeze` is for runs without `adapter`; there only what it names is trained.")
+    if adapter is not None and adapter.new_words and not adapter.train_embeddings:
+        raise ValueError(f"{where}: `adapter.new_words` need `adapter.train_embeddings: true`, or stay random.")
+    if data.kind == "drawn" and data.train:
+        raise ValueError(
+            f"{where}: `data.kind: drawn` draws its pictures; remove `data.train` or set `kind: regions`."
+        )
+    if isinstance(data.num_slots, tuple) and data.num_slots[0] > data.num_slots[1]:
+        raise ValueError(f"{where}: `data.num_slots` is a range from low to high, got {list(data.num_slots)}.")
+    if data.streaming and training.get("max_steps", -1) < 1:
+        raise ValueError(f"{where}: `data.streaming` needs `training.max_steps`, since the length is not known.")
+
+
+def _floats(value: Any) -> Any:
+    """YAML 1.1 reads 4e-5 as a text; nobody means that."""
+    if isinstance(value, dict):
+        return {key: _floats(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_floats(inner) for inner in value]
+    return float(value) if isinstance(value, str) and _FLOAT.fullmatch(value) else value
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{override!r}: expected key=value, `training.max_steps=100` for example.")
+    if key not in known_keys():
+        raise ValueError(f"unknown key `{key}`{nearest(key)}")
+    try:
+        value = _floats(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise ValueError(f"{override!r}: the value is no YAML.") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(settings.get(parent), dict):
+            settings[parent] = {}
+        settings = settings[parent]
+    settings[last] = value

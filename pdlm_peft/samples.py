@@ -1,0 +1,82 @@
+"""Captions of held-out pictures while a model trains: as pictures, as text, in TensorBoard and wandb."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer
+from transformers.trainer_callback import TrainerCallback
+
+from pdlm_hf import RegionCaption, RegionCaptioner
+from pdlm_hf.app.drawing import draw_captions
+from pdlm_hf.app.regions import parse_regions
+
+logger = logging.getLogger(__name__)
+
+
+class CaptionSamples(TrainerCallback):
+    """Captions the same pictures every so many steps.
+
+    Writes `step_000300/0.png` and so on, with `captions.jsonl` beside them (one row a region: what is said, what
+    should be), and adds the pictures to TensorBoard and wandb where the run reports there.
+
+    Args:
+        trainer (`Trainer`), processor (`PdlmProcessor`)
+        rows (`list[dict]`): held-out pictures with captioned regions.
+        every (`int`): steps.
+        folder (`Path`): for the pictures.
+    """
+
+    def __init__(self, trainer: Trainer, processor, rows: list[dict[str, Any]], every: int, folder: Path):
+        self.trainer, self.processor, self.every, self.folder = trainer, processor, every, folder
+        limit = processor.image_processor.num_region_prompts
+        self.rows = [row | {"regions": row["regions"][:limit]} for row in rows]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Caption, if it is time."""
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return
+        if state.is_world_process_zero:
+            with torch.inference_mode():
+                self.write(state.global_step)
+
+    def write(self, step: int) -> None:
+        """Caption all pictures and write what was said."""
+        captioner = RegionCaptioner(self.trainer.model, self.processor)
+        folder = self.folder / f"step_{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines, drawings = [], []
+        for index, row in enumerate(self.rows):
+            masks = [np.asarray(region["mask"]) for region in row["regions"]]
+            captions = captioner.caption(row["image"], masks, question=row.get("question"))
+            for k, (region, caption) in enumerate(zip(row["regions"], captions, strict=True)):
+                place = {"picture": index, "region": region.get("id", k)}
+                lines.append(place | {"said": caption.text, "true": region["caption"], "score": caption.score})
+            drawings.append(_draw(row["image"], masks, captions))
+        (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        drawings = [drawing for drawing in drawings if drawing is not None]
+        for index, drawing in enumerate(drawings):
+            drawing.save(folder / f"{index}.png")
+        self._report(drawings, step)
+
+    def _report(self, drawings: list, step: int) -> None:
+        """To the reporters that take pictures."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if getattr(callback, "tb_writer", None) is not None:
+                for index, drawing in enumerate(drawings):
+                    callback.tb_writer.add_image(f"captions/{index}", np.asarray(drawing), step, dataformats="HWC")
+            wandb = getattr(callback, "_wandb", None)
+            if wandb is not None and getattr(wandb, "run", None) is not None:
+                wandb.log({"captions": [wandb.Image(drawing) for drawing in drawings]})
+
+
+def _draw(image, masks: list[np.ndarray], captions: list[RegionCaption]):
+    """The picture with its captions, or None without the drawing library."""
+    try:
+        return draw_captions(image, parse_regions(masks, *image.size), captions)
+    except ImportError as error:
+        logger.warning("Captions are written as text only. %s", error)
+        return None

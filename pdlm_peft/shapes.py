@@ -1,0 +1,75 @@
+"""A second world of drawn figures, which the embedded checkpoint has never seen: something to fine-tune it on.
+
+Shapes, colours, textures, words and sentences are new; sizes and picture formats are those of the first world.
+The tokenizer knows none of the new words and writes each in three pieces, so that what follows a word is always in the
+same place: slots that are written at once cannot disagree about where it is.
+"""
+
+import math
+
+from PIL import ImageDraw
+
+from pdlm_hf.shapes.train import ShapesDataset
+from pdlm_hf.shapes.world import SHAPES_WORLD, World
+
+COLOURS = {"pink": (255, 150, 190), "cyan": (70, 215, 222), "wine": (112, 20, 52), "sand": (232, 208, 150)}
+ACCENTS = {"wine": (240, 220, 225)}
+WORDS = {
+    "size": {"small": ("tiny",), "large": ("great",)},
+    "colour": {name: (name,) for name in COLOURS},
+    "texture": {name: (name,) for name in ("blank", "bars", "net")},
+    "shape": {name: (name,) for name in ("heart", "kite", "arc", "lens")},
+}
+PATTERNS = (
+    "Look, a {size} {colour} {shape} with {texture}",
+    "{colour} and {size}, it is a {shape}, {texture}",
+    "This is {texture}! The {shape} is {size} and {colour}!",
+)
+
+
+def _outline(shape: str, cx: float, cy: float, r: float) -> list[list[tuple[float, float]]]:
+    if shape == "heart":
+        angles = [2 * math.pi * k / 40 for k in range(40)]
+        curve = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in angles]
+        return [[(cx + r * math.sin(a) ** 3, cy - r * y / 16) for a, y in zip(angles, curve, strict=True)]]
+    if shape == "arc":  # the left half of a circle, hollowed by a flatter one
+        angles = [math.pi * (0.5 + k / 20) for k in range(21)]
+        outer = [(cx + 0.4 * r + r * math.cos(a), cy + r * math.sin(a)) for a in angles]
+        inner = [(cx + 0.4 * r + 0.45 * r * math.cos(a), cy + r * math.sin(a)) for a in reversed(angles)]
+        return [outer + inner]
+    if shape == "kite":
+        return [[(cx, cy - r), (cx + 0.7 * r, cy - 0.3 * r), (cx, cy + r), (cx - 0.7 * r, cy - 0.3 * r)]]
+    angles = [2 * math.pi * k / 40 for k in range(40)]  # a lens, lying
+    return [[(cx + r * math.cos(a), cy + 0.42 * r * math.sin(a)) for a in angles]]
+
+
+def _texture(
+    draw: ImageDraw.ImageDraw, texture: str, width: int, height: int, period: float, phase: float, accent: tuple
+) -> None:
+    """Upright bars, a net of thin lines, or nothing."""
+    share = {"blank": 0.0, "bars": 0.36, "net": 0.2}[texture]
+    for k in range(int(width / period) + 2):
+        x = (k + phase) * period
+        if share:
+            draw.rectangle([x, 0, x + share * period, height], fill=accent)
+    for k in range(int(height / period) + 2):
+        y = (k + phase) * period
+        if texture == "net":
+            draw.rectangle([0, y, width, y + share * period], fill=accent)
+
+
+NEW_WORLD = World(WORDS, PATTERNS, COLOURS, ACCENTS, _outline, _texture)
+
+
+WORLDS = {"new": NEW_WORLD, "shapes": SHAPES_WORLD}
+
+
+def drawn_pictures(world: str, seed: int, length: int, group: int) -> ShapesDataset:
+    """Pictures for training, drawn on demand.
+
+    Args:
+        world (`str`): "new" or "shapes".
+        seed, length (`int`): which pictures, and how many.
+        group (`int`): pictures of a batch, which are drawn to fit well together.
+    """
+    return ShapesDataset(seed, length, group, world=WORLDS[world])

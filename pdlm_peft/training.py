@@ -1,0 +1,277 @@
+"""Training by recipe: transformers' Trainer, PEFT, the project's collator."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
+from transformers.trainer_callback import TrainerCallback
+
+from pdlm_hf.app.collator import PdlmCollator
+from pdlm_hf.shapes.train import Clock, InOrderTrainer
+
+from .adapters import BASE_FILE, add_adapter, fingerprint, read_base, write_base
+from .card import write_card
+from .plan import StreamedRows, TrainingRows, held_out_rows, open_dataset, plan
+from .recipe import Recipe
+from .samples import CaptionSamples
+
+LEVELS = 5  # bins of the noise level in the log
+# settings that a run may change when it goes on
+_FREE = {
+    ("samples",),
+    ("hardware",),
+    ("training", "report_to"),
+    ("training", "save_total_limit"),
+    ("training", "dataloader_num_workers"),
+    ("training", "disable_tqdm"),
+}
+
+
+class RegionTrainer(InOrderTrainer):
+    """Trainer that keeps the order of its rows and logs the loss by noise level.
+
+    `loss_t0.2` is the mean over the samples with a masking probability in [0.2, 0.4) since the last log: the cross
+    entropy of a masked token, roughly.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._levels = {mode: torch.zeros(2, LEVELS, dtype=torch.float64) for mode in (True, False)}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As everywhere; also sums the samples' losses by level."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if outputs.sample_losses is not None:
+            level = (inputs["mask_probability"].cpu() * LEVELS).long().clamp_max(LEVELS - 1)
+            sums = self._levels[model.training]
+            sums[0].index_add_(0, level, outputs.sample_losses.double().cpu())
+            sums[1].index_add_(0, level, torch.ones(len(level), dtype=torch.float64))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the losses by level to those of training and of evaluation."""
+        for training, key in ((True, "loss"), (False, "eval_loss")):
+            if key in logs:
+                sums = self._levels[training].to(self.args.device, torch.float32)
+                sums, counts = self.accelerator.reduce(sums, "sum").cpu()
+                self._levels[training].zero_()
+                for bin_, (total, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True)):
+                    if count:
+                        logs[f"{key}_t{bin_ / LEVELS:.1f}"] = round(total / count, 5)
+        super().log(logs, start_time)
+
+
+class _AdapterFiles(TrainerCallback):
+    """What makes a saved step a complete adapter folder."""
+
+    def __init__(self, recipe: Recipe, mark: str):
+        self.recipe, self.mark = recipe, mark
+
+    def on_save(self, args, state, control, **kwargs):
+        """Note the base beside the adapter."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            write_base(folder, self.recipe.base, self.mark, switches_of(self.recipe))
+
+
+def switches_of(recipe: Recipe) -> dict[str, str]:
+    """The switches that a recipe sets."""
+    return recipe.switches.model_dump(exclude_none=True)
+
+
+def arguments(recipe: Recipe) -> TrainingArguments:
+    """transformers' arguments of a recipe. Raises: ValueError if they refuse a value."""
+    settings = {"report_to": "none", "use_cpu": not torch.cuda.is_available()} | recipe.training
+    if recipe.data.streaming:
+        # dispatching would cut every tensor to the number of rows, and pictures have several tiles each
+        settings["accelerator_config"] = {"dispatch_batches": False}
+    try:
+        return TrainingArguments(
+            output_dir=str(Path(recipe.output) / "checkpoints"),
+            seed=recipe.seed,
+            remove_unused_columns=False,
+            prediction_loss_only=True,
+            label_names=["labels"],
+            **settings,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"`training`: {error}") from error
+
+
+def quantization(recipe: Recipe):
+    """bitsandbytes' configuration for 4-bit weights of the language model, or None.
+
+    Raises:
+        ImportError: bitsandbytes or a CUDA device is missing.
+    """
+    if recipe.quantize is None:
+        return None
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not torch.cuda.is_available() or not is_bitsandbytes_available():
+        raise ImportError(
+            "`quantize: 4bit` needs a CUDA device and bitsandbytes: pip install bitsandbytes. "
+            "Without: quantize=null, which needs 80 GB for the 8B."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "region_embedding", "lm_head"],
+    )
+
+
+def load(recipe: Recipe) -> tuple[Any, Any]:
+    """Model and processor, ready to train: switched, with an adapter or frozen parts."""
+    adapter = recipe.adapter
+    processor = AutoProcessor.from_pretrained(recipe.base)
+    model = AutoModelForImageTextToText.from_pretrained(
+        recipe.base,
+        dtype=recipe.dtype,
+        quantization_config=quantization(recipe),
+        attn_implementation={"text_config": recipe.attention} if recipe.attention else None,
+        device_map={"": torch.cuda.current_device()} if recipe.quantize else None,
+    )
+    for name, value in switches_of(recipe).items():
+        setattr(model.config, name, value)
+    if recipe.data.kind != "chat" and not model.config.num_region_prompts:
+        raise ValueError(f"{recipe.model} is a base (chat) checkpoint without region prompts; set `data.kind: chat`.")
+    if adapter is not None:
+        return add_adapter(model, processor, adapter), processor
+    for part in recipe.freeze:
+        getattr(model.model, part).requires_grad_(False)
+    return model, processor
+
+
+def collator(recipe: Recipe, processor) -> PdlmCollator:
+    """The collator of a recipe."""
+    data = recipe.data
+    return PdlmCollator(processor, data.num_slots, data.noise_floor, data.prompt_ids)
+
+
+def training_rows(recipe: Recipe, args: TrainingArguments, processor) -> tuple[Any, int]:
+    """The training rows and the number of optimizer steps."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if recipe.data.streaming:
+        return StreamedRows(recipe.data, processor, recipe.seed), args.max_steps
+    length = batch * max(args.max_steps, 1)
+    dataset = open_dataset(recipe.data, length=length, group=batch, seed=recipe.seed)
+    steps = plan(dataset, recipe.data, processor, batch, args.max_steps, args.num_train_epochs, recipe.seed)
+    return TrainingRows(dataset, steps, recipe.seed), len(steps) // batch
+
+
+def build(recipe: Recipe) -> RegionTrainer:
+    """A trainer for the recipe, before its first step. Raises: ValueError, ImportError."""
+    out = Path(recipe.output)
+    mark = fingerprint(recipe.base)
+    check_folder(recipe, out, mark)
+    args = arguments(recipe)
+    set_seed(recipe.seed)
+    processor = AutoProcessor.from_pretrained(recipe.base)
+    rows, args.max_steps = training_rows(recipe, args, processor)  # bad data is found before the model is loaded
+    held_out = open_dataset(recipe.data, held_out=True, length=64, seed=recipe.seed)
+    model, processor = load(recipe)
+    trainer = RegionTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=held_out_rows(held_out, recipe.data, processor) if held_out is not None else None,
+        data_collator=collator(recipe, processor),
+        processing_class=processor,
+        callbacks=[Clock(), _AdapterFiles(recipe, mark)],
+    )
+    samples = recipe.samples
+    if samples.every and samples.images and held_out is not None and recipe.data.kind != "chat":
+        pictures = [held_out[k] for k in range(min(samples.images, len(held_out)))]
+        trainer.add_callback(CaptionSamples(trainer, processor, pictures, samples.every, out / "samples"))
+    return trainer
+
+
+def check_folder(recipe: Recipe, out: Path, mark: str) -> None:
+    """Whether a run may start, or go on, in this folder. Raises: ValueError."""
+    if not (out / "recipe.yaml").is_file():
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty and holds no run; give another `output`.")
+        return
+    old, new = yaml.safe_load((out / "recipe.yaml").read_text()), recipe.model_dump(mode="json")
+    for name in sorted({*old, *new}):
+        before, now = old.get(name), new.get(name)
+        nested = isinstance(before, dict) and isinstance(now, dict)
+        pairs = (
+            {(name, k): (before.get(k), now.get(k)) for k in {*before, *now}} if nested else {(name,): (before, now)}
+        )
+        for key, (a, b) in sorted(pairs.items()):
+            if a != b and key not in _FREE and key[:1] not in _FREE:
+                raise ValueError(
+                    f"{out} holds a run with `{'.'.join(key)}` {a!r}, now it is {b!r}. Go on with the same settings, "
+                    "or give another `output`."
+                )
+    if (out / BASE_FILE).is_file() and read_base(out)["fingerprint"] != mark:
+        raise ValueError(f"{out} holds a run on other weights than those of {recipe.base}; give another `output`.")
+
+
+def last_complete(folder: Path) -> str | None:
+    """The last saved step that was written to its end; a killed run may leave half of one."""
+    steps = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for step in steps:
+        try:
+            json.loads((step / "trainer_state.json").read_text())  # written last
+            return str(step)
+        except (OSError, json.JSONDecodeError):
+            continue
+    return None
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Train, or go on where a run with the same output stopped, and write the finished folder.
+
+    Returns:
+        the record that is also in `training.json`.
+    """
+    trainer = build(recipe)
+    out, main = Path(recipe.output), trainer.is_world_process_zero()
+    mark = next(c.mark for c in trainer.callback_handler.callbacks if isinstance(c, _AdapterFiles))
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        write_base(out, recipe.base, mark, switches_of(recipe))
+    last = last_complete(out / "checkpoints")
+    has_eval = trainer.eval_dataset is not None and trainer.args.eval_strategy != "no"
+    trainer.args.eval_on_start = has_eval and last is None
+    trainer.train(resume_from_checkpoint=last)
+    if has_eval and not any(
+        "eval_loss" in e for e in trainer.state.log_history if e["step"] == trainer.args.max_steps
+    ):
+        trainer.evaluate()
+    trainer.save_model(str(out))
+    record = _record(recipe, trainer, last)
+    if main:
+        (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_card(recipe, record, out)
+    return record
+
+
+def _record(recipe: Recipe, trainer: RegionTrainer, last: str | None) -> dict[str, Any]:
+    log = trainer.state.log_history
+    scores = [{k: v for k, v in entry.items() if "loss" in k} for entry in log if "eval_loss" in entry]
+    cuda = torch.cuda.is_available() and not trainer.args.use_cpu
+    return {
+        "model": recipe.model,
+        "steps": trainer.state.global_step,
+        "resumed_from": int(last.rpartition("-")[2]) if last else 0,
+        "seconds": next((entry["elapsed"] for entry in reversed(log) if "elapsed" in entry), 0.0),
+        "hardware": {
+            "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
+            "processes": trainer.args.world_size,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+        "scores": {"before": scores[0], "after": scores[-1]} if len(scores) > 1 else {},
+        "log": log,
+    }

@@ -1,0 +1,165 @@
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from small import losses, small
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
+
+from pdlm_hf import CHECKPOINT
+from pdlm_hf.app.collator import PdlmCollator
+from pdlm_hf.shapes.train import ShapesDataset
+from pdlm_peft import training
+from pdlm_peft.adapters import LANGUAGE, add_adapter, check_base, fingerprint, load_adapter, merge
+from pdlm_peft.cli import app
+from pdlm_peft.recipe import Adapter
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """Trained with a high learning rate, so that it says something else than its base."""
+    out = tmp_path_factory.mktemp("adapter") / "run"
+    record = training.run(small("shapes", out, "training.max_steps=4", "training.learning_rate=2e-2"))
+    assert len(losses(record["log"])) == 4
+    return out
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    row = ShapesDataset(3, 2, 2)[0]
+    processor = AutoProcessor.from_pretrained(CHECKPOINT)
+    return processor(images=row["image"], segmentation_maps=[region["mask"] for region in row["regions"]])
+
+
+def answers(model, inputs):
+    plain = {k: v for k, v in inputs.items() if k not in ("region_order", "image_index")}
+    with torch.no_grad():
+        return model.eval()(**plain).logits, model.generate(**inputs, max_new_tokens=24).region_tokens
+
+
+def test_every_way_of_loading_gives_the_same(adapter, inputs, tmp_path):
+    expected, tokens = answers(load_adapter(adapter)[0], inputs)
+    base = AutoModelForImageTextToText.from_pretrained(CHECKPOINT)
+    assert (answers(base, inputs)[0] - expected).abs().max() > 1
+    injected = AutoModelForImageTextToText.from_pretrained(CHECKPOINT)
+    injected.load_adapter(str(adapter))
+    ways = {
+        "peft": PeftModel.from_pretrained(base, adapter),
+        "load_adapter": injected,
+        "auto": AutoModelForImageTextToText.from_pretrained(adapter),
+    }
+    for name, model in ways.items():
+        logits, said = answers(model, inputs)
+        assert torch.equal(logits, expected), name
+        assert torch.equal(said, tokens), name
+    assert AutoProcessor.from_pretrained(adapter).tokenizer.get_vocab() == (
+        AutoProcessor.from_pretrained(CHECKPOINT).tokenizer.get_vocab()
+    )
+
+
+def test_merged_is_the_adapter(adapter, inputs, tmp_path):
+    expected, tokens = answers(load_adapter(adapter)[0], inputs)
+    result = CliRunner().invoke(app, ["merge", str(adapter), str(tmp_path / "merged")])
+    assert result.exit_code == 0, result.stderr
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    logits, said = answers(merged, inputs)
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-3)
+    assert torch.equal(said, tokens)
+    files = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "processor_config.json"} <= files
+    names = set(load_file(tmp_path / "merged" / "model.safetensors"))
+    assert names == set(load_file(CHECKPOINT / "model.safetensors"))
+    again = CliRunner().invoke(app, ["merge", str(adapter), str(tmp_path / "merged")])
+    assert again.exit_code == 2 and "is not empty" in again.stderr
+    none = CliRunner().invoke(app, ["merge", str(CHECKPOINT), str(tmp_path / "other")])
+    assert none.exit_code == 2 and "there is no pdlm_base.json" in none.stderr
+
+
+def test_merged_in_bfloat16(adapter, tmp_path):
+    merge(adapter, tmp_path / "merged", dtype="bfloat16")
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_switches_travel(tiny_checkpoint, tmp_path):
+    """A checkpoint trained "full" is adapted to "isolated": the adapter and the merged checkpoint know."""
+    recipe = small("shapes_isolated", tmp_path / "run", f"model={tiny_checkpoint}")
+    assert AutoModelForImageTextToText.from_pretrained(tiny_checkpoint).config.prefix_attention == "full"
+    training.run(recipe)
+    assert load_adapter(tmp_path / "run")[0].config.prefix_attention == "isolated"
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "run").config.prefix_attention == "isolated"
+    merge(tmp_path / "run", tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["prefix_attention"] == "isolated"
+
+
+# ---------------------------------------------------------------- the base
+
+
+def copy_with(folder, change):
+    shutil.copytree(CHECKPOINT, folder)
+    weights = change(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_fingerprint_is_that_of_the_weights(tmp_path, golden_regions, golden_base):
+    mine = fingerprint(CHECKPOINT)
+    assert mine == fingerprint(copy_with(tmp_path / "bf16", lambda ws: {k: w.bfloat16() for k, w in ws.items()}))
+    assert len({mine, fingerprint(golden_regions), fingerprint(golden_base)}) == 3
+
+    def moved(weights):
+        weights["model.language_model.layers.2.mlp.up_proj.weight"][0, 3] += 0.5
+        return weights
+
+    assert fingerprint(copy_with(tmp_path / "moved", moved)) != mine
+
+
+def test_fingerprint_does_not_depend_on_the_format(golden_regions, tmp_path):
+    """The reference's own folder, and the same weights written by us in many files."""
+    model = AutoModelForImageTextToText.from_pretrained(golden_regions)
+    model.save_pretrained(tmp_path / "ours", max_shard_size="50KB")
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
+    assert fingerprint(tmp_path / "ours") == fingerprint(golden_regions)
+
+
+def test_another_base_is_refused(adapter, tiny_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="was trained on other weights than those of"):
+        check_base(adapter, tiny_checkpoint)
+    with pytest.raises(ValueError, match="other weights"):
+        merge(adapter, tmp_path / "merged", base=tiny_checkpoint)
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(ValueError, match="other weights"):
+        load_adapter(adapter, tiny_checkpoint)
+
+
+# ---------------------------------------------------------------- loss and gradients
+
+
+def test_lora_starts_as_the_base_does(processor, model):
+    """B = 0: the same loss, and the same gradients in what is trained in full."""
+    import copy
+
+    dataset = ShapesDataset(0, 4, 4)
+    batch = PdlmCollator(processor, num_slots=24)([dataset[k] for k in range(4)])
+    plain, wrapped = copy.deepcopy(model), copy.deepcopy(model)
+    loss = plain(**batch).loss
+    loss.backward()
+    wrapped = add_adapter(wrapped, processor, Adapter(rank=4, train_embeddings=True))
+    again = wrapped(**batch).loss
+    again.backward()
+    assert torch.equal(loss, again)
+    gradients = dict(plain.named_parameters())
+    compared = 0
+    for name, parameter in wrapped.named_parameters():
+        if ".modules_to_save.default." in name:
+            own = name.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
+            torch.testing.assert_close(parameter.grad, gradients[own].grad)
+            compared += 1
+    assert compared == 1 + 4 + 2  # region prompts, projector, embeddings and head
+    assert sum("lora_B" in name for name, _ in wrapped.named_parameters()) == 7 * 4
+    assert LANGUAGE in wrapped.peft_config["default"].target_modules

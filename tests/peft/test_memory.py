@@ -1,0 +1,107 @@
+import pytest
+import torch
+from small import small
+from typer.testing import CliRunner
+
+from pdlm_hf.app.collator import PdlmCollator
+from pdlm_hf.shapes.model import build_model
+from pdlm_hf.shapes.train import ShapesDataset
+from pdlm_peft.adapters import add_adapter
+from pdlm_peft.cli import app
+from pdlm_peft.memory import GB, Row, activations, estimate, load_config, refuse
+from pdlm_peft.recipe import Adapter, load_recipe, names
+from pdlm_peft.training import load
+
+
+def kept_bytes(model, batch):
+    """What autograd keeps of a forward pass, parameters not counted."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen, alive = {}, []
+
+    def pack(tensor):
+        alive.append(tensor)  # or its storage is used again
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(**batch)
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize(("hidden", "mlp", "layers"), [(128, 384, 4), (256, 768, 8), (128, 1536, 4)])
+def test_activations_are_what_autograd_keeps(processor, hidden, mlp, layers):
+    heads = {"num_attention_heads": hidden // 32, "num_key_value_heads": hidden // 32}
+    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "vocab_size": 512}
+    model = add_adapter(build_model(processor, text_config=sizes | heads), processor, Adapter(rank=4))
+    dataset = ShapesDataset(3, 8, 8)
+    batch = PdlmCollator(processor, num_slots=24, noise_floor=0.99)([dataset[k] for k in range(8)])
+    rows, tokens = batch["input_ids"].shape
+    row = Row(len(batch["pixel_values"]) // rows, tokens, int((batch["labels"] != -100).sum()) // rows)
+    ratio = activations(model.config, row, rows, 4, False) / kept_bytes(model, batch)
+    assert 1.0 < ratio < 1.35
+
+
+def test_parameters_of_the_8b():
+    recipe = load_recipe("lora_8b_80gb")
+    found = estimate(recipe, load_config(recipe))
+    layers, hidden, mlp = 32, 4096, 12288
+    rank = recipe.adapter.rank
+    assert found.trainable["LoRA"] == layers * rank * (4 * 2 * hidden + 3 * (hidden + mlp))
+    assert found.trainable["projector"] == 4608 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert found.trainable["region prompts"] == 6 * 1152
+    assert found.parameters["embeddings and head"] == 2 * 126464 * 4096
+    assert found.parameters["language model"] == pytest.approx(6.98e9, rel=1e-3)
+    assert found.steps is None and found.hours(100) is None
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_fits_its_hardware(name):
+    recipe = load_recipe(name)
+    refuse(estimate(recipe, load_config(recipe)), recipe.hardware.memory or 16)
+
+
+def test_what_a_choice_costs():
+    def memory(*overrides):
+        recipe = load_recipe("lora_8b_80gb", overrides)
+        return estimate(recipe, load_config(recipe)).memory
+
+    plain = memory()
+    assert memory("quantize=4bit")["weights"] < 0.45 * plain["weights"]
+    assert memory("training.gradient_checkpointing=false")["activations"] > 5 * plain["activations"]
+    assert memory("adapter.train_embeddings=true")["optimizer"] == pytest.approx(
+        plain["optimizer"] + 8 * 2 * 126464 * 4096
+    )
+    full = memory("adapter=null", "dtype=float32")
+    assert full["weights"] + full["gradients"] + full["optimizer"] == pytest.approx(16 * 8.449e9, rel=1e-3)
+    shared = memory("hardware.devices=8", "hardware.shard=full")
+    assert shared["weights"] == pytest.approx(plain["weights"] / 8)
+
+
+def test_refusal_says_what_helps():
+    recipe = load_recipe("lora_8b_80gb")
+    with pytest.raises(ValueError, match=r"needs about \d+\.\d GB .* 24 GB .*batch_size=1 .*qlora_8b_24gb"):
+        refuse(estimate(recipe, load_config(recipe)), 24)
+
+
+def test_parameters_are_those_of_the_model(tmp_path):
+    """The meta model against the one that is trained."""
+    recipe = small("shapes", tmp_path)
+    model, _ = load(recipe)
+    found = estimate(recipe, load_config(recipe))
+    assert sum(found.parameters.values()) == sum(p.numel() for p in model.parameters())
+    assert sum(found.trainable.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found.total > found.memory["activations"] > 0.01 * GB
+
+
+def test_the_command(tmp_path):
+    dry = CliRunner().invoke(app, ["train", "lora_8b_80gb", "--dry-run"])
+    assert dry.exit_code == 0 and "77,609,728" in dry.stderr
+    refused = CliRunner().invoke(app, ["train", "lora_8b_80gb", "--dry-run", "--memory", "20"])
+    assert refused.exit_code == 2 and refused.stderr.splitlines()[-1].startswith("pdlm-peft: needs about")
+    shape = CliRunner().invoke(app, ["train", "lora_8b_80gb"])
+    assert shape.exit_code == 2 and "is a shape for --dry-run" in shape.stderr
+    missing = CliRunner().invoke(app, ["train", "lora_8b_80gb", "model=shapes", f"output={tmp_path}/x"])
+    assert missing.exit_code == 2 and "there is no file train.json" in missing.stderr
+    assert CliRunner().invoke(app, ["train", "--list"]).stdout.count("\n") == len(names())

@@ -1,0 +1,117 @@
+import pytest
+
+from pdlm_peft.recipe import RECIPES, known_keys, load_recipe, names
+
+NAMES = [
+    "aligned_8b",
+    "chat_8b",
+    "full_8b",
+    "isolated_8b",
+    "lora_8b_80gb",
+    "lora_8b_fsdp",
+    "lora_8b_zero3",
+    "qlora_8b_24gb",
+    "shapes",
+    "shapes_isolated",
+]
+
+
+def test_the_packaged_recipes():
+    assert names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_parses(name):
+    recipe = load_recipe(name)
+    assert recipe.training["learning_rate"] > 0
+    text = (RECIPES / f"{name}.yaml").read_text()
+    assert ("Not run on this hardware" in text) == name.endswith(("8b", "gb", "fsdp", "zero3"))
+
+
+def test_the_papers_setting():
+    recipe = load_recipe("full_8b")
+    training = recipe.training
+    assert recipe.adapter is None and recipe.freeze == []
+    assert (training["learning_rate"], training["lr_scheduler_type"], training["warmup_steps"]) == (
+        4e-5,
+        "cosine",
+        0.03,
+    )
+    rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * recipe.hardware.devices
+    assert rows == 256
+    assert recipe.data.prompt_ids == "random" and recipe.data.num_slots is None and recipe.data.partition == "shuffle"
+
+
+def test_what_the_adaptations_switch():
+    assert load_recipe("isolated_8b").switches.prefix_attention == "isolated"
+    assert load_recipe("aligned_8b").switches.roi_replay == "aligned"
+    assert load_recipe("qlora_8b_24gb").quantize == "4bit"
+
+
+def test_overrides():
+    changes = ["adapter.rank=4", "data.num_slots=[8, 12]", "training.learning_rate=2e-4", "training.run_name=x"]
+    recipe = load_recipe("shapes", [*changes, "samples.every=0", "hardware.memory=null"])
+    assert recipe.adapter.rank == 4
+    assert recipe.data.num_slots == (8, 12)
+    assert recipe.training["learning_rate"] == 2e-4
+    assert recipe.training["run_name"] == "x"
+    assert load_recipe("shapes", ["adapter=null"]).adapter is None
+    assert load_recipe("shapes", ["training.eval_strategy=no"]).training["eval_strategy"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.rnk=4", "unknown key `adapter.rnk`; did you mean `adapter.rank`?"),
+        ("training.learning_rte=1", "did you mean `training.learning_rate`?"),
+        ("learning_rate=1", "did you mean `training.learning_rate`?"),
+        ("adapter.rank=0", "`adapter.rank`: Input should be greater than or equal to 1, got 0"),
+        ("data.kind=video", "`data.kind`: Input should be 'regions', 'chat' or 'drawn', got 'video'"),
+        ("adapter.rank", "expected key=value"),
+        ("training.seed=3", "`training.seed` cannot be set here: set `seed`"),
+        ("training.save_steps=7", "must be a multiple of `training.logging_steps`"),
+        ("quantize=4bit adapter=null", "4-bit weights cannot be trained"),
+        ("dtype=bfloat16", "needs `training.bf16: true`"),
+        ("dtype=bfloat16 training.bf16=true adapter=null", "set dtype=float32"),
+        ("adapter.new_words=[zebra] adapter.train_embeddings=false", "`adapter.new_words` need"),
+        ("data.num_slots=[9,3]", "from low to high"),
+        ("freeze=[vision_tower]", "`freeze` is for runs without `adapter`"),
+        ("data.train=x.json", "`data.kind: drawn` draws its pictures"),
+        ("data.streaming=true training.max_steps=-1", "needs `training.max_steps`"),
+    ],
+)
+def test_bad_overrides(override, message):
+    with pytest.raises(ValueError) as error:
+        load_recipe("shapes", override.split(" "))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(ValueError, match="no recipe 'shape'. Give a YAML file or one of: aligned_8b"):
+        load_recipe("shape")
+    path = tmp_path / "mine.yaml"
+    for text, message in (
+        ("model: [", "is no YAML"),
+        ("- 1", "expected keys and values, got list"),
+        ("model: shapes", "`output` is missing"),
+        ("model: shapes\noutput: x\nadaptor: null", "unknown key `adaptor`; did you mean `adapter`?"),
+        ("model: shapes\noutput: x\ntraining: {lr: 1}", "unknown key `training.lr`"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError) as error:
+            load_recipe(str(path))
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("fsdp", "FSDP"), ("zero3", "DEEPSPEED")])
+def test_accelerate_reads_its_configuration(name, kind):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(RECIPES / "accelerate" / f"{name}.yaml"))
+    assert config.distributed_type == kind
+    assert config.num_processes == load_recipe(f"lora_8b_{name}").hardware.devices
+
+
+def test_known_keys():
+    assert {"model", "adapter.rank", "data.num_slots", "training.fsdp", "hardware.memory"} <= set(known_keys())

@@ -1,0 +1,370 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from small import ROOT, SMALL, chat_rows, losses, region_rows, run, small
+from transformers import AutoProcessor
+
+import pdlm_hf
+from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT
+from pdlm_hf.app.collator import PdlmCollator, partition_regions
+from pdlm_peft import plan as plan_module
+from pdlm_peft import training
+from pdlm_peft.plan import StreamedRows, TrainingRows, cut, held_out_rows, plan, row_tokens, sizes_of
+from pdlm_peft.recipe import Data, load_recipe, names
+from pdlm_peft.shapes import NEW_WORLD, PATTERNS, WORDS
+
+
+@pytest.fixture(scope="module")
+def shapes_processor():
+    return AutoProcessor.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture
+def own_rows(monkeypatch):
+    """Region and chat rows of ours in place of files."""
+    real = training.open_dataset
+
+    def open_dataset(data, held_out=False, **kwargs):
+        if data.kind == "drawn":
+            return real(data, held_out, **kwargs)
+        found = chat_rows() if data.kind == "chat" else region_rows()
+        return found[: data.held_out_limit] if held_out else found
+
+    monkeypatch.setattr(training, "open_dataset", open_dataset)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_plan_covers_every_region_once_an_epoch(shapes_processor):
+    data, dataset = Data(kind="regions", train="x"), region_rows()
+    counts = [len(row["regions"]) for row in dataset]
+    order = plan(dataset, data, shapes_processor, batch=1, steps=-1, epochs=2, seed=0)
+    passes = sum(len(partition_regions(n, 6, i, 0)) for i, n in enumerate(counts))
+    assert len(order) == 2 * passes
+    for epoch, part in enumerate((order[:passes], order[passes:])):
+        for index, count in enumerate(counts):
+            groups = [step.regions for step in part if step.index == index]
+            assert sorted(k for group in groups for k in group) == list(range(count))
+            expected = [sorted(group) for group in partition_regions(count, 6, index, epoch)]
+            assert sorted(groups) == sorted(expected)
+    assert order == plan(dataset, data, shapes_processor, 1, -1, 2, 0)
+    assert order != plan(dataset, data, shapes_processor, 1, -1, 2, 1)
+    assert len(plan(dataset, data, shapes_processor, 4, 7, 1, 0)) == 28
+
+
+def test_rows_of_a_batch_have_like_lengths(shapes_processor):
+    rng = np.random.default_rng(0)
+    sizes = [(64 * int(rng.integers(1, 7)), 64, 2, 60) for _ in range(200)]
+
+    class Sized(list):
+        def sizes(self):
+            return sizes
+
+    data = Data(train="x", partition="together")
+    order = plan(Sized([{}] * 200), data, shapes_processor, 4, -1, 1, 0)
+    lengths = [row_tokens(sizes[step.index], shapes_processor) for step in order]
+    padded = sum(4 * max(lengths[k : k + 4]) for k in range(0, 200, 4))
+    assert padded < 1.06 * sum(lengths)
+    assert lengths != sorted(lengths, reverse=True)
+
+
+def test_row_tokens_are_nearly_those_of_the_collator(shapes_processor):
+    for slots in (None, 24):
+        collator = PdlmCollator(shapes_processor, num_slots=slots)
+        for row in region_rows():
+            size = sizes_of([row], Data(train="x"))[0]
+            found, real = row_tokens(size, shapes_processor, slots), collator([row])["input_ids"].shape[1]
+            assert abs(found - real) <= 0.25 * real
+
+
+def test_a_row_has_its_regions_and_its_seed():
+    dataset = region_rows(2)
+    rows = TrainingRows(dataset, [plan_module.Step(1, [1]), plan_module.Step(0, None)], seed=3)
+    assert rows[0]["regions"] == [dataset[1]["regions"][1]]
+    assert rows[1]["regions"] == dataset[0]["regions"]
+    assert [rows[k]["seed"] for k in range(2)] == [3 * 2**40, 3 * 2**40 + 1]
+    assert "seed" not in dataset[0]
+
+
+def test_cut():
+    assert cut(8, 6, 0, 0, "together") == [[0, 1, 2, 3, 4, 5], [6, 7]]
+    assert sorted(sum(cut(8, 6, 0, 0, "shuffle"), [])) == list(range(8))
+
+
+def test_held_out_rows_never_change(shapes_processor):
+    data = Data(train="x")
+    first, again = (held_out_rows(region_rows(3), data, shapes_processor) for _ in range(2))
+    collator = PdlmCollator(shapes_processor, num_slots=24)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(collator([a])["noise_mask"], collator([b])["noise_mask"])
+
+
+def test_streamed_rows_go_on_from_the_start(shapes_processor, monkeypatch):
+    import types
+
+    module = types.SimpleNamespace(stream_rows=lambda source, images=None: iter(region_rows(2)))
+    monkeypatch.setitem(sys.modules, "pdlm_peft.data", module)
+    stream = iter(StreamedRows(Data(train="x", partition="together", streaming=True), shapes_processor, 1))
+    rows = [next(stream) for _ in range(5)]
+    assert [row["seed"] - 2**40 for row in rows] == [0, 1, 2, 3, 4]
+    assert len(rows[0]["regions"]) == len(rows[2]["regions"]) == len(rows[4]["regions"])
+
+
+def test_the_new_world_is_new_and_fits_its_slots(shapes_processor):
+    from pdlm_hf.shapes import world
+
+    assert not set(NEW_WORLD.colours) & set(world.COLOURS)
+    assert not set(WORDS["shape"]) & set(world.WORDS["shape"])
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        figure = world.Figure(*(list(WORDS[a])[rng.integers(len(WORDS[a]))] for a in WORDS))
+        caption = world.describe(figure, rng, world=NEW_WORLD)
+        assert world.read(caption, NEW_WORLD) == figure and world.read(caption) is None
+        assert len(shapes_processor.tokenizer(caption)["input_ids"]) <= load_recipe("shapes").data.num_slots[0]
+    words = [f" {word}" for values in WORDS.values() for words in values.values() for word in words]
+    assert {len(shapes_processor.tokenizer(word)["input_ids"]) for word in words} == {3}
+    assert len(PATTERNS) == 3
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_in_miniature(name, own_rows, tmp_path):
+    """The same YAML with a tiny model; 4 bits and several devices left out."""
+    model = str(BASE_CHECKPOINT if name == "chat_8b" else CHECKPOINT)
+    extra = ["quantize=null", "training.gradient_checkpointing=true", "training.eval_strategy=steps"]
+    recipe = small(name, tmp_path / "run", f"model={model}", *extra, "training.eval_steps=2")
+    record = training.run(recipe)
+    assert [step for step, _ in losses(record["log"])] == [1, 2]
+    assert all(np.isfinite(loss) for _, loss in losses(record["log"]))
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    weights = "model.safetensors" if recipe.adapter is None else "adapter_model.safetensors"
+    assert {weights, "README.md", "recipe.yaml", "training.json", "pdlm_base.json"} <= files
+    if recipe.data.kind != "chat":
+        assert record["scores"]["before"]["eval_loss"] != record["scores"]["after"]["eval_loss"]
+        loaded = pdlm_hf.RegionCaptioner.from_pretrained(tmp_path / "run")
+        switches = recipe.switches.model_dump(exclude_none=True)
+        assert {k: getattr(loaded.model.config, k) for k in switches} == switches
+
+
+def test_what_is_trained(tmp_path):
+    def trained(*more):
+        recipe = small("shapes", tmp_path / "x", *more)
+        model, _ = training.load(recipe)
+        return {n for n, p in model.named_parameters() if p.requires_grad}
+
+    plain = trained("adapter.vision=false", "adapter.train_embeddings=false")
+    assert all("lora_" in n or "region_embedding" in n or "multi_modal_projector" in n for n in plain)
+    assert any("region_embedding" in n for n in plain) and any("multi_modal_projector" in n for n in plain)
+    assert not any("vision_tower" in n for n in plain)
+    assert any("vision_tower" in n for n in trained("adapter.vision=true"))
+    embeddings = trained("adapter.train_embeddings=true") - plain
+    assert any("embed_tokens" in n for n in embeddings) and any("lm_head" in n for n in embeddings)
+    frozen = trained("adapter=null", "freeze=[vision_tower]")
+    assert not any("vision_tower" in n for n in frozen) and any("language_model" in n for n in frozen)
+
+
+def test_bf16_weights_train_in_float32(tmp_path):
+    bf16 = ["dtype=bfloat16", "training.bf16=true"]
+    model, _ = training.load(small("shapes", tmp_path / "x", *bf16))
+    dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    record = training.run(small("shapes", tmp_path / "run", *bf16, "training.gradient_checkpointing=true"))
+    exact = training.run(small("shapes", tmp_path / "exact"))
+    assert dict(losses(record["log"])) == pytest.approx(dict(losses(exact["log"])), rel=0.05)
+
+
+def test_new_words(own_rows, tmp_path):
+    words = "adapter.new_words=[zebra, giraffe]"
+    record = training.run(small("shapes", tmp_path / "run", words, "adapter.train_embeddings=true"))
+    assert record["steps"] == 2
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "run").tokenizer
+    assert tokenizer.tokenize("zebra") == ["zebra"]
+    many = ",".join(f"word{k}" for k in range(20))
+    with pytest.raises(ValueError, match="20 are too many: with them the tokenizer has"):
+        training.load(small("shapes", tmp_path / "y", f"adapter.new_words=[{many}]"))
+
+
+def test_four_bits_need_a_gpu(tmp_path, monkeypatch):
+    recipe = small("qlora_8b_24gb", tmp_path / "x", "model=shapes")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        training.load(recipe)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: True)
+    monkeypatch.setattr("transformers.utils.import_utils.is_bitsandbytes_available", lambda *a, **k: True)
+    config = training.quantization(recipe)
+    assert (config.load_in_4bit, config.bnb_4bit_quant_type) == (True, "nf4")
+    assert "lm_head" in config.llm_int8_skip_modules and "vision_tower" in config.llm_int8_skip_modules
+
+
+def test_losses_by_level(tmp_path):
+    """They are the mean losses of the samples in each bin."""
+    trainer = training.build(small("shapes", tmp_path / "x", "training.per_device_train_batch_size=8"))
+    batch = trainer.data_collator([trainer.train_dataset[k] for k in range(8)])
+    trainer.model.train()
+    outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)[1]
+    logs = {"loss": 0.0}
+    trainer.log(logs)
+    levels = (batch["mask_probability"] * 5).long()
+    for level in range(5):
+        mean = outputs.sample_losses[levels == level].mean().item()
+        assert np.isnan(mean) or logs[f"loss_t{level / 5:.1f}"] == pytest.approx(mean, abs=1e-4)
+
+
+def test_samples_are_drawn(tmp_path):
+    pytest.importorskip("supervision")
+    training.run(small("shapes", tmp_path / "run", "samples.every=2", "samples.images=2"))
+    folder = tmp_path / "run" / "samples" / "step_000002"
+    assert {path.name for path in folder.iterdir()} == {"0.png", "1.png", "captions.jsonl"}
+    lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    assert {"picture", "region", "said", "true", "score"} == set(lines[0])
+
+
+def test_the_card(own_rows, tmp_path):
+    extra = ["training.eval_strategy=steps", "training.eval_steps=2"]
+    record = training.run(small("shapes", tmp_path / "run", *extra))
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "base_model: shapes" in card and "rank: 16" in card
+    assert f"| eval_loss | {record['scores']['before']['eval_loss']:.4f} |" in card
+    assert "pdlm-peft merge run MERGED" in card
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+LONG = ["training.max_steps=6", "training.save_steps=2", "training.eval_strategy=steps", "training.eval_steps=2"]
+
+
+def test_a_resumed_run_has_the_same_curve(tmp_path, monkeypatch):
+    straight = training.run(small("shapes", tmp_path / "a", *LONG, "adapter.dropout=0.1"))
+
+    class Stop(Exception):
+        pass
+
+    step = training.RegionTrainer.training_step
+    count = []
+
+    def stopping(self, *args, **kwargs):
+        count.append(1)
+        if len(count) == 6:
+            raise Stop
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.RegionTrainer, "training_step", stopping)
+    with pytest.raises(Stop):
+        training.run(small("shapes", tmp_path / "b", *LONG, "adapter.dropout=0.1"))
+    broken = tmp_path / "b" / "checkpoints" / "checkpoint-5"
+    broken.mkdir()
+    (broken / "trainer_state.json").write_text('{"half')
+    resumed = training.run(small("shapes", tmp_path / "b", *LONG, "adapter.dropout=0.1"))
+    assert resumed["resumed_from"] == 4
+    for key in ("loss", "eval_loss", "learning_rate"):
+        assert losses(resumed["log"], key) == losses(straight["log"], key)
+    assert resumed["scores"] == straight["scores"]
+
+
+def test_other_settings_do_not_go_on(tmp_path):
+    training.run(small("shapes", tmp_path / "a"))
+    with pytest.raises(ValueError, match="holds a run with `adapter.rank` 16, now it is 4"):
+        training.run(small("shapes", tmp_path / "a", "adapter.rank=4"))
+    again = training.run(small("shapes", tmp_path / "a", "samples.images=1"))
+    assert again["steps"] == 2 and again["resumed_from"] == 2
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        training.run(small("shapes", tmp_path / "full"))
+
+
+def test_another_base_does_not_go_on(tmp_path, tiny_checkpoint):
+    training.run(small("shapes", tmp_path / "a"))
+    path = tmp_path / "a" / "pdlm_base.json"
+    noted = json.loads(path.read_text())
+    path.write_text(json.dumps(noted | {"fingerprint": "0" * 32}))
+    with pytest.raises(ValueError, match="on other weights"):
+        training.run(small("shapes", tmp_path / "a"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_the_same_curve(tmp_path):
+    """kill -9 in the middle, in a process of its own."""
+    settings = [*SMALL, *LONG, "training.max_steps=12"]
+    command = ["-m", "pdlm_peft.cli", "train", "shapes", *settings]
+    assert run([*command, f"output={tmp_path}/a"]).returncode == 0
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    victim = subprocess.Popen([sys.executable, *command, f"output={tmp_path}/b"], cwd=ROOT, env=environment)
+    while not (tmp_path / "b/checkpoints/checkpoint-4/trainer_state.json").is_file():
+        assert victim.poll() is None
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "b/training.json").exists()
+    result = run([*command, f"output={tmp_path}/b"])
+    assert result.returncode == 0, result.stderr
+    logs = [json.loads((tmp_path / name / "training.json").read_text())["log"] for name in "ab"]
+    assert losses(logs[0]) == losses(logs[1]) and len(losses(logs[0])) == 12
+    assert losses(logs[0], "eval_loss") == losses(logs[1], "eval_loss")
+
+
+# ---------------------------------------------------------------- from files
+
+
+def write_rows(folder):
+    """A region file, and a chat file, beside their pictures."""
+    from pycocotools import mask as coco_mask
+
+    regions, chats = [], []
+    for k, row in enumerate(region_rows()):
+        row["image"].save(folder / f"{k}.png")
+        codes = [coco_mask.encode(np.asfortranarray(r["mask"].astype(np.uint8))) for r in row["regions"]]
+        parts = [
+            {"segmentation": code | {"counts": code["counts"].decode()}, "caption": region["caption"]}
+            for code, region in zip(codes, row["regions"], strict=True)
+        ]
+        regions.append({"image": f"{k}.png", "regions": parts})
+        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A drawing."}]
+        chats.append({"image": f"{k}.png", "conversations": turns})
+    for name, rows in (("regions.jsonl", regions), ("chat.jsonl", chats)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_from_a_file(tmp_path, streaming, own_rows, monkeypatch):
+    """The same rows from a file and from memory give the same losses."""
+    pytest.importorskip("pdlm_peft.data")
+    write_rows(tmp_path)
+    expected = training.run(small("lora_8b_80gb", tmp_path / "memory", "model=shapes"))
+    monkeypatch.undo()
+    source = [f"data.train={tmp_path}/regions.jsonl", "data.held_out=null", f"data.streaming={streaming}"]
+    record = training.run(small("lora_8b_80gb", tmp_path / "file", "model=shapes", *source))
+    if not streaming:
+        assert losses(record["log"]) == losses(expected["log"])
+    assert len(losses(record["log"])) == 2
+
+
+def test_chat_from_a_file(tmp_path):
+    pytest.importorskip("pdlm_peft.data")
+    write_rows(tmp_path)
+    record = training.run(small("chat_8b", tmp_path / "run", "model=shapes_base", f"data.train={tmp_path}/chat.jsonl"))
+    assert len(losses(record["log"])) == 2
+
+
+def test_the_command_says_steps_and_time(tmp_path):
+    pytest.importorskip("pdlm_peft.data")
+    write_rows(tmp_path)
+    source = [f"data.train={tmp_path}/regions.jsonl", "model=shapes", "training.max_steps=-1"]
+    result = run(["-m", "pdlm_peft.cli", "train", "lora_8b_80gb", "--dry-run", *SMALL, *source])
+    assert result.returncode == 0, result.stderr
+    passes = sum(len(partition_regions(len(row["regions"]), 6, k, 0)) for k, row in enumerate(region_rows()))
+    assert f"{-(-passes // 2)} steps of 2 rows a device" in result.stderr
+    (tmp_path / "regions.jsonl").write_text('{"image": "0.png", "regions": [{"bbox": [0, 0, 9, 9]}]}\n')
+    bad = run(["-m", "pdlm_peft.cli", "train", "lora_8b_80gb", *SMALL, *source, f"output={tmp_path}/x"])
+    assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith("pdlm-peft: row 1: ")
