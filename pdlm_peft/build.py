@@ -5,6 +5,7 @@ OUT.dropped.jsonl with the reason. A region is known by its picture (and questio
 is not done again, so that a run that was killed loses at most what was under way.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -142,7 +143,9 @@ def run_step(source: Source, run: StepRun, decide: Decide, captions: bool = True
 def region_key(row: dict, identifier: Any) -> tuple:
     """What tells a region from all others."""
     image = row["image"]
-    return (image if len(image) < 300 else hash(image), row.get("question"), identifier)
+    # pictures in the rows themselves are long; Python's own hash differs from run to run
+    key = image if len(image) < 300 else hashlib.sha256(image.encode()).hexdigest()
+    return (key, row.get("question"), identifier)
 
 
 def _tasks(source: Source, run: StepRun, counts: Counter, captions: bool) -> Iterator[Task]:

@@ -182,9 +182,7 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     start: Annotated[Path, typer.Option(help="Region checkpoint it starts from.")] = CHECKPOINT,
-    lesson: Annotated[
-        Literal["bind", "letters", "easy", "full"], typer.Option(help="What is drawn and asked.")
-    ] = "full",
+    lesson: Annotated[Lesson, typer.Option(help="What is drawn and asked.")] = "full",
     freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="Keep the vision tower.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,

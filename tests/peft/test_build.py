@@ -1,5 +1,6 @@
 """Every step of building decides as it says, writes what it dropped, and goes on after any stop."""
 
+import hashlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from pdlm_hf.app import replies
 from pdlm_hf.app.regions import region_areas
-from pdlm_peft.build import Task
+from pdlm_peft.build import Task, region_key
 from pdlm_peft.build_steps import Segmenter, box_around, iou, remask_step, repetition
 from pdlm_peft.cli import app
 
@@ -255,3 +256,10 @@ def test_rows_that_cannot_be_told_apart(world):
     data = write_jsonl(folder / "rows.jsonl", [rows[0], rows[0]])
     result = run("filter", data, folder / "out.jsonl")
     assert result.exit_code == 2 and "row 2: a region with the id of one in an earlier row" in result.stderr
+
+
+def test_a_picture_in_the_row_has_the_same_key_in_every_run():
+    """Python salts the hash of a text anew in every process."""
+    image = "data:image/png;base64," + "A" * 400
+    assert region_key({"image": image}, 7) == (hashlib.sha256(image.encode()).hexdigest(), None, 7)
+    assert region_key({"image": "1.jpg", "question": "?"}, 7) == ("1.jpg", "?", 7)
