@@ -62,7 +62,7 @@ test-wheel: .venv/dev
 	$(VLLM_BIN)/pip install -q --disable-pip-version-check $(VLLM)
 	$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec triton
 	$(VLLM_BIN)/python tests/vllm/name_vllm.py
-	$(VLLM_BIN)/pip install -q --disable-pip-version-check -e . pytest
+	$(VLLM_BIN)/pip install -q --disable-pip-version-check -e ".[peft]" pytest
 	@touch $@
 
 test-vllm: .venv-vllm/ready

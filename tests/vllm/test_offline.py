@@ -1,5 +1,8 @@
 """The engine against transformers, without a server: the same captions in every mode, also under preemption."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from pictures import pictures, texts
@@ -178,6 +181,23 @@ def test_preemption_changes_nothing(captioner):
     llm.llm_engine.engine_core.shutdown()
     assert found == [texts(captions) for captions in captioner.caption_many(pairs)]
     assert sum(preemptions) > 0
+
+
+def test_a_merged_adapter_is_a_checkpoint_like_any_other(captioner, tmp_path):
+    """Two steps of LoRA by `pdlm-peft`, merged, served: captions of transformers, and no longer those of the base."""
+    settings = ["training.max_steps=2", "training.eval_strategy=no", "samples.every=0", "training.warmup_steps=0"]
+    settings += ["training.save_strategy=no", "training.dataloader_num_workers=0", "training.learning_rate=0.02"]
+    commands = [["train", "shapes", f"output={tmp_path}/adapter", *settings]]
+    commands += [["merge", f"{tmp_path}/adapter", f"{tmp_path}/merged"]]
+    for command in commands:
+        done = subprocess.run([sys.executable, "-m", "pdlm_peft.cli", *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    llm, pairs = engine(tmp_path / "merged"), pictures(4)
+    found = [texts(captions) for captions in caption_many(llm, pairs)]
+    llm.llm_engine.engine_core.shutdown()
+    merged = RegionCaptioner.from_pretrained(tmp_path / "merged", device="cpu")
+    assert found == [texts(captions) for captions in merged.caption_many(pairs)]
+    assert found != [texts(captions) for captions in captioner.caption_many(pairs)]
 
 
 @pytest.mark.slow
