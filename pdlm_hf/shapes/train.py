@@ -144,16 +144,21 @@ def run(trainer: Trainer, model, processor, out: Path, init: Path | None, comman
     trainer.add_callback(Clock())
     last = get_last_checkpoint(out / "trainer") if (out / "trainer").is_dir() else None
     trainer.train(resume_from_checkpoint=last)
-    record = {
+    record = record_of(model, command, init, steps, seed, trainer.state.log_history[-1].get("elapsed"))
+    record["final_loss"] = next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None)
+    save(model, processor, out, record)
+
+
+def record_of(model, command: str, init: Path | None, steps: int, seed: int, seconds: float | None) -> dict[str, Any]:
+    """How a checkpoint was made, and how the one it started from."""
+    return {
         "command": command + (f" --init {init.name}" if init else ""),
         "steps": steps,
         "seed": seed,
-        "seconds": trainer.state.log_history[-1].get("elapsed"),
-        "final_loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None),
+        "seconds": seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
         "initialised_from": json.loads((init / "training.json").read_text()) if init else None,
     }
-    save(model, processor, out, record)
 
 
 def main(

@@ -15,7 +15,7 @@ import torch
 import typer
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import default_data_collator, set_seed
+from transformers import set_seed
 
 from ..app.collator import PdlmCollator
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
@@ -34,7 +34,7 @@ LESSONS: dict[str, dict[str, float]] = {
     "easy": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
     "full": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
 }
-Lesson = Literal["bind", "lookup", "letters", "easy", "full"]
+Lesson = Literal["bind", "letters", "easy", "full"]
 WITH_TEXT, WORDS_ONLY = 0.2, 0.25  # of the choices: letter with its text; no picture, only which letter a word has
 LONGEST = 32  # slots
 OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
@@ -97,49 +97,6 @@ def tell(rng: np.random.Generator, figures: list[Figure]) -> Question | None:
     return Question("open", f"Describe the {name}.", answer)
 
 
-class LookupDataset(Dataset):
-    """Lists of letters and words, then again in another order with one of every pair to be filled in; no sentences.
-
-    A letter that stands for a word is found by looking the word up. From questions this is learned too slowly: one
-    letter an answer says little. Here half of the second list does.
-
-    Args:
-        seed (`int`), length (`int`): as of [`QuestionDataset`].
-        tokens (`list[list[int]]`): ids of letters, ids of words; one token each.
-    """
-
-    PAIRS = 6
-
-    def __init__(self, seed: int, length: int, tokens: list[list[int]]):
-        self.seed, self.length, self.tokens = seed, length, tokens
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if index >= self.length:
-            raise IndexError(index)
-        rng = np.random.default_rng((TRAINING, self.seed, index))
-        pairs = np.stack([rng.permutation(ids)[: self.PAIRS] for ids in self.tokens], 1)
-        ids = np.concatenate([rng.permutation(pairs).ravel(), rng.permutation(pairs).ravel()])
-        first = rng.random(self.PAIRS) < 0.5
-        hidden = np.concatenate([np.zeros(2 * self.PAIRS, bool), np.stack([first, ~first], 1).ravel()])
-        return {
-            "input_ids": torch.tensor(ids),
-            "attention_mask": torch.ones(len(ids), dtype=torch.long),
-            "labels": torch.tensor(np.where(hidden, ids, -100)),
-            "noise_mask": torch.tensor(hidden),
-            "mask_probability": torch.tensor(0.5),
-        }
-
-
-def lookup_dataset(seed: int, length: int, tokenizer) -> LookupDataset:
-    """A [`LookupDataset`] with the letters and words of the questions."""
-    words = [f" {word}" for word in (*COLOURS, *SHAPES, *TEXTURES, *SIZES)]
-    ids = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] for texts in ("ABCDEFGH", words)]
-    return LookupDataset(seed, length, [[one[0] for one in group if len(one) == 1] for group in ids])
-
-
 def _options(question: Question) -> dict[str, str]:
     return {line[0]: line[3:] for line in question.text.split("\n")[1:-1]}
 
@@ -198,15 +155,11 @@ def main(
         processor = PdlmProcessor.from_pretrained(init)
         model = PdlmBaseForConditionalGeneration.from_pretrained(init)
     model.model.vision_tower.requires_grad_(not freeze_vision)
-    if lesson == "lookup":
-        rows, collator = lookup_dataset(seed, steps * batch_size, processor.tokenizer), default_data_collator
-    else:
-        rows, collator = QuestionDataset(seed, steps * batch_size, lesson), PdlmCollator(processor, noise_floor=0.3)
     trainer = InOrderTrainer(
         model=model,
         args=arguments(out, steps, batch_size, learning_rate, seed),
-        train_dataset=rows,
-        data_collator=collator,
+        train_dataset=QuestionDataset(seed, steps * batch_size, lesson),
+        data_collator=PdlmCollator(processor, noise_floor=0.3),
     )
     command = (
         f"python -m pdlm_hf.shapes.train_base --steps {steps} --batch-size {batch_size} --learning-rate "

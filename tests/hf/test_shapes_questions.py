@@ -4,11 +4,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from pdlm_hf.app.collator import PdlmCollator
+from pdlm_hf.processing_pdlm import PdlmProcessor
+from pdlm_hf.shapes import BASE_CHECKPOINT
+from pdlm_hf.shapes.lookup import PAIRS, lookup_batch
 from pdlm_hf.shapes.model import build_base_processor
 from pdlm_hf.shapes.questions import KINDS, LETTER_PROMPT, Question, ask, draw_scene, is_right
-from pdlm_hf.shapes.train_base import QuestionDataset
+from pdlm_hf.shapes.train_base import QuestionDataset, letters
 from pdlm_hf.shapes.world import COLOURS, Figure
 
 FIGURES = [
@@ -113,3 +117,31 @@ def test_training_rows_are_the_prompt_of_inference_and_padded_slots():
 def test_every_kind_is_asked():
     asked = Counter(ask(np.random.default_rng(seed), FIGURES).kind for seed in range(400))
     assert set(asked) == set(KINDS) and min(asked.values()) > 40
+
+
+def test_lists_to_look_up_in():
+    """The second list has the pairs of the first in another order, with one of each to fill in."""
+    torch.manual_seed(0)
+    ids, hidden = lookup_batch(np.random.default_rng(0), 32)
+    pairs = ids.view(32, 2, PAIRS, 2)
+    for row in pairs.tolist():
+        assert sorted(row[0]) == sorted(row[1])
+        assert len({letter for letter, _ in row[0]}) == len({word for _, word in row[0]}) == PAIRS
+    assert not hidden[:, : 2 * PAIRS].any()
+    assert (hidden[:, 2 * PAIRS :].view(32, PAIRS, 2).sum(2) == 1).all()
+    assert (pairs[:, 0] != pairs[:, 1]).any()
+    # the letters are those that options have
+    tokenizer = PdlmProcessor.from_pretrained(BASE_CHECKPOINT).tokenizer
+    assert tokenizer.convert_ids_to_tokens(list(range(33, 41))) == list("ABCDEFGH")
+
+
+def test_letters_are_true():
+    for seed in range(50):
+        question, slots = letters(np.random.default_rng(seed))
+        first, *rest = question.text.split("\n")
+        listed = {line[3:]: line[0] for line in rest if line[1:3] == ". "}
+        asked = first.removeprefix("Which is ").removeprefix("Which are ").rstrip("?").split(", ")
+        said = question.answer.split("\n")
+        assert [line[0] for line in said] == [listed[word] for word in asked]
+        assert all(line[3:] in ("", word) for line, word in zip(said, asked, strict=True))
+        assert slots in (2, 8, 4 * len(asked))

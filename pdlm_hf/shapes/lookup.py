@@ -1,0 +1,93 @@
+"""Teach the tiny base checkpoint to look things up in a list, before it is asked for letters.
+
+    python -m pdlm_hf.shapes.lookup --init runs/easy --out runs/lookup
+
+An answer by letter is found by looking a word up among the options. From questions this is learned too slowly: one
+letter an answer says little, and training stays at chance. Here a row is a list of pairs, then the same pairs in
+another order with one of each pair to fill in, so that a quarter of the tokens teach it. It is learned late and at
+once, after some 2300 steps, which is why the learning rate stays up.
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from torch.nn.functional import cross_entropy
+
+from ..modeling_pdlm import PdlmBaseForConditionalGeneration
+from ..processing_pdlm import PdlmProcessor
+from .train import record_of, save
+
+PAIRS = 6
+LETTERS = (33, 8)  # first id and number: A to H
+WORDS = (300, 20)  # of the vocabulary; any will do
+WARMUP = 100  # steps
+
+
+def lookup_batch(rng: np.random.Generator, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists to fill in.
+
+    Args:
+        rng (`np.random.Generator`): decides the lists; what is hidden comes from torch's own.
+        rows (`int`)
+
+    Returns:
+        ids and what is hidden of them, `(rows, 4 * PAIRS)`.
+    """
+    lists = []
+    for _ in range(rows):
+        columns = [rng.permutation(count)[:PAIRS] + first for first, count in (LETTERS, WORDS)]
+        pairs = np.stack(columns, 1)
+        lists.append(np.concatenate([pairs[rng.permutation(PAIRS)].ravel(), pairs[rng.permutation(PAIRS)].ravel()]))
+    ids = torch.tensor(np.array(lists))
+    hidden = torch.zeros_like(ids, dtype=torch.bool)
+    letter = torch.rand(rows, PAIRS) < 0.5
+    hidden[:, 2 * PAIRS :: 2] = letter
+    hidden[:, 2 * PAIRS + 1 :: 2] = ~letter
+    return ids, hidden
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    init: Annotated[Path, typer.Option(help="Base checkpoint to start from.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 2600,
+    batch_size: Annotated[int, typer.Option(help="Lists a step.")] = 48,
+    learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of lists and gaps.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Train, and save."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    model = PdlmBaseForConditionalGeneration.from_pretrained(init).train()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    rng, start, right, total = np.random.default_rng(seed), time.perf_counter(), 0.0, 0.0
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, step / WARMUP)
+        ids, hidden = lookup_batch(rng, batch_size)
+        shown = torch.where(hidden, model.config.mask_token_id, ids)
+        logits = model(input_ids=shown, attention_mask=torch.ones_like(shown)).logits[hidden]
+        loss = cross_entropy(logits, ids[hidden])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += loss.item()
+        right += (logits.argmax(-1) == ids[hidden]).float().mean().item()
+        if step % 100 == 0:
+            typer.echo(f"step {step}  loss {total / 100:.3f}  right {right / 100:.3f}")
+            total = right = 0.0
+    command = (
+        f"python -m pdlm_hf.shapes.lookup --steps {steps} --batch-size {batch_size} --learning-rate {learning_rate} "
+        f"--seed {seed} --threads {threads}"
+    )
+    seconds = round(time.perf_counter() - start, 1)
+    save(model, PdlmProcessor.from_pretrained(init), out, record_of(model, command, init, steps, seed, seconds))
+
+
+if __name__ == "__main__":
+    typer.run(main)
