@@ -22,7 +22,7 @@ from ..processing_pdlm import PdlmProcessor
 from .train import record_of, save
 
 PAIRS = 6
-LETTERS = (33, 8)  # first id and number: A to H
+LETTERS = (33, 8)  # first id and number: B to I
 WORDS = (300, 20)  # of the vocabulary; any will do
 WARMUP = 100  # steps
 
