@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from pdlm_hf.shapes import CHECKPOINT
+from pdlm_hf.shapes import BASE_CHECKPOINT, CHECKPOINT
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -134,6 +134,22 @@ def lora_isolated(record: dict) -> str:
     return table(*rows)
 
 
+def held_out_base(record: dict) -> str:
+    """Accuracy of the embedded base checkpoint by kind of question, from its training.json."""
+    scores = record["held_out"]["by_kind"]
+    return table([name.replace("_", " ") for name in scores], [percent(share) for share in scores.values()])
+
+
+def chat(record: dict) -> str:
+    """What block length and steps do to answers of the base checkpoint, and to their cost."""
+    kinds = list(next(iter(record["settings"].values())))
+    rows = [["setting", *(f"{kind}: right, passes, s" for kind in kinds)]]
+    for name, found in record["settings"].items():
+        cells = [found[kind] for kind in kinds]
+        rows.append([name, *(f"{percent(c['right'])}, {c['forwards']:.0f}, {c['seconds']:.1f}" for c in cells)])
+    return table(*rows)
+
+
 def tables() -> dict[str, str]:
     """Every table of the README, by name."""
 
@@ -152,6 +168,8 @@ def tables() -> dict[str, str]:
         "decode": decode(speed),
         "scaling": scaling(speed),
         "serving": serving(load("serving_cpu_small.json")),
+        "held_out_base": held_out_base(json.loads((BASE_CHECKPOINT / "training.json").read_text())),
+        "chat": chat(load("shapes_chat.json")),
         **{name: make(load(f"{name}.json")) for name, make in tuned.items() if (RESULTS / f"{name}.json").is_file()},
     }
 

@@ -1,46 +1,59 @@
 """Put a trained run into the package, with its score on held-out pictures beside it.
 
-python -m pdlm_hf.shapes.ship runs/isolated --images 1000
+python -m pdlm_hf.shapes.ship runs/isolated --count 1000
+python -m pdlm_hf.shapes.ship runs/full --count 500        # a base checkpoint; as many questions of each kind
 """
 
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from transformers import AutoConfig
 
-from ..modeling_pdlm import PdlmForConditionalGeneration
+from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
-from . import CHECKPOINT
-from .evaluate import evaluate
+from . import BASE_CHECKPOINT, CHECKPOINT, evaluate, evaluate_base
 
 
 def main(
     run: Annotated[Path, typer.Argument(help="Folder of a finished training run.")],
-    images: Annotated[int, typer.Option(help="Held-out pictures to score it on.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Which pictures.")] = 11,
-    threshold: Annotated[float, typer.Option(help="Its default acceptance threshold.")] = 0.8,
+    count: Annotated[int, typer.Option(help="Held-out pictures, or questions of each kind, to score it on.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Which ones.")] = 11,
+    threshold: Annotated[float, typer.Option(help="Default acceptance threshold of a region checkpoint.")] = 0.8,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
     """Copy the checkpoint into the package and record its score."""
     torch.set_num_threads(threads)
-    CHECKPOINT.mkdir(exist_ok=True)
-    for path in CHECKPOINT.iterdir():
+    has_regions = AutoConfig.from_pretrained(run).num_region_prompts > 0
+    folder = CHECKPOINT if has_regions else BASE_CHECKPOINT
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
         path.unlink()
     for path in run.iterdir():
         if path.is_file():
-            shutil.copyfile(path, CHECKPOINT / path.name)
-    model = PdlmForConditionalGeneration.from_pretrained(CHECKPOINT).eval()
+            shutil.copyfile(path, folder / path.name)
+    processor = PdlmProcessor.from_pretrained(folder)
+    with torch.inference_mode():
+        report = (_regions(folder, processor, threshold) if has_regions else _chat(folder, processor))(seed, count)
+    record = json.loads((folder / "training.json").read_text()) | {"held_out": report}
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    typer.echo(json.dumps(report))
+
+
+def _regions(folder: Path, processor: PdlmProcessor, threshold: float) -> Any:
+    model = PdlmForConditionalGeneration.from_pretrained(folder).eval()
     # Its default is adaptive: a fixed schedule has to commit so many slots a step, certain or not.
     model.generation_config.acceptance_threshold = threshold
-    model.generation_config.save_pretrained(CHECKPOINT)
-    with torch.inference_mode():
-        report = evaluate(model, PdlmProcessor.from_pretrained(CHECKPOINT), seed, images, show=True)
-    record = json.loads((CHECKPOINT / "training.json").read_text()) | {"held_out": report}
-    (CHECKPOINT / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    typer.echo(json.dumps(report))
+    model.generation_config.save_pretrained(folder)
+    return lambda seed, count: evaluate.evaluate(model, processor, seed, count, show=True)
+
+
+def _chat(folder: Path, processor: PdlmProcessor) -> Any:
+    model = PdlmBaseForConditionalGeneration.from_pretrained(folder).eval()
+    return lambda seed, count: evaluate_base.evaluate(model, processor, seed, count) | {"questions": count}
 
 
 if __name__ == "__main__":
