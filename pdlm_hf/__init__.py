@@ -4,7 +4,8 @@ from .app.captioner import RegionCaptioner
 from .app.regions import Region
 from .app.register import register
 from .configuration_pdlm import PdlmBaseConfig, PdlmConfig, PdlmTextConfig
-from .generation_pdlm import PdlmGenerationConfig, PdlmGenerationOutput
+from .generation_config_pdlm import PdlmGenerationConfig
+from .generation_pdlm import PdlmGenerationOutput
 from .image_processing_pdlm import PdlmImageProcessorPil
 from .modeling_pdlm import (
     PdlmBaseForConditionalGeneration,

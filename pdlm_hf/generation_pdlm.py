@@ -1,168 +1,17 @@
 """Denoising: `generate` for regions (all captions together) and for chat (block by block)."""
 
-import warnings
 from dataclasses import dataclass
-from math import isfinite
-from numbers import Integral, Real
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .canvas_pdlm import left_pad
 from .chat_denoising_pdlm import denoise_blocks
 from .configuration_pdlm import HUB_ARGUMENTS
 from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, cut_at_stop, denoise_regions
+from .generation_config_pdlm import CAPTIONS_ONLY, PdlmGenerationConfig, our_names
 from .graphs_pdlm import CanvasGraphs
-
-logger = logging.get_logger(__name__)
-
-# Names the reference uses -> ours
-_REFERENCE_NAMES = {"steps": "max_denoising_steps", "gen_length": "max_new_tokens", "gen_len": "max_new_tokens"}
-
-
-def _our_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the reference's names replaced. Raises: ValueError if one is given under both names."""
-    settings = dict(settings)
-    for old, new in _REFERENCE_NAMES.items():
-        if old in settings:
-            if new in settings:
-                raise ValueError(
-                    f"`{old}` is the reference's name for `{new}`, which is given too; leave `{old}` out."
-                )
-            warnings.warn(f"`{old}` is the reference's name for `{new}`; use `{new}`.", FutureWarning, stacklevel=4)
-            settings[new] = settings.pop(old)
-    return settings
-
-
-class PdlmGenerationConfig(GenerationConfig):
-    """Settings of [`PdlmGenerationMixin.generate`]; saved as `generation_config.json`. Unknown names raise.
-
-    Args:
-        max_new_tokens (`int`): slots per caption, or length of a chat answer. Default 32 with regions, 64 in chat.
-        max_denoising_steps (`int`): forward passes at most. Default 32 with regions, one per token in chat.
-        block_length (`int`): chat only: the answer is written block by block; 1 = autoregressive order. Default: one
-            block.
-        temperature (`float`): 0 = greedy (default); otherwise tokens are drawn by Gumbel noise.
-        remasking (`str`): which drafted tokens to keep: "low_confidence" keeps the most probable, "random" any.
-        acceptance_threshold (`float`): adaptive decoding: every step commits all tokens more probable than this, and
-            at least one per region. None (default) = the reference's fixed schedule.
-        entropy_bound (`float`): adaptive decoding by another rule: every step commits, per region, as many of the most
-            certain tokens as can tell little about each other, this many nats at most. Not with acceptance_threshold.
-        prefix_refresh_interval (`int`): how often the prompt's keys and values are recomputed: 1 = at every step,
-            k = every k steps, 0 = never. Default 1 for `prefix_attention` "full", 0 for "isolated", where it is exact;
-            with "full" a kept prompt is an approximation (the first step is still the same).
-        cuda_graphs (`bool`): replay canvas passes as CUDA graphs, which takes the launch of every kernel off the CPU.
-            For a kept prompt on a GPU and `attn_implementation={"text_config": "region_split"}`; ignored elsewhere,
-            with a warning. Default: off.
-        max_batch_tokens (`int`): pictures are taken through the model in portions of at most this many tokens (prompt
-            and canvas, padding included), so that a large batch cannot run out of memory. Default: all at once.
-        guidance_scale (`float`): classifier-free guidance, chat only; 1 (default) = off. Reference: cfg_scale + 1.
-        generation_suffix (`str` or `list[int]`): chat only: text fixed behind the answer, seen while it is written.
-        stop_strings (`str` or `list`): the answer (or caption) ends before the first of these.
-        seed (`int`): makes temperature > 0 and random remasking repeatable, whatever else is in the batch.
-        return_dict_in_generate (`bool`): chat: return [`PdlmGenerationOutput`] instead of the token tensor.
-        output_history (`bool`): keep every step in `history`.
-    """
-
-    _FIELDS = (
-        "max_new_tokens",
-        "max_denoising_steps",
-        "block_length",
-        "temperature",
-        "remasking",
-        "acceptance_threshold",
-        "entropy_bound",
-        "prefix_refresh_interval",
-        "cuda_graphs",
-        "max_batch_tokens",
-        "guidance_scale",
-        "generation_suffix",
-        "stop_strings",
-        "seed",
-        "return_dict_in_generate",
-        "output_history",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    )
-    _METADATA = ("_commit_hash", "_from_model_config", "transformers_version", "_original_object_hash")
-
-    def __init__(self, **kwargs):
-        # Not GenerationConfig's __init__: most of its fields mean nothing here and would be accepted silently.
-        kwargs = _our_names(kwargs)
-        for name in (*self._FIELDS, *self._METADATA):
-            setattr(self, name, kwargs.pop(name, None))
-        if kwargs:
-            raise ValueError(f"Unknown generation settings {sorted(kwargs)}. Known: {', '.join(self._FIELDS)}.")
-        self.validate()
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """From the contents of a `generation_config.json`; settings of other models in it are left out and logged."""
-        known = {*cls._FIELDS, *cls._METADATA, *_REFERENCE_NAMES}
-        if foreign := sorted(name for name, value in config_dict.items() if name not in known and value is not None):
-            logger.warning("generation_config.json: %s mean nothing to PerceptionDLM and are ignored.", foreign)
-        return super().from_dict({name: value for name, value in config_dict.items() if name in known}, **kwargs)
-
-    def validate(self, **unused):
-        """Check every value. Raises: ValueError, with the name, the value and the rule."""
-        for name, least, rule in (
-            ("max_new_tokens", 1, "a positive integer"),
-            ("max_denoising_steps", 1, "a positive integer"),
-            ("block_length", 1, "a positive integer"),
-            ("max_batch_tokens", 1, "a positive integer"),
-            ("prefix_refresh_interval", 0, "0 or a positive integer"),
-        ):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-                raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
-            setattr(self, name, int(value))
-        for name, rule in (
-            ("temperature", "0 (greedy) or positive"),
-            ("acceptance_threshold", "in (0, 1]"),
-            ("entropy_bound", "0 or positive"),
-            ("guidance_scale", "at least 1 (1 = off)"),
-        ):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or not isfinite(value)):
-                raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
-        if self.temperature is not None and self.temperature < 0:
-            raise ValueError(f"`temperature` must be 0 (greedy) or positive, got {self.temperature!r}.")
-        if self.remasking not in (None, "low_confidence", "random"):
-            raise ValueError(f'`remasking` must be "low_confidence" or "random", got {self.remasking!r}.')
-        if self.acceptance_threshold is not None and not 0 < self.acceptance_threshold <= 1:
-            raise ValueError(f"`acceptance_threshold` must be in (0, 1], got {self.acceptance_threshold!r}.")
-        if self.entropy_bound is not None:
-            if self.entropy_bound < 0:
-                raise ValueError(f"`entropy_bound` must be 0 or positive, got {self.entropy_bound!r}.")
-            if self.acceptance_threshold is not None or self.remasking == "random":
-                raise ValueError(
-                    "`entropy_bound` decides alone what is committed: leave out `acceptance_threshold` and random "
-                    "remasking."
-                )
-        if self.guidance_scale is not None and not self.guidance_scale >= 1:
-            raise ValueError(f"`guidance_scale` must be at least 1 (1 = off), got {self.guidance_scale!r}.")
-        if self.seed is not None and not isinstance(self.seed, Integral):
-            raise ValueError(f"`seed` must be an integer, got {self.seed!r}.")
-        if any(len(stop) == 0 for stop in as_list(self.stop_strings)):
-            raise ValueError("`stop_strings` holds an empty string, which would end every text at its start.")
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What is set, for `generation_config.json`."""
-        return {name: value for name, value in self.to_dict().items() if value is not None}
-
-    @classmethod
-    def from_model_config(cls, model_config):
-        """Not defined; transformers then starts from this class's defaults."""
-        raise NotImplementedError("PerceptionDLM has no generation settings in its model config.")
-
-    def get_generation_mode(self, assistant_model=None):
-        """Not defined: there are no autoregressive modes here."""
-        raise NotImplementedError("PerceptionDLM decodes by denoising only.")
 
 
 @dataclass
@@ -200,9 +49,6 @@ class PdlmGenerationOutput(ModelOutput):
     text_tokens_per_forward: float | None = None
     region_steps: torch.LongTensor | None = None
     history: list | None = None
-
-
-_CAPTIONS_ONLY = ("acceptance_threshold", "entropy_bound", "cuda_graphs", "max_batch_tokens")
 
 
 class PdlmGenerationMixin:
@@ -322,11 +168,11 @@ class PdlmGenerationMixin:
                 "whose settings mean nothing here."
             )
         base = (generation_config or self.generation_config).to_dict()
-        dropped = _CAPTIONS_ONLY if chat and generation_config is None else ()
+        dropped = CAPTIONS_ONLY if chat and generation_config is None else ()
         known = {
             k: v for k, v in base.items() if k in PdlmGenerationConfig._FIELDS and v is not None and k not in dropped
         }
-        return PdlmGenerationConfig(**{**known, **_our_names(kwargs)})
+        return PdlmGenerationConfig(**{**known, **our_names(kwargs)})
 
     def _generate_captions(self, inputs, settings, region_order, image_index, streamer, tokenizer):
         for name in ("block_length", "generation_suffix"):
@@ -405,7 +251,7 @@ class PdlmGenerationMixin:
         )
 
     def _generate_chat(self, inputs, settings, streamer, tokenizer) -> "PdlmGenerationOutput | torch.LongTensor":
-        for name in _CAPTIONS_ONLY:
+        for name in CAPTIONS_ONLY:
             if getattr(settings, name) is not None:
                 raise ValueError(f"`{name}` is for region captions at present. Leave it out in chat.")
         num_slots = settings.max_new_tokens or 64

@@ -15,7 +15,8 @@ from transformers.utils import ModelOutput, cached_file
 from .configuration_pdlm import PdlmBaseConfig, PdlmConfig, PdlmTextConfig
 from .conversion_pdlm import register_conversion
 from .diffusion_pdlm import diffusion_loss
-from .generation_pdlm import PdlmGenerationConfig, PdlmGenerationMixin
+from .generation_config_pdlm import PdlmGenerationConfig
+from .generation_pdlm import PdlmGenerationMixin
 from .masking_pdlm import region_attention, region_layout
 
 register_conversion()

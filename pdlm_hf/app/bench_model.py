@@ -10,7 +10,7 @@ from ..canvas_pdlm import RegionCanvas
 from ..configuration_pdlm import PdlmConfig
 from ..denoising_pdlm import GenerationTask, denoise_regions
 from ..diffusion_pdlm import masks_left
-from ..generation_pdlm import PdlmGenerationConfig
+from ..generation_config_pdlm import PdlmGenerationConfig
 from ..masking_pdlm import caption_canvas, region_attention, region_layout
 from ..modeling_pdlm import PdlmForConditionalGeneration
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers import initialization as init
 
 from ..configuration_pdlm import PdlmBaseConfig, PdlmConfig, special_token_ids
-from ..generation_pdlm import PdlmGenerationConfig
+from ..generation_config_pdlm import PdlmGenerationConfig
 from ..image_processing_pdlm import PdlmImageProcessorPil
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
 from ..processing_pdlm import DEFAULT_QUESTION, PdlmProcessor
