@@ -9,7 +9,7 @@ from pdlm_hf.shapes.model import build_model
 FLAT_FILES = [
     f"{name}_pdlm.py"
     for name in (
-        "caching canvas chat_denoising configuration conversion denoising diffusion generation graphs "
+        "caching canvas chat_denoising configuration conversion denoising diffusion generation_config generation graphs "
         "image_processing masking modeling processing split_attention"
     ).split()
 ]
