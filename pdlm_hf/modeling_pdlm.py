@@ -238,14 +238,16 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
-        """As everywhere, and sets the switches that the adapter was trained for (`pdlm_base.json` beside it)."""
+        """As everywhere; also sets the switches and generation settings noted beside an adapter (`pdlm_base.json`)."""
         info = super().load_adapter(peft_model_id, *args, **kwargs)
         quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         path = peft_model_id and cached_file(str(peft_model_id), "pdlm_base.json", **quietly)
         if path:
             with open(path, encoding="utf-8") as file:
-                for name, value in json.load(file)["switches"].items():
-                    setattr(self.config, name, value)
+                noted = json.load(file)
+            for name, value in noted["switches"].items():
+                setattr(self.config, name, value)
+            self.generation_config.update(**noted["generation"])
         return info
 
     def _init_weights(self, module):

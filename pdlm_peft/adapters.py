@@ -16,12 +16,12 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from pdlm_hf import PdlmBaseConfig, PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
 from pdlm_hf.conversion_pdlm import PARAMETER_PREFIXES
 
-from .recipe import Adapter
+from .recipe import Adapter, Recipe
 
 LANGUAGE = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VISION = r"vision_tower\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 EMBEDDINGS = ["embed_tokens", "lm_head"]
-BASE_FILE = "pdlm_base.json"  # beside an adapter: its base, and the switches it was trained for
+BASE_FILE = "pdlm_base.json"  # beside an adapter: its base, and how the model is to behave with it
 _SAMPLE = 64  # values of every tensor in a fingerprint
 
 
@@ -126,11 +126,22 @@ def _weight_files(base: str) -> list[str]:
     return [single]
 
 
-def write_base(folder: Path, base: str, mark: str, switches: dict[str, str]) -> None:
-    """Note beside an adapter which base it belongs to, and its switches."""
-    (folder / BASE_FILE).write_text(
-        json.dumps({"base": base, "fingerprint": mark, "switches": switches}, indent=1) + "\n"
-    )
+def write_base(folder: Path, recipe: Recipe, mark: str) -> None:
+    """Note beside an adapter which base it belongs to, its switches and its settings of `generate`."""
+    noted = {"base": recipe.base, "fingerprint": mark, **behaviour(recipe)}
+    (folder / BASE_FILE).write_text(json.dumps(noted, indent=1) + "\n")
+
+
+def behaviour(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What a recipe changes of the model besides its weights."""
+    return {"switches": recipe.switches.model_dump(exclude_none=True), "generation": recipe.generation}
+
+
+def behave(model, noted: dict[str, dict[str, Any]]) -> None:
+    """Set what [`behaviour`] says."""
+    for name, value in noted["switches"].items():
+        setattr(model.config, name, value)
+    model.generation_config.update(**noted["generation"])
 
 
 def read_base(folder: str | Path) -> dict[str, Any]:
@@ -156,7 +167,7 @@ def check_base(folder: str | Path, base: str | Path) -> None:
 
 
 def load_adapter(folder: str | Path, base: str | Path | None = None, **kwargs: Any) -> tuple[PeftModel, Any]:
-    """Base and adapter, checked to belong together, with the switches of the training.
+    """Base and adapter, checked to belong together, with the switches and settings of the recipe.
 
     Args:
         folder (`str` or `Path`): adapter folder.
@@ -173,8 +184,7 @@ def load_adapter(folder: str | Path, base: str | Path | None = None, **kwargs: A
     base = str(base or noted["base"])
     check_base(folder, base)
     model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
-    for name, value in noted["switches"].items():
-        setattr(model.config, name, value)
+    behave(model, noted)
     return PeftModel.from_pretrained(model, folder).eval(), AutoProcessor.from_pretrained(folder)
 
 

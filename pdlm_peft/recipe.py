@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from transformers import TrainingArguments
 
-from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT
+from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmGenerationConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED = {"shapes": CHECKPOINT, "shapes_base": BASE_CHECKPOINT}
@@ -130,6 +130,7 @@ class Recipe(_Part):
         attention (`str`, *optional*): `attn_implementation` of the language model.
         adapter ([`Adapter`], *optional*): None trains all weights.
         freeze (`list[str]`): without an adapter, parts to keep.
+        generation (`dict`): settings of `generate` that the model has by default afterwards.
         data, switches, samples, hardware: see there.
         training (`dict`): transformers' `TrainingArguments`, by their names.
     """
@@ -144,6 +145,7 @@ class Recipe(_Part):
     freeze: list[Literal["vision_tower", "region_embedding", "multi_modal_projector", "language_model"]] = []
     data: Data = Data()
     switches: Switches = Switches()
+    generation: dict[str, Any] = {}
     samples: Samples = Samples()
     hardware: Hardware = Hardware()
     training: dict[str, Any] = {}
@@ -210,6 +212,7 @@ def known_keys() -> list[str]:
         for part in parts:
             if isinstance(part, type) and issubclass(part, _Part):
                 found += [f"{name}.{inner}" for inner in part.model_fields]
+    found += [f"generation.{key}" for key in PdlmGenerationConfig._FIELDS]
     return found + [f"training.{key}" for key in sorted(TRAINING_KEYS)]
 
 
@@ -259,6 +262,10 @@ def _check(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: `freeze` is for runs without `adapter`; there only what it names is trained.")
     if adapter is not None and adapter.new_words and not adapter.train_embeddings:
         raise ValueError(f"{where}: `adapter.new_words` need `adapter.train_embeddings: true`, or stay random.")
+    try:
+        PdlmGenerationConfig(**recipe.generation).validate()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: `generation`: {error}") from None
     if data.kind == "drawn" and data.train:
         raise ValueError(
             f"{where}: `data.kind: drawn` draws its pictures; remove `data.train` or set `kind: regions`."

@@ -13,7 +13,7 @@ from transformers.trainer_callback import TrainerCallback
 from pdlm_hf.app.collator import PdlmCollator
 from pdlm_hf.shapes.train import Clock, InOrderTrainer
 
-from .adapters import BASE_FILE, add_adapter, fingerprint, read_base, write_base
+from .adapters import BASE_FILE, add_adapter, behave, behaviour, fingerprint, read_base, write_base
 from .card import write_card
 from .plan import StreamedRows, TrainingRows, held_out_rows, open_dataset, plan
 from .recipe import Recipe
@@ -24,6 +24,7 @@ LEVELS = 5  # bins of the noise level in the log
 _FREE = {
     ("samples",),
     ("hardware",),
+    ("generation",),
     ("training", "report_to"),
     ("training", "save_total_limit"),
     ("training", "dataloader_num_workers"),
@@ -75,12 +76,7 @@ class _AdapterFiles(TrainerCallback):
         """Note the base beside the adapter."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            write_base(folder, self.recipe.base, self.mark, switches_of(self.recipe))
-
-
-def switches_of(recipe: Recipe) -> dict[str, str]:
-    """The switches that a recipe sets."""
-    return recipe.switches.model_dump(exclude_none=True)
+            write_base(folder, self.recipe, self.mark)
 
 
 def arguments(recipe: Recipe) -> TrainingArguments:
@@ -138,8 +134,7 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
         attn_implementation={"text_config": recipe.attention} if recipe.attention else None,
         device_map={"": torch.cuda.current_device()} if recipe.quantize else None,
     )
-    for name, value in switches_of(recipe).items():
-        setattr(model.config, name, value)
+    behave(model, behaviour(recipe))
     if recipe.data.kind != "chat" and not model.config.num_region_prompts:
         raise ValueError(f"{recipe.model} is a base (chat) checkpoint without region prompts; set `data.kind: chat`.")
     if adapter is not None:
@@ -240,7 +235,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if main:
         out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-        write_base(out, recipe.base, mark, switches_of(recipe))
+        write_base(out, recipe, mark)
     last = last_complete(out / "checkpoints")
     has_eval = trainer.eval_dataset is not None and trainer.args.eval_strategy != "no"
     trainer.args.eval_on_start = has_eval and last is None

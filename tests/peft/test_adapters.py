@@ -46,8 +46,11 @@ def test_every_way_of_loading_gives_the_same(adapter, inputs, tmp_path):
     assert (answers(base, inputs)[0] - expected).abs().max() > 1
     injected = AutoModelForImageTextToText.from_pretrained(CHECKPOINT)
     injected.load_adapter(str(adapter))
+    plain = PeftModel.from_pretrained(base, adapter)  # knows nothing of the recipe's settings of `generate`
+    assert base.generation_config.acceptance_threshold == 0.8
+    base.generation_config.acceptance_threshold = 0.95
     ways = {
-        "peft": PeftModel.from_pretrained(base, adapter),
+        "peft": plain,
         "load_adapter": injected,
         "auto": AutoModelForImageTextToText.from_pretrained(adapter),
     }
@@ -55,6 +58,7 @@ def test_every_way_of_loading_gives_the_same(adapter, inputs, tmp_path):
         logits, said = answers(model, inputs)
         assert torch.equal(logits, expected), name
         assert torch.equal(said, tokens), name
+        assert model.generation_config.acceptance_threshold == 0.95, name
     assert AutoProcessor.from_pretrained(adapter).tokenizer.get_vocab() == (
         AutoProcessor.from_pretrained(CHECKPOINT).tokenizer.get_vocab()
     )
@@ -68,6 +72,7 @@ def test_merged_is_the_adapter(adapter, inputs, tmp_path):
     logits, said = answers(merged, inputs)
     torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-3)
     assert torch.equal(said, tokens)
+    assert merged.generation_config.acceptance_threshold == 0.95
     files = {path.name for path in (tmp_path / "merged").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "processor_config.json"} <= files
     names = set(load_file(tmp_path / "merged" / "model.safetensors"))

@@ -77,6 +77,8 @@ def test_overrides():
         ("data.num_slots=[9,3]", "from low to high"),
         ("freeze=[vision_tower]", "`freeze` is for runs without `adapter`"),
         ("data.train=x.json", "`data.kind: drawn` draws its pictures"),
+        ("generation.acceptance_threshold=2", "`generation`: `acceptance_threshold` must be in"),
+        ("generation.treshold=0.9", "unknown key `generation.treshold`"),
         ("data.streaming=true training.max_steps=-1", "needs `training.max_steps`"),
     ],
 )
