@@ -1,6 +1,7 @@
 """Teach the tiny base checkpoint to look things up in a list, before it is asked for letters.
 
     python -m pdlm_hf.shapes.lookup --init runs/easy --out runs/lookup
+    python -m pdlm_hf.shapes.lookup --init runs/lookup --out runs/options --options --steps 600
 
 An answer by letter is found by looking a word up among the options. From questions this is learned too slowly: one
 letter an answer says little, and training stays at chance. Here a row is a list of pairs, then the same pairs in
@@ -19,40 +20,65 @@ from torch.nn.functional import cross_entropy
 
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
+from .questions import SHAPES, SIZES, TEXTURES
 from .train import record_of, save
+from .world import COLOURS
 
 PAIRS = 6
-LETTERS = (33, 8)  # first id and number: B to I
-WORDS = (300, 20)  # of the vocabulary; any will do
+LETTERS, WORDS = list(range(33, 41)), list(range(300, 320))  # any will do to begin with
 WARMUP = 100  # steps
 
 
-def lookup_batch(rng: np.random.Generator, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def lookup_batch(
+    rng: np.random.Generator,
+    rows: int,
+    letters: list[int] = LETTERS,
+    words: list[int] = WORDS,
+    between: tuple[list[int], list[int]] = ([], []),
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists to fill in.
 
     Args:
         rng (`np.random.Generator`): decides the lists; what is hidden comes from torch's own.
         rows (`int`)
+        letters, words (`list[int]`): ids.
+        between: ids between the two of a pair, and after a pair.
 
     Returns:
-        ids and what is hidden of them, `(rows, 4 * PAIRS)`.
+        ids and what is hidden of them, `(rows, 2 * PAIRS * length of a pair)`.
     """
+    middle, end = (np.tile(ids, (PAIRS, 1)).astype(int) for ids in between)
     lists = []
     for _ in range(rows):
-        columns = [rng.permutation(count)[:PAIRS] + first for first, count in (LETTERS, WORDS)]
-        pairs = np.stack(columns, 1)
+        first, second = (np.array(ids)[rng.permutation(len(ids))[:PAIRS], None] for ids in (letters, words))
+        pairs = np.concatenate([first, middle, second, end], 1)
         lists.append(np.concatenate([pairs[rng.permutation(PAIRS)].ravel(), pairs[rng.permutation(PAIRS)].ravel()]))
     ids = torch.tensor(np.array(lists))
-    hidden = torch.zeros_like(ids, dtype=torch.bool)
+    hidden = torch.zeros_like(ids, dtype=torch.bool).view(rows, 2, PAIRS, -1)
     letter = torch.rand(rows, PAIRS) < 0.5
-    hidden[:, 2 * PAIRS :: 2] = letter
-    hidden[:, 2 * PAIRS + 1 :: 2] = ~letter
-    return ids, hidden
+    hidden[:, 1, :, 0] = letter
+    hidden[:, 1, :, 1 + middle.shape[1]] = ~letter
+    return ids, hidden.view(ids.shape)
+
+
+def as_options(processor: PdlmProcessor) -> dict:
+    """Letters, words and what is between them as in the options of a question."""
+
+    def ids(text: str) -> list[int]:
+        return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    words = [ids(f" {word}") for word in (*COLOURS, *SHAPES, *TEXTURES, *SIZES)]
+    return {
+        "letters": [ids(letter)[0] for letter in "ABCDEFGH"],
+        "words": [tokens[0] for tokens in words if len(tokens) == 1],
+        "between": (ids("."), ids("\n")),
+    }
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     init: Annotated[Path, typer.Option(help="Base checkpoint to start from.")],
+    options: Annotated[bool, typer.Option("--options", help="Write pairs as options are written.")] = False,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 2600,
     batch_size: Annotated[int, typer.Option(help="Lists a step.")] = 48,
     learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 1e-3,
@@ -63,12 +89,14 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     model = PdlmBaseForConditionalGeneration.from_pretrained(init).train()
+    processor = PdlmProcessor.from_pretrained(init)
+    how = as_options(processor) if options else {}
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     rng, start, right, total = np.random.default_rng(seed), time.perf_counter(), 0.0, 0.0
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, step / WARMUP)
-        ids, hidden = lookup_batch(rng, batch_size)
+        ids, hidden = lookup_batch(rng, batch_size, **how)
         shown = torch.where(hidden, model.config.mask_token_id, ids)
         logits = model(input_ids=shown, attention_mask=torch.ones_like(shown)).logits[hidden]
         loss = cross_entropy(logits, ids[hidden])
@@ -83,10 +111,10 @@ def main(
             total = right = 0.0
     command = (
         f"python -m pdlm_hf.shapes.lookup --steps {steps} --batch-size {batch_size} --learning-rate {learning_rate} "
-        f"--seed {seed} --threads {threads}"
+        f"--seed {seed} --threads {threads}" + " --options" * options
     )
     seconds = round(time.perf_counter() - start, 1)
-    save(model, PdlmProcessor.from_pretrained(init), out, record_of(model, command, init, steps, seed, seconds))
+    save(model, processor, out, record_of(model, command, init, steps, seed, seconds))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from pdlm_hf.app.collator import PdlmCollator
 from pdlm_hf.processing_pdlm import PdlmProcessor
 from pdlm_hf.shapes import BASE_CHECKPOINT
-from pdlm_hf.shapes.lookup import PAIRS, lookup_batch
+from pdlm_hf.shapes.lookup import PAIRS, as_options, lookup_batch
 from pdlm_hf.shapes.model import build_base_processor
 from pdlm_hf.shapes.questions import KINDS, LETTER_PROMPT, Question, ask, draw_scene, is_right
 from pdlm_hf.shapes.train_base import QuestionDataset, letters
@@ -130,9 +130,17 @@ def test_lists_to_look_up_in():
     assert not hidden[:, : 2 * PAIRS].any()
     assert (hidden[:, 2 * PAIRS :].view(32, PAIRS, 2).sum(2) == 1).all()
     assert (pairs[:, 0] != pairs[:, 1]).any()
-    # A, which is not among them, is learned with the letters of questions
-    tokenizer = PdlmProcessor.from_pretrained(BASE_CHECKPOINT).tokenizer
-    assert tokenizer.convert_ids_to_tokens(list(range(33, 41))) == list("BCDEFGHI")
+
+
+def test_lists_to_look_up_in_as_options():
+    processor = PdlmProcessor.from_pretrained(BASE_CHECKPOINT)
+    ids, hidden = lookup_batch(np.random.default_rng(0), 4, **as_options(processor))
+    for row, gaps in zip(ids, hidden, strict=True):
+        lines = processor.tokenizer.decode(row).strip().split("\n")
+        assert len(lines) == 2 * PAIRS and sorted(lines[:PAIRS]) == sorted(lines[PAIRS:])
+        assert all(line[0] in "ABCDEFGH" and line[1:3] == ". " and line[3:].isalpha() for line in lines)
+        assert gaps.sum() == PAIRS and not gaps[: len(gaps) // 2].any()
+        assert {processor.tokenizer.decode(token)[-1].isalpha() for token in row[gaps]} == {True}
 
 
 def test_letters_are_true():
