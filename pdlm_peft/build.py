@@ -79,7 +79,7 @@ class StepRun:
             raise ValueError(f"{out}: there is no folder {out.parent}.")
         self.out, self.dropped = out, out.with_suffix(".dropped.jsonl")
         record = out.with_suffix(".run.json")
-        kept, dropped = read_rows(self.out, repair=True), read_rows(self.dropped, repair=True)
+        kept, dropped = (list(read_rows(path, repair=True)) for path in (self.out, self.dropped))
         if (kept or dropped) and not record.is_file():
             raise ValueError(f"{out}: is there, but no {record.name} that says how it was made; choose another file.")
         if kept or dropped:

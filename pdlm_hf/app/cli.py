@@ -100,6 +100,70 @@ def caption(
         raise typer.Exit(1)
 
 
+@app.command()
+def batch(
+    data: Annotated[Path, typer.Argument(help="COCO file, or folder with regions named like the pictures.")],
+    out: Annotated[Path, typer.Option(help="OUT.jsonl: one row a region.", show_default=False)],
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: where DATA is.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures a forward.")] = 8,
+    shard: Annotated[str | None, typer.Option(help="i/n: only the i-th of n parts, to OUT.i-of-n.jsonl.")] = None,
+    server: Annotated[str | None, typer.Option(help="Ask this server of ours instead, http://HOST:PORT.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
+    key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Slots per caption.")] = 32,
+    steps: Annotated[int, typer.Option(help="Denoising steps at most.")] = 32,
+    question: Annotated[str | None, typer.Option(help="Instead of the default question.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Commit what is certain early: fewer passes.")] = False,
+) -> None:
+    """Describe every region of a data set; the same command goes on after any stop."""
+    from .batch import BatchFiles, BatchProgress, parse_shard, run_batch
+    from .dataset import open_data
+    from .replies import JudgeError, key_in
+
+    generation = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
+    try:
+        part = parse_shard(shard)
+        if server is not None and (fast or model):
+            raise ValueError("--server: the model is the server's, and --fast is not served; leave them out.")
+        found = open_data(data, images)
+        asked = None if server is None else _region_server(server, key_in(key_env), concurrency, question, generation)
+        name = str(model or "shapes (embedded)") if asked is None else asked.model
+        files = BatchFiles(out, {"model": name, "question": question, "fast": fast, **generation}, part)
+
+        def open_engine():
+            return _engine(asked, model, fast, batch_size, question, generation)
+
+        with BatchProgress(len(found.entries[part[0] - 1 :: part[1]] if part else found.entries)) as progress:
+            counts = run_batch(found, open_engine, files, part, progress)
+    except (ValueError, OSError, ImportError, JudgeError) as error:
+        raise _fail(error) from None
+    except KeyboardInterrupt:
+        typer.echo("pdlm: stopped. What is done is kept; the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{counts}. Rows: {files.out}", err=True)
+    if not counts.whole:
+        typer.echo(f"pdlm: not every region has a caption; {files.faults_path} says why", err=True)
+        raise typer.Exit(1)
+
+
+def _region_server(url: str, key: str | None, concurrency: int, question: str | None, generation: dict[str, Any]):
+    from .server import RegionServer
+
+    settings = generation if question is None else {**generation, "question": question}
+    return RegionServer(url, api_key=key, settings=settings, concurrency=concurrency)
+
+
+def _engine(server, model, fast, batch_size, question, generation):
+    """What writes the captions of a data set."""
+    from .engines import LocalEngine
+    from .server import ServerEngine
+
+    if server is not None:
+        return ServerEngine(server)
+    return LocalEngine(_captioner(model, fast), batch_size, question, **generation)
+
+
 def _load(read: Callable, model: str | None, *args: Any, **kwargs: Any):
     """Load a checkpoint. Raises: ValueError, whatever a damaged one made the readers raise."""
     try:
@@ -109,15 +173,21 @@ def _load(read: Callable, model: str | None, *args: Any, **kwargs: Any):
         raise ValueError(f"{model}: the checkpoint cannot be loaded, it may be damaged ({reason[0]}).") from error
 
 
-def _run(picture, found, model, question, watch, fast, max_new_tokens, steps):
-    """Load the model, caption, and say what it cost."""
+def _captioner(model: str | None, fast: bool):
+    """A captioner from a checkpoint, without transformers' own progress bar."""
     from transformers.utils.logging import disable_progress_bar
 
     from .captioner import RegionCaptioner
+
+    disable_progress_bar()
+    return _load(RegionCaptioner.from_pretrained, model, mode="fast" if fast else "default")
+
+
+def _run(picture, found, model, question, watch, fast, max_new_tokens, steps):
+    """Load the model, caption, and say what it cost."""
     from .streaming import LiveView, RegionStreamer
 
-    disable_progress_bar()  # of transformers, while it loads
-    captioner = _load(RegionCaptioner.from_pretrained, model, mode="fast" if fast else "default")
+    captioner = _captioner(model, fast)
     settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
     start = time.perf_counter()
     if watch:

@@ -2,14 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
-def read_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
-    """Rows of a JSONL file. A last line that was cut short is left out.
+def read_rows(path: Path, repair: bool = False) -> Iterator[dict[str, Any]]:
+    """Rows of a JSONL file, one by one. A last line that was cut short is left out.
 
     Args:
         path (`Path`): need not be there.
@@ -19,20 +19,24 @@ def read_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
         ValueError: a line is no JSON object.
     """
     if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if repair and len(whole) < len(data):
-        os.truncate(path, len(whole))
-    rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}: line {number} is damaged ({error}); delete the file to start again.") from None
-        if not isinstance(rows[-1], dict):
-            raise ValueError(f"{path}: line {number} is no JSON object; this is not a file of rows.")
-    return rows
+        return
+    size = 0  # of the whole lines
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            size += len(line)
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}: line {number} is damaged ({error}); delete the file to start again."
+                ) from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number} is no JSON object; this is not a file of rows.")
+            yield row
+    if repair and size < path.stat().st_size:
+        os.truncate(path, size)
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
