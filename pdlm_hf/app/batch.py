@@ -254,7 +254,7 @@ class _Run:
     def add_faults(self, faults: list[dict[str, Any]]) -> None:
         """Write what cannot be read."""
         append_rows(self.files.faults_path, faults)
-        pictures = sum(row["annotation_id"] is None for row in faults)
+        pictures = sum(row["annotation_id"] is None and row["image_id"] is not None for row in faults)
         self.counts.bad_pictures += pictures
         self.counts.bad_regions += len(faults) - pictures
 
