@@ -46,7 +46,7 @@ def draw_captions(image: Image.Image, regions: list[Region], captions: list[Regi
     least = _MIN_SIDE if len(regions) <= _CROWDED else 2 * _MIN_SIDE
     factor = max(1, round(least / max(image.size)))  # small pictures are enlarged, or numbers would hide them
     canvas = draw_regions(image, regions, (image.width * factor, image.height * factor))
-    return _with_legend(canvas, [caption.text or "(empty)" for caption in captions])
+    return with_legend(canvas, [caption.text or "(empty)" for caption in captions])
 
 
 def draw_regions(image: Image.Image, regions: Sequence[Region], size: tuple[int, int] | None = None) -> Image.Image:
@@ -125,8 +125,14 @@ def _hits(box: tuple[float, ...], others: list[tuple[float, ...]]) -> bool:
     return any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in others)
 
 
-def _with_legend(picture: Image.Image, texts: list[str], height: int = 0) -> Image.Image:
-    """Numbered, coloured lines below the picture, in columns where there are many; at least `height` pixels in all."""
+def with_legend(picture: Image.Image, texts: list[str], height: int = 0) -> Image.Image:
+    """The picture with numbered, coloured lines below it, in columns where there are many.
+
+    Args:
+        picture (`PIL.Image.Image`): RGB.
+        texts (`list[str]`): one a region.
+        height (`int`): pixels of the result at least.
+    """
     font = ImageFont.load_default(16)
     width = max(picture.width, _MIN_SIDE)
     count = 1 if len(texts) <= _CROWDED else max(1, width // _COLUMN)
@@ -153,11 +159,14 @@ def _with_legend(picture: Image.Image, texts: list[str], height: int = 0) -> Ima
     return out
 
 
-def contact_sheet(drawings: Sequence[Image.Image], columns: int = 3, width: int = 480) -> Image.Image:
+def contact_sheet(
+    drawings: Sequence[Image.Image], names: Sequence[str] = (), columns: int = 3, width: int = 480
+) -> Image.Image:
     """Several pictures on one sheet, row by row.
 
     Args:
         drawings: pictures, see [`draw_captions`].
+        names (*optional*): what to write above each.
         columns (`int`): pictures beside each other.
         width (`int`): of a picture on the sheet, in pixels.
 
@@ -166,16 +175,19 @@ def contact_sheet(drawings: Sequence[Image.Image], columns: int = 3, width: int 
     """
     if not drawings or columns < 1 or width < 1:
         raise ValueError(f"A contact sheet needs pictures, and columns and width of at least 1: {columns}, {width}.")
-    gap = 8
+    gap, top = 8, _LINE if names else 0
     small = [d.resize((width, max(1, round(d.height * width / d.width))), Image.Resampling.LANCZOS) for d in drawings]
     rows = [small[start : start + columns] for start in range(0, len(small), columns)]
-    heights = [max(image.height for image in row) for row in rows]
+    heights = [max(image.height for image in row) + top for row in rows]
     wide = min(columns, len(small))
     sheet = Image.new("RGB", (wide * (width + gap) + gap, sum(heights) + gap * (len(rows) + 1)), "#dddddd")
-    y = gap
-    for row, height in zip(rows, heights, strict=True):
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(16), gap
+    for number, (row, height) in enumerate(zip(rows, heights, strict=True)):
         for k, image in enumerate(row):
-            sheet.paste(image, (gap + k * (width + gap), y))
+            x = gap + k * (width + gap)
+            sheet.paste(image, (x, y + top))
+            if names:
+                draw.text((x, y), textwrap.shorten(names[number * columns + k], width // 8), fill="black", font=font)
         y += height + gap
     return sheet
 
