@@ -123,6 +123,7 @@ def batch(
     fast: Annotated[bool, typer.Option("--fast", help="Commit what is certain early: fewer passes.")] = False,
 ) -> None:
     """Describe every region of a data set; the same command goes on after any stop."""
+    from ..generation_pdlm import PdlmGenerationConfig
     from .batch import BatchFiles, BatchProgress, parse_shard, run_batch
     from .dataset import open_data
     from .replies import JudgeError, key_in
@@ -130,6 +131,9 @@ def batch(
     generation = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
     try:
         part = parse_shard(shard)
+        PdlmGenerationConfig(**generation)  # says what is out of range
+        if batch_size < 1:
+            raise ValueError(f"--batch-size must be positive, got {batch_size}.")
         if server is not None and (fast or model):
             raise ValueError("--server: the model is the server's, and --fast is not served; leave them out.")
         found = open_data(data, images)

@@ -131,14 +131,16 @@ def _open_coco(path: Path, folder: Path) -> DataSet:
     named = {}
     for number, image in enumerate(data["images"]):
         if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)) or image["id"] in named:
-            raise ValueError(f"{path}: images[{number}]: needs an `id` of its own, number or text; got {image!r:.80}.")
+            raise ValueError(
+                f"{path}: images[{number}]: needs an `id` of its own, a whole number or text; got {image!r:.80}."
+            )
         named[image["id"]] = image
     faults, seen = [], set()
     regions: dict[Any, list] = {}
     for number, annotation in enumerate(data["annotations"]):
         key, reason = _key_of(annotation), None
         if key is None:
-            reason = f"annotations[{number}]: needs `id` and `image_id`, numbers or text."
+            reason = f"annotations[{number}]: needs `id` and `image_id`, whole numbers or text."
         elif key[0] not in named:
             reason = f"annotations[{number}]: there is no image with the id {key[0]!r}."
         elif key in seen:
@@ -201,10 +203,11 @@ def _read_source(source: Path, picture: Path, name: Path) -> list[tuple[str, Any
         size = picture_size(picture) if source.suffix.lower() == ".txt" else (0, 0)
         found = read_region_file(source, picture.name, *size)
         values = [(_own_id(value, k), value) for k, value in enumerate(found)]
+    # here ids are a region's own within its picture; COCO's are within the data set
+    values = [(f"{name.as_posix()}#{own}", value) for own, value in values]
     if len({own for own, _ in values}) < len(values):
         raise ValueError(f"{source}: two regions have the same id.")
-    # ids of regions are their own within a picture; COCO's within the data set
-    return [(f"{name.as_posix()}#{own}", value) for own, value in values]
+    return values
 
 
 def _own_id(value: Any, position: int) -> Any:

@@ -114,7 +114,7 @@ def from_labelme(source: str | Path | dict[str, Any], name: str | None = None) -
             regions.append(Region(len(regions), _labelme_mask(shape, data, where)))
             continue
         polygon = _labelme_polygon(shape, where)
-        group = None if shape.get("group_id") is None else (shape.get("label"), str(shape["group_id"]))
+        group = None if shape.get("group_id") is None else (str(shape.get("label")), str(shape["group_id"]))
         if group in groups:
             groups[group]["segmentation"].append(polygon)
             continue

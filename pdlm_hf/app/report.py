@@ -170,8 +170,10 @@ def _lowest_scores(path: Path) -> dict[tuple[str, Any], float]:
         if not _FIELDS <= row.keys():
             missing = ", ".join(sorted(_FIELDS - row.keys()))
             raise ValueError(f"{path}: line {number}: has no {missing}; expected rows of `pdlm batch`.")
-        key = row["file_name"], row["image_id"]
-        lowest[key] = min(row["score"], lowest.get(key, 1.0))
+        key, score = (row["file_name"], row["image_id"]), row["score"]
+        if not isinstance(row["file_name"], str) or not isinstance(score, (int, float)):
+            raise ValueError(f"{path}: line {number}: `file_name` must be text and `score` a number.")
+        lowest[key] = min(score, lowest.get(key, 1.0))
     if not lowest:
         raise ValueError(f"{path}: has no rows.")
     return lowest

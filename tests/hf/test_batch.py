@@ -379,8 +379,12 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         ("/proc/out.jsonl", "/proc/out"),
         (str(tmp_path / "nowhere" / "out.jsonl"), "there is no folder"),
         (str(tmp_path / "out.json"), "must end with .jsonl"),
+        ("out.jsonl --batch-size 0", "--batch-size must be positive"),
+        ("out.jsonl --steps 0", "max_denoising_steps"),
+        ("out.jsonl --shard 3/2", "--shard 3/2: expected i/n"),
+        ("out.jsonl --server http://127.0.0.1:1 --fast", "--fast is not served"),
     ):
-        arguments = ["batch", str(tmp_path / "coco.json"), "--images", str(tmp_path / "images"), "--out", out]
+        arguments = ["batch", str(tmp_path / "coco.json"), "--images", str(tmp_path / "images"), "--out", *out.split()]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2 and message in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("pdlm: ")
