@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,7 +48,7 @@ class BatchFiles:
         parts = [] if shard else sorted(path for path in out.parent.iterdir() if part_name.fullmatch(path.name))
         self.out = out if shard is None else out.with_suffix(".{}-of-{}.jsonl".format(*shard))
         self.faults_path, self.coco_path = self.out.with_suffix(".faults.jsonl"), self.out.with_suffix(".coco.json")
-        self.rows = {_key(row): Said.of(row) for row in _read(self.out, settings, repair=True)}
+        self.rows = {_key(row): _said(row) for row in _read(self.out, settings, repair=True)}
         write_json(self.out.with_suffix(".run.json"), settings)
         self.faults_path.unlink(missing_ok=True)  # they are tried again
         for path in parts:
@@ -58,7 +58,7 @@ class BatchFiles:
         """Write rows; they are in the file when this returns."""
         rows = list(rows)
         append_rows(self.out, rows)
-        self.rows.update({_key(row): Said.of(row) for row in rows})
+        self.rows.update({_key(row): _said(row) for row in rows})
 
     def check(self, data: DataSet) -> None:
         """Whether the rows that are there are of this data set. Raises: ValueError if a picture has another name."""
@@ -75,18 +75,15 @@ class BatchFiles:
         return (entry.id, own) in self.rows
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
-    """What is kept in memory of a row; a data set has millions."""
+class Said(NamedTuple):
+    """What is kept in memory of a row; a data set has many."""
 
     file_name: str
-    caption: str
-    score: float
+    empty: bool
 
-    @classmethod
-    def of(cls, row: dict[str, Any]) -> "Said":
-        """Of a row of OUT.jsonl."""
-        return cls(row["file_name"], row["caption"], row["score"])
+
+def _said(row: dict[str, Any]) -> Said:
+    return Said(row["file_name"], not row["caption"].strip())
 
 
 def _key(row: dict[str, Any]) -> Key:
@@ -98,6 +95,7 @@ def _read(out: Path, settings: dict[str, Any], repair: bool = False) -> Iterator
     for number, row in enumerate(read_rows(out, repair)):
         if number == 0:
             before = load_json(out.with_suffix(".run.json"))
+            before = before if isinstance(before, dict) else {}
             if changed := [name for name in settings if before.get(name) != settings[name]]:
                 was = ", ".join(f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
                 raise ValueError(f"{out}: was begun with other settings ({was}). Choose another file.")
@@ -194,7 +192,7 @@ def run_batch(
         works = prefetch(run.load, engine.order(todo), engine.ahead)
         for outcome in engine.run(run.ready(works)):
             run.take(outcome)
-    run.counts.empty = sum(not row.caption.strip() for row in files.rows.values())
+    run.counts.empty = sum(row.empty for row in files.rows.values())
     run.finish(0)
     if shard is None:
         write_json(files.coco_path, data.with_captions(read_rows(files.out)))

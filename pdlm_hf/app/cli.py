@@ -114,7 +114,7 @@ def batch(
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures a forward.")] = 8,
     shard: Annotated[str | None, typer.Option(help="i/n: only the i-th of n parts, to OUT.i-of-n.jsonl.")] = None,
-    server: Annotated[str | None, typer.Option(help="Ask this server of ours instead, http://HOST:PORT.")] = None,
+    server: Annotated[str | None, typer.Option(help="Ask this server of ours; --model: a name it has.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
     key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Slots per caption.")] = 32,
@@ -126,7 +126,7 @@ def batch(
     from ..generation_pdlm import PdlmGenerationConfig
     from .batch import BatchFiles, BatchProgress, parse_shard, run_batch
     from .dataset import open_data
-    from .replies import JudgeError, key_in
+    from .replies import JudgeError
 
     generation = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
     try:
@@ -134,10 +134,10 @@ def batch(
         PdlmGenerationConfig(**generation)  # says what is out of range
         if batch_size < 1:
             raise ValueError(f"--batch-size must be positive, got {batch_size}.")
-        if server is not None and (fast or model):
-            raise ValueError("--server: the model is the server's, and --fast is not served; leave them out.")
+        if server is not None and fast:
+            raise ValueError("--server: --fast is not served; leave it out.")
         found = open_data(data, images)
-        asked = None if server is None else _region_server(server, key_in(key_env), concurrency, question, generation)
+        asked = None if server is None else _region_server(server, model, key_env, concurrency, question, generation)
         name = str(model or "shapes (embedded)") if asked is None else asked.model
         files = BatchFiles(out, {"model": name, "question": question, "fast": fast, **generation}, part)
 
@@ -157,11 +157,13 @@ def batch(
         raise typer.Exit(1)
 
 
-def _region_server(url: str, key: str | None, concurrency: int, question: str | None, generation: dict[str, Any]):
+def _region_server(url, model, key_env, concurrency, question, generation):
+    """A server of ours. Raises: JudgeError if it cannot be reached."""
+    from .replies import key_in
     from .server import RegionServer
 
     settings = generation if question is None else {**generation, "question": question}
-    return RegionServer(url, api_key=key, settings=settings, concurrency=concurrency)
+    return RegionServer(url, model, api_key=key_in(key_env), settings=settings, concurrency=concurrency)
 
 
 def _engine(server, model, fast, batch_size, question, generation):

@@ -30,7 +30,7 @@ class RegionServer(Judge):
         **options: see [`~replies.Judge`].
 
     Raises:
-        JudgeError: it cannot be reached.
+        JudgeError: it cannot be reached, or has no such model.
     """
 
     def __init__(self, base_url: str, model: str | None = None, **options: Any):
@@ -38,20 +38,14 @@ class RegionServer(Judge):
             base_url = f"{base_url.rstrip('/')}/v1"
         super().__init__(model or "", base_url, **options)
         self.cache = _NoCache()  # what is captioned is in the rows
-        if model is None:
-            self.model = self.models()[0]
-
-    def models(self) -> list[str]:
-        """Names of the server's models. Raises: JudgeError."""
+        where = f"The server at {public_url(self.base_url)}"
         try:
-            names = [model.id for model in self._client.models.list()]
+            names = [known.id for known in self._client.models.list()]
         except self._api.OpenAIError as error:
-            raise JudgeError(
-                f"The server at {public_url(self.base_url)} does not answer: {self._why(error)}"
-            ) from error
-        if not names:
-            raise JudgeError(f"The server at {public_url(self.base_url)} has no model.")
-        return names
+            raise JudgeError(f"{where} does not answer: {self._why(error)}") from error
+        self.model = model or next(iter(names), "")
+        if self.model not in names:
+            raise JudgeError(f"{where} has no model {self.model!r}, but {', '.join(names) or 'none at all'}.")
 
     def probe(self, chat: bool = False) -> None:
         """Caption a small grey picture. Raises: JudgeError if the server does not, for settings it refuses too."""

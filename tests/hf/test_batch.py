@@ -551,6 +551,8 @@ def test_a_server_that_gives_up_and_one_that_refuses(tmp_path, near):
     with RegionCaptionServer(model="another") as server:
         result, _ = serve(tmp_path, server, code=2)
         assert "model was 'served', now 'another'" in result.stderr
+        result, _ = serve(tmp_path, server, "--model", "served", code=2)
+        assert "has no model 'served', but another" in result.stderr
     result, _ = serve(tmp_path, server, code=2)
     assert "does not answer: no connection" in result.stderr
     result, _ = serve(tmp_path, server, "--fast", code=2)
