@@ -24,7 +24,7 @@ demo: .venv/demo
 	@touch $@
 
 .venv/demo: .venv/torch pyproject.toml
-	$(BIN)/pip install -q --disable-pip-version-check -e ".[viz]"
+	$(BIN)/pip install -q --disable-pip-version-check -e .
 	@touch $@
 
 .venv/dev: .venv/torch pyproject.toml

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pdlm_hf.app.jsonl import append_rows, read_rows
+
 from .convert import relocated
 from .rows import RowError, check_row, normal_row, open_row_image
 from .sources import Source, raw_rows
@@ -77,7 +79,7 @@ class StepRun:
             raise ValueError(f"{out}: there is no folder {out.parent}.")
         self.out, self.dropped = out, out.with_suffix(".dropped.jsonl")
         record = out.with_suffix(".run.json")
-        kept, dropped = _whole_lines(self.out), _whole_lines(self.dropped)
+        kept, dropped = (list(read_rows(path, repair=True)) for path in (self.out, self.dropped))
         if (kept or dropped) and not record.is_file():
             raise ValueError(f"{out}: is there, but no {record.name} that says how it was made; choose another file.")
         if kept or dropped:
@@ -100,9 +102,9 @@ class StepRun:
             elif region_key(row, region["id"]) not in self.lost:
                 place = {key: row[key] for key in ("image", "question") if key in row}
                 lines.append({**place, **region, "reason": verdict.reason})
-        _append(self.dropped, lines)
+        append_rows(self.dropped, lines)
         if kept:
-            _append(self.out, [{**row, "regions": kept}])
+            append_rows(self.out, [{**row, "regions": kept}])
 
 
 def run_step(source: Source, run: StepRun, decide: Decide, captions: bool = True) -> Counter:
@@ -167,24 +169,3 @@ def _tasks(source: Source, run: StepRun, counts: Counter, captions: bool) -> Ite
             continue
         for k in range(len(row["regions"])):
             yield Task(number, row, k, source.folder)
-
-
-def _whole_lines(path: Path) -> list[dict]:
-    """Lines of a file that grows; a last one that was cut short is taken off."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it to start again.") from None
-
-
-def _append(path: Path, rows: list[dict]) -> None:
-    if rows:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pdlm_hf.app.regions import parse_region
+from pdlm_hf.app.regions import Region, parse_region
 from pdlm_hf.app.replies import Judge, Request
 from pdlm_hf.app.views import crops_message, pictures_message
 
@@ -201,7 +201,9 @@ def remask_step(segmenter: Segmenter, min_iou: float, replace: bool = False) -> 
                     yield task, Verdict(reason=f"low overlap: IoU {overlap:.3f}")
                     continue
                 region = {**task.region, "meta": {**task.region.get("meta", {}), "sam_iou": round(overlap, 4)}}
-                yield task, Verdict({**region, "segmentation": encode(other)} if replace else region)
+                if replace:
+                    region["segmentation"] = Region(None, other).segmentation
+                yield task, Verdict(region)
 
     return decide
 
@@ -215,14 +217,6 @@ def box_around(mask: np.ndarray) -> list[float]:
 def iou(mask: np.ndarray, other: np.ndarray) -> float:
     """Intersection over union of two masks, one of them not empty."""
     return float((mask & other).sum() / (mask | other).sum())
-
-
-def encode(mask: np.ndarray) -> dict:
-    """A mask as RLE for JSON."""
-    from pycocotools import mask as coco_mask
-
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
 
 
 def filter_step(min_words: int, max_words: int, max_repetition: float) -> Decide:

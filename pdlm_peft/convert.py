@@ -202,9 +202,8 @@ def coco_rows(
 
 def _panoptic_segments(annotations: list[dict], folder: Path, counts: Counter) -> Iterator[dict]:
     """The segments of a picture with their RLE, read from the colours of its PNG (R + 256 G + 256^2 B is the id)."""
-    from pycocotools import mask as coco_mask
-
     from pdlm_hf.app.images import load_image
+    from pdlm_hf.app.regions import Region
 
     for annotation in annotations:
         pixels = np.asarray(load_image(folder / Path(annotation["file_name"]).name), dtype=np.uint32)
@@ -214,9 +213,7 @@ def _panoptic_segments(annotations: list[dict], folder: Path, counts: Counter) -
             if not mask.any():
                 counts["segments without a pixel"] += 1
                 continue
-            rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-            shape = {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
-            yield {**segment, "bbox": None, "segmentation": shape}
+            yield {**segment, "bbox": None, "segmentation": Region(segment["id"], mask).segmentation}
 
 
 # ---------------------------------------------------------------------------------------------------- others

@@ -1,7 +1,6 @@
 """Captions of held-out pictures while a model trains: as pictures, as text, in TensorBoard and wandb."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,9 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 
-from pdlm_hf import RegionCaption, RegionCaptioner
+from pdlm_hf import RegionCaptioner
 from pdlm_hf.app.drawing import draw_captions
 from pdlm_hf.app.regions import parse_regions
-
-logger = logging.getLogger(__name__)
 
 
 class CaptionSamples(TrainerCallback):
@@ -55,9 +52,9 @@ class CaptionSamples(TrainerCallback):
             for k, (region, caption) in enumerate(zip(row["regions"], captions, strict=True)):
                 place = {"picture": index, "region": region.get("id", k)}
                 lines.append(place | {"said": caption.text, "true": region["caption"], "score": caption.score})
-            drawings.append(_draw(row["image"], masks, captions))
+            regions = parse_regions(masks, *row["image"].size)
+            drawings.append(draw_captions(row["image"], regions, captions))
         (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        drawings = [drawing for drawing in drawings if drawing is not None]
         for index, drawing in enumerate(drawings):
             drawing.save(folder / f"{index}.png")
         self._report(drawings, step)
@@ -71,12 +68,3 @@ class CaptionSamples(TrainerCallback):
             wandb = getattr(callback, "_wandb", None)
             if wandb is not None and getattr(wandb, "run", None) is not None:
                 wandb.log({"captions": [wandb.Image(drawing) for drawing in drawings]})
-
-
-def _draw(image, masks: list[np.ndarray], captions: list[RegionCaption]):
-    """The picture with its captions, or None without the drawing library."""
-    try:
-        return draw_captions(image, parse_regions(masks, *image.size), captions)
-    except ImportError as error:
-        logger.warning("Captions are written as text only. %s", error)
-        return None

@@ -252,11 +252,9 @@ def draw_samples(samples: list[tuple[int, Any]], folder: Path | None, out: Path)
         out (`Path`): a picture for all of them, one below the other, or a folder for one picture each.
 
     Raises:
-        ValueError: a picture cannot be opened; ImportError: the drawing library is missing.
+        ValueError: a picture cannot be opened.
     """
-    from PIL import Image
-
-    from pdlm_hf.app.drawing import draw_captions
+    from pdlm_hf.app.drawing import contact_sheet, draw_captions
     from pdlm_hf.app.regions import Region
     from pdlm_hf.processing_pdlm import RegionCaption
 
@@ -272,10 +270,5 @@ def draw_samples(samples: list[tuple[int, Any]], folder: Path | None, out: Path)
             picture.save(path)
         return paths
     pictures = [picture for _, picture in drawn]
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
-    top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height
-    sheet.save(out)
+    contact_sheet(pictures, columns=1, width=max(picture.width for picture in pictures)).save(out)
     return [out]

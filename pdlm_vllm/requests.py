@@ -7,9 +7,7 @@ the transformers processor does.
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
@@ -131,15 +129,10 @@ def region_requests(
             "prompt": question or "",
             "multi_modal_data": {"image": image},
             # as given: the processor sorts them by area, and twice sorted is not the same where areas are equal
-            "mm_processor_kwargs": {"regions": [_rle(region) for region in chunk]},
+            "mm_processor_kwargs": {"regions": [region.segmentation for region in chunk]},
         }
         passes.append(Pass(prompt, params, [chunk[k] for k in order], [start + k for k in order]))
     return passes
-
-
-def _rle(region: Region) -> dict[str, Any]:
-    encoded = coco_mask.encode(np.asfortranarray(region.mask, dtype=np.uint8))
-    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
 
 
 @dataclass

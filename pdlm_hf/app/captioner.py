@@ -14,6 +14,7 @@ from ..processing_pdlm import RegionCaption
 from ..shapes import CHECKPOINT
 from .images import load_image
 from .regions import parse_regions
+from .report import RegionCaptions
 
 # Settings of `generate` behind each mode. "default" is the checkpoint's own: what the reference computes, or for
 # "isolated" checkpoints the same with a kept prompt, which is exact there. "fast" commits what tells little about the
@@ -71,7 +72,7 @@ class RegionCaptioner:
         return cls(network, AutoProcessor.from_pretrained(path, **source), mode)
 
     def caption(self, image: Any, regions: Any, question: str | None = None, **generation: Any) -> list[RegionCaption]:
-        """Captions of the regions of one picture, in their order.
+        """Captions of the regions of one picture, in their order; in a notebook the list shows them on the picture.
 
         Args:
             image: path, PIL image, array or tensor.
@@ -83,7 +84,9 @@ class RegionCaptioner:
         Raises:
             ValueError: a picture or region that cannot be used, or an unknown setting.
         """
-        return self.generate([(image, regions)], question, **generation)[0][0]
+        image = load_image(image)
+        found = parse_regions(regions, *image.size)
+        return RegionCaptions(self.generate([(image, found)], question, **generation)[0][0], image, found)
 
     def caption_many(
         self, pairs: Iterable[tuple[Any, Any]], batch_size: int = 8, question: str | None = None, **generation: Any

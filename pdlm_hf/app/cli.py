@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,7 @@ def caption(
         list[Path] | None, typer.Option(help="Mask picture of a region, white inside. Repeatable.")
     ] = None,
     box: Annotated[list[str] | None, typer.Option(help="Box X,Y,WIDTH,HEIGHT in pixels. Repeatable.")] = None,
-    regions: Annotated[Path | None, typer.Option(help="COCO file, or JSON list of regions.")] = None,
+    regions: Annotated[Path | None, typer.Option(help="COCO, JSON list, LabelMe, YOLO .txt, label map .png.")] = None,
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Slots per caption.")] = 32,
     steps: Annotated[int, typer.Option(help="Denoising steps at most.")] = 32,
@@ -55,25 +56,29 @@ def caption(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Write a picture of the regions with their captions.")] = None,
     watch: Annotated[bool, typer.Option(help="Show the captions sharpen, step by step.")] = False,
+    record: Annotated[Path | None, typer.Option(help="Write that as a page (.html) or a .gif.")] = None,
 ) -> None:
-    """Describe regions of a picture: masks, boxes or a COCO file."""
-    from .coco import read_regions
+    """Describe regions of a picture: masks, boxes, or a file of them."""
+    from .drawing import check_target, save_drawing
     from .images import load_image
+    from .readers import read_region_file
+    from .recording import check_recording, save_recording
     from .regions import parse_regions
 
     try:  # everything the user can get wrong, before the model is loaded
         values = [*(mask or []), *(_box(text) for text in box or [])]
-        if regions is not None:
-            values += read_regions(regions, image.name)
-        if not values:
+        if not values and regions is None:
             raise ValueError("No regions: give --mask, --box or --regions.")
         picture = load_image(image)
+        if regions is not None:
+            values += read_region_file(regions, image.name, *picture.size)
         found = parse_regions(values, *picture.size)
+        if record is not None:
+            check_recording(record)
         if draw is not None:
-            from .drawing import check_target
-
             check_target(draw)
-        found_captions, report = _run(picture, found, model, question, watch, fast, max_new_tokens, steps)
+        settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
+        found_captions, report, drafts = _run(picture, found, model, question, watch, record, fast, settings)
     except (ValueError, OSError, ImportError) as error:
         raise _fail(error) from None
     rows = [{"id": c.id, "caption": c.text, "score": round(c.score, 4), "bbox": c.bbox} for c in found_captions]
@@ -87,17 +92,88 @@ def caption(
             f"{report['tokens_per_forward']:.1f} tokens a pass, {report['seconds']:.2f} s",
             err=True,
         )
-    if draw is not None:  # last: what was computed is printed, whatever happens to the file
-        from .drawing import save_drawing
-
-        try:
+    try:  # last: what was computed is printed, whatever happens to the files
+        if draw is not None:
             save_drawing(draw, picture, found, found_captions)
-        except OSError as error:
-            raise _fail(error) from None
-        typer.echo(f"drawn to {draw}", err=True)
+            typer.echo(f"drawn to {draw}", err=True)
+        if record is not None:
+            save_recording(record, picture, found, drafts)
+            typer.echo(f"recorded to {record}", err=True)
+    except OSError as error:
+        raise _fail(error) from None
     if not all(row["caption"] for row in rows):
         typer.echo("pdlm: a region got no caption", err=True)
         raise typer.Exit(1)
+
+
+@app.command()
+def batch(
+    data: Annotated[Path, typer.Argument(help="COCO file, or folder with regions named like the pictures.")],
+    out: Annotated[Path, typer.Option(help="OUT.jsonl: one row a region.", show_default=False)],
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: where DATA is.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures a forward.")] = 8,
+    shard: Annotated[str | None, typer.Option(help="i/n: only the i-th of n parts, to OUT.i-of-n.jsonl.")] = None,
+    server: Annotated[str | None, typer.Option(help="Ask this server of ours; --model: a name it has.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
+    key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Slots per caption.")] = 32,
+    steps: Annotated[int, typer.Option(help="Denoising steps at most.")] = 32,
+    question: Annotated[str | None, typer.Option(help="Instead of the default question.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Commit what is certain early: fewer passes.")] = False,
+) -> None:
+    """Describe every region of a data set; the same command goes on after any stop."""
+    from ..generation_pdlm import PdlmGenerationConfig
+    from .batch import BatchFiles, BatchProgress, parse_shard, run_batch
+    from .dataset import open_data
+    from .replies import JudgeError
+
+    generation = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
+    try:
+        part = parse_shard(shard)
+        PdlmGenerationConfig(**generation)  # says what is out of range
+        if batch_size < 1:
+            raise ValueError(f"--batch-size must be positive, got {batch_size}.")
+        if server is not None and fast:
+            raise ValueError("--server: --fast is not served; leave it out.")
+        found = open_data(data, images)
+        asked = None if server is None else _region_server(server, model, key_env, concurrency, question, generation)
+        name = str(model or "shapes (embedded)") if asked is None else asked.model
+        files = BatchFiles(out, {"model": name, "question": question, "fast": fast, **generation}, part)
+
+        def open_engine():
+            return _engine(asked, model, fast, batch_size, question, generation)
+
+        with BatchProgress(len(found.entries[part[0] - 1 :: part[1]] if part else found.entries)) as progress:
+            counts = run_batch(found, open_engine, files, part, progress)
+    except (ValueError, OSError, ImportError, JudgeError) as error:
+        raise _fail(error) from None
+    except KeyboardInterrupt:
+        typer.echo("pdlm: stopped. What is done is kept; the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{counts}. Rows: {files.out}", err=True)
+    if not counts.whole:
+        typer.echo(f"pdlm: not every region has a caption; {files.faults_path} says why", err=True)
+        raise typer.Exit(1)
+
+
+def _region_server(url, model, key_env, concurrency, question, generation):
+    """A server of ours. Raises: JudgeError if it cannot be reached."""
+    from .replies import key_in
+    from .server import RegionServer
+
+    settings = generation if question is None else {**generation, "question": question}
+    return RegionServer(url, model, api_key=key_in(key_env), settings=settings, concurrency=concurrency)
+
+
+def _engine(server, model, fast, batch_size, question, generation):
+    """What writes the captions of a data set."""
+    from .engines import LocalEngine
+    from .server import ServerEngine
+
+    if server is not None:
+        return ServerEngine(server)
+    return LocalEngine(_captioner(model, fast), batch_size, question, **generation)
 
 
 def _load(read: Callable, model: str | None, *args: Any, **kwargs: Any):
@@ -109,31 +185,55 @@ def _load(read: Callable, model: str | None, *args: Any, **kwargs: Any):
         raise ValueError(f"{model}: the checkpoint cannot be loaded, it may be damaged ({reason[0]}).") from error
 
 
-def _run(picture, found, model, question, watch, fast, max_new_tokens, steps):
-    """Load the model, caption, and say what it cost."""
+def _captioner(model: str | None, fast: bool):
+    """A captioner from a checkpoint, without transformers' own progress bar."""
     from transformers.utils.logging import disable_progress_bar
 
     from .captioner import RegionCaptioner
+
+    disable_progress_bar()
+    return _load(RegionCaptioner.from_pretrained, model, mode="fast" if fast else "default")
+
+
+def _run(picture, found, model, question, watch, record, fast, settings):
+    """Load the model and caption. Returns: captions, what they cost, and the drafts of every step."""
     from .streaming import LiveView, RegionStreamer
 
-    disable_progress_bar()  # of transformers, while it loads
-    captioner = _load(RegionCaptioner.from_pretrained, model, mode="fast" if fast else "default")
-    settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
+    captioner = _captioner(model, fast)
+    streamer = RegionStreamer(captioner.processor) if watch or record else None
     start = time.perf_counter()
-    if watch:
-        console = Console(stderr=True)
-        with LiveView([str(region.id) for region in found], console) as view:
-            streamer = RegionStreamer(captioner.processor, view.show)
-            captions, output = captioner.generate([(picture, found)], question, streamer=streamer, **settings)
-    else:
-        captions, output = captioner.generate([(picture, found)], question, **settings)
+    with ExitStack() as stack:
+        if watch:
+            names = [str(region.id) for region in found]
+            streamer.on_step = stack.enter_context(LiveView(names, Console(stderr=True))).show
+        captions, output = captioner.generate([(picture, found)], question, streamer=streamer, **settings)
     report = {
         "model": model or "shapes (embedded)",
         "num_forwards": output.num_forwards,
         "tokens_per_forward": round(output.tokens_per_forward, 3),
         "seconds": round(time.perf_counter() - start, 3),
     }
-    return captions[0], report
+    return captions[0], report, [step[0] for step in streamer.steps] if record else []
+
+
+@app.command()
+def report(
+    rows: Annotated[Path, typer.Argument(help="OUT.jsonl of pdlm batch.")],
+    images: Annotated[Path, typer.Option(help="Folder of the pictures.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Page to write, .html; or a contact sheet, .png.", show_default=False)],
+    limit: Annotated[int | None, typer.Option(help="Pictures, lowest scores first; default 500, sheets 48.")] = None,
+) -> None:
+    """Show what was captioned: one page to search and sort, or a contact sheet."""
+    from .drawing import check_target
+    from .report import write_report
+
+    try:
+        if out.suffix.lower() != ".html":
+            check_target(out, "--out")
+        shown, there = write_report(rows, images, out, limit)
+    except (ValueError, OSError) as error:
+        raise _fail(error) from None
+    typer.echo(f"{out}: {shown} of {there} pictures", err=True)
 
 
 @app.command()

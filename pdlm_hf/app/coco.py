@@ -5,6 +5,23 @@ from pathlib import Path
 from typing import Any
 
 
+def load_json(path: Path) -> Any:
+    """What a JSON file holds. Raises: ValueError if there is no such file, or it is not JSON or cut short."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file.") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder, not a file.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON, perhaps cut short ({error}).") from error
+
+
+def is_coco(data: Any) -> bool:
+    """Whether a JSON value has the two lists of a COCO file."""
+    return isinstance(data, dict) and all(isinstance(data.get(key), list) for key in ("images", "annotations"))
+
+
 def read_regions(path: Path, image_name: str) -> list[dict[str, Any]]:
     """Annotations of one picture.
 
@@ -15,13 +32,12 @@ def read_regions(path: Path, image_name: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: not JSON, cut short, no such picture, or no regions for it.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON, perhaps cut short ({error}).") from error
-    if isinstance(data, dict) and "images" in data and "annotations" in data:
+    return regions_in(load_json(path), path, image_name)
+
+
+def regions_in(data: Any, path: Path, image_name: str) -> list[dict[str, Any]]:
+    """As [`read_regions`], from what the file holds."""
+    if is_coco(data):
         try:
             regions = _of_image(data, path, image_name)
         except (AttributeError, KeyError, TypeError):  # its parts are not what COCO says

@@ -33,6 +33,12 @@ class Region:
         y, x = self.mask.any(1).nonzero()[0], self.mask.any(0).nonzero()[0]
         return [int(x[0]), int(y[0]), int(x[-1] - x[0] + 1), int(y[-1] - y[0] + 1)]
 
+    @property
+    def segmentation(self) -> dict[str, Any]:
+        """COCO's RLE of the mask, with text as counts, as JSON has it."""
+        rle = coco_mask.encode(np.asfortranarray(self.mask, dtype=np.uint8))
+        return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
+
 
 def parse_regions(values: Any, width: int, height: int) -> list[Region]:
     """Regions of one picture; see [`parse_region`] for the forms.

@@ -307,7 +307,7 @@ class Judge:
                 self.calls += 1
             try:
                 return self._send(body)
-            except (self._api.OpenAIError, _NoReply) as problem:
+            except (self._api.OpenAIError, NoReply) as problem:
                 error, wait = self._why(problem), self._wait(problem, attempt)
             if wait is None or attempt == retries or stop.wait(wait):
                 break
@@ -324,11 +324,11 @@ class Judge:
             content = choice["message"].get("content")
             if not isinstance(content, str):
                 if choice.get("finish_reason") == "content_filter":
-                    raise _NoReply("the server's content filter kept the reply back.", final=True)
+                    raise NoReply("the server's content filter kept the reply back.", final=True)
                 content = choice["message"].get("refusal") or ""  # no content is an empty reply, and paid for
             return _reply(content, data.get("usage") or {})
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise _NoReply(f"the server's answer is no reply: {_short(text)!r}.") from None
+            raise NoReply(f"the server's answer is no reply: {_short(text)!r}.") from None
 
     def _wait(self, error: Exception, attempt: int) -> float | None:
         """Seconds until the next attempt; None if another one is of no use. Raises: JudgeError if none ever is."""
@@ -346,7 +346,7 @@ class Judge:
             raise JudgeError(f"The account behind the key has no quota left: {self._why(error)}") from error
         passing = (
             not error.final
-            if isinstance(error, _NoReply)
+            if isinstance(error, NoReply)
             else isinstance(error, self._api.APIConnectionError) or status in (408, 409, 429) or (status or 0) >= 500
         )
         if not passing:
@@ -368,7 +368,7 @@ class Judge:
         return _short(text, 300)
 
 
-class _NoReply(Exception):
+class NoReply(Exception):
     """An HTTP success that holds no reply; `final`: asking again would not help."""
 
     def __init__(self, message: str, final: bool = False):

@@ -179,7 +179,6 @@ def test_drafts_stay_with_their_regions_when_a_picture_takes_two_portions(captio
 
 @pytest.fixture
 def drawing():
-    pytest.importorskip("supervision")
     image, masks = pair(1, 3)
     regions = parse_regions(masks, *image.size)
     captions = [RegionCaption("a caption " * k, 0.5) for k in (1, 12, 0)]
@@ -230,7 +229,6 @@ def test_save_drawing(drawing, tmp_path):
 
 
 def test_large_picture_and_many_regions(tmp_path):
-    pytest.importorskip("supervision")
     image = Image.new("RGB", (1000, 700))
     regions = parse_regions([[90 * k, 10, 60, 60] for k in range(11)], 1000, 700)
     drawn = draw_captions(image, regions, [RegionCaption(f"number {k}", 1.0) for k in range(11)])

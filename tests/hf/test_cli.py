@@ -86,7 +86,6 @@ def test_question(pdlm, files):
 
 
 def test_draw(pdlm, files):
-    pytest.importorskip("supervision")
     out = files / "out.png"
     result = pdlm("caption", files / "picture.png", *masks_of(files), "--draw", out)
     assert result.exit_code == 0, result.output

@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 
 import numpy as np
-import pytest
 from drawn import as_coco, drawn_rows, read_jsonl, tiny_sam, write_jsonl
 from judge_server import JudgeServer, text_of
 from PIL import Image
@@ -56,7 +55,6 @@ def write_files(folder):
 
 
 def test_commands_of_the_page(tmp_path, monkeypatch):
-    pytest.importorskip("supervision")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     rows = write_files(tmp_path)

@@ -222,7 +222,6 @@ def test_losses_by_level(tmp_path):
 
 
 def test_samples_are_drawn(tmp_path):
-    pytest.importorskip("supervision")
     training.run(small("shapes", tmp_path / "run", "samples.every=2", "samples.images=2"))
     folder = tmp_path / "run" / "samples" / "step_000002"
     assert {path.name for path in folder.iterdir()} == {"0.png", "1.png", "captions.jsonl"}

@@ -185,7 +185,6 @@ def test_wrong_calls_are_one_line(tmp_path):
 
 
 def test_samples_are_drawn(world, tmp_path):
-    pytest.importorskip("supervision")
     root, rows, pictures = world
     path = write_jsonl(root / "draw.jsonl", [{"image": "x.png", "regions": []}, *rows])
     result = run(path, "--draw", tmp_path / "out.png", "--samples", "2")

@@ -1,0 +1,306 @@
+"""Captions for a data set: rows in, rows out, and a run that was stopped goes on.
+
+OUT.jsonl gets a row for every region as soon as its picture is done, OUT.faults.jsonl what got no caption and why,
+OUT.run.json says what the captions depend on, and OUT.coco.json, at the end, is the data set with captions.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..processing_pdlm import RegionCaption
+from .coco import load_json
+from .dataset import DataSet, Entry, Key, fault
+from .engines import Engine, Outcome, Work, load_work, prefetch
+from .jsonl import append_rows, read_rows, write_json
+from .regions import Region
+
+_FIELDS = {"image_id", "annotation_id", "file_name", "caption", "score"}
+
+
+class BatchFiles:
+    """The files of a run.
+
+    Args:
+        out (`Path`): OUT.jsonl; a shard writes OUT.i-of-n.jsonl.
+        settings (`dict`): what the captions depend on; a run goes on only with the same.
+        shard (`tuple[int, int]`, *optional*): number of this part of the data set, from 1, and how many there are. A
+            run without it takes over what parts have written.
+
+    Raises:
+        ValueError: there is no such folder, a file is damaged, or it was made with other settings.
+        OSError: a file cannot be written.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any], shard: tuple[int, int] | None = None):
+        if out.suffix != ".jsonl":
+            raise ValueError(f"{out}: the name of the results must end with .jsonl.")
+        if not out.parent.is_dir():
+            raise ValueError(f"{out}: there is no folder {out.parent}.")
+        part_name = re.compile(re.escape(out.stem) + r"\.\d+-of-\d+\.jsonl")
+        parts = [] if shard else sorted(path for path in out.parent.iterdir() if part_name.fullmatch(path.name))
+        self.out = out if shard is None else out.with_suffix(".{}-of-{}.jsonl".format(*shard))
+        self.faults_path, self.coco_path = self.out.with_suffix(".faults.jsonl"), self.out.with_suffix(".coco.json")
+        self.rows = {_key(row): _said(row) for row in _read(self.out, settings, repair=True)}
+        write_json(self.out.with_suffix(".run.json"), settings)
+        self.faults_path.unlink(missing_ok=True)  # they are tried again
+        for path in parts:
+            self.add(row for row in _read(path, settings) if _key(row) not in self.rows)
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write rows; they are in the file when this returns."""
+        rows = list(rows)
+        append_rows(self.out, rows)
+        self.rows.update({_key(row): _said(row) for row in rows})
+
+    def check(self, data: DataSet) -> None:
+        """Whether the rows that are there are of this data set. Raises: ValueError if a picture has another name."""
+        names = {entry.id: entry.file_name for entry in data.entries}
+        for (image_id, _), row in self.rows.items():
+            if names.get(image_id, row.file_name) != row.file_name:
+                raise ValueError(
+                    f"{self.out}: was begun with another data set: the picture {image_id!r} was {row.file_name}, now "
+                    f"{names[image_id]}. Choose another file."
+                )
+
+    def is_done(self, entry: Entry, own: Any) -> bool:
+        """Whether a region has its row."""
+        return (entry.id, own) in self.rows
+
+
+class Said(NamedTuple):
+    """What is kept in memory of a row; a data set has many."""
+
+    file_name: str
+    empty: bool
+
+
+def _said(row: dict[str, Any]) -> Said:
+    return Said(row["file_name"], not row["caption"].strip())
+
+
+def _key(row: dict[str, Any]) -> Key:
+    return row["image_id"], row["annotation_id"]
+
+
+def _read(out: Path, settings: dict[str, Any], repair: bool = False) -> Iterator[dict[str, Any]]:
+    """Rows of an earlier run. Raises: ValueError, see [`BatchFiles`]."""
+    for number, row in enumerate(read_rows(out, repair)):
+        if number == 0:
+            before = load_json(out.with_suffix(".run.json"))
+            before = before if isinstance(before, dict) else {}
+            if changed := [name for name in settings if before.get(name) != settings[name]]:
+                was = ", ".join(f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
+                raise ValueError(f"{out}: was begun with other settings ({was}). Choose another file.")
+        if not _FIELDS <= row.keys():
+            raise ValueError(f"{out}: has rows without {', '.join(sorted(_FIELDS))}; choose another file.")
+        yield row
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """Number and count in `i/n`. Raises: ValueError if it is no such thing."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--shard {text}: expected i/n with 1 <= i <= n, for example 1/4.")
+    return int(match[1]), int(match[2])
+
+
+@dataclass
+class Counts:
+    """What a run has come to.
+
+    Args:
+        pictures, regions (`int`): captioned now.
+        before (`int`): regions that had a caption when it began.
+        bad_pictures, bad_regions (`int`): that cannot be read.
+        failed (`int`): regions that could be read, and got no caption.
+        empty (`int`): regions whose caption is empty, those of before included.
+        seconds (`float`): since it began.
+    """
+
+    pictures: int = 0
+    regions: int = 0
+    before: int = 0
+    bad_pictures: int = 0
+    bad_regions: int = 0
+    failed: int = 0
+    empty: int = 0
+    seconds: float = 0.0
+
+    @property
+    def speed(self) -> str:
+        """Pictures and regions a second."""
+        seconds = max(self.seconds, 1e-9)
+        return f"{self.pictures / seconds:.2f} pictures/s, {self.regions / seconds:.2f} regions/s"
+
+    @property
+    def whole(self) -> bool:
+        """Whether every region has its caption."""
+        return not (self.bad_pictures or self.bad_regions or self.failed or self.empty)
+
+    def __str__(self) -> str:
+        """One line for people."""
+        parts = [f"{self.regions} regions of {self.pictures} pictures captioned ({self.speed})"]
+        named = {
+            "before": "regions were there before",
+            "bad_pictures": "pictures cannot be read",
+            "bad_regions": "regions cannot be read",
+            "failed": "regions failed",
+            "empty": "captions are empty",
+        }
+        parts += [f"{getattr(self, name)} {text}" for name, text in named.items() if getattr(self, name)]
+        return "; ".join(parts)
+
+
+def run_batch(
+    data: DataSet,
+    open_engine: Callable[[], Engine],
+    files: BatchFiles,
+    shard: tuple[int, int] | None = None,
+    progress: Callable[[int, Counts], None] | None = None,
+) -> Counts:
+    """Caption all regions of a data set that have no caption yet.
+
+    Args:
+        data (`DataSet`): see [`~dataset.open_data`].
+        open_engine: gives what writes the captions, an [`~engines.Engine`]; called if there is something to write.
+        files (`BatchFiles`): where they go.
+        shard (`tuple[int, int]`, *optional*): every n-th picture only, from the i-th (from 1) on.
+        progress (*optional*): called with the number of pictures that are finished, and the counts.
+
+    Raises:
+        ValueError: the rows that are there are of another data set.
+        OSError: a file cannot be written; what was written before is whole.
+        JudgeError: the server is of no use any more.
+    """
+    files.check(data)
+    number, parts = shard or (1, 1)
+    run = _Run(files, progress or (lambda done, counts: None))
+    if number == 1:
+        run.add_faults(data.faults)
+    if todo := run.todo(data.entries[number - 1 :: parts]):
+        engine = open_engine()
+        works = prefetch(run.load, engine.order(todo), engine.ahead)
+        for outcome in engine.run(run.ready(works)):
+            run.take(outcome)
+    run.counts.empty = sum(row.empty for row in files.rows.values())
+    run.finish(0)
+    if shard is None:
+        write_json(files.coco_path, data.with_captions(read_rows(files.out)))
+    return run.counts
+
+
+class _Run:
+    """The state of [`run_batch`]."""
+
+    def __init__(self, files: BatchFiles, progress: Callable[[int, Counts], None]):
+        self.files, self.progress = files, progress
+        self.counts = Counts(before=len(files.rows))
+        self.done = 0
+        self.start = time.perf_counter()
+        self.left: dict[Any, int] = {}  # regions of a picture whose outcome is awaited
+
+    def todo(self, entries: list[Entry]) -> list[Entry]:
+        """Pictures that may have regions without a row."""
+        is_done = self.files.is_done
+        left = [e for e in entries if e.ids is None or not all(is_done(e, own) for own in e.ids)]
+        self.finish(len(entries) - len(left))
+        return left
+
+    def load(self, entry: Entry) -> Work:
+        """Open a picture."""
+        return load_work(entry, partial(self.files.is_done, entry))
+
+    def ready(self, works: Iterable[Work]) -> Iterator[Work]:
+        """Those that have something to caption; what is wrong with the others is written."""
+        for work in works:
+            self.add_faults(work.faults)
+            if work.image is None:
+                self.finish(1)
+            else:
+                self.left[work.entry.id] = len(work.regions)
+                yield work
+
+    def take(self, outcome: Outcome) -> None:
+        """Write what came of a picture."""
+        entry = outcome.work.entry
+        todo = [k for k, region in enumerate(outcome.regions) if not self.files.is_done(entry, region.id)]
+        if outcome.captions is None:
+            append_rows(
+                self.files.faults_path,
+                [fault(entry.id, outcome.regions[k].id, entry.file_name, outcome.error) for k in todo],
+            )
+            self.counts.failed += len(todo)
+        else:
+            self.files.add(_row(entry, outcome.regions[k], outcome.captions[k]) for k in todo)
+            self.counts.regions += len(todo)
+        self.left[entry.id] -= len(outcome.regions)
+        if not self.left[entry.id]:
+            del self.left[entry.id]
+            self.counts.pictures += 1
+            self.finish(1)
+
+    def add_faults(self, faults: list[dict[str, Any]]) -> None:
+        """Write what cannot be read."""
+        append_rows(self.files.faults_path, faults)
+        pictures = sum(row["annotation_id"] is None and row["image_id"] is not None for row in faults)
+        self.counts.bad_pictures += pictures
+        self.counts.bad_regions += len(faults) - pictures
+
+    def finish(self, pictures: int) -> None:
+        """So many pictures more are done with."""
+        self.done += pictures
+        self.counts.seconds = time.perf_counter() - self.start
+        self.progress(self.done, self.counts)
+
+
+def _row(entry: Entry, region: Region, caption: RegionCaption) -> dict[str, Any]:
+    return {
+        "image_id": entry.id,
+        "annotation_id": region.id,
+        "file_name": entry.file_name,
+        "caption": caption.text,
+        "score": round(caption.score, 4),
+        "bbox": region.bbox,
+        "segmentation": region.segmentation,
+    }
+
+
+class BatchProgress:
+    """A progress bar in the terminal, to be used in a `with` block and as `progress` of [`run_batch`].
+
+    Args:
+        total (`int`): pictures.
+        console (`rich.console.Console`, *optional*): where to show it; default stderr.
+    """
+
+    def __init__(self, total: int, console: Console | None = None):
+        columns = "{task.completed:.0f}/{task.total:.0f} pictures", "{task.fields[speed]}", "{task.fields[faults]}"
+        self.bar = Progress(
+            BarColumn(),
+            *(TextColumn(column) for column in columns),
+            TimeRemainingColumn(),
+            console=console or Console(stderr=True),
+        )
+        self.task = self.bar.add_task("", total=total, speed="", faults="")
+
+    def __enter__(self) -> "BatchProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.bar.stop()
+
+    def __call__(self, done: int, counts: Counts) -> None:
+        """Show how far it is."""
+        bad = counts.bad_pictures + counts.bad_regions + counts.failed
+        self.bar.update(self.task, completed=done, speed=counts.speed, faults=f"[red]{bad} faults[/]" if bad else "")

@@ -1,0 +1,197 @@
+"""What captions a data set: pictures with regions in, captions out. The model in this process is one such engine."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+import torch
+from PIL import Image
+
+from ..image_processing_pdlm import best_grid
+from ..processing_pdlm import RegionCaption
+from .captioner import RegionCaptioner
+from .dataset import Entry, fault, picture_size
+from .images import load_image
+from .regions import Region, parse_region
+
+MASK_PIXELS = 2**29  # of the masks of a batch or request together
+_WINDOW = 64  # batches among which pictures are sorted by size
+_LOADERS = 4  # threads
+
+_T, _R = TypeVar("_T"), TypeVar("_R")
+
+
+@dataclass
+class Work:
+    """A picture to caption.
+
+    Args:
+        entry (`Entry`): where it comes from.
+        image (`PIL.Image.Image`, *optional*): RGB; None: there is nothing to caption.
+        regions (`list[Region]`): all that can be read, with their ids in the data set.
+        faults (`list[dict]`): the others.
+    """
+
+    entry: Entry
+    image: Image.Image | None = None
+    regions: list[Region] = field(default_factory=list)
+    faults: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """What came of a picture, or of some of its regions.
+
+    Args:
+        work (`Work`), regions (`list[Region]`): which.
+        captions (`list[RegionCaption]`, *optional*): one for each of the regions.
+        error (`str`, *optional*): why there are none.
+    """
+
+    work: Work
+    regions: list[Region]
+    captions: list[RegionCaption] | None = None
+    error: str | None = None
+
+
+class Engine(Protocol):
+    """Writes captions.
+
+    Args:
+        ahead (`int`): pictures to load while it works.
+    """
+
+    ahead: int
+
+    def order(self, entries: Iterable[Entry]) -> Iterable[Entry]:
+        """The order in which it likes to have them."""
+
+    def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
+        """Caption pictures, read as needed; outcomes come in any order."""
+
+
+class LocalEngine:
+    """The model in this process, several pictures of about the same size a forward.
+
+    Args:
+        captioner ([`~captioner.RegionCaptioner`])
+        batch_size (`int`): pictures a forward at most; one with more regions than the checkpoint has region prompts
+            counts several times.
+        question (`str`, *optional*), **generation: as in [`~captioner.RegionCaptioner.caption`].
+
+    Raises:
+        ValueError: a setting that cannot be used; found out on a small grey picture.
+    """
+
+    def __init__(
+        self, captioner: RegionCaptioner, batch_size: int = 8, question: str | None = None, **generation: Any
+    ):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
+        self.captioner, self.batch_size, self.ahead = captioner, batch_size, 2 * batch_size
+        self.question, self.generation = question, generation
+        captioner.caption(*probe_picture(), question, **generation)
+
+    def order(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """Largest first among the next few batches: rows are padded to the longest of a batch, and what does not fit
+        into memory fails early."""
+        entries = iter(entries)
+        while window := list(islice(entries, _WINDOW * self.batch_size)):
+            yield from sorted(window, key=self._size, reverse=True)
+
+    def _size(self, entry: Entry) -> tuple[int, int]:
+        """Tiles and regions of a picture."""
+        processor = self.captioner.processor.image_processor
+        try:
+            size = entry.size or picture_size(entry.path)
+        except ValueError:  # is told when it is opened
+            return 0, 0
+        columns, rows = best_grid(*size, processor.size["height"], processor.min_tiles, processor.max_tiles)
+        return columns * rows, len(entry.ids or ())
+
+    def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
+        """Caption pictures in the order given; one with very many regions in several parts."""
+        prompts = self.captioner.model.config.num_region_prompts
+        batch: list[Outcome] = []
+        passes = pixels = 0
+        for work in works:
+            most = self.batch_size * prompts
+            for start in range(0, len(work.regions), most):
+                part = Outcome(work, work.regions[start : start + most])
+                more = -(-len(part.regions) // prompts), len(part.regions) * work.image.width * work.image.height
+                if batch and (passes + more[0] > self.batch_size or pixels + more[1] > MASK_PIXELS):
+                    yield from self._caption(batch)
+                    batch, passes, pixels = [], 0, 0
+                batch.append(part)
+                passes, pixels = passes + more[0], pixels + more[1]
+        yield from self._caption(batch)
+
+    def _caption(self, batch: list[Outcome]) -> Iterator[Outcome]:
+        """Caption a batch; one that fails, for want of memory say, is halved until it is known which picture it is."""
+        if not batch:
+            return
+        try:
+            pairs = [(part.work.image, part.regions) for part in batch]
+            found = self.captioner.generate(pairs, self.question, **self.generation)[0]
+        except (ValueError, torch.OutOfMemoryError) as error:
+            if len(batch) == 1:
+                yield replace(batch[0], error=str(error))
+                return
+        else:
+            yield from (replace(part, captions=captions) for part, captions in zip(batch, found, strict=True))
+            return
+        half = len(batch) // 2  # not above: the traceback would keep the batch's tensors alive
+        yield from self._caption(batch[:half])
+        yield from self._caption(batch[half:])
+
+
+def probe_picture() -> tuple[Image.Image, list[Region]]:
+    """A small grey picture with one region, to try an engine and its settings on before the work."""
+    image = Image.new("RGB", (32, 32), (128, 128, 128))
+    return image, [parse_region([4, 4, 24, 24], *image.size)]
+
+
+def load_work(entry: Entry, is_done: Callable[[Any], bool]) -> Work:
+    """Open a picture and read its regions, as far as any of them is to be captioned. Never raises for bad files.
+
+    Args:
+        entry (`Entry`): the picture.
+        is_done: whether a region, by its id, has its caption. Regions that have are captioned again with the others
+            of their picture, so that a run that was stopped gives what one that was not does.
+    """
+    work = Work(entry)
+    try:
+        values = entry.read()
+        if all(is_done(own) for own, _ in values):
+            return work
+        image = load_image(entry.path)
+    except (ValueError, OSError) as error:
+        work.faults.append(fault(entry.id, None, entry.file_name, error))
+        return work
+    for own, value in values:
+        try:
+            work.regions.append(Region(own, parse_region(value, *image.size, own).mask))
+        except (ValueError, OSError) as error:
+            work.faults.append(fault(entry.id, own, entry.file_name, error))
+    if not all(is_done(region.id) for region in work.regions):
+        work.image = image
+    return work
+
+
+def prefetch(function: Callable[[_T], _R], items: Iterable[_T], ahead: int) -> Iterator[_R]:
+    """`map`, computed by a few threads, some items ahead of the one that is asked for."""
+    with ThreadPoolExecutor(_LOADERS) as pool:
+        pending: deque = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

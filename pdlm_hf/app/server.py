@@ -1,0 +1,135 @@
+"""Captions of a data set from our server's route `/v1/region_captions`, many requests in flight."""
+
+import base64
+import json
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from ..processing_pdlm import RegionCaption
+from .dataset import Entry
+from .engines import MASK_PIXELS, Outcome, Work, probe_picture
+from .regions import Region
+from .replies import Judge, JudgeError, NoReply, Reply, ReplyCache, public_url
+from .views import png_url
+
+MAX_REGIONS = 60  # a request: servers take 64, and 60 is whole passes for 1 to 6 region prompts
+_SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+_ORIENTATION = 0x0112  # EXIF
+
+
+class RegionServer(Judge):
+    """A server of ours; asked with `{"image", "regions"}`, it replies with a JSON list of captions.
+
+    Args:
+        base_url (`str`): its address, with or without `/v1`.
+        model (`str`, *optional*): its name there; default: the first one the server has.
+        **options: see [`~replies.Judge`].
+
+    Raises:
+        JudgeError: it cannot be reached, or has no such model.
+    """
+
+    def __init__(self, base_url: str, model: str | None = None, **options: Any):
+        if urlsplit(base_url).path in ("", "/"):
+            base_url = f"{base_url.rstrip('/')}/v1"
+        super().__init__(model or "", base_url, **options)
+        self.cache = _NoCache()  # what is captioned is in the rows
+        where = f"The server at {public_url(self.base_url)}"
+        try:
+            names = [known.id for known in self._client.models.list()]
+        except self._api.OpenAIError as error:
+            raise JudgeError(f"{where} does not answer: {self._why(error)}") from error
+        self.model = model or next(iter(names), "")
+        if self.model not in names:
+            raise JudgeError(f"{where} has no model {self.model!r}, but {', '.join(names) or 'none at all'}.")
+
+    def probe(self, chat: bool = False) -> None:
+        """Caption a small grey picture. Raises: JudgeError if the server does not, for settings it refuses too."""
+        image, regions = probe_picture()
+        reply = self._attempt(self._body(request_of(png_url(image), regions)), threading.Event(), min(self.retries, 2))
+        if reply.text is None:
+            raise JudgeError(f"The server at {public_url(self.base_url)} writes no captions: {reply.error}")
+        self._probed = True
+
+    def _send(self, body: dict[str, Any]) -> Reply:
+        data: Any = None
+        try:
+            data = self._client.post("/region_captions", body=body, cast_to=object)
+            rows = data["regions"]
+            whole = [row["id"] for row in rows] == [region["id"] for region in body["regions"]]
+            whole = whole and all(isinstance(row["caption"], str) and 0 <= row["score"] <= 1 for row in rows)
+        except (LookupError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise NoReply(f"the server's answer is not one caption for each region: {str(data)[:80]!r}.")
+        return Reply(json.dumps(rows), usage=data.get("usage") or {})
+
+
+class _NoCache(ReplyCache):
+    """Keeps nothing."""
+
+    def put(self, key: str, model: str, reply: Reply) -> None:
+        pass
+
+
+class ServerEngine:
+    """An engine of [`batch`] that asks a server.
+
+    Args:
+        server (`RegionServer`): with the settings of every request.
+
+    Raises:
+        JudgeError: it writes no captions; found out on a small grey picture.
+    """
+
+    def __init__(self, server: RegionServer):
+        self.server, self.ahead = server, server.concurrency
+        server.probe()
+
+    def order(self, entries: Iterable[Entry]) -> Iterable[Entry]:
+        """As they are: the server batches by itself."""
+        return entries
+
+    def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
+        """Caption pictures; outcomes come as the server replies. Raises: JudgeError if it is of no use any more."""
+        sent: dict[int, tuple[Work, list[Region]]] = {}
+
+        def requests() -> Iterator[dict[str, Any]]:
+            for work in works:
+                url = picture_url(work)
+                most = max(1, min(MAX_REGIONS, MASK_PIXELS // (work.image.width * work.image.height)))
+                for start in range(0, len(work.regions), most):
+                    regions = work.regions[start : start + most]
+                    sent[len(sent)] = work, regions
+                    yield request_of(url, regions)
+
+        for index, reply in self.server.ask_many(requests()):
+            work, regions = sent[index]
+            sent[index] = None  # pictures are large
+            captions = None
+            if reply.text is not None:
+                captions = [RegionCaption(row["caption"], row["score"]) for row in json.loads(reply.text)]
+            yield Outcome(work, regions, captions, reply.error)
+
+
+def request_of(url: str, regions: list[Region]) -> dict[str, Any]:
+    """Body of a request, without model and settings; ids are positions."""
+    shapes = [{"id": k, "segmentation": region.segmentation} for k, region in enumerate(regions)]
+    return {"image": url, "regions": shapes}
+
+
+def picture_url(work: Work) -> str:
+    """A picture as a data URL: the file as it is where every reader sees the same in it, else as PNG."""
+    try:
+        with Image.open(work.entry.path) as image:
+            kind = _SENT_AS_THEY_ARE.get(image.format)
+            plain = image.mode == "RGB" and image.getexif().get(_ORIENTATION, 1) == 1
+        if kind is not None and plain:
+            return f"data:{kind};base64,{base64.b64encode(work.entry.path.read_bytes()).decode()}"
+    except OSError:  # moved since; what was read then is in memory
+        pass
+    return png_url(work.image)

@@ -1,0 +1,87 @@
+"""A server on 127.0.0.1 with the route `/v1/region_captions`, which says of every region how many pixels it has."""
+
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+
+class RegionCaptionServer:
+    """Serves until the `with` block ends.
+
+    Args:
+        fault: gets the number of a request (from 0) and its body; gives None, a status, or what to send instead.
+        model: its name.
+    """
+
+    def __init__(self, fault=lambda number, body: None, model="served"):
+        self.fault, self.model = fault, model
+        self.bodies, self.keys, self.under_way, self.most_at_a_time = [], set(), 0, 0
+        self.lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def send(self, status, value):
+                data = value if isinstance(value, bytes) else json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.send_header("Retry-After", "0")
+                self.end_headers()
+                self.wfile.write(data)
+
+            def do_GET(self):
+                self.send(200, {"object": "list", "data": [{"id": server.model, "object": "model"}]})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path != "/v1/region_captions":
+                    return self.send(404, {"error": {"message": "no such route"}})
+                with server.lock:
+                    number = len(server.bodies)
+                    server.bodies.append(body)
+                    server.keys.add(self.headers["Authorization"])
+                    server.under_way += 1
+                    server.most_at_a_time = max(server.most_at_a_time, server.under_way)
+                try:
+                    found = server.fault(number, body)
+                    if isinstance(found, int):
+                        return self.send(found, {"error": {"message": f"fault {found}"}})
+                    self.send(200, captions_of(body) if found is None else found)
+                finally:
+                    with server.lock:
+                        server.under_way -= 1
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def captions_of(body):
+    """A truthful answer, as the route gives it."""
+    image = Image.open(io.BytesIO(base64.b64decode(body["image"].partition(",")[2])))
+    rows = []
+    for region in body["regions"]:
+        rle = region["segmentation"]
+        assert rle["size"] == [image.height, image.width]
+        area = int(coco_mask.area({**rle, "counts": rle["counts"].encode()}))
+        rows.append({"id": region["id"], "caption": f"{area} pixels", "score": 0.5, "bbox": [0, 0, 1, 1]})
+    usage = {"prompt_tokens": 1, "completion_tokens": len(rows), "num_forwards": 2}
+    return {"object": "region_captions", "model": body["model"], "regions": rows, "usage": usage}

@@ -1,0 +1,574 @@
+"""pdlm batch: what is captioned, what is listed, and that a run goes on after any stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from region_server import RegionCaptionServer
+from tiny import make_picture
+from typer.testing import CliRunner
+
+from pdlm_hf import RegionCaption, RegionCaptioner
+from pdlm_hf.app.batch import BatchFiles, BatchProgress, Counts, parse_shard, run_batch
+from pdlm_hf.app.cli import app
+from pdlm_hf.app.dataset import open_data
+from pdlm_hf.app.engines import LocalEngine, Outcome, prefetch
+from pdlm_hf.app.jsonl import append_rows, read_rows, write_json
+from pdlm_hf.app.regions import Region
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {"model": "counter"}
+
+
+def write_coco(folder, pictures=5, regions=3):
+    """Noise pictures of two shapes with rectangular regions: RLE, polygon, box in turn."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for k in range(pictures):
+        image, masks = make_picture(k, 104 if k % 2 else 64, 64, regions)
+        Image.fromarray(image).save(folder / "images" / f"{k}.png")
+        images.append({"id": k, "file_name": f"{k}.png", "width": image.shape[1], "height": image.shape[0]})
+        for n, mask in enumerate(masks):
+            region = Region(0, mask)
+            x, y, w, h = region.bbox
+            shape = [
+                {"segmentation": region.segmentation},
+                {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]},
+                {"bbox": [x, y, w, h]},
+            ][n % 3]
+            annotations.append({"id": 10 * k + n, "image_id": k, "category_id": 1, **shape})
+    data = {"info": {"year": 2026}, "images": images, "annotations": annotations, "categories": [{"id": 1}]}
+    (folder / "coco.json").write_text(json.dumps(data))
+    return data
+
+
+def change(folder, edit):
+    """Edit the COCO file."""
+    data = json.loads((folder / "coco.json").read_text())
+    edit(data)
+    (folder / "coco.json").write_text(json.dumps(data))
+
+
+class Counter:
+    """An engine that says how many pixels a region has; after some pictures it stops."""
+
+    ahead = 2
+
+    def __init__(self, stop_after=None, empty=False):
+        self.stop_after, self.empty, self.seen = stop_after, empty, []
+
+    def order(self, entries):
+        return entries
+
+    def run(self, works):
+        for work in works:
+            if len(self.seen) == self.stop_after:
+                raise OSError("stopped")
+            self.seen.append(work.entry.file_name)
+            said = [RegionCaption("" if self.empty else f"{r.mask.sum()} pixels", 0.25) for r in work.regions]
+            yield Outcome(work, work.regions, said)
+
+
+def caption_all(folder, out="out.jsonl", engine=None, shard=None, data="coco.json", settings=SETTINGS):
+    engine = engine or Counter()
+    files = BatchFiles(folder / out, settings, shard)
+    counts = run_batch(open_data(folder / data, folder / "images"), lambda: engine, files, shard)
+    return counts, list(read_rows(files.out))
+
+
+def faults_of(folder, name="out.faults.jsonl"):
+    return list(read_rows(folder / name))
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_rows_and_coco(tmp_path):
+    data = write_coco(tmp_path)
+    counts, rows = caption_all(tmp_path)
+    assert (counts.pictures, counts.regions, counts.before, counts.whole) == (5, 15, 0, True)
+    fields = ["image_id", "annotation_id", "file_name", "caption", "score", "bbox", "segmentation"]
+    assert all(list(row) == fields for row in rows)
+    assert [(row["image_id"], row["annotation_id"]) for row in rows] == [
+        (a["image_id"], a["id"]) for a in data["annotations"]
+    ]
+    areas = [make_picture(0, 64, 64, 3)[1][n].sum() for n in range(3)]
+    assert [row["caption"] for row in rows[:3]] == [f"{area} pixels" for area in areas]
+    assert {row["score"] for row in rows} == {0.25} and rows[2]["bbox"] == data["annotations"][2]["bbox"]
+    written = json.loads((tmp_path / "out.coco.json").read_text())
+    said = {(row["image_id"], row["annotation_id"]): row["caption"] for row in rows}
+    expected = [{**a, "caption": said[a["image_id"], a["id"]], "score": 0.25} for a in data["annotations"]]
+    assert written == {**data, "annotations": expected}
+    assert not (tmp_path / "out.faults.jsonl").exists()
+
+
+def test_captions_are_the_captioners(tmp_path, isolated_model, processor):
+    """Batched by size, and still those of one picture at a time."""
+    write_coco(tmp_path, 5, 3)
+    captioner = RegionCaptioner(isolated_model, processor)
+    settings = {"max_new_tokens": 5, "max_denoising_steps": 3}
+    batches = []
+    generate = captioner.generate
+
+    def noting(pairs, *args, **kwargs):
+        batches.append([image.size for image, _ in pairs])
+        return generate(pairs, *args, **kwargs)
+
+    captioner.generate = noting
+    _, rows = caption_all(tmp_path, engine=LocalEngine(captioner, 2, **settings))
+    captioner.generate = generate
+    assert batches[1:] == [[(104, 64)] * 2, [(64, 64)] * 2, [(64, 64)]]  # the first is the trial
+    for k in range(5):
+        image = tmp_path / "images" / f"{k}.png"
+        own = [row for row in rows if row["image_id"] == k]
+        found = captioner.caption(image, [row["segmentation"] for row in own], **settings)
+        assert [row["caption"] for row in own] == [caption.text for caption in found]
+        assert [row["score"] for row in own] == pytest.approx([caption.score for caption in found], abs=1e-4)
+
+
+def test_a_picture_with_very_many_regions_goes_in_parts(tmp_path, isolated_model, processor):
+    image, _ = make_picture(0, 64, 104)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(image).save(tmp_path / "images" / "a.png")
+    annotations = [{"id": k, "image_id": 1, "bbox": [k, 2 * k, 20, 15]} for k in range(29)]
+    data = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": annotations}
+    (tmp_path / "coco.json").write_text(json.dumps(data))
+    captioner = RegionCaptioner(isolated_model, processor)
+    settings = {"max_new_tokens": 3, "max_denoising_steps": 2}
+    sizes = []
+    generate = captioner.generate
+    captioner.generate = lambda pairs, *a, **k: (sizes.append([len(r) for _, r in pairs]), generate(pairs, *a, **k))[1]
+    counts, rows = caption_all(tmp_path, engine=LocalEngine(captioner, 2, **settings))
+    captioner.generate = generate
+    limit = isolated_model.config.num_region_prompts
+    assert sizes[1:] == [[2 * limit]] * (29 // (2 * limit)) + [[29 % (2 * limit)]]
+    assert (counts.pictures, counts.regions) == (1, 29)
+    found = captioner.caption(image, [a["bbox"] for a in annotations], **settings)
+    assert [row["caption"] for row in rows] == [caption.text for caption in found]
+
+
+def test_a_batch_that_fails_is_halved(tmp_path, isolated_model, processor, monkeypatch):
+    write_coco(tmp_path, 4, 1)
+    captioner = RegionCaptioner(isolated_model, processor)
+    generate, sizes = captioner.generate, []
+
+    def tight(pairs, *args, **kwargs):
+        sizes.append(len(pairs))
+        if any(image.size == (104, 64) for image, _ in pairs) and len(pairs) > 1:
+            raise ValueError("too much")
+        if len(sizes) > 1 and pairs[0][1][0].id == 30:
+            raise ValueError("this one never")
+        return generate(pairs, *args, **kwargs)
+
+    captioner.generate = tight
+    engine = LocalEngine(captioner, 4, max_new_tokens=3, max_denoising_steps=2)
+    counts, rows = caption_all(tmp_path, engine=engine)
+    assert sizes == [1, 4, 2, 1, 1, 2]
+    assert (counts.regions, counts.failed, counts.whole) == (3, 1, False)
+    assert faults_of(tmp_path) == [
+        {"image_id": 3, "annotation_id": 30, "file_name": "3.png", "reason": "this one never"}
+    ]
+    # tried again, and found
+    captioner.generate = generate
+    counts, rows = caption_all(tmp_path, engine=engine)
+    assert (counts.before, counts.regions, counts.whole) == (3, 1, True) and len(rows) == 4
+    assert not (tmp_path / "out.faults.jsonl").exists()
+
+
+def test_wrong_settings_are_found_before_the_work(isolated_model, processor):
+    captioner = RegionCaptioner(isolated_model, processor)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        LocalEngine(captioner, 8, max_new_tokens=0)
+    with pytest.raises(ValueError, match="batch_size"):
+        LocalEngine(captioner, 0)
+    with pytest.raises(ValueError, match="special tokens"):
+        LocalEngine(captioner, 1, "<|eot_id|>", max_new_tokens=2)
+
+
+# ---------------------------------------------------------------- what cannot be read
+
+
+def test_bad_pictures_and_regions_are_listed_and_the_rest_goes_on(tmp_path):
+    write_coco(tmp_path)
+
+    def damage(data):
+        data["images"][3]["file_name"] = None
+        data["annotations"][0]["segmentation"]["counts"] = "x"
+        data["annotations"][2]["bbox"] = [500, 1, 3, 3]
+        data["annotations"] += [
+            {"id": 90, "image_id": 77, "bbox": [0, 0, 3, 3]},
+            {"id": 20, "image_id": 2, "bbox": [0, 0, 3, 3]},
+            {"image_id": 2, "bbox": [0, 0, 3, 3]},
+            {"id": 91, "image_id": 4},
+            7,
+        ]
+
+    change(tmp_path, damage)
+    (tmp_path / "images" / "1.png").write_bytes(b"no picture")
+    counts, rows = caption_all(tmp_path)
+    assert (counts.bad_pictures, counts.bad_regions, counts.regions) == (2, 7, 7)
+    found = {(f["image_id"], f["annotation_id"]): f["reason"] for f in faults_of(tmp_path)}
+    assert "is damaged" in found[0, 0] and "lies outside" in found[0, 2]
+    assert "cannot be opened as a picture" in found[1, None]
+    assert "no image with the id 77" in found[77, 90] and "id of an earlier one, 20" in found[2, 20]
+    assert "images[3]: has no `file_name`" in found[3, None]
+    assert "needs `segmentation`" in found[4, 91]
+    # repaired: only what is missing is written
+    change(tmp_path, lambda data: data["images"][3].update(file_name="3.png"))
+    engine = Counter()
+    counts, rows = caption_all(tmp_path, engine=engine)
+    assert engine.seen == ["3.png"] and counts.regions == 3 and counts.before == 7
+    assert len(rows) == len({(r["image_id"], r["annotation_id"]) for r in rows}) == 10
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("{", "perhaps cut short"),
+        ("[]", "expected a COCO file"),
+        ('{"images": [{"id": [1]}], "annotations": []}', "images[0]: needs an `id`"),
+        ('{"images": [{"id": 1}, {"id": 1}], "annotations": []}', "images[1]: needs an `id` of its own"),
+        ('{"images": [], "annotations": []}', "no picture"),
+        (
+            '{"images": [{"id": 1, "file_name": "x.png"}], "annotations": [{"id": 1, "image_id": 1}]}',
+            "has none of the 1 pictures",
+        ),
+    ],
+)
+def test_a_file_that_is_no_data_set(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "coco.json").write_text(content)
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError) as error:
+        open_data(tmp_path / "coco.json", tmp_path / "images")
+    assert message in str(error.value)
+
+
+def test_empty_captions_are_told_also_by_the_next_run(tmp_path):
+    write_coco(tmp_path, 1)
+    for _ in range(2):
+        counts, _ = caption_all(tmp_path, engine=Counter(empty=True))
+        assert counts.empty == 3 and not counts.whole
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_folder_of_pictures_with_masks(tmp_path):
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    for folder in (images / "a", masks / "a" / "2"):
+        folder.mkdir(parents=True)
+    picture, (first, second) = make_picture(0, 60, 40)
+    for name in ("a/1.jpg", "a/2.png", "3.png", "4.png", "5.png", "6.png"):
+        Image.fromarray(picture).save(images / name)
+    Image.fromarray(first * np.uint8(1) + second * np.uint8(2)).save(masks / "a" / "1.png")
+    Image.fromarray(first).save(masks / "a" / "2" / "left.png")
+    Image.fromarray(second).save(masks / "a" / "2" / "right.png")
+    (masks / "3.txt").write_text("0 0.5 0.5 0.2 0.5\n")
+    (masks / "4.json").write_text(json.dumps([{"id": "x", "bbox": [0, 0, 5, 4]}, {"bbox": [0, 0, 2, 1]}]))
+    (masks / "5.json").write_text("[")
+    counts, rows = caption_all(tmp_path, data="masks")
+    found = {row["annotation_id"]: row["caption"] for row in rows}
+    both, alone = (first & second).sum(), (first & ~second).sum()
+    assert found == {
+        "3.png#0": "240 pixels",
+        "4.png#x": "20 pixels",
+        "4.png#1": "2 pixels",
+        "a/1.jpg#1": f"{alone} pixels",
+        "a/1.jpg#2": f"{(second & ~first).sum()} pixels",
+        "a/2.png#left": f"{first.sum()} pixels",
+        "a/2.png#right": f"{second.sum()} pixels",
+    } | ({"a/1.jpg#3": f"{both} pixels"} if both else {})
+    assert (counts.bad_pictures, counts.regions) == (1, len(found))
+    assert "perhaps cut short" in faults_of(tmp_path)[0]["reason"]
+    data = json.loads((tmp_path / "out.coco.json").read_text())
+    assert {image["file_name"] for image in data["images"]} == {"3.png", "4.png", "a/1.jpg", "a/2.png"}
+    assert all(image["width"] == 60 and image["height"] == 40 for image in data["images"])
+    assert {a["id"]: a["caption"] for a in data["annotations"]} == found
+    assert open_data(tmp_path / "out.coco.json", images).entries  # and is a data set again
+    engine = Counter()
+    counts, _ = caption_all(tmp_path, data="masks", engine=engine)
+    assert engine.seen == [] and counts.before == len(found)
+
+
+# ---------------------------------------------------------------- stops
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    write_coco(tmp_path)
+    _, whole = caption_all(tmp_path, "whole.jsonl")
+    with pytest.raises(OSError, match="stopped"):
+        caption_all(tmp_path, engine=Counter(stop_after=2))
+    with open(tmp_path / "out.jsonl", "ab") as file:
+        file.write(b'{"image_id": 2, "annot')  # killed while it wrote
+    engine = Counter()
+    counts, rows = caption_all(tmp_path, engine=engine)
+    assert engine.seen == ["2.png", "3.png", "4.png"] and (counts.before, counts.regions) == (6, 9)
+    assert rows == whole
+    assert (tmp_path / "out.coco.json").read_text() == (tmp_path / "whole.coco.json").read_text()
+
+
+def test_a_picture_that_was_cut_in_two_is_captioned_whole_and_written_once(tmp_path):
+    write_coco(tmp_path)
+    _, whole = caption_all(tmp_path)
+    lines = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:4]))  # one of three regions of picture 1
+    counts, rows = caption_all(tmp_path)
+    assert counts.regions == 11 and rows == whole
+
+
+def test_kill_9_loses_the_batch_in_flight_only(tmp_path, tiny_checkpoint):
+    write_coco(tmp_path, 12, 2)
+    arguments = f"batch coco.json --images images --model {tiny_checkpoint} --batch-size 2 --max-new-tokens 24"
+    command = [sys.executable, "-m", "pdlm_hf.app.cli", *arguments.split(), "--steps", "24", "--out", "out.jsonl"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    out = tmp_path / "out.jsonl"
+    while run.poll() is None and (not out.exists() or out.stat().st_size == 0):
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    before = list(read_rows(out))
+    assert 0 < len(before) < 24
+    arguments = ["--model", str(tiny_checkpoint), "--batch-size", "2", "--max-new-tokens", "24", "--steps", "24"]
+    where = [str(tmp_path / "coco.json"), "--images", str(tmp_path / "images"), "--out", str(out)]
+    result = CliRunner().invoke(app, ["batch", *where, *arguments])
+    assert result.exit_code in (0, 1), result.output  # random weights may say nothing
+    after = list(read_rows(out))
+    assert after[: len(before)] == before
+    assert len({(row["image_id"], row["annotation_id"]) for row in after}) == len(after) == 24
+    where[-1] = str(tmp_path / "whole.jsonl")
+    CliRunner().invoke(app, ["batch", *where, *arguments])
+
+    def by_key(rows):
+        return {row["annotation_id"]: row["caption"] for row in rows}
+
+    assert by_key(after) == by_key(read_rows(tmp_path / "whole.jsonl"))
+
+
+def test_disk_full_stops_cleanly_and_goes_on(tmp_path):
+    """A limit on the size of files stands for the disk: the write fails in the middle, as on a full disk."""
+    write_coco(tmp_path, 6)
+    code = (
+        "import resource, sys; from test_batch import *\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"
+        "sys.exit(0 if caption_all(Path('.')) else 1)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "hf")])}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "OSError: [Errno 27]" in run.stderr
+    data = (tmp_path / "out.jsonl").read_bytes()
+    assert data.endswith(b"}\n") and 0 < len(data) <= 1500
+    before = len(data.splitlines())
+    counts, rows = caption_all(tmp_path)
+    assert counts.before == before and counts.whole and len(rows) == 18
+
+
+def test_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    write_coco(tmp_path, 1)
+    monkeypatch.setattr(RegionCaptioner, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    for out, message in (
+        ("/proc/out.jsonl", "/proc/out"),
+        (str(tmp_path / "nowhere" / "out.jsonl"), "there is no folder"),
+        (str(tmp_path / "out.json"), "must end with .jsonl"),
+        ("out.jsonl --batch-size 0", "--batch-size must be positive"),
+        ("out.jsonl --steps 0", "max_denoising_steps"),
+        ("out.jsonl --shard 3/2", "--shard 3/2: expected i/n"),
+        ("out.jsonl --server http://127.0.0.1:1 --fast", "--fast is not served"),
+    ):
+        arguments = ["batch", str(tmp_path / "coco.json"), "--images", str(tmp_path / "images"), "--out", *out.split()]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2 and message in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("pdlm: ")
+
+
+def test_rows_are_added_all_or_none(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"a": "ü", "b": "\udcff"}])
+    assert list(read_rows(path)) == [{"a": "ü", "b": "\udcff"}] and "ü".encode() in path.read_bytes()
+    path.write_bytes(path.read_bytes() + b'{"a": 1')
+    assert len(list(read_rows(path))) == 1 and not path.read_bytes().endswith(b"\n")
+    assert len(list(read_rows(path, repair=True))) == 1 and path.read_bytes().endswith(b"\n")
+    for line, message in ((b"[1]\n", "line 2 is no JSON object"), (b"{]\n", "line 2 is damaged")):
+        damaged = tmp_path / "damaged.jsonl"
+        damaged.write_bytes(b'{"a": 1}\n' + line)
+        with pytest.raises(ValueError, match=message):
+            list(read_rows(damaged))
+
+
+def test_json_is_written_in_one_piece(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+# ---------------------------------------------------------------- settings, parts
+
+
+def test_a_run_goes_on_with_the_same_settings_and_data_only(tmp_path):
+    write_coco(tmp_path)
+    caption_all(tmp_path)
+    with pytest.raises(ValueError, match="model was 'counter', now 'other'"):
+        caption_all(tmp_path, settings={"model": "other"})
+    change(tmp_path, lambda data: data["images"][0].update(file_name="1.png"))
+    with pytest.raises(ValueError, match="begun with another data set: the picture 0 was 0.png, now 1.png"):
+        caption_all(tmp_path)
+
+
+def test_parts_together_are_the_whole(tmp_path):
+    write_coco(tmp_path)
+    _, whole = caption_all(tmp_path, "whole.jsonl")
+    seen = []
+    for number in (1, 2, 3):
+        engine = Counter()
+        caption_all(tmp_path, engine=engine, shard=(number, 3))
+        seen.append(engine.seen)
+    assert seen == [["0.png", "3.png"], ["1.png", "4.png"], ["2.png"]]
+    assert not (tmp_path / "out.jsonl").exists() and not list(tmp_path.glob("out.*.coco.json"))
+    (tmp_path / "out.2-of-3.jsonl").write_bytes(
+        b"".join((tmp_path / "out.2-of-3.jsonl").read_bytes().splitlines(keepends=True)[:3])
+    )
+    engine = Counter()
+    counts, rows = caption_all(tmp_path, engine=engine)
+    assert engine.seen == ["4.png"] and counts.before == 12
+    assert sorted(rows, key=lambda row: row["annotation_id"]) == whole
+    assert (tmp_path / "out.coco.json").read_text() == (tmp_path / "whole.coco.json").read_text()
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "-1/3"])
+def test_parse_shard(text):
+    assert parse_shard("2/3") == (2, 3) and parse_shard(None) is None
+    with pytest.raises(ValueError, match="expected i/n"):
+        parse_shard(text)
+
+
+def test_progress(capsys):
+    from rich.console import Console
+
+    console = Console(width=120, force_terminal=True, no_color=True)
+    with BatchProgress(4, console) as progress:
+        progress(2, Counts(pictures=2, regions=6, bad_regions=1, seconds=4.0))
+    said = capsys.readouterr().out
+    assert "2/4 pictures" in said and "0.50 pictures/s, 1.50 regions/s" in said and "1 faults" in said
+    line = str(Counts(2, 6, 3, 1, 0, 0, 2, 4.0))
+    assert line == (
+        "6 regions of 2 pictures captioned (0.50 pictures/s, 1.50 regions/s); 3 regions were there before; "
+        "1 pictures cannot be read; 2 captions are empty"
+    )
+
+
+def test_prefetch_keeps_the_order_and_does_not_run_away():
+    started = []
+
+    def items():
+        for k in range(50):
+            started.append(k)
+            yield k
+
+    found = prefetch(lambda k: k * k, items(), 4)
+    assert [next(found) for _ in range(3)] == [0, 1, 4]
+    assert len(started) <= 8
+    found.close()
+    assert list(prefetch(lambda k: k * k, range(5), 2)) == [0, 1, 4, 9, 16]
+
+
+# ---------------------------------------------------------------- a server
+
+
+def serve(folder, server, *arguments, code=0):
+    where = [str(folder / "coco.json"), "--images", str(folder / "images"), "--out", str(folder / "out.jsonl")]
+    result = CliRunner().invoke(app, ["batch", *where, "--server", server.url, *arguments])
+    assert result.exit_code == code, (result.output, result.stderr)
+    return result, list(read_rows(folder / "out.jsonl"))
+
+
+@pytest.fixture
+def near(monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("pdlm_hf.app.replies._BACKOFF", 0.001)
+
+
+def test_server(tmp_path, near, monkeypatch):
+    write_coco(tmp_path, 12)
+    _, whole = caption_all(tmp_path, "whole.jsonl")
+    picture = Image.open(tmp_path / "images" / "1.png")
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turned: the server is sent what we see
+    picture.save(tmp_path / "images" / "1.png", exif=exif)
+    change(tmp_path, lambda data: data["annotations"].__delitem__(slice(3, 6)))
+    change(tmp_path, lambda data: data["annotations"].append({"id": 1, "image_id": 1, "bbox": [0, 0, 104, 104]}))
+    monkeypatch.setenv("SERVER_KEY", "secret")
+    faults = {3: 500, 4: b"<html>", 5: {"regions": []}, 6: {"regions": [{"id": 0}]}, 7: 429}
+
+    def slow_and_bad(number, body):
+        time.sleep(0.02)
+        return faults.get(number)
+
+    with RegionCaptionServer(slow_and_bad) as server:
+        options = ["--question", "What?", "--steps", "4", "--concurrency", "6", "--key-env", "SERVER_KEY"]
+        result, rows = serve(tmp_path, server, *options)
+    assert {row["caption"] for row in rows if row["image_id"] == 1} == {f"{104 * 64} pixels"}
+    rest = [row for row in rows if row["image_id"] != 1]
+    said = {row["annotation_id"]: row["caption"] for row in whole}
+    assert len(rest) == 33 and all(row["caption"] == said[row["annotation_id"]] for row in rest)
+    assert {row["score"] for row in rows} == {0.5}
+    assert server.most_at_a_time > 1 and server.keys == {"Bearer secret"}
+    assert len(server.bodies) == 1 + 12 + len(faults)
+    for body in server.bodies:
+        sent = {name: body[name] for name in ("model", "question", "max_new_tokens", "max_denoising_steps")}
+        assert sent == {"model": "served", "question": "What?", "max_new_tokens": 32, "max_denoising_steps": 4}
+    assert "secret" not in "".join(path.read_text() for path in tmp_path.glob("out*")) + result.output
+
+
+def test_a_server_that_gives_up_and_one_that_refuses(tmp_path, near):
+    write_coco(tmp_path, 30, 1)
+    with RegionCaptionServer(lambda number, body: 400 if number in (2, 3) else None) as server:
+        result, rows = serve(tmp_path, server, code=1)
+    assert len(rows) == 28 and len(faults_of(tmp_path)) == 2
+    assert "fault 400" in faults_of(tmp_path)[0]["reason"] and "2 regions failed" in result.stderr
+    with RegionCaptionServer() as server:
+        _, rows = serve(tmp_path, server)
+    assert len(rows) == 30 and len(server.bodies) == 3
+    (tmp_path / "out.jsonl").unlink()
+    with RegionCaptionServer(lambda number, body: 400 if number > 4 else None) as server:
+        result, rows = serve(tmp_path, server, code=2)
+        assert "run again to go on" in result.stderr and len(rows) >= 4
+    for fault, message in ((404, "does not know"), (401, "wants a key"), (400, "writes no captions: ")):
+        with RegionCaptionServer(lambda number, body, fault=fault: fault) as server:
+            result, _ = serve(tmp_path, server, code=2)
+            assert message in result.stderr and "Traceback" not in result.output
+    with RegionCaptionServer(model="another") as server:
+        result, _ = serve(tmp_path, server, code=2)
+        assert "model was 'served', now 'another'" in result.stderr
+        result, _ = serve(tmp_path, server, "--model", "served", code=2)
+        assert "has no model 'served', but another" in result.stderr
+    result, _ = serve(tmp_path, server, code=2)
+    assert "does not answer: no connection" in result.stderr
+    result, _ = serve(tmp_path, server, "--fast", code=2)
+    assert "--fast is not served" in result.stderr
+
+
+def test_a_request_has_at_most_60_regions(tmp_path, near):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (200, 100), "red").save(tmp_path / "images" / "a.jpg")
+    annotations = [{"id": k, "image_id": 1, "bbox": [k, 0, 1 + k % 3, 9]} for k in range(130)]
+    data = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": annotations}
+    (tmp_path / "coco.json").write_text(json.dumps(data))
+    with RegionCaptionServer() as server:
+        _, rows = serve(tmp_path, server)
+    assert sorted(len(body["regions"]) for body in server.bodies) == [1, 10, 60, 60]
+    assert server.bodies[-1]["image"].startswith("data:image/jpeg;base64,")
+    assert {row["annotation_id"]: row["caption"] for row in rows} == {
+        k: f"{9 + 9 * (k % 3)} pixels" for k in range(130)
+    }
