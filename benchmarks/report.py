@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from pdlm_hf.shapes import BASE_CHECKPOINT, CHECKPOINT
+from pdlm_hf.shapes import CHECKPOINT
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -134,12 +134,6 @@ def lora_isolated(record: dict) -> str:
     return table(*rows)
 
 
-def held_out_base(record: dict) -> str:
-    """Accuracy of the embedded base checkpoint by kind of question, from its training.json."""
-    scores = record["held_out"]["by_kind"]
-    return table([name.replace("_", " ") for name in scores], [percent(share) for share in scores.values()])
-
-
 def chat(record: dict) -> str:
     """What block length and steps do to answers of the base checkpoint, and to their cost."""
     kinds = list(next(iter(record["settings"].values())))
@@ -156,7 +150,7 @@ def tables() -> dict[str, str]:
     def load(name: str) -> dict:
         return json.loads((RESULTS / name).read_text())
 
-    tuned = {"lora_shapes": lora, "lora_parts": lora_parts, "lora_isolated": lora_isolated}
+    later = {"shapes_chat": chat, "lora_shapes": lora, "lora_parts": lora_parts, "lora_isolated": lora_isolated}
     checkpoint, speed = json.loads((CHECKPOINT / "training.json").read_text()), load("decode_cpu_small.json")
     kept = ("32 steps, recomputed", "32 steps, prompt every 8", "32 steps", "threshold 0.8", "threshold 0.9")
     return {
@@ -168,9 +162,7 @@ def tables() -> dict[str, str]:
         "decode": decode(speed),
         "scaling": scaling(speed),
         "serving": serving(load("serving_cpu_small.json")),
-        "held_out_base": held_out_base(json.loads((BASE_CHECKPOINT / "training.json").read_text())),
-        "chat": chat(load("shapes_chat.json")),
-        **{name: make(load(f"{name}.json")) for name, make in tuned.items() if (RESULTS / f"{name}.json").is_file()},
+        **{name: make(load(f"{name}.json")) for name, make in later.items() if (RESULTS / f"{name}.json").is_file()},
     }
 
 
