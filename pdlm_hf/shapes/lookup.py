@@ -25,15 +25,15 @@ from .train import record_of, save
 from .world import COLOURS
 
 PAIRS = 6
-LETTERS, WORDS = list(range(33, 41)), list(range(300, 320))  # any will do to begin with
+LETTERS = "ABCDEFGH"
 WARMUP = 100  # steps
 
 
 def lookup_batch(
     rng: np.random.Generator,
     rows: int,
-    letters: list[int] = LETTERS,
-    words: list[int] = WORDS,
+    letters: list[int],
+    words: list[int],
     between: tuple[list[int], list[int]] = ([], []),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists to fill in.
@@ -61,17 +61,17 @@ def lookup_batch(
     return ids, hidden.view(ids.shape)
 
 
-def as_options(processor: PdlmProcessor) -> dict:
-    """Letters, words and what is between them as in the options of a question."""
+def tokens_of(processor: PdlmProcessor, options: bool) -> dict:
+    """Letters and words of the questions, and what is between them: nothing, or what is in a list of options."""
 
     def ids(text: str) -> list[int]:
         return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     words = [ids(f" {word}") for word in (*COLOURS, *SHAPES, *TEXTURES, *SIZES)]
     return {
-        "letters": [ids(letter)[0] for letter in "ABCDEFGH"],
+        "letters": [ids(letter)[0] for letter in LETTERS],
         "words": [tokens[0] for tokens in words if len(tokens) == 1],
-        "between": (ids("."), ids("\n")),
+        "between": (ids("."), ids("\n")) if options else ([], []),
     }
 
 
@@ -90,13 +90,13 @@ def main(
     torch.manual_seed(seed)
     model = PdlmBaseForConditionalGeneration.from_pretrained(init).train()
     processor = PdlmProcessor.from_pretrained(init)
-    how = as_options(processor) if options else {}
+    tokens = tokens_of(processor, options)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     rng, start, right, total = np.random.default_rng(seed), time.perf_counter(), 0.0, 0.0
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, step / WARMUP)
-        ids, hidden = lookup_batch(rng, batch_size, **how)
+        ids, hidden = lookup_batch(rng, batch_size, **tokens)
         shown = torch.where(hidden, model.config.mask_token_id, ids)
         logits = model(input_ids=shown, attention_mask=torch.ones_like(shown)).logits[hidden]
         loss = cross_entropy(logits, ids[hidden])

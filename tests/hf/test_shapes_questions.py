@@ -9,7 +9,7 @@ import torch
 from pdlm_hf.app.collator import PdlmCollator
 from pdlm_hf.processing_pdlm import PdlmProcessor
 from pdlm_hf.shapes import BASE_CHECKPOINT
-from pdlm_hf.shapes.lookup import PAIRS, as_options, lookup_batch
+from pdlm_hf.shapes.lookup import PAIRS, lookup_batch, tokens_of
 from pdlm_hf.shapes.model import build_base_processor
 from pdlm_hf.shapes.questions import KINDS, LETTER_PROMPT, Question, ask, draw_scene, is_right
 from pdlm_hf.shapes.train_base import QuestionDataset, letters
@@ -122,7 +122,8 @@ def test_every_kind_is_asked():
 def test_lists_to_look_up_in():
     """The second list has the pairs of the first in another order, with one of each to fill in."""
     torch.manual_seed(0)
-    ids, hidden = lookup_batch(np.random.default_rng(0), 32)
+    tokens = tokens_of(PdlmProcessor.from_pretrained(BASE_CHECKPOINT), False)
+    ids, hidden = lookup_batch(np.random.default_rng(0), 32, **tokens)
     pairs = ids.view(32, 2, PAIRS, 2)
     for row in pairs.tolist():
         assert sorted(row[0]) == sorted(row[1])
@@ -134,7 +135,7 @@ def test_lists_to_look_up_in():
 
 def test_lists_to_look_up_in_as_options():
     processor = PdlmProcessor.from_pretrained(BASE_CHECKPOINT)
-    ids, hidden = lookup_batch(np.random.default_rng(0), 4, **as_options(processor))
+    ids, hidden = lookup_batch(np.random.default_rng(0), 4, **tokens_of(processor, True))
     for row, gaps in zip(ids, hidden, strict=True):
         lines = processor.tokenizer.decode(row).strip().split("\n")
         assert len(lines) == 2 * PAIRS and sorted(lines[:PAIRS]) == sorted(lines[PAIRS:])
