@@ -3,14 +3,16 @@
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from pdlm_hf.app import telling
 from pdlm_hf.app.replies import Judge, JudgeError, key_in, public_url
 
 from . import LMMS_TASKS
@@ -21,13 +23,8 @@ from .strict import BASE_URL, MODEL, SETTINGS, judge_results, read_results
 app = typer.Typer(help="Evaluation of PerceptionDLM.", no_args_is_help=True)
 app.add_typer(paradlc, name="paradlc")
 
+_fail = partial(telling.fail, "pdlm-eval")
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-
-
-def _fail(message: Any, code: int = 2) -> typer.Exit:
-    """One line on stderr; exit code 2: the call was wrong, 1: it could not be finished."""
-    typer.echo(f"pdlm-eval: {' '.join(str(message).split())}", err=True)
-    return typer.Exit(code)
 
 
 @app.command("list")

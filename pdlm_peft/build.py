@@ -16,7 +16,7 @@ from typing import Any
 from pdlm_hf.app.jsonl import append_rows, read_rows
 
 from .convert import relocated
-from .rows import RowError, check_row, normal_row, open_row_image
+from .rows import open_row_image, sound_row
 from .sources import Source, raw_rows
 
 
@@ -153,11 +153,7 @@ def region_key(row: dict, identifier: Any) -> tuple:
 def _tasks(source: Source, run: StepRun, counts: Counter, captions: bool) -> Iterator[Task]:
     seen: set[tuple] = set()
     for number, raw in raw_rows(source):
-        if isinstance(raw, RowError):
-            raise raw
-        row = normal_row(raw)
-        for fault in check_row(row, number, captions):
-            raise RowError(fault)
+        row = sound_row(raw, number, captions)
         row["regions"] = [{"id": k, **region} for k, region in enumerate(row["regions"])]
         written = relocated(row, source.own_folder, run.out.parent)
         keys = {region_key(written, region["id"]) for region in row["regions"]}

@@ -69,10 +69,11 @@ def caption(
 ) -> None:
     """Describe regions through a server."""
     from pdlm_hf.app.views import CROPS_PROMPT
+    from pdlm_hf.processing_pdlm import DEFAULT_QUESTION
 
-    from .build_steps import REGION_PROMPT, caption_step
+    from .build_steps import caption_step
 
-    question = prompt or (CROPS_PROMPT if server_style == "crops" else REGION_PROMPT)
+    question = prompt or (CROPS_PROMPT if server_style == "crops" else DEFAULT_QUESTION)
     request = {"temperature": 0, "max_tokens": max_tokens} if server_style == "crops" else {}
     options = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
     client = _server(out, server, server_model, api_key_env, request, **options)

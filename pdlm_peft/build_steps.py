@@ -16,7 +16,6 @@ from .build import Decide, Task, Verdict
 from .rows import Fault, RowError
 
 STYLES = ("crops", "regions")
-REGION_PROMPT = "Describe each masked region in detail."  # what the region model was trained with
 CHECK_PROMPT = (
     'In a picture, one region is annotated with the category "{category}". Somebody described this region without '
     "knowing the category:\n\n{caption}\n\nIs the described thing one of this category, or a kind, a part or a group "

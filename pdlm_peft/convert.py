@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .rows import WHOLE, Fault, RowError, check_row, normal_row
+from .rows import WHOLE, Fault, RowError, check_row, sound_row
 from .sources import Source, find_source, raw_rows
 
 FORMS = ("coco-instances", "coco-panoptic", "dam", "gar", "reference")
@@ -279,12 +279,7 @@ def gar_rows(source: Source, counts: Counter) -> Iterator[dict]:
 def reference_rows(source: Source) -> Iterator[dict]:
     """Rows of the reference's training json, or of any source that [`~data.RegionDataset`] reads."""
     for number, raw in raw_rows(source):
-        if isinstance(raw, RowError):
-            raise raw
-        row = normal_row(raw)
-        for fault in check_row(row, number):
-            raise RowError(fault)
-        yield row
+        yield sound_row(raw, number)
 
 
 def _text_rle(rle: dict) -> dict:

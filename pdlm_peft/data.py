@@ -8,14 +8,27 @@ from torch.utils.data import Dataset
 
 from pdlm_hf.app.regions import parse_region
 
-from .rows import Fault, RowError, check_row, normal_row, open_row_image, row_size
+from .rows import Fault, RowError, open_row_image, row_size, sound_row
 from .sources import Source, find_source, open_table, parse_line, raw_rows
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 IMAGE = "<image>"
 
 
-class RegionDataset(Dataset):
+class _RowDataset(Dataset):
+    """Rows of a source by position."""
+
+    def __init__(self, source: str | Path, images: str | Path | None = None, limit: int | None = None):
+        self.source = find_source(source, images)
+        self._rows = _Rows(self.source, limit)
+        if not len(self._rows):
+            raise ValueError(f"{self.source.name}: holds no rows.")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+class RegionDataset(_RowDataset):
     """Pictures with captioned regions, as [`~pdlm_hf.app.collator.PdlmCollator`] takes them.
 
     A JSONL file is read line by line when a row is asked for, so that only positions are in memory; a JSON list and a
@@ -31,15 +44,6 @@ class RegionDataset(Dataset):
         ValueError: no such data; on access "row N: field: got ..., expected ...", rows counting from 1.
     """
 
-    def __init__(self, source: str | Path, images: str | Path | None = None, limit: int | None = None):
-        self.source = find_source(source, images)
-        self._rows = _Rows(self.source, limit)
-        if not len(self._rows):
-            raise ValueError(f"{self.source.name}: holds no rows.")
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         return decode_row(*self._rows[index], self.source.folder)
 
@@ -49,14 +53,14 @@ class RegionDataset(Dataset):
         sizes = []
         for index in range(len(self)):
             number, raw = self._rows[index]
-            row = _sound(raw, number)
+            row = sound_row(raw, number)
             size = row_size(row) or _open(row, number, self.source.folder).size
             captions = [region["caption"] for region in row["regions"]]
             sizes.append((*size, len(captions), sum(map(len, captions))))
         return sizes
 
 
-class ChatDataset(Dataset):
+class ChatDataset(_RowDataset):
     """Conversations about pictures, as [`~pdlm_hf.app.collator.PdlmCollator`] takes them.
 
     Rows are LLaVA's `{"image": path or list (optional), "conversations": [{"from": "human" | "gpt", "value"}]}`, with
@@ -67,15 +71,9 @@ class ChatDataset(Dataset):
     """
 
     def __init__(self, source: str | Path, images: str | Path | None = None, limit: int | None = None):
-        self.source = find_source(source, images)
-        if self.source.kind == "coco":
+        if find_source(source, images).kind == "coco":
             raise ValueError(f"{source}: expected a JSON list or JSONL of conversations.")
-        self._rows = _Rows(self.source, limit)
-        if not len(self._rows):
-            raise ValueError(f"{self.source.name}: holds no rows.")
-
-    def __len__(self) -> int:
-        return len(self._rows)
+        super().__init__(source, images, limit)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, raw = self._rows[index]
@@ -109,7 +107,7 @@ def decode_row(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
     Raises:
         ValueError: "row N: field: got ..., expected ...".
     """
-    row = _sound(raw, number)
+    row = sound_row(raw, number)
     image = _open(row, number, folder)
     regions = []
     for k, region in enumerate(row["regions"]):
@@ -188,16 +186,6 @@ def _content(value: Any, role: str) -> Any:
 
 def _parts(message: dict) -> list[dict]:
     return message["content"] if isinstance(message["content"], list) else []
-
-
-def _sound(raw: Any, number: int) -> dict:
-    """The row in the one form. Raises: RowError."""
-    if isinstance(raw, RowError):
-        raise raw
-    row = normal_row(raw)
-    for fault in check_row(row, number):
-        raise RowError(fault)
-    return row
 
 
 def _open(row: dict, number: int, folder: Path | None):

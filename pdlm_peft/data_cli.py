@@ -1,41 +1,20 @@
 """The commands `pdlm-peft validate | convert | split`, and `build` from its own file."""
 
 import json
-from collections.abc import Callable
-from functools import wraps
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pdlm_hf.app.replies import JudgeError
+from pdlm_hf.app import telling
 
+fail, says_why = partial(telling.fail, "pdlm-peft"), telling.says_why("pdlm-peft")
 SHOWN = 50  # faults printed unless asked otherwise
 SAMPLES = 4
 
 Data = Annotated[str, typer.Argument(help="COCO json, JSONL, the reference's json, a saved table, or hf:NAME@SPLIT.")]
 Images = Annotated[Path | None, typer.Option(help="Folder of the pictures; default: that of the file.")]
-
-
-def says_why(command: Callable) -> Callable:
-    """What goes wrong is one line on stderr; exit code 2, or 130 if the user stopped it."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, OSError, ImportError, JudgeError) as error:
-            raise fail(error) from None
-        except KeyboardInterrupt:
-            raise fail("stopped. What is done is kept; run the same command to go on.", 130) from None
-
-    return wrapped
-
-
-def fail(message: Any, code: int = 2) -> typer.Exit:
-    """One line on stderr."""
-    typer.echo(f"pdlm-peft: {' '.join(str(message).split())}", err=True)
-    return typer.Exit(code)
 
 
 def register(app: typer.Typer) -> None:

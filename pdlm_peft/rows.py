@@ -102,6 +102,16 @@ def _reference_region(region: Any) -> Any:
     return _without_nulls({**region, "bbox": WHOLE} if whole else region)
 
 
+def sound_row(raw: Any, number: int, captions: bool = True) -> dict:
+    """A row in the one form, nothing wrong with it. Raises: RowError with its first fault."""
+    if isinstance(raw, RowError):
+        raise raw
+    row = normal_row(raw)
+    for fault in check_row(row, number, captions):
+        raise RowError(fault)
+    return row
+
+
 def check_row(row: Any, number: int, captions: bool = True) -> Iterator[Fault]:
     """Everything that is wrong with the form of a row; pictures and masks are not decoded.
 

@@ -8,11 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-
-def _fail(message: Any, code: int = 2) -> typer.Exit:
-    """One line on stderr; exit code 2: the call was wrong, 1: it could not be finished."""
-    typer.echo(f"pdlm-peft: {' '.join(str(message).split())}", err=True)
-    return typer.Exit(code)
+from .data_cli import fail
 
 
 def train(
@@ -31,7 +27,7 @@ def train(
             typer.echo(f"{name:16} {first.lstrip('# ')}")
         return
     if not recipe:
-        raise _fail("give a recipe, `pdlm-peft train --list` shows them")
+        raise fail("give a recipe, `pdlm-peft train --list` shows them")
     try:
         settings = load_recipe(recipe, overrides or ())
         found = _estimate(settings, dry_run)
@@ -48,7 +44,7 @@ def train(
 
         record = run(settings)
     except (ValueError, ImportError, OSError) as error:
-        raise _fail(error) from None
+        raise fail(error) from None
     if int(os.environ.get("RANK", 0)) == 0:
         typer.echo(f"{settings.output}: {record['steps']} steps, {record['seconds']:.0f} s; {_scores(record)}")
 
@@ -67,7 +63,7 @@ def merge(
             raise ValueError(f"--dtype must be auto, bfloat16 or float32, got {dtype}.")
         merge_adapter(adapter, out, base, dtype)
     except (ValueError, OSError) as error:
-        raise _fail(error) from None
+        raise fail(error) from None
     typer.echo(str(out))
 
 

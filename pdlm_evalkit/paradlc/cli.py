@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pdlm_hf.app.replies import Judge, JudgeError, key_in, public_url
+from pdlm_hf.app.replies import Judge, key_in, public_url
+from pdlm_hf.app.telling import says_why
 
 from .data import check_pictures, load_benchmark, load_questions, read_captions, read_json, write_json
 
@@ -33,23 +33,6 @@ Extra = Annotated[
 ]
 Retries = Annotated[int, typer.Option(help="Further attempts for a request.")]
 Timeout = Annotated[float, typer.Option(help="Seconds to wait for the server.")]
-
-
-def _says_why(command: Callable) -> Callable:
-    """What goes wrong is one line on stderr; exit code 2, or 130 if the user stopped it."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, OSError, ImportError, JudgeError) as error:
-            typer.echo(f"pdlm-eval: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.echo("pdlm-eval: stopped. What is done is kept; run the same command to go on.", err=True)
-            raise typer.Exit(130) from None
-
-    return wrapped
 
 
 @contextmanager
@@ -76,7 +59,7 @@ def _settings(base: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
 
 
 @app.command()
-@_says_why
+@says_why("pdlm-eval")
 def caption(
     annotations: Annotations,
     out: Annotated[Path, typer.Option(help="Run folder; a run that was stopped goes on.", show_default=False)],
@@ -224,7 +207,7 @@ def _say_captioned(out: Path, totals: dict[str, Any], masks: int) -> None:
 
 
 @app.command()
-@_says_why
+@says_why("pdlm-eval")
 def judge(
     captions: Annotated[Path, typer.Argument(help="Run folder, or a file {mask_id: caption}.")],
     annotations: Annotations,
@@ -294,7 +277,7 @@ def judge(
 
 
 @app.command()
-@_says_why
+@says_why("pdlm-eval")
 def score(
     annotations: Annotations,
     answers: Annotated[Path, typer.Option(help="Replies: {mask_id: [recognition, question 1, ...]}.")],
@@ -324,7 +307,7 @@ def score(
 
 
 @app.command()
-@_says_why
+@says_why("pdlm-eval")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Judged run folders.")],
     annotations: Annotated[Path | None, typer.Option(help="The benchmark's folder; default: that of the run.")] = None,

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
+from . import telling
 from .bench import decode
 
 app = typer.Typer(
@@ -18,16 +20,11 @@ app = typer.Typer(
 )
 
 
+_fail = partial(telling.fail, "pdlm")
 bench = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 bench.command()(decode)
 bench.callback()(lambda: None)  # keeps `decode` a subcommand
 app.add_typer(bench, name="bench")
-
-
-def _fail(message: Any) -> typer.Exit:
-    """One line on stderr, exit code 2: the call was wrong."""
-    typer.echo(f"pdlm: {' '.join(str(message).split())}", err=True)
-    return typer.Exit(2)
 
 
 def _box(text: str) -> list[float]:

@@ -6,7 +6,7 @@
 An answer by letter is found by looking a word up among the options. From questions this is learned too slowly: one
 letter an answer says little, and training stays at chance. Here a row is a list of pairs, then the same pairs in
 another order with one of each pair to fill in, so that a quarter of the tokens teach it. It is learned late and at
-once, after some 2300 steps, which is why the learning rate stays up.
+once (with other words after 2300 steps), which is why the learning rate stays up.
 """
 
 import time

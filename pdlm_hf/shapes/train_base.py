@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import typer
-from PIL import Image
 from torch.utils.data import Dataset
 from transformers import set_seed
 
@@ -22,19 +21,17 @@ from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditional
 from ..processing_pdlm import PdlmProcessor
 from . import CHECKPOINT
 from .model import build_base_model, build_base_processor
-from .questions import LETTER_PROMPT, LETTERS, SHAPES, SIZES, SLOTS, TEXTURES, Question, ask, draw_scene
+from .questions import LETTER_PROMPT, SLOTS, Question, ask, draw_scene
 from .train import TRAINING, InOrderTrainer, arguments, run
-from .world import COLOURS, Figure
+from .world import Figure
 
 # How often each kind is asked in a lesson. To look at what a question names is learned from whole descriptions of one
 # of two figures; a letter or a yes says too little about where to look, and is learned when that is there.
 LESSONS: dict[str, dict[str, float]] = {
     "bind": {"tell": 0.5, "open": 0.2, "yes_no": 0.2, "choice": 0.1},
-    "letters": {"letters": 0.9, "choice": 0.1},
     "easy": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
     "full": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
 }
-Lesson = Literal["bind", "letters", "easy", "full"]
 WITH_TEXT, WORDS_ONLY = 0.2, 0.25  # of the choices: letter with its text; no picture, only which letter a word has
 LONGEST = 32  # slots
 OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
@@ -46,8 +43,7 @@ class QuestionDataset(Dataset):
     Args:
         seed (`int`)
         length (`int`): number of questions.
-        lesson (`str`): "bind": one of two figures on one tile; "letters": mostly without picture; "easy": one or two
-            on one tile; "full".
+        lesson (`str`): "bind": one of two figures on one tile; "easy": one or two on one tile; "full".
     """
 
     def __init__(self, seed: int, length: int, lesson: str = "full"):
@@ -65,8 +61,6 @@ class QuestionDataset(Dataset):
             image, figures = draw_scene(rng, True)
         shares = LESSONS[self.lesson]
         kind = list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
-        if kind == "letters":
-            return self._row(index, [], *letters(rng))
         question = tell(rng, figures) if kind == "tell" else None
         question = question or ask(rng, figures, "open" if kind == "tell" else kind)
         images, slots, draw = [image], SLOTS[question.kind], rng.random()
@@ -76,9 +70,6 @@ class QuestionDataset(Dataset):
             question, images = words_only(question), []
         if rng.random() < OTHER_LENGTHS:
             slots = int(rng.integers(slots, LONGEST + 1))
-        return self._row(index, images, question, slots)
-
-    def _row(self, index: int, images: list[Image.Image], question: Question, slots: int) -> dict[str, Any]:
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question.text}]
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
         return {"images": images, "messages": messages, "num_slots": slots, "seed": self.seed * 2**40 + index}
@@ -113,25 +104,6 @@ def words_only(question: Question) -> Question:
     return Question("choice", f"Which is {_options(question)[question.answer]}?\n{options}", question.answer)
 
 
-def letters(rng: np.random.Generator) -> tuple[Question, int]:
-    """Which letters some words have in a list, and its slots; no picture.
-
-    Most are long lists with any letters, repeated in another order: noise hides letters or words, and to look one up
-    by the other is learned from many at once. A single letter teaches it too slowly.
-    """
-    words = rng.permutation([*COLOURS, *SHAPES, *TEXTURES, *SIZES]).tolist()
-    long = rng.random() < 0.6
-    words = words[: int(rng.integers(4, 11) if long else rng.integers(2, 5))]
-    names = rng.permutation(list("ABCDEFGHIJKLMNOP")).tolist() if long else list(LETTERS)
-    told = [f"{letter}. {word}" for letter, word in zip(names, words, strict=False)]
-    order, lines = rng.permutation(len(words)).tolist(), "\n".join(told)
-    if long:
-        asked = ", ".join(words[k] for k in order)
-        return Question("choice", f"Which are {asked}?\n{lines}", "\n".join(told[k] for k in order)), 4 * len(words)
-    question = Question("choice", f"Which is {words[order[0]]}?\n{lines}\n{LETTER_PROMPT}", names[order[0]])
-    return (question, SLOTS["choice"]) if rng.random() < 0.5 else (with_text(question), SLOTS["open"])
-
-
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write; training goes on where it stopped.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 6000,
@@ -139,7 +111,7 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     start: Annotated[Path, typer.Option(help="Region checkpoint it starts from.")] = CHECKPOINT,
-    lesson: Annotated[Lesson, typer.Option(help="What is drawn and asked.")] = "full",
+    lesson: Annotated[Literal["bind", "easy", "full"], typer.Option(help="What is drawn and asked.")] = "full",
     freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="Keep the vision tower.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
