@@ -129,6 +129,16 @@ def decode_chat(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
     Raises:
         ValueError: "row N: field: got ..., expected ...".
     """
+    paths, messages = chat_messages(number, raw)
+    return {"images": [_open({"image": path}, number, folder) for path in paths], "messages": messages}
+
+
+def chat_messages(number: int, raw: Any) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Paths of the pictures and the messages of a conversation; no picture is opened.
+
+    Raises:
+        ValueError: as [`decode_chat`].
+    """
     if isinstance(raw, RowError):
         raise raw
 
@@ -161,8 +171,7 @@ def decode_chat(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
         first["content"] = [{"type": "image"}] * len(paths) + first["content"]
     elif found != len(paths):
         raise fail(name, f"{found} times {IMAGE}", f"one for each of {len(paths)} pictures")
-    images = [_open({"image": path}, number, folder) for path in paths]
-    return {"images": images, "messages": messages}
+    return paths, messages
 
 
 def _content(value: Any, role: str) -> Any:

@@ -30,8 +30,9 @@ def register(app: typer.Typer) -> None:
 def validate(
     data: Data,
     images: Images = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Conversations in LLaVA's format, for the base model.")] = False,
     model: Annotated[str | None, typer.Option(help="Checkpoint to train; default: the embedded one.")] = None,
-    max_caption_tokens: Annotated[int, typer.Option(help="A longer caption is a fault; 0: none is.")] = 512,
+    max_caption_tokens: Annotated[int, typer.Option(help="A longer caption or answer is a fault; 0: none is.")] = 512,
     max_regions: Annotated[int | None, typer.Option(help="More regions in a row are a fault.")] = None,
     open_images: Annotated[
         bool, typer.Option("--open-images/--no-images", help="Decode every picture, or believe the sizes in the file.")
@@ -41,24 +42,30 @@ def validate(
     samples: Annotated[int, typer.Option(help="Samples to draw.")] = SAMPLES,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check region data: every fault with its row, and a summary. Exit code 1 if there are faults."""
+    """Check region data or conversations: every fault with its row, and a summary. Exit code 1 if there are faults."""
     from transformers import AutoProcessor
 
-    import pdlm_hf
+    from pdlm_hf.shapes import BASE_CHECKPOINT, CHECKPOINT
 
     from .sources import find_source
     from .validate import Validator, draw_samples
+    from .validate_chat import validate_chat
 
     if max_caption_tokens < 0 or max_faults < 0 or samples < 1:
         raise ValueError("--max-caption-tokens and --max-faults must not be negative, --samples must be positive.")
+    if chat and (draw is not None or max_regions is not None):
+        raise ValueError("--draw and --max-regions are for region data, not for --chat.")
     source = find_source(data, images)
     if draw is not None and not draw.is_dir():
         from pdlm_hf.app.drawing import check_target
 
         check_target(draw)
-    processor = AutoProcessor.from_pretrained(str(model or pdlm_hf.CHECKPOINT))
-    validator = Validator(processor, open_images, max_caption_tokens or None, max_regions, samples if draw else 0)
-    report = validator.validate(source)
+    processor = AutoProcessor.from_pretrained(str(model or (BASE_CHECKPOINT if chat else CHECKPOINT)))
+    if chat:
+        report = validate_chat(source, processor, open_images, max_caption_tokens or None)
+    else:
+        validator = Validator(processor, open_images, max_caption_tokens or None, max_regions, samples if draw else 0)
+        report = validator.validate(source)
     shown = report.faults[: max_faults or None]
     if as_json:
         found = {"data": data, "faults": [vars(fault) for fault in shown], "n_faults": len(report.faults)}
@@ -78,19 +85,23 @@ def validate(
 
 def _say_summary(report: Any) -> None:
     summary = report.summary
-    typer.echo(f"{summary['rows']} rows, {summary['images']} pictures, {summary['regions']} regions")
+    regions = f", {summary['regions']} regions" if "regions" in summary else ""
+    typer.echo(f"{summary['rows']} rows, {summary['images']} pictures{regions}")
     names = {
         "regions_per_row": ("regions a row", "{:g}"),
         "area_share": ("share of the picture", "{:.2%}"),
         "caption_tokens": ("tokens a caption", "{:g}"),
+        "images_per_row": ("pictures a row", "{:g}"),
+        "turns": ("turns a row", "{:g}"),
+        "answer_tokens": ("tokens an answer", "{:g}"),
     }
     for name, (label, form) in names.items():
-        if spread := summary[name]:
+        if spread := summary.get(name):
             values = ", ".join(f"{key} {form.format(value)}" for key, value in spread.items())
             typer.echo(f"{label}: {values}")
-    typer.echo(
-        f"{summary['rows_in_several_groups']} rows need several groups for {summary['region_prompts']} region prompts"
-    )
+    if "regions" in summary:
+        groups, prompts = summary["rows_in_several_groups"], summary["region_prompts"]
+        typer.echo(f"{groups} rows need several groups for {prompts} region prompts")
     counts = ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
     typer.echo(f"faults: {counts or 'none'}")
 

@@ -77,7 +77,7 @@ class Validator:
         self.lengths: list[int] = []
         self.region_counts: list[int] = []
         self.rows = 0
-        rows = _readable(raw_rows(source))
+        rows = readable_rows(source)
         collecting = gc.isenabled()
         gc.disable()  # rows have no cycles; walking them again and again takes a quarter of the time
         try:
@@ -141,8 +141,7 @@ class Validator:
         try:
             size = open_row_image(row["image"], folder).size
         except ValueError as error:
-            kind = "missing image" if "no such file" in str(error) else "broken image"
-            self.faults.append(Fault(number, "image", kind, str(error).rstrip("."), "a picture that can be decoded"))
+            self.faults.append(picture_fault(number, error))
             return None
         if said and said != size:
             got, expected = (f"{w} x {h}" for w, h in (said, size))
@@ -211,23 +210,29 @@ class Validator:
             "rows": self.rows,
             "images": len(self.images),
             "regions": sum(self.region_counts),
-            "regions_per_row": _spread(self.region_counts),
-            "area_share": _spread(self.areas),
-            "caption_tokens": _spread(self.lengths),
+            "regions_per_row": spread(self.region_counts),
+            "area_share": spread(self.areas),
+            "caption_tokens": spread(self.lengths),
             "region_prompts": prompts,
             "rows_in_several_groups": sum(count > prompts for count in self.region_counts),
             "images_opened": self.open_images,
         }
 
 
-def _readable(rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """The rows as far as the file is text."""
+def readable_rows(source: Source) -> Iterator[tuple[int, Any]]:
+    """Number and raw row, as far as the file is text; where it is not, a [`RowError`] is the last one."""
     number = 0
     try:
-        for number, row in rows:
+        for number, row in raw_rows(source):
             yield number, row
     except UnicodeDecodeError as error:
         yield number + 1, RowError(Fault(number + 1, "file", "broken JSON", str(error), "text in UTF-8"))
+
+
+def picture_fault(number: int, error: ValueError) -> Fault:
+    """A picture that could not be opened."""
+    kind = "missing image" if "no such file" in str(error) else "broken image"
+    return Fault(number, "image", kind, str(error).rstrip("."), "a picture that can be decoded")
 
 
 def _digest(*values: Any) -> bytes:
@@ -235,7 +240,8 @@ def _digest(*values: Any) -> bytes:
     return hashlib.blake2b(repr(values).encode(), digest_size=12).digest()
 
 
-def _spread(values: list) -> dict[str, float] | None:
+def spread(values: list) -> dict[str, float] | None:
+    """Least, median, 95th percentile and most; None of nothing."""
     if not values:
         return None
     array = np.asarray(values, dtype=np.float64)

@@ -28,6 +28,8 @@ def write_files(folder):
         regions = [{"id": r["id"], "segmentation": r["segmentation"], "category": f.shape} for r, f in found]
         masks.append({**row, "regions": regions})
     write_jsonl(folder / "masks.jsonl", masks)
+    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A box"}]
+    write_jsonl(folder / "chat.jsonl", [{"image": row["image"], "conversations": talk} for row in rows])
     (folder / "instances.json").write_text(json.dumps(data))
     lines = [f'{a["id"]},"{a["caption"]}"' for a in data["annotations"]]
     (folder / "captions.csv").write_text("\n".join(["id,caption", *lines]))
@@ -59,7 +61,7 @@ def test_commands_of_the_page(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     rows = write_files(tmp_path)
     tiny_sam(tmp_path / "sam")
-    assert len(COMMANDS) == 14
+    assert len(COMMANDS) == 15
     with JudgeServer(lambda body: "Yes" if "annotated" in text_of(body) else "A figure on grey ground.") as server:
         for command in COMMANDS:
             command = re.sub(r"http://127.0.0.1:\d+/v1", server.url, command).replace("facebook/sam-vit-huge", "sam")
