@@ -77,7 +77,7 @@ class LocalEngine:
     """The model in this process, several pictures of about the same size a forward.
 
     Args:
-        captioner ([`~captioner.RegionCaptioner`])
+        captioner ([`~captioner.RegionCaptioner`]): what captions.
         batch_size (`int`): pictures a forward at most; one with more regions than the checkpoint has region prompts
             counts several times.
         question (`str`, *optional*), **generation: as in [`~captioner.RegionCaptioner.caption`].
