@@ -13,10 +13,10 @@ from pdlm_peft.recipe import known_keys, load_recipe, names
 
 TEXT = (DOCS / "fine-tuning.md").read_text(encoding="utf-8")
 ELSEWHERE = {
-    "vllm serve": "tests/vllm/test_offline.py::test_a_merged_adapter_is_a_checkpoint_like_any_other: vLLM's environment",
-    "curl": "tests/vllm/test_server.py::test_requests_of_the_pages: vLLM's environment",
-    "torchrun": "tests/peft/test_ranks.py::test_two_processes_are_one_with_twice_the_batch: two processes; here its recipe is read",
-    "accelerate": "tests/peft/test_recipe.py::test_accelerate_reads_its_configuration: four GPUs; here its recipe is read",
+    "vllm serve": "tests/vllm/test_offline.py::test_a_merged_adapter_is_a_checkpoint_like_any_other: needs vLLM",
+    "curl": "tests/vllm/test_server.py::test_requests_of_the_pages: needs vLLM",
+    "torchrun": "tests/peft/test_ranks.py::test_two_processes_are_one_with_twice_the_batch: two processes",
+    "accelerate": "tests/peft/test_recipe.py::test_accelerate_reads_its_configuration: four GPUs",
 }
 
 
