@@ -50,10 +50,11 @@ def write_shapes_card(folder: Path) -> None:
     record = json.loads((folder / "training.json").read_text())
     report = record["held_out"]
     if regions := "by_regions" in report:
+        exact, formed = (f"{100 * report[name]:.1f} %" for name in ("exact", "well_formed"))
         scores = (
-            f"{report['images']} held-out pictures, seed {report['seed']}: {report['exact']:.1%} of the captions are "
+            f"On {report['images']} held-out pictures, seed {report['seed']}: {exact} of the captions are well formed"
         )
-        scores += f"well formed and true in all four attributes, {report['well_formed']:.1%} are well formed."
+        scores += f" and true in all four attributes, {formed} are well formed."
     else:
         kinds = "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in report["by_kind"].items())
         scores = f"Right answers to {report['questions']} held-out questions of each kind:\n\n"

@@ -1,7 +1,7 @@
 """Runs what stands on a page of the documentation, from its first line to its last.
 
 Fences must say what they are. `python` is executed, page by page in one namespace; `bash` line by line in this
-process; `text` is what the fence before it prints (numbers aside); `json` and `yaml` must parse. What cannot run here
+process; `text` is what the one before it prints (fractions aside); `json` and `yaml` must parse. What cannot run here
 is named by the page's test, with the test that runs it and the reason. Anything else fails.
 """
 
@@ -97,7 +97,9 @@ class Page:
                 todo = [line for line in commands(fence) if not self._is_elsewhere(line)]
                 ran += [run_command(change(line), where) for line in todo]
             elif fence.language == "text":
-                assert ran and digits_aside(ran[-1].stdout) == digits_aside(fence.text), f"{where}: {ran[-1].stdout}"
+                assert ran and fractions_aside(ran[-1].stdout) == fractions_aside(fence.text), (
+                    f"{where}: {ran[-1].stdout}"
+                )
             elif fence.language in ("json", "yaml"):
                 (json.loads if fence.language == "json" else yaml.safe_load)(fence.text)
             else:
@@ -117,9 +119,9 @@ class Page:
         return False
 
 
-def digits_aside(text: str) -> str:
-    """Text whose numbers may differ a little between machines."""
-    return re.sub(r"\d", "0", text.strip())
+def fractions_aside(text: str) -> str:
+    """Text without its fractions, which may differ a little between machines."""
+    return re.sub(r"\d+\.\d+", "0.0", text.strip())
 
 
 def check_test_exists(reason: str) -> None:
