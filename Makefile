@@ -55,7 +55,7 @@ test-wheel: .venv/dev
 	.venv-oldest/bin/pip install -q --disable-pip-version-check $(TORCH)
 	.venv-oldest/bin/pip install -q --disable-pip-version-check --force-reinstall --no-deps dist/*.whl
 	.venv-oldest/bin/pip install -q --disable-pip-version-check "$$(ls dist/*.whl)[test]" "$(OLDEST)"
-	cp -r tests examples benchmarks docs pyproject.toml README.md Makefile .wheel/
+	cp -r tests examples benchmarks docs pyproject.toml *.md Makefile .wheel/
 	cd .wheel && ../.venv-oldest/bin/pdlm caption examples/shapes.png --mask examples/shapes_mask_0.png --json
 	cd .wheel && OMP_NUM_THREADS=1 ../.venv-oldest/bin/python -m pytest -n 2 -q -m "not slow"
 
