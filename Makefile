@@ -1,6 +1,7 @@
 # make demo   captions of an example picture, from nothing
 # make test   everything CI runs; reduced loads
 # make test-full   full loads, with a log under benchmarks/results
+# make docs   the documentation site, in site/
 PYTHON ?= python3
 # A CPU build where no GPU build is wanted; override with TORCH=torch, or with your own index.
 TORCH ?= torch==2.13.0
@@ -11,8 +12,9 @@ VLLM_BIN = .venv-vllm/bin
 LMMS_BIN = .venv-lmms/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
+export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo install test test-core test-wheel test-vllm test-lmms test-full lint clean
+.PHONY: demo install docs test test-core test-wheel test-vllm test-lmms test-full lint clean
 
 demo: .venv/demo
 	@mkdir -p demo_out
@@ -37,7 +39,10 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: lint test-core test-wheel test-lmms test-vllm
+docs: .venv/dev
+	$(BIN)/mkdocs build --strict
+
+test: lint docs test-core test-wheel test-lmms test-vllm
 
 test-core: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow"
@@ -50,7 +55,7 @@ test-wheel: .venv/dev
 	.venv-oldest/bin/pip install -q --disable-pip-version-check $(TORCH)
 	.venv-oldest/bin/pip install -q --disable-pip-version-check --force-reinstall --no-deps dist/*.whl
 	.venv-oldest/bin/pip install -q --disable-pip-version-check "$$(ls dist/*.whl)[test]" "$(OLDEST)"
-	cp -r tests examples benchmarks docs pyproject.toml README.md .wheel/
+	cp -r tests examples benchmarks docs pyproject.toml *.md Makefile .wheel/
 	cd .wheel && ../.venv-oldest/bin/pdlm caption examples/shapes.png --mask examples/shapes_mask_0.png --json
 	cd .wheel && OMP_NUM_THREADS=1 ../.venv-oldest/bin/python -m pytest -n 2 -q -m "not slow"
 
@@ -90,4 +95,4 @@ test-full: lint test-wheel .venv-vllm/ready .venv-lmms/ready
 	@! grep -qE "[0-9]+ (failed|error)" benchmarks/results/test-full.log
 
 clean:
-	rm -rf .venv .venv-oldest .venv-vllm .venv-lmms .wheel dist build demo_out
+	rm -rf .venv .venv-oldest .venv-vllm .venv-lmms .wheel dist build demo_out site

@@ -1,7 +1,7 @@
-"""The tables of the README, from the files in benchmarks/results and the record of the embedded checkpoint.
+"""The tables of the README and of docs/, from benchmarks/results and the record of the embedded checkpoint.
 
 python benchmarks/report.py            # prints them
-python benchmarks/report.py --write    # puts them into the README, between its "table" marks
+python benchmarks/report.py --write    # puts them between the "table" marks of the pages
 """
 
 import json
@@ -12,7 +12,8 @@ from pathlib import Path
 from pdlm_hf.shapes import CHECKPOINT
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ATTRIBUTES = ("size", "colour", "texture", "shape")
 
 
@@ -145,7 +146,7 @@ def chat(record: dict) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Every table of the README, by name."""
+    """Every table, by name."""
 
     def load(name: str) -> dict:
         return json.loads((RESULTS / name).read_text())
@@ -167,15 +168,16 @@ def tables() -> dict[str, str]:
 
 
 def write(text: str) -> str:
-    """The README with its tables up to date. Raises: KeyError for a mark without a table."""
+    """A page with its tables up to date. Raises: KeyError for a mark without a table."""
     known = tables()
     return re.sub(
-        r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)", lambda m: m[1] + known[m[2]] + m[3], text, flags=re.DOTALL
+        r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{known[m[2]]}\n{m[3]}", text, flags=re.DOTALL
     )
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
-        README.write_text(write(README.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(write(page.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print("\n\n".join(f"{name}\n{text}" for name, text in tables().items()))

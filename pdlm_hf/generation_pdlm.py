@@ -105,8 +105,8 @@ class PdlmGenerationMixin:
             a. draft; b. commit the k most certain open slots for good.
 
         Args:
-            input_ids, attention_mask, pixel_values, image_grids, region_masks, region_boxes, original_sizes,
-                region_order, image_index: from the processor. For the base model `input_ids` and `pixel_values` do.
+            input_ids, attention_mask: from the processor, as are pixel_values, image_grids, region_masks,
+                region_boxes, original_sizes, region_order, image_index. For the base model the ids and pixels do.
             generation_config (`PdlmGenerationConfig`, *optional*): replaces the model's.
             streamer (*optional*): its `put_draft(tokens)` gets every step's draft: `(batch_size, num_regions,
                 max_new_tokens)` with -1 where there is no region, or `(batch_size, max_new_tokens)` in chat; then

@@ -5,47 +5,40 @@ from typing import Any
 
 import yaml
 
+from pdlm_hf.app.card import write_card
+
 from .recipe import Recipe
 
-_USE = """```python
-import pdlm_hf
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{folder}")
-processor = AutoProcessor.from_pretrained("{folder}")
-```
-"""
-_MERGE = """For vLLM, or without PEFT: `pdlm-peft merge {folder} MERGED`, then `vllm serve MERGED`.
-"""
+_MERGE = "For vLLM, or without PEFT: `pdlm-peft merge {folder} MERGED`, then `vllm serve MERGED`."
 
 
-def write_card(recipe: Recipe, record: dict[str, Any], folder: Path) -> None:
-    """Write `README.md`.
+def write_run_card(recipe: Recipe, record: dict[str, Any], folder: Path) -> None:
+    """Write the card of a run, see [`~pdlm_hf.app.card.write_card`].
 
     Args:
-        recipe ([`~recipe.Recipe`])
+        recipe ([`~recipe.Recipe`]): what was asked for.
         record (`dict`): of [`~training.run`].
         folder (`Path`): of the adapter or checkpoint.
     """
+    data, hardware = recipe.data, record["hardware"]
     kind = "LoRA adapter" if recipe.adapter else "fine-tuned checkpoint"
-    head = {"library_name": "peft" if recipe.adapter else "transformers", "pipeline_tag": "image-text-to-text"}
-    head |= {"base_model": recipe.model, "tags": ["perceptiondlm", "diffusion-language-model", recipe.data.kind]}
-    data = recipe.data
     source = f"drawn pictures (world: {data.world})" if data.kind == "drawn" else f"`{data.train}`"
     settings = recipe.model_dump(mode="json", exclude={"hardware", "samples"})
-    parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {folder.name}\n",
-        f"A {kind} of PerceptionDLM for `{recipe.model}`, trained by `pdlm-peft train`.\n",
-        f"## Data\n{data.kind}, {source}; held out: {f'`{data.held_out}`' if data.held_out else _drawn(data.kind)}.\n",
-        f"## Scores\n{_scores(record['scores'])}\n",
-        f"## Training\n{record['steps']} steps in {record['seconds']:.0f} s on {record['hardware']['device']}"
-        f" ({record['hardware']['processes']} processes, torch {record['hardware']['torch']}).\n",
-        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n",
-        f"## Use\n{_USE.format(folder=folder.name)}",
-    ]
-    if recipe.adapter:
-        parts.append(_MERGE.format(folder=folder.name))
-    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+    write_card(
+        folder,
+        title=folder.name,
+        summary=f"A {kind} of PerceptionDLM for `{recipe.model}`, trained by `pdlm-peft train`.",
+        data=f"{data.kind}, {source}; held out: {f'`{data.held_out}`' if data.held_out else _drawn(data.kind)}.",
+        scores=_scores(record["scores"]),
+        training=f"{record['steps']} steps in {record['seconds']:.0f} s on {hardware['device']}"
+        f" ({hardware['processes']} processes, torch {hardware['torch']}).\n\n"
+        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```",
+        regions=data.kind != "chat",
+        note=_MERGE.format(folder=folder.name) if recipe.adapter else "",
+        library_name="peft" if recipe.adapter else "transformers",
+        base_model=str(recipe.model),
+        tags=["perceptiondlm", "diffusion-language-model", data.kind],
+    )
 
 
 def _drawn(kind: str) -> str:

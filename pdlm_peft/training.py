@@ -14,7 +14,7 @@ from pdlm_hf.app.collator import PdlmCollator
 from pdlm_hf.shapes.train import Clock, InOrderTrainer
 
 from .adapters import BASE_FILE, add_adapter, behave, behaviour, fingerprint, read_base, write_base
-from .card import write_card
+from .card import write_run_card
 from .plan import StreamedRows, TrainingRows, held_out_rows, open_dataset, plan
 from .recipe import Recipe
 from .samples import CaptionSamples
@@ -248,7 +248,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     record = _record(recipe, trainer, last)
     if main:
         (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-        write_card(recipe, record, out)
+        write_run_card(recipe, record, out)
     return record
 
 

@@ -64,3 +64,14 @@ def pictures():
 @pytest.fixture
 def picture():
     return make_picture(0)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder to run a page of the documentation in, with the folders of the repository that pages name."""
+    package = Path(pdlm_hf.__file__).parent
+    for folder in (Path(__file__).parents[1] / "examples", package, package.parent / "pdlm_evalkit"):
+        (tmp_path / folder.name).symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return tmp_path

@@ -49,7 +49,7 @@ class PdlmCollator:
     itself, and several processes compute what one does with all their rows.
 
     Args:
-        processor (`PdlmProcessor`)
+        processor (`PdlmProcessor`): of the checkpoint.
         num_slots (`int` or `tuple[int, int]`, *optional*): write every caption into this many slots, padded with
             end-of-turn, which is the layout at inference; only the slots are labelled. A pair is a range to draw from
             for every batch, or for every row where rows have seeds. None: the reference's layout, captions at their

@@ -77,10 +77,11 @@ class LocalEngine:
     """The model in this process, several pictures of about the same size a forward.
 
     Args:
-        captioner ([`~captioner.RegionCaptioner`])
+        captioner ([`~captioner.RegionCaptioner`]): what captions.
         batch_size (`int`): pictures a forward at most; one with more regions than the checkpoint has region prompts
             counts several times.
-        question (`str`, *optional*), **generation: as in [`~captioner.RegionCaptioner.caption`].
+        question (`str`, *optional*): as in [`~captioner.RegionCaptioner.caption`].
+        **generation: settings of `generate`.
 
     Raises:
         ValueError: a setting that cannot be used; found out on a small grey picture.

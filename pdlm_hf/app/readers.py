@@ -52,7 +52,7 @@ def from_supervision(detections: Any) -> list[Any]:
     there is one, or the positions.
 
     Args:
-        detections (`supervision.Detections`)
+        detections (`supervision.Detections`): of any number.
     """
     ids = range(len(detections)) if detections.tracker_id is None else [int(k) for k in detections.tracker_id]
     if detections.mask is not None:

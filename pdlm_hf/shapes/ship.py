@@ -13,6 +13,7 @@ import torch
 import typer
 from transformers import AutoConfig
 
+from ..app.card import write_card
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
 from . import BASE_CHECKPOINT, CHECKPOINT, evaluate, evaluate_base
@@ -40,7 +41,37 @@ def main(
         report = (_regions(folder, processor, threshold) if has_regions else _chat(folder, processor))(seed, count)
     record = json.loads((folder / "training.json").read_text()) | {"held_out": report}
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_shapes_card(folder)
     typer.echo(json.dumps(report))
+
+
+def write_shapes_card(folder: Path) -> None:
+    """Write the model card of a shipped checkpoint, from its `training.json`."""
+    record = json.loads((folder / "training.json").read_text())
+    report = record["held_out"]
+    if regions := "by_regions" in report:
+        exact, formed = (f"{100 * report[name]:.1f} %" for name in ("exact", "well_formed"))
+        scores = (
+            f"On {report['images']} held-out pictures, seed {report['seed']}: {exact} of the captions are well formed"
+        )
+        scores += f" and true in all four attributes, {formed} are well formed."
+    else:
+        kinds = "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in report["by_kind"].items())
+        scores = f"Right answers to {report['questions']} held-out questions of each kind:\n\n"
+        scores += f"| kind | right |\n|---|---|\n{kinds}"
+    write_card(
+        folder,
+        title="shapes" if regions else "shapes, base",
+        summary=f"A tiny model ({record['parameters'] / 1e6:.2f} M parameters) that knows drawn shapes only. It makes "
+        "every part of the project run anywhere; it is of no use on photographs.",
+        data="Pictures of one to six drawn shapes with captions or questions, made by `pdlm_hf.shapes.world`.",
+        scores=scores,
+        training=f"On a CPU; `training.json` has every command. The last one:\n\n```\n{record['command']}\n```",
+        regions=regions,
+        limits="It knows the words of its world only.",
+        licence="Apache-2.0.",
+        license="apache-2.0",
+    )
 
 
 def _regions(folder: Path, processor: PdlmProcessor, threshold: float) -> Any:

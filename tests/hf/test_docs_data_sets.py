@@ -1,22 +1,17 @@
 """Every command and Python block of docs/data-sets.md runs, in the order of the page."""
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import Page
 from PIL import Image, ImageDraw
 from region_server import RegionCaptionServer
-from typer.testing import CliRunner
 
 from pdlm_hf import CHECKPOINT
-from pdlm_hf.app.cli import app
 from pdlm_hf.app.jsonl import read_rows
 
-PAGE = (Path(__file__).parents[2] / "docs" / "data-sets.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^pdlm .*$", PAGE, re.MULTILINE)
 BOXES = [[30, 20, 50, 40], [90, 70, 60, 40]]  # as in the page's Python
 
 
@@ -48,36 +43,22 @@ def said_by(path):
     return {row["annotation_id"]: row["caption"] for row in read_rows(Path(path))}
 
 
-def test_commands_of_the_page(tmp_path, monkeypatch):
+def test_the_page(tmp_path, monkeypatch):
     pytest.importorskip("openai")
+    pytest.importorskip("supervision")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     write_files(tmp_path)
-    assert len(COMMANDS) == 15
-    shown = set()
     with RegionCaptionServer() as server:
-        for command in COMMANDS:
-            command = command.replace("http://127.0.0.1:8000", server.url).replace("MODEL", str(CHECKPOINT))
-            result = CliRunner().invoke(app, shlex.split(command)[1:])
-            assert result.exit_code == 0, (command, result.output, result.stderr)
-            if "--regions" in command and "coco" not in command:
-                shown.add(result.stdout)
+        ran = Page("data-sets.md").run(
+            lambda text: text.replace("http://127.0.0.1:8000", server.url).replace("MODEL", str(CHECKPOINT))
+        )
     whole = said_by("captions.jsonl")
     assert len(whole) == 6 and "red" in whole[10] and "blue" in whole[11]
-    assert whole == said_by("parts.jsonl") == said_by("large.jsonl")
+    assert whole == said_by("parts.jsonl") == said_by("large.jsonl") == said_by("python.jsonl")
     assert list(said_by("folder.jsonl").values()) == [whole[k] for k in sorted(whole)]
     assert set(said_by("served.jsonl").values()) == {"2000 pixels", "2400 pixels"}
+    shown = {r.stdout for r in ran if "--regions" in r.command and "coco" not in r.command}
     assert len(shown) == 1  # the same two regions from LabelMe, YOLO and a label map
     for name in ("report.html", "sheet.png", "drawn.png", "steps.html", "steps.gif", "captions.coco.json"):
         assert (tmp_path / name).stat().st_size > 1000, name
-
-
-def test_python_of_the_page(tmp_path, monkeypatch):
-    pytest.importorskip("supervision")
-    monkeypatch.chdir(tmp_path)
-    write_files(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block, {})  # the page's own words
-    assert len(said_by("python.jsonl")) == 6

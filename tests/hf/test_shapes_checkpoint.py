@@ -32,7 +32,7 @@ def six():
 def test_size(shapes):
     files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 8_000_000
-    assert {path.suffix for path in files} <= {".json", ".jinja", ".safetensors"}
+    assert {path.suffix for path in files} <= {".json", ".jinja", ".md", ".safetensors"}
     model, _ = shapes
     half = {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert sum(p.numel() for p in model.parameters()) <= (4_000_000 if half else 2_000_000)

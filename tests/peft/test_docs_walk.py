@@ -1,31 +1,36 @@
-"""Every command of the walk that runs on a CPU runs, in miniature; the others parse."""
+"""docs/fine-tuning.md: its walk, in miniature; its recipes and keys exist."""
 
-import os
+import json
 import re
-import shlex
 
 import pytest
-from small import ROOT, SMALL, run
-from typer.testing import CliRunner
+from drawn import as_coco, drawn_rows
+from pages import DOCS, Page
+from small import SMALL
 
-from pdlm_peft.cli import app
-from pdlm_peft.recipe import load_recipe, names
+from pdlm_hf import CHECKPOINT
+from pdlm_peft.recipe import known_keys, load_recipe, names
 
-TEXT = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
-WALK = re.search(r"<!-- run -->\n```\n(.*?)```", TEXT, re.DOTALL)[1].splitlines()
+TEXT = (DOCS / "fine-tuning.md").read_text(encoding="utf-8")
+ELSEWHERE = {
+    "vllm serve": "tests/vllm/test_offline.py::test_a_merged_adapter_is_a_checkpoint_like_any_other: needs vLLM",
+    "curl": "tests/vllm/test_server.py::test_requests_of_the_pages: needs vLLM",
+    "torchrun": "tests/peft/test_ranks.py::test_two_processes_are_one_with_twice_the_batch: two processes",
+    "accelerate": "tests/peft/test_recipe.py::test_accelerate_reads_its_configuration: four GPUs",
+}
 
 
-def test_the_walk(tmp_path):
-    assert len(WALK) == 4
-    for line in WALK:
-        program, *arguments = shlex.split(line.replace("runs/", f"{tmp_path}/"))
-        if program == "pdlm":
-            result = run(["-m", "pdlm_hf.app.cli", *arguments])
-            assert result.returncode == 0 and result.stdout.strip(), line + result.stderr
-            continue
-        small = SMALL if arguments[0] == "train" else []
-        found = CliRunner().invoke(app, [*arguments, *small], env=dict(os.environ))
-        assert found.exit_code == 0, line + found.stderr
+def test_the_walk(here):
+    rows, pictures = drawn_rows(here / "photos", 3)
+    (here / "regions.json").write_text(json.dumps(as_coco(rows, pictures)))
+
+    def change(text):
+        text = text.replace("MODEL", str(CHECKPOINT))
+        return " ".join([text, *SMALL]) if re.match("pdlm-peft train (?!--list)", text) else text
+
+    ran = Page("fine-tuning.md", ELSEWHERE).run(change)
+    assert "lora_8b_80gb" in next(r.stdout for r in ran if "--list" in r.command)
+    assert ran[-1].command.startswith("import pdlm_hf")
 
 
 def test_every_command_names_a_recipe_and_known_keys():
@@ -42,6 +47,4 @@ def test_the_table_has_every_recipe():
 
 @pytest.mark.parametrize("key", re.findall(r"`((?:data|adapter|samples|hardware|switches)\.\w+)`", TEXT))
 def test_keys_exist(key):
-    from pdlm_peft.recipe import known_keys
-
     assert key in known_keys()

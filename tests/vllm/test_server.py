@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+from pages import Page
 from pictures import coco, data_url, pictures, texts
 from PIL import Image
 from server import serve
@@ -221,6 +222,15 @@ def test_examples_against_a_server(server, captioner):
     assert all(f"{k}  {text}  (" in shown for k, text in enumerate(texts_of_boxes, 1))
     load = example("examples/vllm_load.py", server.url, "examples/shapes.png", "--requests", "8", "--in-flight", "4")
     assert load.startswith("32 captions in ")
+
+
+def test_requests_of_the_pages(server):
+    """What docs/vllm.md sends, with the example picture; the answer has the fields of the page's."""
+    request, answer = (json.loads(f.text) for f in Page("vllm.md").fences if f.language == "json")
+    found = server.captions({**request, "image": data_url(Image.open(ROOT / "examples/shapes.png"))})
+    assert found.keys() == answer.keys() and found["usage"].keys() == answer["usage"].keys()
+    assert [row.keys() for row in found["regions"]] == [row.keys() for row in answer["regions"]]
+    assert [row["id"] for row in found["regions"]] == [row["id"] for row in request["regions"]]
 
 
 def test_the_offline_example(captioner):

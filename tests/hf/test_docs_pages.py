@@ -1,0 +1,61 @@
+"""Pages of the site that have no test of their own: everything on them runs with the embedded checkpoint."""
+
+import json
+
+from pages import Page
+
+from pdlm_hf.app.jsonl import read_rows
+
+
+def test_quick_start(here):
+    ran = Page("index.md").run()
+    assert len(json.loads(next(r.stdout for r in ran if "--json" in r.command))["regions"]) == 6
+    assert (here / "captions.png").stat().st_size > 1000 and (here / "steps.html").stat().st_size > 1000
+    assert len(ran[-1].stdout.splitlines()) == 6
+
+
+def test_concepts(here):
+    printed = Page("concepts.md").run()[-1].stdout.splitlines()
+    steps = printed[:-1]
+    assert printed[-1] == f"{len(steps)} passes for 2 captions"
+    assert steps[-1].count("|") == 2 and "circle" in steps[-1] and "circle" not in steps[0]
+
+
+def test_transformers(here):
+    Page("transformers.md").run()
+    assert "# shapes-copy" in (here / "exported" / "README.md").read_text()
+
+
+def test_performance(here):
+    assert "reference" in Page("performance.md").run()[-1].stdout
+
+
+def test_faq(here):
+    ran = Page("faq.md").run()
+    assert "green" in ran[0].stdout
+    assert len(list(read_rows(here / "captions.jsonl"))) == 6
+    assert "GB" in ran[-1].stderr
+
+
+def test_vllm():
+    """Needs vLLM (`make test-vllm`)."""
+    server = "tests/vllm/test_server.py::"
+    page = Page(
+        "vllm.md",
+        {
+            "vllm serve": server + "test_examples_against_a_server: vLLM's environment",
+            "curl": server + "test_requests_of_the_pages: vLLM's environment",
+            "VLLM_CPU_KVCACHE_SPACE=1": server + "test_examples_against_a_server: vLLM's environment",
+            "from vllm import LLM": server + "test_the_offline_example: vLLM's environment",
+        },
+    )
+    page.run()
+
+
+def test_pages_without_commands():
+    assert Page("api.md").run() == Page("quirks.md").run() == []
+
+
+def test_all_quirks_are_there():
+    rows = [line.split("|")[1].strip() for line in Page("quirks.md").text.splitlines() if line.startswith("| Q")]
+    assert sorted(rows, key=lambda q: int(q[1:])) == [f"Q{k}" for k in range(1, 37)]
