@@ -5,11 +5,14 @@
 An answer by letter is found by looking a word up among the options. From questions this is learned too slowly: one
 letter an answer says little, and training stays at chance. Here a row is a list of pairs, then the same pairs in
 another order with one of each pair to fill in, so that a quarter of the tokens teach it. It is learned late and at
-once, after some 2300 steps, which is why the learning rate stays up. With it learned, other words and the form of
-options take a few hundred steps more.
+once, after some 2300 steps, which is why the learning rate stays up. With it learned, other words, the form of
+options, and a question that names the word take a few hundred steps more. Questions about pictures alone make the
+model forget it again, so they are trained with [`lookup_loss`] beside theirs.
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,13 +23,14 @@ from torch.nn.functional import cross_entropy
 
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
-from .questions import SHAPES, SIZES, TEXTURES
+from .questions import LETTER_PROMPT, SHAPES, SIZES, TEXTURES
 from .train import record_of, save
 from .world import COLOURS
 
 PAIRS = 6
 LETTERS = "ABCDEFGH"
 FIRST = {"letters": list(range(33, 41)), "words": list(range(300, 320))}  # any will do
+STAGES = ("words", "own words", "options", "asked")
 WARMUP = 100  # steps of each stage
 ENOUGH = 0.92  # right of the last 100 steps; then the next stage begins
 
@@ -77,37 +81,77 @@ def tokens_of(processor: PdlmProcessor, options: bool) -> dict:
     }
 
 
-def lists(
-    model: PdlmBaseForConditionalGeneration, tokens: dict, steps: int, batch_size: int, learning_rate: float, seed: int
+def asked_batch(rng: np.random.Generator, rows: int, processor: PdlmProcessor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Questions without picture: which letter a word has among some options. Returns: as [`lookup_batch`]."""
+    tokenizer, number = processor.tokenizer, int(rng.integers(2, 7))
+    ids = tokens_of(processor, options=True)["words"]
+    texts, letters = [], []
+    for _ in range(rows):
+        words = [tokenizer.decode(ids[k]).strip() for k in rng.permutation(len(ids))[:number]]
+        right = int(rng.integers(number))
+        lines = "\n".join(f"{letter}. {word}" for letter, word in zip(LETTERS, words, strict=False))
+        turn = {"role": "user", "content": f"Which is {words[right]}?\n{lines}\n{LETTER_PROMPT}"}
+        texts.append(processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False))
+        letters.append(LETTERS[right])
+    end = tokenizer.eos_token
+    batch = tokenizer([a + b + end for a, b in zip(texts, letters, strict=True)], add_special_tokens=False)
+    shown = torch.tensor(batch["input_ids"])  # every word is one token: all rows are equally long
+    hidden = torch.zeros_like(shown, dtype=torch.bool)
+    hidden[:, -2] = True
+    return shown, hidden
+
+
+def lookup_loss(model: PdlmBaseForConditionalGeneration, ids: torch.Tensor, hidden: torch.Tensor):
+    """Cross entropy of what is hidden, and the share that is right."""
+    shown = torch.where(hidden, model.config.mask_token_id, ids)
+    logits = model(input_ids=shown, attention_mask=torch.ones_like(shown)).logits[hidden]
+    return cross_entropy(logits, ids[hidden]), (logits.argmax(-1) == ids[hidden]).float().mean().item()
+
+
+def train_stage(
+    model: PdlmBaseForConditionalGeneration,
+    batches: list[Callable[[np.random.Generator, int], tuple[torch.Tensor, torch.Tensor]]],
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
 ) -> int:
-    """Train on lists until enough is right. Returns: steps taken, at most `steps`."""
+    """Train on batches of all kinds in turn until enough of each is right. Returns: steps taken, at most `steps`."""
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    rng, right, total = np.random.default_rng(seed), 0.0, 0.0
+    rng, right = np.random.default_rng(seed), []
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, step / WARMUP)
-        ids, hidden = lookup_batch(rng, batch_size, **tokens)
-        shown = torch.where(hidden, model.config.mask_token_id, ids)
-        logits = model(input_ids=shown, attention_mask=torch.ones_like(shown)).logits[hidden]
-        loss = cross_entropy(logits, ids[hidden])
+        loss, share = lookup_loss(model, *batches[(step - 1) % len(batches)](rng, batch_size))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        total += loss.item() / 100
-        right += (logits.argmax(-1) == ids[hidden]).float().mean().item() / 100
-        if step % 100 == 0:
-            typer.echo(f"step {step}  loss {total:.3f}  right {right:.3f}")
-            if right >= ENOUGH:
+        right.append(share)
+        if step % WARMUP == 0:
+            shares = [np.mean(right[-WARMUP + k :: len(batches)]) for k in range(len(batches))]
+            typer.echo(f"step {step}  right {' '.join(f'{share:.3f}' for share in shares)}")
+            if min(shares) >= ENOUGH:
                 return step
-            total = right = 0.0
     return steps
+
+
+def stages(processor: PdlmProcessor) -> dict[str, list[Callable]]:
+    """The lists of each stage."""
+    options = partial(lookup_batch, **tokens_of(processor, options=True))
+    return {
+        "words": [partial(lookup_batch, **FIRST)],
+        "own words": [partial(lookup_batch, **tokens_of(processor, options=False))],
+        "options": [options],
+        "asked": [options, partial(asked_batch, processor=processor)],
+    }
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     init: Annotated[Path, typer.Option(help="Base checkpoint to start from.")],
+    stage: Annotated[list[str], typer.Option(help="Only these: words, own words, options, asked.")] = STAGES,
     steps: Annotated[int, typer.Option(help="Optimiser steps of a stage, at most.")] = 3000,
     batch_size: Annotated[int, typer.Option(help="Lists a step.")] = 48,
     learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 1e-3,
@@ -119,16 +163,13 @@ def main(
     model = PdlmBaseForConditionalGeneration.from_pretrained(init).train()
     processor = PdlmProcessor.from_pretrained(init)
     start, taken = time.perf_counter(), 0
-    for name, tokens in {
-        "any words": FIRST,
-        "words of the questions": tokens_of(processor, options=False),
-        "as options": tokens_of(processor, options=True),
-    }.items():
-        typer.echo(name)
-        taken += lists(model, tokens, steps, batch_size, learning_rate, seed)
+    for name, batches in stages(processor).items():
+        if name in stage:
+            typer.echo(name)
+            taken += train_stage(model, batches, steps, batch_size, learning_rate, seed)
     command = (
         f"python -m pdlm_hf.shapes.lookup --steps {steps} --batch-size {batch_size} --learning-rate {learning_rate} "
-        f"--seed {seed} --threads {threads}"
+        f"--seed {seed} --threads {threads}" + "".join(f" --stage '{name}'" for name in stage)
     )
     seconds = round(time.perf_counter() - start, 1)
     save(model, processor, out, record_of(model, command, init, taken, seed, seconds))

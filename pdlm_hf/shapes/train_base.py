@@ -20,6 +20,7 @@ from ..app.collator import PdlmCollator
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
 from . import CHECKPOINT
+from .lookup import lookup_loss, stages
 from .model import build_base_model, build_base_processor
 from .questions import LETTER_PROMPT, SLOTS, Question, ask, draw_scene
 from .train import TRAINING, InOrderTrainer, arguments, run
@@ -33,6 +34,7 @@ LESSONS: dict[str, dict[str, float]] = {
     "full": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
 }
 WITH_TEXT, WORDS_ONLY = 0.2, 0.25  # of the choices: letter with its text; no picture, only which letter a word has
+LISTS = 12  # of each kind a step, with `--lists`
 LONGEST = 32  # slots
 OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
 
@@ -104,6 +106,28 @@ def words_only(question: Question) -> Question:
     return Question("choice", f"Which is {_options(question)[question.answer]}?\n{options}", question.answer)
 
 
+class QuestionTrainer(InOrderTrainer):
+    """Adds the loss of lists to look up in, so that the model keeps what letters need.
+
+    Args:
+        processor (`PdlmProcessor`, *optional*): writes the lists; None: no lists.
+    """
+
+    def __init__(self, processor: PdlmProcessor | None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.batches = stages(processor)["asked"] if processor else []
+
+    def compute_loss(self, model, inputs, *args: Any, **kwargs: Any):
+        """Loss of the questions, and of the lists while training."""
+        out = super().compute_loss(model, inputs, *args, **kwargs)
+        if not model.training:
+            return out
+        for k, batch in enumerate(self.batches):
+            rng = np.random.default_rng((TRAINING, self.args.seed, self.state.global_step, k))
+            out = out + lookup_loss(model, *batch(rng, LISTS))[0]
+        return out
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write; training goes on where it stopped.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 6000,
@@ -113,6 +137,7 @@ def main(
     start: Annotated[Path, typer.Option(help="Region checkpoint it starts from.")] = CHECKPOINT,
     lesson: Annotated[Literal["bind", "easy", "full"], typer.Option(help="What is drawn and asked.")] = "full",
     freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="Keep the vision tower.")] = False,
+    lists: Annotated[bool, typer.Option("--lists", help="Lists to look up in beside each step's questions.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
@@ -127,7 +152,8 @@ def main(
         processor = PdlmProcessor.from_pretrained(init)
         model = PdlmBaseForConditionalGeneration.from_pretrained(init)
     model.model.vision_tower.requires_grad_(not freeze_vision)
-    trainer = InOrderTrainer(
+    trainer = QuestionTrainer(
+        processor=processor if lists else None,
         model=model,
         args=arguments(out, steps, batch_size, learning_rate, seed),
         train_dataset=QuestionDataset(seed, steps * batch_size, lesson),
@@ -136,7 +162,8 @@ def main(
     command = (
         f"python -m pdlm_hf.shapes.train_base --steps {steps} --batch-size {batch_size} --learning-rate "
         f"{learning_rate} --seed {seed} --threads {threads} --lesson {lesson}"
-        + (" --freeze-vision" if freeze_vision else "")
+        + " --freeze-vision" * freeze_vision
+        + " --lists" * lists
     )
     run(trainer, model, processor, out, init, command, steps, seed)
 
