@@ -93,6 +93,7 @@ class Guard:
         self.app, self.most = app, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request, as ASGI has it."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http" or not is_open(scope["path"]):
@@ -114,6 +115,8 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                if received > self.most:  # frameworks answer by themselves when reading fails
+                    message |= {"status": 413, "headers": [*message["headers"], (b"connection", b"close")]}
                 message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
             await send(message)
 
@@ -124,7 +127,9 @@ class Guard:
                 await self._refuse(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await PlainTextResponse(f"At most {self.most} bytes.", 413)(scope, receive, send)
+        # closed, or the rest of it would be waited for
+        answer = PlainTextResponse(f"At most {self.most} bytes.", 413, {"connection": "close"})
+        await answer(scope, receive, send)
 
 
 class _TooLargeError(Exception):

@@ -243,7 +243,9 @@ def page_app(page: gr.Blocks) -> FastAPI:
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        theme=gr.themes.Default("blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gr.themes.Default(
+            primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
         css_paths=_HERE / "page.css",
     )
 

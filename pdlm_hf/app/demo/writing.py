@@ -10,9 +10,10 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ...processing_pdlm import RegionCaption
-from ..captioner import RegionCaptioner
+from ..captioner import MODES, RegionCaptioner
 from ..engines import probe_picture
 from ..regions import Region
+from ..replies import JudgeError
 from ..server import RegionServer, request_of
 from ..streaming import RegionStreamer
 from ..views import png_url
@@ -79,8 +80,6 @@ def settings_of(mode: str, steps: int, threshold: float) -> dict[str, Any]:
     Raises:
         ValueError: no such mode.
     """
-    from ..captioner import MODES
-
     rules = {
         "adaptive": {"acceptance_threshold": float(threshold)},
         "fast": MODES["fast"],
@@ -142,18 +141,18 @@ class ServerWriter:
 
     def write(self, image, regions, settings, on_step):
         """See [`Writer`]. Raises: JudgeError."""
-        request = request_of(png_url(image), regions)
+        request = {**request_of(png_url(image), regions), **settings, "max_new_tokens": self.max_new_tokens}
         found: dict[int, RegionCaption] = {}
         usage: dict[str, Any] = {}
-        for step, event in enumerate(
-            self.server.stream({**request, **settings, "max_new_tokens": self.max_new_tokens}), 1
-        ):
-            found |= {row["id"]: RegionCaption(row["caption"], row["score"]) for row in event["regions"]}
-            if "usage" in event:
-                usage = event["usage"]
-            else:
-                on_step(step, [found[k].text if k in found else "" for k in range(len(regions))])
-        captions = [found[k] for k in range(len(regions))]
+        try:
+            for step, event in enumerate(self.server.stream(request), 1):
+                found |= {row["id"]: RegionCaption(row["caption"], row["score"]) for row in event["regions"]}
+                usage = event.get("usage") or usage
+                if not usage:
+                    on_step(step, [found[k].text if k in found else "" for k in range(len(regions))])
+            captions = [found[k] for k in range(len(regions))]
+        except (LookupError, TypeError, AttributeError) as error:
+            raise JudgeError(f"The server's answer is not one caption for each region ({error!r}).") from error
         for region, caption in zip(regions, captions, strict=True):
             caption.id, caption.bbox = region.id, region.bbox
         return captions, usage.get("num_forwards")
