@@ -1,14 +1,14 @@
 """The page of `pdlm demo` on 127.0.0.1, and a visitor who speaks to it without a browser."""
 
 import json
+import socket
 import threading
 import time
 import uuid
 
 import httpx
-import uvicorn
 
-from pdlm_hf.app.demo.page import build_page, page_app
+from pdlm_hf.app.demo.page import build_page, page_server
 
 
 class DemoServer:
@@ -19,23 +19,16 @@ class DemoServer:
     """
 
     def __init__(self, writer, **options):
-        config = uvicorn.Config(
-            page_app(build_page(writer, **options)),
-            host="127.0.0.1",
-            port=0,
-            log_level="warning",
-            timeout_graceful_shutdown=1,
-        )
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.server = page_server(build_page(writer, **options))
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        self.thread = threading.Thread(target=self.server.run, args=([listening],), daemon=True)
 
     def __enter__(self):
         self.thread.start()
         while not self.server.started:
             assert self.thread.is_alive()
             time.sleep(0.02)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
         return self
 
     def __exit__(self, *error):

@@ -679,6 +679,13 @@ def test_large_requests_are_cut_off(served):
     assert status == 413
 
 
+def test_a_picture_as_large_as_is_allowed_arrives(served):
+    noise = np.random.default_rng(0).integers(0, 256, (2500, 2700, 3), dtype=np.uint8)
+    data = file_of(Image.fromarray(noise), "BMP")
+    assert 19 * 2**20 < len(data) < limits.MAX_BYTES
+    assert Visitor(served.url).act("picture", **sent("a.bmp", data))["size"] == [1000, 926]
+
+
 def test_the_page_needs_nothing_from_elsewhere(served):
     answer = httpx.get(served.url, trust_env=False)
     policy = answer.headers["content-security-policy"]

@@ -250,6 +250,11 @@ def page_app(page: gr.Blocks) -> FastAPI:
     )
 
 
+def page_server(page: gr.Blocks) -> uvicorn.Server:
+    """What serves the page; it says nothing, also not that people were still there when it ended."""
+    return uvicorn.Server(uvicorn.Config(page_app(page), log_level="critical", timeout_graceful_shutdown=1))
+
+
 def serve(page: gr.Blocks, host: str, port: int, ready: Callable[[str], None]) -> None:
     """Serve the page until stopped.
 
@@ -263,9 +268,8 @@ def serve(page: gr.Blocks, host: str, port: int, ready: Callable[[str], None]) -
     """
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise OSError(f"--host {host} --port {port}: cannot be listened on ({error.strerror or error}).") from error
-    server = uvicorn.Server(uvicorn.Config(page_app(page), log_level="warning", timeout_graceful_shutdown=3))
+    except (OSError, OverflowError) as error:
+        raise OSError(f"--host {host} --port {port}: cannot be listened on ({error}).") from error
     name = f"[{host}]" if ":" in host else host
     ready(f"http://{name}:{listening.getsockname()[1]}")
-    server.run(sockets=[listening])
+    page_server(page).run(sockets=[listening])

@@ -61,9 +61,9 @@ def effect_html(mode: str, steps: int, threshold: float) -> str:
         for row in rows
     )
     return (
-        f'<table class="effect"><tr><th>{name}</th><th>captions right</th><th>passes</th></tr>{lines}</table>'
-        f"<p>Measured on the embedded checkpoint: {html.escape(_measured()['what'])}, at most 32 steps. "
-        "More passes take longer.</p>"
+        f'<table class="effect"><tr><th>{name}</th><th>right</th><th>passes</th></tr>{lines}</table>'
+        f"<p>Measured on the embedded checkpoint, at most 32 steps ({html.escape(_measured()['what'])}). "
+        "Right: all that a caption says is true. Every pass takes time.</p>"
     )
 
 
