@@ -296,7 +296,9 @@ def demo(
         try:
             from .demo.page import build_page, serve
         except ImportError as error:
-            raise ImportError(f'The page needs Gradio ({error}): pip install "perceptiondlm[demo]".') from error
+            raise ImportError(
+                f'The page needs Gradio ({error}): pip install "perceptiondlm[demo]", or ".[demo]" in a clone.'
+            ) from error
         writer, threshold = _writer(server, model, key_env, max_new_tokens)
         segmenter = None if sam is None else _segmenter(sam)
         serve(

@@ -21,8 +21,7 @@ import torch
 from demo_server import DemoServer, Visitor
 from PIL import Image
 from region_server import RegionCaptionServer
-from tiny import make_picture
-from transformers import Sam2Config, Sam2Model
+from tiny import make_picture, tiny_sam
 from typer.testing import CliRunner
 
 from pdlm_hf import RegionCaptioner
@@ -342,7 +341,7 @@ def test_comparison():
     together = parts.Lane("together", ["a", "<b>"], 2.0, forwards=12, done=True)
     alone = parts.Lane("alone", ["a", "c"], 3.0, [1.0, 2.0], 20, True)
     shown = parts.compare_html([together, alone])
-    assert "&lt;b&gt;" in shown and "<b>1.5 times</b> as long; 1 of 2 captions are the same" in shown
+    assert "&lt;b&gt;" in shown and "<b>1.5 times</b> as long; 1 of 2 captions are word for word the same" in shown
     assert "width:66.7%" in shown and "<small>2.00 s</small>" in shown and "20 passes" in shown
     alone.done = False
     assert "as long" not in parts.compare_html([together, alone])
@@ -462,37 +461,7 @@ def test_a_server_that_fails_is_told(no_proxy, answer, message):
 
 @pytest.fixture(scope="module")
 def sam():
-    """SAM 2 with random weights, so small that it runs anywhere."""
-    side, width = 64, 16
-    backbone = {
-        "model_type": "sam2_hiera_det_model",
-        "hidden_size": width,
-        "image_size": [side, side],
-        "blocks_per_stage": [1, 1, 2, 1],
-        "embed_dim_per_stage": [width, 2 * width, 4 * width, 8 * width],
-        "num_attention_heads_per_stage": [1, 1, 1, 1],
-        "window_size_per_stage": [8, 4, 2, 2],
-        "global_attention_blocks": [3],
-        "window_positional_embedding_background_size": [2, 2],
-    }
-    vision = {
-        "backbone_config": backbone,
-        "backbone_channel_list": [8 * width, 4 * width, 2 * width, width],
-        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
-        "fpn_hidden_size": 32,
-    }
-    prompt = {"hidden_size": 32, "image_size": side, "patch_size": 16, "mask_input_channels": 4}
-    decoder = {
-        "hidden_size": 32,
-        "mlp_dim": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "iou_head_hidden_dim": 32,
-    }
-    torch.manual_seed(0)
-    return Sam2Model(
-        Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
-    ).eval()
+    return tiny_sam()
 
 
 def test_a_click_marks_a_region(sam, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 `PDLM_SCREENSHOTS=DIR pytest tests/hf/test_demo_browser.py` writes what is seen; docs/demo_page.png is one of them.
 """
 
+import io
 import json
 import os
 import shutil
@@ -129,7 +130,8 @@ class Tab:
 
     def shoot(self, name, **options):
         if SCREENSHOTS:
-            self.page.screenshot(path=Path(SCREENSHOTS) / name, **options)
+            picture = Image.open(io.BytesIO(self.page.screenshot(**options)))
+            picture.convert("RGB").quantize(128).save(Path(SCREENSHOTS) / name, optimize=True)
 
 
 @pytest.fixture

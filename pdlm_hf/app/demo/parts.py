@@ -102,7 +102,7 @@ def compare_html(lanes: list[Lane]) -> str:
         same = sum(a == b for a, b in zip(together.texts, alone.texts, strict=True))
         verdict = (
             f"<p>One at a time took <b>{alone.seconds / together.seconds:.1f} times</b> as long; "
-            f"{same} of {len(alone.texts)} captions are the same. Timed just now, on this machine.</p>"
+            f"{same} of {len(alone.texts)} captions are word for word the same. Timed just now, on this machine.</p>"
         )
     return f'<div class="lanes">{columns}</div>{verdict}'
 
