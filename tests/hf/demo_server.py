@@ -52,6 +52,11 @@ class Visitor:
             data: values of the inputs that are not the session's own.
             event_data: what the page's script sends with it.
         """
+        self.join(event, target, data, event_data)
+        return self.listen()
+
+    def join(self, event, target=None, data=None, event_data=None):
+        """Sends an event, without waiting for it."""
         (found,) = [
             d
             for d in self.config["dependencies"]
@@ -61,6 +66,9 @@ class Visitor:
         values = [None, *(data or [])]
         body = {"data": values, "fn_index": found["id"], "session_hash": self.session, "event_data": event_data}
         self.http.post("/gradio_api/queue/join", json=body).raise_for_status()
+
+    def listen(self, count=1):
+        """What comes until so many events are done."""
         outputs = []
         with self.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": self.session}) as lines:
             for line in lines.iter_lines():
@@ -68,13 +76,16 @@ class Visitor:
                 if news["msg"] == "process_completed":
                     if not news["success"]:
                         raise RuntimeError(news["output"]["error"])
-                    return [*outputs, news["output"]["data"]]
-                if news["msg"] == "process_generating":
+                    count -= 1
+                if news["msg"] in ("process_completed", "process_generating"):
                     outputs.append(news["output"]["data"])
+                if not count:
+                    return outputs
+        raise RuntimeError("the stream ended")
 
     def place(self, block):
         return next(c["props"].get("elem_id") for c in self.config["components"] if c["id"] == block)
 
     def act(self, kind, **more):
         """What the board shows after something was done on it."""
-        return self.send("act", event_data={"kind": kind, **more})[-1][0]
+        return self.send("act", event_data={"kind": kind, **more})[-1][1]["value"]

@@ -254,7 +254,11 @@ def test_ids_stay_apart(started):
         ([("a.txt", b"0 5 5 5")], r"^a\.txt: line 1"),
         ([("a.png", file_of(grey(50, 50)))], "50 x 50 pixels, but the picture has 100 x 80"),
         ([("a.png", file_of(Image.new("L", (100, 80))))], "holds no regions"),
-        ([("a.png", file_of(Image.fromarray(np.arange(8000, dtype=np.uint8).reshape(80, 100))))], "more than 60 lab"),
+        (
+            [("a.png", file_of(Image.fromarray(np.arange(8000, dtype=np.uint8).reshape(80, 100))))],
+            "more than 60 values",
+        ),
+        ([(name, file_of(Image.new("L", (100, 80), 9))) for name in ("a.png", "b.png")], "neither 0/1 nor 0/255"),
         ([("a.png", file_of(Image.new("1", (100, 80), 1))), ("b.png", b"hello")], r"b\.png: cannot be opened"),
         ([("a.json", json.dumps([{"bbox": [0, 0, 5, 5]}] * 61).encode())], "61 regions"),
     ],
@@ -535,13 +539,14 @@ def test_a_visit(served):
     image, masks = make_picture(3, 96, 64, 2)
     view = visitor.act("picture", **sent("a.png", file_of(Image.fromarray(image))))
     assert view["regions"] == [] and view["size"] == [1000, 667]
+    assert visitor.send("act", event_data={"kind": "undo"})[-1][0] is None  # the sheet itself stays on the server
     files = [sent(f"{k}.png", file_of(Image.fromarray(mask))) for k, mask in enumerate(masks)]
     assert len(visitor.act("masks", files=files)["regions"]) == 2
     assert len(visitor.act("box", box=[0, 0, 0.5, 0.5])["regions"]) == 3
     assert len(visitor.act("undo")["regions"]) == 2
     news = visitor.send("click", "describe", ["fixed", 6, 0.8])
     assert len(news) >= 7
-    end = news[-1][0]["props"]["captions"]
+    end = news[-1][1]["props"]["captions"]
     assert len(end["texts"]) == 2 and len(end["drafts"]) == 6 and end["passes"] == 6 and end["seconds"] > 0
     shown = visitor.send("click", "compare-button", ["adaptive", 32, 0.8])[-1][0]
     assert "times</b> as long" in shown and shown.count("<li>") == 4
@@ -570,7 +575,7 @@ def test_faults_are_told_in_one_line(served):
     for values in (["adaptive", 0, 0.8], ["adaptive", 32, 7.0], ["other", 32, 0.8]):
         with pytest.raises(RuntimeError):
             visitor.send("click", "describe", values)
-    assert visitor.send("click", "describe", ["adaptive", 32, 0.8])[-1][0]["props"]["captions"]["scores"]
+    assert visitor.send("click", "describe", ["adaptive", 32, 0.8])[-1][1]["props"]["captions"]["scores"]
 
 
 def test_a_mark_during_the_writing_makes_its_captions_old(writer):
@@ -580,8 +585,17 @@ def test_a_mark_during_the_writing_makes_its_captions_old(writer):
     news = does.describe(own, "fixed", 4, 0.8)
     next(news)
     own.mark({"kind": "box", "box": [0, 0, 0.3, 0.3]})
-    *_, end = news
+    *_, (_, end) = news
     assert own.captions is None and end["captions"]["version"] != own.version
+
+
+def test_marks_made_quickly_are_all_there(served):
+    visitor = Visitor(served.url)
+    visitor.act("example", number=0)
+    for k in range(6):
+        visitor.join("act", event_data={"kind": "box", "box": [0, 0, 0.1 + 0.1 * k, 0.5]})
+    visitor.listen(6)
+    assert len(visitor.act("undo")["regions"]) == 6 + 6 - 1
 
 
 def test_two_people_at_once_get_their_own(served, writer):
@@ -589,7 +603,7 @@ def test_two_people_at_once_get_their_own(served, writer):
         visitor = Visitor(served.url)
         visitor.act("example", number=number)
         for _ in range(3):
-            end = visitor.send("click", "describe", ["fixed", 8, 0.8])[-1][0]["props"]["captions"]
+            end = visitor.send("click", "describe", ["fixed", 8, 0.8])[-1][1]["props"]["captions"]
         file = visitor.send("click", "save-coco")[-1][0]["props"]["file"]
         return end["texts"], json.loads(base64.b64decode(file["data"]))
 
@@ -674,6 +688,7 @@ def test_wrong_calls_are_told_in_one_line(tmp_path, monkeypatch, no_proxy):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for arguments, message in (
             (["--port", taken.getsockname()[1]], "cannot be listened on"),
+            (["--port", 70000], "cannot be listened on"),
             (["--max-new-tokens", 0], "max_new_tokens"),
             (["--model", tmp_path / "none"], "none"),
             (["--sam", tmp_path / "none"], "none"),

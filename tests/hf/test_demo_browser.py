@@ -185,6 +185,7 @@ def test_upload_draw_describe_hover_and_save(tab, picture):
     )
     assert box[30:70, 20:60].all() and box.sum() <= 46 * 45
     assert brushed[40, 130:152].all() and brushed[42:65, 140].all() and not brushed[:, :115].any()
+    assert tab.save("#save-coco")[0].read_bytes() == path.read_bytes()
     path, name = tab.save("#save-picture")
     with Image.open(path) as drawn:
         assert (drawn.format, name, drawn.width) == ("PNG", "two squares_captions.png", 480)

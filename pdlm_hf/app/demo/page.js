@@ -2,7 +2,7 @@
 const find = name => element.querySelector(name);
 const stage = find(".stage"), image = find(".picture"), pen = find(".pen"), tip = find(".tip"), bubbles = find(".bubbles");
 const out = name => document.querySelector("#captions " + name);
-const CROWDED = 12; // regions; from here on only the list has captions
+const CROWDED = 12, NARROW = 480; // regions, pixels; beyond these only the list has captions
 let tool = "box", view = null, labels = null, said = null, timer = null, stroke = null;
 
 const act = (kind, more) => trigger('act', { kind, ...more });
@@ -159,7 +159,7 @@ function show(texts) {
     }
     row.addEventListener("pointerenter", () => hover(null, k));
     row.addEventListener("pointerleave", () => hover(null));
-    if (text && view.regions.length <= CROWDED) {
+    if (text && view.regions.length <= CROWDED && stage.clientWidth >= NARROW) {
       const bubble = make("div", text), [x, y, w, h] = region.box;
       bubble.style.left = `${100 * Math.min(0.86, Math.max(0.14, x + w / 2))}%`;
       bubble.style.top = `${100 * Math.min(0.94, y + h)}%`;

@@ -1,6 +1,7 @@
 """The page itself, and its server."""
 
 import base64
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -78,9 +79,14 @@ class Handlers:
     def __init__(self, writer: Writer, segmenter: Any = None):
         self.writer, self.segmenter = writer, segmenter
 
-    def act(self, sheet: Sheet, event: gr.EventData) -> Any:
+    def act(self, sheet: Sheet, event: gr.EventData) -> tuple[Sheet, Any]:
         """A picture, masks, a mark, undo, clear, or an example, as the page's script says."""
-        what = event._data if isinstance(event._data, dict) else {}
+        with sheet.lock:
+            self._act(sheet, event._data if isinstance(event._data, dict) else {})
+            # the sheet goes back so that gradio knows when it was used last; what was of the old one is forgotten
+            return sheet, gr.update(value=sheet.view(), captions=None, file=None)
+
+    def _act(self, sheet: Sheet, what: dict[str, Any]) -> None:
         kind = what.get("kind")
         if kind == "picture":
             sheet.open(*read_uploads([what])[0])
@@ -92,25 +98,27 @@ class Handlers:
             getattr(sheet, kind)()
         else:
             sheet.mark(what, self.segmenter)
-        return sheet.view()
 
-    def describe(self, sheet: Sheet, mode: str, steps: int, threshold: float) -> Iterator[Any]:
+    def describe(self, sheet: Sheet, mode: str, steps: int, threshold: float) -> Iterator[tuple[Sheet, Any]]:
         """All regions together, live."""
-        regions, version, drafts = sheet.parsed(), sheet.version, []
-        for news in follow(self.writer, sheet.image, regions, settings_of(mode, steps, threshold)):
+        with sheet.lock:
+            image, regions, version, drafts = sheet.image, sheet.parsed(), sheet.version, []
+        for news in follow(self.writer, image, regions, settings_of(mode, steps, threshold)):
             if isinstance(news, Draft):
                 drafts.append(news.texts)
-                yield gr.update(captions={"version": version, "texts": news.texts, "step": news.step})
+                yield sheet, gr.update(captions={"version": version, "texts": news.texts, "step": news.step})
                 continue
-            if sheet.version == version:  # nobody marked anything else meanwhile
-                sheet.captions = news.captions
+            with sheet.lock:
+                if sheet.version == version:  # nothing else was marked meanwhile
+                    sheet.captions = news.captions
             texts = [caption.text for caption in news.captions]
             end = {"version": version, "texts": texts, "scores": [c.score for c in news.captions], "drafts": drafts}
-            yield gr.update(captions=end | {"passes": news.forwards, "seconds": news.seconds})
+            yield sheet, gr.update(captions=end | {"passes": news.forwards, "seconds": news.seconds})
 
     def compare(self, sheet: Sheet, mode: str, steps: int, threshold: float) -> Iterator[str]:
         """All regions together, then each one alone."""
-        regions, image, settings = sheet.parsed(), sheet.image, settings_of(mode, steps, threshold)
+        with sheet.lock:
+            image, regions, settings = sheet.image, sheet.parsed(), settings_of(mode, steps, threshold)
         together = Lane("All regions together", [""] * len(regions))
         alone = Lane("One region at a time", [""] * len(regions))
         for news in follow(self.writer, image, regions, settings):
@@ -137,11 +145,13 @@ class Handlers:
 
     def export_coco(self, sheet: Sheet) -> Any:
         """The COCO file, for the page's script to hand over."""
-        return _file(f"{_stem(sheet)}_captions.json", "application/json", sheet.coco())
+        with sheet.lock:
+            return _file(f"{_stem(sheet)}_captions.json", "application/json", sheet.coco())
 
     def export_picture(self, sheet: Sheet) -> Any:
         """The picture with its captions."""
-        return _file(f"{_stem(sheet)}_captions.png", "image/png", sheet.drawing())
+        with sheet.lock:
+            return _file(f"{_stem(sheet)}_captions.png", "image/png", sheet.drawing())
 
 
 def _stem(sheet: Sheet) -> str:
@@ -149,7 +159,8 @@ def _stem(sheet: Sheet) -> str:
 
 
 def _file(name: str, kind: str, data: bytes) -> Any:
-    return gr.update(file={"name": name, "kind": kind, "data": base64.b64encode(data).decode()})
+    again = secrets.token_hex(4)  # the script is told of changes only, and who presses twice wants two files
+    return gr.update(file={"name": name, "kind": kind, "data": base64.b64encode(data).decode(), "again": again})
 
 
 def build_page(writer: Writer, segmenter: Any = None, threshold: float | None = 0.8) -> gr.Blocks:
@@ -200,8 +211,8 @@ def build_page(writer: Writer, segmenter: Any = None, threshold: float | None = 
         lanes = gr.HTML(elem_id="compare", apply_default_css=False)
         quick = {"show_progress": "hidden", "api_visibility": "private"}
         slow = {"concurrency_limit": writer.at_a_time, "concurrency_id": "writer", "api_visibility": "private"}
-        board.act(says_why(does.act), sheet, board, **quick)
-        press.click(says_why_live(does.describe), [sheet, *controls], board, show_progress="hidden", **slow)
+        board.act(says_why(does.act), sheet, [sheet, board], trigger_mode="multiple", **quick)
+        press.click(says_why_live(does.describe), [sheet, *controls], [sheet, board], show_progress="hidden", **slow)
         race.click(says_why_live(does.compare), [sheet, *controls], lanes, show_progress="minimal", **slow)
         coco.click(says_why(does.export_coco), sheet, board, **quick)
         picture.click(says_why(does.export_picture), sheet, board, **quick)

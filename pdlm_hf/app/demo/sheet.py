@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ _UNDO = 50
 class Sheet:
     """What one person works on. Regions are kept as COCO annotations: masks of large pictures would fill the memory.
 
+    To be changed by one thread at a time, the one that holds its lock.
+
     Args:
         image (`PIL.Image.Image`, *optional*): RGB.
         name (`str`): of its file.
@@ -42,6 +45,13 @@ class Sheet:
     captions: list[RegionCaption] | None = None
     version: int = 0
     past: list[list[dict[str, Any]]] = field(default_factory=list, repr=False)
+
+    def __post_init__(self):
+        self.lock = RLock()  # no field: gradio writes out the fields of what a session begins with
+
+    def __deepcopy__(self, memo: dict) -> "Sheet":
+        """gradio begins every session with a copy of the first sheet, which is empty."""
+        return Sheet()
 
     def open(self, name: str, data: bytes) -> None:
         """Begin with an uploaded picture. Raises: ValueError, and the sheet stays as it was."""
@@ -97,8 +107,10 @@ class Sheet:
                 image = open_upload(name, data, size)
                 if image.mode == "P":  # numbers of a palette are labels
                     image = Image.fromarray(np.asarray(image))
-                if (image if len(files) == 1 else image.convert("L")).getcolors(MAX_REGIONS + 1) is None:
-                    raise ValueError(f"{name}: more than {MAX_REGIONS} labels; expected a label map or masks as PNG.")
+                if len(files) == 1 and image.getcolors(MAX_REGIONS + 1) is None:  # each would be a mask
+                    raise ValueError(
+                        f"{name}: more than {MAX_REGIONS} values; expected a label map, or several masks."
+                    )
                 values = from_label_map(image) if len(files) == 1 else [image]
             self._check(len(self.regions) + len(found) + len(values))
             found += [parse_region(value, *size, k) for k, value in enumerate(values)]
