@@ -305,7 +305,19 @@ def test_with_a_server(browser, picture, monkeypatch):
         tab.open(picture, (1000, 500))
         tab.drag((0.1, 0.3), (0.5, 0.7))
         tab.regions(1)
+        tab.page.evaluate("""() => {
+          window.told = [];
+          const status = document.querySelector("#captions .status");
+          new MutationObserver(() => window.told.push(status.textContent)).observe(status, { childList: true });
+        }""")
         (caption,) = tab.describe()
+        assert tab.page.evaluate("window.told[0]") == "Waiting for the model"
         assert abs(int(caption.removesuffix(" pixels")) - 80 * 40) < 400
         assert tab.page.locator("#captions .status").text_content().startswith("1 caption in 2 passes")
+        server.fault = lambda number, body: 500
+        tab.page.click("#describe")
+        expect(tab.page.locator(".toast-wrap")).to_contain_text("writes no captions: ", timeout=WAIT)
+        expect(tab.page.locator("#captions .status")).to_have_text("No captions. Press to try again.", timeout=WAIT)
+        server.fault = lambda number, body: None
+        assert tab.describe() == [caption]
         tab.context.close()

@@ -194,8 +194,11 @@ function replay(k) {
   show(steps[k]);
 }
 function stop() { clearInterval(timer); timer = null; }
-function wire() { // the list may come later than the board
-  if (!out(".replay")) return setTimeout(wire, 50);
+function wire() { // list and button may come later than the board
+  const button = document.querySelector("#describe");
+  if (!out(".replay") || !button) return setTimeout(wire, 50);
+  button.addEventListener("click", () => view && view.regions.length && status("Waiting for the model"));
+  window.addEventListener("pdlm-failed", () => view && status("No captions. Press to try again."));
   out(".replay input").addEventListener("input", event => { stop(); replay(Number(event.target.value)); });
   out(".replay button").addEventListener("click", () => {
     stop();

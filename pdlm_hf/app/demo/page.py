@@ -4,7 +4,7 @@ import base64
 import secrets
 import socket
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def says_why_live(handler: Callable) -> Callable:
     return wrapped
 
 
+@cache
 def example(number: int) -> tuple[Any, list[np.ndarray]]:
     """A drawn picture (PIL, RGB) the embedded checkpoint can describe, and its masks."""
     drawn = draw_picture(np.random.default_rng(_EXAMPLES[number]))
@@ -93,7 +94,8 @@ class Handlers:
         elif kind == "masks":
             sheet.load_masks(read_uploads(what.get("files")))
         elif kind == "example" and what.get("number") in range(len(_EXAMPLES)):
-            sheet.start(example(what["number"])[0], f"example_{what['number'] + 1}.png", example(what["number"])[1])
+            image, masks = example(what["number"])
+            sheet.start(image, f"example_{what['number'] + 1}.png", masks)
         elif kind in ("undo", "clear"):
             getattr(sheet, kind)()
         else:
@@ -196,7 +198,7 @@ def build_page(writer: Writer, segmenter: Any = None, threshold: float | None = 
                 )
             with gr.Column(scale=2, min_width=320):
                 press = gr.Button("Describe all regions", variant="primary", size="lg", elem_id="describe")
-                gr.HTML(
+                said = gr.HTML(
                     html_template=(_HERE / "captions.html").read_text(encoding="utf-8"),
                     apply_default_css=False,
                     elem_id="captions",
@@ -209,11 +211,14 @@ def build_page(writer: Writer, segmenter: Any = None, threshold: float | None = 
         with gr.Row():
             race = gr.Button("Compare with one region at a time", elem_id="compare-button")
         lanes = gr.HTML(elem_id="compare", apply_default_css=False)
-        quick = {"show_progress": "hidden", "api_visibility": "private"}
-        slow = {"concurrency_limit": writer.at_a_time, "concurrency_id": "writer", "api_visibility": "private"}
+        quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        slow: dict[str, Any] = {"concurrency_limit": writer.at_a_time, "concurrency_id": "writer"}
+        slow |= {"show_progress": "minimal", "api_visibility": "private"}  # the place in the line, for who waits
         board.act(says_why(does.act), sheet, [sheet, board], trigger_mode="multiple", **quick)
-        press.click(says_why_live(does.describe), [sheet, *controls], [sheet, board], show_progress="hidden", **slow)
-        race.click(says_why_live(does.compare), [sheet, *controls], lanes, show_progress="minimal", **slow)
+        told = says_why_live(does.describe)
+        writing = press.click(told, [sheet, *controls], [sheet, board], show_progress_on=said, **slow)
+        writing.failure(None, js="() => window.dispatchEvent(new Event('pdlm-failed'))")
+        race.click(says_why_live(does.compare), [sheet, *controls], lanes, **slow)
         coco.click(says_why(does.export_coco), sheet, board, **quick)
         picture.click(says_why(does.export_picture), sheet, board, **quick)
     return page.queue(default_concurrency_limit=4, max_size=64, api_open=False)
