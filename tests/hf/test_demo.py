@@ -32,7 +32,7 @@ from pdlm_hf.app.demo.sam import Segmenter
 from pdlm_hf.app.demo.sheet import Sheet
 from pdlm_hf.app.demo.writing import Draft, LocalWriter, ServerWriter, Written, follow, settings_of
 from pdlm_hf.app.readers import read_region_file
-from pdlm_hf.app.regions import Region, parse_regions
+from pdlm_hf.app.regions import parse_regions
 from pdlm_hf.app.replies import JudgeError
 from pdlm_hf.app.server import RegionServer
 
@@ -297,6 +297,19 @@ def test_the_page_knows_which_region_a_pixel_is_of(started):
     version = view["version"]
     started.undo()
     assert started.view()["version"] != version
+
+
+def test_a_large_picture_is_shown_small_and_kept_whole():
+    own = Sheet()
+    own.open("a.png", file_of(grey(3000, 2000)))
+    own.load_masks([("a.json", b'[{"bbox": [600, 400, 900, 800]}, {"bbox": [2400, 1001, 1, 1]}]')])
+    view = own.view()
+    labels = np.asarray(image_in(view["labels"]))
+    assert labels.shape == (667, 1000) and image_in(view["picture"]).size == (1000, 667)
+    assert (labels[135:399, 201:499] == 1).all() and (labels == 1).sum() < 302 * 269
+    ((row, column),) = np.argwhere(labels == 2)  # it would fall between the pixels
+    assert abs(row - 333.8) <= 1 and abs(column - 800) <= 1
+    assert [int(mask.sum()) for mask in masks_of(own)] == [900 * 800, 1]
 
 
 def test_export(started, tmp_path):
@@ -719,9 +732,3 @@ def test_it_listens_on_this_machine_only_and_ends_with_ctrl_c():
         assert process.wait(30) == 0
     finally:
         process.kill()
-
-
-def test_regions_keep_their_masks_packed(started):
-    started.mark({"kind": "box", "box": [0, 0, 1, 1]})
-    assert set(started.regions[0]) == {"id", "segmentation"}
-    assert isinstance(parse_regions(started.regions, 100, 80)[0], Region)

@@ -130,8 +130,9 @@ class Tab:
 
     def shoot(self, name, **options):
         if SCREENSHOTS:
-            picture = Image.open(io.BytesIO(self.page.screenshot(**options)))
-            picture.convert("RGB").quantize(128).save(Path(SCREENSHOTS) / name, optimize=True)
+            picture = Image.open(io.BytesIO(self.page.screenshot(**options))).convert("RGB")
+            small = picture.quantize(256, Image.Quantize.MAXCOVERAGE, 1, dither=Image.Dither.NONE)
+            small.save(Path(SCREENSHOTS) / name, optimize=True)
 
 
 @pytest.fixture

@@ -34,13 +34,16 @@ class Sheet:
     Args:
         image (`PIL.Image.Image`, *optional*): RGB.
         name (`str`): of its file.
-        regions (`list[dict]`): "id" and "segmentation" (RLE); "brushed" if more can be painted to it.
+        small (`PIL.Image.Image`, *optional*): as it is shown, where that is smaller; else the image.
+        regions (`list[dict]`): "id", "segmentation" (RLE), and "shown", the RLE at that size; "brushed" if more can be
+            painted to it.
         captions (`list[RegionCaption]`, *optional*): of these regions.
         version (`int`): another one whenever picture or regions change.
     """
 
     image: Image.Image | None = None
     name: str = ""
+    small: Image.Image | None = None
     regions: list[dict[str, Any]] = field(default_factory=list)
     captions: list[RegionCaption] | None = None
     version: int = 0
@@ -61,7 +64,8 @@ class Sheet:
         """Begin with a picture (RGB), and masks on it."""
         regions = [Region(k, mask) for k, mask in enumerate(masks, 1)]
         self.image, self.name, self.past = image, name, []
-        self._set([_annotation(region, region.id) for region in regions])
+        self.small = image.resize(_shown_size(image)) if max(image.size) > _SHOWN else image
+        self._set([self._row(region, region.id) for region in regions])
 
     def mark(self, gesture: dict[str, Any], segmenter: Any = None) -> None:
         """Make a region the way a person shows it; places are in fractions of the picture's width and height.
@@ -136,17 +140,17 @@ class Sheet:
         """What the page shows: the picture with its regions, and a picture that tells which region a pixel is of."""
         if self.image is None:
             return None
-        regions = parse_regions(self.regions, *self.image.size) if self.regions else []
-        factor = _SHOWN / max(self.image.size)
-        size = tuple(max(1, round(side * factor)) for side in self.image.size)
+        shown = [{"id": row["id"], "segmentation": row["shown"]} for row in self.regions]
+        regions = parse_regions(shown, *self.small.size) if shown else []
+        size = _shown_size(self.image)
         labels = np.zeros(size[::-1], np.uint8)
         for k in area_order([region.mask for region in regions]):  # small ones lie on large ones, as they are drawn
             mask = Image.fromarray(regions[k].mask).resize(size, Image.Resampling.NEAREST)
             labels[np.asarray(mask)] = k + 1
-        boxes = [np.divide(region.bbox, [*self.image.size, *self.image.size]).tolist() for region in regions]
+        boxes = [np.divide(region.bbox, [*self.small.size, *self.small.size]).tolist() for region in regions]
         return {
             "version": self.version,
-            "picture": jpeg_url(draw_regions(self.image, regions, size)),
+            "picture": jpeg_url(draw_regions(self.small, regions, size)),
             "labels": png_url(Image.fromarray(labels)),
             "size": size,
             "regions": [
@@ -192,14 +196,20 @@ class Sheet:
             if not isinstance(region.id, int) or region.id in taken:
                 region.id = max(taken, default=0) + 1
             taken.add(region.id)
-            rows.append(_annotation(region, region.id))
+            rows.append(self._row(region, region.id))
         self._change(self.regions + rows)
+
+    def _row(self, region: Region, own: int, **more: Any) -> dict[str, Any]:
+        """What is kept of a region."""
+        whole = region.segmentation
+        shown = whole if self.small is self.image else Region(own, _shrunk(region.mask, self.small.size)).segmentation
+        return {"id": own, "segmentation": whole, "shown": shown, **more}
 
     def _paint(self, mask: np.ndarray, start: np.ndarray) -> None:
         x, y = _pixel(start, *self.image.size)
         for k, row in reversed(list(enumerate(self.regions))):
             if row.get("brushed") and (whole := parse_region(row, *self.image.size).mask)[y, x]:
-                grown = _annotation(Region(row["id"], whole | mask), row["id"], brushed=True)
+                grown = self._row(Region(row["id"], whole | mask), row["id"], brushed=True)
                 return self._change([*self.regions[:k], grown, *self.regions[k + 1 :]])
         self._add([Region(None, mask)])
         self.regions[-1]["brushed"] = True
@@ -218,8 +228,16 @@ class Sheet:
         self.regions, self.captions, self.version = regions, None, self.version + 1
 
 
-def _annotation(region: Region, own: int, **more: Any) -> dict[str, Any]:
-    return {"id": own, "segmentation": region.segmentation, **more}
+def _shown_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height on the page."""
+    factor = _SHOWN / max(image.size)
+    return max(1, round(image.width * factor)), max(1, round(image.height * factor))
+
+
+def _shrunk(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask at another size; what would vanish keeps a pixel."""
+    shares = np.asarray(Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BOX))
+    return shares >= min(128, shares.max())
 
 
 def _read_regions(name: str, data: bytes, image_name: str, size: tuple[int, int]) -> list[Any]:
