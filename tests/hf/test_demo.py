@@ -688,6 +688,9 @@ def test_the_page_needs_nothing_from_elsewhere(served):
     assert "http" not in policy and policy.startswith("default-src 'self'")
     assert not re.search(r'(?:src|href)="(?:https?:)?//', answer.text)
     assert 'analytics_enabled":false' in answer.text
+    config = httpx.get(f"{served.url}/config", trust_env=False).text
+    assert str(Path(page.__file__).parents[3]) not in config + answer.text  # no paths of this machine
+    assert httpx.get(f"{served.url}/gradio_api/info", trust_env=False).json()["named_endpoints"] == {}
 
 
 # ---------------------------------------------------------------- the command

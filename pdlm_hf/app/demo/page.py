@@ -238,7 +238,9 @@ def _controls(writer: Writer, threshold: float | None) -> list[Any]:
     def show(mode: str, steps: int, threshold: float) -> tuple[Any, str]:
         return gr.update(visible=mode == "adaptive"), effect_html(mode, steps, threshold)
 
-    gr.on([control.change for control in controls], says_why(show), controls, [bound, effect], show_progress="hidden")
+    changes = [control.change for control in controls]
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    gr.on(changes, says_why(show), controls, [bound, effect], **quiet)
     return controls
 
 
