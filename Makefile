@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo install docs test test-core test-wheel test-vllm test-lmms test-full lint clean
+.PHONY: demo install docs browser test test-core test-wheel test-vllm test-lmms test-full lint clean
 
 demo: .venv/demo
 	@mkdir -p demo_out
@@ -44,11 +44,17 @@ docs: .venv/dev
 
 test: lint docs test-core test-wheel test-lmms test-vllm
 
-test-core: .venv/dev
+# The tests of the page need a browser.
+browser:
+	@command -v chromium > /dev/null || command -v chromium-browser > /dev/null || command -v google-chrome > /dev/null \
+	|| { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium > /dev/null; } \
+	|| { echo "The tests of pdlm demo need a browser: install chromium (Debian: apt-get install chromium)."; exit 1; }
+
+test-core: .venv/dev browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow"
 
 # The built wheel with the oldest transformers, away from the clone.
-test-wheel: .venv/dev
+test-wheel: .venv/dev browser
 	rm -rf dist .wheel && mkdir .wheel
 	$(BIN)/python -m build --wheel -o dist . > .wheel/build.log
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

@@ -278,6 +278,57 @@ def chat(
 
 
 @app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")] = None,
+    server: Annotated[str | None, typer.Option(help="Ask this server of ours; --model: a name it has.")] = None,
+    key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")] = None,
+    sam: Annotated[str | None, typer.Option(help="SAM 2, folder or hub id: regions by clicking.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: everybody in the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: any free one.")] = 7860,
+    max_new_tokens: Annotated[int, typer.Option(help="Slots per caption.")] = 32,
+) -> None:
+    """Open a page: mark regions of a picture, press once, watch all captions emerge."""
+    from ..generation_pdlm import PdlmGenerationConfig
+    from .replies import JudgeError
+
+    try:
+        PdlmGenerationConfig(max_new_tokens=max_new_tokens)
+        try:
+            from .demo.page import build_page, serve
+        except ImportError as error:
+            raise ImportError(
+                f'The page needs Gradio ({error}): pip install "perceptiondlm[demo]", or ".[demo]" in a clone.'
+            ) from error
+        writer, threshold = _writer(server, model, key_env, max_new_tokens)
+        segmenter = None if sam is None else _segmenter(sam)
+        serve(
+            build_page(writer, segmenter, threshold), host, port, lambda url: typer.echo(f"Open {url} (Ctrl-C ends)")
+        )
+    except (ValueError, OSError, ImportError, JudgeError) as error:
+        raise _fail(error) from None
+    except KeyboardInterrupt:  # how it is ended
+        pass
+
+
+def _writer(server, model, key_env, max_new_tokens):
+    """What writes the captions of the page, and the threshold it starts with, if any."""
+    from .demo.writing import LocalWriter, ServerWriter
+
+    if server is not None:
+        return ServerWriter(_region_server(server, model, key_env, 8, None, {}), max_new_tokens), None
+    captioner = _captioner(model, fast=False)
+    writer = LocalWriter(captioner, model or "shapes (embedded)", max_new_tokens)
+    return writer, captioner.model.generation_config.acceptance_threshold
+
+
+def _segmenter(path):
+    """SAM 2 for clicks. Raises: ValueError."""
+    from .demo.sam import Segmenter
+
+    return _load(Segmenter.from_pretrained, path)
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, ours or the reference's.")],
     out: Annotated[Path, typer.Argument(help="New folder to write.")],

@@ -1,7 +1,8 @@
 """Opening pictures."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -23,15 +24,36 @@ def load_image(source: Any) -> Image.Image:
     return to_rgb(source)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """A picture file in its own mode, turned the way it is meant to be seen. Raises: ValueError as [`load_image`]."""
+def open_image(
+    source: str | Path | BinaryIO,
+    name: str | None = None,
+    check: Callable[[Image.Image], None] | None = None,
+    formats: Sequence[str] | None = None,
+) -> Image.Image:
+    """A picture file in its own mode, turned the way it is meant to be seen.
+
+    Args:
+        source: path, or a file in memory.
+        name (`str`, *optional*): for messages; default: the path.
+        check (*optional*): called before the picture is decoded; raises what is to be raised.
+        formats (*optional*): names of the formats to try, as Pillow has them; default: all it knows.
+
+    Raises:
+        ValueError: as [`load_image`].
+    """
+    name = str(source) if name is None else name
     try:
-        with Image.open(path) as image:
+        with Image.open(source, formats=formats) as image:
+            if check is not None:
+                check(image)
             image.load()
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file.") from None
+        raise ValueError(f"{name}: no such file.") from None
     except IsADirectoryError:
-        raise ValueError(f"{path}: is a folder, not a picture.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be opened as a picture ({error}).") from error
+        raise ValueError(f"{name}: is a folder, not a picture.") from None
+    except UnidentifiedImageError as error:
+        reason = error if formats is None else f"known are {', '.join(formats)}"
+        raise ValueError(f"{name}: cannot be opened as a picture ({reason}).") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: cannot be opened as a picture ({error}).") from error

@@ -5,7 +5,6 @@
 """
 
 import base64
-import binascii
 import io
 import math
 from pathlib import Path
@@ -156,11 +155,11 @@ def _labelme_mask(shape: dict, data: dict, where: str) -> np.ndarray:
     points = _points(shape, where)
     try:
         size = (int(data["imageHeight"]), int(data["imageWidth"]))
-        part = np.asarray(Image.open(io.BytesIO(base64.b64decode(shape["mask"])))) > 0
+        part = np.asarray(Image.open(io.BytesIO(base64.b64decode(shape["mask"])), formats=("PNG",))) > 0
         x, y = points[0].astype(int).tolist()
         mask = np.zeros(size, dtype=bool)
         mask[y : y + part.shape[0], x : x + part.shape[1]] = part
-    except (KeyError, TypeError, ValueError, IndexError, OSError, SyntaxError, binascii.Error) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: the mask cannot be read ({type(error).__name__}: {error}).") from None
     return mask
 

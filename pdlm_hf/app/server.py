@@ -55,6 +55,31 @@ class RegionServer(Judge):
             raise JudgeError(f"The server at {public_url(self.base_url)} writes no captions: {reply.error}")
         self._probed = True
 
+    def stream(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Ask once, and follow the denoising.
+
+        Args:
+            request (`dict`): see [`request_of`], and settings.
+
+        Yields:
+            the server's events: `{"regions": [{"id", "caption", "score"}]}` for every step; the last has all regions
+            and "usage".
+
+        Raises:
+            JudgeError: it fails, refuses, or stops before the end.
+        """
+        where, event = f"The server at {public_url(self.base_url)}", {}
+        options = {"cast_to": object, "stream": True, "stream_cls": self._api.Stream[object]}
+        try:
+            body = {**self._body(request), "stream": True}
+            with self._client.post("/region_captions", body=body, **options) as events:
+                for event in events:
+                    yield event
+        except self._api.OpenAIError as error:
+            raise JudgeError(f"{where} writes no captions: {self._why(error)}") from error
+        if "usage" not in event or len(event.get("regions", [])) != len(request["regions"]):
+            raise JudgeError(f"{where} stopped before all captions were written.")
+
     def _send(self, body: dict[str, Any]) -> Reply:
         data: Any = None
         try:

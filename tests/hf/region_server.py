@@ -56,7 +56,9 @@ class RegionCaptionServer:
                     found = server.fault(number, body)
                     if isinstance(found, int):
                         return self.send(found, {"error": {"message": f"fault {found}"}})
-                    self.send(200, captions_of(body) if found is None else found)
+                    if found is None:
+                        found = events_of(body) if body.get("stream") else captions_of(body)
+                    self.send(200, found)
                 finally:
                     with server.lock:
                         server.under_way -= 1
@@ -72,6 +74,17 @@ class RegionCaptionServer:
     def __exit__(self, *error):
         self.http.shutdown()
         self.http.server_close()
+
+
+def events_of(body):
+    """The same as a stream: two steps, then the answer."""
+    whole = captions_of(body)
+    events = [
+        {"pass": 0, "step": step, "regions": [{**row, "caption": row["caption"][:step]} for row in whole["regions"]]}
+        for step in (1, 2)
+    ]
+    lines = [f"data: {json.dumps(event)}\n\n" for event in [*events, whole]]
+    return "".join([*lines, "data: [DONE]\n\n"]).encode()
 
 
 def captions_of(body):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from transformers import Sam2Config, Sam2Model
 
 from pdlm_hf.shapes.model import build_model
 
@@ -40,3 +41,37 @@ def make_picture(seed: int, width: int = 96, height: int = 64, num_masks: int = 
         mask[y : y + h, x : x + w] = True
         masks.append(mask)
     return image, masks
+
+
+def tiny_sam():
+    """SAM 2 with random weights, so small that it runs anywhere."""
+    side, width = 64, 16
+    backbone = {
+        "model_type": "sam2_hiera_det_model",
+        "hidden_size": width,
+        "image_size": [side, side],
+        "blocks_per_stage": [1, 1, 2, 1],
+        "embed_dim_per_stage": [width, 2 * width, 4 * width, 8 * width],
+        "num_attention_heads_per_stage": [1, 1, 1, 1],
+        "window_size_per_stage": [8, 4, 2, 2],
+        "global_attention_blocks": [3],
+        "window_positional_embedding_background_size": [2, 2],
+    }
+    vision = {
+        "backbone_config": backbone,
+        "backbone_channel_list": [8 * width, 4 * width, 2 * width, width],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        "fpn_hidden_size": 32,
+    }
+    prompt = {"hidden_size": 32, "image_size": side, "patch_size": 16, "mask_input_channels": 4}
+    decoder = {
+        "hidden_size": 32,
+        "mlp_dim": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "iou_head_hidden_dim": 32,
+    }
+    torch.manual_seed(0)
+    return Sam2Model(
+        Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+    ).eval()

@@ -1,0 +1,324 @@
+"""The page of `pdlm demo` in a real browser, as a person uses it.
+
+`PDLM_SCREENSHOTS=DIR pytest tests/hf/test_demo_browser.py` writes what is seen; docs/demo_page.png is one of them.
+"""
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from demo_server import DemoServer
+from PIL import Image, ImageDraw
+from playwright.sync_api import expect, sync_playwright
+from region_server import RegionCaptionServer
+
+from pdlm_hf import RegionCaptioner
+from pdlm_hf.app.demo.writing import LocalWriter, ServerWriter
+from pdlm_hf.app.readers import read_region_file
+from pdlm_hf.app.regions import parse_regions
+from pdlm_hf.app.server import RegionServer
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SCREENSHOTS = os.environ.get("PDLM_SCREENSHOTS")
+WAIT = 30_000  # milliseconds; for busy machines
+# Keeps what every row of the list has said, each time that any of them changes.
+WATCH = """() => {
+  window.seen = [];
+  const rows = document.querySelector("#captions .rows");
+  new MutationObserver(() => {
+    window.seen.push([...rows.querySelectorAll("span")].map(row => row.textContent));
+  }).observe(rows, { childList: true, subtree: true, characterData: true });
+}"""
+# Drops a file, of these bytes or of so many, on the picture.
+DROP = """([name, content]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([new Uint8Array(content)], name, { type: "image/png" }));
+  const dropped = new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
+  document.querySelector("#board .stage").dispatchEvent(dropped);
+}"""
+
+
+class HalfSegmenter:
+    """Says that everything left of a click belongs to it."""
+
+    def mask(self, image, x, y):
+        mask = np.zeros((image.height, image.width), bool)
+        mask[:, : x + 1] = True
+        return mask
+
+
+@pytest.fixture(scope="module")
+def served():
+    with DemoServer(LocalWriter(RegionCaptioner.from_pretrained(), "shapes"), segmenter=HalfSegmenter()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One browser; whatever its tabs asked for is looked at in the end."""
+    assert CHROMIUM, "These tests need chromium; on Debian: apt-get install chromium"
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        browser.asked, browser.complaints = set(), []
+        yield browser
+        browser.close()
+    assert {urlsplit(url).hostname for url in browser.asked if url.startswith(("http", "ws"))} == {"127.0.0.1"}
+    assert browser.complaints == []
+
+
+class Tab:
+    """One person at the page."""
+
+    def __init__(self, browser, url):
+        self.context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(WAIT)
+        self.page.on("request", lambda request: browser.asked.add(request.url))
+        self.page.on("console", lambda said: said.type == "error" and browser.complaints.append(said.text))
+        self.page.on("pageerror", lambda error: browser.complaints.append(str(error)))
+        self.page.goto(url)
+        self.page.wait_for_selector("#board .examples img")
+
+    def regions(self, count):
+        """Waits until the list has so many rows."""
+        expect(self.page.locator("#captions .rows li")).to_have_count(count, timeout=WAIT)
+
+    def open(self, path, size):
+        """Chooses a picture; waits until it is there."""
+        self.page.set_input_files("#board .picture-file", path)
+        ratio = f"{size[0]} / {size[1]}"
+        self.page.wait_for_function(f"document.querySelector('#board .stage').style.aspectRatio === '{ratio}'")
+        self.page.wait_for_function("document.querySelector('#board .picture').complete")
+
+    def example(self, number, count):
+        self.page.click(f"#board .examples button >> nth={number}")
+        self.regions(count)
+
+    def drag(self, *points):
+        """With the mouse over the picture, by fractions of it."""
+        mouse = self.page.mouse
+        mouse.move(*self.at(*points[0]))
+        mouse.down()
+        for point in points[1:]:
+            mouse.move(*self.at(*point), steps=4)
+        mouse.up()
+
+    def at(self, x, y):
+        self.page.locator("#board .pen").scroll_into_view_if_needed()
+        frame = self.page.locator("#board .pen").bounding_box()
+        return frame["x"] + x * frame["width"], frame["y"] + y * frame["height"]
+
+    def describe(self):
+        """Presses, and waits for the end; what the list says then."""
+        self.page.click("#describe")
+        self.page.wait_for_function("document.querySelector('#captions .status').textContent.includes(' passes, ')")
+        return self.said()
+
+    def said(self):
+        return self.page.locator("#captions .rows span").all_text_contents()
+
+    def save(self, button):
+        with self.page.expect_download() as found:
+            self.page.click(button)
+        return Path(found.value.path()), found.value.suggested_filename
+
+    def shoot(self, name, **options):
+        if SCREENSHOTS:
+            picture = Image.open(io.BytesIO(self.page.screenshot(**options))).convert("RGB")
+            small = picture.quantize(256, Image.Quantize.MAXCOVERAGE, 1, dither=Image.Dither.NONE)
+            small.save(Path(SCREENSHOTS) / name, optimize=True)
+
+
+@pytest.fixture
+def tab(browser, served):
+    tab = Tab(browser, served.url)
+    yield tab
+    tab.context.close()
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """A file: a red square and a blue one on grey, 200 x 100 pixels."""
+    image = Image.new("RGB", (200, 100), (130, 130, 130))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle([20, 30, 59, 69], fill=(220, 30, 30))
+    draw.rectangle([120, 30, 159, 69], fill=(30, 60, 220))
+    path = tmp_path_factory.mktemp("pictures") / "two squares.png"
+    image.save(path)
+    return path
+
+
+def test_upload_draw_describe_hover_and_save(tab, picture):
+    tab.open(picture, (1000, 500))
+    tab.drag((0.09, 0.28), (0.31, 0.71))
+    tab.regions(1)
+    tab.page.click("[data-tool=brush]")
+    tab.drag((0.64, 0.4), (0.76, 0.4))
+    tab.regions(2)
+    tab.drag((0.7, 0.4), (0.7, 0.65))  # goes on with the same region
+    tab.page.wait_for_function("document.querySelector('#board [data-version]').dataset.version === '4'")
+    tab.regions(2)
+    captions = tab.describe()
+    assert "red" in captions[0] and "blue" in captions[1]
+    status = tab.page.locator("#captions .status").text_content()
+    assert status.startswith("2 captions in ") and status.endswith(" s")
+    assert tab.page.locator("#board .bubbles div").all_text_contents() == captions
+    scores = tab.page.locator("#captions .rows small").all_text_contents()
+    tab.page.mouse.move(*tab.at(0.2, 0.5))
+    tip = tab.page.locator("#board .tip")
+    expect(tip).to_be_visible()
+    assert tip.text_content() == f"1{captions[0]}score {scores[0]}"
+    tab.page.mouse.move(*tab.at(0.5, 0.9))
+    expect(tip).to_be_hidden()
+    path, name = tab.save("#save-coco")
+    assert name == "two squares_captions.json"
+    shutil.copy(path, picture.with_suffix(".json"))
+    rows = read_region_file(picture.with_suffix(".json"), picture.name, 200, 100)
+    assert [(row["caption"], f"{row['score']:.2f}") for row in rows] == list(zip(captions, scores, strict=True))
+    box, brushed = (
+        region.mask for region in parse_regions([{"segmentation": r["segmentation"]} for r in rows], 200, 100)
+    )
+    assert box[30:70, 20:60].all() and box.sum() <= 46 * 45
+    assert brushed[40, 130:152].all() and brushed[42:65, 140].all() and not brushed[:, :115].any()
+    assert tab.save("#save-coco")[0].read_bytes() == path.read_bytes()
+    path, name = tab.save("#save-picture")
+    with Image.open(path) as drawn:
+        assert (drawn.format, name, drawn.width) == ("PNG", "two squares_captions.png", 480)
+
+
+def test_all_captions_emerge_together_step_by_step(tab):
+    tab.example(0, 6)
+    tab.page.click("text=Fixed steps")
+    expect(tab.page.locator("#effect th").first).to_have_text("steps")
+    tab.page.evaluate(WATCH)
+    final = tab.describe()
+    assert tab.page.locator("#captions .status").text_content().startswith("6 captions in 32 passes, ")
+    seen = tab.page.evaluate("window.seen")
+    drafts = [texts for texts in seen if len(texts) == 6 and any(texts)]
+    for k in range(6):
+        assert len({texts[k] for texts in drafts}) >= 4, [texts[k] for texts in drafts]
+    unfinished = [texts for texts in drafts if all(a and a != b for a, b in zip(texts, final, strict=True))]
+    assert unfinished  # all six at the same time
+    # and again, from the start
+    tab.page.locator("#captions .replay input").fill("0")
+    expect(tab.page.locator("#captions .replay span")).to_have_text("step 1 of 32")
+    assert all(a != b for a, b in zip(tab.said(), final, strict=True))
+    tab.page.click("#captions .replay button")
+    expect(tab.page.locator("#captions .replay span")).to_have_text("result", timeout=WAIT)
+    assert tab.said() == final
+
+
+def test_a_broken_file_is_told_and_the_work_goes_on(tab, tmp_path):
+    tab.example(1, 5)
+    before = tab.describe()
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
+    tab.page.set_input_files("#board .picture-file", tmp_path / "broken.png")
+    expect(tab.page.locator(".toast-wrap")).to_contain_text("broken.png: cannot be opened as a picture", timeout=WAIT)
+    (tmp_path / "broken.json").write_text("{")
+    tab.page.set_input_files("#board .mask-file", tmp_path / "broken.json")
+    expect(tab.page.locator(".toast-wrap")).to_contain_text("broken.json: not valid JSON", timeout=WAIT)
+    tab.page.evaluate(DROP, ["large.png", 21 * 2**20])
+    expect(tab.page.locator("#captions .status")).to_have_text("Too large: at most 20 MB at a time.", timeout=WAIT)
+    tab.shoot("broken_file.png")
+    assert tab.said() == before
+    assert tab.describe() == before
+
+
+def test_two_tabs_at_once(browser, served, tab):
+    other = Tab(browser, served.url)
+    tab.example(0, 6)
+    other.example(2, 6)
+    for person in (tab, other):
+        person.page.click("text=Fixed steps")
+        expect(person.page.locator("#effect th").first).to_have_text("steps")
+    tab.page.click("#describe")
+    other.page.click("#describe")
+    done = "document.querySelector('#captions .status').textContent.includes(' passes, ')"
+    for person in (tab, other):
+        person.page.wait_for_function(done)
+    both = tab.said(), other.said()
+    for person, number, said in ((tab, 1, both[0]), (other, 3, both[1])):
+        path, name = person.save("#save-coco")
+        assert name == f"example_{number}_captions.json"
+        assert [row["caption"] for row in json.loads(path.read_text())["annotations"]] == said
+    assert both[0] != both[1]
+    other.context.close()
+
+
+def test_masks_click_undo_and_clear(tab, picture, tmp_path):
+    labels = np.zeros((100, 200), np.uint8)
+    labels[30:70, 20:60], labels[30:70, 120:160] = 1, 2
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    tab.open(picture, (1000, 500))
+    tab.page.set_input_files("#board .mask-file", tmp_path / "labels.png")
+    tab.regions(2)
+    tab.page.click("[data-tool=click]")
+    tab.page.mouse.click(*tab.at(0.25, 0.1))
+    tab.regions(3)
+    tab.page.mouse.move(*tab.at(0.2, 0.9))
+    expect(tab.page.locator("#board .tip")).to_have_text("3not described yet")
+    tab.page.mouse.move(*tab.at(0.2, 0.5))  # the small one lies on the large one
+    expect(tab.page.locator("#board .tip")).to_have_text("1not described yet")
+    tab.page.click("[data-do=undo]")
+    tab.regions(2)
+    captions = tab.describe()
+    assert "red" in captions[0] and "blue" in captions[1]
+    tab.page.click("[data-do=clear]")
+    tab.regions(0)
+    tab.page.click("#describe")
+    expect(tab.page.locator(".toast-wrap")).to_contain_text("Mark a region first", timeout=WAIT)
+
+
+def test_a_picture_can_be_dropped(tab, picture):
+    tab.page.evaluate(DROP, [picture.name, list(picture.read_bytes())])
+    tab.page.wait_for_function("document.querySelector('#board .stage').style.aspectRatio === '1000 / 500'")
+
+
+def test_comparison_and_settings(tab):
+    tab.shoot("demo_start.png")
+    tab.example(0, 6)
+    expect(tab.page.locator("#effect .chosen th")).to_have_text("0.8")
+    captions = tab.describe()
+    tab.shoot("demo_page.png")
+    tab.page.click("#compare-button")
+    lanes = tab.page.locator("#compare")
+    expect(lanes).to_contain_text("times as long", timeout=WAIT)
+    assert tab.page.locator("#compare .lane >> nth=0 >> li span").all_text_contents() == captions
+    alone = tab.page.locator("#compare .lane >> nth=1 >> li")
+    assert alone.count() == 6 and all(text.endswith(" s") for text in alone.all_text_contents())
+    tab.shoot("demo_compare.png", full_page=True)
+    tab.page.click("text=Fast")
+    expect(tab.page.locator("#effect .chosen th")).to_have_text("0.1")
+    expect(tab.page.get_by_label("number input for Threshold")).to_be_hidden()
+
+
+def test_with_a_server(browser, picture, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with RegionCaptionServer() as server, DemoServer(ServerWriter(RegionServer(server.url)), threshold=None) as page:
+        tab = Tab(browser, page.url)
+        expect(tab.page.locator("[data-tool=click]")).to_be_hidden()
+        tab.open(picture, (1000, 500))
+        tab.drag((0.1, 0.3), (0.5, 0.7))
+        tab.regions(1)
+        tab.page.evaluate("""() => {
+          window.told = [];
+          const status = document.querySelector("#captions .status");
+          new MutationObserver(() => window.told.push(status.textContent)).observe(status, { childList: true });
+        }""")
+        (caption,) = tab.describe()
+        assert tab.page.evaluate("window.told[0]") == "Waiting for the model"
+        assert abs(int(caption.removesuffix(" pixels")) - 80 * 40) < 400
+        assert tab.page.locator("#captions .status").text_content().startswith("1 caption in 2 passes")
+        server.fault = lambda number, body: 500
+        tab.page.click("#describe")
+        expect(tab.page.locator(".toast-wrap")).to_contain_text("writes no captions: ", timeout=WAIT)
+        expect(tab.page.locator("#captions .status")).to_have_text("No captions. Press to try again.", timeout=WAIT)
+        server.fault = lambda number, body: None
+        assert tab.describe() == [caption]
+        tab.context.close()
