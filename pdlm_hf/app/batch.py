@@ -8,19 +8,16 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..processing_pdlm import RegionCaption
 from .coco import load_json
-from .dataset import DataSet, Entry, Key, fault
-from .engines import Engine, Outcome, Work, load_work, prefetch
+from .dataset import DataSet, Entry, Key
+from .engines import Answer, Engine
 from .jsonl import append_rows, read_rows, write_json
-from .regions import Region
 
 _FIELDS = {"image_id", "annotation_id", "file_name", "caption", "score"}
 
@@ -188,10 +185,7 @@ def run_batch(
     if number == 1:
         run.add_faults(data.faults)
     if todo := run.todo(data.entries[number - 1 :: parts]):
-        engine = open_engine()
-        works = prefetch(run.load, engine.order(todo), engine.ahead)
-        for outcome in engine.run(run.ready(works)):
-            run.take(outcome)
+        open_engine().caption(todo, files.is_done, run.take)
     run.counts.empty = sum(row.empty for row in files.rows.values())
     run.finish(0)
     if shard is None:
@@ -207,7 +201,6 @@ class _Run:
         self.counts = Counts(before=len(files.rows))
         self.done = 0
         self.start = time.perf_counter()
-        self.left: dict[Any, int] = {}  # regions of a picture whose outcome is awaited
 
     def todo(self, entries: list[Entry]) -> list[Entry]:
         """Pictures that may have regions without a row."""
@@ -216,37 +209,18 @@ class _Run:
         self.finish(len(entries) - len(left))
         return left
 
-    def load(self, entry: Entry) -> Work:
-        """Open a picture."""
-        return load_work(entry, partial(self.files.is_done, entry))
-
-    def ready(self, works: Iterable[Work]) -> Iterator[Work]:
-        """Those that have something to caption; what is wrong with the others is written."""
-        for work in works:
-            self.add_faults(work.faults)
-            if work.image is None:
-                self.finish(1)
-            else:
-                self.left[work.entry.id] = len(work.regions)
-                yield work
-
-    def take(self, outcome: Outcome) -> None:
-        """Write what came of a picture."""
-        entry = outcome.work.entry
-        todo = [k for k, region in enumerate(outcome.regions) if not self.files.is_done(entry, region.id)]
-        if outcome.captions is None:
-            append_rows(
-                self.files.faults_path,
-                [fault(entry.id, outcome.regions[k].id, entry.file_name, outcome.error) for k in todo],
-            )
-            self.counts.failed += len(todo)
-        else:
-            self.files.add(_row(entry, outcome.regions[k], outcome.captions[k]) for k in todo)
-            self.counts.regions += len(todo)
-        self.left[entry.id] -= len(outcome.regions)
-        if not self.left[entry.id]:
-            del self.left[entry.id]
-            self.counts.pictures += 1
+    def take(self, answer: Answer) -> None:
+        """Write what came of a picture; regions that have their row already are left out."""
+        self.add_faults(answer.faults)
+        rows, failed = (
+            [row for row in found if _key(row) not in self.files.rows] for found in (answer.rows, answer.failed)
+        )
+        append_rows(self.files.faults_path, failed)
+        self.files.add(rows)
+        self.counts.failed += len(failed)
+        self.counts.regions += len(rows)
+        if answer.last:
+            self.counts.pictures += bool(answer.rows or answer.failed)
             self.finish(1)
 
     def add_faults(self, faults: list[dict[str, Any]]) -> None:
@@ -261,18 +235,6 @@ class _Run:
         self.done += pictures
         self.counts.seconds = time.perf_counter() - self.start
         self.progress(self.done, self.counts)
-
-
-def _row(entry: Entry, region: Region, caption: RegionCaption) -> dict[str, Any]:
-    return {
-        "image_id": entry.id,
-        "annotation_id": region.id,
-        "file_name": entry.file_name,
-        "caption": caption.text,
-        "score": round(caption.score, 4),
-        "bbox": region.bbox,
-        "segmentation": region.segmentation,
-    }
 
 
 class BatchProgress:
