@@ -2,10 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -82,13 +81,13 @@ class Engine(Protocol):
     """Writes captions for a data set."""
 
     def caption(
-        self, entries: list[Entry], is_done: Callable[[Entry, Any], bool], take: Callable[[Answer], None]
+        self, entries: list[Entry], done: Callable[[Entry], Collection[Any]], take: Callable[[Answer], None]
     ) -> None:
         """Caption what has no caption yet.
 
         Args:
             entries (`list[Entry]`): pictures.
-            is_done: whether a region, by its picture and its id, has its caption.
+            done: gives the ids of the regions of a picture that have theirs.
             take: called with every answer, in any order, as soon as there is one.
         """
 
@@ -107,13 +106,13 @@ class PictureEngine(ABC):
         """Caption pictures, read as needed; outcomes come in any order."""
 
     def caption(
-        self, entries: Iterable[Entry], is_done: Callable[[Entry, Any], bool], take: Callable[[Answer], None]
+        self, entries: list[Entry], done: Callable[[Entry], Collection[Any]], take: Callable[[Answer], None]
     ) -> None:
         """See [`Engine`]."""
         left: dict[Any, int] = {}  # regions of a picture whose outcome is awaited
 
         def load(entry: Entry) -> Work:
-            return load_work(entry, partial(is_done, entry))
+            return load_work(entry, done(entry))
 
         def ready() -> Iterator[Work]:
             for work in prefetch(load, self.order(entries), self.ahead):
@@ -228,7 +227,7 @@ def largest_first(
     def size(entry: Entry) -> tuple[int, int]:
         """Tiles and regions of a picture."""
         try:
-            found = entry.size or (picture_size(entry.path) if look else None)
+            found = entry.size or (picture_size(entry.path) if look and entry.data is None else None)
         except ValueError:  # is told when it is opened
             found = None
         if found is None:
@@ -248,18 +247,18 @@ def probe_picture() -> tuple[Image.Image, list[Region]]:
     return image, [parse_region([4, 4, 24, 24], *image.size)]
 
 
-def load_work(entry: Entry, is_done: Callable[[Any], bool]) -> Work:
+def load_work(entry: Entry, done: Collection[Any]) -> Work:
     """Open a picture and read its regions, as far as any of them is to be captioned. Never raises for bad files.
 
     Args:
         entry (`Entry`): the picture.
-        is_done: whether a region, by its id, has its caption. Regions that have are captioned again with the others
-            of their picture, so that a run that was stopped gives what one that was not does.
+        done: ids of the regions that have their caption. They are captioned again with the others of their picture,
+            so that a run that was stopped gives what one that was not does.
     """
     work = Work(entry)
     try:
         values = entry.read()
-        if all(is_done(own) for own, _ in values):
+        if all(own in done for own, _ in values):
             return work
         image = load_image(entry.path or entry.file_name, entry.data)
     except (ValueError, OSError) as error:
@@ -270,7 +269,7 @@ def load_work(entry: Entry, is_done: Callable[[Any], bool]) -> Work:
             work.regions.append(Region(own, parse_region(value, *image.size, own).mask))
         except (ValueError, OSError) as error:
             work.faults.append(fault(entry.id, own, entry.file_name, error))
-    if not all(is_done(region.id) for region in work.regions):
+    if not all(region.id in done for region in work.regions):
         work.image = image
     return work
 
