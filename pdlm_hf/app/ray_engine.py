@@ -7,8 +7,8 @@ storage need not append, and the rows are at any moment what a run without Ray w
 gone on with by either.
 
 A picture is done when its answer was taken, so nothing is lost, and a second answer is not taken, so nothing comes
-twice. A machine that is lost ends the round, and another one goes over the pictures that are left, on the machines that
-are left: Ray Data's pools of actors wait for one that finds no place any more, and for what it had to do
+twice. A machine that is lost ends the round, and another round goes over the pictures that are left, on the machines
+that are left: Ray Data's pools of actors wait for one that finds no place any more, and for what it had to do
 (ray-project/ray, issue 62746).
 """
 
@@ -287,11 +287,12 @@ def _cluster() -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what is lost is told here
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConnectionError(f"Ray: {error}") from None
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is lost is told here
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         yield
     finally:
