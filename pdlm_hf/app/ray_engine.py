@@ -30,7 +30,7 @@ import ray
 import ray.data
 from pyarrow import fs
 from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.exceptions import RayError
+from ray.exceptions import NodeDiedError, RayError
 from transformers import AutoProcessor
 
 from ..shapes import CHECKPOINT
@@ -136,7 +136,7 @@ class RayEngine:
         workers = max(1, min(workers, blocks, int(ray.cluster_resources().get(kind, 0))))
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        context.custom_execution_callback_classes = [_Watch]
+        context.custom_execution_callback_classes = [watch()]
         rows = [{"path": self._path(entry), "entry": pickle.dumps((entry, list(done(entry))))} for entry in entries]
         answers = (
             ray.data.from_items(rows, override_num_blocks=blocks)
@@ -258,26 +258,29 @@ def _cannot_be_read(reason: str) -> None:
 
 
 class _Lost(RuntimeError):
-    """A captioner or a machine of this round is not there any more."""
+    """A captioner of this round is not there any more."""
 
 
-class _Watch(ExecutionCallback):
-    """Ends a round when a machine is lost also where no captioner had anything to do just then."""
+def watch() -> type[ExecutionCallback]:
+    """What ends a round when a machine is lost, also where no captioner had anything to do just then.
 
-    def before_execution_starts(self, executor: Any) -> None:
-        """Note the machines."""
-        self.nodes, self.looked = _nodes(), time.monotonic()
+    Made here for the reason of [`reader`]: Ray sends it with everything.
+    """
 
-    def on_execution_step(self, executor: Any) -> None:
-        """Look after them, now and then. Raises: _Lost."""
-        if time.monotonic() - self.looked > _LOOK:
-            self.looked = time.monotonic()
-            if lost := self.nodes - _nodes():
-                raise _Lost(f"{len(lost)} machines of the cluster were lost")
+    def machines() -> set[str]:
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
+    class Watch(ExecutionCallback):
+        def before_execution_starts(self, executor: Any) -> None:
+            self.machines, self.looked = machines(), time.monotonic()
 
-def _nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        def on_execution_step(self, executor: Any) -> None:
+            if time.monotonic() - self.looked > _LOOK:
+                self.looked = time.monotonic()
+                if lost := self.machines - machines():
+                    raise NodeDiedError(f"{len(lost)} machines of the cluster were lost")
+
+    return Watch
 
 
 @contextmanager

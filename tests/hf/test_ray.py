@@ -233,10 +233,10 @@ def test_pictures_in_object_storage(monkeypatch):
 
 
 def test_readers_do_not_import_the_model():
-    from pdlm_hf.app.ray_engine import reader
+    from pdlm_hf.app.ray_engine import reader, watch
 
     code = "import pickle, sys; pickle.loads(sys.stdin.buffer.read()); sys.exit('torch' in sys.modules)"
-    sent = ray.cloudpickle.dumps(reader(fs.LocalFileSystem()))
+    sent = ray.cloudpickle.dumps((reader(fs.LocalFileSystem()), watch()))
     assert subprocess.run([sys.executable, "-c", code], input=sent, cwd=ROOT).returncode == 0
 
 
