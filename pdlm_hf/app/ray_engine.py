@@ -30,7 +30,7 @@ import ray
 import ray.data
 from pyarrow import fs
 from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.exceptions import NodeDiedError, RayError
+from ray.exceptions import NodeDiedError, RayError, RayTaskError
 from transformers import AutoProcessor
 
 from ..shapes import CHECKPOINT
@@ -107,15 +107,20 @@ class RayEngine:
                         if left.pop(answer.image_id, None) is not None:
                             take(answer)
                 except (RayError, _Lost) as error:
-                    reason = str(error).strip().splitlines()[0]
+                    cause = error.cause if isinstance(error, RayTaskError) else error
+                    reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
                 if not left:
                     return
                 barren = barren + 1 if len(left) == before else 0
+                first = next(iter(left.values())).file_name
                 if barren == _BARREN_ROUNDS:
                     raise ConnectionError(
-                        f"Ray: captioners ended {barren} times without an answer ({reason}). Run again to go on."
+                        f"Ray: captioners ended {barren} times without an answer ({reason}). {len(left)} pictures are "
+                        f"left, {first} for example; run again to go on."
                     )
                 logger.warning("pdlm: %s; going on with the %d pictures that are left", reason, len(left))
+                for key in list(left)[: workers * self.settings.batch_size]:
+                    left[key] = left.pop(key)  # to the end: one of them may be what ends captioners
                 time.sleep(_PAUSE * (1 + barren))
 
     def _places(self) -> tuple[str, int]:

@@ -158,7 +158,7 @@ def test_a_picture_that_ends_every_captioner(tmp_path, monkeypatch):
         monkeypatch.setattr(ray_engine, "_BARREN_ROUNDS", 2)
         engine = ray_engine.RayEngine(ray_engine.CaptionerSettings(None, "default", 1, None, SETTINGS))
         files = BatchFiles(tmp_path / "out.jsonl", {"model": "shapes"})
-        with pytest.raises(ConnectionError, match="captioners ended 2 times without an answer .* Run again to go on"):
+        with pytest.raises(ConnectionError, match=r"ended 2 times without an answer .* 1 pictures are left, 4\.png"):
             run_batch(data, lambda: engine, files)
     rows = list(read_rows(tmp_path / "out.jsonl"))
     assert {row["image_id"] for row in rows} == set(range(8)) - {4} and len(rows) == 7
