@@ -107,8 +107,7 @@ class RayEngine:
                         if left.pop(answer.image_id, None) is not None:
                             take(answer)
                 except (RayError, _Lost) as error:
-                    cause = error.cause if isinstance(error, RayTaskError) else error
-                    reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+                    reason = _why(error)
                 if not left:
                     return
                 barren = barren + 1 if len(left) == before else 0
@@ -260,6 +259,13 @@ class _Captioner:
 
 def _cannot_be_read(reason: str) -> None:
     raise ValueError(reason)
+
+
+def _why(error: Exception) -> str:
+    """One line of what Ray tells in many."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return lines[-1] if "creation task" in lines[0] else lines[0]  # there the last line names the cause
 
 
 class _Lost(RuntimeError):

@@ -52,19 +52,24 @@ def test_commands_of_the_page(tmp_path, monkeypatch):
     pytest.importorskip("openai")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # of Ray's processes
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # everything on 127.0.0.1
+    monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", "100000000")
+    pytest.importorskip("ray")
     write_files(tmp_path)
-    assert len(COMMANDS) == 15
+    assert len(COMMANDS) == 16
     shown = set()
     with RegionCaptionServer() as server:
         for command in COMMANDS:
             command = command.replace("http://127.0.0.1:8000", server.url).replace("MODEL", str(CHECKPOINT))
+            command = command.replace("s3://bucket/photos", f"file://{tmp_path}/images")
             result = CliRunner().invoke(app, shlex.split(command)[1:])
             assert result.exit_code == 0, (command, result.output, result.stderr)
             if "--regions" in command and "coco" not in command:
                 shown.add(result.stdout)
     whole = said_by("captions.jsonl")
     assert len(whole) == 6 and "red" in whole[10] and "blue" in whole[11]
-    assert whole == said_by("parts.jsonl") == said_by("large.jsonl")
+    assert whole == said_by("parts.jsonl") == said_by("large.jsonl") == said_by("ray.jsonl")
     assert list(said_by("folder.jsonl").values()) == [whole[k] for k in sorted(whole)]
     assert set(said_by("served.jsonl").values()) == {"2000 pixels", "2400 pixels"}
     assert len(shown) == 1  # the same two regions from LabelMe, YOLO and a label map
@@ -81,3 +86,10 @@ def test_python_of_the_page(tmp_path, monkeypatch):
     for block in blocks:
         exec(block, {})  # the page's own words
     assert len(said_by("python.jsonl")) == 6
+
+
+def test_arithmetic_of_the_scaling_page(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    code, said = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", page, re.DOTALL).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == said
