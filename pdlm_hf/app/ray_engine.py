@@ -19,7 +19,7 @@ import pickle
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -103,9 +103,10 @@ class RayEngine:
             while left:
                 before, reason = len(left), "captions were lost on the way"
                 try:
-                    for answer in self._round(list(left.values()), done, kind, workers):
-                        if left.pop(answer.image_id, None) is not None:
-                            take(answer)
+                    with closing(self._round(list(left.values()), done, kind, workers)) as answers:
+                        for answer in answers:
+                            if left.pop(answer.image_id, None) is not None:
+                                take(answer)
                 except (RayError, _Lost) as error:
                     reason = _why(error)
                 if not left:
@@ -135,9 +136,11 @@ class RayEngine:
     def _round(
         self, entries: list[Entry], done: Callable[[Entry], Collection[Any]], kind: str, workers: int
     ) -> Iterator[Answer]:
-        """Caption what is left, on as many places as are left. Raises: RayError if something of it is lost."""
+        """Caption what is left, on as many places as are left. Raises: RayError or _Lost if anything is lost."""
         blocks = -(-len(entries) // self.settings.batch_size)
-        workers = max(1, min(workers, blocks, int(ray.cluster_resources().get(kind, 0))))
+        workers = min(workers, blocks, int(ray.cluster_resources().get(kind, 0)))
+        if not workers:
+            raise _Lost(f"no machine with a {kind} is left")
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.custom_execution_callback_classes = [watch()]
@@ -269,7 +272,7 @@ def _why(error: Exception) -> str:
 
 
 class _Lost(RuntimeError):
-    """A captioner of this round is not there any more."""
+    """A captioner of this round is not there any more, or none ever was."""
 
 
 def watch() -> type[ExecutionCallback]:
