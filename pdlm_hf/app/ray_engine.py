@@ -137,16 +137,16 @@ class RayEngine:
         self, entries: list[Entry], done: Callable[[Entry], Collection[Any]], kind: str, workers: int
     ) -> Iterator[Answer]:
         """Caption what is left, on as many places as are left. Raises: RayError or _Lost if anything is lost."""
-        blocks = -(-len(entries) // self.settings.batch_size)
-        workers = min(workers, blocks, int(ray.cluster_resources().get(kind, 0)))
+        size = self.settings.batch_size
+        blocks = [self._block(entries[start : start + size], done) for start in range(0, len(entries), size)]
+        workers = min(workers, len(blocks), int(ray.cluster_resources().get(kind, 0)))
         if not workers:
             raise _Lost(f"no machine with a {kind} is left")
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.custom_execution_callback_classes = [watch()]
-        rows = [{"path": self._path(entry), "entry": pickle.dumps((entry, list(done(entry))))} for entry in entries]
         answers = (
-            ray.data.from_items(rows, override_num_blocks=blocks)
+            ray.data.from_arrow(blocks)
             .map_batches(
                 reader(self.storage),
                 batch_size=None,
@@ -157,7 +157,7 @@ class RayEngine:
             .map_batches(
                 _Captioner,
                 fn_constructor_args=(self.settings,),
-                batch_size=None,
+                batch_size=size,  # of a block; Ray wants to be told for GPUs
                 batch_format="pyarrow",
                 num_cpus=_CAPTIONER_CPUS,
                 num_gpus=float(kind == "GPU"),
@@ -172,6 +172,11 @@ class RayEngine:
                 if "no_captioner" in fields:
                     raise ValueError(fields["no_captioner"])
                 yield Answer(**fields)
+
+    def _block(self, entries: list[Entry], done: Callable[[Entry], Collection[Any]]) -> pa.Table:
+        """Pictures of a batch, with the ids of their regions that have their caption."""
+        sent = [pickle.dumps((entry, list(done(entry)))) for entry in entries]
+        return pa.table({"path": [self._path(entry) for entry in entries], "entry": sent})
 
     def _path(self, entry: Entry) -> bytes:
         path = f"{self.folder}/{entry.file_name}" if entry.path is None else os.path.abspath(entry.path)

@@ -33,12 +33,12 @@ OPTIONS = ["--batch-size", "2", "--max-new-tokens", "6", "--steps", "4"]
 
 
 @contextmanager
-def cluster(monkeypatch, nodes=2):
-    """So many machines of one CPU each, all of them on this one; gives the last one of them, to be killed."""
+def cluster(monkeypatch, nodes=2, gpus=0):
+    """So many machines of one CPU each, and GPUs that Ray believes in, all on this one; gives what ends one."""
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # what the workers import
-    size = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
+    size = {"num_cpus": 1, "num_gpus": gpus, "object_store_memory": 100_000_000, "include_dashboard": False}
     notice = {"health_check_period_ms": 1000, "health_check_failure_threshold": 4}  # that a machine is lost
     head = {**size, "node_ip_address": "127.0.0.1", "_system_config": notice}
     machines = Cluster(initialize_head=True, head_node_args=head)
@@ -73,7 +73,7 @@ def damage(folder):
 
 
 def test_the_same_as_the_local_engine(tmp_path, monkeypatch):
-    """With two captioners, pictures by URL, bad files, and half of the rows there before."""
+    """With one captioner on each of two GPUs, pictures by URL, bad files, and half of the rows there before."""
     write_coco(tmp_path, 9)
     damage(tmp_path)
     expected, result = batch(tmp_path, "local.jsonl", code=1)
@@ -81,12 +81,12 @@ def test_the_same_as_the_local_engine(tmp_path, monkeypatch):
     lines = (tmp_path / "local.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:7]))  # two pictures and a region of a third
     (tmp_path / "out.run.json").write_bytes((tmp_path / "local.run.json").read_bytes())
-    with cluster(monkeypatch):
+    with cluster(monkeypatch, gpus=1):
         url = f"file://{tmp_path / 'images'}/"
-        rows, told = batch(tmp_path, "out.jsonl", "--engine", "ray", "--workers", "2", images=url, code=1)
+        rows, told = batch(tmp_path, "out.jsonl", "--engine", "ray", images=url, code=1)
         assert not ray.is_initialized()
         _, refused = batch(tmp_path, "more.jsonl", "--engine", "ray", "--workers", "3", code=2)
-    assert "--workers 3: the cluster has 2 CPUs" in refused.stderr
+    assert "--workers 3: the cluster has 2 GPUs" in refused.stderr
     assert_the_same(rows, expected)
     assert len(list(read_rows(tmp_path / "out.jsonl"))) == len(expected)
     assert "2 pictures cannot be read; 1 regions cannot be read" in told.stderr
