@@ -14,6 +14,7 @@ from pdlm_hf.shapes import CHECKPOINT
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PENDING = "Not measured yet."  # where a page is written before its result
 ATTRIBUTES = ("size", "colour", "texture", "shape")
 
 
@@ -145,12 +146,65 @@ def chat(record: dict) -> str:
     return table(*rows)
 
 
+def batch_throughput(record: dict) -> str:
+    """Regions a second of the engines of `pdlm batch`."""
+    rows = [["engine", "regions a second", "least, most", "hours a million regions", "start", "same captions"]]
+    for name, row in record["rows"].items():
+        rate, spread = row["regions_per_second"], row["spread"]
+        numbers = [f"{rate:.2f}", f"{spread[0]:.2f}, {spread[1]:.2f}", f"{1e6 / rate / 3600:,.0f}"]
+        rows.append([name, *numbers, f"{row['start_s']:.0f} s", percent(row["same_captions"])])
+    return table(*rows)
+
+
+def batch_parts(record: dict) -> str:
+    """What a picture costs a CPU besides the model."""
+    parts = record["parts"]
+    named = {
+        "open_ms_per_picture": "open a JPEG of 640 x 480",
+        "read_mask_ms_per_region": "make a mask of RLE",
+        "encode_mask_ms_per_region": "make RLE of a mask",
+        "write_ms_per_region": "write a row",
+    }
+    rows = [["work", "takes", "a second on one core"]]
+    rows += [[text, f"{parts[name]:.3f} ms", f"{1000 / parts[name]:,.0f}"] for name, text in named.items()]
+    return table(*rows)
+
+
+def batch_bytes(record: dict) -> str:
+    """What a region takes, in files and in memory."""
+    named = {
+        "coco_bytes": "COCO file that comes in",
+        "row_bytes": "`OUT.jsonl`: a row",
+        "coco_out_bytes": "`OUT.coco.json`",
+        "mask_bytes": "of each of them: the mask as RLE",
+        "driver_bytes": "memory of the driver",
+    }
+    rows = [["what", "bytes a region", "a million", "a billion"]]
+    for name, text in named.items():
+        size = record["parts"][name]
+        rows.append([text, str(size), f"{size / 1e3:.2f} GB", f"{size / 1e3:.2f} TB"])
+    return table(*rows)
+
+
+def batch_costs(rates: tuple[int, ...] = (5, 20, 80, 320)) -> str:
+    """What a million and a billion regions take, by the regions a second of one captioner."""
+    rows = [["regions a second", "captioner hours a million", "a billion", "days of 8 captioners", "of 64", "of 512"]]
+    for rate in rates:
+        hours = 1e9 / rate / 3600
+        days = [f"{hours / captioners / 24:,.1f}" for captioners in (8, 64, 512)]
+        rows.append([str(rate), f"{hours / 1000:,.1f}", f"{hours:,.0f}", *days])
+    return table(*rows)
+
+
 def tables() -> dict[str, str]:
     """Every table, by name."""
 
     def load(name: str) -> dict:
         return json.loads((RESULTS / name).read_text())
 
+    batch = {"batch_throughput": batch_throughput, "batch_parts": batch_parts, "batch_bytes": batch_bytes}
+    path = RESULTS / "batch_throughput.json"
+    batches = {name: make(load(path.name)) if path.is_file() else PENDING for name, make in batch.items()}
     later = {"shapes_chat": chat, "lora_shapes": lora, "lora_parts": lora_parts, "lora_isolated": lora_isolated}
     checkpoint, speed = json.loads((CHECKPOINT / "training.json").read_text()), load("decode_cpu_small.json")
     kept = ("32 steps, recomputed", "32 steps, prompt every 8", "32 steps", "threshold 0.8", "threshold 0.9")
@@ -163,6 +217,8 @@ def tables() -> dict[str, str]:
         "decode": decode(speed),
         "scaling": scaling(speed),
         "serving": serving(load("serving_cpu_small.json")),
+        **batches,
+        "batch_costs": batch_costs(),
         **{name: make(load(f"{name}.json")) for name, make in later.items() if (RESULTS / f"{name}.json").is_file()},
     }
 

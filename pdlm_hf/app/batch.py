@@ -6,21 +6,18 @@ OUT.run.json says what the captions depend on, and OUT.coco.json, at the end, is
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..processing_pdlm import RegionCaption
 from .coco import load_json
-from .dataset import DataSet, Entry, Key, fault
-from .engines import Engine, Outcome, Work, load_work, prefetch
+from .dataset import DataSet, Entry
+from .engines import Answer, Engine
 from .jsonl import append_rows, read_rows, write_json
-from .regions import Region
 
 _FIELDS = {"image_id", "annotation_id", "file_name", "caption", "score"}
 
@@ -48,31 +45,43 @@ class BatchFiles:
         parts = [] if shard else sorted(path for path in out.parent.iterdir() if part_name.fullmatch(path.name))
         self.out = out if shard is None else out.with_suffix(".{}-of-{}.jsonl".format(*shard))
         self.faults_path, self.coco_path = self.out.with_suffix(".faults.jsonl"), self.out.with_suffix(".coco.json")
-        self.rows = {_key(row): _said(row) for row in _read(self.out, settings, repair=True)}
+        self.rows: dict[Any, dict[Any, Said]] = {}  # by picture, by region
+        for row in _read(self.out, settings, repair=True):
+            self._keep(row)
         write_json(self.out.with_suffix(".run.json"), settings)
         self.faults_path.unlink(missing_ok=True)  # they are tried again
         for path in parts:
-            self.add(row for row in _read(path, settings) if _key(row) not in self.rows)
+            self.add(row for row in _read(path, settings) if not self.has(row))
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        said = Said(row["file_name"], not row["caption"].strip())
+        self.rows.setdefault(row["image_id"], {})[row["annotation_id"]] = said
+
+    def has(self, row: dict[str, Any]) -> bool:
+        """Whether there is a row of this region."""
+        return row["annotation_id"] in self.rows.get(row["image_id"], ())
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write rows; they are in the file when this returns."""
         rows = list(rows)
         append_rows(self.out, rows)
-        self.rows.update({_key(row): _said(row) for row in rows})
+        for row in rows:
+            self._keep(row)
 
     def check(self, data: DataSet) -> None:
         """Whether the rows that are there are of this data set. Raises: ValueError if a picture has another name."""
         names = {entry.id: entry.file_name for entry in data.entries}
-        for (image_id, _), row in self.rows.items():
-            if names.get(image_id, row.file_name) != row.file_name:
+        for image_id, regions in self.rows.items():
+            was = next(iter(regions.values())).file_name
+            if names.get(image_id, was) != was:
                 raise ValueError(
-                    f"{self.out}: was begun with another data set: the picture {image_id!r} was {row.file_name}, now "
+                    f"{self.out}: was begun with another data set: the picture {image_id!r} was {was}, now "
                     f"{names[image_id]}. Choose another file."
                 )
 
-    def is_done(self, entry: Entry, own: Any) -> bool:
-        """Whether a region has its row."""
-        return (entry.id, own) in self.rows
+    def done(self, entry: Entry) -> Collection[Any]:
+        """Ids of the regions of a picture that have their row."""
+        return self.rows.get(entry.id, ())
 
 
 class Said(NamedTuple):
@@ -80,14 +89,6 @@ class Said(NamedTuple):
 
     file_name: str
     empty: bool
-
-
-def _said(row: dict[str, Any]) -> Said:
-    return Said(row["file_name"], not row["caption"].strip())
-
-
-def _key(row: dict[str, Any]) -> Key:
-    return row["image_id"], row["annotation_id"]
 
 
 def _read(out: Path, settings: dict[str, Any], repair: bool = False) -> Iterator[dict[str, Any]]:
@@ -188,11 +189,8 @@ def run_batch(
     if number == 1:
         run.add_faults(data.faults)
     if todo := run.todo(data.entries[number - 1 :: parts]):
-        engine = open_engine()
-        works = prefetch(run.load, engine.order(todo), engine.ahead)
-        for outcome in engine.run(run.ready(works)):
-            run.take(outcome)
-    run.counts.empty = sum(row.empty for row in files.rows.values())
+        open_engine().caption(todo, files.done, run.take)
+    run.counts.empty = sum(said.empty for regions in files.rows.values() for said in regions.values())
     run.finish(0)
     if shard is None:
         write_json(files.coco_path, data.with_captions(read_rows(files.out)))
@@ -204,49 +202,26 @@ class _Run:
 
     def __init__(self, files: BatchFiles, progress: Callable[[int, Counts], None]):
         self.files, self.progress = files, progress
-        self.counts = Counts(before=len(files.rows))
+        self.counts = Counts(before=sum(map(len, files.rows.values())))
         self.done = 0
         self.start = time.perf_counter()
-        self.left: dict[Any, int] = {}  # regions of a picture whose outcome is awaited
 
     def todo(self, entries: list[Entry]) -> list[Entry]:
         """Pictures that may have regions without a row."""
-        is_done = self.files.is_done
-        left = [e for e in entries if e.ids is None or not all(is_done(e, own) for own in e.ids)]
+        left = [e for e in entries if e.ids is None or not set(e.ids) <= set(self.files.done(e))]
         self.finish(len(entries) - len(left))
         return left
 
-    def load(self, entry: Entry) -> Work:
-        """Open a picture."""
-        return load_work(entry, partial(self.files.is_done, entry))
-
-    def ready(self, works: Iterable[Work]) -> Iterator[Work]:
-        """Those that have something to caption; what is wrong with the others is written."""
-        for work in works:
-            self.add_faults(work.faults)
-            if work.image is None:
-                self.finish(1)
-            else:
-                self.left[work.entry.id] = len(work.regions)
-                yield work
-
-    def take(self, outcome: Outcome) -> None:
-        """Write what came of a picture."""
-        entry = outcome.work.entry
-        todo = [k for k, region in enumerate(outcome.regions) if not self.files.is_done(entry, region.id)]
-        if outcome.captions is None:
-            append_rows(
-                self.files.faults_path,
-                [fault(entry.id, outcome.regions[k].id, entry.file_name, outcome.error) for k in todo],
-            )
-            self.counts.failed += len(todo)
-        else:
-            self.files.add(_row(entry, outcome.regions[k], outcome.captions[k]) for k in todo)
-            self.counts.regions += len(todo)
-        self.left[entry.id] -= len(outcome.regions)
-        if not self.left[entry.id]:
-            del self.left[entry.id]
-            self.counts.pictures += 1
+    def take(self, answer: Answer) -> None:
+        """Write what came of a picture; regions that have their row already are left out."""
+        self.add_faults(answer.faults)
+        rows, failed = ([row for row in found if not self.files.has(row)] for found in (answer.rows, answer.failed))
+        append_rows(self.files.faults_path, failed)
+        self.files.add(rows)
+        self.counts.failed += len(failed)
+        self.counts.regions += len(rows)
+        if answer.last:
+            self.counts.pictures += bool(answer.rows or answer.failed)
             self.finish(1)
 
     def add_faults(self, faults: list[dict[str, Any]]) -> None:
@@ -261,18 +236,6 @@ class _Run:
         self.done += pictures
         self.counts.seconds = time.perf_counter() - self.start
         self.progress(self.done, self.counts)
-
-
-def _row(entry: Entry, region: Region, caption: RegionCaption) -> dict[str, Any]:
-    return {
-        "image_id": entry.id,
-        "annotation_id": region.id,
-        "file_name": entry.file_name,
-        "caption": caption.text,
-        "score": round(caption.score, 4),
-        "bbox": region.bbox,
-        "segmentation": region.segmentation,
-    }
 
 
 class BatchProgress:

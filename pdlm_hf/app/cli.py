@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,9 +108,11 @@ def caption(
 def batch(
     data: Annotated[Path, typer.Argument(help="COCO file, or folder with regions named like the pictures.")],
     out: Annotated[Path, typer.Option(help="OUT.jsonl: one row a region.", show_default=False)],
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: where DATA is.")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder of the pictures; default: where DATA is.")] = None,
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures a forward.")] = 8,
+    engine: Annotated[str, typer.Option(help="local; or ray: a cluster, and --images may be s3://... too.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="Captioners of the cluster; default: one a GPU.")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: only the i-th of n parts, to OUT.i-of-n.jsonl.")] = None,
     server: Annotated[str | None, typer.Option(help="Ask this server of ours; --model: a name it has.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
@@ -131,14 +134,17 @@ def batch(
         PdlmGenerationConfig(**generation)  # says what is out of range
         if batch_size < 1:
             raise ValueError(f"--batch-size must be positive, got {batch_size}.")
+        _check_engine(engine, workers, server, images)
         if server is not None and fast:
             raise ValueError("--server: --fast is not served; leave it out.")
-        found = open_data(data, images)
+        found = open_data(data.absolute(), images)
         asked = None if server is None else _region_server(server, model, key_env, concurrency, question, generation)
         name = str(model or "shapes (embedded)") if asked is None else asked.model
         files = BatchFiles(out, {"model": name, "question": question, "fast": fast, **generation}, part)
 
         def open_engine():
+            if engine == "ray":
+                return _ray_engine(model, fast, batch_size, question, generation, workers, images)
             return _engine(asked, model, fast, batch_size, question, generation)
 
         with BatchProgress(len(found.entries[part[0] - 1 :: part[1]] if part else found.entries)) as progress:
@@ -171,6 +177,38 @@ def _engine(server, model, fast, batch_size, question, generation):
     if server is not None:
         return ServerEngine(server)
     return LocalEngine(_captioner(model, fast), batch_size, question, **generation)
+
+
+def _check_engine(engine, workers, server, images):
+    """Raises: ValueError for options that do not go together, ImportError if Ray is not there."""
+    from .dataset import is_url
+    from .replies import public_url
+
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine {engine}: there are local and ray.")
+    if engine == "ray":
+        if server is not None:
+            raise ValueError("--engine ray and --server: give one of them.")
+        if workers is not None and workers < 1:
+            raise ValueError(f"--workers must be positive, got {workers}.")
+        if not all(map(find_spec, ("ray", "pyarrow"))):
+            raise ImportError("--engine ray needs Ray: pip install 'perceptiondlm[ray]'.")
+    elif workers is not None:
+        raise ValueError("--workers: of --engine ray; give that too.")
+    elif is_url(images):
+        raise ValueError(f"--images {public_url(images)}: from object storage with --engine ray only.")
+
+
+def _ray_engine(model, fast, batch_size, question, generation, workers, images):
+    """What writes the captions of a data set on a Ray cluster."""
+    from .dataset import is_url
+    from .ray_engine import CaptionerSettings, RayEngine
+
+    def build(model):
+        settings = CaptionerSettings(model, "fast" if fast else "default", batch_size, question, generation)
+        return RayEngine(settings, workers, images if is_url(images) else None)
+
+    return _load(build, model)
 
 
 def _load(read: Callable, model: str | None, *args: Any, **kwargs: Any):

@@ -1,7 +1,7 @@
 """Data sets of regions: a COCO file, or a folder with the regions of every picture beside or below it."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,20 @@ class Entry:
     Args:
         id: its id in the data set.
         file_name (`str`): below the folder of pictures.
-        path (`Path`): of the file.
+        path (`Path`, *optional*): of the file; None: it is in object storage.
         read: gives the regions, (id, what [`~regions.parse_region`] reads); raises ValueError if they cannot be read.
         ids (`tuple`, *optional*): of its regions, where known without reading them.
         size (`tuple[int, int]`, *optional*): width and height in pixels, where the data set says so.
+        data (`bytes`, *optional*): what the file holds, once it has been read.
     """
 
     id: int | str
     file_name: str
-    path: Path
+    path: Path | None
     read: Callable[[], list[tuple[int | str, Any]]]
     ids: tuple[int | str, ...] | None = None
     size: tuple[int, int] | None = None
+    data: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -83,18 +85,26 @@ def _with(annotation: Any, fields: dict[str, Any] | None) -> Any:
     return annotation if fields is None else {**annotation, **fields}
 
 
-def open_data(data: Path, images: Path | None = None) -> DataSet:
+def is_url(images: str | Path | None) -> bool:
+    """Whether pictures are in object storage, `s3://bucket/folder` for example."""
+    return isinstance(images, str) and "://" in images
+
+
+def open_data(data: Path, images: Path | str | None = None) -> DataSet:
     """Read what a data set has, without opening pictures.
 
     Args:
         data (`Path`): a COCO file, or a folder that has for a picture `a/b.jpg` one of: a file `a/b.json` (regions,
             LabelMe, COCO), `a/b.txt` (YOLO) or `a/b.png` (label map); or mask pictures `a/b/*`.
-        images (`Path`, *optional*): folder of the pictures; default: the folder of the data.
+        images (`Path` or `str`, *optional*): folder of the pictures, or the URL of one in object storage (the data is
+            a COCO file then, and it is not looked whether there are any); default: the folder of the data.
 
     Raises:
         ValueError: no such file or folder, not a COCO file, or no picture with regions.
     """
-    folder = images or (data if data.is_dir() else data.parent)
+    if is_url(images):
+        return _open_stored(data, images)
+    folder = Path(images) if images else (data if data.is_dir() else data.parent)
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder of pictures.")
     found = _open_folder(data, folder) if data.is_dir() else _open_coco(data, folder)
@@ -104,6 +114,15 @@ def open_data(data: Path, images: Path | None = None) -> DataSet:
         first, count = found.entries[0], len(found.entries)
         raise ValueError(f"{folder}: has none of the {count} pictures, {first.file_name} for example; see --images.")
     return found
+
+
+def _open_stored(data: Path, images: str) -> DataSet:
+    if data.is_dir():
+        raise ValueError(f"{data}: for pictures in object storage the data must be a COCO file, not a folder.")
+    found = _open_coco(data, Path())
+    if not found.entries and not found.faults:
+        raise ValueError(f"{data}: has no picture with regions.")
+    return replace(found, entries=[replace(entry, path=None) for entry in found.entries])
 
 
 def picture_size(path: Path) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """What captions a data set: pictures with regions in, captions out. The model in this process is one such engine."""
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -57,23 +58,98 @@ class Outcome:
     error: str | None = None
 
 
-class Engine(Protocol):
-    """Writes captions.
+@dataclass
+class Answer:
+    """What is to be written of a picture, or of some of its regions.
 
     Args:
-        ahead (`int`): pictures to load while it works.
+        image_id: the picture's id in the data set.
+        rows (`list[dict]`): regions with captions.
+        faults (`list[dict]`): what cannot be read, see [`~dataset.fault`].
+        failed (`list[dict]`): regions that could be read, and got no caption.
+        last (`bool`): nothing more comes of this picture.
     """
 
-    ahead: int
+    image_id: Any
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    last: bool = True
+
+
+class Engine(Protocol):
+    """Writes captions for a data set."""
+
+    def caption(
+        self, entries: list[Entry], done: Callable[[Entry], Collection[Any]], take: Callable[[Answer], None]
+    ) -> None:
+        """Caption what has no caption yet.
+
+        Args:
+            entries (`list[Entry]`): pictures.
+            done: gives the ids of the regions of a picture that have theirs.
+            take: called with every answer, in any order, as soon as there is one.
+        """
+
+
+class PictureEngine(ABC):
+    """An engine that is given pictures, opened by this process."""
+
+    ahead: int  # pictures to open while it works
 
     def order(self, entries: Iterable[Entry]) -> Iterable[Entry]:
         """The order in which it likes to have them."""
+        return entries
 
+    @abstractmethod
     def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
         """Caption pictures, read as needed; outcomes come in any order."""
 
+    def caption(
+        self, entries: list[Entry], done: Callable[[Entry], Collection[Any]], take: Callable[[Answer], None]
+    ) -> None:
+        """See [`Engine`]."""
+        left: dict[Any, int] = {}  # regions of a picture whose outcome is awaited
 
-class LocalEngine:
+        def load(entry: Entry) -> Work:
+            return load_work(entry, done(entry))
+
+        def ready() -> Iterator[Work]:
+            for work in prefetch(load, self.order(entries), self.ahead):
+                there_is_work = work.image is not None
+                if work.faults or not there_is_work:
+                    take(Answer(work.entry.id, faults=work.faults, last=not there_is_work))
+                if there_is_work:
+                    left[work.entry.id] = len(work.regions)
+                    yield work
+
+        for outcome in self.run(ready()):
+            entry = outcome.work.entry
+            left[entry.id] -= len(outcome.regions)
+            answer = Answer(entry.id, last=not left[entry.id])
+            if outcome.captions is None:
+                answer.failed = [fault(entry.id, r.id, entry.file_name, outcome.error) for r in outcome.regions]
+            else:
+                pairs = zip(outcome.regions, outcome.captions, strict=True)
+                answer.rows = [_row(entry, region, caption) for region, caption in pairs]
+            if answer.last:
+                del left[entry.id]
+            take(answer)
+
+
+def _row(entry: Entry, region: Region, caption: RegionCaption) -> dict[str, Any]:
+    return {
+        "image_id": entry.id,
+        "annotation_id": region.id,
+        "file_name": entry.file_name,
+        "caption": caption.text,
+        "score": round(caption.score, 4),
+        "bbox": region.bbox,
+        "segmentation": region.segmentation,
+    }
+
+
+class LocalEngine(PictureEngine):
     """The model in this process, several pictures of about the same size a forward.
 
     Args:
@@ -97,21 +173,8 @@ class LocalEngine:
         captioner.caption(*probe_picture(), question, **generation)
 
     def order(self, entries: Iterable[Entry]) -> Iterator[Entry]:
-        """Largest first among the next few batches: rows are padded to the longest of a batch, and what does not fit
-        into memory fails early."""
-        entries = iter(entries)
-        while window := list(islice(entries, _WINDOW * self.batch_size)):
-            yield from sorted(window, key=self._size, reverse=True)
-
-    def _size(self, entry: Entry) -> tuple[int, int]:
-        """Tiles and regions of a picture."""
-        processor = self.captioner.processor.image_processor
-        try:
-            size = entry.size or picture_size(entry.path)
-        except ValueError:  # is told when it is opened
-            return 0, 0
-        columns, rows = best_grid(*size, processor.size["height"], processor.min_tiles, processor.max_tiles)
-        return columns * rows, len(entry.ids or ())
+        """See [`largest_first`]."""
+        return largest_first(entries, self.captioner.processor.image_processor, self.batch_size)
 
     def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
         """Caption pictures in the order given; one with very many regions in several parts."""
@@ -149,26 +212,56 @@ class LocalEngine:
         yield from self._caption(batch[half:])
 
 
+def largest_first(
+    entries: Iterable[Entry], image_processor: Any, batch_size: int, look: bool = True
+) -> Iterator[Entry]:
+    """Largest first among the next few batches: rows are padded to the longest of a batch, and what does not fit into
+    memory fails early.
+
+    Args:
+        entries: pictures.
+        image_processor: of the checkpoint; knows how many tiles a picture has.
+        batch_size (`int`): pictures a batch.
+        look (`bool`): look into the files of pictures whose size the data set does not say; else they come last.
+    """
+
+    def size(entry: Entry) -> tuple[int, int]:
+        """Tiles and regions of a picture."""
+        try:
+            found = entry.size or (picture_size(entry.path) if look and entry.data is None else None)
+        except ValueError:  # is told when it is opened
+            found = None
+        if found is None:
+            return 0, 0
+        side = image_processor.size
+        columns, rows = best_grid(*found, side["height"], image_processor.min_tiles, image_processor.max_tiles)
+        return columns * rows, len(entry.ids or ())
+
+    entries = iter(entries)
+    while window := list(islice(entries, _WINDOW * batch_size)):
+        yield from sorted(window, key=size, reverse=True)
+
+
 def probe_picture() -> tuple[Image.Image, list[Region]]:
     """A small grey picture with one region, to try an engine and its settings on before the work."""
     image = Image.new("RGB", (32, 32), (128, 128, 128))
     return image, [parse_region([4, 4, 24, 24], *image.size)]
 
 
-def load_work(entry: Entry, is_done: Callable[[Any], bool]) -> Work:
+def load_work(entry: Entry, done: Collection[Any]) -> Work:
     """Open a picture and read its regions, as far as any of them is to be captioned. Never raises for bad files.
 
     Args:
         entry (`Entry`): the picture.
-        is_done: whether a region, by its id, has its caption. Regions that have are captioned again with the others
-            of their picture, so that a run that was stopped gives what one that was not does.
+        done: ids of the regions that have their caption. They are captioned again with the others of their picture,
+            so that a run that was stopped gives what one that was not does.
     """
     work = Work(entry)
     try:
         values = entry.read()
-        if all(is_done(own) for own, _ in values):
+        if all(own in done for own, _ in values):
             return work
-        image = load_image(entry.path)
+        image = load_image(entry.path or entry.file_name, entry.data)
     except (ValueError, OSError) as error:
         work.faults.append(fault(entry.id, None, entry.file_name, error))
         return work
@@ -177,7 +270,7 @@ def load_work(entry: Entry, is_done: Callable[[Any], bool]) -> Work:
             work.regions.append(Region(own, parse_region(value, *image.size, own).mask))
         except (ValueError, OSError) as error:
             work.faults.append(fault(entry.id, own, entry.file_name, error))
-    if not all(is_done(region.id) for region in work.regions):
+    if not all(region.id in done for region in work.regions):
         work.image = image
     return work
 

@@ -1,5 +1,6 @@
 """Opening pictures."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,18 +10,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..image_processing_pdlm import to_rgb
 
 
-def load_image(source: Any) -> Image.Image:
+def load_image(source: Any, data: bytes | None = None) -> Image.Image:
     """A picture as RGB. A file is turned the way it is meant to be seen (EXIF orientation applied), as by
     transformers' own `load_image`; what is in memory is taken as it is, as by the processor.
 
     Args:
         source: path, PIL image, or uint8 array or tensor.
+        data (`bytes`, *optional*): what the file holds, if it has been read already.
 
     Raises:
         ValueError: no such file, not a picture, cut short, or too large to be opened safely.
     """
     if isinstance(source, (str, Path)):
-        return to_rgb(open_image(source), str(source))
+        return to_rgb(open_image(source if data is None else io.BytesIO(data), str(source)), str(source))
     return to_rgb(source)
 
 

@@ -10,8 +10,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from ..processing_pdlm import RegionCaption
-from .dataset import Entry
-from .engines import MASK_PIXELS, Outcome, Work, probe_picture
+from .engines import MASK_PIXELS, Outcome, PictureEngine, Work, probe_picture
 from .regions import Region
 from .replies import Judge, JudgeError, NoReply, Reply, ReplyCache, public_url
 from .views import png_url
@@ -101,7 +100,7 @@ class _NoCache(ReplyCache):
         pass
 
 
-class ServerEngine:
+class ServerEngine(PictureEngine):
     """An engine of [`batch`] that asks a server.
 
     Args:
@@ -114,10 +113,6 @@ class ServerEngine:
     def __init__(self, server: RegionServer):
         self.server, self.ahead = server, server.concurrency
         server.probe()
-
-    def order(self, entries: Iterable[Entry]) -> Iterable[Entry]:
-        """As they are: the server batches by itself."""
-        return entries
 
     def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
         """Caption pictures; outcomes come as the server replies. Raises: JudgeError if it is of no use any more."""

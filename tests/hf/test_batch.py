@@ -19,7 +19,7 @@ from pdlm_hf import RegionCaption, RegionCaptioner
 from pdlm_hf.app.batch import BatchFiles, BatchProgress, Counts, parse_shard, run_batch
 from pdlm_hf.app.cli import app
 from pdlm_hf.app.dataset import open_data
-from pdlm_hf.app.engines import LocalEngine, Outcome, prefetch
+from pdlm_hf.app.engines import LocalEngine, Outcome, PictureEngine, prefetch
 from pdlm_hf.app.jsonl import append_rows, read_rows, write_json
 from pdlm_hf.app.regions import Region
 
@@ -56,16 +56,13 @@ def change(folder, edit):
     (folder / "coco.json").write_text(json.dumps(data))
 
 
-class Counter:
+class Counter(PictureEngine):
     """An engine that says how many pixels a region has; after some pictures it stops."""
 
     ahead = 2
 
     def __init__(self, stop_after=None, empty=False):
         self.stop_after, self.empty, self.seen = stop_after, empty, []
-
-    def order(self, entries):
-        return entries
 
     def run(self, works):
         for work in works:

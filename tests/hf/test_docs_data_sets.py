@@ -48,14 +48,21 @@ def test_the_page(tmp_path, monkeypatch):
     pytest.importorskip("supervision")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # of Ray's processes
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # everything on 127.0.0.1
+    monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", "100000000")
+    pytest.importorskip("ray")
     write_files(tmp_path)
+
+    def change(text):
+        text = text.replace("http://127.0.0.1:8000", server.url).replace("MODEL", str(CHECKPOINT))
+        return text.replace("s3://bucket/photos", f"file://{tmp_path}/images")
+
     with RegionCaptionServer() as server:
-        ran = Page("data-sets.md").run(
-            lambda text: text.replace("http://127.0.0.1:8000", server.url).replace("MODEL", str(CHECKPOINT))
-        )
+        ran = Page("data-sets.md").run(change)
     whole = said_by("captions.jsonl")
     assert len(whole) == 6 and "red" in whole[10] and "blue" in whole[11]
-    assert whole == said_by("parts.jsonl") == said_by("large.jsonl") == said_by("python.jsonl")
+    assert whole == said_by("parts.jsonl") == said_by("large.jsonl") == said_by("python.jsonl") == said_by("ray.jsonl")
     assert list(said_by("folder.jsonl").values()) == [whole[k] for k in sorted(whole)]
     assert set(said_by("served.jsonl").values()) == {"2000 pixels", "2400 pixels"}
     shown = {r.stdout for r in ran if "--regions" in r.command and "coco" not in r.command}

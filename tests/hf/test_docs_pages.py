@@ -30,6 +30,10 @@ def test_performance(here):
     assert "reference" in Page("performance.md").run()[-1].stdout
 
 
+def test_scaling():
+    assert "captioner hours" in Page("scaling.md").run()[-1].stdout
+
+
 def test_faq(here):
     ran = Page("faq.md").run()
     assert "green" in ran[0].stdout

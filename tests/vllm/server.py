@@ -64,17 +64,18 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(model: str | Path, log: Path, *options: str, cores: str | None = None):
+def serve(model: str | Path, log: Path, *options: str, cores: str | None = None, program: Path | None = None):
     """Start `vllm serve MODEL` on a free port of 127.0.0.1 and end it afterwards.
 
     Args:
         model, log, options: what to serve, where its output goes, further flags.
         cores (`str`, *optional*): cores for the worker's threads, "0" for one; vLLM takes all by itself.
+        program (`Path`, *optional*): `vllm`; default: the one of this environment.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", "127.0.0.1"]
+    command = [str(program or Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dtype", "float32", *options]
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
     environment |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO", "HF_HUB_OFFLINE": "1"}

@@ -1,0 +1,275 @@
+"""pdlm batch --engine ray: what the local engine writes, from any storage, also when a machine is lost half way."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from test_batch import change, faults_of, write_coco
+from typer.testing import CliRunner
+
+from pdlm_hf.app.batch import BatchFiles, run_batch
+from pdlm_hf.app.cli import app
+from pdlm_hf.app.dataset import open_data
+from pdlm_hf.app.jsonl import read_rows
+
+# Before Ray is imported: everything on 127.0.0.1, nothing told to anybody, no log of what is killed on purpose.
+os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED="0", RAY_BACKEND_LOG_LEVEL="fatal")
+ray = pytest.importorskip("ray")
+pa, fs = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.fs")
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {"max_new_tokens": 6, "max_denoising_steps": 4}
+OPTIONS = ["--batch-size", "2", "--max-new-tokens", "6", "--steps", "4"]
+
+
+@contextmanager
+def cluster(monkeypatch, nodes=2, gpus=0):
+    """So many machines of one CPU each, and GPUs that Ray believes in, all on this one; gives what ends one."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # what the workers import
+    size = {"num_cpus": 1, "num_gpus": gpus, "object_store_memory": 100_000_000, "include_dashboard": False}
+    notice = {"health_check_period_ms": 1000, "health_check_failure_threshold": 4}  # that a machine is lost
+    head = {**size, "node_ip_address": "127.0.0.1", "_system_config": notice}
+    machines = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        added = [machines.add_node(**size) for _ in range(nodes - 1)]
+        monkeypatch.setenv("RAY_ADDRESS", machines.address)
+        yield SimpleNamespace(kill=lambda: machines.remove_node(added.pop(), allow_graceful=False))
+    finally:
+        ray.shutdown()
+        machines.shutdown()
+
+
+def batch(folder, out, *options, images=None, data="coco.json", code=0):
+    where = [str(folder / data), "--images", str(images or folder / "images"), "--out", str(folder / out)]
+    result = CliRunner().invoke(app, ["batch", *where, *OPTIONS, *options])
+    assert code in (None, result.exit_code), (result.output, result.stderr, result.exception)
+    return {(row["image_id"], row["annotation_id"]): row for row in read_rows(folder / out)}, result
+
+
+def assert_the_same(rows, expected):
+    assert rows.keys() == expected.keys()
+    for key, row in rows.items():
+        assert row["score"] == pytest.approx(expected[key]["score"], abs=2e-4)  # other pictures share the batch
+        assert {**row, "score": 0} == {**expected[key], "score": 0}
+
+
+def damage(folder):
+    """A picture that is none, one that is not there, a damaged mask."""
+    (folder / "images" / "1.png").write_bytes(b"no picture")
+    (folder / "images" / "3.png").unlink()
+    change(folder, lambda data: data["annotations"][0]["segmentation"].update(counts="x"))
+
+
+def test_the_same_as_the_local_engine(tmp_path, monkeypatch):
+    """With one captioner on each of two GPUs, pictures by URL, bad files, and half of the rows there before."""
+    write_coco(tmp_path, 9)
+    damage(tmp_path)
+    expected, result = batch(tmp_path, "local.jsonl", code=1)
+    assert len(expected) == 9 * 3 - 2 * 3 - 1
+    lines = (tmp_path / "local.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:7]))  # two pictures and a region of a third
+    (tmp_path / "out.run.json").write_bytes((tmp_path / "local.run.json").read_bytes())
+    with cluster(monkeypatch, gpus=1):
+        url = f"file://{tmp_path / 'images'}/"
+        rows, told = batch(tmp_path, "out.jsonl", "--engine", "ray", images=url, code=1)
+        assert not ray.is_initialized()
+        _, refused = batch(tmp_path, "more.jsonl", "--engine", "ray", "--workers", "3", code=2)
+    assert "--workers 3: the cluster has 2 GPUs" in refused.stderr
+    assert_the_same(rows, expected)
+    assert len(list(read_rows(tmp_path / "out.jsonl"))) == len(expected)
+    assert "2 pictures cannot be read; 1 regions cannot be read" in told.stderr
+    assert f"{len(expected) - 7} regions of 5 pictures captioned" in told.stderr
+
+    def reasons(name):
+        found = {(f["image_id"], f["annotation_id"]): f["reason"] for f in faults_of(tmp_path, name)}
+        return {key: reason.replace(str(tmp_path / "images"), "") for key, reason in found.items()}
+
+    found = reasons("out.faults.jsonl")
+    assert found[3, None].endswith("3.png: no such file.") and "is damaged" in found[0, 0]
+    assert found.keys() == reasons("local.faults.jsonl").keys()
+    assert (tmp_path / "out.coco.json").exists()
+    annotations = json.loads((tmp_path / "out.coco.json").read_text())["annotations"]
+    assert sum("caption" in annotation for annotation in annotations) == len(expected)
+
+
+def lose_a_machine(folder, monkeypatch, pictures):
+    """Kill one of two machines, with its captioner, when a third of the answers is there. Gives rows and warnings."""
+    write_coco(folder, pictures, 2)
+    data = open_data(folder / "coco.json", folder / "images")
+    with cluster(monkeypatch) as machines:
+        from pdlm_hf.app import ray_engine
+
+        monkeypatch.setattr(ray_engine, "_LOOK", 1.0)
+        engine = ray_engine.RayEngine(ray_engine.CaptionerSettings(None, "default", 2, None, SETTINGS), workers=2)
+        told, killed = [], []
+        monkeypatch.setattr(ray_engine.logger, "warning", lambda text, *values: told.append(text % values))
+
+        def progress(done, counts):
+            if counts.pictures >= pictures // 3 and not killed:
+                killed.append(done)
+                machines.kill()
+
+        files = BatchFiles(folder / "out.jsonl", {"model": "shapes"})
+        counts = run_batch(data, lambda: engine, files, progress=progress)
+    assert killed and (counts.pictures, counts.regions) == (pictures, 2 * pictures)
+    assert counts.failed == counts.bad_pictures == counts.bad_regions == 0
+    rows = list(read_rows(folder / "out.jsonl"))
+    keys = [(row["image_id"], row["annotation_id"]) for row in rows]
+    assert len(keys) == len(set(keys)) == 2 * pictures
+    return {key: row for key, row in zip(keys, rows, strict=True)}, told
+
+
+def test_a_machine_is_lost(tmp_path, monkeypatch):
+    rows, told = lose_a_machine(tmp_path, monkeypatch, 45)
+    assert len(told) >= 1 and "going on with the" in told[0]
+    expected, _ = batch(tmp_path, "local.jsonl", code=None)
+    assert_the_same(rows, expected)
+
+
+@pytest.mark.slow
+def test_a_machine_is_lost_of_many_pictures(tmp_path, monkeypatch):
+    rows, told = lose_a_machine(tmp_path, monkeypatch, 600)
+    assert len(told) >= 1
+    expected, _ = batch(tmp_path, "local.jsonl", code=None)
+    assert_the_same(rows, expected)
+
+
+@pytest.mark.slow
+def test_a_picture_that_ends_every_captioner(tmp_path, monkeypatch):
+    write_coco(tmp_path, 8, 1)
+    data = open_data(tmp_path / "coco.json", tmp_path / "images")
+    data.entries[4] = replace(data.entries[4], read=os.abort)
+    with cluster(monkeypatch, nodes=1):
+        from pdlm_hf.app import ray_engine
+
+        monkeypatch.setattr(ray_engine, "_PAUSE", 0.0)
+        monkeypatch.setattr(ray_engine, "_BARREN_ROUNDS", 2)
+        engine = ray_engine.RayEngine(ray_engine.CaptionerSettings(None, "default", 1, None, SETTINGS))
+        files = BatchFiles(tmp_path / "out.jsonl", {"model": "shapes"})
+        with pytest.raises(ConnectionError, match=r"ended 2 times without an answer .* 1 pictures are left, 4\.png"):
+            run_batch(data, lambda: engine, files)
+    rows = list(read_rows(tmp_path / "out.jsonl"))
+    assert {row["image_id"] for row in rows} == set(range(8)) - {4} and len(rows) == 7
+
+
+# ---------------------------------------------------------------- without a cluster
+
+
+class ObjectStorage:
+    """S3 as far as reading needs it, on 127.0.0.1: objects of one bucket by key."""
+
+    def __init__(self, objects):
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def answer(self):
+                place = urlsplit(self.path)
+                key = unquote(place.path).removeprefix("/bucket").removeprefix("/")
+                prefix = parse_qs(place.query).get("prefix", [None])[0]
+                status, data = (200, objects[key]) if key in objects else (404, b"")
+                if prefix is not None:
+                    found = "".join(f"<Contents><Key>{k}</Key></Contents>" for k in objects if k.startswith(prefix))
+                    data = f"<ListBucketResult><KeyCount>{found.count('<Key>')}</KeyCount>{found}</ListBucketResult>"
+                    status, data = 200, data.encode()
+                if status == 200 and (part := self.headers["Range"]):
+                    first, last = part.removeprefix("bytes=").split("-")
+                    status, whole = 206, len(data)
+                    data = data[int(first) : int(last) + 1]
+                self.send_response(status)
+                if status == 206:
+                    self.send_header("Content-Range", f"bytes {first}-{int(first) + len(data) - 1}/{whole}")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(data)
+
+            do_GET = do_HEAD = answer
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.query = f"scheme=http&region=none&endpoint_override=127.0.0.1:{self.http.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def test_pictures_in_object_storage(monkeypatch):
+    from pdlm_hf.app.ray_engine import open_storage, reader
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    objects = {"photos/a/1.jpg": b"one", "photos/2 ü.jpg": b"two", "photos/3.gz": b"\x1f\x8b three"}
+    with ObjectStorage(objects) as server:
+        storage, folder = open_storage(f"s3://bucket/photos/?{server.query}")
+        assert folder == "bucket/photos"
+        with pytest.raises(ValueError, match=r"--images s3://bucket/nowhere: there is no such folder"):
+            open_storage(f"s3://user:secret@bucket/nowhere?{server.query}")
+        read = pickle.loads(ray.cloudpickle.dumps(reader(storage)))  # as Ray sends it
+        names = [*(key.removeprefix("photos/") for key in objects), "missing.jpg"]
+        found = read(pa.table({"path": [f"{folder}/{name}".encode() for name in names]}))
+    assert found["data"].to_pylist() == [*objects.values(), None]
+    assert found["reason"].to_pylist() == [None, None, None, "bucket/photos/missing.jpg: no such file."]
+
+
+def test_readers_do_not_import_the_model():
+    from pdlm_hf.app.ray_engine import reader, watch
+
+    code = "import pickle, sys; pickle.loads(sys.stdin.buffer.read()); sys.exit('torch' in sys.modules)"
+    sent = ray.cloudpickle.dumps((reader(fs.LocalFileSystem()), watch()))
+    assert subprocess.run([sys.executable, "-c", code], input=sent, cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "dask"], "--engine dask: there are local and ray"),
+        (["--engine", "ray", "--workers", "0"], "--workers must be positive, got 0"),
+        (["--workers", "2"], "--workers: of --engine ray"),
+        (["--engine", "ray", "--server", "http://127.0.0.1:1"], "--engine ray and --server: give one"),
+        (["--engine", "ray", "--model", "nowhere/at/all"], "nowhere/at/all"),
+        (["--images", "s3://user:secret@bucket/images"], "--images s3://bucket/images: from object storage with"),
+        (["--images", "nope://bucket/images", "--engine", "ray"], "--images nope://bucket/images: cannot be opened"),
+        (["--images", "file:///nowhere/images", "--engine", "ray"], "there is no such folder of pictures"),
+    ],
+)
+def test_wrong_calls_are_one_line(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(ray, "init", lambda *args, **kwargs: pytest.fail("started"))
+    write_coco(tmp_path, 1)
+    _, result = batch(tmp_path, "out.jsonl", *options, code=2)
+    said = result.stderr.strip().splitlines()[-1]
+    assert said.startswith("pdlm: ") and message in said and "Traceback" not in result.output
+    assert "secret" not in result.stderr and not (tmp_path / "out.jsonl").exists()
+
+
+def test_masks_in_a_folder_need_pictures_in_one(tmp_path):
+    (tmp_path / "masks").mkdir()
+    _, result = batch(tmp_path, "out.jsonl", "--engine", "ray", images="s3://bucket/images", data="masks", code=2)
+    assert "the data must be a COCO file, not a folder" in result.stderr
+
+
+def test_without_ray(tmp_path, monkeypatch):
+    write_coco(tmp_path, 1)
+    monkeypatch.setattr("pdlm_hf.app.cli.find_spec", lambda name: None)
+    _, result = batch(tmp_path, "out.jsonl", "--engine", "ray", code=2)
+    assert "pip install 'perceptiondlm[ray]'" in result.stderr
