@@ -30,10 +30,11 @@ from .world import Figure
 # of two figures; a letter or a yes says too little about where to look, and is learned when that is there.
 LESSONS: dict[str, dict[str, float]] = {
     "bind": {"tell": 0.5, "open": 0.2, "yes_no": 0.2, "choice": 0.1},
+    "choose": {"tell": 0.35, "choice": 0.35, "yes_no": 0.2, "open": 0.1},
     "easy": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
     "full": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
 }
-WITH_TEXT, WORDS_ONLY = 0.2, 0.25  # of the choices: letter with its text; no picture, only which letter a word has
+WITH_TEXT, WORDS_ONLY = 0.3, 0.1  # of the choices: letter with its text; no picture, only which letter a word has
 LISTS = 12  # of each kind a step, with `--lists`
 LONGEST = 32  # slots
 OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
@@ -45,7 +46,7 @@ class QuestionDataset(Dataset):
     Args:
         seed (`int`)
         length (`int`): number of questions.
-        lesson (`str`): "bind": one of two figures on one tile; "easy": one or two on one tile; "full".
+        lesson (`str`): "bind", "choose": one of two figures on one tile; "easy": one or two on one tile; "full".
     """
 
     def __init__(self, seed: int, length: int, lesson: str = "full"):
@@ -59,7 +60,7 @@ class QuestionDataset(Dataset):
             raise IndexError(index)
         rng = np.random.default_rng((TRAINING, self.seed, index))
         image, figures = draw_scene(rng, self.lesson != "full")
-        while self.lesson == "bind" and len(figures) < 2:
+        while self.lesson in ("bind", "choose") and len(figures) < 2:
             image, figures = draw_scene(rng, True)
         shares = LESSONS[self.lesson]
         kind = list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
@@ -135,7 +136,7 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     start: Annotated[Path, typer.Option(help="Region checkpoint it starts from.")] = CHECKPOINT,
-    lesson: Annotated[Literal["bind", "easy", "full"], typer.Option(help="What is drawn and asked.")] = "full",
+    lesson: Annotated[Literal["bind", "choose", "easy", "full"], typer.Option(help="What is drawn and asked.")] = "full",
     freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="Keep the vision tower.")] = False,
     lists: Annotated[bool, typer.Option("--lists", help="Lists to look up in beside each step's questions.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
