@@ -35,6 +35,7 @@ LESSONS: dict[str, dict[str, float]] = {
     "full": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
 }
 WITH_TEXT, WORDS_ONLY = 0.3, 0.1  # of the choices: letter with its text; no picture, only which letter a word has
+Lesson = Literal["bind", "choose", "easy", "full"]
 LISTS = 12  # of each kind a step, with `--lists`
 LONGEST = 32  # slots
 OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
@@ -136,7 +137,7 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     start: Annotated[Path, typer.Option(help="Region checkpoint it starts from.")] = CHECKPOINT,
-    lesson: Annotated[Literal["bind", "choose", "easy", "full"], typer.Option(help="What is drawn and asked.")] = "full",
+    lesson: Annotated[Lesson, typer.Option(help="What is drawn and asked.")] = "full",
     freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="Keep the vision tower.")] = False,
     lists: Annotated[bool, typer.Option("--lists", help="Lists to look up in beside each step's questions.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
