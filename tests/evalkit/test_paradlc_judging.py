@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -308,7 +309,10 @@ def test_stopped_by_the_user(captions, tmp_path):
             str(EXAMPLE),
         ]
         command += ["--judge", "any", "--base-url", server.url, "--concurrency", "2"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        # a shell starts what runs in the background with Ctrl-C ignored
+        listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=ROOT, preexec_fn=listen, **pipes)
         while len(server.answered) < 3 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
