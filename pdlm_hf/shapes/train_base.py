@@ -31,10 +31,21 @@ from .world import Figure
 LESSONS: dict[str, dict[str, float]] = {
     "bind": {"tell": 0.5, "open": 0.2, "yes_no": 0.2, "choice": 0.1},
     "choose": {"tell": 0.35, "choice": 0.35, "yes_no": 0.2, "open": 0.1},
-    "easy": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
+    "easy": {
+        "choice": 0.4,
+        "yes_no": 0.15,
+        "tell": 0.1,
+        "open": 0.1,
+        "count": 0.1,
+        "reasoning": 0.1,
+        "describe": 0.05,
+    },
     "full": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
 }
-WITH_TEXT, WORDS_ONLY = 0.3, 0.1  # of the choices: letter with its text; no picture, only which letter a word has
+# Of the choices: letter with its text; no picture, only which letter a word has. Of all short answers: the picture in
+# words, so that finding an answer and then its letter is learned from what is easy to read.
+WITH_TEXT, WORDS_ONLY, TOLD = 0.2, 0.05, 0.3
+SHORT = ("choice", "yes_no", "open")
 Lesson = Literal["bind", "choose", "easy", "full"]
 LISTS = 12  # of each kind a step, with `--lists`
 LONGEST = 32  # slots
@@ -72,6 +83,8 @@ class QuestionDataset(Dataset):
             question, slots = with_text(question), SLOTS["open"]
         elif question.kind == "choice" and draw < WITH_TEXT + WORDS_ONLY:
             question, images = words_only(question), []
+        elif question.kind in SHORT and draw < WITH_TEXT + WORDS_ONLY + TOLD:
+            question, images = told(question, figures), []
         if rng.random() < OTHER_LENGTHS:
             slots = int(rng.integers(slots, LONGEST + 1))
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question.text}]
@@ -128,6 +141,12 @@ class QuestionTrainer(InOrderTrainer):
             rng = np.random.default_rng((TRAINING, self.args.seed, self.state.global_step, k))
             out = out + lookup_loss(model, *batch(rng, LISTS))[0]
         return out
+
+
+def told(question: Question, figures: list[Figure]) -> Question:
+    """The same question about the picture in words."""
+    said = " ".join(f"A {figure.size} {figure.colour} {figure.texture} {figure.shape}." for figure in figures)
+    return Question(question.kind, f"{said}\n{question.text}", question.answer)
 
 
 def main(
