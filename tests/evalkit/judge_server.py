@@ -9,8 +9,10 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from local_server import LocalServer
 
 from pdlm_hf.shapes.world import WORDS
 
@@ -18,7 +20,7 @@ PROBE = "Answer with the letter A."
 FAULTS = ("500", "429", "429 later", "400", "401", "404", "quota", "garbage", "no choices", "drop", "half")
 
 
-class JudgeServer:
+class JudgeServer(LocalServer):
     """Serves until the `with` block ends.
 
     Args:
@@ -59,17 +61,8 @@ class JudgeServer:
             def do_POST(self):
                 server.handle(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self.http.shutdown()
-        self.http.server_close()
+        super().__init__(Handler)
+        self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def send(self, handler: Any, status: int, value: Any, cut: int | None = None, **headers: str) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()

@@ -4,13 +4,14 @@ import base64
 import io
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
+from local_server import LocalServer
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 
-class RegionCaptionServer:
+class RegionCaptionServer(LocalServer):
     """Serves until the `with` block ends.
 
     Args:
@@ -63,17 +64,8 @@ class RegionCaptionServer:
                     with server.lock:
                         server.under_way -= 1
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self.http.shutdown()
-        self.http.server_close()
+        super().__init__(Handler)
+        self.url = f"http://127.0.0.1:{self.port}"
 
 
 def events_of(body):

@@ -5,15 +5,15 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from local_server import LocalServer
 from test_batch import change, faults_of, write_coco
 from typer.testing import CliRunner
 
@@ -167,7 +167,7 @@ def test_a_picture_that_ends_every_captioner(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- without a cluster
 
 
-class ObjectStorage:
+class ObjectStorage(LocalServer):
     """S3 as far as reading needs it, on 127.0.0.1: objects of one bucket by key."""
 
     def __init__(self, objects):
@@ -200,17 +200,8 @@ class ObjectStorage:
 
             do_GET = do_HEAD = answer
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.query = f"scheme=http&region=none&endpoint_override=127.0.0.1:{self.http.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self.http.shutdown()
-        self.http.server_close()
+        super().__init__(Handler)
+        self.query = f"scheme=http&region=none&endpoint_override=127.0.0.1:{self.port}"
 
 
 def test_pictures_in_object_storage(monkeypatch):
