@@ -144,7 +144,7 @@ def stages(processor: PdlmProcessor) -> dict[str, list[Callable]]:
         "words": [partial(lookup_batch, **FIRST)],
         "own words": [partial(lookup_batch, **tokens_of(processor, options=False))],
         "options": [options],
-        "asked": [options, partial(asked_batch, processor=processor)],
+        "asked": [partial(asked_batch, processor=processor)],
     }
 
 

@@ -7,6 +7,7 @@
 Started again with the same `--out`, it goes on from the last saved step.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from ..app.collator import PdlmCollator
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
 from . import CHECKPOINT
-from .lookup import lookup_loss, stages
+from .lookup import STAGES, lookup_loss, stages
 from .model import build_base_model, build_base_processor
 from .questions import LETTER_PROMPT, SLOTS, Question, ask, draw_scene
 from .train import TRAINING, InOrderTrainer, arguments, run
@@ -47,7 +48,7 @@ LESSONS: dict[str, dict[str, float]] = {
 WITH_TEXT, WORDS_ONLY, TOLD = 0.2, 0.05, 0.3
 SHORT = ("choice", "yes_no", "open")
 Lesson = Literal["bind", "choose", "easy", "full"]
-LISTS = 12  # of each kind a step, with `--lists`
+LISTS = 48  # rows a step
 LONGEST = 32  # slots
 OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
 
@@ -122,15 +123,15 @@ def words_only(question: Question) -> Question:
 
 
 class QuestionTrainer(InOrderTrainer):
-    """Adds the loss of lists to look up in, so that the model keeps what letters need.
+    """Adds the loss of lists to look up in, which letters need.
 
     Args:
-        processor (`PdlmProcessor`, *optional*): writes the lists; None: no lists.
+        batches (`list[Callable]`): kinds of lists, of [`~lookup.stages`].
     """
 
-    def __init__(self, processor: PdlmProcessor | None, **kwargs: Any):
+    def __init__(self, batches: list[Callable], **kwargs: Any):
         super().__init__(**kwargs)
-        self.batches = stages(processor)["asked"] if processor else []
+        self.batches, self.right = batches, [[] for _ in batches]
 
     def compute_loss(self, model, inputs, *args: Any, **kwargs: Any):
         """Loss of the questions, and of the lists while training."""
@@ -139,8 +140,17 @@ class QuestionTrainer(InOrderTrainer):
             return out
         for k, batch in enumerate(self.batches):
             rng = np.random.default_rng((TRAINING, self.args.seed, self.state.global_step, k))
-            out = out + lookup_loss(model, *batch(rng, LISTS))[0]
+            loss, right = lookup_loss(model, *batch(rng, LISTS // len(self.batches)))
+            out = out + loss
+            self.right[k].append(right)
         return out
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """What is right of the lists, beside the loss."""
+        if "loss" in logs and self.batches:
+            logs["lists"] = " ".join(f"{np.mean(right):.3f}" for right in self.right)
+            self.right = [[] for _ in self.batches]
+        super().log(logs, *args, **kwargs)
 
 
 def told(question: Question, figures: list[Figure]) -> Question:
@@ -158,7 +168,9 @@ def main(
     start: Annotated[Path, typer.Option(help="Region checkpoint it starts from.")] = CHECKPOINT,
     lesson: Annotated[Lesson, typer.Option(help="What is drawn and asked.")] = "full",
     freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="Keep the vision tower.")] = False,
-    lists: Annotated[bool, typer.Option("--lists", help="Lists to look up in beside each step's questions.")] = False,
+    lists: Annotated[
+        list[str] | None, typer.Option(help=f"Lists to look up in beside the questions: {', '.join(STAGES)}.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
@@ -174,7 +186,7 @@ def main(
         model = PdlmBaseForConditionalGeneration.from_pretrained(init)
     model.model.vision_tower.requires_grad_(not freeze_vision)
     trainer = QuestionTrainer(
-        processor=processor if lists else None,
+        batches=[batch for name in lists or () for batch in stages(processor)[name]],
         model=model,
         args=arguments(out, steps, batch_size, learning_rate, seed),
         train_dataset=QuestionDataset(seed, steps * batch_size, lesson),
@@ -184,7 +196,7 @@ def main(
         f"python -m pdlm_hf.shapes.train_base --steps {steps} --batch-size {batch_size} --learning-rate "
         f"{learning_rate} --seed {seed} --threads {threads} --lesson {lesson}"
         + " --freeze-vision" * freeze_vision
-        + " --lists" * lists
+        + "".join(f" --lists '{name}'" for name in lists or ())
     )
     run(trainer, model, processor, out, init, command, steps, seed)
 
