@@ -8,9 +8,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .data_cli import fail
+from .data_cli import fail, says_why
 
 
+@says_why
 def train(
     recipe: Annotated[str, typer.Argument(help="A packaged recipe (see --list) or a YAML file.")] = "",
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings of it: key=value, dotted keys.")] = None,
@@ -28,27 +29,25 @@ def train(
         return
     if not recipe:
         raise fail("give a recipe, `pdlm-peft train --list` shows them")
-    try:
-        settings = load_recipe(recipe, overrides or ())
-        found = _estimate(settings, dry_run)
-        if int(os.environ.get("RANK", 0)) == 0:
-            _show(settings, found)
-        from .memory import refuse
+    settings = load_recipe(recipe, overrides or ())
+    found = _estimate(settings, dry_run)
+    if int(os.environ.get("RANK", 0)) == 0:
+        _show(settings, found)
+    from .memory import refuse
 
-        limit = memory or _device_memory(settings, dry_run)
-        if limit is not None:
-            refuse(found, limit)
-        if dry_run:
-            return
-        from .training import run
+    limit = memory or _device_memory(settings, dry_run)
+    if limit is not None:
+        refuse(found, limit)
+    if dry_run:
+        return
+    from .training import run
 
-        record = run(settings)
-    except (ValueError, ImportError, OSError) as error:
-        raise fail(error) from None
+    record = run(settings)
     if int(os.environ.get("RANK", 0)) == 0:
         typer.echo(f"{settings.output}: {record['steps']} steps, {record['seconds']:.0f} s; {_scores(record)}")
 
 
+@says_why
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     out: Annotated[Path, typer.Argument(help="New checkpoint folder.")],
@@ -58,12 +57,9 @@ def merge(
     """Put an adapter into its base: a checkpoint like any other, for vLLM and for the hub."""
     from .adapters import merge as merge_adapter
 
-    try:
-        if dtype not in ("auto", "bfloat16", "float32"):
-            raise ValueError(f"--dtype must be auto, bfloat16 or float32, got {dtype}.")
-        merge_adapter(adapter, out, base, dtype)
-    except (ValueError, OSError) as error:
-        raise fail(error) from None
+    if dtype not in ("auto", "bfloat16", "float32"):
+        raise ValueError(f"--dtype must be auto, bfloat16 or float32, got {dtype}.")
+    merge_adapter(adapter, out, base, dtype)
     typer.echo(str(out))
 
 

@@ -129,6 +129,8 @@ class Judge:
         ValueError: a number out of range, or an unusable cache file.
     """
 
+    keeps_replies = True  # in the cache
+
     def __init__(
         self,
         model: str,
@@ -157,7 +159,7 @@ class Judge:
         self.model, self.base_url, self.settings = model, str(base_url), dict(settings or {})
         self.concurrency, self.retries, self.give_up_after = concurrency, retries, give_up_after
         self.max_calls, self.calls = max_calls, 0
-        self.cache = ReplyCache(cache)
+        self.cache = ReplyCache(cache) if self.keeps_replies else None
         self._key = api_key or ""
         self._api = openai
         self._client = openai.OpenAI(api_key=api_key or "none", base_url=base_url, timeout=timeout, max_retries=0)
@@ -196,7 +198,7 @@ class Judge:
             for index, request in enumerate(requests):
                 body = self._body(request)
                 key = key_of(body)
-                if (reply := self.cache.get(key)) is not None:
+                if self.cache is not None and (reply := self.cache.get(key)) is not None:
                     yield index, reply
                 elif key in waiting:
                     waiting[key].append(index)
@@ -251,7 +253,8 @@ class Judge:
     def close(self) -> None:
         """Close connections and the cache."""
         self._client.close()
-        self.cache.close()
+        if self.cache is not None:
+            self.cache.close()
 
     # ---------------------------------------------------------------- one request
 
@@ -280,7 +283,7 @@ class Judge:
             key, body = task
             try:
                 reply = self._attempt(body, stop, self.retries)
-                if reply.text is not None:
+                if reply.text is not None and self.cache is not None:
                     self.cache.put(key, self.model, reply)
                 self._count(reply)
                 done.put((key, reply))

@@ -12,7 +12,7 @@ from PIL import Image
 from ..processing_pdlm import RegionCaption
 from .engines import MASK_PIXELS, Outcome, PictureEngine, Work, probe_picture
 from .regions import Region
-from .replies import Judge, JudgeError, NoReply, Reply, ReplyCache, public_url
+from .replies import Judge, JudgeError, NoReply, Reply, public_url
 from .views import png_url
 
 MAX_REGIONS = 60  # a request: servers take 64, and 60 is whole passes for 1 to 6 region prompts
@@ -32,11 +32,12 @@ class RegionServer(Judge):
         JudgeError: it cannot be reached, or has no such model.
     """
 
+    keeps_replies = False  # what is captioned is in the rows
+
     def __init__(self, base_url: str, model: str | None = None, **options: Any):
         if urlsplit(base_url).path in ("", "/"):
             base_url = f"{base_url.rstrip('/')}/v1"
         super().__init__(model or "", base_url, **options)
-        self.cache = _NoCache()  # what is captioned is in the rows
         where = f"The server at {public_url(self.base_url)}"
         try:
             names = [known.id for known in self._client.models.list()]
@@ -91,13 +92,6 @@ class RegionServer(Judge):
         if not whole:
             raise NoReply(f"the server's answer is not one caption for each region: {str(data)[:80]!r}.")
         return Reply(json.dumps(rows), usage=data.get("usage") or {})
-
-
-class _NoCache(ReplyCache):
-    """Keeps nothing."""
-
-    def put(self, key: str, model: str, reply: Reply) -> None:
-        pass
 
 
 class ServerEngine(PictureEngine):

@@ -31,6 +31,7 @@ PAIRS = 6
 LETTERS = "ABCDEFGH"
 FIRST = {"letters": list(range(33, 41)), "words": list(range(300, 320))}  # any will do
 STAGES = ("words", "own words", "options", "asked")
+Batch = Callable[[np.random.Generator, int], tuple[torch.Tensor, torch.Tensor]]
 WARMUP = 100  # steps of each stage
 ENOUGH = 0.92  # right of the last 100 steps; then the next stage begins
 
@@ -81,24 +82,34 @@ def tokens_of(processor: PdlmProcessor, options: bool) -> dict:
     }
 
 
-def asked_batch(rng: np.random.Generator, rows: int, processor: PdlmProcessor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Questions without picture: which letter a word has among some options. Returns: as [`lookup_batch`]."""
+def asked_batch(
+    rng: np.random.Generator, rows: int, processor: PdlmProcessor, words: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Questions without picture: which letter a word has among some options.
+
+    Args:
+        rng (`np.random.Generator`), rows (`int`)
+        processor (`PdlmProcessor`): writes the prompts.
+        words (`list[str]`): each one token.
+
+    Returns:
+        as [`lookup_batch`]; the letter is hidden.
+    """
     tokenizer, number = processor.tokenizer, int(rng.integers(2, 7))
-    ids = tokens_of(processor, options=True)["words"]
     texts, letters = [], []
     for _ in range(rows):
-        words = [tokenizer.decode(ids[k]).strip() for k in rng.permutation(len(ids))[:number]]
+        shown = [words[k] for k in rng.permutation(len(words))[:number]]
         right = int(rng.integers(number))
-        lines = "\n".join(f"{letter}. {word}" for letter, word in zip(LETTERS, words, strict=False))
-        turn = {"role": "user", "content": f"Which is {words[right]}?\n{lines}\n{LETTER_PROMPT}"}
+        lines = "\n".join(f"{letter}. {word}" for letter, word in zip(LETTERS, shown, strict=False))
+        turn = {"role": "user", "content": f"Which is {shown[right]}?\n{lines}\n{LETTER_PROMPT}"}
         texts.append(processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False))
         letters.append(LETTERS[right])
     end = tokenizer.eos_token
     batch = tokenizer([a + b + end for a, b in zip(texts, letters, strict=True)], add_special_tokens=False)
-    shown = torch.tensor(batch["input_ids"])  # every word is one token: all rows are equally long
-    hidden = torch.zeros_like(shown, dtype=torch.bool)
+    ids = torch.tensor(batch["input_ids"])  # every word is one token: all rows are equally long
+    hidden = torch.zeros_like(ids, dtype=torch.bool)
     hidden[:, -2] = True
-    return shown, hidden
+    return ids, hidden
 
 
 def lookup_loss(model: PdlmBaseForConditionalGeneration, ids: torch.Tensor, hidden: torch.Tensor):
@@ -110,41 +121,41 @@ def lookup_loss(model: PdlmBaseForConditionalGeneration, ids: torch.Tensor, hidd
 
 def train_stage(
     model: PdlmBaseForConditionalGeneration,
-    batches: list[Callable[[np.random.Generator, int], tuple[torch.Tensor, torch.Tensor]]],
+    batch: Batch,
     steps: int,
     batch_size: int,
     learning_rate: float,
     seed: int,
 ) -> int:
-    """Train on batches of all kinds in turn until enough of each is right. Returns: steps taken, at most `steps`."""
+    """Train on lists until enough is right. Returns: steps taken, at most `steps`."""
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     rng, right = np.random.default_rng(seed), []
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, step / WARMUP)
-        loss, share = lookup_loss(model, *batches[(step - 1) % len(batches)](rng, batch_size))
+        loss, share = lookup_loss(model, *batch(rng, batch_size))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         right.append(share)
         if step % WARMUP == 0:
-            shares = [np.mean(right[-WARMUP + k :: len(batches)]) for k in range(len(batches))]
-            typer.echo(f"step {step}  right {' '.join(f'{share:.3f}' for share in shares)}")
-            if min(shares) >= ENOUGH:
+            typer.echo(f"step {step}  right {np.mean(right[-WARMUP:]):.3f}")
+            if np.mean(right[-WARMUP:]) >= ENOUGH:
                 return step
     return steps
 
 
-def stages(processor: PdlmProcessor) -> dict[str, list[Callable]]:
+def stages(processor: PdlmProcessor) -> dict[str, Batch]:
     """The lists of each stage."""
-    options = partial(lookup_batch, **tokens_of(processor, options=True))
+    options = tokens_of(processor, options=True)
+    words = [processor.tokenizer.decode(token).strip() for token in options["words"]]
     return {
-        "words": [partial(lookup_batch, **FIRST)],
-        "own words": [partial(lookup_batch, **tokens_of(processor, options=False))],
-        "options": [options],
-        "asked": [partial(asked_batch, processor=processor)],
+        "words": partial(lookup_batch, **FIRST),
+        "own words": partial(lookup_batch, **tokens_of(processor, options=False)),
+        "options": partial(lookup_batch, **options),
+        "asked": partial(asked_batch, processor=processor, words=words),
     }
 
 
@@ -163,10 +174,10 @@ def main(
     model = PdlmBaseForConditionalGeneration.from_pretrained(init).train()
     processor = PdlmProcessor.from_pretrained(init)
     start, taken = time.perf_counter(), 0
-    for name, batches in stages(processor).items():
+    for name, batch in stages(processor).items():
         if name in stage:
             typer.echo(name)
-            taken += train_stage(model, batches, steps, batch_size, learning_rate, seed)
+            taken += train_stage(model, batch, steps, batch_size, learning_rate, seed)
     command = (
         f"python -m pdlm_hf.shapes.lookup --steps {steps} --batch-size {batch_size} --learning-rate {learning_rate} "
         f"--seed {seed} --threads {threads}" + "".join(f" --stage '{name}'" for name in stage)

@@ -7,7 +7,6 @@
 Started again with the same `--out`, it goes on from the last saved step.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +20,7 @@ from ..app.collator import PdlmCollator
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
 from . import CHECKPOINT
-from .lookup import STAGES, lookup_loss, stages
+from .lookup import STAGES, Batch, lookup_loss, stages
 from .model import build_base_model, build_base_processor
 from .questions import LETTER_PROMPT, SLOTS, Question, ask, draw_scene
 from .train import TRAINING, InOrderTrainer, arguments, run
@@ -126,10 +125,10 @@ class QuestionTrainer(InOrderTrainer):
     """Adds the loss of lists to look up in, which letters need.
 
     Args:
-        batches (`list[Callable]`): kinds of lists, of [`~lookup.stages`].
+        batches (`list`): kinds of lists, of [`~lookup.stages`].
     """
 
-    def __init__(self, batches: list[Callable], **kwargs: Any):
+    def __init__(self, batches: list[Batch], **kwargs: Any):
         super().__init__(**kwargs)
         self.batches, self.right = batches, [[] for _ in batches]
 
@@ -186,7 +185,7 @@ def main(
         model = PdlmBaseForConditionalGeneration.from_pretrained(init)
     model.model.vision_tower.requires_grad_(not freeze_vision)
     trainer = QuestionTrainer(
-        batches=[batch for name in lists or () for batch in stages(processor)[name]],
+        batches=[stages(processor)[name] for name in lists or ()],
         model=model,
         args=arguments(out, steps, batch_size, learning_rate, seed),
         train_dataset=QuestionDataset(seed, steps * batch_size, lesson),

@@ -5,14 +5,16 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from pdlm_hf.app.collator import PdlmCollator
+from pdlm_hf.modeling_pdlm import PdlmBaseForConditionalGeneration
 from pdlm_hf.processing_pdlm import PdlmProcessor
 from pdlm_hf.shapes import BASE_CHECKPOINT
-from pdlm_hf.shapes.lookup import PAIRS, lookup_batch, tokens_of
+from pdlm_hf.shapes.lookup import PAIRS, lookup_batch, lookup_loss, stages, tokens_of
 from pdlm_hf.shapes.model import build_base_processor
 from pdlm_hf.shapes.questions import KINDS, LETTER_PROMPT, Question, ask, draw_scene, is_right
-from pdlm_hf.shapes.train_base import QuestionDataset
+from pdlm_hf.shapes.train_base import LISTS, QuestionDataset, QuestionTrainer, told
 from pdlm_hf.shapes.world import COLOURS, Figure
 
 FIGURES = [
@@ -142,3 +144,45 @@ def test_lists_to_look_up_in_as_options():
         assert all(line[0] in "ABCDEFGH" and line[1:3] == ". " and line[3:].isalpha() for line in lines)
         assert gaps.sum() == PAIRS and not gaps[: len(gaps) // 2].any()
         assert {processor.tokenizer.decode(token)[-1].isalpha() for token in row[gaps]} == {True}
+
+
+def test_letters_asked_for_without_a_picture():
+    processor = PdlmProcessor.from_pretrained(BASE_CHECKPOINT)
+    ids, hidden = stages(processor)["asked"](np.random.default_rng(0), 16)
+    assert hidden.sum(1).tolist() == [1] * 16
+    for row, gap in zip(ids, hidden, strict=True):
+        text = processor.tokenizer.decode(row)
+        asked, *lines = text.split("Which is ")[1].split("\n")
+        listed = {line[3:]: line[0] for line in lines if line[1:3] == ". "}
+        assert processor.tokenizer.decode(row[gap]) == listed[asked.rstrip("?")]
+        assert text.endswith(processor.tokenizer.decode(row[gap]) + processor.tokenizer.eos_token)
+
+
+def test_a_picture_in_words():
+    question = told(Question("open", "What colour is the star?", "Red."), FIGURES[:1])
+    figure = FIGURES[0]
+    said = f"A {figure.size} {figure.colour} {figure.texture} {figure.shape}."
+    assert (question.text, question.answer) == (f"{said}\nWhat colour is the star?", "Red.")
+
+
+def test_lists_are_part_of_the_loss_while_training(tmp_path):
+    """Of each kind an equal share of the rows; when it does not train, the loss is that of the questions."""
+    processor = PdlmProcessor.from_pretrained(BASE_CHECKPOINT)
+    model = PdlmBaseForConditionalGeneration.from_pretrained(BASE_CHECKPOINT)
+    asked = stages(processor)["asked"]
+    seen = []
+
+    def batch(rng, rows):
+        seen.append((rows, asked(rng, rows)))
+        return seen[-1][1]
+
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = QuestionTrainer([batch, batch], model=model, args=arguments)
+    rows = PdlmCollator(processor)([QuestionDataset(3, 2, "easy")[k] for k in range(2)])
+    without = trainer.compute_loss(model.eval(), rows)
+    assert not seen
+    with_lists = trainer.compute_loss(model.train(), rows)
+    assert [rows for rows, _ in seen] == [LISTS // 2] * 2
+    expected = sum(lookup_loss(model, *lists)[0] for _, lists in seen)
+    torch.testing.assert_close(with_lists - without, expected)
+    assert [len(right) for right in trainer.right] == [1, 1]
