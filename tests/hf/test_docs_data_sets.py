@@ -50,6 +50,7 @@ def test_the_page(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # of Ray's processes
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # everything on 127.0.0.1
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # not the cluster of another test
     monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", "100000000")
     pytest.importorskip("ray")
     write_files(tmp_path)
