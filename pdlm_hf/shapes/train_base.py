@@ -20,16 +20,18 @@ from ..app.collator import PdlmCollator
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
 from . import CHECKPOINT
+from .lookup import LETTERS as OPTION_LETTERS
 from .lookup import STAGES, Batch, lookup_loss, stages
 from .model import build_base_model, build_base_processor
-from .questions import LETTER_PROMPT, SLOTS, Question, ask, draw_scene
+from .questions import LETTER_PROMPT, SHAPES, SIZES, SLOTS, TEXTURES, Question, ask, draw_scene
 from .train import TRAINING, InOrderTrainer, arguments, run
-from .world import Figure
+from .world import COLOURS, Figure
 
 # How often each kind is asked in a lesson. To look at what a question names is learned from whole descriptions of one
 # of two figures; a letter or a yes says too little about where to look, and is learned when that is there.
 LESSONS: dict[str, dict[str, float]] = {
     "bind": {"tell": 0.5, "open": 0.2, "yes_no": 0.2, "choice": 0.1},
+    "letters": {"letters": 0.7, "tell": 0.15, "choice": 0.15},
     "choose": {"tell": 0.35, "choice": 0.35, "yes_no": 0.2, "open": 0.1},
     "easy": {
         "choice": 0.4,
@@ -45,8 +47,8 @@ LESSONS: dict[str, dict[str, float]] = {
 # Of the choices: letter with its text; no picture, only which letter a word has. Of all short answers: the picture in
 # words, so that finding an answer and then its letter is learned from what is easy to read.
 WITH_TEXT, WORDS_ONLY, TOLD = 0.2, 0.05, 0.3
-SHORT = ("choice", "yes_no", "open")
-Lesson = Literal["bind", "choose", "easy", "full"]
+SHORT = ("choice", "yes_no", "open", "letters")
+Lesson = Literal["bind", "letters", "choose", "easy", "full"]
 LISTS = 48  # rows a step
 LONGEST = 32  # slots
 OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
@@ -72,12 +74,13 @@ class QuestionDataset(Dataset):
             raise IndexError(index)
         rng = np.random.default_rng((TRAINING, self.seed, index))
         image, figures = draw_scene(rng, self.lesson != "full")
-        while self.lesson in ("bind", "choose") and len(figures) < 2:
+        while self.lesson in ("bind", "letters", "choose") and len(figures) < 2:
             image, figures = draw_scene(rng, True)
         shares = LESSONS[self.lesson]
         kind = list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
-        question = tell(rng, figures) if kind == "tell" else None
-        question = question or ask(rng, figures, "open" if kind == "tell" else kind)
+        special = {"tell": tell, "letters": by_letters}.get(kind)
+        question = special and special(rng, figures)
+        question = question or ask(rng, figures, "open" if special else kind)
         images, slots, draw = [image], SLOTS[question.kind], rng.random()
         if question.kind == "choice" and draw < WITH_TEXT:
             question, slots = with_text(question), SLOTS["open"]
@@ -103,6 +106,19 @@ def tell(rng: np.random.Generator, figures: list[Figure]) -> Question | None:
     name = f"{figure.colour} figure" if named == "colour" else figure.shape
     answer = f"A {figure.size} {figure.colour} {figure.texture} {figure.shape}."
     return Question("open", f"Describe the {name}.", answer)
+
+
+def by_letters(rng: np.random.Generator, figures: list[Figure]) -> Question | None:
+    """The same, answered by the letters its words have in a list: four letters an answer."""
+    question = tell(rng, figures)
+    if question is None:
+        return None
+    there = question.answer[2:-1].split()
+    others = [word for word in (*COLOURS, *SHAPES, *TEXTURES, *SIZES) if word not in there]
+    options = rng.permutation([*there, *rng.permutation(others)[: len(OPTION_LETTERS) - len(there)]]).tolist()
+    lines = "\n".join(f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, options, strict=True))
+    letters = "\n".join(OPTION_LETTERS[options.index(word)] for word in there)
+    return Question("open", f"{question.text}\n{lines}\nAnswer with letters.", letters)
 
 
 def _options(question: Question) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pdlm_hf.shapes import BASE_CHECKPOINT
 from pdlm_hf.shapes.lookup import PAIRS, lookup_batch, lookup_loss, stages, tokens_of
 from pdlm_hf.shapes.model import build_base_processor
 from pdlm_hf.shapes.questions import KINDS, LETTER_PROMPT, Question, ask, draw_scene, is_right
-from pdlm_hf.shapes.train_base import LISTS, QuestionDataset, QuestionTrainer, told
+from pdlm_hf.shapes.train_base import LISTS, QuestionDataset, QuestionTrainer, by_letters, told
 from pdlm_hf.shapes.world import COLOURS, Figure
 
 FIGURES = [
@@ -163,6 +163,19 @@ def test_a_picture_in_words():
     figure = FIGURES[0]
     said = f"A {figure.size} {figure.colour} {figure.texture} {figure.shape}."
     assert (question.text, question.answer) == (f"{said}\nWhat colour is the star?", "Red.")
+
+
+def test_a_figure_by_letters():
+    """The four letters are those of the figure's words, and of each word there is one."""
+    for seed in range(50):
+        question = by_letters(np.random.default_rng(seed), FIGURES)
+        asked, *lines, _ = question.text.split("\n")
+        options = dict(line.split(". ") for line in lines)
+        assert list(options) == list("ABCDEFGH") and len(set(options.values())) == 8
+        (figure,) = figures_named(asked)
+        words = [figure.size, figure.colour, figure.texture, figure.shape]
+        assert [options[letter] for letter in question.answer.split("\n")] == words
+    assert by_letters(np.random.default_rng(0), [FIGURES[0], FIGURES[0]]) is None
 
 
 def test_lists_are_part_of_the_loss_while_training(tmp_path):
