@@ -102,8 +102,10 @@ class RayEngine:
             kind, workers = self._places()
             while left:
                 before, reason = len(left), "captions were lost on the way"
+                # After a round without an answer, only what is captioned at once: the rest may be what ends captioners.
+                some = list(left.values())[: workers * self.settings.batch_size if barren else None]
                 try:
-                    with closing(self._round(list(left.values()), done, kind, workers)) as answers:
+                    with closing(self._round(some, done, kind, workers)) as answers:
                         for answer in answers:
                             if left.pop(answer.image_id, None) is not None:
                                 take(answer)
@@ -111,6 +113,9 @@ class RayEngine:
                     reason = _why(error)
                 if not left:
                     return
+                if len(left) == before - len(some):
+                    barren = 0
+                    continue
                 barren = barren + 1 if len(left) == before else 0
                 first = next(iter(left.values())).file_name
                 if barren == _BARREN_ROUNDS:

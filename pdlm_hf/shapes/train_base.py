@@ -31,7 +31,7 @@ from .world import COLOURS, Figure
 # of two figures; a letter or a yes says too little about where to look, and is learned when that is there.
 LESSONS: dict[str, dict[str, float]] = {
     "bind": {"tell": 0.5, "open": 0.2, "yes_no": 0.2, "choice": 0.1},
-    "letters": {"letters": 0.7, "tell": 0.15, "choice": 0.15},
+    "letters": {"letters": 0.45, "choice": 0.45, "tell": 0.1},
     "choose": {"tell": 0.35, "choice": 0.35, "yes_no": 0.2, "open": 0.1},
     "easy": {
         "choice": 0.4,
@@ -49,7 +49,7 @@ LESSONS: dict[str, dict[str, float]] = {
 WITH_TEXT, WORDS_ONLY, TOLD = 0.2, 0.05, 0.3
 SHORT = ("choice", "yes_no", "open", "letters")
 Lesson = Literal["bind", "letters", "choose", "easy", "full"]
-LISTS = 48  # rows a step
+LISTS = 24  # rows a step
 LONGEST = 32  # slots
 OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
 

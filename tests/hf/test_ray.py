@@ -155,10 +155,10 @@ def test_a_picture_that_ends_every_captioner(tmp_path, monkeypatch):
         from pdlm_hf.app import ray_engine
 
         monkeypatch.setattr(ray_engine, "_PAUSE", 0.0)
-        monkeypatch.setattr(ray_engine, "_BARREN_ROUNDS", 2)
+        monkeypatch.setattr(ray_engine, "_BARREN_ROUNDS", 3)
         engine = ray_engine.RayEngine(ray_engine.CaptionerSettings(None, "default", 1, None, SETTINGS))
         files = BatchFiles(tmp_path / "out.jsonl", {"model": "shapes"})
-        with pytest.raises(ConnectionError, match=r"ended 2 times without an answer .* 1 pictures are left, 4\.png"):
+        with pytest.raises(ConnectionError, match=r"ended 3 times without an answer .* 1 pictures are left, 4\.png"):
             run_batch(data, lambda: engine, files)
     rows = list(read_rows(tmp_path / "out.jsonl"))
     assert {row["image_id"] for row in rows} == set(range(8)) - {4} and len(rows) == 7
