@@ -102,7 +102,7 @@ class RayEngine:
             kind, workers = self._places()
             while left:
                 before, reason = len(left), "captions were lost on the way"
-                # After a round without an answer, only what is captioned at once: the rest may be what ends captioners.
+                # After a round without an answer, only what is captioned at once: the rest may be at fault.
                 some = list(left.values())[: workers * self.settings.batch_size if barren else None]
                 try:
                     with closing(self._round(some, done, kind, workers)) as answers:
