@@ -44,11 +44,12 @@ LESSONS: dict[str, dict[str, float]] = {
     },
     "full": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
 }
-# Of the choices: letter with its text; no picture, only which letter a word has. Of all short answers: the picture in
-# words, so that finding an answer and then its letter is learned from what is easy to read.
-WITH_TEXT, WORDS_ONLY, TOLD = 0.2, 0.05, 0.3
+# Of the choices: letter with its text; the text alone; no picture, only which letter a word has. Of all short answers:
+# the picture in words, so that finding an answer and then its letter is learned from what is easy to read.
+WITH_TEXT, TEXT_ONLY, WORDS_ONLY, TOLD = 0.2, 0.1, 0.05, 0.25
 SHORT = ("choice", "yes_no", "open", "letters")
 Lesson = Literal["bind", "letters", "choose", "easy", "full"]
+BY_LETTERS = (0.45, 0.2, 0.35)  # letters, words, both
 LISTS = 24  # rows a step
 LONGEST = 32  # slots
 OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
@@ -82,12 +83,13 @@ class QuestionDataset(Dataset):
         question = special and special(rng, figures)
         question = question or ask(rng, figures, "open" if special else kind)
         images, slots, draw = [image], SLOTS[question.kind], rng.random()
-        if question.kind == "choice" and draw < WITH_TEXT:
-            question, slots = with_text(question), SLOTS["open"]
-        elif question.kind == "choice" and draw < WITH_TEXT + WORDS_ONLY:
+        if question.kind == "choice" and draw < WITH_TEXT + TEXT_ONLY:
+            question, slots = with_text(question, letter=draw < WITH_TEXT), SLOTS["open"]
+        elif question.kind == "choice" and draw < WITH_TEXT + TEXT_ONLY + WORDS_ONLY:
             question, images = words_only(question), []
-        elif question.kind in SHORT and draw < WITH_TEXT + WORDS_ONLY + TOLD:
+        elif question.kind in SHORT and draw > 1 - TOLD:
             question, images = told(question, figures), []
+        slots = max(slots, 4 * question.answer.count(". "))  # "A. word" and the end of its line
         if rng.random() < OTHER_LENGTHS:
             slots = int(rng.integers(slots, LONGEST + 1))
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question.text}]
@@ -109,26 +111,33 @@ def tell(rng: np.random.Generator, figures: list[Figure]) -> Question | None:
 
 
 def by_letters(rng: np.random.Generator, figures: list[Figure]) -> Question | None:
-    """The same, answered by the letters its words have in a list: four letters an answer."""
+    """The same, answered from a list of words: by their letters, the words, or both. Four answers in one."""
     question = tell(rng, figures)
     if question is None:
         return None
     there = question.answer[2:-1].split()
     others = [word for word in (*COLOURS, *SHAPES, *TEXTURES, *SIZES) if word not in there]
     options = rng.permutation([*there, *rng.permutation(others)[: len(OPTION_LETTERS) - len(there)]]).tolist()
-    lines = "\n".join(f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, options, strict=True))
-    letters = "\n".join(OPTION_LETTERS[options.index(word)] for word in there)
-    return Question("open", f"{question.text}\n{lines}\nAnswer with letters.", letters)
+    lines = [f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, options, strict=True)]
+    right = [lines[options.index(word)] for word in there]
+    form, answer = (
+        ("letters", "\n".join(line[0] for line in right)),
+        ("words", question.answer),
+        ("letters and words", "\n".join(right)),
+    )[int(rng.choice(3, p=BY_LETTERS))]
+    text = "\n".join([question.text, *lines, f"Answer with {form}."])
+    return Question("open", text, answer)
 
 
 def _options(question: Question) -> dict[str, str]:
     return {line[0]: line[3:] for line in question.text.split("\n")[1:-1]}
 
 
-def with_text(question: Question) -> Question:
-    """A choice that is answered by letter and text: what is seen, and which letter it has, side by side."""
-    text = question.text.replace(LETTER_PROMPT, "Answer with the option's letter and text.")
-    return Question("choice", text, f"{question.answer}. {_options(question)[question.answer]}")
+def with_text(question: Question, letter: bool = True) -> Question:
+    """A choice that is answered by letter and text, what is seen and which letter it has side by side, or by text."""
+    text = question.text.replace(LETTER_PROMPT, f"Answer with the option's {'letter and ' * letter}text.")
+    said = _options(question)[question.answer]
+    return Question("choice", text, f"{question.answer}. {said}" if letter else said.capitalize() + ".")
 
 
 def words_only(question: Question) -> Question:

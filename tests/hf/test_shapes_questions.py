@@ -166,15 +166,26 @@ def test_a_picture_in_words():
 
 
 def test_a_figure_by_letters():
-    """The four letters are those of the figure's words, and of each word there is one."""
-    for seed in range(50):
+    """The letters are those of the figure's words in the list; so are the words, and both."""
+    forms = Counter()
+    for seed in range(100):
         question = by_letters(np.random.default_rng(seed), FIGURES)
-        asked, *lines, _ = question.text.split("\n")
+        asked, *lines, prompt = question.text.split("\n")
         options = dict(line.split(". ") for line in lines)
         assert list(options) == list("ABCDEFGH") and len(set(options.values())) == 8
         (figure,) = figures_named(asked)
         words = [figure.size, figure.colour, figure.texture, figure.shape]
-        assert [options[letter] for letter in question.answer.split("\n")] == words
+        said = question.answer.split("\n")
+        answers = {
+            "letters.": [options.get(line) for line in said],
+            "words.": said[0][2:-1].split(),
+            "letters and words.": [options.get(line[0]) and line[3:] for line in said],
+        }
+        form = prompt.removeprefix("Answer with ")
+        assert answers[form] == words
+        assert form != "letters and words." or all(line in lines for line in said)
+        forms[form] += 1
+    assert set(forms) == set(answers) and min(forms.values()) > 10
     assert by_letters(np.random.default_rng(0), [FIGURES[0], FIGURES[0]]) is None
 
 
