@@ -122,7 +122,7 @@ def _count(rng: np.random.Generator, figures: list[Figure]) -> Question:
         return Question("count", "How many figures are there?", str(len(figures)))
     attribute = _pick(rng, ("shape", "colour"))
     value = getattr(_pick(rng, figures), attribute) if rng.random() < 0.7 else _pick(rng, _VALUES[attribute])
-    name = f"{value} figures" if attribute == "colour" else _plural(value)
+    name = f"{value} figures" if attribute == "colour" else plural(value)
     return Question("count", f"How many {name} are there?", str(_number(figures, attribute, value)))
 
 
@@ -130,7 +130,8 @@ def _number(figures: list[Figure], attribute: str, value: str) -> int:
     return sum(getattr(figure, attribute) == value for figure in figures)
 
 
-def _plural(shape: str) -> str:
+def plural(shape: str) -> str:
+    """Several of a shape."""
     return shape + ("es" if shape == "cross" else "s")
 
 
@@ -145,7 +146,7 @@ def _reason(rng: np.random.Generator, figures: list[Figure]) -> Question:
     a, b = (_number(figures, "shape", shape) for shape in (first, second))
     relation = "more than" if a > b else "less than" if a < b else "as many as"
     answer = f"{first}: {a}. {second}: {b}. {a} is {relation} {b}. {'Yes' if a > b else 'No'}."
-    text = f"Are there more {_plural(first)} than {_plural(second)}? {REASONING_PROMPT}"
+    text = f"Are there more {plural(first)} than {plural(second)}? {REASONING_PROMPT}"
     return Question("reasoning", text, answer)
 
 

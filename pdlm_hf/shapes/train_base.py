@@ -23,26 +23,30 @@ from . import CHECKPOINT
 from .lookup import LETTERS as OPTION_LETTERS
 from .lookup import STAGES, Batch, lookup_loss, stages
 from .model import build_base_model, build_base_processor
-from .questions import LETTER_PROMPT, SHAPES, SIZES, SLOTS, TEXTURES, Question, ask, draw_scene
+from .questions import LETTER_PROMPT, SHAPES, SIZES, SLOTS, TEXTURES, Question, ask, draw_scene, plural
 from .train import TRAINING, InOrderTrainer, arguments, run
 from .world import COLOURS, Figure
 
 # How often each kind is asked in a lesson. To look at what a question names is learned from whole descriptions of one
-# of two figures; a letter or a yes says too little about where to look, and is learned when that is there.
+# of two figures; a letter or a yes says too little about where to look, and is learned when that is there, sooner from
+# questions with several answers in one ("letters", "tally").
+MIXED = {
+    "choice": 0.3,
+    "letters": 0.14,
+    "yes_no": 0.1,
+    "tally": 0.12,
+    "tell": 0.06,
+    "open": 0.06,
+    "count": 0.07,
+    "reasoning": 0.08,
+    "describe": 0.07,
+}
 LESSONS: dict[str, dict[str, float]] = {
     "bind": {"tell": 0.5, "open": 0.2, "yes_no": 0.2, "choice": 0.1},
     "letters": {"letters": 0.45, "choice": 0.45, "tell": 0.1},
     "choose": {"tell": 0.35, "choice": 0.35, "yes_no": 0.2, "open": 0.1},
-    "easy": {
-        "choice": 0.4,
-        "yes_no": 0.15,
-        "tell": 0.1,
-        "open": 0.1,
-        "count": 0.1,
-        "reasoning": 0.1,
-        "describe": 0.05,
-    },
-    "full": {"choice": 0.3, "yes_no": 0.2, "tell": 0.1, "open": 0.1, "count": 0.1, "reasoning": 0.1, "describe": 0.1},
+    "easy": MIXED,
+    "full": MIXED,
 }
 # Of the choices: letter with its text; the text alone; no picture, only which letter a word has. Of all short answers:
 # the picture in words, so that finding an answer and then its letter is learned from what is easy to read.
@@ -50,6 +54,7 @@ WITH_TEXT, TEXT_ONLY, WORDS_ONLY, TOLD = 0.2, 0.1, 0.05, 0.25
 SHORT = ("choice", "yes_no", "open", "letters")
 Lesson = Literal["bind", "letters", "choose", "easy", "full"]
 BY_LETTERS = (0.45, 0.2, 0.35)  # letters, words, both
+TALLY = 5  # kinds to count
 LISTS = 24  # rows a step
 LONGEST = 32  # slots
 OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
@@ -79,7 +84,7 @@ class QuestionDataset(Dataset):
             image, figures = draw_scene(rng, True)
         shares = LESSONS[self.lesson]
         kind = list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
-        special = {"tell": tell, "letters": by_letters}.get(kind)
+        special = {"tell": tell, "letters": by_letters, "tally": tally}.get(kind)
         question = special and special(rng, figures)
         question = question or ask(rng, figures, "open" if special else kind)
         images, slots, draw = [image], SLOTS[question.kind], rng.random()
@@ -89,7 +94,7 @@ class QuestionDataset(Dataset):
             question, images = words_only(question), []
         elif question.kind in SHORT and draw > 1 - TOLD:
             question, images = told(question, figures), []
-        slots = max(slots, 4 * question.answer.count(". "))  # "A. word" and the end of its line
+        slots = max(slots, 4 * question.answer.count(". "), 2 * len(question.answer.split("\n")))
         if rng.random() < OTHER_LENGTHS:
             slots = int(rng.integers(slots, LONGEST + 1))
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question.text}]
@@ -127,6 +132,20 @@ def by_letters(rng: np.random.Generator, figures: list[Figure]) -> Question | No
     )[int(rng.choice(3, p=BY_LETTERS))]
     text = "\n".join([question.text, *lines, f"Answer with {form}."])
     return Question("open", text, answer)
+
+
+def tally(rng: np.random.Generator, figures: list[Figure]) -> Question:
+    """How many there are of some kinds: what counting and yes or no ask, several answers in one."""
+    names, numbers = [], []
+    for _ in range(TALLY):
+        figure = figures[int(rng.integers(len(figures)))]
+        colour = figure.colour if rng.random() < 0.5 else list(COLOURS)[int(rng.integers(len(COLOURS)))]
+        shape = figure.shape if rng.random() < 0.5 else SHAPES[int(rng.integers(len(SHAPES)))]
+        form = int(rng.integers(3))
+        names.append((f"{colour} {plural(shape)}", f"{colour} figures", plural(shape))[form])
+        numbers.append(sum((f.colour == colour or form == 2) and (f.shape == shape or form == 1) for f in figures))
+    text = "\n".join(["How many of each are there?", *names])
+    return Question("count", text, "\n".join(map(str, numbers)))
 
 
 def _options(question: Question) -> dict[str, str]:

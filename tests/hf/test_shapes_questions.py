@@ -14,7 +14,7 @@ from pdlm_hf.shapes import BASE_CHECKPOINT
 from pdlm_hf.shapes.lookup import PAIRS, lookup_batch, lookup_loss, stages, tokens_of
 from pdlm_hf.shapes.model import build_base_processor
 from pdlm_hf.shapes.questions import KINDS, LETTER_PROMPT, Question, ask, draw_scene, is_right
-from pdlm_hf.shapes.train_base import LISTS, QuestionDataset, QuestionTrainer, by_letters, told
+from pdlm_hf.shapes.train_base import LISTS, QuestionDataset, QuestionTrainer, by_letters, tally, told
 from pdlm_hf.shapes.world import COLOURS, Figure
 
 FIGURES = [
@@ -187,6 +187,29 @@ def test_a_figure_by_letters():
         forms[form] += 1
     assert set(forms) == set(answers) and min(forms.values()) > 10
     assert by_letters(np.random.default_rng(0), [FIGURES[0], FIGURES[0]]) is None
+
+
+def test_a_tally():
+    """Every number is that of its line."""
+    seen = Counter()
+    for seed in range(60):
+        question = tally(np.random.default_rng(seed), FIGURES)
+        names = question.text.split("\n")[1:]
+        for name, number in zip(names, question.answer.split("\n"), strict=True):
+            words = name.removesuffix("s").removesuffix(" figure").replace("crosse", "cross").split()
+            expected = sum(all(word in (f.colour, f.shape) for word in words) for f in FIGURES)
+            assert number == str(expected), name
+            seen[len(words), number] += 1
+    assert {(2, "0"), (2, "1"), (1, "0"), (1, "2")} <= set(seen)
+
+
+def test_slots_hold_the_answer():
+    processor = build_base_processor()
+    data = QuestionDataset(0, 200, "full")
+    for k in range(200):
+        row = data[k]
+        answer = processor.tokenizer(row["messages"][1]["content"], add_special_tokens=False)["input_ids"]
+        assert len(answer) < row["num_slots"]
 
 
 def test_lists_are_part_of_the_loss_while_training(tmp_path):
