@@ -31,15 +31,15 @@ from .world import COLOURS, Figure
 # of two figures; a letter or a yes says too little about where to look, and is learned when that is there, sooner from
 # questions with several answers in one ("letters", "tally").
 MIXED = {
-    "choice": 0.3,
-    "letters": 0.14,
+    "choice": 0.36,
+    "letters": 0.16,
     "yes_no": 0.1,
-    "tally": 0.12,
-    "tell": 0.06,
-    "open": 0.06,
-    "count": 0.07,
-    "reasoning": 0.08,
-    "describe": 0.07,
+    "tally": 0.1,
+    "tell": 0.05,
+    "open": 0.05,
+    "count": 0.06,
+    "reasoning": 0.06,
+    "describe": 0.06,
 }
 LESSONS: dict[str, dict[str, float]] = {
     "bind": {"tell": 0.5, "open": 0.2, "yes_no": 0.2, "choice": 0.1},
