@@ -44,13 +44,14 @@ MIXED = {
 LESSONS: dict[str, dict[str, float]] = {
     "bind": {"tell": 0.5, "open": 0.2, "yes_no": 0.2, "choice": 0.1},
     "letters": {"letters": 0.45, "choice": 0.45, "tell": 0.1},
-    "choose": {"tell": 0.35, "choice": 0.35, "yes_no": 0.2, "open": 0.1},
+    "choose": {"choice": 0.8, "letters": 0.15, "tell": 0.05},
     "easy": MIXED,
     "full": MIXED,
 }
 # Of the choices: letter with its text; the text alone; no picture, only which letter a word has. Of all short answers:
 # the picture in words, so that finding an answer and then its letter is learned from what is easy to read.
-WITH_TEXT, TEXT_ONLY, WORDS_ONLY, TOLD = 0.2, 0.1, 0.05, 0.25
+WITH_TEXT, TEXT_ONLY, WORDS_ONLY, TOLD = 0.12, 0.12, 0.04, 0.2
+HARD = 0.7  # of the choices of the lesson "choose": colours and shapes, which are easily taken from the other figure
 SHORT = ("choice", "yes_no", "open", "letters")
 Lesson = Literal["bind", "letters", "choose", "easy", "full"]
 BY_LETTERS = (0.45, 0.2, 0.35)  # letters, words, both
@@ -87,6 +88,10 @@ class QuestionDataset(Dataset):
         special = {"tell": tell, "letters": by_letters, "tally": tally}.get(kind)
         question = special and special(rng, figures)
         question = question or ask(rng, figures, "open" if special else kind)
+        while self.lesson == "choose" and question.kind == "choice" and "What" not in question.text:
+            if rng.random() > HARD:
+                break
+            question = ask(rng, figures, "choice")
         images, slots, draw = [image], SLOTS[question.kind], rng.random()
         if question.kind == "choice" and draw < WITH_TEXT + TEXT_ONLY:
             question, slots = with_text(question, letter=draw < WITH_TEXT), SLOTS["open"]

@@ -14,7 +14,7 @@ from pdlm_hf.shapes import BASE_CHECKPOINT
 from pdlm_hf.shapes.lookup import PAIRS, lookup_batch, lookup_loss, stages, tokens_of
 from pdlm_hf.shapes.model import build_base_processor
 from pdlm_hf.shapes.questions import KINDS, LETTER_PROMPT, Question, ask, draw_scene, is_right
-from pdlm_hf.shapes.train_base import LISTS, QuestionDataset, QuestionTrainer, by_letters, tally, told
+from pdlm_hf.shapes.train_base import LESSONS, LISTS, QuestionDataset, QuestionTrainer, by_letters, tally, told
 from pdlm_hf.shapes.world import COLOURS, Figure
 
 FIGURES = [
@@ -203,10 +203,11 @@ def test_a_tally():
     assert {(2, "0"), (2, "1"), (1, "0"), (1, "2")} <= set(seen)
 
 
-def test_slots_hold_the_answer():
-    processor = build_base_processor()
-    data = QuestionDataset(0, 200, "full")
-    for k in range(200):
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_slots_hold_the_answer(lesson):
+    processor = PdlmProcessor.from_pretrained(BASE_CHECKPOINT)
+    data = QuestionDataset(0, 300, lesson)
+    for k in range(300):
         row = data[k]
         answer = processor.tokenizer(row["messages"][1]["content"], add_special_tokens=False)["input_ids"]
         assert len(answer) < row["num_slots"]
