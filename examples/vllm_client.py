@@ -1,7 +1,7 @@
 """Region captions over HTTP, step by step.
 
     vllm serve MODEL
-    python examples/vllm_client.py http://127.0.0.1:8000 examples/shapes.png 80,9,36,35 10,10,40,40
+    python examples/vllm_client.py http://127.0.0.1:8000 examples/shapes.png 101,12,25,25 66,93,49,48
 
 Needs nothing but Python: the picture travels as a data URL, regions as COCO boxes (or RLE, or polygons).
 """

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import pdlm_hf
-from pdlm_hf.app.captioner import RegionCaptioner
+from pdlm_hf.app.captioner import RegionCaptioner, checkpoint_name
 from pdlm_hf.app.images import load_image
 from pdlm_hf.configuration_pdlm import HUB_ARGUMENTS
 
@@ -117,9 +117,10 @@ class Answerer:
         path = {"shapes": pdlm_hf.CHECKPOINT, "shapes_base": pdlm_hf.BASE_CHECKPOINT}.get(str(pretrained), pretrained)
         source = {name: kwargs.pop(name) for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
         attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if k in kwargs}
-        model = AutoModelForImageTextToText.from_pretrained(str(path), dtype=dtype, **source, **attention)
+        path = checkpoint_name(path)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **source, **attention)
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model, AutoProcessor.from_pretrained(str(path), **source), **kwargs)
+        return cls(model, AutoProcessor.from_pretrained(path, **source), **kwargs)
 
     def settings_of(self, question: Question) -> dict[str, Any]:
         """Settings of `generate` for a question: the caller's, then the question's, then the benchmark's."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pdlm_hf.app.telling import needs
+
 from .rows import REGION_KEYS, Fault, RowError
 
 _CHUNK = 1 << 20  # characters read at a time
@@ -201,7 +203,7 @@ def open_table(source: Source, streaming: bool = False) -> Any:
     try:
         import datasets
     except ImportError:
-        raise ImportError('Reading tables needs datasets: pip install "perceptiondlm[peft]".') from None
+        raise ImportError(needs("datasets", "peft")) from None
     try:
         if source.kind == "table":
             table = datasets.load_from_disk(str(source.path))

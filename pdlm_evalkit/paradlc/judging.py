@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pdlm_hf.app.replies import Judge, Reply, Request, public_url
+from pdlm_hf.app.telling import needs
 from pdlm_hf.app.views import crop_box, png_url
 
 from .data import Benchmark, Mask, Question, decode_masks, open_picture, write_json
@@ -121,9 +122,7 @@ def _inflect() -> Any:
     try:
         import inflect
     except ImportError:
-        raise ImportError(
-            "The wording of DLC-Bench needs the inflect package: pip install 'perceptiondlm[eval]' (or inflect)."
-        ) from None
+        raise ImportError(needs("the inflect package (wording of DLC-Bench)", "eval")) from None
     return inflect.engine()
 
 

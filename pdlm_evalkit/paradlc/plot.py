@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from pdlm_hf.app.telling import needs
+
 from .report import paper_beside
 
 SCORES = (("avg_pos", "Pos"), ("avg_neg", "Neg"), ("avg", "Avg"))
@@ -13,7 +15,7 @@ def check_target(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install 'perceptiondlm[eval]' (or matplotlib).") from None
+        raise ImportError(needs("matplotlib", "eval")) from None
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lower().lstrip(".") not in kinds:
         raise ValueError(f"{path}: cannot be written as a picture; choose a name like report.png.")

@@ -18,6 +18,7 @@ from .coco import load_json
 from .dataset import DataSet, Entry
 from .engines import Answer, Engine
 from .jsonl import append_rows, read_rows, write_json
+from .telling import counted
 
 _FIELDS = {"image_id", "annotation_id", "file_name", "caption", "score"}
 
@@ -150,16 +151,15 @@ class Counts:
 
     def __str__(self) -> str:
         """One line for people."""
-        parts = [f"{self.regions} regions of {self.pictures} pictures captioned ({self.speed})"]
-        named = {
-            "before": "regions were there before",
-            "bad_pictures": "pictures cannot be read",
-            "bad_regions": "regions cannot be read",
-            "failed": "regions failed",
-            "empty": "captions are empty",
-        }
-        parts += [f"{getattr(self, name)} {text}" for name, text in named.items() if getattr(self, name)]
-        return "; ".join(parts)
+        done = f"{counted(self.regions, 'region')} of {counted(self.pictures, 'picture')} captioned ({self.speed})"
+        parts = [
+            (self.before, "region", " there before"),
+            (self.bad_pictures, "picture", " cannot be read"),
+            (self.bad_regions, "region", " cannot be read"),
+            (self.failed, "region", " failed"),
+            (self.empty, "empty caption", ""),
+        ]
+        return "; ".join([done, *(counted(number, noun) + what for number, noun, what in parts if number)])
 
 
 def run_batch(

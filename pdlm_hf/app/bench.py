@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..split_attention_pdlm import NAME as REGION_SPLIT
 from .bench_model import SHAPES, Bench, bound, flops
+from .telling import needs
 
 # Arithmetic and memory limits of known devices: FLOP/s in bf16, bytes/s (measured on such a card).
 LIMITS = {"H200": (790e12, 4.3e12)}
@@ -174,7 +175,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise typer.BadParameter("needs matplotlib: pip install 'perceptiondlm[viz]'", param_hint="--plot") from None
+        raise typer.BadParameter(needs("matplotlib", "viz"), param_hint="--plot") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

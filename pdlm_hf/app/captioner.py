@@ -25,6 +25,15 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+def checkpoint_name(model: str | Path) -> str:
+    """A folder or hub id for `from_pretrained`. Raises: ValueError for what can only be a folder, and is none."""
+    name = str(model)
+    as_folder = isinstance(model, Path) or name.startswith((".", "~", "/")) or name.count("/") > 1
+    if as_folder and not Path(name).is_dir():
+        raise ValueError(f"{name}: there is no such folder. A checkpoint is a folder, or a hub id like owner/name.")
+    return name
+
+
 class RegionCaptioner:
     """Writes captions for regions of pictures, all regions of a picture together.
 
@@ -63,8 +72,12 @@ class RegionCaptioner:
             dtype: as in `AutoModel.from_pretrained`.
             mode (`str`): "default" or "fast".
             **kwargs: passed to `AutoModelForImageTextToText.from_pretrained`, `device_map` for example.
+
+        Raises:
+            ValueError: there is no such folder.
+            OSError: no such checkpoint, or the hub cannot be reached.
         """
-        path = str(model or CHECKPOINT)
+        path = checkpoint_name(model or CHECKPOINT)
         network = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
         source = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
         if "device_map" not in kwargs:

@@ -85,8 +85,9 @@ def caption(
     else:
         for number, row in enumerate(rows, 1):
             typer.echo(f"{number}  {' '.join(row['caption'].split())}  ({row['score']:.2f})")
+        passes = telling.counted(report["num_forwards"], "forward pass", "es")
         typer.echo(
-            f"{len(rows)} captions in {report['num_forwards']} forward passes, "
+            f"{telling.counted(len(rows), 'caption')} in {passes}, "
             f"{report['tokens_per_forward']:.1f} tokens a pass, {report['seconds']:.2f} s",
             err=True,
         )
@@ -192,7 +193,7 @@ def _check_engine(engine, workers, server, images):
         if workers is not None and workers < 1:
             raise ValueError(f"--workers must be positive, got {workers}.")
         if not all(map(find_spec, ("ray", "pyarrow"))):
-            raise ImportError("--engine ray needs Ray: pip install 'perceptiondlm[ray]'.")
+            raise ImportError(telling.needs("Ray", "ray"))
     elif workers is not None:
         raise ValueError("--workers: of --engine ray; give that too.")
     elif is_url(images):
@@ -265,10 +266,12 @@ def report(
     try:
         if out.suffix.lower() != ".html":
             check_target(out, "--out")
-        shown, there = write_report(rows, images, out, limit)
+        shown, there, unread = write_report(rows, images, out, limit)
     except (ValueError, OSError) as error:
         raise _fail(error) from None
     typer.echo(f"{out}: {shown} of {there} pictures", err=True)
+    if unread:
+        raise _fail(f"{telling.counted(len(unread), 'picture')} cannot be read: {unread[0]}", 1)
 
 
 @app.command()
@@ -288,13 +291,14 @@ def chat(
     from transformers.utils.logging import disable_progress_bar
 
     from ..shapes import BASE_CHECKPOINT
+    from .captioner import checkpoint_name
     from .images import load_image
 
     disable_progress_bar()
     settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps, "block_length": block_length}
     settings = {name: value for name, value in settings.items() if value is not None}
     try:  # the picture first: the model takes longer
-        picture, path = load_image(image), str(model or BASE_CHECKPOINT)
+        picture, path = load_image(image), checkpoint_name(model or BASE_CHECKPOINT)
         processor = _load(AutoProcessor.from_pretrained, path)
         network = _load(AutoModelForImageTextToText.from_pretrained, path, dtype="auto").eval()
         inputs = processor(images=picture, text=question)
@@ -334,9 +338,7 @@ def demo(
         try:
             from .demo.page import build_page, serve
         except ImportError as error:
-            raise ImportError(
-                f'The page needs Gradio ({error}): pip install "perceptiondlm[demo]", or ".[demo]" in a clone.'
-            ) from error
+            raise ImportError(telling.needs(f"Gradio ({error})", "demo")) from error
         writer, threshold = _writer(server, model, key_env, max_new_tokens)
         segmenter = None if sam is None else _segmenter(sam)
         serve(

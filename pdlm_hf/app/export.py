@@ -4,6 +4,8 @@ from pathlib import Path
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from .captioner import checkpoint_name
+
 
 def export_checkpoint(model: str | Path, out: Path) -> list[str]:
     """Write a checkpoint in this package's format, with its code, for users who do not have the package.
@@ -16,7 +18,7 @@ def export_checkpoint(model: str | Path, out: Path) -> list[str]:
         out (`Path`): folder to write; must not exist or be empty.
 
     Raises:
-        ValueError: the folder holds something already.
+        ValueError: the folder holds something already, or there is no such checkpoint.
 
     Returns:
         `list[str]`: names of the files written.
@@ -25,8 +27,9 @@ def export_checkpoint(model: str | Path, out: Path) -> list[str]:
         raise ValueError(
             f"{out} is not empty. Choose a new folder, so that no file of another checkpoint stays in it."
         )
-    network = AutoModelForImageTextToText.from_pretrained(str(model), dtype="auto")
-    processor = AutoProcessor.from_pretrained(str(model))
+    name = checkpoint_name(model)
+    network = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
+    processor = AutoProcessor.from_pretrained(name)
     network.save_pretrained(out)
     processor.save_pretrained(out)
     return sorted(path.name for path in out.iterdir() if path.is_file())

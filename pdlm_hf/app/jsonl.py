@@ -50,10 +50,10 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         try:
             while data:
                 data = data[file.write(data) :]
-        except OSError:
+        except OSError as error:
             with suppress(OSError):
                 os.truncate(path, start)
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -62,7 +62,7 @@ def write_json(path: Path, value: Any) -> None:
     try:
         part.write_bytes((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
         os.replace(part, path)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             part.unlink()
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None

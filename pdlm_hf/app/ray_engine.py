@@ -34,6 +34,7 @@ from ray.exceptions import NodeDiedError, RayError, RayTaskError
 from transformers import AutoProcessor
 
 from ..shapes import CHECKPOINT
+from .captioner import checkpoint_name
 from .dataset import Entry
 from .engines import Answer, LocalEngine, largest_first
 from .replies import public_url
@@ -83,7 +84,7 @@ class RayEngine:
             settings = replace(settings, model=os.path.abspath(settings.model))
         self.settings, self.workers = settings, workers
         self.storage, self.folder = (fs.LocalFileSystem(), "") if images is None else open_storage(images)
-        processor = AutoProcessor.from_pretrained(settings.model or str(CHECKPOINT))
+        processor = AutoProcessor.from_pretrained(checkpoint_name(settings.model or CHECKPOINT))
         self.image_processor = processor.image_processor
 
     def caption(

@@ -54,6 +54,8 @@ def parse_regions(values: Any, width: int, height: int) -> list[Region]:
         values = [values]
     if isinstance(values, (dict, str, Path)):
         values = [values]
+    if hasattr(values, "xyxy"):
+        raise ValueError("Regions: detections of supervision go through `pdlm_hf.app.readers.from_supervision` first.")
     if not isinstance(values, (Iterable, np.ndarray, torch.Tensor)):
         raise ValueError(f"Regions: expected a list of masks, boxes, polygons or RLE, got {type(values).__name__}.")
     regions = [parse_region(value, width, height, k) for k, value in enumerate(values)]

@@ -32,6 +32,7 @@ body { font: 15px/1.4 system-ui, sans-serif; margin: 0 1rem 2rem; color: #222; }
 header { position: sticky; top: 0; background: #fff; padding: .6rem 0; border-bottom: 1px solid #ccc; }
 header > * { margin-right: 1rem; } h1 { font-size: 1.1rem; display: inline; }
 article { padding: 1rem 0; border-bottom: 1px solid #ddd; } h2 { font-size: 1rem; margin: 0 0 .4rem; }
+#query { width: 17rem; max-width: 100%; } img { max-width: 100%; height: auto; }
 [hidden] { display: none !important; }
 """
 SCRIPT = """
@@ -126,7 +127,7 @@ def jpeg_url(image: Image.Image) -> str:
 # ---------------------------------------------------------------- many pictures
 
 
-def write_report(rows: Path, images: Path, out: Path, limit: int | None = None) -> tuple[int, int]:
+def write_report(rows: Path, images: Path, out: Path, limit: int | None = None) -> tuple[int, int, list[str]]:
     """A report of what `pdlm batch` wrote, or a contact sheet if `out` is a picture.
 
     Args:
@@ -137,13 +138,13 @@ def write_report(rows: Path, images: Path, out: Path, limit: int | None = None) 
             48.
 
     Returns:
-        numbers of pictures shown, and there.
+        numbers of pictures shown, and there; and why some of those shown could not be read.
 
     Raises:
-        ValueError: no rows, or other ones; or none of the pictures can be drawn on a sheet.
+        ValueError: no rows, or other ones; or none of the pictures can be read.
         OSError: the file cannot be written.
     """
-    sheet = out.suffix.lower() not in (".html", ".htm")
+    sheet, unread = out.suffix.lower() not in (".html", ".htm"), []
     lowest = _lowest_scores(rows)
     limit = (DRAWINGS if sheet else PICTURES) if limit is None else limit
     if limit < 1:
@@ -151,14 +152,24 @@ def write_report(rows: Path, images: Path, out: Path, limit: int | None = None) 
     worst = sorted(lowest, key=lambda picture: (lowest[picture], picture[0], str(picture[1])))[:limit]
     groups = _groups(rows, set(worst))
     if sheet:
-        opened = [(group[0]["file_name"], _open(images, group)) for group in groups]
-        drawn = [(name, draw_captions(*found)) for name, found in opened if found[0] is not None]
-        if not drawn:
-            raise ValueError(f"{images}: none of the pictures can be opened, {worst[0][0]} for example; see --images.")
-        contact_sheet([drawing for _, drawing in drawn], [name for name, _ in drawn]).save(out)
+        names, drawn = [], []
+        for group in groups:
+            image, regions, captions = _open(images, group)
+            if isinstance(image, str):
+                unread.append(image)
+            else:
+                names.append(group[0]["file_name"])
+                drawn.append(draw_captions(image, regions, captions))
+        if drawn:
+            contact_sheet(drawn, names).save(out)
     else:
-        out.write_text(_report(rows.name, images, groups, len(lowest)), encoding="utf-8", errors="replace")
-    return len(worst), len(lowest)
+        articles = [_article(number, images, group, unread) for number, group in enumerate(groups)]
+        if len(unread) < len(groups):
+            page = _report(rows.name, articles, len(lowest))
+            out.write_text(page, encoding="utf-8", errors="replace")
+    if len(unread) == len(groups):
+        raise ValueError(f"{images}: none of the pictures can be read; see --images. {unread[0]}")
+    return len(worst), len(lowest), unread
 
 
 def _lowest_scores(path: Path) -> dict[tuple[str, Any], float]:
@@ -193,18 +204,18 @@ def _groups(path: Path, chosen: set[tuple[str, Any]]) -> list[list[dict[str, Any
     ]
 
 
-def _open(images: Path, group: list[dict]) -> tuple[Image.Image | None, list[Region], list[RegionCaption]]:
-    """Picture, regions and captions of some rows; without picture and regions if they cannot be read."""
+def _open(images: Path, group: list[dict]) -> tuple[Image.Image | str, list[Region], list[RegionCaption]]:
+    """Picture, regions and captions of some rows; if they cannot be read, the reason instead of the picture."""
     captions = [RegionCaption(row["caption"], row["score"], row["annotation_id"]) for row in group]
     try:
         image = load_image(images / group[0]["file_name"])
         return image, [parse_region(row["segmentation"], *image.size) for row in group], captions
-    except (ValueError, OSError):
-        return None, [], captions
+    except (ValueError, OSError) as error:
+        return str(error), [], captions
 
 
-def _report(title: str, images: Path, groups: list[list[dict]], there: int) -> str:
-    choice = "" if len(groups) == there else f"<span>{len(groups)} of {there} pictures, lowest scores</span>"
+def _report(title: str, articles: list[str], there: int) -> str:
+    choice = "" if len(articles) == there else f"<span>{len(articles)} of {there} pictures, lowest scores</span>"
     parts = [
         f"{HEAD}<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n"
         f'<header><h1>{html.escape(title)}</h1> {choice}<input type="search" id="query" '
@@ -212,18 +223,20 @@ def _report(title: str, images: Path, groups: list[list[dict]], there: int) -> s
         '<option value="low">lowest score first</option><option value="high">highest score first</option></select>'
         '<span id="shown"></span></header>\n<main>\n'
     ]
-    parts += [_article(number, images, group) for number, group in enumerate(groups)]
+    parts += articles
     parts.append(f"</main>\n<script>{SCRIPT}</script></body></html>\n")
     return "".join(parts)
 
 
-def _article(number: int, images: Path, group: list[dict]) -> str:
+def _article(number: int, images: Path, group: list[dict], unread: list[str]) -> str:
     image, regions, captions = _open(images, group)
     scores = [caption.score for caption in captions]
     name = html.escape(group[0]["file_name"])
-    if image is None:
+    if isinstance(image, str):
+        unread.append(image)
         items = "".join(_item(k, caption) for k, caption in enumerate(captions))
-        body = f'<p>This picture cannot be read.</p><ul style="list-style:none;padding:0">{items}</ul>'
+        reason = f"<p>This picture cannot be read: {html.escape(image)}</p>"
+        body = f'{reason}<ul style="list-style:none;padding:0">{items}</ul>'
     else:
         body = picture_html(image, regions, captions)
     data = f'data-number="{number}" data-low="{min(scores):.4f}" data-high="{max(scores):.4f}"'

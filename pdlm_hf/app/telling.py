@@ -8,6 +8,9 @@ import typer
 
 from .replies import JudgeError
 
+# What a package that is not there belongs to.
+EXTRAS = {"peft": "peft", "datasets": "peft", "gradio": "demo", "ray": "ray", "pyarrow": "ray", "matplotlib": "viz"}
+
 
 def fail(program: str, message: Any, code: int = 2) -> typer.Exit:
     """Say why, and give what is to be raised.
@@ -17,8 +20,22 @@ def fail(program: str, message: Any, code: int = 2) -> typer.Exit:
         message: text or exception; line breaks are taken out.
         code (`int`): 2: the call was wrong; 1: it could not be finished; 130: stopped by the user.
     """
+    if isinstance(message, ModuleNotFoundError) and message.name in EXTRAS:
+        message = needs(message.name, EXTRAS[message.name])
+    elif isinstance(message, OSError) and message.filename is not None:
+        message = f"{message.filename}: {message.strerror}"
     typer.echo(f"{program}: {' '.join(str(message).split())}", err=True)
     return typer.Exit(code)
+
+
+def needs(what: str, extra: str) -> str:
+    """Says that something is not installed, and how it is."""
+    return f'{what[0].upper()}{what[1:]} is needed: pip install "perceptiondlm[{extra}]", or ".[{extra}]" in a clone.'
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """A number of things: "1 caption", "2 captions"."""
+    return f"{number} {noun}{plural * (number != 1)}"
 
 
 def says_why(program: str) -> Callable[[Callable], Callable]:

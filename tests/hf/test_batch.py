@@ -361,7 +361,7 @@ def test_disk_full_stops_cleanly_and_goes_on(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "hf")])}
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert "OSError: [Errno 27]" in run.stderr
+    assert "OSError: [Errno 27]" in run.stderr and "out.jsonl" in run.stderr.splitlines()[-1]
     data = (tmp_path / "out.jsonl").read_bytes()
     assert data.endswith(b"}\n") and 0 < len(data) <= 1500
     before = len(data.splitlines())
@@ -459,8 +459,8 @@ def test_progress(capsys):
     assert "2/4 pictures" in said and "0.50 pictures/s, 1.50 regions/s" in said and "1 faults" in said
     line = str(Counts(2, 6, 3, 1, 0, 0, 2, 4.0))
     assert line == (
-        "6 regions of 2 pictures captioned (0.50 pictures/s, 1.50 regions/s); 3 regions were there before; "
-        "1 pictures cannot be read; 2 captions are empty"
+        "6 regions of 2 pictures captioned (0.50 pictures/s, 1.50 regions/s); 3 regions there before; "
+        "1 picture cannot be read; 2 empty captions"
     )
 
 

@@ -254,3 +254,9 @@ class TestChat:
         assert done.exit_code == 2 and "multiple of `block_length`" in done.stderr
         done = self.ask(files / "picture.png", "Why <|eot_id|>?")
         assert done.exit_code == 2 and "special tokens" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["/nowhere/x", "./nowhere", "a/b/c"])
+def test_a_checkpoint_folder_that_is_not_there(pdlm, files, name):
+    result = pdlm("caption", files / "picture.png", *masks_of(files), model=name)
+    assert result.exit_code == 2 and f"{name}: there is no such folder." in result.stderr

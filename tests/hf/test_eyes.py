@@ -163,11 +163,12 @@ def rows(tmp_path):
 
 def test_report(tmp_path, rows):
     out = tmp_path / "report.html"
-    assert write_report(tmp_path / "out.jsonl", tmp_path / "images", out) == (4, 4)
+    shown, there, unread = write_report(tmp_path / "out.jsonl", tmp_path / "images", out)
+    assert (shown, there) == (4, 4) and len(unread) == 1 and unread[0].endswith("gone.png: no such file.")
     page = out.read_text()
     assert re.findall("<h2>(.*?)</h2>", page) == ["a &lt;b&gt;.png", "b.png", "c.png", "gone.png"]
     assert [picture.size for picture in images_in(page)] == [(480, 320)] * 3
-    assert "This picture cannot be read." in page
+    assert f"This picture cannot be read: {html.escape(unread[0])}" in page
     assert page.count(html.escape(NASTY)) == 2 and NASTY not in page
     assert page.count("<script>") == page.count("</script>") == 1
     assert page.index("region 1 of 0") < page.index("region 0 of 0")  # by annotation id
@@ -181,7 +182,7 @@ def test_report(tmp_path, rows):
 
 def test_report_of_the_lowest_scores(tmp_path, rows):
     out = tmp_path / "report.html"
-    assert write_report(tmp_path / "out.jsonl", tmp_path / "images", out, limit=2) == (2, 4)
+    assert write_report(tmp_path / "out.jsonl", tmp_path / "images", out, limit=2)[:2] == (2, 4)
     assert re.findall("<h2>(.*?)</h2>", out.read_text()) == ["a &lt;b&gt;.png", "gone.png"]
     assert "2 of 4 pictures, lowest scores" in out.read_text()
 
@@ -193,15 +194,17 @@ def report(tmp_path, *arguments):
 
 def test_report_command(tmp_path, rows):
     result = report(tmp_path, "--out", tmp_path / "a.html")
-    assert result.exit_code == 0 and "4 of 4 pictures" in result.stderr
-    assert report(tmp_path, "--out", tmp_path / "sheet.png").exit_code == 0
+    assert result.exit_code == 1 and "4 of 4 pictures" in result.stderr
+    assert "1 picture cannot be read: " in result.stderr and "gone.png: no such file." in result.stderr
+    assert report(tmp_path, "--out", tmp_path / "sheet.png").exit_code == 1
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width == 3 * 488 + 8
     for arguments, message in (
         (["--out", tmp_path / "a.foo"], "no picture format"),
         (["--out", tmp_path / "none" / "a.html"], "No such file"),
         (["--out", tmp_path / "a.html", "--limit", 0], "must be positive"),
-        (["--out", tmp_path / "a.png", "--images", tmp_path], "none of the pictures can be opened"),
+        (["--out", tmp_path / "a.png", "--images", tmp_path], "none of the pictures can be read"),
+        (["--out", tmp_path / "a.html", "--images", tmp_path], "none of the pictures can be read"),
     ):
         result = report(tmp_path, *arguments)
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1

@@ -89,7 +89,7 @@ def test_the_same_as_the_local_engine(tmp_path, monkeypatch):
     assert "--workers 3: the cluster has 2 GPUs" in refused.stderr
     assert_the_same(rows, expected)
     assert len(list(read_rows(tmp_path / "out.jsonl"))) == len(expected)
-    assert "2 pictures cannot be read; 1 regions cannot be read" in told.stderr
+    assert "2 pictures cannot be read; 1 region cannot be read" in told.stderr
     assert f"{len(expected) - 7} regions of 5 pictures captioned" in told.stderr
 
     def reasons(name):
@@ -263,4 +263,4 @@ def test_without_ray(tmp_path, monkeypatch):
     write_coco(tmp_path, 1)
     monkeypatch.setattr("pdlm_hf.app.cli.find_spec", lambda name: None)
     _, result = batch(tmp_path, "out.jsonl", "--engine", "ray", code=2)
-    assert "pip install 'perceptiondlm[ray]'" in result.stderr
+    assert 'pip install "perceptiondlm[ray]", or ".[ray]" in a clone' in result.stderr

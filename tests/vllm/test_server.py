@@ -215,9 +215,9 @@ def example(*arguments: str) -> str:
 
 
 def test_examples_against_a_server(server, captioner):
-    boxes = [[80, 9, 36, 35], [10, 10, 40, 40]]
+    boxes = [[101, 12, 25, 25], [66, 93, 49, 48]]
     texts_of_boxes = texts(captioner.caption("examples/shapes.png", boxes))
-    shown = example("examples/vllm_client.py", server.url, "examples/shapes.png", "80,9,36,35", "10,10,40,40")
+    shown = example("examples/vllm_client.py", server.url, "examples/shapes.png", "101,12,25,25", "66,93,49,48")
     assert "step  1 | " in shown and "'num_forwards'" in shown
     assert all(f"{k}  {text}  (" in shown for k, text in enumerate(texts_of_boxes, 1))
     load = example("examples/vllm_load.py", server.url, "examples/shapes.png", "--requests", "8", "--in-flight", "4")
