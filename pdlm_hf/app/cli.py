@@ -313,7 +313,8 @@ def chat(
         typer.echo(json.dumps({"model": name, "image": str(image), "question": question, "answer": answer} | report))
     else:
         typer.echo(answer)
-        typer.echo(f"{report['num_forwards']} forward passes, {report['seconds']:.2f} s", err=True)
+        passes = telling.counted(report["num_forwards"], "forward pass", "es")
+        typer.echo(f"{passes}, {report['seconds']:.2f} s", err=True)
     if not answer:
         typer.echo("pdlm: no answer", err=True)
         raise typer.Exit(1)

@@ -360,6 +360,8 @@ def test_comparison():
     shown = parts.compare_html([together, alone])
     assert "&lt;b&gt;" in shown and "<b>1.5 times</b> as long; 1 of 2 captions are word for word the same" in shown
     assert "width:66.7%" in shown and "<small>2.00 s</small>" in shown and "20 passes" in shown
+    one = parts.compare_html([parts.Lane("", ["a"], 1.0, forwards=1), parts.Lane("", ["a"], 1.0, [1.0], 1, True)])
+    assert "1 of 1 caption is word for word the same" in one and one.count(", 1 pass<") == 2
     alone.done = False
     assert "as long" not in parts.compare_html([together, alone])
 
@@ -557,6 +559,9 @@ def test_a_visit(served):
     assert len(visitor.act("masks", files=files)["regions"]) == 2
     assert len(visitor.act("box", box=[0, 0, 0.5, 0.5])["regions"]) == 3
     assert len(visitor.act("undo")["regions"]) == 2
+    ids = [region["id"] for region in visitor.act("box", box=[0, 0, 0.5, 0.5])["regions"]]
+    assert [region["id"] for region in visitor.act("delete", id=ids[2])["regions"]] == ids[:2]
+    assert [region["id"] for region in visitor.act("delete", id=ids[2])["regions"]] == ids[:2]  # gone already
     news = visitor.send("click", "describe", ["fixed", 6, 0.8])
     assert len(news) >= 7
     end = news[-1][1]["props"]["captions"]

@@ -34,10 +34,12 @@ WATCH = """() => {
     window.seen.push([...rows.querySelectorAll("span")].map(row => row.textContent));
   }).observe(rows, { childList: true, subtree: true, characterData: true });
 }"""
-# Drops a file, of these bytes or of so many, on the picture.
-DROP = """([name, content]) => {
+# Drops files, of these bytes or of so many, on the picture.
+DROP = """files => {
   const data = new DataTransfer();
-  data.items.add(new File([new Uint8Array(content)], name, { type: "image/png" }));
+  for (const [name, content] of files) {
+    data.items.add(new File([new Uint8Array(content)], name, { type: "image/png" }));
+  }
   const dropped = new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
   document.querySelector("#board .stage").dispatchEvent(dropped);
 }"""
@@ -117,7 +119,7 @@ class Tab:
     def describe(self):
         """Presses, and waits for the end; what the list says then."""
         self.page.click("#describe")
-        self.page.wait_for_function("document.querySelector('#captions .status').textContent.includes(' passes, ')")
+        self.page.wait_for_function("/ pass(es)?, /.test(document.querySelector('#captions .status').textContent)")
         return self.said()
 
     def said(self):
@@ -223,7 +225,7 @@ def test_a_broken_file_is_told_and_the_work_goes_on(tab, tmp_path):
     (tmp_path / "broken.json").write_text("{")
     tab.page.set_input_files("#board .mask-file", tmp_path / "broken.json")
     expect(tab.page.locator(".toast-wrap")).to_contain_text("broken.json: not valid JSON", timeout=WAIT)
-    tab.page.evaluate(DROP, ["large.png", 21 * 2**20])
+    tab.page.evaluate(DROP, [["large.png", 21 * 2**20]])
     expect(tab.page.locator("#captions .status")).to_have_text("Too large: at most 20 MB at a time.", timeout=WAIT)
     tab.shoot("broken_file.png")
     assert tab.said() == before
@@ -276,8 +278,123 @@ def test_masks_click_undo_and_clear(tab, picture, tmp_path):
 
 
 def test_a_picture_can_be_dropped(tab, picture):
-    tab.page.evaluate(DROP, [picture.name, list(picture.read_bytes())])
+    tab.page.evaluate(DROP, [[picture.name, list(picture.read_bytes())]])
     tab.page.wait_for_function("document.querySelector('#board .stage').style.aspectRatio === '1000 / 500'")
+
+
+def test_several_pictures_dropped_on_a_picture_are_masks(tab, picture):
+    tab.open(picture, (1000, 500))
+    masks = []
+    for left in (20, 120):
+        mask = np.zeros((100, 200), np.uint8)
+        mask[30:70, left : left + 40] = 255
+        Image.fromarray(mask).save(buffer := io.BytesIO(), "PNG")
+        masks.append([f"mask_{left}.png", list(buffer.getvalue())])
+    tab.page.evaluate(DROP, masks)
+    tab.regions(2)
+    captions = tab.describe()
+    assert "red" in captions[0] and "blue" in captions[1]
+    tab.page.evaluate(DROP, masks[:1])  # one alone is a new picture
+    tab.regions(0)
+
+
+def test_a_region_is_deleted_and_undo_is_off_when_there_is_nothing_to_undo(tab):
+    undo = tab.page.locator("[data-do=undo]")
+    expect(undo).to_be_disabled()
+    tab.example(1, 5)
+    expect(undo).to_be_disabled()
+    tab.page.click("#captions .rows .delete >> nth=1")
+    tab.regions(4)
+    expect(undo).to_be_enabled()
+    undo.click()
+    tab.regions(5)
+    expect(undo).to_be_disabled()
+
+
+def test_faults_leave_no_mark_behind(tab):
+    for press in ("#describe", "#compare-button"):
+        tab.page.click(press)
+        expect(tab.page.locator(".toast-wrap")).to_contain_text("Drop a picture first", timeout=WAIT)
+        area = "#captions" if press == "#describe" else "#compare"
+        expect(tab.page.locator(f"{area} .error")).to_have_count(1, timeout=WAIT)  # gradio's, which stays
+        for part in (".error", ".clear-status"):
+            expect(tab.page.locator(f"{area} {part}")).to_be_hidden()
+
+
+def overhang(tab, selector):
+    """By how many pixels the furthest of these sticks out of the picture, left or right."""
+    return tab.page.evaluate(
+        """selector => {
+          const frame = document.querySelector("#board .pen").getBoundingClientRect();
+          const found = [...document.querySelectorAll(selector)].map(node => node.getBoundingClientRect());
+          return Math.max(...found.map(own => Math.max(frame.left - own.left, own.right - frame.right)));
+        }""",
+        selector,
+    )
+
+
+def test_captions_stay_within_the_picture(tab, picture):
+    tab.example(2, 6)
+    tab.describe()
+    assert overhang(tab, "#board .bubbles div") <= 0
+    tab.open(picture, (1000, 500))
+    for left, right in ((0.0, 0.04), (0.5, 0.62), (0.96, 1.0)):
+        tab.drag((left + 0.002, 0.1), (right - 0.002, 0.9))
+    tab.regions(3)
+    long = "captions, a few words longer than those of the shapes ever are, of a region at the edge"
+    tab.describe()
+    assert overhang(tab, "#board .bubbles div") <= 0
+    for x in (0.02, 0.52, 0.6, 0.98):
+        tab.page.mouse.move(*tab.at(x, 0.5))
+        expect(tab.page.locator("#board .tip")).to_be_visible()
+        # as if the caption were long
+        tab.page.evaluate("text => document.querySelector('#board .tip span').textContent = text", long)
+        assert overhang(tab, "#board .tip") <= 0
+
+
+def test_a_very_wide_picture_is_high_enough_to_mark(tab, tmp_path):
+    wide = np.full((60, 3000, 3), 130, np.uint8)
+    wide[15:45, 2700:2760] = (220, 30, 30)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    tab.open(tmp_path / "wide.png", (1000, 20))
+    assert tab.page.locator("#board .pen").bounding_box()["height"] >= 59
+    assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # the picture scrolls, not the page
+    tab.page.evaluate("document.querySelector('#board .scroll').scrollLeft = 1e6")
+    tab.drag((0.9, 0.25), (0.92, 0.75))
+    tab.regions(1)
+    tab.describe()
+    (row,) = json.loads(tab.save("#save-coco")[0].read_text())["annotations"]
+    assert np.abs(np.subtract(row["bbox"], [2700, 15, 60, 30])).max() <= 2
+
+
+def test_numbers_out_of_bounds_are_harmless(tab, capfd):
+    tab.example(1, 5)
+    chosen = tab.page.locator("#effect .chosen th")
+    for mode, label, value, row in (
+        ("Adaptive", "Threshold", "7", "0.99"),
+        ("Adaptive", "Threshold", "0", "0.5"),
+        ("Fixed steps", "Steps at most", "0", "1"),
+        ("Fixed steps", "Steps at most", "99", "32"),
+        ("Fixed steps", "Steps at most", "0", "1"),
+    ):
+        tab.page.click(f"text={mode}")
+        tab.page.get_by_label(f"number input for {label}").fill(value)
+        expect(chosen).to_have_text(row, timeout=WAIT)
+    tab.describe()
+    assert tab.page.locator("#captions .status").text_content().startswith("5 captions in 1 pass, ")
+    tab.page.get_by_label("number input for Steps at most").fill("")
+    tab.page.wait_for_timeout(500)
+    assert "Traceback" not in "".join(capfd.readouterr())
+    expect(tab.page.locator(".toast-body")).to_have_count(0)
+
+
+def test_the_settings_fit_on_a_phone(tab):
+    tab.page.set_viewport_size({"width": 390, "height": 844})
+    inside = """() => {
+      const frame = document.querySelector("#effect").getBoundingClientRect();
+      return document.querySelector("#effect table").getBoundingClientRect().right <= frame.right;
+    }"""
+    tab.page.wait_for_function(inside)
 
 
 def test_comparison_and_settings(tab):
@@ -293,6 +410,17 @@ def test_comparison_and_settings(tab):
     alone = tab.page.locator("#compare .lane >> nth=1 >> li")
     assert alone.count() == 6 and all(text.endswith(" s") for text in alone.all_text_contents())
     tab.shoot("demo_compare.png", full_page=True)
+    tab.example(1, 5)  # what was compared is gone
+    expect(lanes).to_have_text("", timeout=WAIT)
+    tab.page.click("text=Fixed steps")
+    tab.page.click("#compare-button")
+    expect(lanes).to_contain_text("One region at a time", timeout=WAIT)
+    tab.page.click("#captions .rows .delete >> nth=0")  # while they are being written
+    tab.regions(4)
+    expect(lanes).to_have_text("", timeout=WAIT)
+    expect(tab.page.locator("#compare-button")).to_be_enabled()
+    tab.page.wait_for_timeout(500)
+    expect(lanes).to_have_text("")
     tab.page.click("text=Fast")
     expect(tab.page.locator("#effect .chosen th")).to_have_text("0.1")
     expect(tab.page.get_by_label("number input for Threshold")).to_be_hidden()

@@ -3,6 +3,7 @@ const find = name => element.querySelector(name);
 const stage = find(".stage"), image = find(".picture"), pen = find(".pen"), tip = find(".tip"), bubbles = find(".bubbles");
 const out = name => document.querySelector("#captions " + name);
 const CROWDED = 12, NARROW = 480; // regions, pixels; beyond these only the list has captions
+const THIN = 60; // pixels; a picture's shorter side is shown no smaller, and scrolls
 let tool = "box", view = null, labels = null, said = null, timer = null, stroke = null;
 
 const act = (kind, more) => trigger('act', { kind, ...more });
@@ -40,7 +41,8 @@ element.addEventListener("drop", event => {
   event.preventDefault();
   stage.classList.remove("over");
   const files = [...event.dataTransfer.files];
-  upload(files.every(file => /\.(json|txt)$/i.test(file.name)) ? "masks" : "picture", files);
+  const masks = (view && files.length > 1) || files.every(file => /\.(json|txt)$/i.test(file.name));
+  upload(masks ? "masks" : "picture", files);
 });
 watch("file", () => {
   const file = props.file;
@@ -134,7 +136,7 @@ function hover(event, k = -1) {
     k = labels.data[4 * (Math.min(labels.height - 1, Math.floor(y * labels.height)) * labels.width + column)] - 1;
     tip.style.left = `${100 * x}%`;
     tip.style.top = `${100 * y}%`;
-    tip.classList.toggle("left", x > 0.6);
+    tip.classList.toggle("left", x > 0.5);
   }
   const known = view && k >= 0 && k < view.regions.length;
   tip.style.display = known && event ? "block" : "none";
@@ -157,11 +159,18 @@ function show(texts) {
       score.title = "mean probability of the caption's words";
       row.append(score);
     }
+    const remove = make("button", "\u00d7");
+    remove.type = "button";
+    remove.className = "delete";
+    remove.title = remove.ariaLabel = `Delete region ${k + 1}`;
+    remove.addEventListener("click", () => act("delete", { id: region.id }));
+    row.append(remove);
     row.addEventListener("pointerenter", () => hover(null, k));
     row.addEventListener("pointerleave", () => hover(null));
     if (text && view.regions.length <= CROWDED && stage.clientWidth >= NARROW) {
       const bubble = make("div", text), [x, y, w, h] = region.box;
-      bubble.style.left = `${100 * Math.min(0.86, Math.max(0.14, x + w / 2))}%`;
+      const margin = Math.min(0.16, 155 / stage.clientWidth); // half of what page.css allows, and a little
+      bubble.style.left = `${100 * Math.min(1 - margin, Math.max(margin, x + w / 2))}%`;
       bubble.style.top = `${100 * Math.min(0.94, y + h)}%`;
       bubble.style.borderColor = region.colour;
       bubbles.append(bubble);
@@ -216,7 +225,7 @@ watch("captions", () => {
   out(".replay").style.display = end && news.drafts.length ? "flex" : "none";
   element.dataset.step = end ? "end" : news.step;
   if (end) {
-    const passes = news.passes === null ? "" : ` in ${news.passes} passes`;
+    const passes = news.passes === null ? "" : ` in ${news.passes} pass${news.passes === 1 ? "" : "es"}`;
     status(`${count} caption${count === 1 ? "" : "s"}${passes}, ${news.seconds.toFixed(2)} s`);
     replay(news.drafts.length);
   } else {
@@ -230,12 +239,14 @@ watch("value", async () => {
   said = labels = null;
   stage.classList.toggle("empty", !view);
   out(".replay").style.display = "none";
+  find("[data-do=undo]").disabled = !view || !view.undo;
   if (!view) return;
   element.dataset.version = view.version;
   delete element.dataset.step;
   image.src = view.picture;
   stage.style.aspectRatio = `${view.size[0]} / ${view.size[1]}`;
   stage.style.maxWidth = `calc(74vh * ${view.size[0] / view.size[1]})`;
+  stage.style.minWidth = `${THIN * Math.max(1, view.size[0] / view.size[1])}px`;
   const count = view.regions.length;
   status(count ? `${count} region${count === 1 ? "" : "s"}. Press to describe.` : "Mark regions with a box or the brush.");
   show(null);

@@ -4,6 +4,7 @@ import base64
 import secrets
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from starlette.middleware import Middleware
 
 from ...shapes.world import draw_picture
 from ..drawing import draw_regions
-from ..regions import parse_regions
+from ..regions import Region, parse_regions
 from ..replies import JudgeError
 from ..report import jpeg_url
 from .limits import IDLE, MAX_BYTES, SESSIONS, Guard, read_uploads
@@ -28,6 +29,7 @@ from .writing import Draft, Writer, follow, settings_of
 _HERE = Path(__file__).parent
 _EXAMPLES = (29, 8, 45, 4)  # seeds of drawn pictures
 _MODES = {"adaptive": "Adaptive", "fast": "Fast", "fixed": "Fixed steps"}
+_STEPS, _BOUND = (1, 32), (0.5, 0.99)  # least and most
 _TITLE = "PerceptionDLM"
 
 
@@ -80,12 +82,12 @@ class Handlers:
     def __init__(self, writer: Writer, segmenter: Any = None):
         self.writer, self.segmenter = writer, segmenter
 
-    def act(self, sheet: Sheet, event: gr.EventData) -> tuple[Sheet, Any]:
-        """A picture, masks, a mark, undo, clear, or an example, as the page's script says."""
+    def act(self, sheet: Sheet, event: gr.EventData) -> tuple[Sheet, Any, str]:
+        """A picture, masks, a mark, undo, clear, or an example, as the page's script says; empties the comparison."""
         with sheet.lock:
             self._act(sheet, event._data if isinstance(event._data, dict) else {})
             # the sheet goes back so that gradio knows when it was used last; what was of the old one is forgotten
-            return sheet, gr.update(value=sheet.view(), captions=None, file=None)
+            return sheet, gr.update(value=sheet.view(), captions=None, file=None), ""
 
     def _act(self, sheet: Sheet, what: dict[str, Any]) -> None:
         kind = what.get("kind")
@@ -98,6 +100,8 @@ class Handlers:
             sheet.start(image, f"example_{what['number'] + 1}.png", masks)
         elif kind in ("undo", "clear"):
             getattr(sheet, kind)()
+        elif kind == "delete":
+            sheet.delete(what.get("id"))
         else:
             sheet.mark(what, self.segmenter)
 
@@ -118,9 +122,17 @@ class Handlers:
             yield sheet, gr.update(captions=end | {"passes": news.forwards, "seconds": news.seconds})
 
     def compare(self, sheet: Sheet, mode: str, steps: int, threshold: float) -> Iterator[str]:
-        """All regions together, then each one alone."""
+        """All regions together, then each one alone; ends, and leaves nothing, once picture or regions change."""
         with sheet.lock:
-            image, regions, settings = sheet.image, sheet.parsed(), settings_of(mode, steps, threshold)
+            image, regions, version = sheet.image, sheet.parsed(), sheet.version
+        with closing(self._compare(image, regions, settings_of(mode, steps, threshold))) as lanes:
+            for shown in lanes:
+                if sheet.version != version:
+                    yield ""
+                    return
+                yield shown
+
+    def _compare(self, image: Any, regions: list[Region], settings: dict[str, Any]) -> Iterator[str]:
         together = Lane("All regions together", [""] * len(regions))
         alone = Lane("One region at a time", [""] * len(regions))
         for news in follow(self.writer, image, regions, settings):
@@ -214,7 +226,7 @@ def build_page(writer: Writer, segmenter: Any = None, threshold: float | None = 
         quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         slow: dict[str, Any] = {"concurrency_limit": writer.at_a_time, "concurrency_id": "writer"}
         slow |= {"show_progress": "minimal", "api_visibility": "private"}  # the place in the line, for who waits
-        board.act(says_why(does.act), sheet, [sheet, board], trigger_mode="multiple", **quick)
+        board.act(says_why(does.act), sheet, [sheet, board, lanes], trigger_mode="multiple", **quick)
         told = says_why_live(does.describe)
         writing = press.click(told, [sheet, *controls], [sheet, board], show_progress_on=said, **slow)
         writing.failure(None, js="() => window.dispatchEvent(new Event('pdlm-failed'))")
@@ -230,17 +242,21 @@ def _controls(writer: Writer, threshold: float | None) -> list[Any]:
     with gr.Row():
         with gr.Column(min_width=160):
             mode = gr.Radio([(_MODES[mode], mode) for mode in writer.modes], value=start, label="Speed mode")
-            steps = gr.Slider(1, 32, 32, step=1, label="Steps at most")
-            bound = gr.Slider(0.5, 0.99, threshold or 0.8, step=0.01, label="Threshold", visible=start == "adaptive")
+            steps = gr.Slider(*_STEPS, 32, step=1, label="Steps at most")
+            bound = gr.Slider(*_BOUND, threshold or 0.8, step=0.01, label="Threshold", visible=start == "adaptive")
         effect = gr.HTML(effect_html(start, 32, threshold or 0.8), elem_id="effect", apply_default_css=False)
     controls = [mode, steps, bound]
 
-    def show(mode: str, steps: int, threshold: float) -> tuple[Any, str]:
+    def show(mode: Any, steps: Any, threshold: Any) -> tuple[Any, Any]:
+        if mode not in writer.modes or not all(isinstance(number, int | float) for number in (steps, threshold)):
+            return gr.skip(), gr.skip()  # an empty field, say
+        steps, threshold = np.clip(steps, *_STEPS), np.clip(threshold, *_BOUND)
         return gr.update(visible=mode == "adaptive"), effect_html(mode, steps, threshold)
 
     changes = [control.change for control in controls]
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    gr.on(changes, says_why(show), controls, [bound, effect], **quiet)
+    # Without gradio's own check: a number may be out of bounds while it is being typed, which is no fault.
+    gr.on(changes, show, controls, [bound, effect], preprocess=False, **quiet)
     return controls
 
 

@@ -102,13 +102,14 @@ def compare_html(lanes: list[Lane]) -> str:
         same = sum(a == b for a, b in zip(together.texts, alone.texts, strict=True))
         verdict = (
             f"<p>One at a time took <b>{alone.seconds / together.seconds:.1f} times</b> as long; "
-            f"{same} of {len(alone.texts)} captions are word for word the same. Timed just now, on this machine.</p>"
+            f"{same} of {len(alone.texts)} {'caption is' if len(alone.texts) == 1 else 'captions are'} "
+            "word for word the same. Timed just now, on this machine.</p>"
         )
     return f'<div class="lanes">{columns}</div>{verdict}'
 
 
 def _lane(lane: Lane, longest: float) -> str:
-    passes = "" if lane.forwards is None else f", {lane.forwards} passes"
+    passes = "" if lane.forwards is None else f", {lane.forwards} pass{'' if lane.forwards == 1 else 'es'}"
     rows = ""
     for k, text in enumerate(lane.texts):
         time = f"<small>{lane.times[k]:.2f} s</small>" if k < len(lane.times) else ""

@@ -125,6 +125,12 @@ class Sheet:
         if self.past:
             self._set(self.past.pop())
 
+    def delete(self, own: Any) -> None:
+        """Take one region away, by its id."""
+        rest = [row for row in self.regions if row["id"] != own]
+        if len(rest) < len(self.regions):  # else it is gone already
+            self._change(rest)
+
     def clear(self) -> None:
         """Take all regions away."""
         self._change([])
@@ -153,8 +159,10 @@ class Sheet:
             "picture": jpeg_url(draw_regions(self.small, regions, size)),
             "labels": png_url(Image.fromarray(labels)),
             "size": size,
+            "undo": bool(self.past),
             "regions": [
-                {"box": box, "colour": colour_of(k), "ink": ink_on(colour_of(k))} for k, box in enumerate(boxes)
+                {"id": row["id"], "box": box, "colour": colour_of(k), "ink": ink_on(colour_of(k))}
+                for k, (row, box) in enumerate(zip(self.regions, boxes, strict=True))
             ],
         }
 
