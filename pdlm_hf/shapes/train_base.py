@@ -7,12 +7,14 @@
 Started again with the same `--out`, it goes on from the last saved step.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import typer
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import set_seed
 
@@ -170,8 +172,36 @@ def words_only(question: Question) -> Question:
     return Question("choice", f"Which is {_options(question)[question.answer]}?\n{options}", question.answer)
 
 
+def words_of(question: str, answer: str) -> list[tuple[int, str]]:
+    """The words that an answer's letters stand for, each with the place of its letter in the answer, in tokens."""
+    options = {line[0]: line[3:] for line in question.split("\n") if line[1:3] == ". "}
+    lines = answer.split("\n")
+    if not all(line in options or line in (f"{letter}. {word}" for letter, word in options.items()) for line in lines):
+        return []
+    a_line = 2 if len(lines[0]) == 1 else 4  # tokens: letter, dot, word, line break
+    return [(k * a_line, options[line[0]]) for k, line in enumerate(lines)]
+
+
+class QuestionCollator(PdlmCollator):
+    """Adds `words`: at the place of each letter of an answer the id of the word it stands for, elsewhere -100."""
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Batch of [`PdlmCollator`], and its words."""
+        batch = super().__call__(rows)
+        words = torch.full_like(batch["labels"], -100)
+        for row, out, labels in zip(rows, words, batch["labels"], strict=True):
+            first = int((labels != -100).nonzero()[0])
+            question, answer = (message["content"] for message in row["messages"])
+            for place, word in words_of(question[-1]["text"], answer):
+                out[first + place] = self.processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0]
+        return batch | {"words": words}
+
+
 class QuestionTrainer(InOrderTrainer):
-    """Adds the loss of lists to look up in, which letters need.
+    """Adds two losses that letters need.
+
+    Before its last layer, which looks letters up, the model must know the word: a letter that is wrong says nothing
+    about how to find it. And lists to look up in keep that from being forgotten.
 
     Args:
         batches (`list`): kinds of lists, of [`~lookup.stages`].
@@ -182,10 +212,21 @@ class QuestionTrainer(InOrderTrainer):
         self.batches, self.right = batches, [[] for _ in batches]
 
     def compute_loss(self, model, inputs, *args: Any, **kwargs: Any):
-        """Loss of the questions, and of the lists while training."""
-        out = super().compute_loss(model, inputs, *args, **kwargs)
+        """Loss of the questions; while training also that of the words of letters, and of the lists."""
+        inputs = dict(inputs)
+        words, known = inputs.pop("words"), []
+        language_model = model.model.language_model
+        hook = language_model.layers[-2].register_forward_hook(lambda layer, given, out: known.append(out))
+        try:
+            out = super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            hook.remove()
         if not model.training:
             return out
+        asked = (words != -100) & inputs["noise_mask"]
+        if asked.any():
+            logits = model.get_output_embeddings()(language_model.norm(known[0][asked]))
+            out = out + cross_entropy(logits, words[asked])
         for k, batch in enumerate(self.batches):
             rng = np.random.default_rng((TRAINING, self.args.seed, self.state.global_step, k))
             loss, right = lookup_loss(model, *batch(rng, LISTS // len(self.batches)))
@@ -238,7 +279,7 @@ def main(
         model=model,
         args=arguments(out, steps, batch_size, learning_rate, seed),
         train_dataset=QuestionDataset(seed, steps * batch_size, lesson),
-        data_collator=PdlmCollator(processor, noise_floor=0.3),
+        data_collator=QuestionCollator(processor, noise_floor=0.3),
     )
     command = (
         f"python -m pdlm_hf.shapes.train_base --steps {steps} --batch-size {batch_size} --learning-rate "

@@ -14,7 +14,16 @@ from pdlm_hf.shapes import BASE_CHECKPOINT
 from pdlm_hf.shapes.lookup import PAIRS, lookup_batch, lookup_loss, stages, tokens_of
 from pdlm_hf.shapes.model import build_base_processor
 from pdlm_hf.shapes.questions import KINDS, LETTER_PROMPT, Question, ask, draw_scene, is_right
-from pdlm_hf.shapes.train_base import LESSONS, LISTS, QuestionDataset, QuestionTrainer, by_letters, tally, told
+from pdlm_hf.shapes.train_base import (
+    LESSONS,
+    LISTS,
+    QuestionCollator,
+    QuestionDataset,
+    QuestionTrainer,
+    by_letters,
+    tally,
+    told,
+)
 from pdlm_hf.shapes.world import COLOURS, Figure
 
 FIGURES = [
@@ -213,6 +222,40 @@ def test_slots_hold_the_answer(lesson):
         assert len(answer) < row["num_slots"]
 
 
+def test_words_of_letters():
+    """At the letters of an answer stand their words, whatever the form of the answer."""
+    processor = PdlmProcessor.from_pretrained(BASE_CHECKPOINT)
+    rows = [QuestionDataset(0, 200, "letters")[k] for k in range(200)]
+    batch, seen = QuestionCollator(processor)(rows), Counter()
+    decode = processor.tokenizer.decode
+    for row, labels, words in zip(rows, batch["labels"], batch["words"], strict=True):
+        question, answer = row["messages"][0]["content"][-1]["text"], row["messages"][1]["content"]
+        options = {line[0]: line[3:] for line in question.split("\n") if line[1:3] == ". "}
+        there = (words != -100).nonzero()[:, 0]
+        assert [options[decode(labels[k])] for k in there] == [decode(words[k]).strip() for k in there]
+        seen[len(there), "letters and words" in question] += 1
+        assert len(there) == len(
+            [line for line in answer.split("\n") if line[:1] in options and line[1:2] in ("", ".")]
+        )
+    assert {(0, False), (1, False), (4, False), (4, True)} <= set(seen)
+
+
+def test_the_word_is_known_before_the_last_layer(tmp_path):
+    """The loss of the words is that of the last layer but one, read by the head."""
+    processor = PdlmProcessor.from_pretrained(BASE_CHECKPOINT)
+    model = PdlmBaseForConditionalGeneration.from_pretrained(BASE_CHECKPOINT)
+    trainer = QuestionTrainer([], model=model, args=TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    rows = QuestionCollator(processor)([QuestionDataset(0, 16, "letters")[k] for k in range(16)])
+    asked = (rows["words"] != -100) & rows["noise_mask"]
+    assert asked.any()
+    inputs = {name: value for name, value in rows.items() if name != "words"}
+    hidden = model(**inputs, output_hidden_states=True).hidden_states[-2]  # what the last layer is given
+    logits = model.get_output_embeddings()(model.model.language_model.norm(hidden[asked]))
+    expected = torch.nn.functional.cross_entropy(logits, rows["words"][asked])
+    without = trainer.compute_loss(model.eval(), rows)
+    torch.testing.assert_close(trainer.compute_loss(model.train(), rows) - without, expected)
+
+
 def test_lists_are_part_of_the_loss_while_training(tmp_path):
     """Of each kind an equal share of the rows; when it does not train, the loss is that of the questions."""
     processor = PdlmProcessor.from_pretrained(BASE_CHECKPOINT)
@@ -226,7 +269,8 @@ def test_lists_are_part_of_the_loss_while_training(tmp_path):
 
     arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     trainer = QuestionTrainer([batch, batch], model=model, args=arguments)
-    rows = PdlmCollator(processor)([QuestionDataset(3, 2, "easy")[k] for k in range(2)])
+    rows = QuestionCollator(processor)([QuestionDataset(3, 2, "easy")[k] for k in range(2)])
+    rows["words"][:] = -100
     without = trainer.compute_loss(model.eval(), rows)
     assert not seen
     with_lists = trainer.compute_loss(model.train(), rows)
