@@ -1,10 +1,16 @@
 """Train the tiny base checkpoint on questions about drawn pictures.
 
-    train="python -m pdlm_hf.shapes.train_base --threads 2 --freeze-vision"
-    $train --out runs/easy --lesson easy --steps 2000
-    $train --out runs/bind --lesson bind --init runs/easy --steps 3000 --batch-size 48 --seed 1
+    train="python -m pdlm_hf.shapes.train_base --threads 2 --freeze-vision --batch-size 48"
+    $train --out runs/easy --lesson easy --steps 2500
+    python -m pdlm_hf.shapes.lookup --init runs/easy --out runs/lookup
+    $train --out runs/bind --lesson bind --init runs/lookup --lists options --lists asked --steps 3000 --seed 1
+    $train --out runs/letters --lesson letters --init runs/bind --lists options --lists asked --steps 2000 --seed 2
+    $train --out runs/choose --lesson choose --init runs/letters --lists asked --steps 2000 --seed 3
+    $train --out runs/mixed --lesson easy --init runs/choose --lists asked --steps 2500 --seed 4
 
-Started again with the same `--out`, it goes on from the last saved step.
+To see, to say what is seen, to look up in lists, and then all of it at once: an answer by letter needs the word before
+the letter, and a letter that is wrong does not say which of the two was. `training.json` of the checkpoint has what
+was run for it. Started again with the same `--out`, a run goes on from its last saved step.
 """
 
 from collections.abc import Sequence
