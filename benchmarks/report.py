@@ -14,7 +14,6 @@ from pdlm_hf.shapes import CHECKPOINT
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PENDING = "Not measured yet."  # where a page is written before its result
 ATTRIBUTES = ("size", "colour", "texture", "shape")
 
 
@@ -203,8 +202,6 @@ def tables() -> dict[str, str]:
         return json.loads((RESULTS / name).read_text())
 
     batch = {"batch_throughput": batch_throughput, "batch_parts": batch_parts, "batch_bytes": batch_bytes}
-    path = RESULTS / "batch_throughput.json"
-    batches = {name: make(load(path.name)) if path.is_file() else PENDING for name, make in batch.items()}
     later = {"shapes_chat": chat, "lora_shapes": lora, "lora_parts": lora_parts, "lora_isolated": lora_isolated}
     checkpoint, speed = json.loads((CHECKPOINT / "training.json").read_text()), load("decode_cpu_small.json")
     kept = ("32 steps, recomputed", "32 steps, prompt every 8", "32 steps", "threshold 0.8", "threshold 0.9")
@@ -217,7 +214,7 @@ def tables() -> dict[str, str]:
         "decode": decode(speed),
         "scaling": scaling(speed),
         "serving": serving(load("serving_cpu_small.json")),
-        **batches,
+        **{name: make(load("batch_throughput.json")) for name, make in batch.items()},
         "batch_costs": batch_costs(),
         **{name: make(load(f"{name}.json")) for name, make in later.items() if (RESULTS / f"{name}.json").is_file()},
     }

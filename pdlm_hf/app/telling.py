@@ -8,8 +8,8 @@ import typer
 
 from .replies import JudgeError
 
-# What a package that is not there belongs to.
-EXTRAS = {"peft": "peft", "datasets": "peft", "gradio": "demo", "ray": "ray", "pyarrow": "ray", "matplotlib": "viz"}
+# What a package that is not there belongs to, where nobody asks before it is imported.
+EXTRAS = {"peft": "peft", "accelerate": "peft", "yaml": "peft"}
 
 
 def fail(program: str, message: Any, code: int = 2) -> typer.Exit:

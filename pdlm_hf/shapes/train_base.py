@@ -60,7 +60,7 @@ LESSONS: dict[str, dict[str, float]] = {
 # the picture in words, so that finding an answer and then its letter is learned from what is easy to read.
 WITH_TEXT, TEXT_ONLY, WORDS_ONLY, TOLD = 0.12, 0.12, 0.04, 0.2
 HARD = 0.7  # of the choices of the lesson "choose": colours and shapes, which are easily taken from the other figure
-SHORT = ("choice", "yes_no", "open", "letters")
+SHORT = ("choice", "yes_no", "open")
 Lesson = Literal["bind", "letters", "choose", "easy", "full"]
 BY_LETTERS = (0.45, 0.2, 0.35)  # letters, words, both
 TALLY = 5  # kinds to count

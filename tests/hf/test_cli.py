@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from pdlm_hf import RegionCaption, RegionCaptioner
 from pdlm_hf.app.cli import app
+from pdlm_hf.app.jsonl import write_json
+from pdlm_hf.app.telling import fail
 
 FAST = ["--max-new-tokens", "6", "--steps", "3"]
 
@@ -260,3 +262,17 @@ class TestChat:
 def test_a_checkpoint_folder_that_is_not_there(pdlm, files, name):
     result = pdlm("caption", files / "picture.png", *masks_of(files), model=name)
     assert result.exit_code == 2 and f"{name}: there is no such folder." in result.stderr
+
+
+def test_what_is_not_there_is_named(capsys, tmp_path):
+    """A missing package with its extra, a file that cannot be written with its name."""
+    error = ModuleNotFoundError("No module named 'peft'", name="peft")
+    assert fail("pdlm", error).exit_code == 2
+    assert (
+        capsys.readouterr().err
+        == 'pdlm: Peft is needed: pip install "perceptiondlm[peft]", or ".[peft]" in a clone.\n'
+    )
+    with pytest.raises(OSError) as caught:
+        write_json(tmp_path / "none" / "a.json", {})
+    fail("pdlm", caught.value)
+    assert capsys.readouterr().err == f"pdlm: {tmp_path / 'none' / 'a.json'}: No such file or directory\n"

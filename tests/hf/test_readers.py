@@ -54,6 +54,8 @@ def test_supervision():
     check(from_supervision(sv.Detections(xyxy=corners, mask=MASKS)))
     check(from_supervision(sv.Detections(xyxy=corners)))
     check(from_supervision(sv.Detections(xyxy=corners, mask=MASKS, tracker_id=np.array([7, 5]))), ids=[7, 5])
+    with pytest.raises(ValueError, match="from_supervision"):
+        parse_regions(sv.Detections(xyxy=corners), 100, 100)
     compact = sv.Detections(xyxy=corners, mask=MASKS)[np.array([1])]
     check(from_supervision(compact), MASKS[1:])
     assert from_supervision(sv.Detections.empty()) == []
