@@ -19,16 +19,16 @@ from PIL import Image
 
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
-from .questions import KINDS, SLOTS, Question, draw_scene, is_right
+from .questions import FIGURES, KINDS, SLOTS, Question, draw_scene, is_right
 from .train import HELD_OUT
 
 
-def held_out_question(seed: int, index: int, kind: str, easy: bool = False) -> tuple[Image.Image, Question]:
+def held_out_question(seed: int, index: int, kind: str, figures: int = FIGURES) -> tuple[Image.Image, Question]:
     """A picture that training never draws, and a question of this kind about it."""
     rng = np.random.default_rng((HELD_OUT, seed, index))
     while True:
-        image, figures = draw_scene(rng, easy)
-        if question := KINDS[kind](rng, figures):
+        image, there = draw_scene(rng, figures)
+        if question := KINDS[kind](rng, there):
             return image, question
 
 
@@ -38,7 +38,7 @@ def evaluate(
     seed: int,
     count: int,
     batch_size: int = 16,
-    easy: bool = False,
+    figures: int = FIGURES,
     kinds: Iterable[str] = tuple(KINDS),
     **generation: Any,
 ) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def evaluate(
         model, processor: a base checkpoint.
         seed, count (`int`): which questions, and how many of each kind.
         batch_size (`int`): questions a forward.
-        easy (`bool`): one or two figures on one tile.
+        figures (`int`): at most so many in a picture.
         kinds (`Iterable[str]`): of questions, keys of [`KINDS`].
         **generation: settings of `generate`; `max_new_tokens` is by kind.
 
@@ -58,7 +58,7 @@ def evaluate(
     by_kind, forwards, start = {}, defaultdict(list), time.perf_counter()
     for kind in kinds:
         right = 0
-        cases = [held_out_question(seed, index, kind, easy) for index in range(count)]
+        cases = [held_out_question(seed, index, kind, figures) for index in range(count)]
         for first in range(0, count, batch_size):
             chunk = cases[first : first + batch_size]
             inputs = processor(images=[image for image, _ in chunk], text=[question.text for _, question in chunk])
@@ -79,7 +79,7 @@ def main(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     seed: Annotated[int, typer.Option(help="Which questions.")] = 11,
     questions: Annotated[int, typer.Option(help="How many of each kind.", min=1)] = 200,
-    easy: Annotated[bool, typer.Option("--easy", help="One or two figures on one tile.")] = False,
+    figures: Annotated[int, typer.Option(help="At most so many in a picture.", min=1)] = FIGURES,
     block_length: Annotated[int | None, typer.Option(help="1 = autoregressive order.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -89,7 +89,7 @@ def main(
     network = PdlmBaseForConditionalGeneration.from_pretrained(model).eval()
     with torch.inference_mode():
         report = evaluate(
-            network, PdlmProcessor.from_pretrained(model), seed, questions, easy=easy, block_length=block_length
+            network, PdlmProcessor.from_pretrained(model), seed, questions, figures=figures, block_length=block_length
         )
     typer.echo(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
 

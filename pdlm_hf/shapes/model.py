@@ -13,7 +13,7 @@ from ..generation_config_pdlm import PdlmGenerationConfig
 from ..image_processing_pdlm import PdlmImageProcessorPil
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
 from ..processing_pdlm import DEFAULT_QUESTION, PdlmProcessor
-from .questions import ask, draw_scene
+from .questions import MOST_FIGURES, ask, draw_scene
 from .world import MAX_REGIONS, TILE, describe, draw_picture
 
 PATCH = 8
@@ -45,7 +45,7 @@ def _captions() -> list[str]:
 
 def _questions() -> list[str]:
     rng = np.random.default_rng(0)
-    asked = [ask(rng, draw_scene(rng)[1]) for _ in range(3000)]
+    asked = [ask(rng, draw_scene(rng, MOST_FIGURES)[1]) for _ in range(3000)]
     return [f"user\n{question.text} assistant\n{question.answer}" for question in asked]
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from ..image_processing_pdlm import best_grid
 from .world import COLOURS, TILE, WORDS, Figure, paint
 
-MAX_FIGURES = 4
+FIGURES = 2  # at most, in the pictures a base checkpoint is scored on
+MOST_FIGURES = 4  # for which there are words and room
 LETTERS = "ABCD"
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."  # as VLMEvalKit and lmms-eval ask
 YES_NO_PROMPT = "Please answer yes or no."
@@ -39,15 +40,15 @@ class Question:
     answer: str
 
 
-def draw_scene(rng: np.random.Generator, easy: bool = False) -> tuple[Image.Image, list[Figure]]:
-    """A picture and all figures in it, 1 to 4, on one tile or two.
+def draw_scene(rng: np.random.Generator, figures: int = FIGURES) -> tuple[Image.Image, list[Figure]]:
+    """A picture and all figures in it: one or two on one tile, more on two tiles.
 
     Args:
         rng (`np.random.Generator`): decides everything.
-        easy (`bool`): one or two figures on one tile.
+        figures (`int`): at most so many.
     """
     while True:
-        count = int(rng.integers(1, 3 if easy else MAX_FIGURES + 1))
+        count = int(rng.integers(1, figures + 1))
         columns, rows = (1, 1) if count <= 2 else (2, 1) if rng.random() < 0.5 else (1, 2)
         scale = rng.uniform(0.9, 1.35)
         width = round(columns * TILE * scale * rng.uniform(0.95, 1.05))

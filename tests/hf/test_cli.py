@@ -235,7 +235,7 @@ class TestChat:
 
         right = 0
         for index in range(10):
-            image, question = held_out_question(2, index, "yes_no", easy=True)
+            image, question = held_out_question(2, index, "yes_no")
             image.save(tmp_path / "picture.png")
             done = self.ask(tmp_path / "picture.png", question.text, "--max-new-tokens", 2)
             right += is_right(question, done.stdout)
