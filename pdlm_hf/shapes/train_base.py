@@ -7,12 +7,13 @@
     $train --out runs/letters --lesson letters --init runs/bind --lists options --lists asked --steps 2000 --seed 2
     $train --out runs/choose --lesson choose --init runs/letters --lists asked --steps 2000 --seed 3
     $train --out runs/mixed --lesson easy --init runs/choose --lists asked --steps 2500 --seed 4
-    $train --out runs/last --lesson easy --init runs/mixed --steps 5000 --seed 5
+    $train --out runs/longer --lesson easy --init runs/mixed --steps 5000 --seed 5
+    $train --out runs/count --lesson count --init runs/longer --steps 1500 --seed 6 --learning-rate 6e-4
 
 To see, to say what is seen, to look up in lists, and then all of it at once: an answer by letter needs the word before
-the letter, and a letter that is wrong does not say which of the two was. The embedded checkpoint came about on a longer
-way, which its `training.json` has in full; these commands keep what helped, and have not been run from end to end.
-Started again with the same `--out`, a run goes on from its last saved step.
+the letter, and a letter that is wrong does not say which of the two was. The embedded checkpoint took a longer way,
+which its `training.json` has in full; these commands keep what helped, and have not been run from end to end. Started
+again with the same `--out`, a run goes on from its last saved step.
 """
 
 from collections.abc import Sequence
@@ -68,14 +69,25 @@ LESSONS: dict[str, dict[str, float]] = {
     "letters": {"letters": 0.45, "choice": 0.45, "tell": 0.1},
     "choose": {"choice": 0.8, "letters": 0.15, "tell": 0.05},
     "easy": MIXED,
+    "count": {
+        "count": 0.2,
+        "tally": 0.15,
+        "reasoning": 0.2,
+        "describe": 0.1,
+        "choice": 0.15,
+        "yes_no": 0.1,
+        "open": 0.1,
+    },
     "full": MIXED,
 }
 # Of the choices: letter with its text; the text alone; no picture, only which letter a word has. Of all short answers:
 # the picture in words, so that finding an answer and then its letter is learned from what is easy to read.
 WITH_TEXT, TEXT_ONLY, WORDS_ONLY, TOLD = 0.12, 0.12, 0.04, 0.1
 HARD = 0.5  # open questions and choices about size and texture asked again: colour and shape are confused soonest
+COUNTING = ("count", "tally", "reasoning")
+ALIKE = 0.4  # pictures to count in drawn again if no two figures are alike: two of a kind are seen too seldom
 SHORT = ("choice", "yes_no", "open")
-Lesson = Literal["bind", "letters", "choose", "easy", "full"]
+Lesson = Literal["bind", "letters", "choose", "easy", "count", "full"]
 BY_LETTERS = (0.45, 0.2, 0.35)  # letters, words, both
 TALLY = 5  # kinds to count
 LISTS = 24  # rows a step
@@ -89,8 +101,8 @@ class QuestionDataset(Dataset):
     Args:
         seed (`int`)
         length (`int`): number of questions.
-        lesson (`str`): a key of [`LESSONS`]. "easy": one or two figures on one tile; "full": up to four on two tiles;
-            others: two.
+        lesson (`str`): a key of [`LESSONS`]. "easy", "count": one or two figures on one tile; "full": up to four on
+            two tiles; others: two.
     """
 
     def __init__(self, seed: int, length: int, lesson: str = "easy"):
@@ -109,6 +121,8 @@ class QuestionDataset(Dataset):
             image, figures = draw_scene(rng, most)
         shares = LESSONS[self.lesson]
         kind = list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
+        while kind in COUNTING and rng.random() < ALIKE and not alike(figures):
+            image, figures = draw_scene(rng, most)
         special = {"tell": tell, "letters": by_letters, "tally": tally}.get(kind)
         question = special and special(rng, figures)
         question = question or ask(rng, figures, "open" if special else kind)
@@ -127,6 +141,11 @@ class QuestionDataset(Dataset):
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question.text}]
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
         return {"images": images, "messages": messages, "num_slots": slots, "seed": self.seed * 2**40 + index}
+
+
+def alike(figures: list[Figure]) -> bool:
+    """Whether two figures share their shape or their colour."""
+    return any(len({getattr(f, name) for f in figures}) < len(figures) for name in ("shape", "colour"))
 
 
 def tell(rng: np.random.Generator, figures: list[Figure]) -> Question | None:

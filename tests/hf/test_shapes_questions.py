@@ -20,6 +20,7 @@ from pdlm_hf.shapes.train_base import (
     QuestionCollator,
     QuestionDataset,
     QuestionTrainer,
+    alike,
     by_letters,
     tally,
     told,
@@ -196,6 +197,12 @@ def test_a_figure_by_letters():
         forms[form] += 1
     assert set(forms) == set(answers) and min(forms.values()) > 10
     assert by_letters(np.random.default_rng(0), [FIGURES[0], FIGURES[0]]) is None
+
+
+def test_alike():
+    """The same colour, the same shape, neither, nobody to be like."""
+    assert alike(FIGURES[:2]) and alike(FIGURES[1:])
+    assert not alike([FIGURES[0], FIGURES[2]]) and not alike(FIGURES[:1])
 
 
 def test_a_tally():
