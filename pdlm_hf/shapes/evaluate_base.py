@@ -2,7 +2,8 @@
 
     python -m pdlm_hf.shapes.evaluate_base RUN --seed 7 --questions 500 --json
 
-Answers are asked for as the benchmarks do: letters and yes or no in 2 slots, longer answers in more (`SLOTS`).
+Answers are asked for as the benchmarks do: letters and yes or no in 2 slots, longer answers in more (`SLOTS`),
+reasoning in autoregressive order (`BLOCKS`).
 """
 
 import json
@@ -19,7 +20,7 @@ from PIL import Image
 
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
-from .questions import FIGURES, KINDS, SLOTS, Question, draw_scene, is_right
+from .questions import BLOCKS, FIGURES, KINDS, SLOTS, Question, draw_scene, is_right
 from .train import HELD_OUT
 
 
@@ -50,19 +51,19 @@ def evaluate(
         batch_size (`int`): questions a forward.
         figures (`int`): at most so many in a picture.
         kinds (`Iterable[str]`): of questions, keys of [`KINDS`].
-        **generation: settings of `generate`; `max_new_tokens` is by kind.
+        **generation: settings of `generate`; `max_new_tokens` is by kind, and `block_length` too if not given.
 
     Returns:
         `dict` with right (share), by_kind (shares), num_forwards (mean of the batches) and seconds.
     """
     by_kind, forwards, start = {}, defaultdict(list), time.perf_counter()
     for kind in kinds:
-        right = 0
+        right, settings = 0, {"block_length": BLOCKS.get(kind)} | generation
         cases = [held_out_question(seed, index, kind, figures) for index in range(count)]
         for first in range(0, count, batch_size):
             chunk = cases[first : first + batch_size]
             inputs = processor(images=[image for image, _ in chunk], text=[question.text for _, question in chunk])
-            output = model.generate(**inputs, max_new_tokens=SLOTS[kind], return_dict_in_generate=True, **generation)
+            output = model.generate(**inputs, max_new_tokens=SLOTS[kind], return_dict_in_generate=True, **settings)
             forwards[kind].append(output.num_forwards)
             answers = processor.post_process_answers(output.sequences)
             right += sum(is_right(question, said) for (_, question), said in zip(chunk, answers, strict=True))
@@ -87,9 +88,10 @@ def main(
     """Score a base checkpoint."""
     torch.set_num_threads(threads)
     network = PdlmBaseForConditionalGeneration.from_pretrained(model).eval()
+    generation = {} if block_length is None else {"block_length": block_length}
     with torch.inference_mode():
         report = evaluate(
-            network, PdlmProcessor.from_pretrained(model), seed, questions, figures=figures, block_length=block_length
+            network, PdlmProcessor.from_pretrained(model), seed, questions, figures=figures, **generation
         )
     typer.echo(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
 

@@ -173,6 +173,7 @@ KINDS: dict[str, Callable[[np.random.Generator, list[Figure]], Question | None]]
 }
 # Length of the answer that is asked for, in tokens: letters and yes or no as in the paper's settings.
 SLOTS = {"choice": 2, "yes_no": 2, "count": 4, "open": 8, "reasoning": 32, "describe": 32}
+BLOCKS = {"reasoning": 1}  # block length, likewise: steps are said one after the other; other answers are one block
 
 
 def ask(rng: np.random.Generator, figures: list[Figure], kind: str | None = None) -> Question:

@@ -64,7 +64,8 @@ def write_shapes_card(folder: Path) -> None:
         title="shapes" if regions else "shapes, base",
         summary=f"A tiny model ({record['parameters'] / 1e6:.2f} M parameters) that knows drawn shapes only. It makes "
         "every part of the project run anywhere; it is of no use on photographs.",
-        data="Pictures of one to six drawn shapes with captions or questions, made by `pdlm_hf.shapes.world`.",
+        data=f"Pictures of {'one to six' if regions else 'one or two'} drawn shapes with "
+        f"{'captions' if regions else 'questions and their answers'}, made by `pdlm_hf.shapes`.",
         scores=scores,
         training=f"On a CPU; `training.json` has every command. The last one:\n\n```\n{record['command']}\n```",
         regions=regions,
