@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from pdlm_hf.app.cli import app
 from pdlm_hf.app.jsonl import write_json
 from pdlm_hf.app.telling import fail
 
+PICTURE = Path(__file__).parents[2] / "examples" / "two_shapes.png"
 FAST = ["--max-new-tokens", "6", "--steps", "3"]
 
 
@@ -241,14 +243,13 @@ class TestChat:
             right += is_right(question, done.stdout)
         assert right >= 8
 
-    def test_json(self, files):
-        done = self.ask(
-            files / "picture.png", "What shape is it?", "--max-new-tokens", 8, "--block-length", 4, "--json"
-        )
+    def test_json(self):
+        asked = "What shape is the green figure?"
+        done = self.ask(PICTURE, asked, "--max-new-tokens", 8, "--block-length", 4, "--json")
         report = json.loads(done.stdout)
         assert report["model"] == "shapes base (embedded)"
         assert report["num_forwards"] == 8
-        assert report["answer"] and report["question"] == "What shape is it?"
+        assert report["question"] == asked and report["answer"] == "Square."
 
     def test_wrong_calls(self, files, tmp_path):
         assert self.ask(tmp_path / "nothing.png", "Why?").exit_code == 2
