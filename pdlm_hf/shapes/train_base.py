@@ -16,6 +16,7 @@ which its `training.json` has in full; these commands keep what helped, and have
 again with the same `--out`, a run goes on from its last saved step.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -70,13 +71,13 @@ LESSONS: dict[str, dict[str, float]] = {
     "choose": {"choice": 0.8, "letters": 0.15, "tell": 0.05},
     "easy": MIXED,
     "count": {
-        "count": 0.2,
-        "tally": 0.15,
+        "count": 0.25,
+        "tally": 0.2,
         "reasoning": 0.2,
-        "describe": 0.1,
-        "choice": 0.15,
-        "yes_no": 0.1,
-        "open": 0.1,
+        "describe": 0.07,
+        "choice": 0.13,
+        "yes_no": 0.07,
+        "open": 0.08,
     },
     "full": MIXED,
 }
@@ -85,7 +86,10 @@ LESSONS: dict[str, dict[str, float]] = {
 WITH_TEXT, TEXT_ONLY, WORDS_ONLY, TOLD = 0.12, 0.12, 0.04, 0.1
 HARD = 0.5  # open questions and choices about size and texture asked again: colour and shape are confused soonest
 COUNTING = ("count", "tally", "reasoning")
-ALIKE = 0.4  # pictures to count in drawn again if no two figures are alike: two of a kind are seen too seldom
+# Pictures to count in drawn again if no two figures are alike, questions asked again if not about what is alike: by
+# chance two of a kind are asked for too seldom to learn more of a number than whether there are any.
+ALIKE, ASKED = 0.45, 0.6
+AGAIN = 0.3  # the same within a tally
 SHORT = ("choice", "yes_no", "open")
 Lesson = Literal["bind", "letters", "choose", "easy", "count", "full"]
 BY_LETTERS = (0.45, 0.2, 0.35)  # letters, words, both
@@ -121,11 +125,14 @@ class QuestionDataset(Dataset):
             image, figures = draw_scene(rng, most)
         shares = LESSONS[self.lesson]
         kind = list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
-        while kind in COUNTING and rng.random() < ALIKE and not alike(figures):
+        counts = kind in COUNTING
+        while counts and rng.random() < ALIKE and not several(figures, kind):
             image, figures = draw_scene(rng, most)
         special = {"tell": tell, "letters": by_letters, "tally": tally}.get(kind)
-        question = special and special(rng, figures)
-        question = question or ask(rng, figures, "open" if special else kind)
+        question = (special and special(rng, figures)) or ask(rng, figures, "open" if special else kind)
+        names = several(figures, kind) if counts else {}
+        while names and rng.random() < ASKED and not any(name in question.text for name in names):
+            question = special(rng, figures) if special else ask(rng, figures, kind)
         while kind in ("choice", "open") and "What" not in question.text and rng.random() < HARD:
             question = ask(rng, figures, kind)
         images, slots, draw = [image], SLOTS[question.kind], rng.random()
@@ -143,9 +150,11 @@ class QuestionDataset(Dataset):
         return {"images": images, "messages": messages, "num_slots": slots, "seed": self.seed * 2**40 + index}
 
 
-def alike(figures: list[Figure]) -> bool:
-    """Whether two figures share their shape or their colour."""
-    return any(len({getattr(f, name) for f in figures}) < len(figures) for name in ("shape", "colour"))
+def several(figures: list[Figure], kind: str) -> dict[str, int]:
+    """What there are several of, as a question of this kind names it, and how many: {"red figures": 2}."""
+    shapes = Counter(plural(figure.shape) for figure in figures)
+    colours = Counter(f"{figure.colour} figures" for figure in figures if kind != "reasoning")  # it compares shapes
+    return {name: number for name, number in (shapes + colours).items() if number > 1}
 
 
 def tell(rng: np.random.Generator, figures: list[Figure]) -> Question | None:
@@ -182,8 +191,13 @@ def by_letters(rng: np.random.Generator, figures: list[Figure]) -> Question | No
 
 def tally(rng: np.random.Generator, figures: list[Figure]) -> Question:
     """How many there are of some kinds: what counting and yes or no ask, several answers in one."""
-    names, numbers = [], []
+    names, numbers, there = [], [], list(several(figures, "tally").items())
     for _ in range(TALLY):
+        if there and rng.random() < AGAIN:
+            name, number = there[int(rng.integers(len(there)))]
+            names.append(name)
+            numbers.append(number)
+            continue
         figure = figures[int(rng.integers(len(figures)))]
         colour = figure.colour if rng.random() < 0.5 else list(COLOURS)[int(rng.integers(len(COLOURS)))]
         shape = figure.shape if rng.random() < 0.5 else SHAPES[int(rng.integers(len(SHAPES)))]

@@ -20,8 +20,8 @@ from pdlm_hf.shapes.train_base import (
     QuestionCollator,
     QuestionDataset,
     QuestionTrainer,
-    alike,
     by_letters,
+    several,
     tally,
     told,
 )
@@ -199,10 +199,22 @@ def test_a_figure_by_letters():
     assert by_letters(np.random.default_rng(0), [FIGURES[0], FIGURES[0]]) is None
 
 
-def test_alike():
-    """The same colour, the same shape, neither, nobody to be like."""
-    assert alike(FIGURES[:2]) and alike(FIGURES[1:])
-    assert not alike([FIGURES[0], FIGURES[2]]) and not alike(FIGURES[:1])
+def test_several():
+    """Named as questions name them; reasoning compares shapes alone."""
+    assert several(FIGURES, "count") == {"circles": 2, "red figures": 2}
+    assert several(FIGURES[:2], "tally") == {"red figures": 2} and several(FIGURES[1:], "count") == {"circles": 2}
+    assert several(FIGURES[:2], "reasoning") == {} and several(FIGURES[1:], "reasoning") == {"circles": 2}
+    assert several([FIGURES[0], FIGURES[2]], "count") == several(FIGURES[:1], "count") == {}
+
+
+def test_two_are_counted_as_often_as_one():
+    """In the lesson on counting, one of a kind, two of it and none are all asked for."""
+    data, numbers = QuestionDataset(0, 600, "count"), Counter()
+    for row in (data[k] for k in range(600)):
+        question, answer = row["messages"][0]["content"][-1]["text"], row["messages"][1]["content"]
+        if question.startswith("How many") and "How many figures" not in question:
+            numbers.update(answer.split("\n"))
+    assert set(numbers) == {"0", "1", "2"} and min(numbers.values()) > sum(numbers.values()) / 8
 
 
 def test_a_tally():
