@@ -4,7 +4,7 @@ import json
 import re
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pdlm_hf.app.captioner import RegionCaptioner, checkpoint_name
 from pdlm_hf.app.images import load_image
 from pdlm_hf.configuration_pdlm import HUB_ARGUMENTS
 
-from .benchmarks import Benchmark, tiles_for
+from .benchmarks import OVERRIDES, Benchmark, find, tiles_for
 
 # The reference's settings for a data set it has no special ones for.
 DEFAULT_GENERATION: dict[str, Any] = {"max_new_tokens": 64, "block_length": 64, "max_denoising_steps": 64}
@@ -87,7 +87,8 @@ class Answerer:
         model, processor: a base checkpoint; a region checkpoint also answers, and describes regions.
         batch_size (`int`): questions a forward.
         presets (`str`): "paper", or "none" to leave all settings to the harness.
-        **settings: of `generate`; these go before everything else.
+        **settings: of `generate`; these go before everything else. Also `max_tiles`, `upscale_first`, `prompt_suffix`
+            and `shorten` of [`Benchmark`].
 
     Raises:
         ValueError: an unknown setting or preset.
@@ -100,6 +101,9 @@ class Answerer:
             raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
         self.model, self.processor = model.eval(), processor
         self.batch_size, self.presets = batch_size, presets
+        self.overrides = {name: settings.pop(name) for name in OVERRIDES if name in settings}
+        if self.overrides and presets != "paper":
+            raise ValueError(f'`presets="none"` leaves nothing for {", ".join(self.overrides)} to change.')
         self.settings = our_settings(settings)
 
     @classmethod
@@ -121,6 +125,11 @@ class Answerer:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **source, **attention)
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, AutoProcessor.from_pretrained(path, **source), **kwargs)
+
+    def benchmark(self, name: str | None) -> Benchmark | None:
+        """The paper's benchmark of this name with what was overridden; None if it is another, or presets are off."""
+        found = find(name) if name and self.presets == "paper" else None
+        return found and replace(found, **self.overrides)
 
     def settings_of(self, question: Question) -> dict[str, Any]:
         """Settings of `generate` for a question: the caller's, then the question's, then the benchmark's."""
@@ -177,7 +186,7 @@ class Answerer:
             said = self.processor.read_caption(tokens)
             answers.append(
                 Answer(
-                    shorten(said.text) if question.benchmark is not None or self.presets == "paper" else said.text,
+                    shorten(said.text) if self._shortens(question) else said.text,
                     int(mask.sum()),
                     len(said.token_ids),
                     settings["max_new_tokens"],
@@ -186,6 +195,11 @@ class Answerer:
                 )
             )
         return answers
+
+    def _shortens(self, question: Question) -> bool:
+        if question.benchmark is not None:
+            return question.benchmark.shorten
+        return self.presets == "paper" and self.overrides.get("shorten", True)
 
     def _captions(self, questions: list[Question], settings: dict[str, Any]) -> list[Answer]:
         captioner = RegionCaptioner(self.model, self.processor)
@@ -233,7 +247,7 @@ class Answerer:
             "device": str(self.model.device),
             "batch_size": self.batch_size,
             "presets": self.presets,
-            "settings": self.settings,
+            "settings": self.settings | self.overrides,
             "version": pdlm_hf.__version__,
         }
 
@@ -249,7 +263,7 @@ def our_settings(settings: dict[str, Any]) -> dict[str, Any]:
         ours["guidance_scale"] = ours.pop("cfg_scale") + 1
     unknown = sorted(set(ours) - set(SETTINGS))
     if unknown:
-        raise ValueError(f"Unknown settings {unknown}. Known: {', '.join(SETTINGS)}.")
+        raise ValueError(f"Unknown settings {unknown}. Known: {', '.join((*SETTINGS, *OVERRIDES))}.")
     return ours
 
 

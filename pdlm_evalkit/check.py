@@ -1,5 +1,6 @@
 """Before any GPU minute: is the data there, is a judge needed, does it answer, does the model load."""
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,39 +101,79 @@ def _lmms_repository(task: str) -> str:
     raise ValueError(f"lmms-eval has no task {task}")
 
 
-@dataclass(frozen=True)
-class _Harness:
-    """How a harness is told of its judge, and what it does without one."""
-
-    name: str
-    url: str
-    model: str
-    default: str
-    silent: str
-
-    def judge_of(self, model: str | None, url: str | None, key: str | None) -> tuple[str, str, str | None]:
-        """Model, address and key of the judge, as the harness finds them."""
-        url = url or os.environ.get(self.url) or OPENAI_URL
-        url = url.removesuffix("/").removesuffix("/chat/completions")
-        return model or os.environ.get(self.model) or self.default, url, key or _environment_key()
-
-
-HARNESSES = {
-    "vlmeval": _Harness(
-        "VLMEvalKit",
-        "OPENAI_API_BASE",
-        "",  # only run.py's --judge
-        "gpt-4o-mini",
-        f"would score by rules without saying so in the result. Or ask for rules: --judge {RULES}",
-    ),
-    "lmms": _Harness(
-        "lmms-eval",
-        "OPENAI_API_URL",
-        "MODEL_VERSION",
-        "gpt-4o-2024-11-20",
-        "would count what it cannot read by rules as wrong",
-    ),
+COMPLETIONS = "/chat/completions"
+# What VLMEvalKit makes of a judge's name before it asks for it; and names it does not ask over OPENAI_API_BASE.
+_VLMEVAL_MODELS = {
+    "gpt-4-turbo": "gpt-4-1106-preview",
+    "gpt-4-0125": "gpt-4-0125-preview",
+    "gpt-4-0409": "gpt-4-turbo-2024-04-09",
+    "chatgpt-1106": "gpt-3.5-turbo-1106",
+    "chatgpt-0125": "gpt-3.5-turbo-0125",
+    "gpt-4o": "gpt-4o-2024-05-13",
+    "gpt-4o-0806": "gpt-4o-2024-08-06",
+    "gpt-4o-1120": "gpt-4o-2024-11-20",
+    "gpt-4o-mini": "gpt-4o-mini-2024-07-18",
 }
+_VLMEVAL_ELSEWHERE = ("qwen-7b", "qwen-72b", "deepseek", "llama31-8b")
+_LMMS_FULL_URL = ("MMBench", "HallusionBench")  # ask OPENAI_API_URL as it is; MathVista adds the path; MathVerse both
+
+
+def _vlmeval_judge(judge: str | None, base_url: str | None) -> tuple[str, str]:
+    """Model and address VLMEvalKit asks. Raises: ValueError if it would ask elsewhere, and fall back to rules."""
+    judge = judge or "gpt-4o-mini"
+    if judge in _VLMEVAL_ELSEWHERE:
+        raise ValueError(f"VLMEvalKit asks {judge} over no OpenAI-compatible server; it cannot be tried beforehand.")
+    model = os.environ.get("LOCAL_LLM") or _VLMEVAL_MODELS.get(judge, judge)
+    if base_url:
+        if base_url.rstrip("/").endswith(COMPLETIONS):
+            raise ValueError(f"VLMEvalKit puts {COMPLETIONS} behind --judge-base-url; give {_base(base_url)}.")
+        return model, base_url
+    url = os.environ.get("OPENAI_API_BASE") or "OFFICIAL"
+    if url == "OFFICIAL":
+        return model, OPENAI_URL
+    if not url.endswith(COMPLETIONS):
+        raise ValueError(
+            f"VLMEvalKit asks OPENAI_API_BASE as it is; set it to the whole address, {_base(url)}{COMPLETIONS}."
+        )
+    return model, url
+
+
+def _lmms_judge(benchmark: Benchmark) -> tuple[str, str]:
+    """Model and address lmms-eval asks for a benchmark. Raises: ValueError if it would ask at the wrong place."""
+    model = os.environ.get("MODEL_VERSION") or "gpt-4o-2024-11-20"
+    if benchmark.name == "HallusionBench":
+        model = "gpt-4"  # whatever MODEL_VERSION says
+    url = os.environ.get("OPENAI_API_URL")
+    if not url:
+        return model, OPENAI_URL
+    whole = url.rstrip("/").endswith(COMPLETIONS)
+    if whole != (benchmark.name in _LMMS_FULL_URL) and not benchmark.name.startswith("MathVerse"):
+        wanted = _base(url) + COMPLETIONS * (not whole)
+        raise ValueError(
+            f"lmms-eval's task asks OPENAI_API_URL in another form: set it to {wanted} for this benchmark."
+        )
+    return model, url
+
+
+def _base(url: str) -> str:
+    return public_url(url).rstrip("/").removesuffix(COMPLETIONS)
+
+
+_SILENT = {
+    "vlmeval": f"VLMEvalKit would score by rules without saying so in the result. Or ask for rules: --judge {RULES}.",
+    "lmms": "lmms-eval would count what it cannot read by rules as wrong.",
+}
+_VARIABLE = {"vlmeval": "OPENAI_API_BASE", "lmms": "OPENAI_API_URL"}
+
+
+def load_vlmeval_environment() -> None:
+    """VLMEvalKit's `.env`, which goes before the environment; nothing if it is not installed or has none."""
+    spec = importlib.util.find_spec("vlmeval")
+    if spec is None or not spec.origin or not (Path(spec.origin).resolve().parents[1] / ".env").is_file():
+        return
+    from vlmeval.smp import load_env
+
+    load_env()
 
 
 def _environment_key() -> str | None:
@@ -151,13 +192,12 @@ def check_judge(
     Args:
         benchmark (`Benchmark`)
         judge (`str`, *optional*): as given to run.py; "exact_matching" for rules only. lmms-eval has it in
-            MODEL_VERSION.
+            MODEL_VERSION, and for HallusionBench nowhere.
         base_url, key (`str`, *optional*): as given to run.py; default: OPENAI_API_BASE (lmms-eval: OPENAI_API_URL) and
             OPENAI_API_KEY.
         harness (`str`): "vlmeval" or "lmms".
     """
     scored_by = benchmark.stock_judge if harness == "vlmeval" else benchmark.lmms_judge
-    used = HARNESSES[harness]
 
     def finding(problem: str | None, note: str = "") -> Finding:
         return Finding(benchmark.name, "judge", problem, note)
@@ -170,11 +210,15 @@ def check_judge(
         return finding(None, "scored by rules, as asked; unreadable answers count as wrong")
     if judge == RULES:
         return finding("lmms-eval has no --judge; mmbench_en_dev_static is its task that is scored by rules.")
-    model, url, key = used.judge_of(judge, base_url, key)
-    if key is None and url == OPENAI_URL:
-        return finding(
-            f"{model} has no key; {used.name} {used.silent}. Set OPENAI_API_KEY, or {used.url} for another server."
-        )
+    try:
+        model, url = _vlmeval_judge(judge, base_url) if harness == "vlmeval" else _lmms_judge(benchmark)
+    except ValueError as error:
+        return finding(f"{error} Otherwise {_SILENT[harness]}")
+    key, wants_key = key or _environment_key(), harness == "lmms" and benchmark.name == "MathVista"
+    if key is None and (url == OPENAI_URL or wants_key):  # its client refuses to ask without one
+        other = "with any value" if wants_key and url != OPENAI_URL else f"or {_VARIABLE[harness]} for another server"
+        return finding(f"{model} has no key; {_SILENT[harness]} Set OPENAI_API_KEY, {other}.")
+    url = url.rstrip("/").removesuffix(COMPLETIONS)
     try:
         probe_once(model, url, key)
     except (JudgeError, ValueError, ImportError) as error:
@@ -203,6 +247,7 @@ def probe_once(model: str, url: str, key: str | None) -> None:
 def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None, key: str | None) -> None:
     """Refuse a run whose scores would not be what was asked for. Raises: ValueError naming the data sets."""
     problems = []
+    load_vlmeval_environment()
     for name in data:
         benchmark = find(name)
         if benchmark is None:
@@ -218,6 +263,15 @@ def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None
             problems.append(f"{name}: {finding.problem}")
     if problems:
         raise ValueError(" ".join(problems))
+
+
+def check_lmms_judge(tasks: list[str]) -> None:
+    """The same for tasks of lmms-eval."""
+    found = {benchmark.name: benchmark for name in tasks if (benchmark := find(name)) and "static" not in name}
+    findings = [check_judge(benchmark, None, harness="lmms") for benchmark in found.values()]
+    problems = [f"{finding.subject}: {finding.problem}" for finding in findings if finding.problem]
+    if problems:
+        raise ValueError(f"{' '.join(problems)} --no-check starts anyway.")
 
 
 def check_model(pretrained: str) -> Finding:

@@ -16,8 +16,9 @@ from pdlm_hf.app import telling
 from pdlm_hf.app.replies import Judge, JudgeError, key_in, public_url
 
 from . import LMMS_TASKS
-from .benchmarks import BENCHMARKS, SUFFIX, choose
+from .benchmarks import BENCHMARKS, choose
 from .paradlc.cli import app as paradlc
+from .paradlc.data import write_json
 from .strict import BASE_URL, MODEL, SETTINGS, judge_results, read_results
 
 app = typer.Typer(help="Evaluation of PerceptionDLM.", no_args_is_help=True)
@@ -40,7 +41,7 @@ def list_benchmarks(
     except ValueError as error:
         raise _fail(error) from None
     if as_json:
-        typer.echo(json.dumps([b.as_dict() | {"suffix": SUFFIX[b.kind]} for b in chosen], indent=1))
+        typer.echo(json.dumps([b.as_dict() for b in chosen], indent=1))
     else:
         Console(width=None if Console().is_terminal else 160).print(list_table(chosen))
 
@@ -86,7 +87,7 @@ def check(
     data: Annotated[bool, typer.Option(help="Look for the data.")] = True,
 ) -> None:
     """Before any GPU minute: is the data there, is a judge needed and does it answer, does the model load."""
-    from .check import Finding, check_data, check_judge, check_model
+    from .check import Finding, check_data, check_judge, check_model, load_vlmeval_environment
 
     try:
         if harness not in ("vlmeval", "lmms"):
@@ -95,6 +96,8 @@ def check(
     except ValueError as error:
         raise _fail(error) from None
     findings: list[Finding] = []
+    if harness == "vlmeval":
+        load_vlmeval_environment()
     for benchmark in chosen:
         if data:
             findings.append(check_data(benchmark, harness))
@@ -131,6 +134,7 @@ def report(
 
 
 @app.command()
+@telling.says_why("pdlm-eval")
 def strict(
     results: Annotated[Path, typer.Argument(help="Predictions of VLMEvalKit or samples of lmms-eval.")],
     benchmark: Annotated[str | None, typer.Option(help="Default: the one in the file's name.")] = None,
@@ -143,36 +147,34 @@ def strict(
     out: Annotated[Path | None, typer.Option(help="Default: beside the results, *_strict.json.")] = None,
 ) -> None:
     """Score ChartQA, DocVQA or InfoVQA as the paper does: Qwen3-8B as a strict judge. Goes on where it stopped."""
+    rows = read_results(results)
+    name = benchmark or _benchmark_in(results.name)
+    out = out or results.with_name(f"{results.stem}_strict.json")
+    if out.suffix != ".json":
+        raise ValueError(f"--out {out}: must end in .json; the verdicts go beside it, in .jsonl.")
+    server = Judge(
+        judge,
+        base_url,
+        key_in(api_key_env),
+        SETTINGS,
+        cache=out.with_suffix(".sqlite"),
+        concurrency=concurrency,
+        retries=retries,
+        timeout=timeout,
+    )
     try:
-        rows = read_results(results)
-        name = benchmark or _benchmark_in(results.name)
-        out = out or results.with_name(f"{results.stem}_strict.json")
-        server = Judge(
-            judge,
-            base_url,
-            key_in(api_key_env),
-            SETTINGS,
-            cache=out.with_suffix(".sqlite"),
-            concurrency=concurrency,
-            retries=retries,
-            timeout=timeout,
-        )
-        server.probe()
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task("judging", total=len(rows))
             score, verdicts = judge_results(rows, server, lambda done, _: bar.update(task, completed=done))
-    except (ValueError, ImportError) as error:
-        raise _fail(error) from None
     except JudgeError as error:
         raise _fail(error, 1) from None
     finally:
-        if "server" in locals():
-            server.close()
+        server.close()
     score |= {"benchmark": name, "judge": judge, "base_url": public_url(base_url), "settings": SETTINGS}
     score |= {"results": results.name, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
-    out.write_text(json.dumps(score, indent=1) + "\n", encoding="utf-8")
     lines = [json.dumps(row, ensure_ascii=False) for row in verdicts]
     out.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json(out, score)
     typer.echo(json.dumps({key: score[key] for key in score if key.startswith(("accuracy", "n_"))}))
     if score["n_failed"]:
         raise _fail(f"{score['n_failed']} rows got no verdict and count as wrong; run again to ask for them", 1)

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,53 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 
 from .answering import REFERENCE_NAMES, SETTINGS, Answer, Answerer, Question
-from .benchmarks import Benchmark, ask_like_paper, find
+from .benchmarks import Benchmark, ask_like_paper
 
 logger = logging.getLogger(__name__)
+
+WINDOW = 16  # batches among which alike questions are looked for
 
 _DIFFUSION = {*SETTINGS, *REFERENCE_NAMES, "cfg_scale"} - {"max_new_tokens", "temperature"}
 # What tasks ask of autoregressive models; greedy denoising has nothing to do with them.
 _WITHOUT_MEANING = {"until", "top_p", "top_k", "num_beams", "do_sample", "image_aspect_ratio", "use_cache"}
+
+
+class Answers(Sequence):
+    """Results that are made a window at a time, when they are first looked at.
+
+    lmms-eval hands over all requests of a run at once, and keeps each answer in its response cache as it takes it from
+    here. So the pictures of a window only are in memory, and a run that is killed has kept what came before.
+
+    Args:
+        requests (`list[Instance]`)
+        make: from a window of requests to its [(result, answer, seconds)].
+        window (`int`): requests at a time.
+        finished: called with all answers and the seconds they took, after the last.
+    """
+
+    def __init__(
+        self,
+        requests: list[Instance],
+        make: Callable[[list[Instance]], list[tuple[GenerationResult, Answer, float]]],
+        window: int,
+        finished: Callable[[list[Answer], float], None],
+    ):
+        self.requests, self._make, self._window, self._finished = requests, make, window, finished
+        self._made: list[tuple[GenerationResult, Answer, float]] = []
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        while len(self._made) <= index:
+            self._made += self._make(self.requests[len(self._made) : len(self._made) + self._window])
+            if len(self._made) == len(self):
+                _, answers, seconds = zip(*self._made, strict=True)
+                self._finished(list(answers), sum(seconds))
+        return self._made[index][0]
 
 
 @dataclass
@@ -84,14 +125,18 @@ class _Pdlm(lmms):
         self.device = self.answerer.model.device  # lmms-eval gathers the counts of all ranks on it
         self._said: set[str] = set()
 
-    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answers in the order of the requests, alike ones in one forward."""
+    def generate_until(self, requests: list[Instance]) -> Sequence[GenerationResult]:
+        """Answers in the order of the requests, given when they are looked at; see [`Answers`]."""
+        return Answers(requests, self._results, WINDOW * self.answerer.batch_size, self._log)
+
+    def _results(self, requests: list[Instance]) -> list[tuple[GenerationResult, Answer, float]]:
+        """Results, with what they are made of; alike questions share a forward."""
         questions = [self._question(*self._read(request)) for request in requests]
         start = time.perf_counter()
         answers = self.answerer.answer(questions)
-        self._log(answers, time.perf_counter() - start)
+        seconds = (time.perf_counter() - start) / len(questions)
         return [
-            GenerationResult(answer.text, self._counts(question, answer))
+            (GenerationResult(answer.text, self._counts(question, answer)), answer, seconds)
             for question, answer in zip(questions, answers, strict=True)
         ]
 
@@ -115,7 +160,7 @@ class _Pdlm(lmms):
         if asked.pop("pdlm_regions", False):  # the first picture, and a mask for each region
             settings = self._settings(asked, None, task)
             return Question(images[:1], text, None, settings, masks=list(images[1:]))
-        benchmark = find(task) if self.answerer.presets == "paper" else None
+        benchmark = self.answerer.benchmark(task)
         if benchmark is not None:
             text = ask_like_paper(benchmark, text)
         return Question(images, text, benchmark, self._settings(asked, benchmark, task))

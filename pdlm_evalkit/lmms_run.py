@@ -8,6 +8,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -27,8 +28,10 @@ def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
         ValueError: no task, or settings its response cache would overlook.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--tasks", "--model", "--output_path", "--include_path", "--gen_kwargs", "--use_cache"):
+    for name in ("--tasks", "--model", "--output_path", "--include_path", "--gen_kwargs"):
         parser.add_argument(name)
+    parser.add_argument("--use_cache", "-c")
+    parser.add_argument("--no-check", dest="check", action="store_false")  # ours: do not ask for a judge that works
     known, _ = parser.parse_known_args(argv)
     if not known.tasks:
         raise ValueError("No tasks: give --tasks NAME,NAME (`pdlm-eval list` shows the paper's).")
@@ -39,7 +42,7 @@ def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
             f"lmms-eval's response cache does not look at {sorted(given)} in --gen_kwargs and would return answers of "
             "other settings. Give them in --model_args, which it looks at."
         )
-    completed = list(argv)
+    completed = [argument for argument in argv if argument != "--no-check"]
     if not known.model:
         completed += ["--model", "pdlm"]
     if not known.include_path:
@@ -62,13 +65,24 @@ def missing_results(tasks: list[str], files: list[Path]) -> list[str]:
     found: set[str] = set()
     for path in files:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        scored = {name for name, row in content.get("results", {}).items() if any("," in key for key in row)}
+        scored = {
+            name for name, row in content.get("results", {}).items() if any(_is_score(*pair) for pair in row.items())
+        }
         found |= scored
         found |= {group for group, members in content.get("group_subtasks", {}).items() if scored & set(members)}
         for name in scored:
             tag = content.get("configs", {}).get(name, {}).get("tag") or []
             found |= {tag} if isinstance(tag, str) else set(tag)
     return [task for task in tasks if task not in found]
+
+
+def _is_score(name: str, value: Any) -> bool:
+    """Whether an entry of a task's results is a score: `metric,filter` with a number, or with numbers by group."""
+    if isinstance(value, dict):
+        return any(_is_score(name, part) for part in value.values())
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    captions_only = os.environ.get("PDLM_JUDGE") == "none"  # whose score is NaN, as asked
+    return "," in name and "_stderr," not in name and number and (captions_only or math.isfinite(value))
 
 
 def run(argv: list[str]) -> int:
@@ -84,6 +98,10 @@ def run(argv: list[str]) -> int:
         raise ValueError(
             f"lmms-eval cannot be imported ({error}). Install it in an environment of its own: pip install lmms-eval."
         ) from None
+    if known.check and not int(os.environ.get("RANK", 0)):
+        from .check import check_lmms_judge
+
+        check_lmms_judge([name.strip() for name in known.tasks.split(",")])
     output = Path(known.output_path)
     before = set(output.rglob("*_results.json"))
     sys.argv = ["lmms-eval", *completed]

@@ -1,13 +1,14 @@
 """Measured scores beside the paper's, from the result files of either harness and of the strict judge."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from .benchmarks import BENCHMARKS, Benchmark, find
+from .benchmarks import BENCHMARKS, TOTAL_TILES, Benchmark, find
 
 
 @dataclass
@@ -78,16 +79,36 @@ def collect(paths: list[Path]) -> list[Measured]:
     return sorted(found, key=lambda row: order.index(row.benchmark))
 
 
-def percent(value: float) -> float:
-    """Harnesses write shares or percents, VLMEvalKit both; a share is at most 1."""
-    return round(100 * value if value <= 1 else value, 2)
+def score_in(metrics: dict[str, Any], wanted: str, percents: bool) -> float | None:
+    """A score in percent; None if it is not there.
+
+    Args:
+        metrics (`dict`): of a harness, by name; VLMEvalKit's have their split before the name.
+        wanted (`str`): name, or names with "+" between them for the mean.
+        percents (`bool`): they are percents already, not shares.
+    """
+    found = []
+    for name in wanted.split("+"):
+        keys = [key for key in metrics if key == name] or [key for key in metrics if key.endswith(f"Overall|{name}")]
+        value = metrics[keys[0]] if keys else None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return None
+        found.append(value)
+    return round(sum(found) / len(found) * (1 if percents else 100), 2)
 
 
 def _from_vlmeval(row: dict[str, Any]) -> Measured | None:
-    benchmark, value = find(row["benchmark"]), row.get("primary_metric_value")
-    if isinstance(value, dict):  # several main metrics; the paper's is the first the table names
-        value = next((v for k, v in value.items() if benchmark and benchmark.vlmeval_metric in k), None)
-    if benchmark is None or not isinstance(value, (int, float)):
+    benchmark = find(row["benchmark"])
+    if benchmark is None:
+        return None
+    metric, value = row.get("primary_metric"), row.get("primary_metric_value")
+    if isinstance(value, dict):  # several main metrics; the paper's is that of all questions
+        metric, value = next(((k, v) for k, v in value.items() if "Overall" in k), (None, None))
+    metrics = {"": value}
+    if benchmark.vlmeval_metric is not None:
+        metric, metrics = benchmark.vlmeval_metric, row.get("metrics") or {}
+    score = score_in(metrics, benchmark.vlmeval_metric or "", benchmark.kind != "letter")
+    if score is None:
         return None
     answers = row.get("answers") or {}
     notes = []
@@ -100,8 +121,8 @@ def _from_vlmeval(row: dict[str, Any]) -> Measured | None:
     return Measured(
         benchmark.name,
         "VLMEvalKit",
-        percent(value),
-        str(row.get("primary_metric")),
+        score,
+        str(metric),
         benchmark.paper,
         row.get("infer_total"),
         answers.get("tokens_per_forward"),
@@ -120,7 +141,7 @@ def _from_strict(content: dict[str, Any]) -> Measured | None:
     return Measured(
         benchmark.name,
         "strict judge",
-        percent(content["accuracy"]),
+        round(100 * content["accuracy"], 2),
         "CORRECT",
         benchmark.paper,
         content["n_rows"],
@@ -136,13 +157,11 @@ def _from_lmms(content: dict[str, Any], file: Path) -> list[Measured]:
         if benchmark is None or (task != benchmark.lmms and benchmark.lmms in rows):
             continue  # a part of one that is there as a whole
         scores = {key.split(",")[0]: value for key, value in metrics.items() if "," in key and "_stderr" not in key}
-        value = scores.get(benchmark.lmms_metric)
-        if not isinstance(value, (int, float)):
+        score = score_in(scores, benchmark.lmms_metric, benchmark.lmms_percent)
+        if score is None:
             continue
         note = "" if task == benchmark.lmms else f"task {task}"
-        measured = Measured(
-            benchmark.name, "lmms-eval", percent(value), benchmark.lmms_metric, benchmark.paper, note=note
-        )
+        measured = Measured(benchmark.name, "lmms-eval", score, benchmark.lmms_metric, benchmark.paper, note=note)
         _add_costs(measured, file.with_name(file.name.replace("_results.json", f"_samples_{task}.jsonl")))
         limit = content.get("config", {}).get("limit")
         if limit:
@@ -155,7 +174,7 @@ def _add_costs(measured: Measured, samples: Path) -> None:
     """Tokens, passes and time from the samples, where they were logged."""
     if not samples.is_file():
         return
-    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = read_lines(samples)
     measured.questions = len(rows)
     counts = [c for row in rows for c in row.get("token_counts") or [] if c and c.get("num_forwards")]
     forwards = sum(c["num_forwards"] for c in counts)
@@ -163,6 +182,12 @@ def _add_costs(measured: Measured, samples: Path) -> None:
         measured.tokens_per_forward = round(sum(c["slots"] for c in counts) / forwards, 3)
         measured.text_tokens_per_forward = round(sum(c.get("output_tokens") or 0 for c in counts) / forwards, 3)
         measured.seconds = round(sum(c["seconds"] for c in counts), 1)
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Values of a JSON Lines file. Raises: json.JSONDecodeError."""
+    with path.open(encoding="utf-8") as file:  # not `splitlines`, which also splits at line breaks within a text
+        return [json.loads(line) for line in file if line.strip()]
 
 
 def as_rows(measured: list[Measured]) -> list[dict[str, Any]]:
@@ -203,11 +228,21 @@ def as_table(measured: list[Measured]) -> Table:
 def list_table(benchmarks: list[Benchmark]) -> Table:
     """The paper's benchmarks with their settings."""
     table = Table(title="The paper's benchmarks")
-    columns = ("benchmark", "VLMEvalKit", "lmms-eval", "split", "judge", "slots", "block", "steps", "ask for", "paper")
-    for name in columns:
+    columns = "benchmark VLMEvalKit lmms-eval split judge slots block steps tiles question paper"
+    for name in columns.split():
         table.add_column(name, overflow="fold")
+    kinds = {b.kind: b.suffix for b in benchmarks}
+    table.caption = "\n".join(
+        [
+            *(f"{kind}: the question ends with {suffix!r}" for kind, suffix in kinds.items()),
+            f"tiles: of one picture, thumbnail not counted; several share {TOTAL_TILES}",
+            'answers: a bare Yes or No, or the letter of "B. text", is cut out; lengths in tokens',
+        ]
+    )
+    table.caption_justify = "left"
     for b in benchmarks:
-        judge = b.stock_judge + (f"; paper: {b.paper_judge}" if b.paper_judge else "")
+        judge = b.stock_judge + (f"; lmms-eval: {b.lmms_judge}" if b.lmms_judge != b.stock_judge else "")
+        judge += f"; paper: {b.paper_judge}" if b.paper_judge else ""
         table.add_row(
             b.name,
             b.vlmeval,
@@ -217,6 +252,7 @@ def list_table(benchmarks: list[Benchmark]) -> Table:
             str(b.max_new_tokens),
             str(b.block_length),
             str(b.max_denoising_steps),
+            str(b.max_tiles),
             b.kind + (", first picture doubled" if b.upscale_first else ""),
             f"{b.paper:.1f}",
         )

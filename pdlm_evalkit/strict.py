@@ -12,6 +12,8 @@ from typing import Any
 
 from pdlm_hf.app.replies import Judge, Reply, Request
 
+from .report import read_lines
+
 MODEL, BASE_URL = "Qwen/Qwen3-8B", "http://127.0.0.1:8000/v1"
 # Settings and wording are the reference's, to the letter, since the scores depend on them.
 SETTINGS: dict[str, Any] = {
@@ -104,12 +106,12 @@ def _need(row: Any, names: tuple[str, ...], path: Path, number: int) -> None:
 
 def _lmms_rows(path: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            row = json.loads(line)
-            _need(row, ("target", "filtered_resps", "doc_id"), path, number)
-            said = row["filtered_resps"][0]
-            rows.append(Row(str(row["doc_id"]), str(row["target"]), str(said[0] if isinstance(said, list) else said)))
+    for number, row in enumerate(read_lines(path), 1):
+        _need(row, ("target", "filtered_resps", "doc_id"), path, number)
+        said = row["filtered_resps"]  # a list of lists, or less where there is one
+        while isinstance(said, list):
+            said = said[0] if said else ""
+        rows.append(Row(str(row["doc_id"]), str(row["target"]), str(said)))
     return rows
 
 

@@ -10,7 +10,7 @@ from vlmeval.dataset import DATASET_MODALITY, DATASET_TYPE
 from vlmeval.vlm.base import BaseModel
 
 from .answering import Answerer, Question
-from .benchmarks import DIRECT, LETTER, SUFFIX, find
+from .benchmarks import DIRECT, LETTER, SUFFIX, Benchmark
 
 _CHINESE_LETTER, _CHINESE_DIRECT = "\n请直接回答选项字母。", "\n请直接回答问题。"
 _SEVERAL_ROUNDS = ("MMDU", "MME-RealWorld", "WeMath_COT", "MMAlignBench")
@@ -25,7 +25,7 @@ class PerceptionDLM(BaseModel):
         dtype (`str`): as in `from_pretrained`.
         presets (`str`): "paper", or "none": the reference's general settings everywhere.
         log (`str`, *optional*): file that gets one JSON line an answer: tokens, forwards, seconds.
-        **settings: of `generate`; these go before the benchmark's.
+        **settings: of `generate`, and what [`Answerer`] takes; these go before the benchmark's.
     """
 
     INSTALL_REQ = False
@@ -59,31 +59,31 @@ class PerceptionDLM(BaseModel):
         """
         images = self.dump_image(line, dataset)
         images = images if isinstance(images, list) else [images]
-        text = question_text(line, DATASET_TYPE(dataset), dataset)
+        text = question_text(line, DATASET_TYPE(dataset), self.answerer.benchmark(dataset))
         return [{"type": "text", "value": text}, *({"type": "image", "value": path} for path in images)]
 
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
         """The answer to one message, post-processed as the reference does."""
         images = [part["value"] for part in message if part["type"] == "image"]
         texts = [part["value"] for part in message if part["type"] == "text"]
-        benchmark = find(dataset) if dataset and self.answerer.presets == "paper" else None
+        benchmark = self.answerer.benchmark(dataset)
         question = Question(images, ("" if len(images) > 1 else "\n").join(texts), benchmark)
         answer = self.answerer.answer([question])[0]
         if self.log is not None:
             row = {"dataset": dataset, "rank": int(os.environ.get("RANK", 0)), **vars(answer)}
-            row["settings"] = self.answerer.settings_of(question)
+            row["settings"] = self.answerer.settings_of(question) | self.answerer.overrides
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         return answer.text
 
 
-def question_text(line: Any, kind: str, dataset: str) -> str:
+def question_text(line: Any, kind: str, benchmark: Benchmark | None) -> str:
     """The question of a row in the reference's wording.
 
     Args:
         line: mapping with `question`, and `hint` and options `A`, `B`, ... if it has them.
         kind (`str`): VLMEvalKit's type: "MCQ", "Y/N" or "VQA".
-        dataset (`str`): its name.
+        benchmark (`Benchmark`, *optional*): of the paper.
     """
     question = str(line["question"])
     if kind == "MCQ":
@@ -91,10 +91,11 @@ def question_text(line: Any, kind: str, dataset: str) -> str:
             question = f"{line['hint']}\n{question}"
         options = [c for c in string.ascii_uppercase if c in line and not _absent(line[c])]
         question += "".join(f"\n{letter}. {line[letter]}" for letter in options)
+        if benchmark is not None and benchmark.prompt_suffix is not None:
+            return question + benchmark.prompt_suffix
         if any("\u4e00" <= character <= "\u9fff" for character in question):
             return question + (_CHINESE_LETTER if options else _CHINESE_DIRECT)
         return question + (LETTER if options else DIRECT)
-    benchmark = find(dataset)
     if benchmark is not None:
         return question + benchmark.suffix
     return question + (SUFFIX["free"] if kind == "VQA" else "")

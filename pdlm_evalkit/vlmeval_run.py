@@ -5,6 +5,7 @@ torchrun --nproc-per-node=8 -m pdlm_evalkit.vlmeval_run --data ...
 """
 
 import argparse
+import glob
 import importlib.util
 import json
 import os
@@ -19,6 +20,8 @@ import typer
 
 from .benchmarks import find
 from .lmms_run import as_command
+from .paradlc.data import write_json
+from .report import read_lines
 
 HUB = {"PerceptionDLM-Base": "MSALab/PerceptionDLM-Base", "PerceptionDLM": "MSALab/PerceptionDLM"}
 
@@ -51,11 +54,12 @@ def find_run_py() -> Path:
     return path
 
 
-def register(pretrained: str | None = None, **kwargs: Any) -> None:
+def register(pretrained: str | None = None, log: Path | None = None, **kwargs: Any) -> None:
     """Put both models into VLMEvalKit's tables, for `--model` and for the classes of `--config`.
 
     Args:
         pretrained (`str`, *optional*): checkpoint of both names; default: the released ones.
+        log (`Path`, *optional*): file of answers; the model's name is put into its name.
         **kwargs: of [`vlmeval_model.PerceptionDLM`].
     """
     import vlmeval.vlm
@@ -65,7 +69,26 @@ def register(pretrained: str | None = None, **kwargs: Any) -> None:
 
     vlmeval.vlm.PerceptionDLM = PerceptionDLM
     for name, hub_id in HUB.items():
-        supported_VLM[name] = partial(PerceptionDLM, pretrained=pretrained or hub_id, **kwargs)
+        own = kwargs if log is None else kwargs | {"log": str(log_of(log, name))}
+        supported_VLM[name] = partial(PerceptionDLM, pretrained=pretrained or hub_id, **own)
+
+
+def log_of(log: Path, model: str) -> Path:
+    """Where a model of a run logs its answers."""
+    return log.with_name(f"{log.stem}.{model.replace(os.sep, '_')}{log.suffix}")
+
+
+def config_with_logs(config: dict[str, Any], log: Path) -> dict[str, Any]:
+    """A `--config` whose models of our class (or name) log their answers."""
+    models = {
+        name: {"log": str(log_of(log, name)), **settings} if _is_ours(name, settings) else settings
+        for name, settings in config["model"].items()
+    }
+    return config | {"model": models}
+
+
+def _is_ours(name: str, settings: dict[str, Any] | None) -> bool:
+    return (settings or {}).get("class", name) in ("PerceptionDLM", *HUB)
 
 
 def use_gloo_without_cuda() -> None:
@@ -73,12 +96,10 @@ def use_gloo_without_cuda() -> None:
     import torch
     import torch.distributed as dist
 
-    if torch.cuda.is_available():
-        return
     start = dist.init_process_group
 
     def init(backend: str | None = None, *args: Any, **kwargs: Any):
-        return start("gloo", *args, **kwargs)
+        return start(backend if torch.cuda.is_available() else "gloo", *args, **kwargs)
 
     dist.init_process_group = init
 
@@ -131,14 +152,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return argparse.Namespace(**vars(theirs), **vars(ours)), rest
 
 
-def expected_data(options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Models and data sets a call asks for. Raises: ValueError if its config cannot be read."""
+def read_config(options: argparse.Namespace) -> dict[str, Any]:
+    """Models and data sets a call asks for, as a `--config`. Raises: ValueError if there is one and it is none."""
     if not options.config:
-        return options.model, options.data
+        return {"model": dict.fromkeys(options.model), "data": dict.fromkeys(options.data)}
     try:
         config = json.loads(Path(options.config).read_text(encoding="utf-8"))
-        return list(config["model"]), list(config["data"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        models = {name: dict(settings) for name, settings in config["model"].items()}
+        return config | {"model": models, "data": dict(config["data"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--config {options.config}: expected JSON with `model` and `data` ({error}).") from None
 
 
@@ -153,26 +175,33 @@ def run(argv: list[str]) -> int:
     """
     options, rest = parse(argv)
     settings, run_py = settings_from(options.settings), find_run_py()
-    models, data = expected_data(options)
-    if not models or not data:
+    config = read_config(options)
+    data = list(config["data"])
+    if not config["model"] or not data:
         raise ValueError("Nothing to do: give --model and --data, or --config.")
     if not options.no_check and options.mode != "infer":
         from .check import check_vlmeval_judge
 
         check_vlmeval_judge(data, options.judge, options.judge_base_url, options.judge_key)
-    work_dir = Path(options.work_dir)
-    rank = int(os.environ.get("RANK", 0))
+    work_dir = Path(os.environ.get("MMEVAL_ROOT") or options.work_dir)  # as run.py does
+    rank, started = int(os.environ.get("RANK", 0)), time.time()
     before, log = _status_files(work_dir), work_dir / f"pdlm_answers_{time.strftime('%Y%m%d_%H%M%S')}.{rank}.jsonl"
     work_dir.mkdir(parents=True, exist_ok=True)
+    # run.py gives each rank its GPUs by CUDA_VISIBLE_DEVICES, which must not have been read before
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     use_gloo_without_cuda()
     register(
         options.pretrained,
         device=options.device,
         dtype=options.dtype,
         presets=options.presets,
-        log=str(log),
+        log=log,
         **settings,
     )
+    if options.config:
+        path = log.with_name(log.name.replace("pdlm_answers", "pdlm_config").removesuffix("l"))
+        write_json(path, config_with_logs(config, log))
+        rest += ["--config", str(path)]  # the last one counts
     sys.argv = [str(run_py), *rest]
     try:
         runpy.run_path(str(run_py), run_name="__main__")
@@ -181,46 +210,59 @@ def run(argv: list[str]) -> int:
             return int(end.code) if isinstance(end.code, int) else 1
     if rank:
         return 0
-    return finish(models, data, _status_files(work_dir) - before, options, settings)
+    own = {"pretrained": options.pretrained, "presets": options.presets, **settings}
+    return finish(config, own, _status_files(work_dir) - before, options.mode, started)
 
 
-def finish(
-    models: list[str], data: list[str], files: set[Path], options: argparse.Namespace, settings: dict[str, Any]
-) -> int:
-    """Write `pdlm_report.json` into every run, and name the data sets without a result. Returns: exit code."""
+def finish(config: dict[str, Any], own: dict[str, Any], files: set[Path], mode: str, started: float) -> int:
+    """Write `pdlm_report.json` into every run, and name the data sets without a result. Returns: exit code.
+
+    Args:
+        config (`dict`): models and data sets; models have None, or in a `--config` their settings.
+        own (`dict`): settings of registered models.
+        files (`set[Path]`): status.json of this run.
+        mode (`str`): run.py's.
+        started (`float`): when, in seconds since the epoch; older logs are those of other runs.
+    """
     from vlmeval.smp import collect_run_benchmark_report
 
     missing = 0
-    for model in models:
+    for model, given in config["model"].items():
         rows: dict[str, dict[str, Any]] = {}
+        settings = (own if "class" not in (given or {}) else {}) | (given or {})
+        pretrained, presets = settings.pop("pretrained", None) or HUB.get(model), settings.pop("presets", "paper")
+        settings = {name: value for name, value in settings.items() if name not in ("class", "device", "dtype", "log")}
         for path in sorted(path for path in files if path.parts[-3] == model):
+            status = json.loads(path.read_text(encoding="utf-8")).get("datasets", {})
             found = {row["benchmark"]: row for row in collect_run_benchmark_report(path.parent)}
             for name, row in found.items():
-                benchmark = find(name) if options.presets == "paper" else None
+                benchmark = find(name) if presets == "paper" and _is_ours(model, given) else None
                 row |= {"paper_settings": benchmark and benchmark.as_dict(), "settings": settings}
-                row |= {"pretrained": options.pretrained or HUB.get(model), "answers": answer_costs(path, name)}
-            (path.parent / "pdlm_report.json").write_text(json.dumps(list(found.values()), indent=1, default=str))
+                row |= {"pretrained": pretrained, "metrics": status.get(name, {}).get("metrics")}
+                row |= {"answers": answer_costs(path, model, name, started)}
+            write_json(path.parent / "pdlm_report.json", list(found.values()))
             rows |= found
-        for name in data:
-            problem = problem_of(rows[name], options.mode) if name in rows else "no result was written"
+        for name in config["data"]:
+            problem = problem_of(rows[name], mode) if name in rows else "no result was written"
             if problem:
                 missing += 1
                 typer.echo(f"pdlm-eval: {model} on {name}: {problem}", err=True)
     return 1 if missing else 0
 
 
-def answer_costs(status: Path, dataset: str) -> dict[str, Any]:
-    """What the answers to a data set cost, summed over the newest log of every rank of this run.
+def answer_costs(status: Path, model: str, dataset: str, started: float) -> dict[str, Any]:
+    """What the answers to a data set cost, summed over the ranks of this run; nothing of answers that were reused.
 
     Args:
         status (`Path`): status.json of the run; the logs lie in the working folder above.
-        dataset (`str`): its name.
+        model, dataset (`str`): their names.
+        started (`float`): logs that ended before are those of other runs.
     """
     total = {"questions": 0, "num_forwards": 0, "slots": 0, "output_tokens": 0, "seconds": 0.0}
     for rank in range(int(os.environ.get("WORLD_SIZE", 1))):
-        logs = sorted(status.parents[2].glob(f"pdlm_answers_*.{rank}.jsonl"))
-        for line in logs[-1].read_text(encoding="utf-8").splitlines() if logs else ():
-            row = json.loads(line)
+        pattern = log_of(Path(f"pdlm_answers_*.{rank}.jsonl"), glob.escape(model)).name
+        logs = sorted(path for path in status.parents[2].glob(pattern) if path.stat().st_mtime >= started)
+        for row in read_lines(logs[-1]) if logs else ():
             if row["dataset"] == dataset:
                 total["questions"] += 1
                 for name in ("num_forwards", "slots", "output_tokens", "seconds"):

@@ -1,10 +1,12 @@
-"""ParaDLC-Bench and DLC-Bench as tasks of lmms-eval: all regions of a picture in one request, judged at the end.
+"""ParaDLC-Bench and DLC-Bench as tasks of lmms-eval, judged at the end.
+
+A request has all regions of a picture; in DLC-Bench one, as the reference and `pdlm-eval paradlc caption` do.
 
 Environment:
     PDLM_PARADLC, PDLM_DLC: folder of the benchmark (annotations.json, qa.json, class_names.json, images/).
     PDLM_JUDGE: a judge of `pdlm-eval paradlc judge`, or a model's name; "none" to write captions only, scores are NaN.
     PDLM_JUDGE_URL, PDLM_JUDGE_KEY_ENV: its server and the variable of its key, where it has no usual one.
-    PDLM_JUDGE_CACHE: file of replies; default: pdlm_judge.sqlite in the working folder.
+    PDLM_JUDGE_CACHE: file of replies, with the captions beside it; default: pdlm_judge.sqlite in the working folder.
 """
 
 import json
@@ -18,10 +20,10 @@ import numpy as np
 from loguru import logger
 from PIL import Image
 
-from pdlm_hf.app.replies import Judge, key_in
+from pdlm_hf.app.replies import Judge, JudgeError, key_in
 
-from ..paradlc.captioning import PROMPTS
-from ..paradlc.data import Benchmark, check_pictures, decode_masks, load_benchmark, open_picture
+from ..paradlc.captioning import MASKS_PER_PASS, PROMPTS, masks_of, passes_of
+from ..paradlc.data import Benchmark, check_pictures, load_benchmark, open_picture, write_json
 from ..paradlc.judging import captions_hash, judge_captions, preset_of
 from ..paradlc.scoring import score_answers, totals
 
@@ -54,10 +56,14 @@ def judge_from_environment() -> Judge | None:
         return None
     preset = preset_of(name, os.environ.get("PDLM_JUDGE_URL"), os.environ.get("PDLM_JUDGE_KEY_ENV"))
     key = key_in(preset.key_env)
-    cache = Path(os.environ.get("PDLM_JUDGE_CACHE", "pdlm_judge.sqlite"))
-    judge = Judge(preset.model, preset.base_url, key, preset.settings, cache=cache)
+    judge = Judge(preset.model, preset.base_url, key, preset.settings, cache=judge_cache())
     judge.probe()
     return judge
+
+
+def judge_cache() -> Path:
+    """File of replies; the captions are kept beside it."""
+    return Path(os.environ.get("PDLM_JUDGE_CACHE", "pdlm_judge.sqlite"))
 
 
 def _documents(name: str) -> datasets.Dataset:
@@ -68,15 +74,18 @@ def _documents(name: str) -> datasets.Dataset:
     except Exception as error:  # lmms-eval tries five times and then speaks of a RetryError
         logger.error(str(error))
         raise
+    place = {picture.id: i for i, picture in enumerate(benchmark.pictures)}
     rows = [
-        {"picture": i, "masks": [mask.id for mask in picture.masks]} for i, picture in enumerate(benchmark.pictures)
+        {"picture": place[picture.id], "masks": [mask.id for mask in masks]}
+        for picture, masks in passes_of(benchmark, MASKS_PER_PASS[name])
     ]
     return datasets.Dataset.from_list(rows)
 
 
 def _visual(name: str, doc: dict[str, Any]) -> list[Image.Image]:
     picture = benchmark_of(name).pictures[doc["picture"]]
-    masks = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in decode_masks(picture)]
+    chosen = tuple(mask for mask in picture.masks if mask.id in doc["masks"])
+    masks = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks_of((picture, chosen))]
     return [open_picture(picture), *masks]
 
 
@@ -94,7 +103,12 @@ def _scored(name: str, digest: str, captions: tuple[tuple[str, str], ...]) -> di
         return dict.fromkeys(METRICS, float("nan"))
     benchmark = benchmark_of(name)
     with_images = name == "paradlc"  # as the reference's two scripts
-    answers, _ = judge_captions(judge, benchmark, dict(captions), with_images)
+    kept = judge_cache().with_name(f"pdlm_{name}_captions.json")
+    write_json(kept, dict(captions))  # lmms-eval writes nothing when a judge gives up
+    try:
+        answers, _ = judge_captions(judge, benchmark, dict(captions), with_images)
+    except JudgeError as error:
+        raise JudgeError(f"{error} The captions are in {kept}; `pdlm-eval paradlc judge {kept}` goes on.") from error
     asked = dict(captions)  # with --limit not all of them
     questions = {key: mask.questions for key, mask in benchmark.masks.items() if key in asked}
     return totals(score_answers(questions, answers, benchmark=name))

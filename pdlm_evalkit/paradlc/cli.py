@@ -104,7 +104,8 @@ def caption(
     if masks_per_pass is not None and masks_per_pass < 1:
         raise ValueError(f"--masks-per-pass must be positive, got {masks_per_pass}.")
     data = load_benchmark(annotations, images, benchmark)
-    check_pictures(data)
+    if captions is None:  # another system has seen the pictures
+        check_pictures(data)
     generation = {
         "max_new_tokens": max_new_tokens or (512 if server and server_style == "crops" else 32),
         "max_denoising_steps": steps,

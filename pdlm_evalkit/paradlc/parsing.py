@@ -5,6 +5,7 @@ Two readers. `parse_reference` reads as the reference's scripts do, whose order 
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 
 LETTERS = "abcde"
@@ -111,6 +112,7 @@ def parse_robust(reply: str, choices: Sequence[str]) -> int | None:
 
 def _plain(reply: str) -> str:
     """Without thinking, markdown, quotes and tags; lines kept."""
+    reply = unicodedata.normalize("NFKC", reply)  # full-width letters and colons
     text = re.sub(r"<think>.*?(?:</think>|$)", " ", reply, flags=re.DOTALL | re.IGNORECASE)
     text = re.sub(r"\\boxed\s*\{(?:\\text\s*\{)?([^{}]*)\}+", r"\1", text)
     text = re.sub(r"```[a-z]*|</?\w+>|[*`\"\u201c\u201d\u00ab\u00bb{}$]|\b_+|_+\b", " ", text)
@@ -202,7 +204,8 @@ def _in_prose(text: str, wanted: list[str]) -> int | None:
     """The one letter named in a sentence: "I would choose option B"."""
     letters = set()
     for match in re.finditer(_LETTER, text):
-        if match.group(1).isupper() and _is_letter(match):
+        called = re.search(r"\b(?:option|choice|letter)\s+[(\[]?$", text[: match.start()], re.IGNORECASE)
+        if (called or match.group(1).isupper()) and _is_letter(match):
             if re.search(r"\bnot\s+(?:option\s+|choice\s+)?[(\[]?$", text[: match.start()]):
                 return None
             letters.add(match.group(1).lower())

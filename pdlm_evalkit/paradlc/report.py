@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .captioning import areas_of, masks_of, passes_of
 from .captioning import totals as cost_of
 from .data import Benchmark, load_benchmark, read_captions, read_json
 from .judging import captions_hash
@@ -83,6 +84,9 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
     with open(source / "captions.jsonl", encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     areas = {key: area for line in lines for key, area in line["areas"].items()}
+    for work in passes_of(benchmark, 1):
+        if work[1][0].id not in areas:  # no caption: it scores 0 in its group
+            areas |= areas_of(work, masks_of(work))
     cost = cost_of(lines)
     del cost["n_masks"]  # of the captions; the score's is of all masks
     return {

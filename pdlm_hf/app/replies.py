@@ -41,6 +41,7 @@ class Reply:
         cached (`bool`): it was there already.
         prompt_tokens, completion_tokens (`int`, *optional*): as the server counted.
         usage (`dict`): the server's whole `usage`.
+        refused (`bool`): it failed because of what was asked; the server itself works.
     """
 
     text: str | None
@@ -49,6 +50,7 @@ class Reply:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     usage: dict[str, Any] = field(default_factory=dict, repr=False)
+    refused: bool = False
 
 
 class ReplyCache:
@@ -122,7 +124,8 @@ class Judge:
             rate limit, server error, a body that is no reply.
         timeout (`float`): seconds to wait for the server at a time.
         max_calls (`int`, *optional*): stop before sending more requests than this, retries included.
-        give_up_after (`int`): stop after this many failed calls in a row.
+        give_up_after (`int`): stop after this many failed calls in a row. Requests that are refused for what they
+            ask do not count once anything was answered: a picture the server's filter keeps back is asked about often.
 
     Raises:
         ImportError: the `openai` package is missing.
@@ -165,7 +168,7 @@ class Judge:
         self._client = openai.OpenAI(api_key=api_key or "none", base_url=base_url, timeout=timeout, max_retries=0)
         self._lock = threading.Lock()
         self._failed_in_a_row = 0
-        self._probed = False
+        self._probed = self._answered = False
 
     def ask_many(
         self, requests: Iterable[Request], progress: Callable[[int, Reply], None] | None = None
@@ -199,6 +202,7 @@ class Judge:
                 body = self._body(request)
                 key = key_of(body)
                 if self.cache is not None and (reply := self.cache.get(key)) is not None:
+                    self._answered = True
                     yield index, reply
                 elif key in waiting:
                     waiting[key].append(index)
@@ -293,7 +297,11 @@ class Judge:
     def _count(self, reply: Reply) -> None:
         """Raises: JudgeError after too many failures in a row."""
         with self._lock:
-            self._failed_in_a_row = self._failed_in_a_row + 1 if reply.text is None else 0
+            self._answered = self._answered or reply.text is not None
+            if reply.text is not None:
+                self._failed_in_a_row = 0
+            elif not (reply.refused and self._answered):
+                self._failed_in_a_row += 1
             if self._failed_in_a_row >= self.give_up_after:
                 raise JudgeError(
                     f"The last {self._failed_in_a_row} calls to {self.model} failed; stopped. The last one: "
@@ -302,7 +310,7 @@ class Judge:
 
     def _attempt(self, body: dict[str, Any], stop: threading.Event, retries: int) -> Reply:
         """Ask until there is a reply; at most `retries` + 1 requests, whatever goes wrong. Raises: JudgeError."""
-        error = "stopped."
+        error, refused = "stopped.", False
         for attempt in range(retries + 1):
             with self._lock:
                 if self.max_calls is not None and self.calls >= self.max_calls:
@@ -312,9 +320,10 @@ class Judge:
                 return self._send(body)
             except (self._api.OpenAIError, NoReply) as problem:
                 error, wait = self._why(problem), self._wait(problem, attempt)
-            if wait is None or attempt == retries or stop.wait(wait):
+            refused = wait is None
+            if refused or wait > LONGEST_WAIT or attempt == retries or stop.wait(wait):
                 break
-        return Reply(None, error)
+        return Reply(None, error, refused=refused)
 
     def _send(self, body: dict[str, Any]) -> Reply:
         fields = {name: value for name, value in body.items() if name not in ("model", "messages")}
@@ -325,16 +334,20 @@ class Judge:
             data = json.loads(text := raw.http_response.text)
             choice = data["choices"][0]
             content = choice["message"].get("content")
-            if not isinstance(content, str):
-                if choice.get("finish_reason") == "content_filter":
-                    raise NoReply("the server's content filter kept the reply back.", final=True)
+            if not content and choice.get("finish_reason") == "content_filter":
+                raise NoReply("the server's content filter kept the reply back.", final=True)
+            if content is None:
                 content = choice["message"].get("refusal") or ""  # no content is an empty reply, and paid for
+            if not isinstance(content, str):
+                raise TypeError
+            # half of a surrogate pair, which JSON can hold and a file cannot
+            content = content.encode("utf-8", "replace").decode()
             return _reply(content, data.get("usage") or {})
         except (ValueError, LookupError, TypeError, AttributeError):
             raise NoReply(f"the server's answer is no reply: {_short(text)!r}.") from None
 
     def _wait(self, error: Exception, attempt: int) -> float | None:
-        """Seconds until the next attempt; None if another one is of no use. Raises: JudgeError if none ever is."""
+        """Seconds until the next attempt; None if the request is refused. Raises: JudgeError if any would be."""
         status = getattr(error, "status_code", None)
         if status in (401, 404) or (status == 403 and not self._probed):
             what = {
@@ -356,7 +369,7 @@ class Judge:
             return None
         asked = _retry_after(error)
         if asked is not None:
-            return asked if asked <= LONGEST_WAIT else None
+            return asked
         return min(_BACKOFF * 2**attempt, 30.0) * random.uniform(0.75, 1.0)
 
     def _why(self, error: Exception) -> str:

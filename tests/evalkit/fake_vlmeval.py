@@ -21,14 +21,19 @@ class BaseModel:
 """,
     "vlmeval/dataset/__init__.py": """
 def DATASET_TYPE(name):
-    return {"HallusionBench": "Y/N", "ChartQA_TEST": "VQA"}.get(name, "MCQ")
+    return {"HallusionBench": "Y/N", "ChartQA_TEST": "VQA", "MathVista_MINI": "VQA"}.get(name, "MCQ")
 
 def DATASET_MODALITY(name):
     return "IMAGE"
 """,
     "vlmeval/smp/__init__.py": """
-import json
+import json, os
 from pathlib import Path
+
+def load_env():
+    for line in (Path(__file__).parents[2] / ".env").read_text().split():
+        name, _, value = line.partition("=")
+        os.environ[name] = value
 
 def collect_run_benchmark_report(run_dir):
     return json.loads((Path(run_dir) / "rows.json").read_text())
@@ -43,7 +48,7 @@ import vlmeval.vlm
 parser = argparse.ArgumentParser()
 for name in ("--data", "--model"):
     parser.add_argument(name, nargs="+")
-for name in ("--config", "--work-dir", "--mode", "--judge"):
+for name in ("--config", "--work-dir", "--mode", "--judge", "--judge-base-url", "--judge-key"):
     parser.add_argument(name)
 args = parser.parse_args()
 world = int(os.environ.get("WORLD_SIZE", 1))

@@ -53,6 +53,18 @@ class TestSettings:
     def test_without_presets(self, base):
         assert settings(with_settings(base, presets="none"), "MMStar") == (64, 64, 64)
 
+    def test_what_is_no_setting_of_generate(self, base):
+        changed = with_settings(base, max_tiles=2, prompt_suffix=" Say it.", shorten=False, upscale_first=True)
+        benchmark = changed.benchmark("mmstar")
+        found = (benchmark.max_tiles, benchmark.suffix, benchmark.shorten, benchmark.upscale_first)
+        assert found == (2, " Say it.", False, True)
+        assert changed.describe()["settings"]["max_tiles"] == 2
+        assert changed._tiles(Question([None], "", benchmark)) == 2
+        assert changed.benchmark("other") is None and base.benchmark("mmstar") == find("MMStar")
+        assert with_settings(base, presets="none").benchmark("mmstar") is None
+        with pytest.raises(ValueError, match='`presets="none"` leaves nothing for max_tiles'):
+            with_settings(base, presets="none", max_tiles=2)
+
     def test_reference_names(self):
         assert our_settings({"steps": 4, "gen_length": 8, "cfg_scale": 0.5}) == {
             "max_denoising_steps": 4,

@@ -1,5 +1,7 @@
 """The table of the paper's benchmarks."""
 
+from dataclasses import replace
+
 import pytest
 
 from pdlm_evalkit.benchmarks import BENCHMARKS, LETTER, SUFFIX, ask_like_paper, choose, find, tiles_for
@@ -57,6 +59,10 @@ def test_judges():
         ("ChartQAPro", None),
         ("DocVQA_TEST", None),
         ("mathverse_testmini", None),
+        ("seedbench_2", None),
+        ("seedbench_2_plus", None),
+        ("mmmu_val_reasoning", None),
+        ("cv_bench_2d_reasoning", None),
     ],
 )
 def test_find(name, found):
@@ -67,6 +73,14 @@ def test_find(name, found):
 @pytest.mark.parametrize(("pictures", "tiles"), [(0, 6), (1, 6), (2, 6), (10, 6), (11, 5), (16, 4), (64, 1), (100, 1)])
 def test_pictures_share_64_tiles(pictures, tiles):
     assert tiles_for(pictures) == tiles
+
+
+def test_another_suffix():
+    letters, charts = (replace(find(name), prompt_suffix=" Say it.") for name in ("MMStar", "ChartQA"))
+    assert letters.suffix == letters.as_dict()["suffix"] == " Say it."
+    assert ask_like_paper(letters, "Q?\nA. x" + LETTER) == "Q?\nA. x Say it."
+    assert ask_like_paper(charts, "Q?") == "Q? Say it."
+    assert find("ChartQA").as_dict()["suffix"] == SUFFIX["document"]
 
 
 def test_choose_names_what_it_does_not_know():

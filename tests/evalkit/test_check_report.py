@@ -1,15 +1,18 @@
 """`pdlm-eval check`, `list`, `report` and `tasks`."""
 
 import json
+import os
+import sys
 
 import pytest
+from fake_vlmeval import make
 from judge_server import JudgeServer
 from typer.testing import CliRunner
 
 from pdlm_evalkit import LMMS_TASKS, check
 from pdlm_evalkit.benchmarks import find
 from pdlm_evalkit.cli import app
-from pdlm_evalkit.report import collect, percent
+from pdlm_evalkit.report import collect, score_in
 
 
 def call(*arguments):
@@ -18,7 +21,7 @@ def call(*arguments):
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch, tmp_path):
-    for name in ("OPENAI_API_KEY", "OPENAI_API_BASE", "OPENAI_API_URL", "MODEL_VERSION"):
+    for name in ("OPENAI_API_KEY", "OPENAI_API_BASE", "OPENAI_API_URL", "MODEL_VERSION", "LOCAL_LLM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("LMUData", str(tmp_path / "lmu"))
@@ -75,18 +78,57 @@ class TestCheck:
             check._answered.clear()
             monkeypatch.setenv("OPENAI_API_KEY", "k")
             assert check.check_judge(find("MMStar"), "m").problem is None
+            monkeypatch.setenv("OPENAI_API_BASE", server.url)
+            assert (
+                f"set it to the whole address, {server.url}/chat/completions"
+                in check.check_judge(find("MMStar"), "m").problem
+            )
+            wrong = check.check_judge(find("MMStar"), "m", server.url + "/chat/completions").problem
+            assert f"behind --judge-base-url; give {server.url}." in wrong
+        monkeypatch.setenv("OPENAI_API_BASE", "OFFICIAL")
+        monkeypatch.delenv("OPENAI_API_KEY")
+        assert "gpt-4o-mini-2024-07-18 has no key" in check.check_judge(find("MMStar"), None).problem
+
+    def test_the_model_vlmevalkit_asks_for(self, monkeypatch):
+        """It has other names for some; LOCAL_LLM goes before all."""
+        with JudgeServer(model="gpt-3.5-turbo-0125") as server:
+            assert check.check_judge(find("MMStar"), "chatgpt-0125", server.url).problem is None
+            assert "gpt-4o-mini-2024-07-18" in check.check_judge(find("MMStar"), "gpt-4o-mini", server.url).problem
+            monkeypatch.setenv("LOCAL_LLM", "gpt-3.5-turbo-0125")
+            assert check.check_judge(find("MMStar"), "anything", server.url).problem is None
+        assert "cannot be tried" in check.check_judge(find("MMStar"), "deepseek").problem
+
+    def test_an_env_file_of_vlmevalkit(self, tmp_path, monkeypatch):
+        """It goes before the environment, and is where its users keep the key."""
+        folder = make(tmp_path / "checkout")
+        (folder / ".env").write_text("OPENAI_API_KEY=k\n")
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.setenv("OPENAI_API_KEY", "old")
+        check.load_vlmeval_environment()
+        assert os.environ["OPENAI_API_KEY"] == "k"
+        for name in [name for name in sys.modules if name.partition(".")[0] == "vlmeval"]:
+            del sys.modules[name]
 
     def test_the_judge_of_lmms_eval(self, monkeypatch):
         """It has its own variables, no --judge, and scores other benchmarks by rules."""
         assert check.check_judge(find("MMStar"), None, harness="lmms").note == "scored by rules"
         problem = check.check_judge(find("HallusionBench"), None, harness="lmms").problem
-        assert "gpt-4o-2024-11-20 has no key; lmms-eval would count" in problem and "OPENAI_API_URL" in problem
+        assert "gpt-4 has no key; lmms-eval would count" in problem and "OPENAI_API_URL" in problem
         assert "mmbench_en_dev_static" in check.check_judge(find("MMBench"), "exact_matching", harness="lmms").problem
         with JudgeServer(model="m", key="k") as server:
             monkeypatch.setenv("OPENAI_API_URL", server.url)
             monkeypatch.setenv("MODEL_VERSION", "m")
             monkeypatch.setenv("OPENAI_API_KEY", "k")
             assert check.check_judge(find("MathVista"), None, harness="lmms").problem is None
+            wrong = check.check_judge(find("MMBench"), None, harness="lmms").problem
+            assert f"set it to {server.url}/chat/completions for this benchmark" in wrong
+            monkeypatch.setenv("OPENAI_API_URL", server.url + "/chat/completions")
+            assert check.check_judge(find("MMBench"), None, harness="lmms").problem is None
+            assert f"set it to {server.url} for" in check.check_judge(find("MathVista"), None, harness="lmms").problem
+            monkeypatch.setenv("OPENAI_API_URL", server.url)
+            monkeypatch.delenv("OPENAI_API_KEY")
+            asked = check.check_judge(find("MathVista"), None, harness="lmms").problem
+            assert "Set OPENAI_API_KEY, with any value" in asked
 
     def test_a_model_that_does_not_load(self, tmp_path):
         (tmp_path / "config.json").write_text("{")
@@ -146,9 +188,36 @@ class TestReport:
         assert printed[0]["difference"] == 0.3
         assert "+0.3" in call("report", str(tmp_path)).stdout
 
-    @pytest.mark.parametrize(("value", "shown"), [(0.637, 63.7), (63.7, 63.7), (0, 0), (1.0, 100.0)])
-    def test_shares_and_percents(self, value, shown):
-        assert percent(value) == shown
+    @pytest.mark.parametrize(
+        ("wanted", "percents", "score"),
+        [("a", False, 63.7), ("a", True, 0.64), ("b", True, 0.9), ("b+c", True, 10.45), ("b+gone", True, None)],
+    )
+    def test_shares_and_percents(self, wanted, percents, score):
+        """Which of both is known for each metric: 0.9 % is not 90 %."""
+        metrics = {"a": 0.637, "split=Overall|b": 0.9, "split=VD|b": 5.0, "split=Overall|c": 20.0, "d": float("nan")}
+        assert score_in(metrics, wanted, percents) == score
+        assert score_in(metrics, "d", percents) is None
+
+    def test_metrics_that_are_not_the_harness_main_one(self, tmp_path):
+        """MMVP counts questions, not pairs; HallusionBench is the mean of three."""
+        shown = {"infer_total": 4, "paper_settings": {}, "primary_metric": "Overall"}
+        hallusion = {"split=Overall|aAcc": 70.0, "split=Overall|fAcc": 50.0, "split=Overall|qAcc": 45.0}
+        rows = [
+            {"benchmark": "MMVP", "primary_metric_value": 0.4, "metrics": {"Overall": 0.4, "Average": 0.6}, **shown},
+            {"benchmark": "HallusionBench", "primary_metric_value": 70.0, "metrics": hallusion, **shown},
+            {"benchmark": "ChartQA_TEST", "primary_metric_value": 0.9, **shown},
+        ]
+        self.write(tmp_path / "pdlm_report.json", rows)
+        lmms = {"results": {"hallusion_bench_image": {f"{name}Acc,none": 60.0 for name in "afq"}}}
+        lmms["results"]["mathvista_testmini_format"] = {"llm_as_judge_eval,none": 0.5}
+        self.write(tmp_path / "1_results.json", lmms)
+        assert [(m.benchmark, m.harness, m.score) for m in collect([tmp_path])] == [
+            ("MathVista", "lmms-eval", 0.5),
+            ("ChartQA", "VLMEvalKit", 0.9),
+            ("MMVP", "VLMEvalKit", 60.0),
+            ("HallusionBench", "VLMEvalKit", 55.0),
+            ("HallusionBench", "lmms-eval", 60.0),
+        ]
 
     def test_nothing_to_report(self, tmp_path):
         assert "no such file" in call("report", str(tmp_path / "x")).stderr

@@ -166,6 +166,35 @@ def test_a_filtered_request_fails_alone():
     assert "fault 400" in replies[3].error
 
 
+def test_refusals_stop_a_run_only_when_nothing_was_ever_answered(tmp_path):
+    """Many questions about a picture the filter keeps back come one after the other, and again in the next run."""
+    refused = {str(k) for k in range(2, 8)}
+    with JudgeServer(echo, lambda _, body: "400" if text_of(body) in refused else None) as server:
+        for _ in range(2):
+            options = {"give_up_after": 3, "concurrency": 1, "cache": tmp_path / "c"}
+            replies = ask(server, [str(k) for k in range(8)], **options)
+            assert {str(k) for k, reply in replies.items() if reply.text is None} == refused
+            assert all(reply.refused == (reply.text is None) for reply in replies.values())
+        assert len(server.bodies) == 2 + 2 * len(refused)
+        with pytest.raises(JudgeError, match="last 3 calls to m failed"):
+            ask(server, sorted(refused), give_up_after=3, concurrency=1)
+
+
+@pytest.mark.parametrize("content", [7, {"text": "A"}, ["A"], True])
+def test_what_is_no_text_is_no_reply(content, tmp_path):
+    with JudgeServer(lambda body: content) as server:
+        reply = ask(server, ["x"], cache=tmp_path / "c", retries=1)[0]
+        assert reply.text is None and "is no reply" in reply.error
+        assert len(server.bodies) == 2
+
+
+def test_half_a_character_is_kept(tmp_path):
+    """JSON can hold half of a surrogate pair, a file of UTF-8 cannot."""
+    with JudgeServer(lambda body: "A \ud83d.") as server:
+        assert ask(server, ["x"], cache=tmp_path / "c")[0].text == "A ?."
+        assert ask(server, ["x"], cache=tmp_path / "c")[0].cached
+
+
 def test_calls_that_keep_failing_stop_the_run(tmp_path):
     with JudgeServer(echo, lambda number, _: None if number < 5 else "500") as server:
         with pytest.raises(JudgeError, match="last 3 calls to m failed"):

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from pdlm_evalkit import LMMS_TASKS
+from pdlm_evalkit.check import check_lmms_judge
 from pdlm_evalkit.lmms_run import arguments_for, missing_results
 
 
@@ -41,7 +42,7 @@ def test_own_arguments_stay():
             ["--tasks", "a", "--use_cache", "C", "--gen_kwargs", "block_length=1"],
             r"does not look at \['block_length'\]",
         ),
-        (["--tasks", "a", "--use_cache", "C", "--gen_kwargs", "temperature=0,steps=4"], r"\['steps'\]"),
+        (["--tasks", "a", "-c", "C", "--gen_kwargs", "temperature=0,steps=4"], r"\['steps'\]"),
     ],
 )
 def test_calls_that_cannot_work(arguments, message):
@@ -59,6 +60,28 @@ def test_missing_results(tmp_path):
     asked = ["mmstar", "blink", "blink_groups", "empty", "mmvp"]
     assert missing_results(asked, [tmp_path / "1_results.json"]) == ["empty", "mmvp"]
     assert missing_results(asked, []) == asked
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"m,none": None}, {"m,none": "N/A"}, {"m,none": float("nan")}, {"m,none": []}, {"m_stderr,none": 0.1}, {"m": 1}],
+)
+def test_what_is_no_score(row, tmp_path, monkeypatch):
+    path = tmp_path / "1_results.json"
+    path.write_text(json.dumps({"results": {"a": row, "b": {"m,none": {"all": 0}}}}))
+    assert missing_results(["a", "b"], [path]) == ["a"]
+    monkeypatch.setenv("PDLM_JUDGE", "none")
+    assert missing_results(["a"], [path]) == ([] if row.get("m,none") != row.get("m,none") else ["a"])
+
+
+def test_a_judge_is_asked_for_before_the_start(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_API_URL", "MODEL_VERSION"):
+        monkeypatch.delenv(name, raising=False)
+    completed, known = arguments_for(["--tasks", "mathvista_testmini_format", "--no-check"])
+    assert not known.check and "--no-check" not in completed
+    with pytest.raises(ValueError, match="MathVista: gpt-4o-2024-11-20 has no key.*--no-check"):
+        check_lmms_judge(["mmstar", "mathvista_testmini_format"])
+    check_lmms_judge(["mmstar", "mmbench_en_dev_static", "pdlm_shapes_choice"])
 
 
 class _Loader(yaml.SafeLoader):

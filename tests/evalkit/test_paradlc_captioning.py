@@ -156,6 +156,16 @@ def test_another_systems_captions(finished, tmp_path):
     assert caption(tmp_path / "less", "--captions", str(path), "--allow-missing").exit_code == 0
 
 
+def test_another_systems_captions_need_no_pictures(finished, tmp_path):
+    for name in ("annotations.json", "qa.json", "class_names.json"):
+        (tmp_path / name).write_bytes((EXAMPLE / name).read_bytes())
+    result = caption(tmp_path / "run", "--captions", str(finished / "captions.json"), folder=tmp_path)
+    assert result.exit_code == 0, result.output
+    first = json.loads((finished / "captions.jsonl").read_text().split("\n")[0])["areas"]
+    own = json.loads((tmp_path / "run" / "captions.jsonl").read_text())["areas"]
+    assert first.items() <= own.items() and len(own) == 20
+
+
 def test_a_server_that_takes_regions(finished, tmp_path):
     """One request a picture, regions in the order of qa.json, the settings of `generate` beside them."""
     known = json.loads((finished / "captions.json").read_text())

@@ -87,6 +87,7 @@ ROBUST = [
         (form, 1)
         for form in ("answer B", "Answer\nB", "ANSWER - B", "Final answer: **B**", "My answer would be B, as")
     ],
+    *[(form, 1) for form in ("option b", "Answer：Ｂ")],
     *[(form, 1) for form in ("Option B", "Choice (B)", "I would choose option B", "\\boxed{B}", "<answer>B</answer>")],
     *[(form, 1) for form in ("<think>A or C?</think>B", "B. B", "(B) The person or their tie is not mentioned")],
     *[

@@ -108,6 +108,31 @@ def test_the_report_as_json(judged):
     assert any("67.65, printed 69.2" in note for note in data["notes"])
 
 
+def test_masks_without_caption_are_in_their_groups(judged, tmp_path):
+    """They score 0 in every mean, by area too."""
+    whole = json.loads(run("report", judged / "paradlc", "--json").stdout)["runs"][0]
+    captions = json.loads((judged / "paradlc" / "captions.json").read_text())
+    for key in list(captions)[:3]:
+        del captions[key]
+    (tmp_path / "some.json").write_text(json.dumps(captions))
+    place = ("--annotations", EXAMPLE)
+    imported = run(
+        "caption", *place, "--out", tmp_path / "run", "--captions", tmp_path / "some.json", "--allow-missing"
+    )
+    assert imported.exit_code == 0
+    lines = tmp_path / "run" / "captions.jsonl"
+    line = json.loads(lines.read_text())
+    line["areas"] = {key: line["areas"][key] for key in captions}  # as a server's run has them
+    lines.write_text(json.dumps(line) + "\n")
+    with JudgeServer() as server:
+        assert run("judge", tmp_path / "run", *place, "--judge", "m", "--base-url", server.url).exit_code == 0
+    report = json.loads(run("report", tmp_path / "run", "--json").stdout)["runs"][0]
+    assert report["n_missing"] == 3
+    sizes = [[(group["group"], group["n_masks"]) for group in found["by_area"]] for found in (report, whole)]
+    assert sizes[0] == sizes[1]
+    assert sum(group["n_missing"] for group in report["by_area"]) == 3
+
+
 def test_the_report_as_tables_and_pages(judged, tmp_path):
     result = run("report", judged / "paradlc", "--markdown", tmp_path / "deep" / "report.md")
     assert result.exit_code == 0

@@ -76,6 +76,16 @@ def test_a_failed_call_is_wrong_is_said_and_is_asked_again(tmp_path):
         assert len(server.answered) == 4
 
 
+def test_with_all_verdicts_there_no_server_is_needed(tmp_path):
+    path = tmp_path / "M_ChartQA_TEST.json"
+    path.write_text(json.dumps(ROWS))
+    with JudgeServer(verdict) as server:
+        first = judge(path, server)
+    assert judge(path, server).stdout == first.stdout  # it is gone
+    refused = judge(path, server, "--out", str(tmp_path / "x.jsonl"))
+    assert refused.exit_code == 2 and "must end in .json" in refused.stderr
+
+
 def test_an_unreachable_judge_ends_it_at_once(tmp_path):
     path = tmp_path / "M_ChartQA_TEST.json"
     path.write_text(json.dumps(ROWS))
@@ -89,11 +99,19 @@ def test_samples_of_lmms_eval(tmp_path):
     rows = [
         {"doc_id": 0, "target": ["a", "b"], "filtered_resps": ["It is a"]},
         {"doc_id": 1, "target": "7", "filtered_resps": [["8"]]},
-        {"doc_id": 2, "target": "7", "filtered_resps": "9"},
+        {"doc_id": 2, "target": "7", "filtered_resps": "It is\u2028 12.30"},  # as lmms-eval 0.7.3 writes one answer
+        {"doc_id": 3, "target": "7", "filtered_resps": ""},
+        {"doc_id": 4, "target": "7", "filtered_resps": []},
     ]
     path = tmp_path / "x_samples_docvqa_val.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert read_results(path) == [Row("0", "['a', 'b']", "It is a"), Row("1", "7", "8"), Row("2", "7", "9")]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert read_results(path) == [
+        Row("0", "['a', 'b']", "It is a"),
+        Row("1", "7", "8"),
+        Row("2", "7", "It is\u2028 12.30"),
+        Row("3", "7", ""),
+        Row("4", "7", ""),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_vlmeval import make
+from judge_server import JudgeServer
 
-from pdlm_evalkit.benchmarks import LETTER, SUFFIX
+from pdlm_evalkit.benchmarks import LETTER, SUFFIX, find
 from pdlm_evalkit.report import collect
-from pdlm_evalkit.vlmeval_run import find_run_py, parse, problem_of, settings_from
+from pdlm_evalkit.vlmeval_run import answer_costs, find_run_py, log_of, parse, problem_of, settings_from
 from pdlm_hf.shapes.evaluate_base import held_out_question
 
 ROWS = 4
@@ -36,7 +38,7 @@ def checkout(tmp_path_factory):
 def run(checkout: Path, work: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI")}
     environment |= {"PYTHONPATH": f"{checkout}{os.pathsep}{Path(__file__).parents[2]}", "OMP_NUM_THREADS": "1"}
-    environment |= {"FAKE_ROWS": str(checkout / "rows.json"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"FAKE_ROWS": str(checkout / "rows.json"), "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-m", *launcher, "pdlm_evalkit.vlmeval_run", *arguments, "--work-dir", str(work)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
@@ -57,6 +59,25 @@ def test_a_run_has_settings_costs_and_exit_code(checkout, tmp_path):
     measured = collect([tmp_path])
     assert [(m.benchmark, m.paper, m.tokens_per_forward) for m in measured] == [("MMStar", 63.7, 1.0)]
     assert measured[0].score == 100 * report[0]["primary_metric_value"]
+
+
+def test_every_family_has_its_settings(checkout, tmp_path):
+    """Letters, yes or no, documents in one block, reasoning in autoregressive order: one run, one judge."""
+    families = {"MMStar": (2, 2, 2), "HallusionBench": (2, 2, 2), "ChartQA_TEST": (128,) * 3}
+    families |= {"MathVista_MINI": (256, 1, 256)}
+    with JudgeServer(model="m", key="k") as server:
+        done = run(
+            checkout, tmp_path, "--data", *families, "--model", "PerceptionDLM-Base", "--pretrained", "shapes_base",
+            "--judge", "m", "--judge-base-url", server.url, "--judge-key", "k",
+        )  # fmt: skip
+        assert server.probes == 1
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "PerceptionDLM-Base" / "T1" / "pdlm_report.json").read_text())
+    names = ("max_new_tokens", "block_length", "max_denoising_steps")
+    assert {row["benchmark"]: tuple(row["paper_settings"][name] for name in names) for row in rows} == families
+    for row in rows:
+        slots, _, steps = families[row["benchmark"]]
+        assert (row["answers"]["slots"], row["answers"]["num_forwards"]) == (ROWS * slots, ROWS * steps)
 
 
 def test_two_ranks_without_cuda(checkout, tmp_path):
@@ -80,7 +101,36 @@ def test_config_knows_the_class(checkout, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": model, "data": {"MMStar": {}}}))
     done = run(checkout, tmp_path, "--config", str(tmp_path / "config.json"), "--judge", "exact_matching")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "mine" / "T1" / "pdlm_report.json").is_file()
+    (row,) = json.loads((tmp_path / "mine" / "T1" / "pdlm_report.json").read_text())
+    assert (row["pretrained"], row["settings"]) == ("shapes_base", {"block_length": 1})
+    assert row["paper_settings"]["block_length"] == 2 and row["answers"]["questions"] == ROWS
+    assert collect([tmp_path])[0].note == "changed: block_length=1"
+
+
+def test_each_model_of_a_config_has_its_own_settings_and_costs(checkout, tmp_path):
+    models = {
+        "plain": {"class": "PerceptionDLM", "pretrained": "shapes_base", "presets": "none", "max_new_tokens": 8},
+        "paper": {"class": "PerceptionDLM", "pretrained": "shapes_base"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model": models, "data": {"MMStar": {}}}))
+    arguments = ("--config", str(tmp_path / "config.json"), "--judge", "exact_matching", "--mode", "all")
+    done = run(checkout, tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    plain, paper = (json.loads((tmp_path / name / "T1" / "pdlm_report.json").read_text())[0] for name in models)
+    assert plain["paper_settings"] is None and plain["settings"] == {"max_new_tokens": 8}
+    assert paper["paper_settings"]["max_new_tokens"] == 2 and paper["settings"] == {}
+    assert (plain["answers"]["slots"], paper["answers"]["slots"]) == (8 * ROWS, 2 * ROWS)
+
+
+def test_answers_of_another_run_cost_nothing(tmp_path):
+    """With --reuse no question is asked."""
+    status = tmp_path / "M" / "T1" / "status.json"
+    log = log_of(tmp_path / "pdlm_answers_20260101_000000.0.jsonl", "M")
+    row = {"dataset": "MMStar", "num_forwards": 2, "slots": 2, "output_tokens": 1, "seconds": 0.5, "text": "a\u2028b"}
+    log.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert answer_costs(status, "M", "MMStar", log.stat().st_mtime + 1)["questions"] == 0
+    assert answer_costs(status, "M", "MMStar", log.stat().st_mtime)["questions"] == 1
+    assert answer_costs(status, "N", "MMStar", log.stat().st_mtime)["questions"] == 0
 
 
 def test_data_sets_without_result_are_named(checkout, tmp_path):
@@ -97,7 +147,7 @@ def test_data_sets_without_result_are_named(checkout, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--data", "MMStar", "--model", "PerceptionDLM"), "MMStar: gpt-4o-mini has no key"),
+        (("--data", "MMStar", "--model", "PerceptionDLM"), "MMStar: gpt-4o-mini-2024-07-18 has no key"),
         (("--data", "MathVista_MINI", "--model", "M", "--judge", "exact_matching"), "without a language model"),
         (("--data", "MMStar"), "Nothing to do"),
         (("--data", "A", "--model", "M", "--settings", "steps"), "expected key=value"),
@@ -160,13 +210,15 @@ def test_question_text(checkout, monkeypatch):
 
     nan = float("nan")
     row = {"question": "Which?", "hint": "Look.", "A": "x", "B": 2, "C": nan, "D": None}
-    assert question_text(row, "MCQ", "MMStar") == "Look.\nWhich?\nA. x\nB. 2" + LETTER
+    assert question_text(row, "MCQ", find("MMStar")) == "Look.\nWhich?\nA. x\nB. 2" + LETTER
+    assert question_text({"question": "Which?", "hint": nan}, "MCQ", None) == "Which?\nAnswer the question directly."
+    assert question_text({"question": "哪个?", "A": "红"}, "MCQ", None) == "哪个?\nA. 红\n请直接回答选项字母。"
+    assert question_text({"question": "Is it?"}, "Y/N", find("HallusionBench")) == "Is it?" + SUFFIX["yes_no"]
+    assert question_text({"question": "How?"}, "VQA", find("ChartQA_TEST")) == "How?" + SUFFIX["document"]
     assert (
-        question_text({"question": "Which?", "hint": nan}, "MCQ", "MMStar") == "Which?\nAnswer the question directly."
+        question_text({"question": "How?"}, "VQA", find("MathVista_MINI")) == "How?\n\n\nPlease reason step by step."
     )
-    assert question_text({"question": "哪个?", "A": "红"}, "MCQ", "MMBench_CN") == "哪个?\nA. 红\n请直接回答选项字母。"
-    assert question_text({"question": "Is it?"}, "Y/N", "HallusionBench") == "Is it?" + SUFFIX["yes_no"]
-    assert question_text({"question": "How?"}, "VQA", "ChartQA_TEST") == "How?" + SUFFIX["document"]
-    assert question_text({"question": "How?"}, "VQA", "MathVista_MINI") == "How?\n\n\nPlease reason step by step."
-    assert question_text({"question": "How?"}, "VQA", "Other") == "How?" + SUFFIX["free"]
-    assert question_text({"question": "Is it?"}, "Y/N", "POPE") == "Is it?"
+    assert question_text({"question": "How?"}, "VQA", None) == "How?" + SUFFIX["free"]
+    assert question_text({"question": "Is it?"}, "Y/N", None) == "Is it?"
+    other = replace(find("MMStar"), prompt_suffix=" Say it.")
+    assert question_text({"question": "哪个?", "A": "红"}, "MCQ", other) == "哪个?\nA. 红 Say it."

@@ -99,6 +99,26 @@ def test_a_data_set_that_is_not_there(data, tmp_path):
     assert "PerceptionDLM on NoSuchData: " in done.stderr
 
 
+def test_every_family_has_its_settings(data, tmp_path):
+    """Under names that begin as the paper's; VLMEvalKit scores no free text of data sets that are not its own."""
+    names = ("HallusionBench_shapes", "ChartQA_TEST_shapes", "MathVista_MINI_shapes")
+    with (data / "MMStar_shapes.tsv").open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))[:2]
+    for name in names:
+        with (data / f"{name}.tsv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["index", "image", "question", "answer"], "", "ignore", delimiter="\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    options = ("--model", "PerceptionDLM-Base", "--pretrained", "shapes_base", "--mode", "infer")
+    done, report = run(data, tmp_path, "--data", *names, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {row["benchmark"]: row["answers"]["num_forwards"] for row in report} == {
+        "HallusionBench_shapes": 4,
+        "ChartQA_TEST_shapes": 256,
+        "MathVista_MINI_shapes": 512,
+    }
+
+
 def test_only_answers(data, tmp_path):
     done, report = run(data, tmp_path, *OPTIONS, "--mode", "infer")
     assert done.returncode == 0, done.stderr[-3000:]

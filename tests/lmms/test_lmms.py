@@ -5,8 +5,11 @@ LMMS_QUESTIONS is how many questions of each task are asked (default 24; the ful
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -137,6 +140,29 @@ def test_a_second_run_comes_from_the_cache(folder, regions):
     assert sum(call["total_requests"] for call in again.calls) == 0
 
 
+def test_what_was_answered_before_a_kill_is_kept(folder):
+    """lmms-eval asks for all answers at once; they come, and go into its cache, a few at a time."""
+    cache = folder / "cache_killed"
+    arguments = arguments_for("pdlm_shapes_open", "shapes_base,block_length=1", use_cache=str(cache), batch_size="1")
+    arguments[arguments.index("--limit") + 1] = "64"
+    command = [*map(str, LMMS_EVAL), *arguments, "--output_path", str(folder / "killed")]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+    with (
+        open(folder / "killed.log", "w") as log,
+        subprocess.Popen(command, env=env, stdout=log, stderr=log) as process,
+    ):
+        kept = lambda: sum(len(path.read_text().splitlines()) for path in cache.rglob("*.jsonl"))  # noqa: E731
+        while process.poll() is None and not kept():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, (folder / "killed.log").read_text()
+    before = kept()
+    assert before
+    again = run(folder / "killed_again", LMMS_EVAL, *arguments)
+    assert again.code == 0, again.text
+    assert 64 - before - 1 <= sum(call["total_requests"] for call in again.calls) < 64
+
+
 @pytest.mark.parametrize("task, metric, pretrained", [
     ("pdlm_shapes_regions", "exact", "shapes"), ("pdlm_shapes_choice", "right", "shapes_base")
 ])  # fmt: skip
@@ -217,6 +243,29 @@ def test_paradlc_bench_with_a_judge(folder):
     for metric in ("avg", "avg_pos", "avg_neg", "mean_mask_score", "n_missing"):
         assert judged.score("pdlm_paradlc_bench", metric) == pytest.approx(own[metric], abs=1e-9)
     assert own["avg"] > 0.8
+
+
+def test_dlc_bench_has_one_mask_a_request_and_a_judge_that_gives_up_costs_no_caption(folder):
+    place = folder / "dlc_bench"
+    shutil.copytree(EXAMPLE / "dlc", place)
+    shutil.copytree(EXAMPLE / "images", place / "images")
+    cache = folder / "dlc_judge" / "judge.sqlite"
+    cache.parent.mkdir()
+    command = [BIN / "pdlm-eval", "lmms"]
+    asked = ["--tasks", "pdlm_dlc_bench", "--model_args", "pretrained=shapes"]
+    with JudgeServer(faults=lambda number, _: None if number < 5 else "401") as server:
+        environment = {"PDLM_DLC": str(place), "PDLM_JUDGE": "m", "PDLM_JUDGE_URL": server.url}
+        environment["PDLM_JUDGE_CACHE"] = str(cache)
+        failed = run(folder / "dlc_failed", command, *asked, **environment)
+    assert failed.code == 1 and "pdlm_dlc_captions.json" in failed.text
+    benchmark = load_benchmark(place)
+    captions = json.loads((cache.parent / "pdlm_dlc_captions.json").read_text())
+    assert captions.keys() == benchmark.masks.keys()
+    with JudgeServer() as server:
+        judged = run(folder / "dlc", command, *asked, **environment | {"PDLM_JUDGE_URL": server.url})
+    assert judged.code == 0, judged.text
+    assert {len(row["avg"][0]) for row in judged.samples["pdlm_dlc_bench"]} == {1}
+    assert len(judged.samples["pdlm_dlc_bench"]) == len(benchmark.masks)
 
 
 def test_without_a_judge_nothing_is_captioned(folder):
