@@ -194,7 +194,7 @@ class _Pdlm(lmms):
             num_forwards=answer.num_forwards,
             slots=answer.slots,
             seconds=answer.seconds,
-            settings=self.answerer.settings_of(question),
+            settings=self.answerer.settings_of(question) | self.answerer.overrides,
         )
 
     def _log(self, answers: list[Answer], seconds: float) -> None:

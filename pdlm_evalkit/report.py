@@ -89,8 +89,8 @@ def score_in(metrics: dict[str, Any], wanted: str, percents: bool) -> float | No
     """
     found = []
     for name in wanted.split("+"):
-        keys = [key for key in metrics if key == name] or [key for key in metrics if key.endswith(f"Overall|{name}")]
-        value = metrics[keys[0]] if keys else None
+        splits = {key.rpartition("|")[0]: value for key, value in metrics.items() if key.rpartition("|")[2] == name}
+        value = next((splits[split] for split in ("", "split=none", "split=Overall") if split in splits), None)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             return None
         found.append(value)

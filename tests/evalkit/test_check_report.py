@@ -194,7 +194,13 @@ class TestReport:
     )
     def test_shares_and_percents(self, wanted, percents, score):
         """Which of both is known for each metric: 0.9 % is not 90 %."""
-        metrics = {"a": 0.637, "split=Overall|b": 0.9, "split=VD|b": 5.0, "split=Overall|c": 20.0, "d": float("nan")}
+        metrics = {
+            "split=none|a": 0.637,
+            "split=Overall|b": 0.9,
+            "split=VD|b": 5.0,
+            "split=Overall|c": 20.0,
+            "d": float("nan"),
+        }
         assert score_in(metrics, wanted, percents) == score
         assert score_in(metrics, "d", percents) is None
 
