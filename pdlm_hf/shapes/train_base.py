@@ -8,7 +8,8 @@
     $train --out runs/choose --lesson choose --init runs/letters --lists asked --steps 2000 --seed 3
     $train --out runs/mixed --lesson easy --init runs/choose --lists asked --steps 2500 --seed 4
     $train --out runs/longer --lesson easy --init runs/mixed --steps 5000 --seed 5
-    $train --out runs/count --lesson count --init runs/longer --steps 1500 --seed 6 --learning-rate 6e-4
+    $train --out runs/count --lesson count --init runs/longer --steps 3600 --seed 6 --learning-rate 8e-4
+    $train --out runs/reason --lesson count --init runs/count --steps 3200 --seed 7 --learning-rate 6e-4
 
 To see, to say what is seen, to look up in lists, and then all of it at once: an answer by letter needs the word before
 the letter, and a letter that is wrong does not say which of the two was. The embedded checkpoint took a longer way,
