@@ -207,14 +207,14 @@ def test_several():
     assert several([FIGURES[0], FIGURES[2]], "count") == several(FIGURES[:1], "count") == {}
 
 
-def test_two_are_counted_as_often_as_one():
-    """In the lesson on counting, one of a kind, two of it and none are all asked for."""
+def test_two_of_a_kind_are_counted_often():
+    """In the lesson on counting; by chance it would be three answers in a hundred."""
     data, numbers = QuestionDataset(0, 600, "count"), Counter()
     for row in (data[k] for k in range(600)):
         question, answer = row["messages"][0]["content"][-1]["text"], row["messages"][1]["content"]
         if question.startswith("How many") and "How many figures" not in question:
             numbers.update(answer.split("\n"))
-    assert set(numbers) == {"0", "1", "2"} and min(numbers.values()) > sum(numbers.values()) / 8
+    assert set(numbers) == {"0", "1", "2"} and min(numbers.values()) > sum(numbers.values()) / 12
 
 
 def test_a_tally():
