@@ -7,11 +7,13 @@
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ import typer
 
 from . import LMMS_TASKS
 from .answering import REFERENCE_NAMES, SETTINGS
+
+
+RUN_NAMES = ("LMMS_CACHE_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")  # where lmms-eval has a run's name from
 
 
 def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
@@ -53,6 +58,20 @@ def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
     if "--log_samples" not in completed:
         completed.append("--log_samples")  # tokens and passes are in the samples
     return completed, known
+
+
+def unfinished_run(cache: str, arguments: list[str]) -> str:
+    """Name of the run in lmms-eval's response cache that this command goes on with, or begins.
+
+    lmms-eval keeps answers by run, names runs at random, and looks into those that ended well only.
+
+    Args:
+        cache (`str`): folder, as in `--use_cache`.
+        arguments (`list[str]`): of lmms-eval; the same ones go on with what they began.
+    """
+    folder = Path(cache).absolute().parent if cache.endswith(".db") else Path(cache).absolute()
+    digest = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:16]
+    return next(f"{digest}-{k}" for k in count() if not (folder / "runs" / f"{digest}-{k}" / ".merged").exists())
 
 
 def missing_results(tasks: list[str], files: list[Path]) -> list[str]:
@@ -102,6 +121,8 @@ def run(argv: list[str]) -> int:
         from .check import check_lmms_judge
 
         check_lmms_judge([name.strip() for name in known.tasks.split(",")])
+    if known.use_cache and not any(map(os.environ.get, RUN_NAMES)):
+        os.environ[RUN_NAMES[0]] = unfinished_run(known.use_cache, completed)
     output = Path(known.output_path)
     before = set(output.rglob("*_results.json"))
     sys.argv = ["lmms-eval", *completed]

@@ -7,7 +7,7 @@ import yaml
 
 from pdlm_evalkit import LMMS_TASKS
 from pdlm_evalkit.check import check_lmms_judge
-from pdlm_evalkit.lmms_run import arguments_for, missing_results
+from pdlm_evalkit.lmms_run import arguments_for, missing_results, unfinished_run
 
 
 def test_arguments_are_completed():
@@ -60,6 +60,15 @@ def test_missing_results(tmp_path):
     asked = ["mmstar", "blink", "blink_groups", "empty", "mmvp"]
     assert missing_results(asked, [tmp_path / "1_results.json"]) == ["empty", "mmvp"]
     assert missing_results(asked, []) == asked
+
+
+def test_a_run_that_did_not_end_goes_on(tmp_path):
+    first = unfinished_run(str(tmp_path), ["a"])
+    assert first == unfinished_run(str(tmp_path / "x.db"), ["a"]) != unfinished_run(str(tmp_path), ["b"])
+    (tmp_path / "runs" / first).mkdir(parents=True)
+    assert unfinished_run(str(tmp_path), ["a"]) == first
+    (tmp_path / "runs" / first / ".merged").touch()
+    assert unfinished_run(str(tmp_path), ["a"]) not in (first, unfinished_run(str(tmp_path), ["b"]))
 
 
 @pytest.mark.parametrize(
