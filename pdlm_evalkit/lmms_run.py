@@ -22,7 +22,6 @@ import typer
 from . import LMMS_TASKS
 from .answering import REFERENCE_NAMES, SETTINGS
 
-
 RUN_NAMES = ("LMMS_CACHE_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")  # where lmms-eval has a run's name from
 
 
