@@ -124,8 +124,9 @@ class Judge:
             rate limit, server error, a body that is no reply.
         timeout (`float`): seconds to wait for the server at a time.
         max_calls (`int`, *optional*): stop before sending more requests than this, retries included.
-        give_up_after (`int`): stop after this many failed calls in a row. Requests that are refused for what they
-            ask do not count once anything was answered: a picture the server's filter keeps back is asked about often.
+        give_up_after (`int`): stop after this many failed calls in a row. Where replies are kept, requests that are
+            refused for what they ask do not count once anything was answered: all questions about a picture that the
+            server's filter keeps back come in a row, and in the next run there are no others.
 
     Raises:
         ImportError: the `openai` package is missing.
@@ -300,7 +301,7 @@ class Judge:
             self._answered = self._answered or reply.text is not None
             if reply.text is not None:
                 self._failed_in_a_row = 0
-            elif not (reply.refused and self._answered):
+            elif not (reply.refused and self._answered and self.keeps_replies):
                 self._failed_in_a_row += 1
             if self._failed_in_a_row >= self.give_up_after:
                 raise JudgeError(
