@@ -41,17 +41,17 @@ class DenoisingStep:
 
 
 class RandomRows:
-    """Random numbers, one generator a row and the same seed for each: a row draws what it would draw alone.
+    """Random numbers, one generator a row. With a seed each has the same: a row draws what it would draw alone.
 
     Args:
         rows (`int`): rows of the batch.
-        seed (`int`, *optional*): default: a new one.
+        seed (`int`, *optional*): default: one a row from torch's own generator, so that `torch.manual_seed` decides.
         device (`torch.device`)
     """
 
     def __init__(self, rows: int, seed: int | None, device: torch.device):
-        seed = torch.seed() if seed is None else seed
-        self.generators = [torch.Generator(device).manual_seed(seed % 2**63) for _ in range(rows)]
+        seeds = torch.randint(2**63 - 1, (rows,)).tolist() if seed is None else [seed] * rows
+        self.generators = [torch.Generator(device).manual_seed(seed % 2**63) for seed in seeds]
         self.device = device
 
     def uniform(self, rows: list[int], counts: list[int], shape: tuple[int, ...]) -> torch.Tensor:
@@ -135,7 +135,7 @@ class GenerationTask:
                 logits[..., banned] = -torch.inf
             noisy = logits
             if self.temperature > 0:
-                uniform = self.random.uniform(rows[part], counts[part], logits.shape[1:])
+                uniform = self.random.uniform(rows[part], counts[part], logits.shape[1:]).to(logits.device)
                 noisy = gumbel_perturb(logits, self.temperature, uniform)
             tokens.append(noisy.argmax(-1))
             if self.settings.entropy_bound is not None:

@@ -160,7 +160,8 @@ class PdlmGenerationMixin:
     def _settings(self, generation_config: PdlmGenerationConfig | None, kwargs: dict[str, Any], chat: bool = False):
         """The model's settings (or those given), overridden by the keyword arguments of the call.
 
-        In chat a region checkpoint's own defaults that are for captions do not count; given ones are refused later.
+        In chat a region checkpoint's own defaults do not count where they are for captions; given ones are refused
+        later. A rule of adaptive decoding in the call takes the place of the other one among the defaults.
         """
         if generation_config is not None and not isinstance(generation_config, PdlmGenerationConfig):
             raise ValueError(
@@ -168,11 +169,19 @@ class PdlmGenerationMixin:
                 "whose settings mean nothing here."
             )
         base = (generation_config or self.generation_config).to_dict()
-        dropped = CAPTIONS_ONLY if chat and generation_config is None else ()
+        given, dropped = our_names(kwargs), set()
+        if chat and generation_config is None:
+            dropped |= {*CAPTIONS_ONLY}
+            if self.config.num_region_prompts:  # lengths of captions, not of answers
+                dropped |= {"max_new_tokens", "max_denoising_steps"}
+        if given.get("acceptance_threshold") is not None or given.get("remasking") == "random":
+            dropped.add("entropy_bound")
+        if given.get("entropy_bound") is not None:
+            dropped.add("acceptance_threshold")
         known = {
             k: v for k, v in base.items() if k in PdlmGenerationConfig._FIELDS and v is not None and k not in dropped
         }
-        return PdlmGenerationConfig(**{**known, **our_names(kwargs)})
+        return PdlmGenerationConfig(**{**known, **given})
 
     def _generate_captions(self, inputs, settings, region_order, image_index, streamer, tokenizer):
         for name in ("block_length", "generation_suffix"):

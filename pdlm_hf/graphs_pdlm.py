@@ -70,6 +70,10 @@ class CanvasGraphs:
         self.language_model = language_model
         self.graphs: OrderedDict[tuple, CanvasGraph | None] = OrderedDict()  # None: cannot be captured
 
+    def __reduce__(self):
+        """A copy, or what is pickled, begins without graphs: they belong to this process and these weights."""
+        return CanvasGraphs, (self.language_model,)
+
     def load(self, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache) -> CanvasGraph | None:
         """The graph for these shapes with this cache in it; None, with a logged reason, if it cannot be captured."""
         shape = (*embeds.shape[:2], cache.get_seq_length(), cache.block, cache.num_roi_tokens)

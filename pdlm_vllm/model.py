@@ -62,6 +62,7 @@ class PdlmForVllm(nn.Module, PdlmEyes, SupportsMultiModal):
     def __init__(self, *, vllm_config, prefix: str = ""):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
+        self.config.vision_config.dtype = vllm_config.model_config.dtype  # else the tower keeps the checkpoint's
         with self._mark_tower_model(vllm_config, {"image"}):
             self._build_eyes(self.config)
             self._build_region_prompts(self.config)

@@ -287,6 +287,7 @@ def chat(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Ask about a whole picture."""
+    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils.logging import disable_progress_bar
 
@@ -301,7 +302,8 @@ def chat(
         picture, path = load_image(image), checkpoint_name(model or BASE_CHECKPOINT)
         processor = _load(AutoProcessor.from_pretrained, path)
         network = _load(AutoModelForImageTextToText.from_pretrained, path, dtype="auto").eval()
-        inputs = processor(images=picture, text=question)
+        network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+        inputs = processor(images=picture, text=question).to(network.device)
         start = time.perf_counter()
         output = network.generate(**inputs, **settings, return_dict_in_generate=True)
     except (ValueError, OSError, ImportError) as error:

@@ -9,12 +9,12 @@ from typing import Any
 from PIL import Image
 
 from .coco import is_coco, load_json
+from .images import orientation_of
 from .readers import read_region_file
 from .regions import Region
 
 # Endings of region files, in the order in which they are looked for.
 _REGION_FILES = (".json", ".txt", ".png", ".bmp", ".tif", ".tiff")
-_ORIENTATION = 0x0112  # EXIF: from 5 on the picture lies on its side
 
 # What tells a region of a data set: the id of its picture, and its own.
 Key = tuple[int | str, int | str]
@@ -68,8 +68,8 @@ class DataSet:
                 (row["image_id"], row["annotation_id"]): {"caption": row["caption"], "score": row["score"]}
                 for row in rows
             }
-            annotations = self.coco["annotations"]
-            return {**self.coco, "annotations": [_with(a, said.get(_key_of(a))) for a in annotations]}
+            annotations = self.coco["annotations"]  # of two with one id the first was captioned
+            return {**self.coco, "annotations": [_with(a, said.pop(_key_of(a), None)) for a in annotations]}
         shown: dict[Any, dict] = {}
         annotations = []
         for row in rows:
@@ -129,8 +129,7 @@ def picture_size(path: Path) -> tuple[int, int]:
     """Width and height of a picture file as it is meant to be seen, from its head. Raises: ValueError."""
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5
-            return image.size[::-1] if turned else image.size
+            return image.size[::-1] if orientation_of(image) >= 5 else image.size
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be opened as a picture ({error}).") from None
 

@@ -262,7 +262,12 @@ def load_work(entry: Entry, done: Collection[Any]) -> Work:
         if all(own in done for own, _ in values):
             return work
         image = load_image(entry.path or entry.file_name, entry.data)
-    except (ValueError, OSError) as error:
+        if entry.size is not None and tuple(entry.size) != image.size:
+            raise ValueError(
+                f"the data set says {entry.size[0]} x {entry.size[1]} pixels, the picture has {image.size[0]} x "
+                f"{image.size[1]} (EXIF orientation applied); its regions would lie elsewhere."
+            )
+    except Exception as error:  # readers of pictures raise what they like; one picture must not end a run
         work.faults.append(fault(entry.id, None, entry.file_name, error))
         return work
     for own, value in values:

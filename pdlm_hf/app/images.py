@@ -5,9 +5,40 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..image_processing_pdlm import to_rgb
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow looks for the orientation
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 where it cannot be read, since a picture is of use without it."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises what it likes on damaged EXIF
+        return 1
+    return value if isinstance(value, int) and value in _TURNS else 1
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The picture as it is meant to be seen. Not Pillow's `exif_transpose`, which fails on tags of a wrong type."""
+    turn = _TURNS.get(orientation_of(image))
+    if turn is None:
+        return image.copy()
+    turned = image.transpose(turn)
+    for name in _ORIENTED:
+        turned.info.pop(name, None)
+    return turned
 
 
 def load_image(source: Any, data: bytes | None = None) -> Image.Image:
@@ -49,7 +80,7 @@ def open_image(
             if check is not None:
                 check(image)
             image.load()
-            return ImageOps.exif_transpose(image)
+            return _turned(image)
     except FileNotFoundError:
         raise ValueError(f"{name}: no such file.") from None
     except IsADirectoryError:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .coco import load_json, regions_in
 from .images import open_image
-from .regions import Region
+from .regions import Region, parse_region
 
 _PICTURES = {".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}  # without loss, so that they can hold labels
 _CIRCLE = 64  # corners of the polygon that stands for a circle
@@ -89,7 +89,7 @@ def from_sam(masks: Any) -> list[Any]:
 
 def from_labelme(source: str | Path | dict[str, Any], name: str | None = None) -> list[Any]:
     """Regions of a LabelMe file: polygons, rectangles, circles and masks. Shapes of one label and group are one
-    region. Ids are positions, "category" is the label.
+    region. Ids are positions, "category" is the label (of polygons).
 
     Args:
         source: the file, or what it holds.
@@ -104,23 +104,34 @@ def from_labelme(source: str | Path | dict[str, Any], name: str | None = None) -
     if not isinstance(shapes, list) or not shapes:
         raise ValueError(f"{name}: has no `shapes`; expected a LabelMe file with at least one.")
     regions: list[Any] = []
-    groups: dict[tuple, dict] = {}
+    groups: dict[tuple, int] = {}
     for number, shape in enumerate(shapes):
         where = f"{name}: shapes[{number}]"
         if not isinstance(shape, dict):
             raise ValueError(f"{where}: expected an object with `points`, got {shape!r:.60}.")
         if shape.get("shape_type") == "mask":
-            regions.append(Region(len(regions), _labelme_mask(shape, data, where)))
-            continue
-        polygon = _labelme_polygon(shape, where)
+            part = Region(len(regions), _labelme_mask(shape, data, where))
+        else:
+            polygon = _labelme_polygon(shape, where)
+            part = {"id": len(regions), "segmentation": [polygon], "category": shape.get("label")}
         group = None if shape.get("group_id") is None else (str(shape.get("label")), str(shape["group_id"]))
         if group in groups:
-            groups[group]["segmentation"].append(polygon)
+            place = groups[group]
+            regions[place] = _joined(regions[place], part, data)
             continue
-        regions.append({"id": len(regions), "segmentation": [polygon], "category": shape.get("label")})
+        regions.append(part)
         if group is not None:
-            groups[group] = regions[-1]
+            groups[group] = len(regions) - 1
     return regions
+
+
+def _joined(first: Any, second: Any, data: dict) -> Any:
+    """Two parts of a region as one: polygons side by side, or the mask of both."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return {**first, "segmentation": first["segmentation"] + second["segmentation"]}
+    size = int(data["imageWidth"]), int(data["imageHeight"])
+    masks = [part.mask if isinstance(part, Region) else parse_region(part, *size).mask for part in (first, second)]
+    return Region(first.id if isinstance(first, Region) else first["id"], masks[0] | masks[1])
 
 
 def _points(shape: dict, where: str) -> np.ndarray:

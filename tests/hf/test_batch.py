@@ -496,6 +496,30 @@ def near(monkeypatch):
     monkeypatch.setattr("pdlm_hf.app.replies._BACKOFF", 0.001)
 
 
+def test_a_picture_of_another_size_and_one_with_odd_exif(tmp_path):
+    """Regions of another size would lie elsewhere; EXIF that cannot be read costs nothing."""
+    write_coco(tmp_path, 3)
+    change(tmp_path, lambda data: data["images"][1].update(width=128, height=32))
+    tags = b"II*\0\x08\0\0\0\x02\0" + b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + b"\x1a\x01\x02\0\x04\0\0\0abc\0"
+    odd = tmp_path / "images" / "2.png"
+    Image.open(odd).transpose(Image.Transpose.ROTATE_90).save(odd, exif=tags + b"\0\0\0\0")
+    _, rows = caption_all(tmp_path)
+    assert {row["image_id"] for row in rows} == {0, 2}
+    (found,) = faults_of(tmp_path)
+    assert found["image_id"] == 1
+    assert "the data set says 128 x 32 pixels, the picture has 104 x 64" in found["reason"]
+
+
+def test_of_two_annotations_with_one_id_the_first_has_the_caption(tmp_path):
+    data = write_coco(tmp_path, 1)
+    twice = {**data["annotations"][1], "id": data["annotations"][0]["id"]}
+    change(tmp_path, lambda data: data["annotations"].append(twice))
+    whole = open_data(tmp_path / "coco.json", tmp_path / "images")
+    rows = [{"image_id": 0, "annotation_id": twice["id"], "caption": "a", "score": 1.0}]
+    said = [a.get("caption") for a in whole.with_captions(rows)["annotations"]]
+    assert said == ["a", None, None, None]
+
+
 def test_server(tmp_path, near, monkeypatch):
     write_coco(tmp_path, 12)
     _, whole = caption_all(tmp_path, "whole.jsonl")
@@ -503,6 +527,7 @@ def test_server(tmp_path, near, monkeypatch):
     exif = picture.getexif()
     exif[0x0112] = 6  # turned: the server is sent what we see
     picture.save(tmp_path / "images" / "1.png", exif=exif)
+    change(tmp_path, lambda data: data["images"][1].update(width=64, height=104))
     change(tmp_path, lambda data: data["annotations"].__delitem__(slice(3, 6)))
     change(tmp_path, lambda data: data["annotations"].append({"id": 1, "image_id": 1, "bbox": [0, 0, 104, 104]}))
     monkeypatch.setenv("SERVER_KEY", "secret")

@@ -7,7 +7,8 @@ import torch
 from tiny import lively_model, make_picture
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from pdlm_hf import PdlmGenerationConfig, PdlmGenerationOutput
+from pdlm_hf import CHECKPOINT, PdlmForConditionalGeneration, PdlmGenerationConfig, PdlmGenerationOutput
+from pdlm_hf.denoising_pdlm import RandomRows
 
 SLOTS, STEPS = 8, 4
 
@@ -218,6 +219,38 @@ def test_captions_follow_their_masks(model, processor):
     for permutation in ([3, 2, 1, 0], [1, 3, 0, 2]):
         got = run(model, processor(images=image, segmentation_maps=[masks[k] for k in permutation])).region_tokens[0]
         assert torch.equal(got, expected[permutation])
+
+
+def test_without_a_seed_torch_decides(model, inputs):
+    """As everywhere in torch: `manual_seed` repeats it, and rows of a batch draw different numbers."""
+
+    def drawn(state):
+        torch.manual_seed(state)
+        tokens = run(model, inputs, temperature=2.0).region_tokens
+        return tokens, torch.rand(1)
+
+    (first, after), (again, after_again), (other, _) = drawn(1), drawn(1), drawn(2)
+    assert torch.equal(first, again) and torch.equal(after, after_again)
+    assert not torch.equal(first, other)
+    free, fixed = RandomRows(2, None, torch.device("cpu")), RandomRows(2, 3, torch.device("cpu"))
+    different, same = (rows.uniform([0, 1], [4, 4], (4,)) for rows in (free, fixed))
+    assert torch.equal(same[0], same[1]) and not torch.equal(different[0], different[1])
+
+
+def test_a_rule_in_the_call_takes_the_place_of_the_default_one():
+    """The embedded checkpoint has a threshold of its own; its lengths are of captions, not of answers."""
+    network = PdlmForConditionalGeneration.from_pretrained(CHECKPOINT)
+    settings = network._settings(None, {"entropy_bound": 0.1})
+    assert (settings.entropy_bound, settings.acceptance_threshold) == (0.1, None)
+    with pytest.raises(ValueError, match="leave out `acceptance_threshold`"):
+        network._settings(None, {"entropy_bound": 0.1, "acceptance_threshold": 0.8})
+    network.generation_config.update(acceptance_threshold=None, entropy_bound=0.1)
+    settings = network._settings(None, {"acceptance_threshold": 0.5})
+    assert (settings.entropy_bound, settings.acceptance_threshold) == (None, 0.5)
+    assert network._settings(None, {"remasking": "random"}).entropy_bound is None
+    chat = network._settings(None, {}, chat=True)
+    assert (chat.max_new_tokens, chat.max_denoising_steps) == (None, None)
+    assert network._settings(None, {}).max_new_tokens == 32
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "seed": 1}])

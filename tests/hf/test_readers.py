@@ -143,6 +143,10 @@ def test_labelme_mask():
     Image.fromarray(np.full((5, 10), 255, np.uint8)).save(buffer, format="PNG")
     text = base64.b64encode(buffer.getvalue()).decode()
     check(from_labelme(labelme(shape("mask", [[2, 3], [11, 7]], mask=text))), MASKS[:1])
+    part = shape("mask", [[2, 3], [11, 7]], mask=text, group_id=1)
+    other = shape("polygon", [[20, 10], [26, 10], [26, 22], [20, 22]], group_id=1)
+    for together in ((part, other), (other, part), (part, other, part)):
+        check(from_labelme(labelme(*together)), [MASKS.any(0)])
     with pytest.raises(ValueError, match=r"shapes\[0\]: the mask cannot be read"):
         from_labelme(labelme(shape("mask", [[2, 3], [11, 7]], mask="AAAA")))
     with pytest.raises(ValueError, match=r"shapes\[0\]: the mask cannot be read"):

@@ -1,6 +1,8 @@
 """Canvas passes without a mask, and their CUDA graphs, give what the region mask gives."""
 
 import copy
+import pickle
+import threading
 
 import pytest
 import torch
@@ -105,6 +107,16 @@ def test_a_failed_capture_falls_back(split, inputs, monkeypatch, caplog):
     output = network.generate(**inputs, **SETTINGS, cuda_graphs=True)
     assert torch.equal(output.region_tokens, expected.region_tokens)
     assert list(network.canvas_graphs().graphs.values()) == [None]  # and it is not tried again
+
+
+def test_a_copied_model_begins_without_graphs(isolated_model):
+    """They hold memory of the device and cannot be copied or pickled."""
+    isolated_model.canvas_graphs().graphs["shape"] = threading.Lock()  # cannot be copied either
+    copied = copy.deepcopy(isolated_model)
+    assert not copied.canvas_graphs().graphs
+    assert copied.canvas_graphs().language_model is copied.model.language_model
+    assert not pickle.loads(pickle.dumps(isolated_model)).canvas_graphs().graphs
+    isolated_model._canvas_graphs = None
 
 
 def test_another_network_is_another_graph(isolated_model, inputs):
