@@ -57,7 +57,8 @@ class PdlmGenerationConfig(GenerationConfig):
         guidance_scale (`float`): classifier-free guidance, chat only; 1 (default) = off. Reference: cfg_scale + 1.
         generation_suffix (`str` or `list[int]`): chat only: text fixed behind the answer, seen while it is written.
         stop_strings (`str` or `list`): the answer (or caption) ends before the first of these.
-        seed (`int`): makes temperature > 0 and random remasking repeatable, whatever else is in the batch.
+        seed (`int`): makes temperature > 0 and random remasking repeatable, whatever else is in the batch: every row
+            draws the same numbers. Without it `torch.manual_seed` decides, and rows draw different ones.
         return_dict_in_generate (`bool`): chat: return [`PdlmGenerationOutput`] instead of the token tensor.
         output_history (`bool`): keep every step in `history`.
     """
