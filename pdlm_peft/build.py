@@ -160,7 +160,7 @@ def _tasks(source: Source, run: StepRun, counts: Counter, captions: bool) -> Ite
         if keys & seen:
             raise ValueError(f"row {number}: a region with the id of one in an earlier row; see `pdlm-peft validate`.")
         seen |= keys
-        if keys <= run.done | run.lost:
+        if all(key in run.done or key in run.lost for key in keys):
             counts["before"] += len(keys)
             continue
         for k in range(len(row["regions"])):

@@ -199,7 +199,9 @@ def remask_step(segmenter: Segmenter, min_iou: float, replace: bool = False) -> 
                 if overlap < min_iou:
                     yield task, Verdict(reason=f"low overlap: IoU {overlap:.3f}")
                     continue
-                region = {**task.region, "meta": {**task.region.get("meta", {}), "sam_iou": round(overlap, 4)}}
+                meta = task.region.get("meta") or {}
+                meta = meta if isinstance(meta, dict) else {"meta": meta}  # whatever its owner keeps there
+                region = {**task.region, "meta": {**meta, "sam_iou": round(overlap, 4)}}
                 if replace:
                     region["segmentation"] = Region(None, other).segmentation
                 yield task, Verdict(region)

@@ -316,10 +316,18 @@ def split(
 
     Returns:
         numbers of "rows", "regions" and "pictures" of both sides.
+
+    Raises:
+        ValueError: the three files are not three, or there are too few pictures.
     """
     if not 0 < share < 1:
         raise ValueError(f"The share to hold out must be between 0 and 1, got {share}.")
     found = find_source(source, images)
+    if train.resolve() == held_out.resolve():
+        raise ValueError(f"{train}: the two files must differ.")
+    for out in (train, held_out):
+        if found.path is not None and found.path.resolve() == out.resolve():
+            raise ValueError(f"{out}: the split would read what it writes; choose another file.")
     counts: tuple[Counter, Counter] = (Counter(), Counter())
     keys = sorted({_picture_key(row, found.folder) for row in reference_rows(found)})
     if len(keys) < 2:

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from pdlm_hf.app.regions import parse_region
 
-from .rows import Fault, RowError, open_row_image, row_size, sound_row
+from .rows import Fault, RowError, open_row_image, row_size, size_fault, sound_row
 from .sources import Source, find_source, open_table, parse_line, raw_rows
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -109,6 +109,8 @@ def decode_row(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
     """
     row = sound_row(raw, number)
     image = _open(row, number, folder)
+    if fault := size_fault(row, number, image.size):  # polygons and boxes would land elsewhere
+        raise RowError(fault)
     regions = []
     for k, region in enumerate(row["regions"]):
         try:

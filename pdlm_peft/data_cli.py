@@ -149,8 +149,6 @@ def split(
     """Split region data by picture: none is on both sides."""
     from .convert import split as split_rows
 
-    if train.resolve() == held_out.resolve():
-        raise ValueError(f"{train}: the two files must differ.")
     for out, counts in zip((train, held_out), split_rows(data, train, held_out, share, seed, images), strict=True):
         _say_counts(out, counts)
 

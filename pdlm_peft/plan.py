@@ -6,6 +6,7 @@ several processes take turns in it, so that they see what one process with all t
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,7 +195,7 @@ class StreamedRows(IterableDataset):
         epoch = position = 0
         while True:
             before = position
-            for index, row in enumerate(stream_rows(self.data.train, images=images)):
+            for index, row in enumerate(islice(stream_rows(self.data.train, images=images), self.data.limit)):
                 for group in cut(len(row["regions"]), self.prompts, index, epoch, self.data.partition):
                     yield with_seed(row, group, self.seed * 2**40 + position)
                     position += 1

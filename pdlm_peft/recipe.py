@@ -245,10 +245,11 @@ def _check(recipe: Recipe, where: str) -> None:
         if key not in TRAINING_KEYS:
             raise ValueError(f"{where}: unknown key `training.{key}`{nearest(f'training.{key}')}")
     logging, saving = training.get("logging_steps", 500), training.get("save_steps", 500)
-    if training.get("save_strategy") != "no" and (saving % logging or saving < 1):
+    counts = (isinstance(value, (int, float)) and value >= 1 for value in (logging, saving))
+    if training.get("save_strategy") != "no" and (not all(counts) or saving % logging):
         raise ValueError(
             f"{where}: `training.save_steps` ({saving}) must be a multiple of `training.logging_steps` ({logging}), "
-            "or the curve of a resumed run would differ from that of an undisturbed one."
+            "both at least 1, or the curve of a resumed run would differ from that of an undisturbed one."
         )
     if recipe.dtype == "bfloat16" and not training.get("bf16"):
         raise ValueError(
@@ -274,6 +275,8 @@ def _check(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: `data.num_slots` is a range from low to high, got {list(data.num_slots)}.")
     if data.streaming and training.get("max_steps", -1) < 1:
         raise ValueError(f"{where}: `data.streaming` needs `training.max_steps`, since the length is not known.")
+    if data.streaming and data.kind != "regions":
+        raise ValueError(f"{where}: `data.streaming` is for `data.kind: regions`, got {data.kind}.")
 
 
 def _floats(value: Any) -> Any:

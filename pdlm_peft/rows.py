@@ -220,6 +220,14 @@ def row_size(row: dict) -> tuple[int, int] | None:
     return None
 
 
+def size_fault(row: dict, number: int, size: tuple[int, int]) -> Fault | None:
+    """Whether the row says another width and height than its picture has."""
+    if "width" not in row or "height" not in row or (row["width"], row["height"]) == size:
+        return None
+    got, expected = (f"{w} x {h}" for w, h in ((row["width"], row["height"]), size))
+    return Fault(number, "width", "other size", got, f"{expected}, as the picture")
+
+
 def open_row_image(image: Any, folder: Path | None) -> Image.Image:
     """The picture of a row, RGB, turned the way it is meant to be seen.
 

@@ -1,6 +1,7 @@
 """Captions of held-out pictures while a model trains: as pictures, as text, in TensorBoard and wandb."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers.trainer_callback import TrainerCallback
 from pdlm_hf import RegionCaptioner
 from pdlm_hf.app.drawing import draw_captions
 from pdlm_hf.app.regions import parse_regions
+
+logger = logging.getLogger(__name__)
 
 
 class CaptionSamples(TrainerCallback):
@@ -36,9 +39,14 @@ class CaptionSamples(TrainerCallback):
         """Caption, if it is time."""
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
-        if state.is_world_process_zero:
-            with torch.inference_mode():
+        if not state.is_world_process_zero:
+            return
+        try:
+            # what is trained is float32 beside frozen bf16 weights: autocast brings them together, as in training
+            with torch.inference_mode(), self.trainer.accelerator.autocast():
                 self.write(state.global_step)
+        except Exception as error:  # a picture to look at is not worth a run
+            logger.warning("No samples at step %d (%s: %s).", state.global_step, type(error).__name__, error)
 
     def write(self, step: int) -> None:
         """Caption all pictures and write what was said."""

@@ -173,7 +173,12 @@ def _coco_rows(path: Path) -> Iterator[tuple[int, Any]]:
         else:
             ids.add(annotation.get("id"))
             rows[annotation["image_id"]][2].append(annotation)
-    names = {entry.get("id"): entry.get("name") for entry in data.get("categories") or [] if isinstance(entry, dict)}
+    names = {}
+    for k, entry in enumerate(data.get("categories") or []):
+        if fault := _wrong_id(entry, k, "categories"):
+            yield k + 1, RowError(fault)
+        elif isinstance(entry, dict):
+            names[entry.get("id")] = entry.get("name")
     for number, image, own in rows.values():
         if own:
             row = {"image": image["file_name"], "regions": [_coco_region(annotation, names) for annotation in own]}
@@ -185,8 +190,19 @@ def _coco_fault(entry: Any, needed: tuple[str, ...], k: int, name: str, ids: Any
     for key in needed:
         if not isinstance(entry, dict) or not isinstance(entry.get(key), (int, str)):
             return Fault(k + 1, f"{name}[{k}].{key}", "missing field", f"{entry!r:.60}", f"`{key}`")
+    if fault := _wrong_id(entry, k, name):
+        return fault
     if entry.get("id") is not None and entry["id"] in ids:
         return Fault(k + 1, f"{name}[{k}].id", "duplicate id", f"{entry['id']!r} again", "an id for each")
+    return None
+
+
+def _wrong_id(entry: Any, k: int, name: str) -> Fault | None:
+    """An id of the k-th entry that cannot be one."""
+    for key in ("id", "category_id"):
+        value = entry.get(key) if isinstance(entry, dict) else None
+        if isinstance(value, (list, dict)):
+            return Fault(k + 1, f"{name}[{k}].{key}", "wrong type", f"{value!r:.60}", "a number or a text")
     return None
 
 

@@ -116,7 +116,7 @@ def _device_memory(settings, dry_run: bool) -> float | None:
     if dry_run and settings.hardware.memory:
         return settings.hardware.memory
     if torch.cuda.is_available() and not settings.training.get("use_cpu"):
-        return torch.cuda.mem_get_info()[1] / 1e9
+        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[1] / 1e9
     return None
 
 

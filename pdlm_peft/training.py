@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import TrainerCallback
 
 from pdlm_hf.app.collator import PdlmCollator
+from pdlm_hf.app.telling import needs
 from pdlm_hf.shapes.train import Clock, InOrderTrainer
 
 from .adapters import BASE_FILE, add_adapter, behave, behaviour, fingerprint, read_base, write_base
@@ -19,9 +21,11 @@ from .plan import StreamedRows, TrainingRows, held_out_rows, open_dataset, plan
 from .recipe import Recipe
 from .samples import CaptionSamples
 
+RUN_FILE = "run.json"  # what the order of the rows depends on, besides the recipe
 LEVELS = 5  # bins of the noise level in the log
 # settings that a run may change when it goes on
 _FREE = {
+    ("output",),
     ("samples",),
     ("hardware",),
     ("generation",),
@@ -80,13 +84,20 @@ class _AdapterFiles(TrainerCallback):
 
 
 def arguments(recipe: Recipe) -> TrainingArguments:
-    """transformers' arguments of a recipe. Raises: ValueError if they refuse a value."""
+    """transformers' arguments of a recipe.
+
+    Raises:
+        ValueError: they refuse a value.
+        ImportError: `report_to` names something that is not installed.
+    """
     settings = {"report_to": "none", "use_cpu": not torch.cuda.is_available()} | recipe.training
     if recipe.data.streaming:
         # dispatching would cut every tensor to the number of rows, and pictures have several tiles each
         settings["accelerator_config"] = {"dispatch_batches": False}
+        # every worker would read the whole file, and every row would be trained once for each of them
+        settings["dataloader_num_workers"] = min(settings.get("dataloader_num_workers", 0), 1)
     try:
-        return TrainingArguments(
+        found = TrainingArguments(
             output_dir=str(Path(recipe.output) / "checkpoints"),
             seed=recipe.seed,
             remove_unused_columns=False,
@@ -96,6 +107,16 @@ def arguments(recipe: Recipe) -> TrainingArguments:
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"`training`: {error}") from error
+    available = get_available_reporting_integrations()
+    for name in (name for name in found.report_to if name not in available):
+        if name == "tensorboard":
+            raise ImportError(needs(name, name))
+        raise ImportError(f"`training.report_to`: {name} is not known or not installed, perhaps: pip install {name}")
+    return found
+
+
+# what stays as it is beside a language model in 4 bits; transformers compares full names from their start, and ends
+SKIPPED = ["model.vision_tower", "model.multi_modal_projector", "model.region_embedding", "lm_head"]
 
 
 def quantization(recipe: Recipe):
@@ -119,7 +140,7 @@ def quantization(recipe: Recipe):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "region_embedding", "lm_head"],
+        llm_int8_skip_modules=SKIPPED,
     )
 
 
@@ -165,12 +186,15 @@ def build(recipe: Recipe) -> RegionTrainer:
     """A trainer for the recipe, before its first step. Raises: ValueError, ImportError."""
     out = Path(recipe.output)
     mark = fingerprint(recipe.base)
-    check_folder(recipe, out, mark)
     args = arguments(recipe)
+    check_folder(recipe, out, mark, args.world_size)
     set_seed(recipe.seed)
     processor = AutoProcessor.from_pretrained(recipe.base)
     rows, args.max_steps = training_rows(recipe, args, processor)  # bad data is found before the model is loaded
     held_out = open_dataset(recipe.data, held_out=True, length=64, seed=recipe.seed)
+    samples, pictures = recipe.samples, []
+    if samples.every and held_out is not None and recipe.data.kind != "chat":
+        pictures = [held_out[k] for k in range(min(samples.images, len(held_out)))]
     model, processor = load(recipe)
     trainer = RegionTrainer(
         model=model,
@@ -181,17 +205,16 @@ def build(recipe: Recipe) -> RegionTrainer:
         processing_class=processor,
         callbacks=[Clock(), _AdapterFiles(recipe, mark)],
     )
-    samples = recipe.samples
-    if samples.every and samples.images and held_out is not None and recipe.data.kind != "chat":
-        pictures = [held_out[k] for k in range(min(samples.images, len(held_out)))]
+    if pictures:
         trainer.add_callback(CaptionSamples(trainer, processor, pictures, samples.every, out / "samples"))
     return trainer
 
 
-def check_folder(recipe: Recipe, out: Path, mark: str) -> None:
+def check_folder(recipe: Recipe, out: Path, mark: str, processes: int) -> None:
     """Whether a run may start, or go on, in this folder. Raises: ValueError."""
     if not (out / "recipe.yaml").is_file():
-        if out.exists() and any(out.iterdir()):
+        # a start that failed before its first step leaves an empty folder for the steps
+        if out.exists() and any(path.name != "checkpoints" or any(path.iterdir()) for path in out.iterdir()):
             raise ValueError(f"{out} is not empty and holds no run; give another `output`.")
         return
     old, new = yaml.safe_load((out / "recipe.yaml").read_text()), recipe.model_dump(mode="json")
@@ -209,6 +232,12 @@ def check_folder(recipe: Recipe, out: Path, mark: str) -> None:
                 )
     if (out / BASE_FILE).is_file() and read_base(out)["fingerprint"] != mark:
         raise ValueError(f"{out} holds a run on other weights than those of {recipe.base}; give another `output`.")
+    before = json.loads((out / RUN_FILE).read_text())["processes"] if (out / RUN_FILE).is_file() else processes
+    if before != processes:  # another batch, so other steps and another order
+        raise ValueError(
+            f"{out} holds a run of {before} processes, now there are {processes}. Go on with as many, or give another "
+            "`output`."
+        )
 
 
 def last_complete(folder: Path) -> str | None:
@@ -235,6 +264,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if main:
         out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        (out / RUN_FILE).write_text(json.dumps({"processes": trainer.args.world_size}) + "\n")
         write_base(out, recipe, mark)
     last = last_complete(out / "checkpoints")
     has_eval = trainer.eval_dataset is not None and trainer.args.eval_strategy != "no"
@@ -244,12 +274,21 @@ def run(recipe: Recipe) -> dict[str, Any]:
         "eval_loss" in e for e in trainer.state.log_history if e["step"] == trainer.args.max_steps
     ):
         trainer.evaluate()
-    trainer.save_model(str(out))
+    save(trainer, out)
     record = _record(recipe, trainer, last)
     if main:
         (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
         write_run_card(recipe, record, out)
     return record
+
+
+def save(trainer: RegionTrainer, out: Path) -> None:
+    """Write the finished adapter or checkpoint. Raises: OSError if there is none afterwards."""
+    if trainer.is_fsdp_enabled:  # of shards, as saved steps are, `save_model` writes nothing
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(out))
+    if trainer.is_world_process_zero() and not any(out.glob("*.safetensors")):
+        raise OSError(f"{out}: no weights were written; the last saved step is in {out / 'checkpoints'}.")
 
 
 def _record(recipe: Recipe, trainer: RegionTrainer, last: str | None) -> dict[str, Any]:

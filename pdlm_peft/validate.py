@@ -14,7 +14,7 @@ import numpy as np
 from pdlm_hf.app.regions import region_areas
 
 from .data import decode_row
-from .rows import WHOLE, Fault, RowError, check_row, normal_row, open_row_image, row_size
+from .rows import WHOLE, Fault, RowError, check_row, normal_row, open_row_image, row_size, size_fault
 from .sources import Source, raw_rows
 
 _BATCH = 512  # rows whose masks and captions are looked at together
@@ -135,7 +135,6 @@ class Validator:
         if any(fault.field in ("image", "width", "height") for fault in found):
             return None
         self.images.add(_digest(row["image"]))
-        said = (row["width"], row["height"]) if "width" in row and "height" in row else None
         if not self.open_images:
             return row_size(row)
         try:
@@ -143,9 +142,8 @@ class Validator:
         except ValueError as error:
             self.faults.append(picture_fault(number, error))
             return None
-        if said and said != size:
-            got, expected = (f"{w} x {h}" for w, h in (said, size))
-            self.faults.append(Fault(number, "width", "other size", got, f"{expected}, as the picture"))
+        if fault := size_fault(row, number, size):
+            self.faults.append(fault)
         return size
 
     def _check_ids(self, row: dict, number: int) -> None:

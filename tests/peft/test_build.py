@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from pdlm_hf.app import replies
 from pdlm_hf.app.regions import region_areas
-from pdlm_peft.build import Task, region_key
+from pdlm_peft.build import StepRun, Task, Verdict, region_key, run_step
 from pdlm_peft.build_steps import Segmenter, box_around, iou, remask_step, repetition
 from pdlm_peft.cli import app
+from pdlm_peft.sources import find_source
 
 ROOT = Path(__file__).parents[2]
 
@@ -218,6 +219,10 @@ def test_a_mask_of_its_own_box(world):
         share = mask.sum() / ((x1 - x0) * (y1 - y0))
         assert verdict.region["meta"]["sam_iou"] == pytest.approx(share, abs=1e-4)
         assert region_areas([verdict.region], [pictures[0].image.size]) == [(x1 - x0) * (y1 - y0)]
+    rows[0]["regions"][0]["meta"], rows[0]["regions"][1]["meta"] = "by hand", {"of": 3}
+    metas = [verdict.region["meta"] for _, verdict in remask_step(Boxes(), 0.0)(tasks)]
+    assert metas[0] == {"meta": "by hand", "sam_iou": metas[0]["sam_iou"]}
+    assert metas[1] == {"of": 3, "sam_iou": metas[1]["sam_iou"]}
     assert iou(mask, mask) == 1
 
 
@@ -249,6 +254,22 @@ def test_a_run_that_was_killed_goes_on(world):
     assert [r["id"] for r in regions_of(sorted(found, key=lambda row: row["image"]))] == [
         r["id"] for r in regions_of(rows)
     ]
+
+
+def test_what_is_done_is_looked_up_and_not_copied(world):
+    """A resumed run asks for its own regions only, however many are done."""
+
+    class Counted(set):
+        def __or__(self, other):
+            raise AssertionError("copies all that is done, for every row")
+
+    folder, rows, _ = world
+    source = find_source(write_jsonl(folder / "rows.jsonl", rows))
+    for _ in range(2):
+        run = StepRun(folder / "out.jsonl", {})
+        run.done, run.lost = Counted(run.done), Counted(run.lost)
+        counts = run_step(source, run, lambda tasks: ((task, Verdict(task.region)) for task in tasks))
+    assert counts == {"before": len(regions_of(rows))}
 
 
 def test_rows_that_cannot_be_told_apart(world):

@@ -227,4 +227,9 @@ def test_a_split_keeps_pictures_apart(tmp_path):
     converting.split(source, tmp_path / "a", tmp_path / "b", 0.1, 4)
     assert {os.path.basename(row["image"]) for row in read_jsonl(tmp_path / "b")} != names[1]
     assert run("split", source, train, train).exit_code == 2
+    before = source.read_bytes()
+    for outputs in ((source, held), (train, tmp_path / "sub" / ".." / "rows.jsonl")):
+        result = run("split", source, *outputs)
+        assert result.exit_code == 2 and "would read what it writes" in result.stderr
+    assert source.read_bytes() == before
     assert run("split", source, train, held, "--held-out", "1").exit_code == 2

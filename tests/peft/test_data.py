@@ -185,6 +185,19 @@ def test_what_is_wrong_is_named(world, tmp_path, row, message):
         list(stream_rows(path, root / "images"))
 
 
+def test_a_size_that_is_not_the_pictures(tmp_path):
+    """It is that of the picture as it is meant to be seen."""
+    exif = Image.Exif()
+    exif[274] = 6  # a quarter turn
+    Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
+    row = {"image": "turned.jpg", "regions": [{"bbox": [0, 0, 5, 5], "caption": "x"}]}
+    sized = [row | {"width": w, "height": h} for w, h in ((10, 20), (20, 10))]
+    found = RegionDataset(write_jsonl(tmp_path / "rows.jsonl", sized))
+    assert found[0]["regions"][0]["mask"].shape == (20, 10)
+    with pytest.raises(ValueError, match="^row 2: width: got 20 x 10, expected 10 x 20, as the picture$"):
+        found[1]
+
+
 def test_files_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         RegionDataset(tmp_path / "none.json")

@@ -10,6 +10,7 @@ from pdlm_peft.adapters import add_adapter
 from pdlm_peft.cli import app
 from pdlm_peft.memory import GB, Row, activations, estimate, load_config, refuse
 from pdlm_peft.recipe import Adapter, load_recipe, names
+from pdlm_peft.train_cli import _device_memory
 from pdlm_peft.training import load
 
 
@@ -83,6 +84,15 @@ def test_refusal_says_what_helps():
     recipe = load_recipe("lora_8b_80gb")
     with pytest.raises(ValueError, match=r"needs about \d+\.\d GB .* 24 GB .*batch_size=1 .*qlora_8b_24gb"):
         refuse(estimate(recipe, load_config(recipe)), 24)
+
+
+def test_each_process_asks_its_own_device(monkeypatch):
+    sizes = {0: 24e9, 1: 80e9}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, sizes[device]))
+    assert _device_memory(load_recipe("lora_8b_80gb"), False) == 24
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert _device_memory(load_recipe("lora_8b_80gb"), False) == 80
 
 
 def test_parameters_are_those_of_the_model(tmp_path):

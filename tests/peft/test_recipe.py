@@ -70,6 +70,7 @@ def test_overrides():
         ("adapter.rank", "expected key=value"),
         ("training.seed=3", "`training.seed` cannot be set here: set `seed`"),
         ("training.save_steps=7", "must be a multiple of `training.logging_steps`"),
+        ("training.logging_steps=0", "`training.logging_steps` (0), both at least 1"),
         ("quantize=4bit adapter=null", "4-bit weights cannot be trained"),
         ("dtype=bfloat16", "needs `training.bf16: true`"),
         ("dtype=bfloat16 training.bf16=true adapter=null", "set dtype=float32"),
@@ -80,6 +81,8 @@ def test_overrides():
         ("generation.acceptance_threshold=2", "`generation`: `acceptance_threshold` must be in"),
         ("generation.treshold=0.9", "unknown key `generation.treshold`"),
         ("data.streaming=true training.max_steps=-1", "needs `training.max_steps`"),
+        ("data.streaming=true data.kind=drawn", "`data.streaming` is for `data.kind: regions`, got drawn"),
+        ("data.streaming=true data.kind=chat", "`data.streaming` is for `data.kind: regions`, got chat"),
     ],
 )
 def test_bad_overrides(override, message):

@@ -4,15 +4,17 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
 from small import ROOT, SMALL, chat_rows, losses, region_rows, run, small
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 import pdlm_hf
-from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT
+from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmBaseConfig, PdlmConfig
 from pdlm_hf.app.collator import PdlmCollator, partition_regions
 from pdlm_peft import plan as plan_module
 from pdlm_peft import training
@@ -108,14 +110,20 @@ def test_held_out_rows_never_change(shapes_processor):
 
 
 def test_streamed_rows_go_on_from_the_start(shapes_processor, monkeypatch):
-    import types
-
-    module = types.SimpleNamespace(stream_rows=lambda source, images=None: iter(region_rows(2)))
+    module = types.SimpleNamespace(stream_rows=lambda source, images=None: iter(region_rows(4)))
     monkeypatch.setitem(sys.modules, "pdlm_peft.data", module)
-    stream = iter(StreamedRows(Data(train="x", partition="together", streaming=True), shapes_processor, 1))
+    stream = iter(StreamedRows(Data(train="x", partition="together", streaming=True, limit=2), shapes_processor, 1))
     rows = [next(stream) for _ in range(5)]
     assert [row["seed"] - 2**40 for row in rows] == [0, 1, 2, 3, 4]
     assert len(rows[0]["regions"]) == len(rows[2]["regions"]) == len(rows[4]["regions"])
+
+
+def test_streams_have_one_worker(tmp_path):
+    """Each of several would read the whole file."""
+    settings = ["model=shapes", "data.train=x", "training.dataloader_num_workers=4"]
+    for streaming, workers in ((True, 1), (False, 4)):
+        recipe = small("lora_8b_80gb", tmp_path, *settings, f"data.streaming={streaming}")
+        assert training.arguments(recipe).dataloader_num_workers == workers
 
 
 def test_the_new_world_is_new_and_fits_its_slots(shapes_processor):
@@ -204,7 +212,29 @@ def test_four_bits_need_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.utils.import_utils.is_bitsandbytes_available", lambda *a, **k: True)
     config = training.quantization(recipe)
     assert (config.load_in_4bit, config.bnb_4bit_quant_type) == (True, "nf4")
-    assert "lm_head" in config.llm_int8_skip_modules and "vision_tower" in config.llm_int8_skip_modules
+    assert config.llm_int8_skip_modules == training.SKIPPED
+
+
+@pytest.mark.parametrize("kind", [PdlmConfig, PdlmBaseConfig])
+def test_four_bits_are_for_the_language_model(kind):
+    """As transformers itself decides, over the names of the 8B."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(kind())
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    converted = {name for name in linear if should_convert_module(name, training.SKIPPED)}
+    assert converted == {name for name in linear if name.startswith("model.language_model.")}
+    assert len(converted) == 7 * 32 < len(linear)
+    assert not any(should_convert_module(name, training.SKIPPED) for name in ("model.region_embedding", "lm_head"))
+
+
+def test_reporters_are_asked_for_before_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: ["trackio"])
+    for name, message in (("tensorboard", r"perceptiondlm\[tensorboard\]"), ("wandb", "pip install wandb")):
+        with pytest.raises(ImportError, match=message):
+            training.build(small("shapes", tmp_path / "run", f"training.report_to={name}"))
+    assert training.arguments(small("shapes", tmp_path, "training.report_to=trackio")).report_to == ["trackio"]
+    assert not any(tmp_path.iterdir())
+    assert {load_recipe(name).training["report_to"] for name in names()} == {"none"}
 
 
 def test_losses_by_level(tmp_path):
@@ -227,6 +257,47 @@ def test_samples_are_drawn(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"0.png", "1.png", "captions.jsonl"}
     lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
     assert {"picture", "region", "said", "true", "score"} == set(lines[0])
+
+
+def test_samples_of_bf16_weights(tmp_path):
+    """The projector is trained in float32, the vision tower before it stays bf16."""
+    bf16 = ["dtype=bfloat16", "training.bf16=true", "samples.images=1"]
+    record = training.run(small("shapes", tmp_path / "run", *bf16, "samples.every=1"))
+    lines = (tmp_path / "run" / "samples" / "step_000002" / "captions.jsonl").read_text().splitlines()
+    assert lines and all(json.loads(line)["said"] for line in lines)
+    without = training.run(small("shapes", tmp_path / "without", *bf16))
+    assert losses(record["log"]) == losses(without["log"])
+
+
+def test_samples_that_fail_do_not_end_a_run(tmp_path, monkeypatch, caplog):
+    def fail(self, step):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(training.CaptionSamples, "write", fail)
+    assert training.run(small("shapes", tmp_path / "run", "samples.every=2"))["steps"] == 2
+    said = [record.getMessage() for record in caplog.records if record.name == "pdlm_peft.samples"]
+    assert said == ["No samples at step 2 (RuntimeError: out of memory)."]
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_shards_are_gathered_for_the_finished_folder(tmp_path):
+    """Trainer.save_model of FSDP writes whole weights or nothing."""
+    plugin = types.SimpleNamespace(kind="SHARDED_STATE_DICT")
+    plugin.set_state_dict_type = lambda kind: setattr(plugin, "kind", kind)
+
+    def trainer(writes):
+        def save_model(folder):
+            if plugin.kind == writes:
+                (tmp_path / "adapter_model.safetensors").touch()
+
+        state = types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin))
+        main = {"is_fsdp_enabled": True, "is_world_process_zero": lambda: True}
+        return types.SimpleNamespace(accelerator=state, save_model=save_model, **main)
+
+    with pytest.raises(OSError, match="no weights were written; the last saved step is in .*checkpoints"):
+        training.save(trainer("another"), tmp_path)
+    training.save(trainer("FULL_STATE_DICT"), tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 def test_the_card(own_rows, tmp_path):
@@ -281,6 +352,44 @@ def test_other_settings_do_not_go_on(tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         training.run(small("shapes", tmp_path / "full"))
+
+
+def test_a_moved_run_goes_on(tmp_path, monkeypatch):
+    """Its folder is its own, by whatever name."""
+    training.run(small("shapes", tmp_path / "a"))
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    assert training.run(small("shapes", "./b"))["resumed_from"] == 2
+
+
+def test_another_number_of_processes_does_not_go_on(tmp_path):
+    training.run(small("shapes", tmp_path / "a"))
+    path = tmp_path / "a" / "run.json"
+    assert json.loads(path.read_text()) == {"processes": 1}
+    path.write_text('{"processes": 2}')
+    with pytest.raises(ValueError, match="holds a run of 2 processes, now there are 1"):
+        training.run(small("shapes", tmp_path / "a"))
+    path.unlink()  # as of a run before this was noted
+    assert training.run(small("shapes", tmp_path / "a"))["resumed_from"] == 2
+
+
+def test_a_failed_start_does_not_stand_in_the_way(tmp_path, monkeypatch):
+    class Bad(list):
+        def __getitem__(self, k):
+            raise ValueError("row 1: image: got nothing")
+
+    def open_dataset(data, held_out=False, **kwargs):
+        return Bad([1]) if held_out else real(data, **kwargs)
+
+    real = training.open_dataset
+    monkeypatch.setattr(training, "open_dataset", open_dataset)
+    monkeypatch.setattr(training, "load", lambda recipe: pytest.fail("the model was loaded first"))
+    with pytest.raises(ValueError, match="row 1: image"):
+        training.build(small("shapes", tmp_path / "run", "samples.every=2"))
+    monkeypatch.undo()
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # as Trainer makes it
+    assert training.run(small("shapes", tmp_path / "run"))["steps"] == 2
 
 
 def test_another_base_does_not_go_on(tmp_path, tiny_checkpoint):

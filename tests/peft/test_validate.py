@@ -152,6 +152,25 @@ def test_coco_files(world, processor, tmp_path):
     assert "line" in fault.got
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("annotations", "id", [1]),
+        ("annotations", "id", {}),
+        ("annotations", "category_id", [3]),
+        ("categories", "id", [0]),
+    ],
+)
+def test_ids_that_are_none(world, processor, tmp_path, part, key, value):
+    folder, rows, pictures = world
+    coco = as_coco(rows, pictures)
+    coco[part][1][key] = value
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    report = Validator(processor).validate(find_source(tmp_path / "coco.json", folder))
+    assert [(f.row, f.field, f.kind) for f in report.faults] == [(2, f"{part}[1].{key}", "wrong type")]
+    assert report.faults[0].got == repr(value)
+
+
 def test_command(world, tmp_path):
     root, rows, pictures = world
     good = write_jsonl(root / "good.jsonl", rows)
