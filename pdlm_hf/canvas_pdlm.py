@@ -16,6 +16,7 @@ from .graphs_pdlm import WIDTH_MULTIPLE, CanvasGraph, CanvasGraphs
 from .masking_pdlm import region_attention
 from .split_attention_pdlm import NAME as REGION_SPLIT
 from .split_attention_pdlm import split_pass
+from .versions_pdlm import CACHE
 
 
 def left_pad(rows: list[torch.Tensor], fill: Any) -> torch.Tensor:
@@ -147,8 +148,8 @@ class RegionCanvas:
             inputs_embeds=embeds,
             attention_mask=view.masks[whole],
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE: cache},
         ).last_hidden_state
         if whole and keep:
             self._keep(cache, rows)
@@ -195,8 +196,8 @@ class RegionCanvas:
             config=self.model.model.language_model.config,
             inputs_embeds=embeds,
             attention_mask=torch.cat([self.prompt_mask[rows], present], 1).long(),
-            past_key_values=cache if cache is not None and cache.prefix_length is not None else None,
             and_mask_function=region_attention(layout, self.task.config.prefix_attention),
+            **{CACHE: cache if cache is not None and cache.prefix_length is not None else None},
         )
 
     def _cache_of(self, rows: torch.Tensor) -> PrefixCache:

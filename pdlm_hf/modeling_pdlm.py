@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import LlamaModel, PreTrainedModel, SiglipVisionModel
+from transformers import Cache, LlamaModel, PreTrainedModel, SiglipVisionModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput, cached_file
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import cached_file
 
 from .configuration_pdlm import PdlmBaseConfig, PdlmConfig, PdlmTextConfig
 from .conversion_pdlm import register_conversion
@@ -18,6 +18,7 @@ from .diffusion_pdlm import diffusion_loss
 from .generation_config_pdlm import PdlmGenerationConfig
 from .generation_pdlm import PdlmGenerationMixin
 from .masking_pdlm import region_attention, region_layout
+from .versions_pdlm import CACHE
 
 register_conversion()
 
@@ -28,9 +29,9 @@ AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToTex
 
 
 @dataclass
-class PdlmOutput(ModelOutput):
+class PdlmOutput(CausalLMOutputWithPast):
     """
-    Output of [`PdlmForConditionalGeneration`].
+    Output of [`PdlmForConditionalGeneration`]: transformers' fields, and the losses of single samples.
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` are given):
@@ -38,21 +39,16 @@ class PdlmOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
             Scores of the token at each position itself (no shift). None when `labels` are given: the loss needs them
             at the masked positions only.
+        cache (`Cache`, *optional*):
+            The cache that was passed; `past_key_values` before transformers 5.24.
+        hidden_states, attentions (`tuple`, *optional*):
+            Of the language model, on request.
         sample_losses (`torch.FloatTensor` of shape `(batch_size,)`, *optional*, returned when `labels` are given):
             What every sample adds to the loss, without gradient; `loss` is their mean. Beside `mask_probability` it
             shows how well the model does at each noise level. None in replacement mode.
-        past_key_values (`Cache`, *optional*):
-            The cache that was passed.
-        hidden_states, attentions (`tuple`, *optional*):
-            Of the language model, on request.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
     sample_losses: torch.FloatTensor | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple | None = None
-    attentions: tuple | None = None
 
 
 def pixel_unshuffle(features: torch.Tensor, factor: int) -> torch.Tensor:
@@ -197,7 +193,7 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
     output_modalities = ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "SiglipEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = False  # the vision tower, a model of its own, does
@@ -409,7 +405,7 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_grids: torch.LongTensor | None = None,
@@ -419,9 +415,11 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
         layout: torch.LongTensor | None = None,
         training_geometry: bool = False,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """One bidirectional pass. `layout` (see [`region_layout`]) is derived from `input_ids` if left out."""
+        cache = past_key_values if cache is None else cache  # the older name of the argument
         if inputs_embeds is None:
             inputs_embeds = self.embed(
                 input_ids, pixel_values, image_grids, region_masks, region_boxes, original_sizes, training_geometry
@@ -435,15 +433,15 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
             config=self.language_model.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             and_mask_function=allowed,
+            **{CACHE: cache},
         )
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=bool(use_cache),
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -487,7 +485,7 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_grids: torch.LongTensor | None = None,
@@ -500,6 +498,7 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
         mask_probability: torch.FloatTensor | None = None,
         replacement_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> PdlmOutput:
         r"""Logits of every position, or with `labels` the masked-diffusion loss (LLaDA; reference-spec section 10).
@@ -509,6 +508,7 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 0 for padding, on either side.
             pixel_values, image_grids, region_masks, region_boxes, original_sizes: from the processor.
             layout (`torch.LongTensor`): see [`region_layout`]; derived from the ids if left out.
+            cache (`Cache`, *optional*): keys and values of earlier rows; `past_key_values` is its older name.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): answer tokens, -100 elsewhere.
             noise_mask (`torch.BoolTensor` of that shape): positions masked in this pass; the collator draws it.
             mask_probability (`torch.FloatTensor` of shape `(batch_size,)`): probability with which it was drawn.
@@ -541,7 +541,7 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             image_grids=image_grids,
@@ -562,9 +562,9 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             loss=loss,
             logits=logits,
             sample_losses=sample_losses,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
 
     def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, noise_mask: torch.Tensor, probability: torch.Tensor):

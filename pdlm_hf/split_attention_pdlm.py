@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .caching_pdlm import SplitCache
+from .versions_pdlm import CACHE
 
 NAME = "region_split"
 # torch 2.11 has the function without what is needed here
@@ -108,9 +109,9 @@ def split_pass(language_model, embeds: torch.Tensor, positions: torch.Tensor, ca
         inputs_embeds=embeds,
         attention_mask=unread,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         split=cache,
+        **{CACHE: cache},
     ).last_hidden_state
 
 

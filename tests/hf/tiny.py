@@ -11,7 +11,7 @@ FLAT_FILES = [
     f"{name}_pdlm.py"
     for name in (
         "caching canvas chat_denoising configuration conversion denoising diffusion generation_config generation "
-        "graphs image_processing masking modeling processing split_attention"
+        "graphs image_processing masking modeling processing split_attention versions"
     ).split()
 ]
 
