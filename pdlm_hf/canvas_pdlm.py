@@ -28,6 +28,20 @@ def left_pad(rows: list[torch.Tensor], fill: Any) -> torch.Tensor:
     return out
 
 
+def as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask of booleans as what attention adds to its scores, in memory rows of a multiple of 8.
+
+    That is the form kernels of scaled_dot_product_attention want; from anything else they make it at every layer.
+
+    Args:
+        mask (`torch.BoolTensor` of shape `(..., keys)`): True where a query sees a key.
+        dtype (`torch.dtype`): of the scores.
+    """
+    keys = mask.shape[-1]
+    bias = torch.zeros(*mask.shape[:-1], -(-keys // 8) * 8, dtype=dtype, device=mask.device)[..., :keys]
+    return bias.masked_fill_(~mask, -torch.inf)
+
+
 @dataclass
 class CanvasView:
     """The blocks that take part in a pass: of some rows, some regions, packed to the left.
@@ -192,13 +206,14 @@ class RegionCanvas:
         blocks = self.block_layout[rows[:, None], view.blocks].flatten(1)
         layout = torch.cat([self.prompt_layout[rows], blocks], 1)
         present = view.present[..., None].expand(-1, -1, size).flatten(1)
-        return create_bidirectional_mask(
+        mask = create_bidirectional_mask(
             config=self.model.model.language_model.config,
             inputs_embeds=embeds,
             attention_mask=torch.cat([self.prompt_mask[rows], present], 1).long(),
             and_mask_function=region_attention(layout, self.task.config.prefix_attention),
             **{CACHE: cache if cache is not None and cache.prefix_length is not None else None},
         )
+        return as_bias(mask, embeds.dtype) if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool else mask
 
     def _cache_of(self, rows: torch.Tensor) -> PrefixCache:
         """The cache, cut down to these rows once others have finished; frees their memory."""

@@ -1,6 +1,7 @@
 """Denoising of chat answers: block after block from left to right, any order within a block."""
 
 import torch
+from transformers.masking_utils import create_bidirectional_mask
 
 from .canvas_pdlm import left_pad
 from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, find
@@ -27,7 +28,13 @@ class ChatCanvas:
         self.first = self.embeds.shape[1] - len(self.tail)
         lengths = real.sum(1, keepdim=True) + len(self.tail)
         columns = torch.arange(self.embeds.shape[1], device=task.device)
-        self.attention_mask = (columns >= self.embeds.shape[1] - lengths).long()
+        real = (columns >= self.embeds.shape[1] - lengths).long()
+        self.positions = (real.cumsum(1) - 1).clamp_min(0)
+        self.language_model = task.model.model.language_model
+        # once, not at every step: it is the same for all
+        self.mask = create_bidirectional_mask(
+            config=self.language_model.config, inputs_embeds=self.embeds, attention_mask=real
+        )
         self.blank = None
         if (task.settings.guidance_scale or 1.0) != 1:  # the same without the prompt, for guidance
             self.blank = self.embeds.clone()
@@ -47,8 +54,8 @@ class ChatCanvas:
 
     def _pass(self, embeds: torch.Tensor, window: slice) -> torch.Tensor:
         self.task.num_forwards += 1
-        model = self.task.model.model
-        return model(inputs_embeds=embeds, attention_mask=self.attention_mask).last_hidden_state[:, window]
+        outputs = self.language_model(inputs_embeds=embeds, attention_mask=self.mask, position_ids=self.positions)
+        return outputs.last_hidden_state[:, window]
 
     def commit(self, inside: slice, draft: torch.Tensor, chosen: torch.Tensor) -> None:
         """Write the chosen drafts of the slots `inside`."""

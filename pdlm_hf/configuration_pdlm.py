@@ -87,7 +87,16 @@ def _from_upstream(config: dict[str, Any], folder: str | None, download: dict[st
     if tokenizer_file:
         with open(tokenizer_file, encoding="utf-8") as file:
             ours |= special_token_ids(json.load(file), ours.get("num_region_prompts", 5))
-    return ours | {"roi_replay": "reference", "prefix_attention": "full"}
+    known = {key: config[key] for key in ("model_type",) if key in config}
+    return ours | known | {"roi_replay": "reference", "prefix_attention": "full"}
+
+
+def _in_our_spelling(config: dict[str, Any], folder: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A parsed `config.json`, translated if it is the reference's. `kwargs` say how the tokenizer is fetched."""
+    if "language_model_config" not in config:
+        return config
+    download = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    return _from_upstream(config, os.fspath(folder) if folder else None, download)
 
 
 # Arguments of `from_pretrained` that say where a checkpoint comes from, in transformers' order
@@ -182,20 +191,15 @@ class PdlmConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As everywhere; remembers the folder, because a reference config needs the tokenizer beside it."""
-        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As everywhere; also reads the reference's spelling, whose token ids are in the tokenizer beside it."""
+        config_dict, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _in_our_spelling(config_dict, pretrained_model_name_or_path, kwargs), unused
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Also reads the reference's nested spelling; its token ids then come from the tokenizer beside it."""
-        if "language_model_config" in config_dict:
-            names = ("cache_dir", "revision", "token", "local_files_only", "subfolder", "force_download")
-            download = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
-            path = kwargs.get("name_or_path")
-            config_dict = _from_upstream(config_dict, os.fspath(path) if path else None, download)
-        return super().from_dict(config_dict, **kwargs)
+        """As everywhere; also reads the reference's nested spelling (see [`get_config_dict`])."""
+        return super().from_dict(_in_our_spelling(config_dict, kwargs.get("name_or_path"), kwargs), **kwargs)
 
     def __post_init__(self, **kwargs):
         if self.text_config is None:

@@ -186,6 +186,8 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
         canvas.graphs = task.model.canvas_graphs()
     adaptive = settings.acceptance_threshold is not None or settings.entropy_bound is not None
     everything = view = canvas.view(canvas.exists)
+    schedule = [[masks_left(n * canvas.num_slots, step, num_steps) for n in counts] for step in range(num_steps)]
+    masks_after = torch.tensor(schedule, device=task.device)  # one copy, not one a step
     for step in range(num_steps):
         whole = step == 0 or (interval > 0 and step % interval == 0)
         # Finished regions stay for passes that also compute the prompts, which may see them.
@@ -204,7 +206,7 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
             )
         canvas.steps += canvas.masked.any(-1)
         if not adaptive:
-            _commit_by_schedule(canvas, draft, log_odds, ranking, step, num_steps)
+            _commit_by_schedule(canvas, draft, log_odds, ranking, masks_after[step])
         else:
             if step == num_steps - 1:
                 accepted = canvas.masked
@@ -222,7 +224,7 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
             # A graph has a fixed shape, and finished regions cost it nearly nothing.
             if caching and canvas.graphs is None and int(active.sum()) < len(view.place):
                 view = canvas.view(active)
-        elif all(masks_left(n * canvas.num_slots, step, num_steps) == 0 for n in counts):
+        elif not any(schedule[step]):
             break
     return canvas
 
@@ -247,13 +249,12 @@ def _score_view(task: GenerationTask, canvas: RegionCanvas, view: CanvasView, hi
     )
 
 
-def _commit_by_schedule(canvas: RegionCanvas, draft, log_odds, ranking, step: int, num_steps: int) -> None:
+def _commit_by_schedule(canvas: RegionCanvas, draft, log_odds, ranking, left: torch.Tensor) -> None:
     """The reference's step: fill the open slots, re-open those whose current draft is least certain."""
     canvas.tokens = torch.where(canvas.masked, draft, canvas.tokens)
     canvas.written = torch.where(canvas.masked, log_odds, canvas.written)
-    left = [masks_left(n * canvas.num_slots, step, num_steps) for n in canvas.counts]
     score = ranking.masked_fill(~canvas.exists[..., None], torch.inf).flatten(1)
-    canvas.masked = lowest_mask(score, torch.tensor(left, device=score.device)).view_as(canvas.masked)
+    canvas.masked = lowest_mask(score, left).view_as(canvas.masked)
 
 
 def _commit_accepted(canvas: RegionCanvas, draft, log_odds, accepted) -> None:

@@ -65,6 +65,9 @@ class PdlmGenerationMixin:
         if generation_config is not None:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
             return
+        if pretrained_model_name_or_path is None:  # from a configuration and a state dict
+            self.generation_config = self.generation_config_class()
+            return
         try:
             self.generation_config = self.generation_config_class.from_pretrained(
                 pretrained_model_name_or_path, **kwargs

@@ -9,8 +9,15 @@ from transformers import Cache, LlamaModel, PreTrainedModel, SiglipVisionModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import cached_file
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
+from transformers.utils import cached_file, can_return_tuple, torch_compilable_check
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_pdlm import PdlmBaseConfig, PdlmConfig, PdlmTextConfig
 from .conversion_pdlm import register_conversion
@@ -67,37 +74,69 @@ def pixel_unshuffle(features: torch.Tensor, factor: int) -> torch.Tensor:
     return features.reshape(tiles, cells, cells, factor * factor * channels)
 
 
-def merge_tiles(features: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
-    """Put the tiles of one picture together again, row by row.
+def _sampling_weights(
+    start: torch.Tensor, end: torch.Tensor, bins: int, size: torch.Tensor, cell: torch.Tensor
+) -> torch.Tensor:
+    """Weight of every feature cell in every bin of an interval along one axis: the mean of two samples a bin.
 
     Args:
-        features (`torch.FloatTensor` of shape `(columns * rows, cells, cells, channels)`)
-        columns, rows (`int`): the grid.
+        start, end (`torch.FloatTensor` of shape `(n,)`): of the interval, in cells of an axis of `size` cells.
+        bins (`int`)
+        size (`torch.LongTensor` of shape `(n,)`)
+        cell (`torch.LongTensor` of shape `(n, cells)`): which cells of the axis are at hand.
 
     Returns:
-        `torch.FloatTensor` of shape `(rows * cells, columns * cells, channels)`.
+        `torch.FloatTensor` of shape `(n, bins, cells)`.
     """
-    cells, channels = features.shape[1], features.shape[-1]
-    features = features.view(rows, columns, cells, cells, channels).permute(0, 2, 1, 3, 4)
-    return features.reshape(rows * cells, columns * cells, channels)
-
-
-def _sampling_weights(start: torch.Tensor, end: torch.Tensor, bins: int, size: int) -> torch.Tensor:
-    """Weight of every feature cell in every bin along one axis, shape (boxes, bins, size): mean of two samples."""
     step = (end - start) / bins
     offset = torch.arange(bins, device=start.device)[:, None] + torch.tensor([0.25, 0.75], device=start.device)
-    coordinate = start[:, None, None] + step[:, None, None] * offset  # (boxes, bins, 2)
-    outside = (coordinate < -1) | (coordinate > size)
-    coordinate = coordinate.clamp(0, size - 1)
-    cell = torch.arange(size, device=start.device)
-    weight = (1 - (coordinate[..., None] - cell).abs()).clamp_min(0).masked_fill(outside[..., None], 0)
-    return weight.mean(2)
+    coordinate = start[:, None, None] + step[:, None, None] * offset  # (n, bins, 2)
+    outside = (coordinate < -1) | (coordinate > size[:, None, None])
+    coordinate = coordinate.clamp_min(0).minimum(size[:, None, None] - 1)
+    weight = (1 - (coordinate[..., None] - cell[:, None, None]).abs()).clamp_min(0)
+    return weight.masked_fill(outside[..., None], 0).mean(2)
+
+
+def roi_align_tiles(
+    features: torch.Tensor,
+    boxes: torch.Tensor,
+    grids: torch.Tensor,
+    places: torch.Tensor,
+    output_size: list[int],
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """What every tile adds to the RoI-align (Mask R-CNN) of boxes on the map that the tiles of an image form.
+
+    Half-pixel alignment, two samples per bin and axis; torchvision is not needed. Bilinear sampling is separable, so
+    every output is a weighted sum with one weight vector per axis, and the sum over the map is a sum over its tiles:
+    no map is put together, and no shape depends on the grid, so that the whole can be compiled and exported.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(tiles, height, width, channels)`)
+        boxes (`torch.FloatTensor` of shape `(tiles, num_boxes, 4)`): of the image a tile belongs to: x0, y0, x1, y1;
+            times `scale` in feature cells of the map.
+        grids (`torch.LongTensor` of shape `(tiles, 2)`): columns and rows of that map, in tiles.
+        places (`torch.LongTensor` of shape `(tiles, 2)`): column and row of the tile; -1 if it is not on the map.
+        output_size (`list[int]`): height and width of the output.
+        scale (`float`): factor from box coordinates to feature cells.
+
+    Returns:
+        `torch.FloatTensor` of shape `(tiles, num_boxes, height * width of the output, channels)`, float32.
+    """
+    _, height, width, _ = features.shape
+    features, boxes = features.float(), boxes.float() * scale - 0.5
+    column = places[:, :1] * width + torch.arange(width, device=features.device)
+    row = places[:, 1:] * height + torch.arange(height, device=features.device)
+    parts = []
+    for x0, y0, x1, y1 in (box.unbind(-1) for box in boxes.unbind(1)):  # few boxes: bounds the memory
+        weight_y = _sampling_weights(y0, y1, output_size[0], grids[:, 1] * height, row)
+        weight_x = _sampling_weights(x0, x1, output_size[1], grids[:, 0] * width, column)
+        parts.append(torch.einsum("tph,thwc,tqw->tpqc", weight_y, features, weight_x).flatten(1, 2))
+    return torch.stack(parts, 1)
 
 
 def roi_align(features: torch.Tensor, boxes: torch.Tensor, output_size: list[int], scale: float = 1.0) -> torch.Tensor:
-    """RoI-align (Mask R-CNN) with half-pixel alignment and two samples per bin and axis; torchvision is not needed.
-
-    Bilinear sampling is separable, so every output is a weighted sum with one weight vector per axis.
+    """RoI-align on one map, see [`roi_align_tiles`].
 
     Args:
         features (`torch.FloatTensor` of shape `(height, width, channels)`)
@@ -108,12 +147,33 @@ def roi_align(features: torch.Tensor, boxes: torch.Tensor, output_size: list[int
     Returns:
         `torch.FloatTensor` of shape `(num_boxes, height * width of the output, channels)`, row by row.
     """
-    height, width, _ = features.shape
-    x0, y0, x1, y1 = (boxes.float() * scale - 0.5).unbind(-1)
-    weight_y = _sampling_weights(y0, y1, output_size[0], height)
-    weight_x = _sampling_weights(x0, x1, output_size[1], width)
-    out = torch.einsum("nph,hwc,nqw->npqc", weight_y, features.float(), weight_x)
-    return out.flatten(1, 2).to(features.dtype)
+    grid = torch.ones(1, 2, dtype=torch.long, device=features.device)
+    return roi_align_tiles(features[None], boxes[None], grid, grid - 1, output_size, scale)[0].to(features.dtype)
+
+
+def tile_places(image_grids: torch.Tensor, num_tiles: int, replay: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which image every tile belongs to, and its place on the feature map of that image.
+
+    Args:
+        image_grids (`torch.LongTensor` of shape `(num_images, 2)`): columns, rows.
+        num_tiles (`int`): tiles of all images, each image's thumbnail last.
+        replay (`str`): "aligned": the thumbnail has no place. "reference": the first tile has none, every other one
+            stands one place too early, and the thumbnail stands in the last place.
+
+    Returns:
+        image `(num_tiles,)`, and column and row `(num_tiles, 2)`, -1 for a tile without a place.
+    """
+    count = image_grids.prod(-1)
+    several = count > 1
+    end = (count + several).cumsum(0)
+    tile = torch.arange(num_tiles, device=image_grids.device)
+    image = torch.searchsorted(end, tile, right=True)
+    number = tile - (end - count - several.long())[image]  # in its image
+    if replay == "reference":
+        number = number - several[image].long()
+    columns = image_grids[image, 0]
+    place = torch.stack([number % columns, number // columns], -1)
+    return image, place.masked_fill(((number < 0) | (number >= count[image]))[:, None], -1)
 
 
 class PdlmProjector(nn.Module):
@@ -131,6 +191,16 @@ class PdlmProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(features)))
 
 
+class PdlmVisionEmbeddings(SiglipVisionEmbeddings):
+    """Patch embeddings, to which region embeddings are added before the position embeddings."""
+
+    def forward(self, pixel_values: torch.Tensor, region_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        if region_embeds is not None:
+            hidden = hidden + region_embeds.to(hidden.device, hidden.dtype)
+        return hidden + self.position_embedding(self.position_ids)
+
+
 class PdlmVisionModel(SiglipVisionModel):
     """SigLIP vision tower up to the selected layer, with region embeddings added before the position embedding.
 
@@ -139,26 +209,29 @@ class PdlmVisionModel(SiglipVisionModel):
 
     def __init__(self, config, vision_feature_layer: int = -2):
         super().__init__(config)
+        self.embeddings.__class__ = PdlmVisionEmbeddings  # the same parameters, drawn once
         del self.encoder.layers[config.num_hidden_layers + 1 + vision_feature_layer :]
         self.post_layernorm = nn.Identity()
 
-    def forward(self, pixel_values: torch.Tensor, region_embeds: torch.Tensor | None = None) -> torch.Tensor:
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: torch.Tensor, region_embeds: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """Features of every patch.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(tiles, 3, size, size)`)
             region_embeds (`torch.FloatTensor` of shape `(tiles, patches, channels)`, *optional*)
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            `torch.FloatTensor` of shape `(tiles, patches, channels)`.
+            output with `last_hidden_state` of shape `(tiles, patches, channels)`.
         """
-        embeddings = self.embeddings
-        weight = embeddings.patch_embedding.weight
-        hidden = embeddings.patch_embedding(pixel_values.to(weight.dtype)).flatten(2).transpose(1, 2)
-        if region_embeds is not None:
-            hidden = hidden + region_embeds.to(hidden.dtype)
-        hidden = hidden + embeddings.position_embedding(embeddings.position_ids)
-        return self.encoder(inputs_embeds=hidden).last_hidden_state
+        hidden = self.embeddings(pixel_values, region_embeds)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=self.encoder(inputs_embeds=hidden, **kwargs).last_hidden_state
+        )
 
 
 class _WithoutFlashAttention:
@@ -225,6 +298,8 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
         checkpoint by our names, and would silently go on from random weights.
         """
         kwargs.setdefault("save_original_format", False)
+        if kwargs["save_original_format"] and not getattr(self, "_weight_conversions", None):
+            self._weight_conversions = None  # loaded from our names: transformers then takes the registered mapping
         if self._auto_class is not None:
             name = f"modeling_pdlm.{type(self).__name__}"
             self.config.auto_map = {
@@ -266,26 +341,41 @@ class PdlmEyes:
         if config.num_region_prompts:
             self.region_embedding = nn.Embedding(config.num_region_prompts, config.vision_config.hidden_size)
 
-    def get_image_features(self, pixel_values: torch.Tensor, region_masks: torch.Tensor | None = None) -> torch.Tensor:
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, region_masks: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """Projected image features with the region prompts in them (paper section 3.2, region prompting).
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(tiles, 3, size, size)`)
             region_masks (`torch.Tensor` of shape `(tiles, num_region_prompts, grid, grid)`, *optional*): plane p marks
                 the patches that carry prompt p; where planes overlap their prompts add up.
+            **kwargs: for the vision tower: `output_hidden_states`, `output_attentions`; `return_dict`.
 
         Returns:
-            `torch.FloatTensor` of shape `(tiles, cells, cells, hidden_size)`.
+            output with `pooler_output` `(tiles, cells ** 2, hidden_size)`, the image tokens row by row, and
+            `last_hidden_state` `(tiles, patches, channels)`, the vision tower's selected layer.
         """
         region_embeds = None
         if region_masks is not None and self.region_embedding is not None:
-            # through the module, which may be offloaded, not through its weight
-            prompts = self.region_embedding(torch.arange(region_masks.shape[1], device=pixel_values.device))
-            region_embeds = region_masks.flatten(2).transpose(1, 2).to(prompts.device, prompts.dtype) @ prompts
-        features = self.vision_tower(pixel_values, region_embeds)
+            region_embeds = self._region_embeds(region_masks, pixel_values.device)
+        vision = self.vision_tower(pixel_values, region_embeds, **{**kwargs, "return_dict": True})
         side = self.config.patch_grid
-        features = features.view(features.shape[0], side, side, -1)
-        return self.multi_modal_projector(pixel_unshuffle(features, round(1 / self.config.downsample_ratio)))
+        features = vision.last_hidden_state.unflatten(1, (side, side))
+        features = pixel_unshuffle(features, round(1 / self.config.downsample_ratio))
+        vision.pooler_output = self.multi_modal_projector(features.flatten(1, 2))
+        return vision
+
+    def _region_embeds(self, region_masks: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Sum of the region prompts of every patch, `(tiles, patches, channels)`."""
+        # through the module, which may be offloaded, not through its weight
+        prompts = self.region_embedding(torch.arange(region_masks.shape[1], device=device))
+        planes = region_masks.flatten(2).to(prompts.device, prompts.dtype)
+        embeds = planes[:, 0, :, None] * prompts[0]
+        for k in range(1, planes.shape[1]):  # as the reference: in bfloat16 every sum is rounded
+            embeds = embeds + planes[:, k, :, None] * prompts[k]
+        return embeds
 
     def get_region_features(
         self,
@@ -302,7 +392,8 @@ class PdlmEyes:
         the thumbnail fills the last cell. With "aligned" boxes are in feature cells and every tile is in its place.
 
         Args:
-            image_features (`torch.FloatTensor` of shape `(tiles, cells, cells, hidden_size)`)
+            image_features (`torch.FloatTensor` of shape `(tiles, cells ** 2, hidden_size)`): `pooler_output` of
+                [`get_image_features`]; also `(tiles, cells, cells, hidden_size)`.
             image_grids (`torch.LongTensor` of shape `(num_images, 2)`): columns, rows.
             region_boxes (`torch.LongTensor` of shape `(num_images, num_region_prompts, 4)`): pixels, end exclusive,
                 -1 where there is no region.
@@ -312,28 +403,44 @@ class PdlmEyes:
         Returns:
             `torch.FloatTensor` of shape `(num_regions of all images, num_roi_tokens, hidden_size)`.
         """
-        aligned = self.config.roi_replay == "aligned"
+        tokens = self._replay(image_features, image_grids, region_boxes, original_sizes, training_geometry)
+        return tokens[region_boxes[..., 0].to(tokens.device) >= 0]
+
+    def _replay(
+        self, image_features, image_grids, region_boxes, original_sizes, training_geometry: bool = False
+    ) -> torch.Tensor:
+        """[`get_region_features`] with room for every region prompt, `(num_images, num_region_prompts, num_roi_tokens,
+        hidden_size)`; where there is no region the values have no meaning."""
+        aligned, device = self.config.roi_replay == "aligned", image_features.device
         cell_pixels = REFERENCE_CELL_TRAINING if training_geometry else REFERENCE_CELL_INFERENCE
-        tokens, first_tile = [], 0
-        boxes_of_images = region_boxes.cpu().double()
-        for image, (columns, rows) in enumerate(image_grids.tolist()):
-            num_tiles = columns * rows + (columns * rows > 1)
-            tiles = image_features[first_tile : first_tile + num_tiles]
-            first_tile += num_tiles
-            if num_tiles > 1:
-                tiles = tiles[:-1] if aligned else tiles[1:]
-            merged = merge_tiles(tiles, columns, rows)
-            boxes = boxes_of_images[image]
-            boxes = boxes[boxes[:, 0] >= 0]
-            height, width = original_sizes[image].tolist()
-            if not aligned:
-                boxes = boxes - boxes.new_tensor([0, 0, 1, 1])
-            boxes = boxes / boxes.new_tensor([width, height, width, height])
-            cells = boxes.new_tensor([merged.shape[1], merged.shape[0]] * 2)
-            boxes = (boxes * cells).float().to(merged.device)
-            scale = 1.0 if aligned else 1 / cell_pixels
-            tokens.append(roi_align(merged, boxes, self.config.roi_output_size, scale))
-        return torch.cat(tokens)
+        cells = self.config.feature_grid
+        # in float64, which not every device has, because the reference does
+        boxes, sizes, grids = region_boxes.cpu().double(), original_sizes.cpu().double(), image_grids.cpu()
+        if not aligned:
+            boxes = boxes - torch.tensor([0, 0, 1, 1])
+        boxes = (boxes / sizes.flip(-1).repeat(1, 2)[:, None] * (grids * cells).repeat(1, 2)[:, None]).float()
+        image, places = tile_places(grids, len(image_features), self.config.roi_replay)
+        tokens = roi_align_tiles(
+            image_features.reshape(len(image_features), cells, cells, -1),
+            boxes[image].to(device),
+            grids[image].to(device),
+            places.to(device),
+            self.config.roi_output_size,
+            1.0 if aligned else 1 / cell_pixels,
+        )
+        total = tokens.new_zeros(len(grids), *tokens.shape[1:]).index_add(0, image.to(device), tokens)
+        return total.to(image_features.dtype)
+
+
+def _check_placeholders(count: torch.Tensor, features: int | torch.Tensor, kind: str) -> None:
+    """Raises: ValueError if the prompt has not one placeholder for every feature. Can be compiled and exported."""
+    torch_compilable_check(
+        count == features,
+        lambda: (
+            f"The prompt has {int(count)} {kind} placeholders, but the {kind} features fill {int(features)}. Build "
+            "the inputs with the processor of this checkpoint, and do not cut them."
+        ),
+    )
 
 
 class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
@@ -375,24 +482,28 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return embeds
-        features = self.get_image_features(pixel_values, region_masks)
-        embeds = self._fill(embeds, input_ids == self.config.image_token_id, features, "image")
+        features = self.get_image_features(pixel_values, region_masks, return_dict=True).pooler_output
+        places = input_ids == self.config.image_token_id
+        _check_placeholders(places.sum(), features.shape[0] * features.shape[1], "image")
+        embeds = embeds.masked_scatter(places[..., None], features.to(embeds.device, embeds.dtype))
         if region_boxes is not None:
-            replayed = self.get_region_features(features, image_grids, region_boxes, original_sizes, training_geometry)
-            regions = torch.as_tensor(self.config.region_token_ids, device=input_ids.device)
-            embeds = self._fill(embeds, torch.isin(input_ids, regions), replayed, "region")
+            replayed = self._replay(features, image_grids, region_boxes, original_sizes, training_geometry)
+            embeds = self._place_regions(embeds, input_ids, replayed, region_boxes)
         return embeds
 
-    @staticmethod
-    def _fill(embeds: torch.Tensor, places: torch.Tensor, features: torch.Tensor, kind: str) -> torch.Tensor:
-        features = features.reshape(-1, features.shape[-1])
-        count = int(places.sum())
-        if count != len(features):
-            raise ValueError(
-                f"The prompt has {count} {kind} placeholders, but the {kind} features fill {len(features)}. Build the "
-                "inputs with the processor of this checkpoint, and do not cut them."
-            )
-        return embeds.masked_scatter(places[..., None], features.to(embeds.device, embeds.dtype))
+    def _place_regions(self, embeds, input_ids, replayed, region_boxes) -> torch.Tensor:
+        """RoI tokens `(batch_size, regions, num_roi_tokens, hidden_size)` in the placeholders of their regions."""
+        regions = torch.as_tensor(self.config.region_token_ids, device=input_ids.device)
+        counts = (region_boxes[..., 0] >= 0).sum() * replayed.shape[2]
+        places = torch.isin(input_ids, regions)
+        _check_placeholders(places.sum(), counts.to(places.device), "region")
+        marks = input_ids[..., None] == regions[: replayed.shape[1]]  # (batch_size, sequence_length, regions)
+        region = marks.int().argmax(-1)
+        number = marks.cumsum(1).gather(2, region[..., None])[..., 0] - 1  # of the placeholder in its region
+        index = (region * replayed.shape[2] + number).clamp(0, replayed.shape[1] * replayed.shape[2] - 1)
+        replayed = replayed.flatten(1, 2).to(embeds.device, embeds.dtype)
+        found = replayed.gather(1, index[..., None].expand(-1, -1, replayed.shape[-1]))
+        return torch.where(places[..., None], found, embeds)
 
     def region_layout(self, input_ids: torch.Tensor, replayed: bool = True) -> torch.Tensor | None:
         """Code of every row, see [`~masking_pdlm.region_layout`]; None for the base model."""
@@ -400,6 +511,7 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
             return None
         return region_layout(input_ids, self.config.region_token_ids, self.config.caption_token_ids, replayed)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -441,6 +553,7 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
             attention_mask=mask,
             position_ids=position_ids,
             use_cache=bool(use_cache),
+            return_dict=True,
             **{CACHE: cache},
             **kwargs,
         )
@@ -480,6 +593,13 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
         """Replace the language-model head."""
         self.lm_head = value
 
+    def get_image_features(
+        self, pixel_values: torch.Tensor, region_masks: torch.Tensor | None = None, **kwargs
+    ) -> tuple | BaseModelOutputWithPooling:
+        """See [`PdlmModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, region_masks, **kwargs)
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -551,6 +671,7 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             layout=layout,
             training_geometry=noise_mask is not None,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         loss = logits = sample_losses = None

@@ -92,9 +92,9 @@ class PdlmForVllm(nn.Module, PdlmEyes, SupportsMultiModal):
         if inputs.get("pixel_values") is None:
             return []
         grids = inputs["image_grids"].view(-1, 2)
-        features = self.get_image_features(inputs["pixel_values"], inputs.get("region_masks"))
+        features = self.get_image_features(inputs["pixel_values"], inputs.get("region_masks")).pooler_output
         counts = [c * r + (c * r > 1) for c, r in grids.tolist()]
-        pictures = [part.flatten(0, 2) for part in features.split(counts)]
+        pictures = [part.flatten(0, 1) for part in features.split(counts)]
         boxes = inputs.get("region_boxes")
         if boxes is None:
             return pictures

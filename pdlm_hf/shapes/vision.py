@@ -67,7 +67,7 @@ class RegionClassifier(nn.Module):
         attributes: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Sum over the attributes of the mean cross entropy, as `loss`, and the `right` answers, bool (regions, 4)."""
-        features = self.model.model.get_image_features(pixel_values, region_masks)
+        features = self.model.model.get_image_features(pixel_values, region_masks).pooler_output
         tokens = self.model.model.get_region_features(features, image_grids, region_boxes, original_sizes)
         if self.linear:
             hidden = F.rms_norm(tokens, tokens.shape[-1:]).mean(1)

@@ -6,7 +6,7 @@ from tiny import lively_model, make_picture
 from transformers import AutoModelForImageTextToText
 
 from pdlm_hf.masking_pdlm import caption_canvas
-from pdlm_hf.modeling_pdlm import merge_tiles, pixel_unshuffle, roi_align
+from pdlm_hf.modeling_pdlm import pixel_unshuffle, roi_align, roi_align_tiles, tile_places
 
 FORWARD = (
     "input_ids",
@@ -190,7 +190,7 @@ def test_vision_tower_is_siglip_without_its_last_layer(golden_regions):
     pixels = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = stock.eval()(pixels, output_hidden_states=True).hidden_states[-2]
-        torch.testing.assert_close(tower(pixels), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tower(pixels).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_pixel_unshuffle_order():
@@ -205,13 +205,16 @@ def test_pixel_unshuffle_order():
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(1, 1), (2, 1), (1, 2), (3, 2)])
-def test_merge_tiles(columns, rows):
-    cells = 4
-    whole = torch.arange(rows * cells * columns * cells).view(rows * cells, columns * cells, 1)
-    tiles = [
-        whole[r * cells : (r + 1) * cells, c * cells : (c + 1) * cells] for r in range(rows) for c in range(columns)
-    ]
-    assert torch.equal(merge_tiles(torch.stack(tiles), columns, rows), whole)
+def test_tile_places(columns, rows):
+    """Two images of this grid around one of a single tile."""
+    grids = torch.tensor([[columns, rows], [1, 1], [columns, rows]])
+    grid = [[c, r] for r in range(rows) for c in range(columns)]
+    none = [[-1, -1]] if len(grid) > 1 else []
+    image, places = tile_places(grids, 2 * len(grid + none) + 1, "aligned")
+    assert image.tolist() == [0] * len(grid + none) + [1] + [2] * len(grid + none)
+    assert places.tolist() == grid + none + [[0, 0]] + grid + none
+    places = tile_places(grids, 2 * len(grid + none) + 1, "reference")[1]
+    assert places.tolist() == none + grid + [[0, 0]] + none + grid
 
 
 def slow_roi_align(features, box, output_size, scale):
@@ -256,6 +259,18 @@ def test_roi_align_equals_a_loop(output_size, scale):
     got = roi_align(features, boxes, output_size, scale)
     expected = torch.stack([slow_roi_align(features, box, output_size, scale) for box in boxes])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_roi_align_of_tiles_equals_roi_align_of_their_map():
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.tensor([3, 2])
+    tiles = torch.randn(7, 4, 4, 5, generator=generator)
+    places = tile_places(grid[None], 7, "aligned")[1]
+    whole = tiles[:6].unflatten(0, (2, 3)).permute(0, 2, 1, 3, 4).reshape(8, 12, 5)
+    boxes = torch.tensor([[0.0, 0, 12, 8], [3.3, 1.2, 9.7, 4.1], [-2, -2, 1, 1], [11, 7, 14, 9], [4, 4, 8, 8]])
+    parts = roi_align_tiles(tiles, boxes.expand(7, -1, -1), grid.expand(7, 2), places, [4, 3])
+    torch.testing.assert_close(parts.sum(0), roi_align(whole, boxes, [4, 3]), atol=1e-6, rtol=1e-5)
+    assert not parts[6].any()
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,16 @@ def normalised(tiles_u8: torch.Tensor) -> torch.Tensor:
     return (((tiles_u8.double() / 255).float() - 0.5) / 0.5).permute(0, 3, 1, 2)
 
 
+def put_together(tiles: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The map `(rows * cells, columns * cells, channels)` that tiles `(tiles, cells, cells, channels)` form."""
+    columns, rows = (places.amax(0) + 1).tolist()
+    whole = tiles.new_full((rows, tiles.shape[1], columns, *tiles.shape[2:]), torch.nan)
+    for tile, (column, row) in zip(tiles, places.tolist(), strict=True):
+        if column >= 0:
+            whole[row, :, column] = tile
+    return whole.flatten(0, 1).flatten(1, 2)
+
+
 def our_name(reference_name: str) -> str | None:
     """Name of a parameter in our models; None where the reference's name has no counterpart."""
     for theirs, ours in PARAMETER_PREFIXES.items():

@@ -11,6 +11,7 @@ from parity_golden import (
     load,
     matches,
     normalised,
+    put_together,
     record,
     stems,
     subset_holds,
@@ -21,7 +22,7 @@ from PIL import Image
 from pdlm_hf import PdlmConfig, PdlmImageProcessorPil, PdlmModel
 from pdlm_hf.image_processing_pdlm import best_grid, tile, tile_grids
 from pdlm_hf.masking_pdlm import region_layout
-from pdlm_hf.modeling_pdlm import merge_tiles, pixel_unshuffle, roi_align
+from pdlm_hf.modeling_pdlm import pixel_unshuffle, roi_align, tile_places
 
 GRIDS = [key for key in record("tiling_grids") if re.fullmatch(r"S\d+_max\d+", key)]
 CANDIDATES = [key for key in record("tiling_grids") if re.fullmatch(r"target_ratios_max\d+", key)]
@@ -103,11 +104,12 @@ def test_pixel_unshuffle(name):
 
 
 @each("name", MERGES)
-def test_merge_tiles(name):
+def test_tile_places(name):
     columns, rows = map(int, re.findall(r"\d+", name))
     tiles = tensors("merge_tiles")["in"][0].permute(0, 2, 3, 1)  # (tiles, h, w, channels)
-    ours = merge_tiles(tiles, columns, rows)
-    assert torch.equal(ours.permute(2, 0, 1), tensors("merge_tiles")[name][0])
+    image, places = tile_places(torch.tensor([[columns, rows]]), len(tiles), "aligned")
+    assert image.tolist() == [0] * len(tiles)
+    assert torch.equal(put_together(tiles, places).permute(2, 0, 1), tensors("merge_tiles")[name][0])
 
 
 @each("scale", SCALES)

@@ -15,6 +15,7 @@ from parity_golden import (
     load,
     matches,
     normalised,
+    put_together,
     record,
     region_case,
     region_output,
@@ -134,8 +135,8 @@ def test_image_features(name, count):
     case = region_case(name)
     region_masks = case.inputs["region_masks"].clone()
     region_masks[:, int(count) :] = 0
-    ours = case.model.model.get_image_features(case.inputs["pixel_values"], region_masks)
-    assert_close(ours.flatten(1, 2), case.tensors[f"vision_embeds_masks{count}"], VISION)
+    ours = case.model.model.get_image_features(case.inputs["pixel_values"], region_masks).pooler_output
+    assert_close(ours, case.tensors[f"vision_embeds_masks{count}"], VISION)
 
 
 @each("name, key", having(r"(mask_embeds|vit_hidden_select)"))
@@ -144,7 +145,7 @@ def test_vision_tower(name, key):
     case, seen = region_case(name), {}
 
     def hook(module, args, output):
-        seen.update(mask_embeds=args[1], vit_hidden_select=output)
+        seen.update(mask_embeds=args[1], vit_hidden_select=output.last_hidden_state)
 
     handle = case.model.model.vision_tower.register_forward_hook(hook)
     case.model.model.get_image_features(case.inputs["pixel_values"], case.inputs["region_masks"])
@@ -157,14 +158,14 @@ def test_vision_tower(name, key):
 def test_roi_replay(name, monkeypatch):
     case, calls = region_case(name), []
 
-    def roi_align(features, boxes, output_size, scale):
-        calls.append((features, boxes, scale))
-        return original(features, boxes, output_size, scale)
+    def roi_align_tiles(features, boxes, grids, places, output_size, scale):
+        calls.append((put_together(features, places), boxes[0], scale))
+        return original(features, boxes, grids, places, output_size, scale)
 
-    original = modeling_pdlm.roi_align
-    monkeypatch.setattr(modeling_pdlm, "roi_align", roi_align)
+    original = modeling_pdlm.roi_align_tiles
+    monkeypatch.setattr(modeling_pdlm, "roi_align_tiles", roi_align_tiles)
     model, visual = case.model.model, case.visual
-    features = model.get_image_features(visual["pixel_values"], visual["region_masks"])
+    features = model.get_image_features(visual["pixel_values"], visual["region_masks"]).pooler_output
     tokens = model.get_region_features(
         features, visual["image_grids"], visual["region_boxes"], visual["original_sizes"]
     )
