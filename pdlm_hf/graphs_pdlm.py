@@ -4,7 +4,7 @@ With the prompt kept, a pass over the canvas of an 8B takes a few milliseconds o
 launch its kernels one by one. A graph is captured once for every shape and replayed with new contents.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ logger = logging.get_logger(__name__)
 
 WIDTH_MULTIPLE = 256  # shared prompt rows are padded to it: pictures of as many tiles share a graph
 MAX_GRAPHS = 4  # each holds the prompts' keys and values of one batch
+MAX_TRIES = 3  # captures of one shape that may fail: the memory of another batch may be free the next time
 
 
 class CanvasGraph:
@@ -29,12 +30,19 @@ class CanvasGraph:
 
     def __init__(self, language_model, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache):
         self.embeds, self.positions, self.cache = embeds.clone(), positions.clone(), cache
-        self.run = partial(split_pass, language_model, self.embeds, self.positions, self.cache)
+        self._pass = partial(split_pass, language_model, self.embeds, self.positions, self.cache)
         self.graph = None
         self.hidden = self.run()
         if embeds.is_cuda:
             with torch.cuda.device(embeds.device):
                 self._capture()
+
+    def run(self) -> torch.Tensor:
+        """The pass itself. Autocast's copies of weights die with it, so that a graph must make its own."""
+        device = self.embeds.device.type
+        autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        with torch.autocast(device, dtype, enabled=autocast, cache_enabled=False):
+            return self._pass()
 
     def _capture(self) -> None:
         side = torch.cuda.Stream()
@@ -44,7 +52,8 @@ class CanvasGraph:
                 self.run()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # other threads, a data loader's for one, may use the device meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.hidden = self.run()
 
     def __call__(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -68,7 +77,8 @@ class CanvasGraphs:
 
     def __init__(self, language_model):
         self.language_model = language_model
-        self.graphs: OrderedDict[tuple, CanvasGraph | None] = OrderedDict()  # None: cannot be captured
+        self.graphs: OrderedDict[tuple, CanvasGraph] = OrderedDict()
+        self.failures: Counter[tuple] = Counter()
 
     def __reduce__(self):
         """A copy, or what is pickled, begins without graphs: they belong to this process and these weights."""
@@ -76,18 +86,27 @@ class CanvasGraphs:
 
     def load(self, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache) -> CanvasGraph | None:
         """The graph for these shapes with this cache in it; None, with a logged reason, if it cannot be captured."""
+        device = embeds.device.type
+        state = (
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled(device),
+            torch.get_autocast_dtype(device),
+        )
         shape = (*embeds.shape[:2], cache.get_seq_length(), cache.block, cache.num_roi_tokens)
-        key = (self._network(), embeds.dtype, embeds.device, torch.is_inference_mode_enabled(), *shape)
-        if key not in self.graphs:
+        key = (self._network(), embeds.dtype, embeds.device, *state, *shape)
+        if key in self.graphs:
+            self.graphs[key].cache.copy_(cache)
+        elif self.failures[key] >= MAX_TRIES:
+            return None
+        else:
             while len(self.graphs) >= MAX_GRAPHS:
                 self.graphs.popitem(last=False)
             try:
                 self.graphs[key] = CanvasGraph(self.language_model, embeds, positions, cache)
             except RuntimeError as error:
-                self.graphs[key] = None
+                self.failures[key] += 1
                 logger.warning("Decoding without a CUDA graph, because the capture failed: %s", error)
-        elif self.graphs[key] is not None:
-            self.graphs[key].cache.copy_(cache)
+                return None
         self.graphs.move_to_end(key)
         return self.graphs[key]
 

@@ -10,6 +10,7 @@ Chosen by `attn_implementation={"text_config": "region_split"}`; passes that als
 """
 
 import inspect
+from functools import partial
 
 import torch
 from torch.nn.attention import varlen
@@ -21,12 +22,36 @@ from .caching_pdlm import SplitCache
 from .versions_pdlm import CACHE
 
 NAME = "region_split"
-# torch 2.11 has the function without what is needed here
+# Both names of the same kernel; torch 2.11 has the public one without what is needed here.
 _HAS_VARLEN = {"seqused_k", "enable_gqa", "return_aux"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
+_HAS_ATEN = "seqused_k" in str(torch.ops.aten._flash_attention_forward.default._schema)
+
+
+def attention_kind(
+    device: str, dtype: torch.dtype, head_size: int, has_varlen: bool = _HAS_VARLEN, has_aten: bool = _HAS_ATEN
+) -> str:
+    """How [`attend`] computes.
+
+    Args:
+        device (`str`): type of the device.
+        dtype (`torch.dtype`), head_size (`int`): of the queries.
+        has_varlen, has_aten (`bool`): what the installed torch has.
+
+    Returns:
+        "varlen": torch's variable-length attention; "aten": its kernel, called directly; "products": matrix products.
+    """
+    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_size % 8 or head_size > 256:
+        return "products"
+    return "varlen" if has_varlen else "aten" if has_aten else "products"
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    kind: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention with its log-sum-exp.
 
@@ -35,32 +60,43 @@ def attend(
         key, value (`torch.Tensor` of shape `(n, keys, key_heads, head_size)`): contiguous.
         lengths (`torch.IntTensor` of shape `(n,)`): keys of each that count, from the left; at least one.
         scale (`float`): factor for the scores.
+        kind (`str`, *optional*): default: [`attention_kind`].
 
     Returns:
         values of the shape of `query`, and float32 log-sum-exp of the scores `(n, queries, heads)`.
     """
+    kind = kind or attention_kind(query.device.type, query.dtype, query.shape[-1])
+    return (_products if kind == "products" else partial(_flash, kind))(query, key, value, lengths, scale)
+
+
+def _flash(kind, query, key, value, lengths, scale):
+    """By the flash kernel for sequences of different lengths, under either of its names."""
     n, queries, heads, _ = query.shape
     keys = key.shape[1]
-    if query.is_cuda and _HAS_VARLEN and query.dtype in (torch.bfloat16, torch.float16):
-        row = torch.arange(n + 1, dtype=torch.int32, device=query.device)
-        out, lse = varlen.varlen_attn(
-            query.flatten(0, 1),
-            key.flatten(0, 1),
-            value.flatten(0, 1),
-            row * queries,
-            row * keys,
-            queries,
-            keys,
-            scale=scale,
-            enable_gqa=key.shape[2] != heads,
-            seqused_k=lengths.to(torch.int32),
-            return_aux=varlen.AuxRequest(lse=True),
-        )
-        return out.reshape(query.shape), lse.view(heads, n, queries).permute(1, 2, 0)
-    repeats = heads // key.shape[2]
+    row = torch.arange(n + 1, dtype=torch.int32, device=query.device)
+    flat = (query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), row * queries, row * keys, queries, keys)
+    used = lengths.to(torch.int32)
+    if kind == "varlen":
+        grouped, wanted = key.shape[2] != heads, varlen.AuxRequest(lse=True)
+        out, lse = varlen.varlen_attn(*flat, scale=scale, enable_gqa=grouped, seqused_k=used, return_aux=wanted)
+    else:
+        dropout, causal, debug = 0.0, False, False
+        kernel = torch.ops.aten._flash_attention_forward
+        out, lse, *_ = kernel(*flat, dropout, causal, debug, scale=scale, seqused_k=used)
+    return out.reshape(query.shape), lse.view(heads, n, queries).permute(1, 2, 0)
+
+
+def _products(query, key, value, lengths, scale):
+    """By matrix products, anywhere; in float32, under autocast too."""
+    with torch.autocast(query.device.type, enabled=False):
+        return _float_products(query, key, value, lengths, scale)
+
+
+def _float_products(query, key, value, lengths, scale):
+    repeats = query.shape[2] // key.shape[2]
     key, value = (repeat_kv(states.transpose(1, 2), repeats) for states in (key, value))  # (n, heads, keys, head_size)
     scores = query.transpose(1, 2).float() @ key.float().transpose(2, 3) * scale
-    counted = torch.arange(keys, device=query.device) < lengths[:, None]
+    counted = torch.arange(key.shape[2], device=query.device) < lengths[:, None]
     scores = scores.masked_fill(~counted[:, None, None], -torch.inf)
     lse = scores.logsumexp(-1)
     out = (scores - lse[..., None]).exp() @ value.float()

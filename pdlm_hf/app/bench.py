@@ -1,10 +1,9 @@
 """The decode benchmark: the reference's loop and ours, side by side in one run, on random weights of a given shape."""
 
-import json
 import platform
 import resource
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,17 +15,24 @@ from rich.table import Table
 
 from ..split_attention_pdlm import NAME as REGION_SPLIT
 from .bench_model import SHAPES, Bench, bound, flops
+from .jsonl import write_json
 from .telling import needs
 
 # Arithmetic and memory limits of known devices: FLOP/s in bf16, bytes/s (measured on such a card).
-LIMITS = {"H200": (790e12, 4.3e12)}
+LIMITS = {"H200": (790e12, 4.3e12), "H100 80GB HBM3": (798e12, 3.0e12)}
 FEW_STEPS = 11
 MAX_REGIONS = 16  # of the caption tokens a checkpoint has
 TILES = 7  # of the picture that the prompt stands for
 
 
-def interleaved(bench: Bench, jobs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict, dict]:
-    """Run all jobs in turn, `repeats` times after a warm-up; seconds of each and its last result."""
+def interleaved(
+    bench: Bench, jobs: dict[str, Callable[[], Any]], repeats: int
+) -> Iterator[tuple[dict[str, list[float]], dict[str, Any]]]:
+    """Run all jobs in turn, `repeats` times after a warm-up.
+
+    Yields:
+        after each measured turn: seconds of each job so far, and its last result.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     results = {}
     for repeat in range(repeats + 1):
@@ -36,7 +42,8 @@ def interleaved(bench: Bench, jobs: dict[str, Callable[[], Any]], repeats: int) 
             elapsed = bench.clock() - start
             if repeat:
                 seconds[name].append(elapsed)
-    return seconds, results
+        if repeat:
+            yield seconds, results
 
 
 def _jobs(bench: Bench, num_regions: int, batches: list[int], slots: int, steps: int, few: int):
@@ -63,53 +70,79 @@ def _jobs(bench: Bench, num_regions: int, batches: list[int], slots: int, steps:
     return jobs, size
 
 
-def compare(bench: Bench, num_regions: int, batches: list[int], slots: int, steps: int, repeats: int) -> dict:
-    """One table: the reference's loop and ours at this number of regions."""
+def compare(
+    bench: Bench,
+    num_regions: int,
+    batches: list[int],
+    slots: int,
+    steps: int,
+    repeats: int,
+    keep: Callable[[dict], None] = lambda table: None,
+) -> dict:
+    """One table: the reference's loop and ours at this number of regions.
+
+    Args:
+        bench (`Bench`), num_regions, slots, steps (`int`), batches (`list[int]`)
+        repeats (`int`): measured turns.
+        keep: gets the table after every turn.
+    """
     few = min(FEW_STEPS, steps)
     jobs, size = _jobs(bench, num_regions, batches, slots, steps, few)
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds, results = interleaved(bench, jobs, repeats)
-    base = statistics.median(seconds["reference"])
     limits, source = _limits(bench)
-    ends = torch.tensor([bench.model.config.eot_token_id, bench.model.config.eos_token_id], device=bench.device)
-    rows = {}
-    for name, times in seconds.items():
-        image = statistics.median(times) / size[name]
-        count = few if "steps" in name else steps
-        kind = "reference" if name == "reference" else "exact" if name == "exact" else "cached"
-        tokens = results[name]
-        work = flops(bench, num_regions, slots, kind, count)
-        text = float((torch.isin(tokens, ends).cumsum(-1) == 0).sum())
-        rows[name] = {
-            "ms_per_image": round(1000 * image, 2),
-            "spread_ms": [round(1000 * min(times) / size[name], 2), round(1000 * max(times) / size[name], 2)],
-            "ratio_to_reference": round(base / image, 2),
-            "images_per_second": round(1 / image, 3),
-            "regions_per_second": round(num_regions / image, 3),
-            "slots_per_second": round(num_regions * slots / image, 1),
-            "text_tokens_per_second": round(text / size[name] / image, 1),
-            "tokens_per_forward": round(num_regions * slots * size[name] / count, 2),
-            "tokens_per_forward_per_region": round(slots / count, 2),
-            "tokens_as_exact": round(float((tokens[:1] == results["exact"]).float().mean()), 4),
-            "tflop_per_image": round(work / 1e12, 4),
-            "share_of_roofline": round(
-                bound(bench, num_regions, slots, kind, count, size[name], limits) / size[name] / image, 3
-            ),
-        }
-    memory = (
-        torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
-    )
-    return {
+    table = {
         "regions": num_regions,
         "prompt_tokens": bench.prompt_ids(num_regions).shape[1],
         "slots": slots,
         "steps": steps,
         "limits": f"{limits[0] / 1e9:.0f} GFLOP/s, {limits[1] / 1e9:.1f} GB/s ({source})",
-        "peak_memory_gb": round(memory / 1e9, 2),
         "phases_ms": bench.phases(num_regions, slots),
-        "rows": rows,
     }
+    for seconds, results in interleaved(bench, jobs, repeats):
+        base = statistics.median(seconds["reference"])
+        table["rows"] = {
+            name: _row(bench, name, times, results[name], results["exact"], size[name], base, limits, (steps, few))
+            for name, times in seconds.items()
+        }
+        table["peak_memory_gb"] = round(_peak_memory(bench) / 1e9, 2)
+        keep(table)
+    return table
+
+
+def _row(
+    bench: Bench, name: str, times, tokens, exact, size: int, base: float, limits, steps: tuple[int, int]
+) -> dict:
+    """One loop's line of a table; `base` is the reference's seconds, `size` the images of a decode."""
+    num_regions, slots = tokens.shape[1:]
+    image = statistics.median(times) / size
+    count = steps[1] if "steps" in name else steps[0]
+    kind = "reference" if name == "reference" else "exact" if name == "exact" else "cached"
+    work = flops(bench, num_regions, slots, kind, count)
+    least = bound(bench, num_regions, slots, kind, count, size, limits)
+    ends = torch.tensor([bench.model.config.eot_token_id, bench.model.config.eos_token_id], device=bench.device)
+    text = float((torch.isin(tokens, ends).cumsum(-1) == 0).sum())
+    return {
+        "ms_per_image": round(1000 * image, 2),
+        "spread_ms": [round(1000 * min(times) / size, 2), round(1000 * max(times) / size, 2)],
+        "ratio_to_reference": round(base / image, 2),
+        "images_per_second": round(1 / image, 3),
+        "regions_per_second": round(num_regions / image, 3),
+        "slots_per_second": round(num_regions * slots / image, 1),
+        "text_tokens_per_second": round(text / size / image, 1),
+        "tokens_per_forward": round(num_regions * slots * size / count, 2),
+        "tokens_per_forward_per_region": round(slots / count, 2),
+        "tokens_as_exact": round(float((tokens[:1] == exact).float().mean()), 4),
+        "tflop_per_image": round(work / 1e12, 4),
+        "share_of_roofline": round(least / size / image, 3),
+    }
+
+
+def _peak_memory(bench: Bench) -> int:
+    """Bytes."""
+    if bench.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _limits(bench: Bench) -> tuple[tuple[float, float], str]:
@@ -151,7 +184,7 @@ def scaling(bench: Bench, slots: int, steps: int, repeats: int, batches: list[in
         jobs[f"tiles {tiles}"] = lambda tiles=tiles: bench.ours(4, 1, slots, steps, 0, tiles * tile)
     for batch in batches:
         jobs[f"batch {batch}"] = lambda batch=batch: bench.ours(4, batch, slots, steps, 0)
-    seconds, _ = interleaved(bench, jobs, repeats)
+    *_, (seconds, _) = interleaved(bench, jobs, repeats)
     table = {name: round(1000 * statistics.median(times), 2) for name, times in seconds.items()}
     return {
         "ms": table,
@@ -260,10 +293,12 @@ def decode(
         for count in counts:
             record["tables"].append(compare(bench, count, batches, slots, steps, repeats))
             _show(record["tables"][-1])
+            if json_file:  # after every table: whoever stops the run keeps what was measured
+                write_json(json_file, record)
         if with_scaling:
             record["scaling"] = scaling(bench, slots, steps, max(1, repeats // 2), batches)
             Console().print(record["scaling"])
+            if json_file:
+                write_json(json_file, record)
     if plot is not None:
         _plot(record, plot)
-    if json_file:
-        json_file.write_text(json.dumps(record, indent=1) + "\n")

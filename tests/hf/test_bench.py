@@ -77,6 +77,22 @@ def test_command_writes_its_table(tmp_path):
         assert plot.width > 2 * plot.height
 
 
+def test_a_run_that_is_stopped_keeps_its_tables(tmp_path, monkeypatch):
+    tables = iter([{"regions": 1, "rows": {}, "prompt_tokens": 5, "steps": 2}])
+
+    def compare(*args):
+        try:
+            return next(tables)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr("pdlm_hf.app.bench.compare", compare)
+    path = tmp_path / "decode.json"
+    result = CliRunner().invoke(app, [*"bench decode --shape tiny --regions 1,2 --json".split(), str(path)])
+    assert result.exit_code != 0
+    assert [table["regions"] for table in json.loads(path.read_text())["tables"]] == [1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import pdlm_hf.denoising_pdlm
-from pdlm_hf.graphs_pdlm import WIDTH_MULTIPLE, CanvasGraphs, graphs_usable
-from pdlm_hf.split_attention_pdlm import NAME, attend, merge
+from pdlm_hf.graphs_pdlm import MAX_TRIES, WIDTH_MULTIPLE, CanvasGraphs, graphs_usable
+from pdlm_hf.split_attention_pdlm import _HAS_VARLEN, NAME, attend, attention_kind, merge
 
 SETTINGS = {"max_new_tokens": 8, "max_denoising_steps": 8, "prefix_refresh_interval": 0}
 RULES = [{}, {"acceptance_threshold": 0.3}, {"prefix_refresh_interval": 3}]
@@ -59,6 +59,34 @@ def test_attend_shares_key_heads():
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_size", "has_varlen", "has_aten", "kind"),
+    [
+        ("cuda", torch.bfloat16, 128, True, True, "varlen"),
+        ("cuda", torch.float16, 32, True, True, "varlen"),
+        ("cuda", torch.bfloat16, 128, False, True, "aten"),
+        ("cuda", torch.bfloat16, 128, False, False, "products"),
+        ("cuda", torch.float32, 128, True, True, "products"),
+        ("cuda", torch.bfloat16, 20, True, True, "products"),
+        ("cuda", torch.bfloat16, 264, True, True, "products"),
+        ("cpu", torch.bfloat16, 128, True, True, "products"),
+        ("mps", torch.float16, 128, True, True, "products"),
+    ],
+)
+def test_how_attention_is_computed(device, dtype, head_size, has_varlen, has_aten, kind):
+    assert attention_kind(device, dtype, head_size, has_varlen, has_aten) == kind
+
+
+@pytest.mark.parametrize("kind", ["varlen", "aten"] if _HAS_VARLEN else ["aten"])
+def test_flash_kernels_take_and_give_these_shapes(kind):
+    """On the meta device; grouped key heads, and fewer keys than there is room for."""
+    with torch.device("meta"):
+        query, key = torch.empty(2, 3, 4, 8, dtype=torch.bfloat16), torch.empty(2, 5, 2, 8, dtype=torch.bfloat16)
+        out, lse = attend(query, key, key, torch.empty(2, dtype=torch.int32), 0.3, kind)
+    assert (out.shape, out.dtype) == ((2, 3, 4, 8), torch.bfloat16)
+    assert (lse.shape, lse.dtype) == ((2, 3, 4), torch.float32)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("name", ["model", "isolated_model"])
 def test_split_is_the_region_mask(split, request, inputs, name, rule):
@@ -95,18 +123,45 @@ def test_fixed_shapes_with_new_contents(split, inputs, processor, pictures, monk
 
 
 def test_a_failed_capture_falls_back(split, inputs, monkeypatch, caplog):
-    network = split("isolated_model")
+    """And is tried again for later images, but not for ever."""
+    network, tries = split("isolated_model"), []
     expected = network.generate(**inputs, **SETTINGS)
 
     def fail(self, *args):
+        tries.append(args)
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(pdlm_hf.denoising_pdlm, "graphs_usable", lambda *args: True)
-    monkeypatch.setattr("pdlm_hf.graphs_pdlm.CanvasGraph.__init__", fail)
     monkeypatch.setattr(network, "_canvas_graphs", CanvasGraphs(network.model.language_model))
-    output = network.generate(**inputs, **SETTINGS, cuda_graphs=True)
-    assert torch.equal(output.region_tokens, expected.region_tokens)
-    assert list(network.canvas_graphs().graphs.values()) == [None]  # and it is not tried again
+    with monkeypatch.context() as patched:
+        patched.setattr("pdlm_hf.graphs_pdlm.CanvasGraph.__init__", fail)
+        for _ in range(MAX_TRIES - 1):
+            output = network.generate(**inputs, **SETTINGS, cuda_graphs=True)
+            assert torch.equal(output.region_tokens, expected.region_tokens)
+    network.generate(**inputs, **SETTINGS, cuda_graphs=True)
+    assert len(tries) == MAX_TRIES - 1 and len(network.canvas_graphs().graphs) == 1  # there was room this time
+    network.canvas_graphs().graphs.clear()
+    monkeypatch.setattr("pdlm_hf.graphs_pdlm.CanvasGraph.__init__", fail)
+    for _ in range(3):
+        network.generate(**inputs, **SETTINGS, cuda_graphs=True)
+    assert len(tries) == MAX_TRIES
+
+
+def test_autocast_has_graphs_of_its_own(split, inputs, monkeypatch):
+    """What was captured in float32 is not replayed where bfloat16 is asked for."""
+    network = split("isolated_model")
+    monkeypatch.setattr(pdlm_hf.denoising_pdlm, "graphs_usable", lambda *args: True)
+    monkeypatch.setattr(network, "_canvas_graphs", CanvasGraphs(network.model.language_model))
+    settings = {**SETTINGS, "output_history": True}
+    full = network.generate(**inputs, **settings, cuda_graphs=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = network.generate(**inputs, **settings)
+        rounded = network.generate(**inputs, **settings, cuda_graphs=True)
+    assert torch.equal(rounded.history[1].probability, expected.history[1].probability)
+    assert not torch.equal(rounded.history[1].probability, full.history[1].probability)
+    again = network.generate(**inputs, **settings, cuda_graphs=True)
+    assert torch.equal(again.history[1].probability, full.history[1].probability)
+    assert len(network.canvas_graphs().graphs) == 2
 
 
 def test_a_copied_model_begins_without_graphs(isolated_model):
@@ -148,6 +203,22 @@ def test_graphs_are_ignored_on_cpu(isolated_model, inputs):
     assert torch.equal(
         isolated_model.generate(**inputs, **SETTINGS, cuda_graphs=True).region_tokens, expected.region_tokens
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_on_a_gpu_is_the_products(dtype, key_heads):
+    """Lengths shorter than the room, grouped key heads."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    query = torch.randn(3, 34, 4, 128, generator=generator, device="cuda", dtype=dtype)
+    key, value = torch.randn(2, 3, 300, key_heads, 128, generator=generator, device="cuda", dtype=dtype)
+    lengths = torch.tensor([300, 1, 170], dtype=torch.int32, device="cuda")
+    assert attention_kind("cuda", dtype, 128) != "products"
+    out, lse = attend(query, key, value, lengths, 128**-0.5)
+    expected, expected_lse = attend(query, key, value, lengths, 128**-0.5, "products")
+    torch.testing.assert_close(lse, expected_lse, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

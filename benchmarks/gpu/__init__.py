@@ -1,0 +1,1 @@
+"""What a GPU can answer in a quarter of an hour, in stages; `python -m benchmarks.gpu --help`."""

@@ -1,0 +1,180 @@
+"""The stages for a GPU, rehearsed on a CPU: everything is measured and written; times are not tested."""
+
+import json
+import math
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from typer import BadParameter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.gpu.__main__ import STAGES, main  # noqa: E402
+from benchmarks.gpu.run import Run, Stage, flat  # noqa: E402
+
+COMPILED = ["compile", "flex"]
+# a row of each stage, and what is in it
+EXPECTED = {
+    "limits": ("device", {"matrix_tflops", "copy_gb_per_s"}),
+    "attention": ("1 x 12 queries, 142 of 256 keys", {"kind", "error", "lse_error", "ms", "ms_products"}),
+    "agreement": ("first canvas pass, split, captured", {"hidden_error", "same_drafts", "log_odds"}),
+    "step": ("split, 3 regions, batch 8", {"canvas_ms", "prompt_ms", "score_ms", "share_of_roofline", "peak_gb"}),
+    "phases": ("preprocessing", {"tiles", "ms", "to_device_ms", "vision_ms"}),
+    "kernels": ("split", {"kernels", "busy_us", "longest"}),
+    "table3": ("cached, batch 8", {"ms_per_image", "ratio_to_reference", "tokens_as_exact", "share_of_roofline"}),
+    "shapes": ("bfloat16, split, captured", {"captions", "exact", "same_as_float32", "seconds"}),
+    "lora": ("batch 4", {"peak_gb", "seconds", "tokens", "loss"}),
+    "table1": ("reference", {"ms_per_image"}),
+    "table6": ("exact", {"ms_per_image"}),
+    "scaling": ("batch 8", {"sdpa ms", "split, captured ms"}),
+    "compile": ("compiled: split, captured, 3 regions, batch 8", {"canvas_ms"}),
+    "flex": ("flex, 3 regions, batch 1", {"canvas_ms"}),
+    "fp8": ("FP8: split, captured, 3 regions, batch 8", {"canvas_ms"}),
+}
+
+
+def rehearse(folder: Path, stages: list[str]) -> dict:
+    """The record of these stages."""
+    main(stages, "cpu", "tiny", folder, "gpu", "", 600, slots=2, repeats=1, images=2)
+    return json.loads((folder / "gpu.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    return rehearse(tmp_path_factory.mktemp("gpu"), [stage for stage in STAGES if stage not in COMPILED])
+
+
+def check(record: dict, stage: str) -> dict:
+    """A stage's rows, which are all there."""
+    found = record["stages"][stage]
+    if stage == "fp8" and find_spec("torchao") is None:
+        assert (found["state"], found["rows"]) == ("not run: torchao is not installed", {})
+        return {}
+    assert found["state"] == "done", found
+    row, names = EXPECTED[stage]
+    assert names <= found["rows"][row].keys()
+    assert all(math.isfinite(value) for _, value in flat(found["rows"]) if isinstance(value, float))
+    assert not [
+        name for name, _ in flat(found["rows"]) if name.endswith("error") and "_" not in name and stage != "attention"
+    ]
+    return found["rows"]
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in COMPILED])
+def test_every_stage_is_measured(record, stage):
+    check(record, stage)
+
+
+@pytest.mark.slow
+def test_compiled_stages_are_measured(tmp_path):
+    record = rehearse(tmp_path, COMPILED)
+    for stage in COMPILED:
+        check(record, stage)
+
+
+def test_what_is_compared_is_the_same_computation(record):
+    rows = record["stages"]["agreement"]["rows"]
+    for name in ("sdpa", "split", "split, captured", "split by products"):
+        assert rows[f"first canvas pass, {name}"]["same_drafts"] == 1.0
+        assert rows[f"first canvas pass, {name}"]["hidden_error"] < 1e-5
+    assert rows["whole decode, split, captured"]["as_sdpa"] == 1.0
+    shapes = record["stages"]["shapes"]["rows"]
+    assert (
+        shapes["float32 on a CPU"]["same_as_float32"] == shapes["float32, split, captured"]["same_as_float32"] == 1.0
+    )
+    assert (
+        record["stages"]["lora"]["rows"]["batch 4"]["tokens"]
+        == 4 * record["stages"]["lora"]["rows"]["batch 1"]["tokens"]
+    )
+
+
+def test_the_record_names_what_it_was_made_with(record):
+    assert record["environment"]["torch"] and record["environment"]["peft"][0].isdigit()
+    assert record["settings"] == {"device": "cpu", "shape": "tiny", "slots": 2, "repeats": 1, "images": 2}
+    assert "/" not in json.dumps(record["environment"])
+
+
+@pytest.fixture
+def run(tmp_path):
+    def again():
+        return Run("cpu", "tiny", tmp_path / "gpu.json", 60, 2, 1, 2)
+
+    return again
+
+
+def test_a_stage_that_fails_or_takes_too_long_does_not_end_the_run(run):
+    def fail(run):
+        run.put("first", {"ms": 1.0})
+        raise RuntimeError("no /secret/path memory")
+
+    def wait(run):
+        run.put("first", {"ms": 2.0})
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:  # who swallows everything does not swallow the end
+                continue
+
+    doing = run()
+    doing.perform("fails", Stage(fail, 30, ""))
+    doing.perform("waits", Stage(wait, 1.2, ""))
+    doing.perform("goes on", Stage(lambda run: run.put("row", {"ms": 3.0}), 30, ""))
+    stages = json.loads(doing.file.read_text())["stages"]
+    assert stages["fails"]["state"] == "failed" and "no memory (in " in stages["fails"]["error"]
+    assert stages["fails"]["rows"] == {"first": {"ms": 1.0}}
+    assert stages["waits"]["state"] == "stopped after 1 s" and stages["waits"]["rows"] == {"first": {"ms": 2.0}}
+    assert stages["goes on"]["state"] == "done"
+
+
+def test_a_row_without_memory_is_noted_and_the_next_one_measured(run):
+    def work(run):
+        run.attempt("large", lambda: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        run.attempt("small", lambda: {"ms": 1.0})
+
+    doing = run()
+    doing.perform("stage", Stage(work, 30, ""))
+    rows = doing.record["stages"]["stage"]["rows"]
+    assert rows["large"]["error"].startswith("RuntimeError: out of memory") and rows["small"] == {"ms": 1.0}
+
+
+def test_a_run_is_continued_without_what_broke_it(run):
+    """The process may end within a stage: nothing of the stage but its rows is written then."""
+    doing = run()
+    doing.perform("first", Stage(lambda run: run.put("row", {"ms": 1.0}), 30, ""))
+    with pytest.raises(SystemExit):
+        doing.perform("breaks", Stage(lambda run: sys.exit(9), 30, ""))
+    again, done = run(), []
+    for name in ("first", "breaks", "last"):
+        again.perform(name, Stage(lambda run, name=name: done.append(name), 30, ""))
+    assert done == ["last"]
+    states = {name: stage["state"] for name, stage in again.record["stages"].items()}
+    assert states == {"first": "done", "breaks": "broke off", "last": "done"}
+
+
+def test_numbers_that_are_none_are_a_failure(run):
+    doing = run()
+    doing.perform("stage", Stage(lambda run: run.put("row", {"error": [1.0, float("nan")]}), 30, ""))
+    assert "not finite: error 1" in doing.record["stages"]["stage"]["error"]
+
+
+def test_a_record_of_other_settings_is_not_continued(run, tmp_path):
+    run().write()
+    with pytest.raises(ValueError, match="other settings"):
+        Run("cpu", "tiny", tmp_path / "gpu.json", 60, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("stages", "device", "shape", "skip", "message"),
+    [
+        (["n3"], "cpu", "tiny", "", "no stage n3"),
+        (None, "cpu", "tiny", "step,x", "no stage x"),
+        (None, "tpu", "tiny", "", "expected cpu"),
+        (None, "cpu", "70b", "", "expected one of tiny"),
+    ],
+)
+def test_wrong_calls(tmp_path, stages, device, shape, skip, message):
+    with pytest.raises(BadParameter, match=message):
+        main(stages, device, shape, tmp_path, "gpu", skip, 60, 2, 1, 2)
