@@ -35,7 +35,7 @@ def way(run: Run, name: str) -> Iterator[bool]:
     chosen = split.attention_kind
     run.bench.model.set_attn_implementation({"text_config": attention})
     if name == "split by products":
-        split.attention_kind = lambda *of: "products"
+        split.attention_kind = _products
     try:
         yield graphs
     finally:
@@ -55,7 +55,22 @@ def canvas_of(run: Run, regions: int, batch: int, graphs: bool) -> tuple[Generat
 
 
 def attention(run: Run) -> None:
-    """The two attentions of a canvas pass by the kernel that is chosen here, beside float32 products."""
+    """The two attentions of a canvas pass by the kernel that is chosen here, beside float32 products.
+
+    Where the kernel fails, the stages that follow do with products.
+    """
+    try:
+        _attention(run)
+    except RuntimeError:
+        split.attention_kind = _products
+        raise
+
+
+def _products(*of) -> str:
+    return "products"
+
+
+def _attention(run: Run) -> None:
     shape = run.shape
     block = run.slots + 2
     shared = shape.image_tokens + shape.text_tokens
@@ -102,14 +117,7 @@ def agreement(run: Run) -> None:
     """Drafts of a pass over the kept prompts beside those of the whole pass: the same computation. Then decodes."""
     for name in QUICK:
         with way(run, name) as graphs:
-            task, canvas, view = canvas_of(run, REGIONS, 1, graphs)
-            whole = canvas.forward(view, True, keep=True)
-            expected, expected_odds, _ = task.score(whole.flatten(1, 2), [0], view.counts)
-            hidden = canvas.forward(view, False)
-            draft, odds, _ = task.score(hidden.flatten(1, 2), [0], view.counts)
-            values = {"hidden_error": relative(hidden, whole), "same_drafts": share(draft, expected)}
-            run.put(f"first canvas pass, {name}", values | {"log_odds": (odds - expected_odds).abs().max().item()})
-        run.release()
+            run.attempt(f"first canvas pass, {name}", lambda graphs=graphs: _beside_whole(run, graphs))
     bench, steps = run.bench, run.slots
     exact = bench.ours(REGIONS, 1, run.slots, steps, 1)
     cached = bench.ours(REGIONS, 1, run.slots, steps, 0)
@@ -117,6 +125,20 @@ def agreement(run: Run) -> None:
     for name in ("split", "split, captured"):
         tokens = bench.ours(REGIONS, 1, run.slots, steps, 0, None, *WAYS[name])
         run.put(f"whole decode, {name}", {"tokens_as_exact": share(tokens, exact), "as_sdpa": share(tokens, cached)})
+
+
+def _beside_whole(run: Run, graphs: bool) -> dict[str, float]:
+    task, canvas, view = canvas_of(run, REGIONS, 1, graphs)
+    whole = canvas.forward(view, True, keep=True)
+    expected, expected_odds, _ = task.score(whole.flatten(1, 2), [0], view.counts)
+    hidden = canvas.forward(view, False)
+    draft, odds, _ = task.score(hidden.flatten(1, 2), [0], view.counts)
+    values = {"hidden_error": relative(hidden, whole), "same_drafts": share(draft, expected)}
+    return values | {"log_odds": (odds - expected_odds).abs().max().item(), "captured": float(_captured(canvas))}
+
+
+def _captured(canvas: RegionCanvas) -> bool:
+    return canvas.graph is not None and canvas.graph.graph is not None
 
 
 def share(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -147,7 +169,7 @@ def pass_times(run: Run, regions: int, batch: int, graphs: bool) -> dict[str, fl
     least = 1000 * (two - one)
     together = taken["canvas_ms"] + taken["score_ms"]
     taken |= {"roofline_ms": round(least, 4), "share_of_roofline": round(least / together, 3)}
-    return taken | {"peak_gb": run.peak_gb()}
+    return taken | {"captured": float(_captured(canvas)), "peak_gb": run.peak_gb()}
 
 
 def phases(run: Run) -> None:

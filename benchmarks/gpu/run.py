@@ -20,6 +20,7 @@ from pdlm_hf.app.bench_model import SHAPES, Bench
 from pdlm_hf.app.jsonl import write_json
 
 MAX_REGIONS = 8  # the model has room for
+LOST = 3  # exit code
 PACKAGES = ("torch", "transformers", "triton", "peft", "torchao", "numpy", "pillow")
 
 
@@ -132,7 +133,20 @@ class Run:
             print(f"{name} failed: {state['error']}", flush=True)
         state["seconds"] = round(time.perf_counter() - start, 1)
         self.write()
+        self.check_device()
         self.release()
+
+    def check_device(self) -> None:
+        """End the process if the device does not answer any more, as after a wrong access in a kernel.
+
+        Raises: SystemExit; the same command goes on with the stages that are left.
+        """
+        try:
+            self.synchronise()
+            torch.ones(1, device=self.device).item()
+        except RuntimeError as error:
+            print(f"The device is lost: {_without_paths(error)}", flush=True)
+            raise SystemExit(LOST) from None
 
     def release(self) -> None:
         """Free what a stage or a row has left on the device."""
@@ -150,6 +164,7 @@ class Run:
         except RuntimeError as error:  # out of memory, for one
             values = {"error": _without_paths(error)}
         self.put(row, values)
+        self.check_device()
         self.release()
 
     def milliseconds(self, work: Callable[[], Any], times: int = 10, warm: int = 3) -> float:

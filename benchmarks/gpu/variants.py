@@ -1,6 +1,8 @@
 """Stages about variants of the model: compiled, FlexAttention, FP8; and a training step."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +12,7 @@ from .passes import REGIONS, canvas_of, share, step, way
 from .run import NotInstalled, Run, gigabytes
 
 REGIONS_OF_RECIPE = 6
+CAPTURABLE = ("split", "split, captured")
 
 
 def flex(run: Run) -> None:
@@ -17,30 +20,45 @@ def flex(run: Run) -> None:
     step(run, ("flex", "split", "sdpa"), ((REGIONS, 1),))
 
 
-def compiled(run: Run) -> None:
-    """The parts of a layer that do not know its number, which would be compiled anew for every layer."""
+@contextmanager
+def compiled_parts(run: Run, projections: bool = False) -> Iterator[None]:
+    """Compile the parts of a layer that do not know its number, which would be compiled anew for every layer.
+
+    Args:
+        run (`Run`)
+        projections (`bool`): those of the attention too.
+    """
     text = run.bench.model.model.language_model
-    parts = [
-        part for layer in text.layers for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
-    ]
-    parts.append(text.norm)
-    names = ("split", "split, captured")
-    step(run, names, ((REGIONS, 1),), "plain: ")
+    parts = [text.norm]
+    for layer in text.layers:
+        parts += [layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]
+        if projections:
+            parts += [getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"]
+    for part in parts:
+        part.compile(dynamic=False)
     try:
-        for part in parts:
-            part.compile(dynamic=False)
-        start = time.perf_counter()
-        with way(run, "split"):
-            _, canvas, view = canvas_of(run, REGIONS, 1, False)
-            canvas.forward(view, True, keep=True)
-            canvas.forward(view, False)
-            run.synchronise()
-        run.put("compiling", {"seconds": round(time.perf_counter() - start, 1)})
-        del canvas, view
-        step(run, names, ((REGIONS, 1), (REGIONS, 8)), "compiled: ")
+        yield
     finally:
         for part in parts:
             part._compiled_call_impl = None
+
+
+def compiled(run: Run) -> None:
+    """MLP and norms compiled."""
+    step(run, CAPTURABLE, ((REGIONS, 1),), "plain: ")
+    with compiled_parts(run):
+        run.put("compiling", {"seconds": _first_passes(run)})
+        step(run, CAPTURABLE, ((REGIONS, 1), (REGIONS, 8)), "compiled: ")
+
+
+def _first_passes(run: Run) -> float:
+    start = time.perf_counter()
+    with way(run, "split"):
+        _, canvas, view = canvas_of(run, REGIONS, 1, False)
+        canvas.forward(view, True, keep=True)
+        canvas.forward(view, False)
+        run.synchronise()
+    return round(time.perf_counter() - start, 1)
 
 
 def fp8(run: Run) -> None:
@@ -55,8 +73,7 @@ def fp8(run: Run) -> None:
     )
 
     before = _drafts(run)
-    names = ("split", "split, captured")
-    step(run, names, ((REGIONS, 1),), "bfloat16: ")
+    step(run, CAPTURABLE, ((REGIONS, 1),), "bfloat16: ")
     cuda = run.device.type == "cuda"
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()) if cuda else Float8WeightOnlyConfig()
     start = time.perf_counter()
@@ -67,7 +84,10 @@ def fp8(run: Run) -> None:
     if cuda:
         row["weights_gb"] = gigabytes(torch.cuda.memory_allocated())
     run.put("quantising", row)
-    step(run, names, ((REGIONS, 1), (REGIONS, 8)), "FP8: ")
+    step(run, CAPTURABLE, ((REGIONS, 1), (REGIONS, 8)), "FP8: ")
+    with compiled_parts(run, projections=True):
+        run.put("compiling", {"seconds": _first_passes(run), "same_drafts": share(_drafts(run), before)})
+        step(run, CAPTURABLE, ((REGIONS, 1), (REGIONS, 8)), "FP8, compiled: ")
 
 
 def _drafts(run: Run) -> torch.Tensor:
