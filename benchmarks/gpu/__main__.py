@@ -37,7 +37,9 @@ STAGES = {
     "fp8": Stage(fp8, 90, "FP8 weights: step, memory, agreement"),  # last: the model stays in FP8
 }
 # what the last lines leave out
-LONG = ("spread_ms", "longest", "limits", "prompt_tokens", "regions", "slots", "steps", "images_per_second")
+LONG = {"spread_ms", "longest", "limits", "prompt_tokens", "regions", "slots", "steps", "tflop_per_image"}
+LONG |= {"images_per_second", "regions_per_second", "slots_per_second", "text_tokens_per_second"}
+LONG |= {"tokens_per_forward", "tokens_per_forward_per_region"}
 
 
 def _limits(run: Run) -> dict[str, float]:

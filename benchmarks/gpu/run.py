@@ -99,11 +99,16 @@ class Run:
 
     def put(self, row: str, values: dict[str, Any]) -> None:
         """Note a row of this stage, in the file and on the screen. Raises: ValueError on a number that is none."""
-        self.record["stages"][self.stage]["rows"][row] = values
+        self.rows[row] = values
         self.write()
         print(f"[{time.perf_counter() - self.start:.0f} s] {self.stage}, {row}: {brief(values)}", flush=True)
         if bad := [name for name, value in flat(values) if isinstance(value, float) and not math.isfinite(value)]:
             raise ValueError(f"{row}: not finite: {', '.join(bad)}.")
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Rows of the stage at work."""
+        return self.record["stages"][self.stage]["rows"]
 
     def write(self) -> None:
         """Write the record."""
