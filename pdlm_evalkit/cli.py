@@ -23,6 +23,7 @@ from .strict import BASE_URL, MODEL, SETTINGS, judge_results, read_results
 
 app = typer.Typer(help="Evaluation of PerceptionDLM.", no_args_is_help=True)
 app.add_typer(paradlc, name="paradlc")
+telling.add_version(app, "pdlm-eval")
 
 _fail = partial(telling.fail, "pdlm-eval")
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

@@ -19,7 +19,7 @@ from .bench import decode
 app = typer.Typer(
     help="PerceptionDLM: captions for many regions of a picture, written together.", no_args_is_help=True
 )
-
+telling.add_version(app, "pdlm")
 
 _fail = partial(telling.fail, "pdlm")
 bench = typer.Typer(help="Benchmarks.", no_args_is_help=True)

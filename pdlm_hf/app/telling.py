@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +36,25 @@ def needs(what: str, extra: str) -> str:
 def counted(number: int, noun: str, plural: str = "s") -> str:
     """A number of things: "1 caption", "2 captions"."""
     return f"{number} {noun}{plural * (number != 1)}"
+
+
+def add_version(app: typer.Typer, program: str) -> None:
+    """Give a command the option `--version`, which prints its name and the version of the project."""
+
+    def show(asked: bool) -> None:
+        if asked:
+            from .. import __version__
+
+            typer.echo(f"{program} {__version__}")
+            raise typer.Exit()
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version and exit.", callback=show, is_eager=True)
+        ] = False,
+    ) -> None:
+        pass
 
 
 def says_why(program: str) -> Callable[[Callable], Callable]:
