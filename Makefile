@@ -102,3 +102,8 @@ test-full: lint test-wheel .venv-vllm/ready .venv-lmms/ready
 
 clean:
 	rm -rf .venv .venv-oldest .venv-vllm .venv-lmms .wheel dist build demo_out site
+
+# transformers' own test mixins on our classes; see tests/peers/run.py. Not a part of `make test`.
+.PHONY: test-peers
+test-peers: .venv/dev
+	$(BIN)/python tests/peers/run.py
