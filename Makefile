@@ -2,6 +2,7 @@
 # make test          everything CI runs; reduced loads
 # make test-full     full loads, every test on the wheel and the oldest versions too, coverage; log in benchmarks/results
 # make test-newest   the suite on what is newest today, beyond our bounds; result in benchmarks/results/newest.json
+# make test-peers    transformers' own test mixins on our classes
 # make constraints   constraints/*.txt, from what is newest within our bounds and passes `make test`
 # make docs          the documentation site, in site/
 # make dist          source distribution and wheel, in dist/
@@ -30,7 +31,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo install docs dist browser test environments test-core test-wheel test-vllm test-lmms test-full test-newest \
+.PHONY: demo install docs dist browser test environments test-core test-wheel test-vllm test-lmms test-full test-newest test-peers \
 	constraints lint clean
 
 demo: .venv/demo
@@ -144,6 +145,10 @@ test-full:
 	  $(BIN)/python -m pdlm_hf.shapes.evaluate_base pdlm_hf/shapes/checkpoint_base --seed 11 --questions 500 --json ) 2>&1 | tee benchmarks/results/test-full.log
 	@! grep -qE "[0-9]+ (failed|error)" benchmarks/results/test-full.log
 
+# transformers' own test mixins on our classes; see tests/peers/run.py. Not a part of `make test`.
+test-peers: .venv/dev
+	$(BIN)/python tests/peers/run.py
+
 # In new environments without constraints, then written down.
 constraints:
 	rm -rf .venv .venv-oldest .venv-vllm .venv-lmms
@@ -151,4 +156,4 @@ constraints:
 	$(BIN)/python tools/constraints.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-lmms .wheel .newest dist build demo_out site
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-lmms .wheel .newest .peers dist build demo_out site
