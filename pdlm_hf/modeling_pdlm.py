@@ -1,6 +1,5 @@
 """PerceptionDLM: SigLIP2 vision tower with region prompts, projector, RoI feature replay, bidirectional LLaDA."""
 
-import json
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +9,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import cached_file
 
+from .adapters_pdlm import PdlmAdapterMixin
 from .configuration_pdlm import PdlmBaseConfig, PdlmConfig, PdlmTextConfig
 from .conversion_pdlm import register_conversion
 from .diffusion_pdlm import diffusion_loss
@@ -184,7 +183,7 @@ class PdlmTextModel(_WithoutFlashAttention, LlamaModel):
     _supports_flash_attn = False
 
 
-class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
+class PdlmPreTrainedModel(_WithoutFlashAttention, PdlmAdapterMixin, PreTrainedModel):
     """Weights, loading and attention support shared by all PerceptionDLM models."""
 
     config_class = PdlmConfig
@@ -232,19 +231,6 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
                 **dict.fromkeys(AUTO_CLASSES, name),
             }
         super().save_pretrained(save_directory, *args, **kwargs)
-
-    def load_adapter(self, peft_model_id=None, *args, **kwargs):
-        """As everywhere; also sets the switches and generation settings noted beside an adapter (`pdlm_base.json`)."""
-        info = super().load_adapter(peft_model_id, *args, **kwargs)
-        quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        path = peft_model_id and cached_file(str(peft_model_id), "pdlm_base.json", **quietly)
-        if path:
-            with open(path, encoding="utf-8") as file:
-                noted = json.load(file)
-            for name, value in noted["switches"].items():
-                setattr(self.config, name, value)
-            self.generation_config.update(**noted["generation"])
-        return info
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -463,6 +449,10 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
     def can_generate(cls) -> bool:
         """True: `generate` is ours, not transformers' GenerationMixin."""
         return True
+
+    def prepare_inputs_for_generation(self, input_ids=None, **kwargs):
+        """The inputs of `generate`, unchanged. PEFT asks for this method where `task_type="CAUSAL_LM"`."""
+        return {"input_ids": input_ids, **kwargs}
 
     def get_input_embeddings(self):
         """Token embeddings."""
