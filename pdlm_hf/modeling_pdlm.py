@@ -1,6 +1,5 @@
 """PerceptionDLM: SigLIP2 vision tower with region prompts, projector, RoI feature replay, bidirectional LLaDA."""
 
-import json
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +14,11 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
-from transformers.utils import cached_file, can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_pdlm import PdlmAdapterMixin
 from .configuration_pdlm import PdlmBaseConfig, PdlmConfig, PdlmTextConfig
 from .conversion_pdlm import register_conversion
 from .diffusion_pdlm import diffusion_loss
@@ -257,7 +257,7 @@ class PdlmTextModel(_WithoutFlashAttention, LlamaModel):
     _supports_flash_attn = False
 
 
-class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
+class PdlmPreTrainedModel(_WithoutFlashAttention, PdlmAdapterMixin, PreTrainedModel):
     """Weights, loading and attention support shared by all PerceptionDLM models."""
 
     config_class = PdlmConfig
@@ -307,19 +307,6 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PreTrainedModel):
                 **dict.fromkeys(AUTO_CLASSES, name),
             }
         super().save_pretrained(save_directory, *args, **kwargs)
-
-    def load_adapter(self, peft_model_id=None, *args, **kwargs):
-        """As everywhere; also sets the switches and generation settings noted beside an adapter (`pdlm_base.json`)."""
-        info = super().load_adapter(peft_model_id, *args, **kwargs)
-        quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        path = peft_model_id and cached_file(str(peft_model_id), "pdlm_base.json", **quietly)
-        if path:
-            with open(path, encoding="utf-8") as file:
-                noted = json.load(file)
-            for name, value in noted["switches"].items():
-                setattr(self.config, name, value)
-            self.generation_config.update(**noted["generation"])
-        return info
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -576,6 +563,10 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
     def can_generate(cls) -> bool:
         """True: `generate` is ours, not transformers' GenerationMixin."""
         return True
+
+    def prepare_inputs_for_generation(self, input_ids=None, **kwargs):
+        """The inputs of `generate`, unchanged. PEFT asks for this method where `task_type="CAUSAL_LM"`."""
+        return {"input_ids": input_ids, **kwargs}
 
     def get_input_embeddings(self):
         """Token embeddings."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,19 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from pdlm_hf import PdlmBaseConfig, PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
+from pdlm_hf.adapters_pdlm import BASE_FILE, adapter_base
 from pdlm_hf.conversion_pdlm import PARAMETER_PREFIXES
 
-from .recipe import Adapter, Recipe
+from .recipe import EMBEDDED, Adapter, Recipe
 
 LANGUAGE = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VISION = r"vision_tower\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 EMBEDDINGS = ["embed_tokens", "lm_head"]
-BASE_FILE = "pdlm_base.json"  # beside an adapter: its base, and how the model is to behave with it
 _SAMPLE = 64  # values of every tensor in a fingerprint
 
 
@@ -126,10 +127,38 @@ def _weight_files(base: str) -> list[str]:
     return [single]
 
 
+def base_name(base: str, folder: Path) -> str:
+    """How files in `folder` name a base checkpoint: its hub id, or the path from the folder, so that both can move."""
+    if not Path(base).is_dir():
+        return base
+    path = Path(os.path.relpath(base, folder)).as_posix()
+    return path if path.startswith(".") else f"./{path}"
+
+
 def write_base(folder: Path, recipe: Recipe, mark: str) -> None:
-    """Note beside an adapter which base it belongs to, its switches and its settings of `generate`."""
-    noted = {"base": recipe.base, "fingerprint": mark, **behaviour(recipe)}
+    """Note in a run's folder which base it belongs to, its switches and its settings of `generate`."""
+    noted = {"base": base_name(recipe.base, folder), "fingerprint": mark, **behaviour(recipe)}
+    if recipe.model in EMBEDDED:
+        noted["embedded"] = EMBEDDED[recipe.model].name
     (folder / BASE_FILE).write_text(json.dumps(noted, indent=1) + "\n")
+
+
+def finish_adapter(folder: Path, recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Make what PEFT saved an adapter folder of ours; nothing happens if `folder` holds no adapter.
+
+    With the model's `config.json` beside it, transformers leaves it to our class to find the base.
+
+    Args:
+        folder (`Path`), recipe ([`~recipe.Recipe`])
+        config ([`PdlmConfig`]): of the model, with the recipe's switches.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text()) | {"base_model_name_or_path": base_name(recipe.base, folder)}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    config.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card, with this machine's path of the base
 
 
 def behaviour(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -153,9 +182,15 @@ def read_base(folder: str | Path) -> dict[str, Any]:
 
 
 def check_base(folder: str | Path, base: str | Path) -> None:
-    """Raises: ValueError if the adapter belongs to other weights."""
+    """Raises: ValueError if the adapter belongs to other weights, or `base` cannot be loaded."""
     noted = read_base(folder)
-    found = fingerprint(base)
+    try:
+        found = fingerprint(base)
+    except OSError as error:
+        raise ValueError(
+            f"The base {base} of the adapter {folder} cannot be loaded. Give its folder or hub id: --base BASE, or "
+            "`base` of `load_adapter` and `merge`."
+        ) from error
     if noted["fingerprint"] != found:
         raise ValueError(
             f"The adapter {folder} was trained on other weights than those of {base} (fingerprint "
@@ -181,7 +216,7 @@ def load_adapter(folder: str | Path, base: str | Path | None = None, **kwargs: A
         ValueError: no adapter of ours, or another base.
     """
     noted = read_base(folder)
-    base = str(base or noted["base"])
+    base = str(base or adapter_base(folder))
     check_base(folder, base)
     model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
     behave(model, noted)

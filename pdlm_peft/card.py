@@ -7,7 +7,8 @@ import yaml
 
 from pdlm_hf.app.card import write_card
 
-from .recipe import Recipe
+from .adapters import base_name
+from .recipe import EMBEDDED, Recipe
 
 _MERGE = "For vLLM, or without PEFT: `pdlm-peft merge {folder} MERGED`, then `vllm serve MERGED`."
 
@@ -23,11 +24,14 @@ def write_run_card(recipe: Recipe, record: dict[str, Any], folder: Path) -> None
     data, hardware = recipe.data, record["hardware"]
     kind = "LoRA adapter" if recipe.adapter else "fine-tuned checkpoint"
     source = f"drawn pictures (world: {data.world})" if data.kind == "drawn" else f"`{data.train}`"
-    settings = recipe.model_dump(mode="json", exclude={"hardware", "samples"})
+    base = base_name(recipe.base, folder)
+    named = f"the embedded checkpoint `{recipe.model}`" if recipe.model in EMBEDDED else f"`{base}`"
+    settings = recipe.model_dump(mode="json", exclude={"output", "hardware", "samples"})
+    settings["model"] = recipe.model if recipe.model in EMBEDDED else base
     write_card(
         folder,
         title=folder.name,
-        summary=f"A {kind} of PerceptionDLM for `{recipe.model}`, trained by `pdlm-peft train`.",
+        summary=f"A {kind} of PerceptionDLM for {named}, trained by `pdlm-peft train`.",
         data=f"{data.kind}, {source}; held out: {f'`{data.held_out}`' if data.held_out else _drawn(data.kind)}.",
         scores=_scores(record["scores"]),
         training=f"{record['steps']} steps in {record['seconds']:.0f} s on {hardware['device']}"
@@ -36,7 +40,7 @@ def write_run_card(recipe: Recipe, record: dict[str, Any], folder: Path) -> None
         regions=data.kind != "chat",
         note=_MERGE.format(folder=folder.name) if recipe.adapter else "",
         library_name="peft" if recipe.adapter else "transformers",
-        base_model=str(recipe.model),
+        base_model=base,
         tags=["perceptiondlm", "diffusion-language-model", data.kind],
     )
 

@@ -165,7 +165,7 @@ def estimate(
     shared = hardware.devices if hardware.shard == "full" else 1
     spread = hardware.devices if hardware.shard != "none" else 1
     bf16 = training.get("bf16") or recipe.dtype == "bfloat16"
-    checkpointing = bool(training.get("gradient_checkpointing") or training.get("activation_checkpointing"))
+    checkpointing = bool(training.get("activation_checkpointing"))
     memory = {
         "weights": (frozen_bytes + trained * TRAINED) / shared,
         "gradients": trained * GRADIENT / spread,
@@ -189,7 +189,7 @@ def advice(recipe: Recipe, batch: int, checkpointing: bool) -> list[str]:
     """What could make it fit, the least loss first."""
     tips = []
     if not checkpointing:
-        tips.append("training.gradient_checkpointing=true")
+        tips.append("training.activation_checkpointing=true")
     if batch > 1:
         accumulation = recipe.training.get("gradient_accumulation_steps", 1) * batch
         tips.append(f"training.per_device_train_batch_size=1 training.gradient_accumulation_steps={accumulation}")

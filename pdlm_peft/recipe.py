@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers import TrainingArguments
 
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmGenerationConfig
+from pdlm_hf.adapters_pdlm import VIRTUAL_TOKENS, refuse_virtual_tokens
 
 RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED = {"shapes": CHECKPOINT, "shapes_base": BASE_CHECKPOINT}
-TRAINING_KEYS = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+# transformers' older names -> those of recipes; see `versions_pdlm.CHECKPOINTING`
+ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
+TRAINING_KEYS = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} | {*ALIASES.values()}
 # set elsewhere in a recipe, or needed as they are
 _OWN_KEYS = {
     "output_dir": "set `output`",
@@ -87,6 +90,16 @@ class Adapter(_Part):
     train_embeddings: bool = False
     new_words: list[str] = []
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_lora(cls, settings: Any) -> Any:
+        """Refuses PEFT's other methods, with the reason where they cannot work at all."""
+        if isinstance(settings, dict) and (method := settings.get("peft_type")):
+            if str(method).upper() in VIRTUAL_TOKENS:
+                refuse_virtual_tokens(method)
+            raise ValueError("recipes train LoRA; remove `peft_type`, other methods of PEFT need a script of yours")
+        return settings
+
 
 class Switches(_Part):
     """Behaviour to adapt the weights to; None: as the checkpoint has it (see `PdlmConfig`)."""
@@ -132,7 +145,7 @@ class Recipe(_Part):
         freeze (`list[str]`): without an adapter, parts to keep.
         generation (`dict`): settings of `generate` that the model has by default afterwards.
         data, switches, samples, hardware: see there.
-        training (`dict`): transformers' `TrainingArguments`, by their names.
+        training (`dict`): transformers' `TrainingArguments`, by their newest names.
     """
 
     model: str
@@ -152,8 +165,11 @@ class Recipe(_Part):
 
     @field_validator("training")
     @classmethod
-    def _strategies(cls, training: dict[str, Any]) -> dict[str, Any]:
-        """YAML 1.1 reads `eval_strategy: no` as false."""
+    def _newest_names(cls, training: dict[str, Any]) -> dict[str, Any]:
+        """Older names become new ones, and `eval_strategy: no` is no longer the false that YAML 1.1 reads."""
+        if both := [old for old, new in ALIASES.items() if old in training and new in training]:
+            raise ValueError(f"`{both[0]}` is the older name of `{ALIASES[both[0]]}`: give one of them")
+        training = {ALIASES.get(k, k): v for k, v in training.items()}
         return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in training.items()}
 
     @property
@@ -299,6 +315,10 @@ def _override(settings: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise ValueError(f"{override!r}: the value is no YAML.") from None
     *parents, last = key.split(".")
+    if parents == ["training"]:  # takes the place of either name
+        former = {old for old, new in ALIASES.items() if new == ALIASES.get(last, last)}
+        settings["training"] = {k: v for k, v in (settings.get("training") or {}).items() if k not in former}
+        last = ALIASES.get(last, last)
     for parent in parents:
         if not isinstance(settings.get(parent), dict):
             settings[parent] = {}

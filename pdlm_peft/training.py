@@ -14,11 +14,12 @@ from transformers.trainer_callback import TrainerCallback
 from pdlm_hf.app.collator import PdlmCollator
 from pdlm_hf.app.telling import needs
 from pdlm_hf.shapes.train import Clock, InOrderTrainer
+from pdlm_hf.versions_pdlm import CHECKPOINTING
 
-from .adapters import BASE_FILE, add_adapter, behave, behaviour, fingerprint, read_base, write_base
+from .adapters import BASE_FILE, add_adapter, behave, behaviour, fingerprint, finish_adapter, read_base, write_base
 from .card import write_run_card
 from .plan import StreamedRows, TrainingRows, held_out_rows, open_dataset, plan
-from .recipe import Recipe
+from .recipe import ALIASES, Recipe
 from .samples import CaptionSamples
 
 RUN_FILE = "run.json"  # what the order of the rows depends on, besides the recipe
@@ -76,11 +77,12 @@ class _AdapterFiles(TrainerCallback):
     def __init__(self, recipe: Recipe, mark: str):
         self.recipe, self.mark = recipe, mark
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args, state, control, model=None, **kwargs):
         """Note the base beside the adapter."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             write_base(folder, self.recipe, self.mark)
+            finish_adapter(folder, self.recipe, model.config)
 
 
 def arguments(recipe: Recipe) -> TrainingArguments:
@@ -90,7 +92,8 @@ def arguments(recipe: Recipe) -> TrainingArguments:
         ValueError: they refuse a value.
         ImportError: `report_to` names something that is not installed.
     """
-    settings = {"report_to": "none", "use_cpu": not torch.cuda.is_available()} | recipe.training
+    given = {k.replace("activation_checkpointing", CHECKPOINTING): v for k, v in recipe.training.items()}
+    settings = {"report_to": "none", "use_cpu": not torch.cuda.is_available()} | given
     if recipe.data.streaming:
         # dispatching would cut every tensor to the number of rows, and pictures have several tiles each
         settings["accelerator_config"] = {"dispatch_batches": False}
@@ -218,6 +221,7 @@ def check_folder(recipe: Recipe, out: Path, mark: str, processes: int) -> None:
             raise ValueError(f"{out} is not empty and holds no run; give another `output`.")
         return
     old, new = yaml.safe_load((out / "recipe.yaml").read_text()), recipe.model_dump(mode="json")
+    old["training"] = {ALIASES.get(k, k): v for k, v in old["training"].items()}
     for name in sorted({*old, *new}):
         before, now = old.get(name), new.get(name)
         nested = isinstance(before, dict) and isinstance(now, dict)
@@ -277,6 +281,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     save(trainer, out)
     record = _record(recipe, trainer, last)
     if main:
+        finish_adapter(out, recipe, trainer.accelerator.unwrap_model(trainer.model).config)
         (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
         write_run_card(recipe, record, out)
     return record

@@ -7,6 +7,7 @@ from transformers import AutoModelForImageTextToText
 
 from pdlm_hf.masking_pdlm import caption_canvas
 from pdlm_hf.modeling_pdlm import pixel_unshuffle, roi_align, roi_align_tiles, tile_places
+from pdlm_hf.versions_pdlm import CHECKPOINTING
 
 FORWARD = (
     "input_ids",
@@ -438,7 +439,7 @@ def test_gradient_checkpointing_changes_nothing(processor):
     inputs, noise = noisy_inputs(model, processor)
     loss, expected = gradients(model, inputs, noise)
     assert len(expected) == len(list(model.parameters()))
-    model.gradient_checkpointing_enable()  # 5.19 has no other name for it
+    getattr(model, f"{CHECKPOINTING}_enable")()
     again, got = gradients(model, inputs, noise)
     assert again == pytest.approx(loss, rel=1e-6)
     assert got.keys() == expected.keys()

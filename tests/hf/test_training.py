@@ -7,6 +7,7 @@ from pdlm_hf import PdlmForConditionalGeneration
 from pdlm_hf.app.collator import PdlmCollator
 from pdlm_hf.shapes.model import build_model
 from pdlm_hf.shapes.train import ShapesDataset
+from pdlm_hf.versions_pdlm import CHECKPOINTING
 
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
@@ -51,7 +52,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(processor, tmp_path):
 
 
 def test_gradient_checkpointing_in_the_trainer(processor, tmp_path):
-    trainer(build_model(processor), processor, tmp_path, gradient_checkpointing=True, max_steps=1).train()
+    trainer(build_model(processor), processor, tmp_path, max_steps=1, **{CHECKPOINTING: True}).train()
 
 
 @pytest.mark.slow
@@ -96,6 +97,6 @@ def test_adapters_train(processor, tmp_path):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(build_model(processor), peft.LoraConfig(r=2, target_modules=LORA_TARGETS))
     before = {name: p.clone() for name, p in adapted.named_parameters()}
-    trainer(adapted, processor, tmp_path, gradient_checkpointing=True).train()
+    trainer(adapted, processor, tmp_path, **{CHECKPOINTING: True}).train()
     changed = {name for name, p in adapted.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if "lora_" in name}

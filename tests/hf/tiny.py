@@ -10,8 +10,8 @@ from pdlm_hf.shapes.model import build_model
 FLAT_FILES = [
     f"{name}_pdlm.py"
     for name in (
-        "caching canvas chat_denoising configuration conversion denoising diffusion generation_config generation "
-        "graphs image_processing masking modeling processing split_attention versions"
+        "adapters caching canvas chat_denoising configuration conversion denoising diffusion generation_config "
+        "generation graphs image_processing masking modeling processing split_attention versions"
     ).split()
 ]
 

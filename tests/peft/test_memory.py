@@ -70,7 +70,7 @@ def test_what_a_choice_costs():
 
     plain = memory()
     assert memory("quantize=4bit")["weights"] < 0.45 * plain["weights"]
-    assert memory("training.gradient_checkpointing=false")["activations"] > 5 * plain["activations"]
+    assert memory("training.activation_checkpointing=false")["activations"] > 5 * plain["activations"]
     assert memory("adapter.train_embeddings=true")["optimizer"] == pytest.approx(
         plain["optimizer"] + 8 * 2 * 126464 * 4096
     )

@@ -149,7 +149,7 @@ def test_the_new_world_is_new_and_fits_its_slots(shapes_processor):
 def test_every_recipe_in_miniature(name, own_rows, tmp_path):
     """The same YAML with a tiny model; 4 bits and several devices left out."""
     model = str(BASE_CHECKPOINT if name == "chat_8b" else CHECKPOINT)
-    extra = ["quantize=null", "training.gradient_checkpointing=true", "training.eval_strategy=steps"]
+    extra = ["quantize=null", "training.activation_checkpointing=true", "training.eval_strategy=steps"]
     recipe = small(name, tmp_path / "run", f"model={model}", *extra, "training.eval_steps=2")
     record = training.run(recipe)
     assert [step for step, _ in losses(record["log"])] == [1, 2]
@@ -186,7 +186,7 @@ def test_bf16_weights_train_in_float32(tmp_path):
     model, _ = training.load(small("shapes", tmp_path / "x", *bf16))
     dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    record = training.run(small("shapes", tmp_path / "run", *bf16, "training.gradient_checkpointing=true"))
+    record = training.run(small("shapes", tmp_path / "run", *bf16, "training.activation_checkpointing=true"))
     exact = training.run(small("shapes", tmp_path / "exact"))
     assert dict(losses(record["log"])) == pytest.approx(dict(losses(exact["log"])), rel=0.05)
 
