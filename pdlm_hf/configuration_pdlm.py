@@ -5,7 +5,7 @@ The reference's own `config.json` (nested under other names) is translated here 
 
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
@@ -140,6 +140,12 @@ _VISION_8B = {
 }
 
 
+if TYPE_CHECKING:
+    _SubConfig = Any  # what was given as None or a dictionary is read as a configuration
+else:
+    _SubConfig = dict[str, Any] | PreTrainedConfig | None
+
+
 @strict
 class PdlmConfig(PreTrainedConfig):
     """Configuration of PerceptionDLM (regions). Without arguments: the 8B of the paper.
@@ -167,8 +173,8 @@ class PdlmConfig(PreTrainedConfig):
     model_type = "pdmllm"
     sub_configs = {"text_config": PdlmTextConfig, "vision_config": SiglipVisionConfig}
 
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
-    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: _SubConfig = None
+    vision_config: _SubConfig = None
     vision_feature_layer: int = -2
     downsample_ratio: float = 0.5
     min_tiles: int = 1
@@ -262,7 +268,8 @@ class PdlmConfig(PreTrainedConfig):
     @property
     def num_roi_tokens(self) -> int:
         """RoI tokens of one region."""
-        return self.roi_output_size[0] * self.roi_output_size[1] if self.num_region_prompts else 0
+        size = self.roi_output_size
+        return size[0] * size[1] if self.num_region_prompts and isinstance(size, list) else 0
 
 
 @strict
