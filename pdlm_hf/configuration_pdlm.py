@@ -141,9 +141,11 @@ _VISION_8B = {
 
 
 if TYPE_CHECKING:
-    _SubConfig = Any  # what was given as None or a dictionary is read as a configuration
+    _SubConfig = Any  # a configuration, once `__post_init__` has read it
+    _Size = Any  # [height, width]
 else:
     _SubConfig = dict[str, Any] | PreTrainedConfig | None
+    _Size = int | list[int] | None
 
 
 @strict
@@ -180,7 +182,7 @@ class PdlmConfig(PreTrainedConfig):
     min_tiles: int = 1
     max_tiles: int = 6
     num_region_prompts: int = 6
-    roi_output_size: int | list[int] | None = 4
+    roi_output_size: _Size = 4
     roi_replay: str = "reference"
     prefix_attention: str = "full"
     replacement_noise_mode: bool = False
@@ -268,8 +270,7 @@ class PdlmConfig(PreTrainedConfig):
     @property
     def num_roi_tokens(self) -> int:
         """RoI tokens of one region."""
-        size = self.roi_output_size
-        return size[0] * size[1] if self.num_region_prompts and isinstance(size, list) else 0
+        return self.roi_output_size[0] * self.roi_output_size[1] if self.num_region_prompts else 0
 
 
 @strict
