@@ -123,7 +123,8 @@ class Answerer:
         attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if k in kwargs}
         path = checkpoint_name(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **source, **attention)
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # transformers' `to` is typed without its `self`
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
         return cls(model, AutoProcessor.from_pretrained(path, **source), **kwargs)
 
     def benchmark(self, name: str | None) -> Benchmark | None:
@@ -136,8 +137,8 @@ class Answerer:
         explicit = {**our_settings(question.settings), **self.settings}
         if question.masks is not None:
             return {k: v for k, v in explicit.items() if k not in _CHAT_ONLY}
-        preset = question.benchmark is not None and self.presets == "paper"
-        base = question.benchmark.generation() if preset else dict(DEFAULT_GENERATION)
+        preset = question.benchmark if self.presets == "paper" else None
+        base = dict(DEFAULT_GENERATION) if preset is None else preset.generation()
         slots = explicit.get("max_new_tokens") or base["max_new_tokens"]
         if slots != base["max_new_tokens"]:  # another length: as many steps, and one block if it was one
             one_block = base["block_length"] == base["max_new_tokens"]
@@ -207,11 +208,11 @@ class Answerer:
         for text, group in groupby(questions, key=lambda q: q.text):  # a batch shares its question
             rows = list(group)
             captions, output = captioner.generate([(q.images[0], q.masks) for q in rows], text or None, **settings)
-            slots = output.region_tokens.shape[-1]
+            slots = output["region_tokens"].shape[-1]
             for found in captions:
                 spoken = json.dumps([caption.text for caption in found], ensure_ascii=False)
                 tokens = sum(len(caption.token_ids) for caption in found)
-                answers.append(Answer(spoken, None, tokens, slots * len(found), output.num_forwards, 0.0))
+                answers.append(Answer(spoken, None, tokens, slots * len(found), output["num_forwards"], 0.0))
         return answers
 
     def _pictures(self, question: Question) -> list[Image.Image]:

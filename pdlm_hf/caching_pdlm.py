@@ -1,5 +1,7 @@
 """What is kept of the prompts while canvases pass: as one cache, or sorted for the attention in two calls."""
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache
 
@@ -13,6 +15,7 @@ class PrefixCache(DynamicCache):
     in place of the last one, and nothing of the prompts is copied.
     """
 
+    layers: list[Any]  # transformers' type has kinds of layers without keys and values
     prefix_length: int | None = None
 
     def freeze(self, prefix_length: int) -> None:
@@ -68,19 +71,18 @@ class SplitCache:
         region = torch.arange(num_regions, device=layout.device)
         roi = (layout[:, None] != 2 * region[:, None]).int().argsort(dim=2, stable=True)[..., :num_roi_tokens]
         self.block, self.num_roi_tokens = block, num_roi_tokens
-        self.common = [tuple(_columns(states, common) for states in layer) for layer in layers]
-        self.roi = [
+        self.common = [(_columns(keys, common), _columns(values, common)) for keys, values in layers]
+        self.roi: list[tuple[torch.Tensor, ...]] = [
             tuple(_columns(states, roi.flatten(1)).unflatten(1, roi.shape[1:]) for states in layer) for layer in layers
         ]
-        self.own: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # (regions of the view, RoI tokens + block, heads, size)
+        # (regions of the view, RoI tokens + block, heads, size)
+        self.own: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.own_lengths = self.lengths
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep only these rows of the batch."""
         self.lengths = self.lengths[rows]
-        self.common = [tuple(states[rows] for states in layer) for layer in self.common]
+        self.common = [(keys[rows], values[rows]) for keys, values in self.common]
         self.roi = [tuple(states[rows] for states in layer) for layer in self.roi]
 
     def show(self, regions: torch.Tensor) -> None:
@@ -90,14 +92,15 @@ class SplitCache:
             regions (`torch.LongTensor` of shape `(rows, blocks)`): index of the region of every block.
         """
         rows = torch.arange(len(regions), device=regions.device)[:, None]
-        keys = self.num_roi_tokens + self.block
-        self.own = []
-        for layer in self.roi:
-            own = tuple(states.new_empty(regions.numel(), keys, *states.shape[3:]) for states in layer)
-            for room, states in zip(own, layer, strict=True):
-                room[:, : self.num_roi_tokens] = states[rows, regions].flatten(0, 1)
-            self.own.append(own)
-        self.own_lengths = torch.full((regions.numel(),), keys, dtype=torch.int32, device=regions.device)
+        length = self.num_roi_tokens + self.block
+
+        def room(states: torch.Tensor) -> torch.Tensor:
+            own = states.new_empty(regions.numel(), length, *states.shape[3:])
+            own[:, : self.num_roi_tokens] = states[rows, regions].flatten(0, 1)
+            return own
+
+        self.own = [(room(keys), room(values)) for keys, values in self.roi]
+        self.own_lengths = torch.full((regions.numel(),), length, dtype=torch.int32, device=regions.device)
 
     def copy_(self, other: "SplitCache") -> None:
         """Take over the contents of a cache of the same shapes, in place, for pictures that are shown alike."""

@@ -64,7 +64,7 @@ class CanvasView:
     region_of: torch.Tensor
     place: torch.Tensor
     counts: list[int]
-    positions: torch.Tensor | None = None
+    positions: torch.Tensor
     masks: dict[bool, Any] = field(default_factory=dict)
 
 
@@ -104,8 +104,8 @@ class RegionCanvas:
         layout = self.model.model.region_layout(ids)
         self.prompt_layout = layout[:, :width]
         self.block_layout = layout[:, width:].view(rows, most, num_slots + 2)
-        self.cache: PrefixCache | SplitCache | None = None
-        self.cached_rows: torch.Tensor | None = None
+        self.cache: PrefixCache | SplitCache  # of a pass that kept it, and the rows it has
+        self.cached_rows: torch.Tensor
         self.shown: CanvasView | None = None  # the view that a split cache has room for
         self.graphs: CanvasGraphs | None = None
         self.graph: CanvasGraph | None = None
@@ -124,13 +124,18 @@ class RegionCanvas:
         present = torch.arange(most, device=active.device) < counts[:, None]
         place = present.flatten().nonzero()[:, 0]
         row_of, column = place // most, place % most
-        view = CanvasView(
-            rows, blocks, present, rows[row_of], blocks[row_of, column], place, (counts * self.num_slots).tolist()
-        )
         offset = torch.arange(self.num_slots + 2, device=active.device)
         positions = self.lengths[rows, None, None] + blocks[..., None] * (self.num_slots + 2) + offset
-        view.positions = positions.flatten(1)
-        return view
+        return CanvasView(
+            rows,
+            blocks,
+            present,
+            rows[row_of],
+            blocks[row_of, column],
+            place,
+            (counts * self.num_slots).tolist(),
+            positions.flatten(1),
+        )
 
     def forward(self, view: CanvasView, whole: bool, keep: bool = False) -> torch.Tensor:
         """One pass; hidden states of the slots, `(R, K, num_slots, hidden_size)`.
@@ -145,7 +150,8 @@ class RegionCanvas:
         shown = torch.where(self.masked, self.mask_id, self.tokens)
         ids = self.blocks(shown)[rows[:, None], view.blocks].flatten(1)
         embeds = self.model.get_input_embeddings()(ids).to(self.prompt.dtype)
-        positions, cache = view.positions, None
+        positions = view.positions
+        cache: PrefixCache | SplitCache | None = None
         if whole:
             prompt_positions = (self.prompt_mask[rows].cumsum(1) - 1).clamp_min(0)
             embeds = torch.cat([self.prompt[rows], embeds], 1)
@@ -165,7 +171,7 @@ class RegionCanvas:
             use_cache=cache is not None,
             **{CACHE: cache},
         ).last_hidden_state
-        if whole and keep:
+        if whole and cache is not None:
             self._keep(cache, rows)
         if whole:
             hidden = hidden[:, self.prompt.shape[1] :]
@@ -215,7 +221,7 @@ class RegionCanvas:
         )
         return as_bias(mask, embeds.dtype) if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool else mask
 
-    def _cache_of(self, rows: torch.Tensor) -> PrefixCache:
+    def _cache_of(self, rows: torch.Tensor) -> PrefixCache | SplitCache:
         """The cache, cut down to these rows once others have finished; frees their memory."""
         if len(rows) != len(self.cached_rows):
             self.cache.select(torch.searchsorted(self.cached_rows, rows))

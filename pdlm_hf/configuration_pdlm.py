@@ -5,7 +5,7 @@ The reference's own `config.json` (nested under other names) is translated here 
 
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
@@ -140,6 +140,14 @@ _VISION_8B = {
 }
 
 
+if TYPE_CHECKING:
+    _SubConfig = Any  # a configuration, once `__post_init__` has read it
+    _Size = Any  # [height, width]
+else:
+    _SubConfig = dict[str, Any] | PreTrainedConfig | None
+    _Size = int | list[int] | None
+
+
 @strict
 class PdlmConfig(PreTrainedConfig):
     """Configuration of PerceptionDLM (regions). Without arguments: the 8B of the paper.
@@ -167,14 +175,14 @@ class PdlmConfig(PreTrainedConfig):
     model_type = "pdmllm"
     sub_configs = {"text_config": PdlmTextConfig, "vision_config": SiglipVisionConfig}
 
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
-    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: _SubConfig = None
+    vision_config: _SubConfig = None
     vision_feature_layer: int = -2
     downsample_ratio: float = 0.5
     min_tiles: int = 1
     max_tiles: int = 6
     num_region_prompts: int = 6
-    roi_output_size: int | list[int] | None = 4
+    roi_output_size: _Size = 4
     roi_replay: str = "reference"
     prefix_attention: str = "full"
     replacement_noise_mode: bool = False

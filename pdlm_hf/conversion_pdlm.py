@@ -4,7 +4,7 @@ Imported by the modeling file, not by the package, so that it also holds where a
 """
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 # reference prefix -> our prefix
 PARAMETER_PREFIXES = {
@@ -20,7 +20,7 @@ PARAMETER_PREFIXES = {
 def register_conversion() -> None:
     """Tell transformers how to read (and write) the reference's parameter names. Harmless when repeated."""
     for model_type in ("pdmllm", "dmllm"):
-        renamings = [
+        renamings: list[WeightConverter | WeightRenaming] = [
             WeightRenaming("^" + theirs.replace(".", r"\."), ours) for theirs, ours in PARAMETER_PREFIXES.items()
         ]
         register_checkpoint_conversion_mapping(model_type, renamings, overwrite=True)

@@ -134,7 +134,7 @@ class GenerationTask:
             if banned:
                 logits[..., banned] = -torch.inf
             noisy = logits
-            if self.temperature > 0:
+            if self.random is not None and self.temperature > 0:
                 uniform = self.random.uniform(rows[part], counts[part], logits.shape[1:]).to(logits.device)
                 noisy = gumbel_perturb(logits, self.temperature, uniform)
             tokens.append(noisy.argmax(-1))
@@ -142,12 +142,12 @@ class GenerationTask:
                 entropies.append(token_entropy(logits))
             odds.append(token_log_odds(logits, tokens[-1]))
         # the head may be on another device than the inputs
-        found = (torch.cat(tokens), torch.cat(odds), torch.cat(entropies) if entropies else None)
-        return tuple(None if values is None else values.to(self.device) for values in found)
+        entropy = torch.cat(entropies).to(self.device) if entropies else None
+        return torch.cat(tokens).to(self.device), torch.cat(odds).to(self.device), entropy
 
     def ranking(self, log_odds: torch.Tensor, rows: list[int], counts: list[int]) -> torch.Tensor:
         """What ranks the drafts `(rows, slots)`: their log odds, or noise for random remasking."""
-        if not self.random_remasking:
+        if self.random is None or not self.random_remasking:
             return log_odds
         return torch.special.logit(self.random.uniform(rows, counts, log_odds.shape[1:]))
 

@@ -105,13 +105,13 @@ def lowest_mask(score: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return rank < count[:, None]
 
 
-def accept_confident(probability: torch.Tensor, masked: torch.Tensor, threshold: float) -> torch.Tensor:
+def accept_confident(probability: torch.Tensor, masked: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
     """Slots to commit in an adaptive step: all above the threshold, and in any case the best one of each region.
 
     Args:
         probability (`torch.FloatTensor` of shape `(..., num_slots)`): of the drafted token; the last axis is a region.
         masked (`torch.BoolTensor`): same shape, slots still open.
-        threshold (`float`): in (0, 1].
+        threshold (`float`, or a tensor that broadcasts): in (0, 1].
     """
     open_probability = probability.masked_fill(~masked, -1.0)
     best = torch.zeros_like(masked).scatter(-1, open_probability.argmax(-1, keepdim=True), True)

@@ -63,6 +63,18 @@ class PdlmGenerationConfig(GenerationConfig):
         output_history (`bool`): keep every step in `history`.
     """
 
+    max_denoising_steps: int | None
+    block_length: int | None
+    remasking: str | None
+    acceptance_threshold: float | None
+    entropy_bound: float | None
+    prefix_refresh_interval: int | None
+    cuda_graphs: bool | None
+    max_batch_tokens: int | None
+    generation_suffix: str | list[int] | None
+    seed: int | None
+    output_history: bool | None
+
     _FIELDS = (
         "max_new_tokens",
         "max_denoising_steps",
@@ -103,7 +115,7 @@ class PdlmGenerationConfig(GenerationConfig):
             logger.warning("generation_config.json: %s mean nothing to PerceptionDLM and are ignored.", foreign)
         return super().from_dict({name: value for name, value in config_dict.items() if name in known}, **kwargs)
 
-    def validate(self, **unused):
+    def validate(self, *unused: Any, **further: Any) -> None:
         """Check every value. Raises: ValueError, with the name, the value and the rule."""
         for name, least, rule in (
             ("max_new_tokens", 1, "a positive integer"),

@@ -8,7 +8,7 @@ from transformers.utils import ModelOutput
 
 from .canvas_pdlm import left_pad
 from .chat_denoising_pdlm import denoise_blocks
-from .configuration_pdlm import HUB_ARGUMENTS
+from .configuration_pdlm import HUB_ARGUMENTS, PdlmConfig
 from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, cut_at_stop, denoise_regions
 from .generation_config_pdlm import CAPTIONS_ONLY, PdlmGenerationConfig, our_names
 from .graphs_pdlm import CanvasGraphs
@@ -40,20 +40,24 @@ class PdlmGenerationOutput(ModelOutput):
             Every step, if `output_history=True`.
     """
 
-    sequences: torch.LongTensor | None = None
-    region_tokens: torch.LongTensor | None = None
-    region_scores: torch.FloatTensor | None = None
+    sequences: torch.Tensor | None = None
+    region_tokens: torch.Tensor | None = None
+    region_scores: torch.Tensor | None = None
     num_forwards: int | None = None
     tokens_per_forward: float | None = None
     tokens_per_forward_per_region: float | None = None
     text_tokens_per_forward: float | None = None
-    region_steps: torch.LongTensor | None = None
+    region_steps: torch.Tensor | None = None
     history: list | None = None
 
 
 class PdlmGenerationMixin:
     """`generate` of PerceptionDLM. Not transformers' autoregressive GenerationMixin, but with its conventions."""
 
+    config: PdlmConfig
+    model: Any  # PdlmModel, whose module imports this one
+    generation_config: PdlmGenerationConfig
+    generation_config_class: type[PdlmGenerationConfig]
     _canvas_graphs: CanvasGraphs | None = None
 
     def adjust_generation_fn(
@@ -69,7 +73,8 @@ class PdlmGenerationMixin:
             self.generation_config = self.generation_config_class()
             return
         try:
-            self.generation_config = self.generation_config_class.from_pretrained(
+            # transformers types it as the parent's
+            self.generation_config = self.generation_config_class.from_pretrained(  # type: ignore[assignment]
                 pretrained_model_name_or_path, **kwargs
             )
         except OSError:  # reference checkpoints have none
@@ -91,13 +96,13 @@ class PdlmGenerationMixin:
         region_masks: torch.Tensor | None = None,
         region_boxes: torch.LongTensor | None = None,
         original_sizes: torch.LongTensor | None = None,
-        region_order: torch.LongTensor | None = None,
-        image_index: torch.LongTensor | None = None,
+        region_order: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
         generation_config: PdlmGenerationConfig | None = None,
         streamer: Any = None,
         tokenizer: Any = None,
         **kwargs,
-    ) -> "PdlmGenerationOutput | torch.LongTensor":
+    ) -> PdlmGenerationOutput | torch.Tensor:
         """Write the captions of all regions together, or a chat answer block by block.
 
         With regions (paper section 3.3, reference-spec section 8), for all slots of an image together:
@@ -262,7 +267,7 @@ class PdlmGenerationMixin:
             history=None if parts[0]["history"] is None else [step for part in parts for step in part["history"]],
         )
 
-    def _generate_chat(self, inputs, settings, streamer, tokenizer) -> "PdlmGenerationOutput | torch.LongTensor":
+    def _generate_chat(self, inputs, settings, streamer, tokenizer) -> PdlmGenerationOutput | torch.Tensor:
         for name in CAPTIONS_ONLY:
             if getattr(settings, name) is not None:
                 raise ValueError(f"`{name}` is for region captions at present. Leave it out in chat.")

@@ -31,7 +31,7 @@ class CanvasGraph:
     def __init__(self, language_model, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache):
         self.embeds, self.positions, self.cache = embeds.clone(), positions.clone(), cache
         self._pass = partial(split_pass, language_model, self.embeds, self.positions, self.cache)
-        self.graph = None
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.hidden = self.run()
         if embeds.is_cuda:
             with torch.cuda.device(embeds.device):
@@ -51,9 +51,9 @@ class CanvasGraph:
             for _ in range(2):
                 self.run()
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
+        graph = self.graph = torch.cuda.CUDAGraph()
         # other threads, a data loader's for one, may use the device meanwhile
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.hidden = self.run()
 
     def __call__(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

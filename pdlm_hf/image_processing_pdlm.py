@@ -275,12 +275,13 @@ class PdlmImageProcessorPil(PilBackend):
               the picture, end exclusive, -1 where there is no region; original_sizes `(num_images, 2)`: height, width.
         """
         images = images if isinstance(images, (list, tuple)) else [images]
-        images = [to_rgb(image, f"image {i}") for i, image in enumerate(images)]
+        pictures = [to_rgb(image, f"image {i}") for i, image in enumerate(images)]
         tile_size = self.size["height"]
         limit = max_tiles or self.max_tiles
-        grids = [best_grid(*image.size, tile_size, min(self.min_tiles, limit), limit) for image in images]
-        tiles = np.concatenate([tile(image, grid, tile_size) for image, grid in zip(images, grids, strict=True)])
-        pixels = (tiles.astype(np.float32) / 255 - np.float32(self.image_mean)) / np.float32(self.image_std)
+        grids = [best_grid(*image.size, tile_size, min(self.min_tiles, limit), limit) for image in pictures]
+        tiles = np.concatenate([tile(image, grid, tile_size) for image, grid in zip(pictures, grids, strict=True)])
+        mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
+        pixels = (tiles.astype(np.float32) / 255 - mean) / std
         data = {"pixel_values": pixels.transpose(0, 3, 1, 2), "image_grids": np.array(grids, dtype=np.int64)}
         if segmentation_maps is not None:
             if prompt_ids is None:
@@ -291,7 +292,7 @@ class PdlmImageProcessorPil(PilBackend):
             ]
             data["region_masks"] = np.concatenate([patches for patches, _ in regions])
             data["region_boxes"] = np.stack([boxes for _, boxes in regions])
-            data["original_sizes"] = np.array([image.size[::-1] for image in images], dtype=np.int64)
+            data["original_sizes"] = np.array([image.size[::-1] for image in pictures], dtype=np.int64)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _regions(self, masks: list[np.ndarray], prompt_ids: list[int], grid: tuple[int, int]):

@@ -1,6 +1,7 @@
 """From pictures, masks and text to model inputs, and from generated tokens back to captions in input order."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,14 +56,14 @@ class RegionCaption:
         text (`str`): without special tokens.
         score (`float`): mean probability of its tokens, each as of the step that wrote it.
         id: index of the mask as given, or the region's own id where it has one.
-        bbox (`list[float]`, *optional*): x, y, width, height in pixels (COCO), where known.
+        bbox (`Sequence[float]`, *optional*): x, y, width, height in pixels (COCO), where known.
         token_ids (`list[int]`): tokens of the text.
     """
 
     text: str
     score: float
     id: Any = None
-    bbox: list[float] | None = None
+    bbox: Sequence[float] | None = None
     token_ids: list[int] = field(default_factory=list, repr=False)
 
 
@@ -253,10 +254,11 @@ class PdlmProcessor(ProcessorMixin):
         question = DEFAULT_QUESTION if question is None else question
         self.refuse_specials(question, "the question")
         regions = "\n".join(REGION.format(k) * self.tokens_per_region for k in range(len(masks)))
-        content = [{"type": "image"}, {"type": "text", "text": f"{regions}\n{question}"}]
-        prompt = self.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, training=True
-        )
+        turn: dict[str, Any] = {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": f"{regions}\n{question}"}],
+        }
+        prompt = self.apply_chat_template([turn], tokenize=False, add_generation_prompt=True, training=True)
         input_ids = self._encode(prompt, [len(visual["pixel_values"])])
         return {"input_ids": input_ids + list(answer_ids or []), **visual}
 
@@ -269,9 +271,8 @@ class PdlmProcessor(ProcessorMixin):
             if not isinstance(prompt, str) or HEADER not in prompt:
                 self.refuse_specials(prompt, f"text {i}")
                 content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
-                prompt = self.apply_chat_template(
-                    [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-                )
+                turn: dict[str, Any] = {"role": "user", "content": content}
+                prompt = self.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
             if prompt.count(IMAGE) != len(pictures):
                 raise ValueError(
                     f"text {i} has {prompt.count(IMAGE)} image placeholders, but {len(pictures)} pictures were given."
@@ -352,7 +353,7 @@ class PdlmProcessor(ProcessorMixin):
             sequence (`list[int]`): prompt and caption blocks, or the blocks alone.
         """
         markers = {self.tokenizer.convert_tokens_to_ids(CAPTION.format(k)) for k in range(16)}
-        blocks = []
+        blocks: list[list[int]] = []
         for token in sequence:
             if token in markers:
                 blocks.append([])
@@ -442,10 +443,10 @@ def _images_of_each(images: Any, count: int, batched: bool) -> list[list]:
 
 def _as(batch: dict[str, torch.Tensor], return_tensors: str | None) -> BatchFeature:
     if return_tensors == "np":
-        batch = {name: value.numpy() for name, value in batch.items()}
-    elif return_tensors is None:
-        batch = {name: value.tolist() for name, value in batch.items()}
-    elif return_tensors != "pt":
+        return BatchFeature({name: value.numpy() for name, value in batch.items()})
+    if return_tensors is None:
+        return BatchFeature({name: value.tolist() for name, value in batch.items()})
+    if return_tensors != "pt":
         raise ValueError(f'`return_tensors` must be "pt", "np" or None, got {return_tensors!r}.')
     return BatchFeature(batch)
 

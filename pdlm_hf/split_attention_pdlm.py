@@ -132,9 +132,10 @@ def split_attention(
     if split is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     query = query.transpose(1, 2).contiguous()
-    shared = attend(query, *split.common[module.layer_idx], split.lengths, scaling)
+    layer: int = module.layer_idx
+    shared = attend(query, *split.common[layer], split.lengths, scaling)
     blocks = query.view(-1, split.block, *query.shape[2:])
-    own, own_lse = attend(blocks, *split.own[module.layer_idx], split.own_lengths, scaling)
+    own, own_lse = attend(blocks, *split.own[layer], split.own_lengths, scaling)
     return merge(*shared, own.reshape(query.shape), own_lse.reshape(shared[1].shape)), None
 
 

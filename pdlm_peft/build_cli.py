@@ -140,4 +140,4 @@ def filter_captions(
     from .build_steps import filter_step
 
     settings = {"min_words": min_words, "max_words": max_words, "max_repetition": max_repetition}
-    _run(data, images, out, filter_step(**settings), {"step": "filter", **settings})
+    _run(data, images, out, filter_step(min_words, max_words, max_repetition), {"step": "filter", **settings})

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pdlm_hf.app.regions import Region, parse_region
 from pdlm_hf.app.replies import Judge, Request
@@ -24,7 +25,7 @@ CHECK_PROMPT = (
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
-def mask_of(task: Task, image: Any) -> np.ndarray:
+def mask_of(task: Task, image: Image.Image) -> np.ndarray:
     """The mask of a region, bool (H, W). Raises: ValueError with the row."""
     try:
         return parse_region(task.region, *image.size, task.k).mask

@@ -53,14 +53,14 @@ def convert(
     if form not in FORMS:
         raise ValueError(f"The form must be one of {', '.join(FORMS)}, got {form!r}.")
     counts: Counter = Counter()
+    folder: Path | None = Path(source).parent
     if form.startswith("coco"):
         if captions is None:
             raise ValueError("COCO annotations have no captions: give a file of captions, or use the category names.")
         png_folder = _png_folder(source, masks) if form == "coco-panoptic" else None
         rows = coco_rows(Path(source), captions, counts, crowds, png_folder)
-        folder = Path(source).parent
     elif form == "dam":
-        rows, folder = dam_rows(Path(source), images), Path(source).parent
+        rows = dam_rows(Path(source), images)
     else:
         found = find_source(source, images)
         rows, folder = gar_rows(found, counts) if form == "gar" else reference_rows(found), found.own_folder
@@ -108,9 +108,9 @@ def relocated(row: dict, start: Path | None, folder: Path) -> dict:
         return {**row, "image": "data:base64," + base64.b64encode(image["bytes"]).decode()}
     if isinstance(image, dict):
         image = image.get("path")
-    moves = isinstance(image, str) and not image.startswith("data:") and not os.path.isabs(image)
-    if moves and start is not None and start.resolve() != folder.resolve():
-        image = Path(os.path.relpath(start / image, folder)).as_posix()
+    path = image if isinstance(image, str) and not image.startswith("data:") and not os.path.isabs(image) else None
+    if path is not None and start is not None and start.resolve() != folder.resolve():
+        image = Path(os.path.relpath(start / path, folder)).as_posix()
     return {**row, "image": image}
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch.utils.data import Dataset
 
 from pdlm_hf.app.regions import parse_region
@@ -199,7 +200,7 @@ def _parts(message: dict) -> list[dict]:
     return message["content"] if isinstance(message["content"], list) else []
 
 
-def _open(row: dict, number: int, folder: Path | None):
+def _open(row: dict, number: int, folder: Path | None) -> Image.Image:
     try:
         return open_row_image(row["image"], folder)
     except ValueError as error:
@@ -212,7 +213,9 @@ class _Rows:
 
     def __init__(self, source: Source, limit: int | None):
         self.source = source
-        self.table = self.places = self.rows = None
+        self.table: Any = None
+        self.places: list[tuple[int, int]] | None = None
+        self.rows: list[tuple[int, Any]] | None = None
         if source.kind == "jsonl":
             self.places = self._find_lines(limit)
         elif source.kind in ("table", "hub"):
@@ -230,8 +233,9 @@ class _Rows:
 
     def _find_lines(self, limit: int | None) -> list[tuple[int, int]]:
         """Number and position in the file of every row."""
-        places, position = [], 0
-        with open(self.source.path, "rb") as file:
+        places: list[tuple[int, int]] = []
+        position = 0
+        with open(self.source.file, "rb") as file:
             for number, line in enumerate(file, 1):
                 if limit is not None and len(places) == limit:
                     break
@@ -248,9 +252,9 @@ class _Rows:
             raise IndexError(index)
         if self.rows is not None:
             return self.rows[index]
-        if self.table is not None:
+        if self.places is None:
             return index % len(self) + 1, self.table[index]
         number, position = self.places[index]
-        with open(self.source.path, "rb") as file:  # opened anew: workers of a loader must not share a position
+        with open(self.source.file, "rb") as file:  # opened anew: workers of a loader must not share a position
             file.seek(position)
             return number, parse_line(file.readline(), number)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -28,11 +28,31 @@ _HELD_OUT_SEED = 2**62  # noise of held-out rows, away from that of training
 class Step(NamedTuple):
     """One row of the run: which picture, and which of its regions (None: all)."""
 
-    index: int
+    picture: int
     regions: list[int] | None
 
 
-def open_dataset(data: Data, held_out: bool = False, length: int = 0, group: int = 1, seed: int = 0) -> Dataset | None:
+class Rows(Protocol):
+    """A map-style data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@overload
+def open_dataset(
+    data: Data, held_out: Literal[False] = False, length: int = 0, group: int = 1, seed: int = 0
+) -> Rows: ...
+
+
+@overload
+def open_dataset(
+    data: Data, held_out: Literal[True], length: int = 0, group: int = 1, seed: int = 0
+) -> Rows | None: ...
+
+
+def open_dataset(data: Data, held_out: bool = False, length: int = 0, group: int = 1, seed: int = 0) -> Rows | None:
     """The data set of a recipe; None if there is no held-out part.
 
     Args:
@@ -47,20 +67,26 @@ def open_dataset(data: Data, held_out: bool = False, length: int = 0, group: int
         from .shapes import drawn_pictures
 
         return drawn_pictures(data.world, seed + 2**18 * held_out, limit or length, group)
-    source = data.held_out if held_out else data.train
-    if source is None and held_out:
+    if held_out and data.held_out is None:
         return None
-    if source is None:
-        raise ValueError(f"`data.train` is missing: give the file with your {data.kind}, data.train=FILE.")
-    if not source.startswith("hf:") and not Path(source).exists():
-        raise ValueError(f"`data.{'held_out' if held_out else 'train'}`: there is no file {source}.")
+    source = _file_of(data, "held_out" if held_out else "train")
     from .data import ChatDataset, RegionDataset
 
     images = Path(data.images) if data.images else None
     return (RegionDataset if data.kind == "regions" else ChatDataset)(source, images=images, limit=limit)
 
 
-def sizes_of(dataset: Dataset, data: Data) -> list[tuple[int, int, int, int]] | None:
+def _file_of(data: Data, name: Literal["train", "held_out"]) -> str:
+    """The file of a recipe with its rows. Raises: ValueError if it is not given, or not there."""
+    source: str | None = getattr(data, name)
+    if source is None:
+        raise ValueError(f"`data.{name}` is missing: give the file with your {data.kind}, data.{name}=FILE.")
+    if not source.startswith("hf:") and not Path(source).exists():
+        raise ValueError(f"`data.{name}`: there is no file {source}.")
+    return source
+
+
+def sizes_of(dataset: Rows, data: Data) -> list[tuple[int, int, int, int]] | None:
     """(width, height, regions, caption characters) of every picture; None where order and cut do not need them."""
     if getattr(dataset, "in_order", False) or data.kind == "chat":
         return None
@@ -93,7 +119,7 @@ def cut(num_regions: int, num_prompts: int, index: int, epoch: int, partition: s
 
 
 def plan(
-    dataset: Dataset, data: Data, processor: PdlmProcessor, batch: int, steps: int, epochs: float, seed: int
+    dataset: Rows, data: Data, processor: PdlmProcessor, batch: int, steps: int, epochs: float, seed: int
 ) -> list[Step]:
     """All rows of a run, in order: a multiple of `batch`, epoch after epoch, rows of like length together.
 
@@ -151,7 +177,7 @@ class TrainingRows(Dataset):
         steps (`list[Step]`), seed (`int`)
     """
 
-    def __init__(self, dataset: Dataset, steps: list[Step], seed: int):
+    def __init__(self, dataset: Rows, steps: list[Step], seed: int):
         self.dataset, self.steps, self.seed = dataset, steps, seed
 
     def __len__(self) -> int:
@@ -170,7 +196,7 @@ def with_seed(row: dict[str, Any], regions: list[int] | None, seed: int) -> dict
     return row
 
 
-def held_out_rows(dataset: Dataset, data: Data, processor: PdlmProcessor) -> TrainingRows:
+def held_out_rows(dataset: Rows, data: Data, processor: PdlmProcessor) -> TrainingRows:
     """All held-out pictures, whole where they fit, always with the same noise."""
     together = data.model_copy(update={"partition": "together"})
     rows, _ = _epoch(len(dataset), sizes_of(dataset, data), together, processor, None, 0)
@@ -182,10 +208,14 @@ class StreamedRows(IterableDataset):
 
     Args:
         data ([`~recipe.Data`]), processor (`PdlmProcessor`), seed (`int`)
+
+    Raises:
+        ValueError: no file is given, or it is not there.
     """
 
     def __init__(self, data: Data, processor: PdlmProcessor, seed: int):
         self.data, self.seed = data, seed
+        self.source = _file_of(data, "train")
         self.prompts = processor.image_processor.num_region_prompts
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -195,10 +225,10 @@ class StreamedRows(IterableDataset):
         epoch = position = 0
         while True:
             before = position
-            for index, row in enumerate(islice(stream_rows(self.data.train, images=images), self.data.limit)):
+            for index, row in enumerate(islice(stream_rows(self.source, images=images), self.data.limit)):
                 for group in cut(len(row["regions"]), self.prompts, index, epoch, self.data.partition):
                     yield with_seed(row, group, self.seed * 2**40 + position)
                     position += 1
             if position == before:
-                raise ValueError(f"{self.data.train} has no rows.")
+                raise ValueError(f"{self.source} has no rows.")
             epoch += 1

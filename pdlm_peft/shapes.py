@@ -14,7 +14,7 @@ from pdlm_hf.shapes.world import SHAPES_WORLD, World
 
 COLOURS = {"pink": (255, 150, 190), "cyan": (70, 215, 222), "wine": (112, 20, 52), "sand": (232, 208, 150)}
 ACCENTS = {"wine": (240, 220, 225)}
-WORDS = {
+WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "size": {"small": ("tiny",), "large": ("great",)},
     "colour": {name: (name,) for name in COLOURS},
     "texture": {name: (name,) for name in ("blank", "bars", "net")},

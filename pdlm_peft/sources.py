@@ -30,6 +30,13 @@ class Source:
     images: Path | None
 
     @property
+    def file(self) -> Path:
+        """The file or folder on this machine. Raises: ValueError for data of the hub."""
+        if self.path is None:
+            raise ValueError(f"{self.name}: is on the hub, not a file.")
+        return self.path
+
+    @property
     def own_folder(self) -> Path | None:
         """What relative paths start from if no folder was given; files written elsewhere must say another path."""
         return None if self.images is not None or self.path is None else self.path.parent
@@ -95,14 +102,14 @@ def raw_rows(source: Source) -> Iterator[tuple[int, Any]]:
         ValueError: the source as a whole is of no use.
     """
     if source.kind == "jsonl":
-        with open(source.path, "rb") as file:
+        with open(source.file, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, parse_line(line, number)
     elif source.kind == "list":
-        yield from _list_rows(source.path)
+        yield from _list_rows(source.file)
     elif source.kind == "coco":
-        yield from _coco_rows(source.path)
+        yield from _coco_rows(source.file)
     else:
         table = open_table(source, streaming=source.kind == "hub")
         yield from enumerate(table, 1)
@@ -113,7 +120,11 @@ def parse_line(line: bytes, number: int) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        where = f"line {number}, column {error.colno}: {error.msg}" if hasattr(error, "colno") else f"{error}"
+        where = (
+            f"line {number}, column {error.colno}: {error.msg}"
+            if isinstance(error, json.JSONDecodeError)
+            else f"{error}"
+        )
         return RowError(Fault(number, "row", "broken JSON", where, "one whole JSON object a line"))
 
 
@@ -222,7 +233,7 @@ def open_table(source: Source, streaming: bool = False) -> Any:
         raise ImportError(needs("datasets", "peft")) from None
     try:
         if source.kind == "table":
-            table = datasets.load_from_disk(str(source.path))
+            table = datasets.load_from_disk(str(source.file))
         else:
             name, _, split = source.name.removeprefix("hf:").partition("@")
             name, _, config = name.partition(":")

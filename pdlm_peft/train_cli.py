@@ -94,7 +94,7 @@ def _estimate(settings, dry_run: bool):
     batch = training.get("per_device_train_batch_size", 8) * accumulation * world
     epochs = training.get("num_train_epochs", 3.0)
     order = plan(dataset, data, processor, batch, steps, epochs, settings.seed)
-    sizes = sizes_of(dataset, data)
+    sizes = sizes_of(dataset, data) or []
     slots = max(data.num_slots) if isinstance(data.num_slots, tuple) else data.num_slots
     limit = config.num_region_prompts
     longest = max(

@@ -225,7 +225,8 @@ def region_message(request: ChatCompletionRequest) -> tuple[str, str | None]:
     if len(messages) != 1 or messages[0].get("role") != "user":
         raise ValueError(f"{wanted}; got {[message.get('role') for message in messages]}.")
     content = messages[0].get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [dict(part) for part in content or []]
+    given = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+    parts: list[dict[str, Any]] = [dict(part) for part in given]
     urls = [part["image_url"]["url"] for part in parts if part.get("type") == "image_url"]
     texts = [part["text"] for part in parts if part.get("type") == "text"]
     if len(urls) != 1:

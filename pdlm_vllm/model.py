@@ -1,6 +1,7 @@
 """PerceptionDLM as a vLLM model: our eyes, vLLM's Llama."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 
 import torch
@@ -46,6 +47,9 @@ class PdlmForVllm(nn.Module, PdlmEyes, SupportsMultiModal):
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
+
+    _mark_tower_model: Callable[..., AbstractContextManager[None]]  # of SupportsMultiModal
+    _mark_language_model: Callable[..., AbstractContextManager[None]]
 
     @staticmethod
     def get_model_state_cls():
@@ -116,6 +120,8 @@ class PdlmForVllm(nn.Module, PdlmEyes, SupportsMultiModal):
         """Token embeddings, with those of pictures and regions in their places."""
         embeds = self.language_model.model.embed_input_ids(input_ids)
         if multimodal_embeddings is not None and len(multimodal_embeddings):
+            if is_multimodal is None:
+                raise ValueError("`is_multimodal` must say where the embeddings of pictures and regions go.")
             found = torch.cat(list(multimodal_embeddings)).to(embeds.dtype)
             embeds = embeds.masked_scatter(is_multimodal.to(embeds.device)[:, None], found)
         return embeds

@@ -1,7 +1,7 @@
 """What one engine request is to do, read from its prompt and its settings. Scheduler and worker both ask here."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ REPORT, STREAM = "pdlm_report", "pdlm_stream"  # extra arguments: hand back scor
 DEFAULT_SLOTS = 32  # of a caption
 DEFAULT_ANSWER = 64  # tokens of a chat answer
 
+_Default = TypeVar("_Default", int, int | None)
 
 BUDGET, ADAPTIVE, CHAT = range(3)  # samplers
 
@@ -23,14 +24,14 @@ class Agenda(NamedTuple):
 
     Args:
         kind (`int`): BUDGET: all slots but `left`, which are opened again; ADAPTIVE: what is certain; CHAT: the
-            `count` most certain from slot `start` to `stop`.
+            `number` most certain from slot `start` to `stop`.
         last (`bool`): the request ends with it.
     """
 
     kind: int
     last: bool
     left: int = 0
-    count: int = 0
+    number: int = 0
     start: int = 0
     stop: int = 0
 
@@ -83,8 +84,8 @@ class Plan:
         if not self.num_regions:
             blocks = self.num_slots // self.block_length
             block, within = divmod(step, self.steps // blocks)
-            count = transfer_schedule(self.block_length, self.steps // blocks)[within]
-            return Agenda(CHAT, last, 0, count, block * self.block_length, (block + 1) * self.block_length)
+            number = transfer_schedule(self.block_length, self.steps // blocks)[within]
+            return Agenda(CHAT, last, 0, number, block * self.block_length, (block + 1) * self.block_length)
         if self.threshold is not None:
             return Agenda(ADAPTIVE, last)
         left = masks_left(self.num_regions * self.num_slots, step, self.steps)
@@ -107,12 +108,15 @@ class Plan:
 def defaults_of(model: str, revision: str | None = None) -> PdlmGenerationConfig:
     """Generation settings beside a checkpoint; a reference checkpoint has none."""
     try:
-        return PdlmGenerationConfig.from_pretrained(model, revision=revision)
+        # transformers types it as the parent's
+        return PdlmGenerationConfig.from_pretrained(model, revision=revision or "main")  # type: ignore[return-value]
     except OSError:
         return PdlmGenerationConfig()
 
 
-def make_plan(config, defaults, prompt: list[int], extra: dict[str, Any] | None, max_tokens: int | None, room: int):
+def make_plan(
+    config, defaults, prompt: list[int], extra: dict[str, Any] | None, max_tokens: int | None, room: int
+) -> Plan:
     """The plan of an engine request. Settings were checked when the request came in; here they are only fitted.
 
     Args:
@@ -123,22 +127,25 @@ def make_plan(config, defaults, prompt: list[int], extra: dict[str, Any] | None,
         max_tokens (`int`, *optional*): length of a chat answer.
         room (`int`): rows of the largest canvas that is served.
     """
-    extra = extra if isinstance(extra, dict) else {}
+    given: dict[str, Any] = extra if isinstance(extra, dict) else {}
 
-    def whole(name: str, least: int, default: int | None) -> int | None:
+    def whole(name: str, least: int, default: _Default) -> int | _Default:
         """A whole number, or the default where it is none: what comes by other doors must not stop the engine."""
-        value = extra.get(name)
-        right = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-        return int(value) if right and least <= value < 2**31 else default
+        value = given.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < 2**31:
+            return int(value)
+        return default
 
     regions = count_regions(config, prompt)
     interval = whole("prefix_refresh_interval", 0, defaults.prefix_refresh_interval)
     if regions:
         slots = max(1, min(whole("max_new_tokens", 1, defaults.max_new_tokens or DEFAULT_SLOTS), room // regions - 2))
         joint = config.prefix_attention == "full"
-        threshold = extra.get("acceptance_threshold")
-        right = isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and 0 < threshold <= 1
-        threshold = float(threshold) if right else None if threshold == 0 else defaults.acceptance_threshold
+        threshold = given.get("acceptance_threshold")
+        if isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and 0 < threshold <= 1:
+            threshold = float(threshold)
+        else:
+            threshold = None if threshold == 0 else defaults.acceptance_threshold
         steps = whole("max_denoising_steps", 1, defaults.max_denoising_steps or 32)
         length = slots
     else:

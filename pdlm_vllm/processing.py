@@ -26,7 +26,7 @@ _PER_TILE = ("pixel_values", "region_masks")
 @cache
 def load_processor(model: str, revision: str | None = None) -> PdlmProcessor:
     """The processor of a checkpoint, loaded once a process."""
-    return PdlmProcessor.from_pretrained(model, revision=revision)
+    return PdlmProcessor.from_pretrained(model, revision=revision or "main")
 
 
 def refuse_paths(regions: Any) -> None:

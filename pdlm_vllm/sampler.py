@@ -163,8 +163,8 @@ class DenoisingSampler:
         self.steps[index] += masked.any(-1).int()
         accepted = torch.zeros_like(masked)  # committed for good
         if ADAPTIVE in kinds:
-            threshold = [1.0 if plan.threshold is None else plan.threshold for plan in plans]
-            threshold = self._device(np.array(threshold, dtype=np.float32))[:, None, None]
+            thresholds = np.array([1.0 if plan.threshold is None else plan.threshold for plan in plans], np.float32)
+            threshold = self._device(thresholds)[:, None, None]
             certain = accept_confident(odds.sigmoid(), masked, threshold) | ((last > 0) & masked)
             accepted = certain & (kind == ADAPTIVE)
         if CHAT in kinds:
@@ -205,7 +205,11 @@ class DenoisingSampler:
             request.append(np.full(slots.size, k))
             column.append(slots.ravel())
             source.append(((k * regions + block) * room + slot).ravel())
-        return tuple(self._device(np.concatenate(part)) for part in (request, column, source))
+        return (
+            self._device(np.concatenate(request)),
+            self._device(np.concatenate(column)),
+            self._device(np.concatenate(source)),
+        )
 
     def _lengths(self, index: torch.Tensor, plans: list[Plan]) -> torch.Tensor:
         """Tokens that each canvas is worth: all of it, in chat up to the end of the turn."""

@@ -8,13 +8,14 @@ end, in the field a connector would use (`kv_transfer_params`), for requests tha
 from typing import Any
 
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, DiffusionScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 from .config import lookahead_tokens
 from .plan import REPORT, STREAM, Plan, defaults_of, make_plan
 
 
-class _PdlmScheduling:
+class _PdlmScheduling(Scheduler):
     """What both schedulers add to vLLM's."""
 
     def __init__(self, vllm_config, *args, **kwargs):
@@ -66,7 +67,9 @@ class _PdlmScheduling:
         finished = {item.request_id: item for found in outputs.values() for item in found.outputs}
         for request_id, index in model_runner_output.req_id_to_index.items():
             request = alive.get(request_id)
-            extra = request.sampling_params.extra_args if request is not None and request.sampling_params else None
+            if request is None or request.sampling_params is None:
+                continue
+            extra = request.sampling_params.extra_args
             if not extra or not (extra.get(REPORT) or extra.get(STREAM)):
                 continue
             report = _report(model_runner_output.logprobs, index, self.pdlm_plans[request_id])

@@ -84,7 +84,7 @@ class PdlmModelState(ModelState):
         self.rows: Rows | None = None
         self.page = 0
         self.embeddings: tuple | None = None
-        self.sampler: DenoisingSampler | None = None
+        self.sampler: DenoisingSampler  # once vLLM has asked for it
 
     # ------------------------------------------------------------ requests
 
@@ -206,23 +206,26 @@ class PdlmModelState(ModelState):
         """The canvas; and before it the prompt, where this step computes it again. Returns the rows left."""
         plan, layout, prompt = request.plan, request.layout, request.layout.prompt_length
         here, place = np.arange(first, last), np.arange(prompt, prompt + last - first)
-        whole = plan.whole(request.step)
-        if whole:
+        embedded = request.prompt if plan.whole(request.step) else None
+        if embedded is not None:
             more = prompt + layout.copied.numel() + (len(here) if plan.blocks > 1 else 0)
             if more > budget and rows.kept:
                 self.waiting.add(i)  # there is no room for its prompt in this step
-                whole = False
-            budget -= more if whole else 0
-        if whole:
+                embedded = None
+            else:
+                budget -= more
+        if embedded is not None:
             kept = -1 - np.arange(rows.kept, rows.kept + prompt)
-            rows.prompts.append(request.prompt)
+            rows.prompts.append(embedded)
             rows.kept += prompt
             rows.slot_mapping.append(self._slots(torch.arange(prompt), table))
             rows.sequence(kept, np.arange(prompt), prompt + len(here), table)
             self._copies(rows, layout, kept, prompt + len(here), table)
         private = self._slots(layout.canvas, table)
         pages = table[layout.pages]
-        natural = self._slots(torch.from_numpy(place), table) if whole and plan.blocks > 1 else None
+        natural = None
+        if embedded is not None and plan.blocks > 1:
+            natural = self._slots(torch.from_numpy(place), table)
         for k in range(plan.blocks):
             block = slice(k * plan.rows, (k + 1) * plan.rows)
             rows.scheduled.append(np.arange(rows.count, rows.count + plan.rows))
@@ -257,9 +260,9 @@ class PdlmModelState(ModelState):
             request = self.running.get(int(input_batch.idx_mapping_np[i]))
             if request is not None and not logits[i] and request.plan.joint:
                 request.prompt = embeds[int(starts[i]) : int(starts[i + 1])].clone()
-        source = np.concatenate(rows.source)
-        source = np.where(source < 0, count - 1 - source, source)
-        source = torch.from_numpy(source).to(self.device, non_blocking=True)
+        order = np.concatenate(rows.source)
+        order = np.where(order < 0, count - 1 - order, order)
+        source = torch.from_numpy(order).to(self.device, non_blocking=True)
         positions = torch.from_numpy(np.concatenate(rows.positions)).to(self.device, non_blocking=True)
         return {
             "input_ids": None,

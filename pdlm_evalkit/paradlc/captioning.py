@@ -73,7 +73,7 @@ class CaptionRun:
         self.folder, self.benchmark = folder, benchmark
         self.lines_path, self.run_path = folder / "captions.jsonl", folder / "run.json"
         settings = {"benchmark": benchmark.name, "fingerprint": benchmark.fingerprint, **settings}
-        self.record = {
+        self.record: dict[str, Any] = {
             "annotations": None if annotations is None else str(annotations.resolve()),
             "settings": settings,
             "finished": False,
@@ -240,14 +240,17 @@ def model_lines(
             arrays = [masks_of(work) for work in batch]
             pairs = [(open_picture(picture), found) for (picture, _), found in zip(batch, arrays, strict=True)]
             captions, output = captioner.generate(pairs, prompt, **generation)
-            line = {"captions": {}, "areas": {}}
+            said: dict[str, str] = {}
+            areas: dict[str, float] = {}
             for work, found, texts in zip(batch, arrays, captions, strict=True):
-                line["areas"] |= areas_of(work, found)
-                line["captions"] |= {mask.id: text.text for mask, text in zip(work[1], texts, strict=True)}
-            yield line | {
+                areas |= areas_of(work, found)
+                said |= {mask.id: text.text for mask, text in zip(work[1], texts, strict=True)}
+            yield {
+                "captions": said,
+                "areas": areas,
                 "seconds": round(timed.seconds, 6),
                 "num_forwards": output.num_forwards,
-                "slots": len(line["captions"]) * output.region_tokens.shape[-1],
+                "slots": len(said) * output.region_tokens.shape[-1],
                 "text_tokens": sum(len(text.token_ids) for texts in captions for text in texts),
             }
     finally:
@@ -312,10 +315,11 @@ def _fingerprint(folder: Path) -> str:
 
 def imported_line(path: Path, benchmark: Benchmark, allow_missing: bool) -> dict[str, Any]:
     """Captions of another system as one line of a run. Raises: ValueError, see [`data.read_captions`]."""
-    line = {"captions": read_captions(path, benchmark.order, allow_missing), "areas": {}}
+    captions = read_captions(path, benchmark.order, allow_missing)
+    areas: dict[str, float] = {}
     for work in passes_of(benchmark, None):
-        line["areas"] |= areas_of(work, masks_of(work))
-    return line
+        areas |= areas_of(work, masks_of(work))
+    return {"captions": captions, "areas": areas}
 
 
 def caption_into(

@@ -121,7 +121,7 @@ def caption(
     failed: list[str] = []
     if captions is not None:
         run, lines, hardware = _from_file(job, captions, allow_missing)
-    elif server is not None:
+    elif server is not None and server_model is not None:  # always both
         options = {"api_key": key_in(api_key_env), "concurrency": concurrency, "retries": retries, "timeout": timeout}
         run, lines, hardware = _from_server(job, server, server_model, server_style, setting, options, failed)
     else:

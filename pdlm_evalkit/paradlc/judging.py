@@ -212,7 +212,9 @@ def judge_captions(
 
     counts = {name: 0 for name in ("n_calls", "n_cached", "n_failed", "prompt_tokens", "completion_tokens")}
     masks = benchmark.masks
-    answers = {key: [None] * (1 + len(masks[key].questions)) for key in benchmark.order if key in captions}
+    answers: dict[str, list[str | None]] = {
+        key: [None] * (1 + len(masks[key].questions)) for key in benchmark.order if key in captions
+    }
     for index, reply in judge.ask_many(requests(), progress):
         mask_id, position = where[index]
         answers[mask_id][position] = reply.text

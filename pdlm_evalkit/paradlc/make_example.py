@@ -32,7 +32,8 @@ SEED = 2026
 
 def draw_pictures() -> list[Picture]:
     """The pictures: those of the world of shapes with two to six figures."""
-    pictures, number = [], 0
+    pictures: list[Picture] = []
+    number = 0
     while len(pictures) < NUM_PICTURES:
         picture = draw_picture(np.random.default_rng([SEED, number]))
         number += 1
@@ -89,11 +90,11 @@ def build(pictures: list[Picture]) -> dict[str, Any]:
     qa, names, dlc_qa, dlc_names = {}, {}, {}, {}
     for number, picture in enumerate(pictures):
         image = {"file_name": f"{number}.png", "height": picture.image.height, "width": picture.image.width}
-        entry = {**image, "image_id": str(900 + number), "annotations": []}
+        annotations: list[dict[str, Any]] = []
         for index, (mask, figure) in enumerate(zip(picture.masks, picture.figures, strict=True)):
             y, x = mask.nonzero()
             box = [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1]
-            entry["annotations"].append(
+            annotations.append(
                 {"index": 2 * index, "category_name": figure.shape, "bbox": box, "mask_rle": encode(mask)}
             )
             key, dlc_key = f"{900 + number}_{2 * index}", 1000 + 10 * number + index
@@ -113,7 +114,7 @@ def build(pictures: list[Picture]) -> dict[str, Any]:
                     "segmentation": encode(mask),
                 }
             )
-        paradlc.append(entry)
+        paradlc.append({**image, "image_id": str(900 + number), "annotations": annotations})
         dlc_images.append({"id": number, **image})
     categories = [{"id": number, "name": name} for number, name in enumerate(WORDS["shape"], 1)]
     return {

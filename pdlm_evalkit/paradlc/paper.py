@@ -5,8 +5,10 @@ from typing import Any
 COLUMNS = ("pos", "neg", "avg", "tokens_per_forward", "seconds")
 OURS = "PerceptionDLM"
 
+Rows = dict[str, tuple[float, ...]]  # of [`COLUMNS`], as far as the paper has them
+
 # judge gpt-5.2
-TABLE_2 = {
+TABLE_2: Rows = {
     "GPT-5.2": (38.0, 71.0, 55.2),
     "Gemini-2.5-Pro": (39.7, 73.3, 57.5),
     "Gemini-3.1-Pro": (43.6, 81.1, 63.7),
@@ -18,7 +20,7 @@ TABLE_2 = {
     "Dream-VL 7B": (29.7, 28.6, 30.4, 1, 446),
     OURS: (42.3, 82.4, 62.4, 2.9, 276),
 }
-TABLE_2_DLC = {
+TABLE_2_DLC: Rows = {
     "GPT-5.2": (18.0, 60.8, 39.4),
     "Gemini-2.5-Pro": (29.8, 66.0, 47.9),
     "Gemini-3.1-Pro": (26.2, 65.8, 46.0),
@@ -30,7 +32,7 @@ TABLE_2_DLC = {
     "Dream-VL 7B": (9.8, 39.6, 24.7),
     OURS: (33.4, 72.8, 53.1),
 }
-TABLE_8 = {
+TABLE_8: dict[str, Rows] = {
     "gemini-3.1-pro": {
         "GPT-5.2": (42.6, 72.6, 57.6),
         "Gemini-2.5-Pro": (41.1, 73.6, 57.3),

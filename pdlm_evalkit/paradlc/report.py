@@ -121,7 +121,7 @@ def _grouped(scores: list[MaskScore], group_of: dict[str, str]) -> list[dict[str
 
 def paper_beside(reports: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """The paper's rows for these runs, each table once."""
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for report in reports:
         title, rows = paper_rows(report["benchmark"], report["judge"], report["settings"].get("max_denoising_steps"))
         known = found.setdefault(title, rows)
@@ -168,12 +168,12 @@ def tables_of(reports: list[dict[str, Any]]) -> list[Table]:
     heads = ["", "judge", "parser", "masks", "recognised", "no caption", "failed", "unparsed", "no positive"]
     tables.append(Table("Counts", heads, counts))
     for name, title in (("by_masks", "By number of masks in the picture (%)"), ("by_area", "By area of the mask (%)")):
-        rows = [
+        cells = [
             [f"{report['run']}: {group['group']}", str(group["n_masks"]), *_percent(group)]
             for report in reports
             for group in report[name]
         ]
-        tables.append(Table(title, ["", "masks", "Pos", "Neg", "Avg", "mean of masks"], rows))
+        tables.append(Table(title, ["", "masks", "Pos", "Neg", "Avg", "mean of masks"], cells))
     return tables
 
 

@@ -116,7 +116,7 @@ def score_mask(
     chosen = [None if reply is None else parse(reply, texts) for reply, texts in zip(padded, options, strict=True)]
     recognised = None if chosen[0] is None else chosen[0] == 0
     clip = not recognised if parser == "robust" else recognised is False
-    scores = {"positive": [], "negative": []}
+    scores: dict[str, list[float]] = {"positive": [], "negative": []}
     for question, index in zip(questions, chosen[1:], strict=True):
         score = 0 if index is None else question.scores[index]
         scores[question.type].append(min(0, score) if clip else score)
@@ -179,7 +179,7 @@ def totals(scores: Iterable[MaskScore]) -> dict[str, Any]:
 
 def _mean(values: Sequence[float], count: int | None = None) -> float:
     """Sum over count, 0.0 of nothing; added one by one from the left, as `sum` did before Python 3.12."""
-    total = 0
+    total = 0.0
     for value in values:
         total += value
     count = len(values) if count is None else count

@@ -50,7 +50,7 @@ def server_lines(
         texts = read_texts(reply, style, len(todo[index][1]))
         now = time.perf_counter()
         if texts is None:
-            failed.append(reply.error or f"the reply is not a list of captions: {reply.text[:80]!r}.")
+            failed.append(reply.error or f"the reply is not a list of captions: {reply.text!r:.80}.")
             continue
         captions = {mask.id: text for mask, text in zip(todo[index][1], texts, strict=True)}
         forwards = reply.usage.get("num_forwards")

@@ -4,6 +4,7 @@ import platform
 import resource
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,15 +58,13 @@ def _jobs(bench: Bench, num_regions: int, batches: list[int], slots: int, steps:
     size = {name: 1 for name in jobs}
     for batch in (b for b in batches if b > 1):
         for name, n in (("cached", steps), (f"cached, {few} steps", few)):
-            jobs[f"{name}, batch {batch}"] = lambda batch=batch, n=n: bench.ours(num_regions, batch, slots, n, 0)
+            jobs[f"{name}, batch {batch}"] = partial(bench.ours, num_regions, batch, slots, n, 0)
             size[f"{name}, batch {batch}"] = batch
     if bench.device.type == "cuda":
         for name in [name for name in jobs if name.startswith("cached")]:
             n, b = few if "steps" in name else steps, size[name]
             for label, graphs in (("region_split", False), ("region_split, graphs", True)):
-                jobs[f"{name}, {label}"] = lambda b=b, n=n, graphs=graphs: bench.ours(
-                    num_regions, b, slots, n, 0, None, REGION_SPLIT, graphs
-                )
+                jobs[f"{name}, {label}"] = partial(bench.ours, num_regions, b, slots, n, 0, None, REGION_SPLIT, graphs)
                 size[f"{name}, {label}"] = b
     return jobs, size
 
@@ -171,19 +170,25 @@ def _limits(bench: Bench) -> tuple[tuple[float, float], str]:
 def scaling(bench: Bench, slots: int, steps: int, repeats: int, batches: list[int]) -> dict:
     """How a decode grows: with regions, with regions a pass at 4 regions (Figure 1c of the paper), with the tiles of
     the picture, with the batch."""
+
+    def in_passes(regions: int, interval: int) -> None:
+        """4 regions, so many a pass."""
+        for _ in range(4 // regions):
+            bench.ours(regions, 1, slots, steps, interval)
+
     jobs: dict[str, Callable[[], Any]] = {}
     for n in range(1, 9):
-        jobs[f"regions {n}"] = lambda n=n: bench.ours(n, 1, slots, steps, 0)
+        jobs[f"regions {n}"] = partial(bench.ours, n, 1, slots, steps, 0)
     for n in (1, 6):
-        jobs[f"exact, regions {n}"] = lambda n=n: bench.ours(n, 1, slots, steps, 1)
+        jobs[f"exact, regions {n}"] = partial(bench.ours, n, 1, slots, steps, 1)
     for n in (1, 2, 4):
-        jobs[f"4 regions, {n} a pass"] = lambda n=n: [bench.ours(n, 1, slots, steps, 0) for _ in range(4 // n)]
-        jobs[f"exact, 4 regions, {n} a pass"] = lambda n=n: [bench.ours(n, 1, slots, steps, 1) for _ in range(4 // n)]
+        jobs[f"4 regions, {n} a pass"] = partial(in_passes, n, 0)
+        jobs[f"exact, 4 regions, {n} a pass"] = partial(in_passes, n, 1)
     tile = bench.shape.image_tokens // TILES
     for tiles in range(1, TILES + 1, 2):
-        jobs[f"tiles {tiles}"] = lambda tiles=tiles: bench.ours(4, 1, slots, steps, 0, tiles * tile)
+        jobs[f"tiles {tiles}"] = partial(bench.ours, 4, 1, slots, steps, 0, tiles * tile)
     for batch in batches:
-        jobs[f"batch {batch}"] = lambda batch=batch: bench.ours(4, batch, slots, steps, 0)
+        jobs[f"batch {batch}"] = partial(bench.ours, 4, batch, slots, steps, 0)
     *_, (seconds, _) = interleaved(bench, jobs, repeats)
     table = {name: round(1000 * statistics.median(times), 2) for name, times in seconds.items()}
     return {

@@ -46,13 +46,11 @@ class Shape:
             num_region_prompts=max_regions,
             region_token_ids=list(range(first, first + max_regions)),
             caption_token_ids=list(range(first + 16, first + 16 + max_regions)),
-            **dict(
-                zip(
-                    ("mask_token_id", "eot_token_id", "newline_token_id", "image_token_id", "bos_token_id"),
-                    range(first + 32, first + 37),
-                    strict=True,
-                )
-            ),
+            mask_token_id=first + 32,
+            eot_token_id=first + 33,
+            newline_token_id=first + 34,
+            image_token_id=first + 35,
+            bos_token_id=first + 36,
             eos_token_id=first + 37,
             start_header_token_id=first + 38,
             end_header_token_id=first + 39,
@@ -184,7 +182,7 @@ class Bench:
         task = GenerationTask(self.model, settings, ids, torch.ones_like(ids, dtype=torch.bool))
         canvas = RegionCanvas(task, embeds, [num_regions], slots)
         view = canvas.view(canvas.exists)
-        found = {"prefill": [], "canvas": [], "score": []}
+        found: dict[str, list[float]] = {"prefill": [], "canvas": [], "score": []}
         for _ in range(4):
             start = self.clock()
             hidden = canvas.forward(view, whole=True, keep=True)

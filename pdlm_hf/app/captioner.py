@@ -81,7 +81,8 @@ class RegionCaptioner:
         network = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
         source = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
         if "device_map" not in kwargs:
-            network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            # transformers' `to` is typed without its `self`
+            network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
         return cls(network, AutoProcessor.from_pretrained(path, **source), mode)
 
     def caption(self, image: Any, regions: Any, question: str | None = None, **generation: Any) -> list[RegionCaption]:

@@ -36,9 +36,9 @@ def write_card(
         note (`str`): more about its use.
         **metadata: of `huggingface_hub.ModelCardData`, `base_model` or `license` for example.
     """
-    head = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     head |= {"tags": ["perceptiondlm", "diffusion-language-model"]} | metadata
-    texts = {"title": title, "summary": summary, "training": training, "scores": scores, "data": data}
+    texts: dict[str, Any] = {"title": title, "summary": summary, "training": training, "scores": scores, "data": data}
     texts |= {"regions": regions, "limits": limits, "licence": licence, "note": note, "folder": folder.name}
     card = ModelCard.from_template(ModelCardData(**head), template_path=str(TEMPLATE), **texts)
     (folder / "README.md").write_text(card.content.strip() + "\n", encoding="utf-8")

@@ -239,7 +239,7 @@ def _run(picture, found, model, question, watch, record, fast, settings):
     streamer = RegionStreamer(captioner.processor) if watch or record else None
     start = time.perf_counter()
     with ExitStack() as stack:
-        if watch:
+        if streamer is not None and watch:
             names = [str(region.id) for region in found]
             streamer.on_step = stack.enter_context(LiveView(names, Console(stderr=True))).show
         captions, output = captioner.generate([(picture, found)], question, streamer=streamer, **settings)
@@ -249,7 +249,7 @@ def _run(picture, found, model, question, watch, record, fast, settings):
         "tokens_per_forward": round(output.tokens_per_forward, 3),
         "seconds": round(time.perf_counter() - start, 3),
     }
-    return captions[0], report, [step[0] for step in streamer.steps] if record else []
+    return captions[0], report, [step[0] for step in streamer.steps] if streamer is not None and record else []
 
 
 @app.command()

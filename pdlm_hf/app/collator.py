@@ -216,7 +216,7 @@ class PdlmCollator:
         uniform = torch.rand(labels.shape, generator=generator)
         masked = (uniform < probability[:, None]) & (labels != -100)
         out = {"noise_mask": masked, "mask_probability": probability}
-        if self.replacement_noise:
+        if self.replacement_noise and self.vocab_size is not None:
             torch.rand(len(labels), generator=generator)  # drawn and unused in the reference (Q25)
             replaced = torch.rand(labels.shape, generator=generator) < probability[:, None]
             ids = torch.randint(0, self.vocab_size, labels.shape, generator=generator)

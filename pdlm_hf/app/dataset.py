@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from PIL import Image
 
@@ -64,7 +64,7 @@ class DataSet:
             rows: as in [`batch`].
         """
         if self.coco is not None:
-            said = {
+            said: dict[Key | None, dict[str, Any]] = {
                 (row["image_id"], row["annotation_id"]): {"caption": row["caption"], "score": row["score"]}
                 for row in rows
             }
@@ -85,7 +85,7 @@ def _with(annotation: Any, fields: dict[str, Any] | None) -> Any:
     return annotation if fields is None else {**annotation, **fields}
 
 
-def is_url(images: str | Path | None) -> bool:
+def is_url(images: str | Path | None) -> TypeGuard[str]:
     """Whether pictures are in object storage, `s3://bucket/folder` for example."""
     return isinstance(images, str) and "://" in images
 
@@ -110,7 +110,7 @@ def open_data(data: Path, images: Path | str | None = None) -> DataSet:
     found = _open_folder(data, folder) if data.is_dir() else _open_coco(data, folder)
     if not found.entries and not found.faults:
         raise ValueError(f"{data}: no picture in {folder} has regions here.")
-    if found.entries and not any(entry.path.is_file() for entry in found.entries):
+    if found.entries and not any(entry.path is not None and entry.path.is_file() for entry in found.entries):
         first, count = found.entries[0], len(found.entries)
         raise ValueError(f"{folder}: has none of the {count} pictures, {first.file_name} for example; see --images.")
     return found
@@ -138,8 +138,8 @@ def _key_of(annotation: Any) -> Key | None:
     """What a region is known by; None if it does not say."""
     if not isinstance(annotation, dict):
         return None
-    key = annotation.get("image_id"), annotation.get("id")
-    return key if all(isinstance(part, (int, str)) for part in key) else None
+    image_id, own = annotation.get("image_id"), annotation.get("id")
+    return (image_id, own) if isinstance(image_id, (int, str)) and isinstance(own, (int, str)) else None
 
 
 def _open_coco(path: Path, folder: Path) -> DataSet:
@@ -168,7 +168,8 @@ def _open_coco(path: Path, folder: Path) -> DataSet:
             regions.setdefault(key[0], []).append((key[1], annotation))
         if reason is not None:
             file_name = named[key[0]].get("file_name") if key and key[0] in named else None
-            faults.append(fault(*(key or (None, None)), file_name, reason))
+            image_id, own = key or (None, None)
+            faults.append(fault(image_id, own, file_name, reason))
     entries = []
     for number, (image_id, image) in enumerate(named.items()):
         if image_id not in regions:
@@ -177,11 +178,17 @@ def _open_coco(path: Path, folder: Path) -> DataSet:
         if not isinstance(name, str) or not name:
             faults.append(fault(image_id, None, None, f"images[{number}]: has no `file_name`."))
             continue
-        size = image.get("width"), image.get("height")
-        size = size if all(isinstance(side, int) and side > 0 for side in size) else None
         ids = tuple(annotation_id for annotation_id, _ in found)
-        entries.append(Entry(image_id, name, folder / name, partial(list, found), ids, size))
+        entries.append(Entry(image_id, name, folder / name, partial(list, found), ids, _size_of(image)))
     return DataSet(entries, faults, data)
+
+
+def _size_of(image: dict[str, Any]) -> tuple[int, int] | None:
+    """Width and height, if the data set says them."""
+    width, height = image.get("width"), image.get("height")
+    if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
+        return width, height
+    return None
 
 
 def fault(image_id: Any, annotation_id: Any, file_name: str | None, reason: Any) -> dict[str, Any]:
@@ -212,10 +219,10 @@ def _region_source(place: Path, picture: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _read_source(source: Path, picture: Path, name: Path) -> list[tuple[str, Any]]:
+def _read_source(source: Path, picture: Path, name: Path) -> list[tuple[int | str, Any]]:
     if source.is_dir():
         masks = sorted(path for path in source.iterdir() if path.is_file())
-        values = [(path.stem, path) for path in masks]
+        values: list[tuple[int | str, Any]] = [(path.stem, path) for path in masks]
     else:
         # only YOLO's lines are relative to the picture
         size = picture_size(picture) if source.suffix.lower() == ".txt" else (0, 0)

@@ -22,7 +22,8 @@ MASK_PIXELS = 2**29  # of the masks of a batch or request together
 _WINDOW = 64  # batches among which pictures are sorted by size
 _LOADERS = 4  # threads
 
-_T, _R = TypeVar("_T"), TypeVar("_R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 @dataclass
@@ -182,6 +183,8 @@ class LocalEngine(PictureEngine):
         batch: list[Outcome] = []
         passes = pixels = 0
         for work in works:
+            if work.image is None:
+                continue
             most = self.batch_size * prompts
             for start in range(0, len(work.regions), most):
                 part = Outcome(work, work.regions[start : start + most])
@@ -228,7 +231,8 @@ def largest_first(
     def size(entry: Entry) -> tuple[int, int]:
         """Tiles and regions of a picture."""
         try:
-            found = entry.size or (picture_size(entry.path) if look and entry.data is None else None)
+            look_into = entry.path if look and entry.data is None else None
+            found = entry.size or (picture_size(look_into) if look_into is not None else None)
         except ValueError:  # is told when it is opened
             found = None
         if found is None:

@@ -1,7 +1,7 @@
 """Opening pictures."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,7 +61,7 @@ def open_image(
     source: str | Path | BinaryIO,
     name: str | None = None,
     check: Callable[[Image.Image], None] | None = None,
-    formats: Sequence[str] | None = None,
+    formats: list[str] | tuple[str, ...] | None = None,
 ) -> Image.Image:
     """A picture file in its own mode, turned the way it is meant to be seen.
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import Pipeline
 
+from ..modeling_pdlm import PdlmForConditionalGeneration
+from ..processing_pdlm import PdlmProcessor
 from .images import load_image
 from .regions import parse_regions
 
@@ -17,10 +19,14 @@ class RegionCaptioningPipeline(Pipeline):
     of `{"id", "caption", "score", "bbox"}` per picture, in the order of the regions.
     """
 
-    _load_processor = True
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    model: PdlmForConditionalGeneration
+    processor: PdlmProcessor
+
+    # transformers types these four None, and every setting of the three steps below `dict`
+    _load_processor = True  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
 
     def get_iterator(self, inputs, num_workers: int, batch_size: int, *args: Any):
         """As everywhere, one picture a pass. Raises: ValueError for a larger batch."""
@@ -34,7 +40,7 @@ class RegionCaptioningPipeline(Pipeline):
     def _sanitize_parameters(self, question: str | None = None, **generation: Any):
         return ({} if question is None else {"question": question}), generation, {}
 
-    def preprocess(self, inputs: dict[str, Any], question: str | None = None):
+    def preprocess(self, inputs: dict[str, Any], question: str | None = None):  # type: ignore[override]
         """A picture and its regions as model inputs."""
         if not isinstance(inputs, dict) or not {"image", "regions"} <= inputs.keys():
             raise ValueError('region-captioning takes {"image": picture, "regions": [...]}.')
@@ -43,11 +49,11 @@ class RegionCaptioningPipeline(Pipeline):
         batch = self.processor(images=image, segmentation_maps=[r.mask for r in regions], text=question)
         return batch | {"regions": regions}
 
-    def _forward(self, model_inputs, **generation):
+    def _forward(self, model_inputs, **generation):  # type: ignore[override]
         regions = model_inputs.pop("regions")
         return {"output": self.model.generate(**model_inputs, **generation), "regions": regions}
 
-    def postprocess(self, model_outputs):
+    def postprocess(self, model_outputs):  # type: ignore[override]
         """Captions as dictionaries, in the order of the regions."""
         captions = self.processor.post_process_region_captions(model_outputs["output"])[0]
         return [

@@ -17,7 +17,7 @@ import logging
 import os
 import pickle
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -141,7 +141,7 @@ class RayEngine:
 
     def _round(
         self, entries: list[Entry], done: Callable[[Entry], Collection[Any]], kind: str, workers: int
-    ) -> Iterator[Answer]:
+    ) -> Generator[Answer, None, None]:
         """Caption what is left, on as many places as are left. Raises: RayError or _Lost if anything is lost."""
         size = self.settings.batch_size
         blocks = [self._block(entries[start : start + size], done) for start in range(0, len(entries), size)]
@@ -170,7 +170,8 @@ class RayEngine:
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
             )
         )
-        for table in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        tables: Iterable[pa.Table] = answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        for table in tables:
             for line in table["answer"].to_pylist():
                 fields = json.loads(line)
                 if "ended" in fields:
@@ -236,7 +237,8 @@ class _Captioner:
 
         from .captioner import RegionCaptioner
 
-        self.engine, self.trouble = None, None
+        self.engine: LocalEngine | None = None
+        self.trouble: dict[str, str] | None = None
         where = ray.util.get_node_ip_address()
         if ray.get_runtime_context().was_current_actor_reconstructed:
             # by Ray, which would do so for ever with a picture that ends the process
@@ -251,7 +253,7 @@ class _Captioner:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Answers to a block of pictures, as JSON."""
-        if self.trouble is not None:
+        if self.engine is None:
             return pa.table({"answer": [json.dumps(self.trouble)]})
         found: dict[Any, Answer] = {}
 

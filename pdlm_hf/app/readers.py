@@ -105,6 +105,7 @@ def from_labelme(source: str | Path | dict[str, Any], name: str | None = None) -
         raise ValueError(f"{name}: has no `shapes`; expected a LabelMe file with at least one.")
     regions: list[Any] = []
     groups: dict[tuple, int] = {}
+    part: Region | dict[str, Any]
     for number, shape in enumerate(shapes):
         where = f"{name}: shapes[{number}]"
         if not isinstance(shape, dict):
@@ -193,7 +194,7 @@ def from_yolo(path: str | Path, width: int, height: int) -> list[dict[str, Any]]
         raise ValueError(f"{path}: no such file.") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file.") from None
-    regions = []
+    regions: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

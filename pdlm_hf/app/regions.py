@@ -64,7 +64,7 @@ def parse_regions(values: Any, width: int, height: int) -> list[Region]:
     return regions
 
 
-def parse_region(value: Any, width: int, height: int, index: int = 0) -> Region:
+def parse_region(value: Any, width: int, height: int, index: int | str = 0) -> Region:
     """One region.
 
     Args:
@@ -72,12 +72,13 @@ def parse_region(value: Any, width: int, height: int, index: int = 0) -> Region:
             pixels; a polygon `[[x0, y0, x1, y1, ...], ...]`; an RLE `{"size", "counts"}`; or a COCO annotation with
             "segmentation" or "bbox", whose "id" is kept.
         width, height (`int`): of the picture, in pixels.
-        index (`int`): its position; its id unless it brings one.
+        index (`int` or `str`): its position, or another name; its id unless it brings one.
 
     Raises:
         ValueError: it cannot be read, lies outside the picture, is empty, or has another size.
     """
     name = f"region {index}"
+    mask: np.ndarray | torch.Tensor | Image.Image
     if isinstance(value, Region):
         return Region(value.id, to_binary_mask(value.mask, height, width, f"region {value.id}"))
     if isinstance(value, dict) and "counts" not in value:
@@ -141,7 +142,7 @@ def region_areas(annotations: Sequence[dict], sizes: Sequence[tuple[int, int]]) 
     return areas
 
 
-def _shape_of(annotation: dict, index: int) -> tuple[str, str, Any]:
+def _shape_of(annotation: dict, index: int | str) -> tuple[str, str, Any]:
     """Name for messages, kind ("rle", "polygons" or "bbox") and value of a COCO annotation's shape."""
     name = f"region {annotation.get('id', index)}"
     shape = annotation.get("segmentation")
@@ -154,7 +155,7 @@ def _shape_of(annotation: dict, index: int) -> tuple[str, str, Any]:
     return name, "bbox", annotation["bbox"]
 
 
-def _from_annotation(annotation: dict, width: int, height: int, index: int) -> Region:
+def _from_annotation(annotation: dict, width: int, height: int, index: int | str) -> Region:
     name, kind, shape = _shape_of(annotation, index)
     reader = {"rle": _from_rle, "polygons": _from_polygons, "bbox": _from_box}[kind]
     mask = reader(shape, width, height, name)

@@ -53,6 +53,10 @@ class Reply:
     refused: bool = False
 
 
+_Task = tuple[str, dict[str, Any]]  # key and body of a request
+_Done = tuple[str, Reply | BaseException]
+
+
 class ReplyCache:
     """Replies on disk, one row each, committed as they arrive.
 
@@ -186,7 +190,9 @@ class Judge:
         Raises:
             JudgeError: see there; replies so far are in the cache.
         """
-        tasks, done, stop = SimpleQueue(), SimpleQueue(), threading.Event()
+        tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        done: SimpleQueue[_Done] = SimpleQueue()
+        stop = threading.Event()
         threads: list[threading.Thread] = []
         waiting: dict[str, list[int]] = {}
         count = 0
@@ -282,7 +288,7 @@ class Judge:
         fields = dict(request) if isinstance(request, dict) else {"messages": request}
         return {"model": self.model, **self.settings, **fields}
 
-    def _work(self, tasks: SimpleQueue, done: SimpleQueue, stop: threading.Event) -> None:
+    def _work(self, tasks: SimpleQueue[_Task | None], done: SimpleQueue[_Done], stop: threading.Event) -> None:
         """A thread: answers tasks until told to stop."""
         while (task := tasks.get()) is not None and not stop.is_set():
             key, body = task
@@ -322,7 +328,7 @@ class Judge:
             except (self._api.OpenAIError, NoReply) as problem:
                 error, wait = self._why(problem), self._wait(problem, attempt)
             refused = wait is None
-            if refused or wait > LONGEST_WAIT or attempt == retries or stop.wait(wait):
+            if wait is None or wait > LONGEST_WAIT or attempt == retries or stop.wait(wait):
                 break
         return Reply(None, error, refused=refused)
 
@@ -411,9 +417,9 @@ def _reply(text: str, usage: dict[str, Any], cached: bool = False) -> Reply:
 
 def _retry_after(error: Exception) -> float | None:
     """Seconds the server asks to wait, if it says so in a number."""
-    response = getattr(error, "response", None)
+    headers = getattr(getattr(error, "response", None), "headers", {})
     try:
-        return max(0.0, float(response.headers["retry-after"]))
+        return max(0.0, float(headers["retry-after"]))
     except (AttributeError, KeyError, ValueError):
         return None
 

@@ -4,6 +4,8 @@ import base64
 import json
 import threading
 from collections.abc import Iterable, Iterator
+from itertools import count
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -111,19 +113,21 @@ class ServerEngine(PictureEngine):
     def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
         """Caption pictures; outcomes come as the server replies. Raises: JudgeError if it is of no use any more."""
         sent: dict[int, tuple[Work, list[Region]]] = {}
+        numbers = count()
 
         def requests() -> Iterator[dict[str, Any]]:
             for work in works:
-                url = picture_url(work)
+                if work.image is None:
+                    continue
+                url = picture_url(work.entry.path, work.image)
                 most = max(1, min(MAX_REGIONS, MASK_PIXELS // (work.image.width * work.image.height)))
                 for start in range(0, len(work.regions), most):
                     regions = work.regions[start : start + most]
-                    sent[len(sent)] = work, regions
+                    sent[next(numbers)] = work, regions
                     yield request_of(url, regions)
 
         for index, reply in self.server.ask_many(requests()):
-            work, regions = sent[index]
-            sent[index] = None  # pictures are large
+            work, regions = sent.pop(index)  # pictures are large
             captions = None
             if reply.text is not None:
                 captions = [RegionCaption(row["caption"], row["score"]) for row in json.loads(reply.text)]
@@ -136,14 +140,14 @@ def request_of(url: str, regions: list[Region]) -> dict[str, Any]:
     return {"image": url, "regions": shapes}
 
 
-def picture_url(work: Work) -> str:
-    """A picture as a data URL: the file as it is where every reader sees the same in it, else as PNG."""
+def picture_url(path: Path | None, read: Image.Image) -> str:
+    """A picture as a data URL: its file where every reader sees the same in it, else what was read from it, as PNG."""
     try:
-        with Image.open(work.entry.path) as image:
-            kind = _SENT_AS_THEY_ARE.get(image.format)
+        with Image.open(path or "") as image:
+            kind = _SENT_AS_THEY_ARE.get(image.format or "")
             plain = image.mode == "RGB" and image.getexif().get(_ORIENTATION, 1) == 1
-        if kind is not None and plain:
-            return f"data:{kind};base64,{base64.b64encode(work.entry.path.read_bytes()).decode()}"
+        if path is not None and kind is not None and plain:
+            return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
     except OSError:  # moved since; what was read then is in memory
         pass
-    return png_url(work.image)
+    return png_url(read)

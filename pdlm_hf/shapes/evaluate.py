@@ -147,8 +147,8 @@ def main(
     """Score a checkpoint on held-out pictures."""
     network = AutoModelForImageTextToText.from_pretrained(model).eval()
     processor = AutoProcessor.from_pretrained(model)
-    settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps, "acceptance_threshold": threshold}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    given = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps, "acceptance_threshold": threshold}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with torch.inference_mode():
         report = evaluate(network, processor, seed, images, batch_size, show=not as_json, **settings)
     report |= {"settings": settings}

@@ -88,7 +88,7 @@ def main(
     """Score a base checkpoint."""
     torch.set_num_threads(threads)
     network = PdlmBaseForConditionalGeneration.from_pretrained(model).eval()
-    generation = {} if block_length is None else {"block_length": block_length}
+    generation: dict[str, Any] = {} if block_length is None else {"block_length": block_length}
     with torch.inference_mode():
         report = evaluate(
             network, PdlmProcessor.from_pretrained(model), seed, questions, figures=figures, **generation

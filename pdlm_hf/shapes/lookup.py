@@ -29,8 +29,7 @@ from .world import COLOURS
 
 PAIRS = 6
 LETTERS = "ABCDEFGH"
-FIRST = {"letters": list(range(33, 41)), "words": list(range(300, 320))}  # any will do
-STAGES = ("words", "own words", "options", "asked")
+STAGES = ["words", "own words", "options", "asked"]
 Batch = Callable[[np.random.Generator, int], tuple[torch.Tensor, torch.Tensor]]
 WARMUP = 100  # steps of each stage
 ENOUGH = 0.92  # right of the last 100 steps; then the next stage begins
@@ -152,7 +151,7 @@ def stages(processor: PdlmProcessor) -> dict[str, Batch]:
     options = tokens_of(processor, options=True)
     words = [processor.tokenizer.decode(token).strip() for token in options["words"]]
     return {
-        "words": partial(lookup_batch, **FIRST),
+        "words": partial(lookup_batch, letters=list(range(33, 41)), words=list(range(300, 320))),  # any will do
         "own words": partial(lookup_batch, **tokens_of(processor, options=False)),
         "options": partial(lookup_batch, **options),
         "asked": partial(asked_batch, processor=processor, words=words),

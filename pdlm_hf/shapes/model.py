@@ -1,6 +1,7 @@
 """The tiny checkpoint's tokenizer, processor and model, before training. Same classes as the 8B, other sizes."""
 
 import json
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditional
 from ..processing_pdlm import DEFAULT_QUESTION, PdlmProcessor
 from .questions import MOST_FIGURES, ask, draw_scene
 from .world import MAX_REGIONS, TILE, describe, draw_picture
+
+_Model = TypeVar("_Model", bound=PdlmForConditionalGeneration)
 
 PATCH = 8
 ROI = 4  # RoI tokens per side, as in the released models
@@ -150,8 +153,7 @@ def build_base_model(
         start (`PdlmForConditionalGeneration`): region checkpoint; its vision tower, projector and layers are copied.
         vocabulary (`dict[str, int]`): of its tokenizer; words that both know keep their embedding.
     """
-    regions = {"num_region_prompts": 0, "region_token_ids": [], "caption_token_ids": []}
-    config = build_config(processor, **regions)
+    config = build_config(processor, num_region_prompts=0, region_token_ids=[], caption_token_ids=[])
     config.text_config.num_hidden_layers = start.config.text_config.num_hidden_layers + 2
     settings = config.to_dict()
     settings.pop("model_type")
@@ -174,7 +176,7 @@ def build_base_model(
     return model
 
 
-def _unit_scale(model: PdlmForConditionalGeneration) -> PdlmForConditionalGeneration:
+def _unit_scale(model: _Model) -> _Model:
     # At this width the usual small embeddings (0.02 to 0.05) are a fraction of what the first layer adds to them: give
     # tokens and image features unit scale.
     for weight in (model.get_input_embeddings().weight, model.model.multi_modal_projector.linear_2.weight):

@@ -21,6 +21,7 @@ twice in a run; runs of the same lesson with the same seed see the same ones.
 
 import json
 import time
+from collections.abc import Sized
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,7 +77,8 @@ class InOrderTrainer(Trainer):
     """The pictures are random already; their order makes the groups."""
 
     def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(dataset) if isinstance(dataset, Sized) else None
 
 
 class Clock(TrainerCallback):

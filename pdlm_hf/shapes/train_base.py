@@ -133,7 +133,7 @@ class QuestionDataset(Dataset):
         question = (special and special(rng, figures)) or ask(rng, figures, "open" if special else kind)
         names = several(figures, kind) if counts else {}
         while names and rng.random() < ASKED and not any(name in question.text for name in names):
-            question = special(rng, figures) if special else ask(rng, figures, kind)
+            question = (special and special(rng, figures)) or ask(rng, figures, "open" if special else kind)
         while kind in ("choice", "open") and "What" not in question.text and rng.random() < HARD:
             question = ask(rng, figures, kind)
         images, slots, draw = [image], SLOTS[question.kind], rng.random()
@@ -263,7 +263,8 @@ class QuestionTrainer(InOrderTrainer):
 
     def __init__(self, batches: list[Batch], **kwargs: Any):
         super().__init__(**kwargs)
-        self.batches, self.right = batches, [[] for _ in batches]
+        self.batches = batches
+        self.right: list[list[float]] = [[] for _ in batches]
 
     def compute_loss(self, model, inputs, *args: Any, **kwargs: Any):
         """Loss of the questions; while training also that of the words of letters, and of the lists."""
@@ -275,7 +276,7 @@ class QuestionTrainer(InOrderTrainer):
             out = super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             hook.remove()
-        if not model.training:
+        if not model.training or isinstance(out, tuple):
             return out
         asked = (words != -100) & inputs["noise_mask"]
         if asked.any():
@@ -288,7 +289,7 @@ class QuestionTrainer(InOrderTrainer):
             self.right[k].append(right)
         return out
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """What is right of the lists, beside the loss."""
         if "loss" in logs and self.batches:
             logs["lists"] = " ".join(f"{np.mean(right):.3f}" for right in self.right)

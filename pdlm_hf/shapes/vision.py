@@ -74,5 +74,6 @@ class RegionClassifier(nn.Module):
         else:
             hidden = F.gelu(self.mix(F.gelu(tokens + self.position).mean(1)))
         scores = self.score(hidden).split([len(words) for words in WORDS.values()], -1)
-        loss = sum(F.cross_entropy(s, target) for s, target in zip(scores, attributes.T, strict=True))
+        losses = (F.cross_entropy(s, target) for s, target in zip(scores, attributes.T, strict=True))
+        loss = sum(losses, scores[0].new_zeros(()))
         return {"loss": loss, "right": torch.stack([s.argmax(-1) for s in scores], 1) == attributes}

@@ -33,7 +33,7 @@ COLOURS = {
 # colour of stripes and dots, where it is not nearly black; grey on black and white, so that they stay told apart
 ACCENTS = {"black": (150, 150, 150), "white": (120, 120, 120), "blue": (235, 235, 235), "purple": (235, 235, 235)}
 # attribute -> value -> words that may express it
-WORDS = {
+WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "size": {"small": ("small", "little"), "large": ("large", "big")},
     "colour": {name: (name,) for name in COLOURS},
     "texture": {"plain": ("plain", "solid"), "striped": ("striped", "lined"), "dotted": ("dotted", "spotted")},

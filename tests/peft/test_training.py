@@ -53,13 +53,19 @@ def test_plan_covers_every_region_once_an_epoch(shapes_processor):
     assert len(order) == 2 * passes
     for epoch, part in enumerate((order[:passes], order[passes:])):
         for index, count in enumerate(counts):
-            groups = [step.regions for step in part if step.index == index]
+            groups = [step.regions for step in part if step.picture == index]
             assert sorted(k for group in groups for k in group) == list(range(count))
             expected = [sorted(group) for group in partition_regions(count, 6, index, epoch)]
             assert sorted(groups) == sorted(expected)
     assert order == plan(dataset, data, shapes_processor, 1, -1, 2, 0)
     assert order != plan(dataset, data, shapes_processor, 1, -1, 2, 1)
     assert len(plan(dataset, data, shapes_processor, 4, 7, 1, 0)) == 28
+
+
+@pytest.mark.parametrize(("train", "message"), [(None, "`data.train` is missing"), ("none.jsonl", "there is no file")])
+def test_a_stream_without_its_file_is_refused_at_once(shapes_processor, train, message):
+    with pytest.raises(ValueError, match=message):
+        StreamedRows(Data(train=train, streaming=True), shapes_processor, 0)
 
 
 def test_rows_of_a_batch_have_like_lengths(shapes_processor):
@@ -72,7 +78,7 @@ def test_rows_of_a_batch_have_like_lengths(shapes_processor):
 
     data = Data(train="x", partition="together")
     order = plan(Sized([{}] * 200), data, shapes_processor, 4, -1, 1, 0)
-    lengths = [row_tokens(sizes[step.index], shapes_processor) for step in order]
+    lengths = [row_tokens(sizes[step.picture], shapes_processor) for step in order]
     padded = sum(4 * max(lengths[k : k + 4]) for k in range(0, 200, 4))
     assert padded < 1.06 * sum(lengths)
     assert lengths != sorted(lengths, reverse=True)
@@ -112,7 +118,7 @@ def test_held_out_rows_never_change(shapes_processor):
 def test_streamed_rows_go_on_from_the_start(shapes_processor, monkeypatch):
     module = types.SimpleNamespace(stream_rows=lambda source, images=None: iter(region_rows(4)))
     monkeypatch.setitem(sys.modules, "pdlm_peft.data", module)
-    stream = iter(StreamedRows(Data(train="x", partition="together", streaming=True, limit=2), shapes_processor, 1))
+    stream = iter(StreamedRows(Data(train="hf:x", partition="together", streaming=True, limit=2), shapes_processor, 1))
     rows = [next(stream) for _ in range(5)]
     assert [row["seed"] - 2**40 for row in rows] == [0, 1, 2, 3, 4]
     assert len(rows[0]["regions"]) == len(rows[2]["regions"]) == len(rows[4]["regions"])

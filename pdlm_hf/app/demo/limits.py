@@ -116,7 +116,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 if received > self.most:  # frameworks answer by themselves when reading fails
-                    message |= {"status": 413, "headers": [*message["headers"], (b"connection", b"close")]}
+                    message["status"] = 413
+                    message["headers"] = [*message["headers"], (b"connection", b"close")]
                 message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
             await send(message)
 

@@ -3,7 +3,7 @@
 import base64
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import cache, wraps
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import uvicorn
 from fastapi import FastAPI
+from PIL import Image
 from starlette.middleware import Middleware
 
 from ...shapes.world import draw_picture
@@ -108,7 +109,8 @@ class Handlers:
     def describe(self, sheet: Sheet, mode: str, steps: int, threshold: float) -> Iterator[tuple[Sheet, Any]]:
         """All regions together, live."""
         with sheet.lock:
-            image, regions, version, drafts = sheet.image, sheet.parsed(), sheet.version, []
+            image, regions, version = sheet.picture(), sheet.parsed(), sheet.version
+        drafts: list[list[str]] = []
         for news in follow(self.writer, image, regions, settings_of(mode, steps, threshold)):
             if isinstance(news, Draft):
                 drafts.append(news.texts)
@@ -124,7 +126,7 @@ class Handlers:
     def compare(self, sheet: Sheet, mode: str, steps: int, threshold: float) -> Iterator[str]:
         """All regions together, then each one alone; ends, and leaves nothing, once picture or regions change."""
         with sheet.lock:
-            image, regions, version = sheet.image, sheet.parsed(), sheet.version
+            image, regions, version = sheet.picture(), sheet.parsed(), sheet.version
         with closing(self._compare(image, regions, settings_of(mode, steps, threshold))) as lanes:
             for shown in lanes:
                 if sheet.version != version:
@@ -132,7 +134,9 @@ class Handlers:
                     return
                 yield shown
 
-    def _compare(self, image: Any, regions: list[Region], settings: dict[str, Any]) -> Iterator[str]:
+    def _compare(
+        self, image: Image.Image, regions: list[Region], settings: dict[str, Any]
+    ) -> Generator[str, None, None]:
         together = Lane("All regions together", [""] * len(regions))
         alone = Lane("One region at a time", [""] * len(regions))
         for news in follow(self.writer, image, regions, settings):
@@ -253,7 +257,7 @@ def _controls(writer: Writer, threshold: float | None) -> list[Any]:
         steps, threshold = np.clip(steps, *_STEPS), np.clip(threshold, *_BOUND)
         return gr.update(visible=mode == "adaptive"), effect_html(mode, steps, threshold)
 
-    changes = [control.change for control in controls]
+    changes = [mode.change, steps.change, bound.change]
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     # Without gradio's own check: a number may be out of bounds while it is being typed, which is no fault.
     gr.on(changes, show, controls, [bound, effect], preprocess=False, **quiet)

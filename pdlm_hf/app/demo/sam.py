@@ -9,7 +9,7 @@ from torch.nn import functional
 
 # As SAM 2's own processor has them. That one needs torchvision, which many installations lack; what it does to a
 # picture and a point is this little.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_MEAN, _STD = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], dtype=np.float32)
 
 
 class Segmenter:
@@ -41,7 +41,8 @@ class Segmenter:
         if kind not in ("sam2", "sam2_video"):
             raise ValueError(f"--sam {path}: a {kind} model; expected SAM 2, facebook/sam2.1-hiera-small for example.")
         model = Sam2Model.from_pretrained(path)
-        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        # transformers' `to` is typed without its `self`
+        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def mask(self, image: Image.Image, x: int, y: int) -> np.ndarray:
@@ -76,8 +77,8 @@ class Segmenter:
     def _embeddings(self, image: Image.Image, width: int, height: int) -> list[torch.Tensor]:
         """Of the picture; those of the last one are kept, for the next click on it."""
         if self._seen is None or self._seen[0] is not image:
-            pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 255
-            pixels = torch.from_numpy((pixels - np.float32(_MEAN)) / np.float32(_STD)).permute(2, 0, 1)[None]
+            scaled = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+            pixels = torch.from_numpy((scaled - _MEAN) / _STD).permute(2, 0, 1)[None]
             pixels = pixels.to(self.model.device, self.model.dtype)
             self._seen = image, self.model.get_image_embeddings(pixels)
         return self._seen[1]

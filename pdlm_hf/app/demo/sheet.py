@@ -79,7 +79,8 @@ class Sheet:
         Raises:
             ValueError: something else, an empty region, or too many.
         """
-        width, height = self._picture().size
+        image = self.picture()
+        width, height = image.size
         kind = gesture.get("kind")
         if kind == "box":
             self._add([Region(None, _box_mask(_numbers(gesture.get("box"), (4,)), width, height))])
@@ -88,7 +89,7 @@ class Sheet:
             self._paint(_stroke_mask(points, float(_numbers(gesture.get("radius"), ())), width, height), points[0])
         elif kind == "click" and segmenter is not None:
             x, y = _pixel(_numbers(gesture.get("point"), (2,)), width, height)
-            self._add([Region(None, segmenter.mask(self.image, x, y))])
+            self._add([Region(None, segmenter.mask(image, x, y))])
         else:
             raise ValueError("Mark a region with a box or the brush.")
 
@@ -102,7 +103,7 @@ class Sheet:
         Raises:
             ValueError: a file cannot be used; nothing is added then.
         """
-        size = self._picture().size
+        size = self.picture().size
         found: list[Region] = []
         for name, data in files:
             if PurePath(name).suffix.lower() in (".json", ".txt"):
@@ -135,16 +136,22 @@ class Sheet:
         """Take all regions away."""
         self._change([])
 
+    def picture(self) -> Image.Image:
+        """The picture. Raises: ValueError if there is none."""
+        if self.image is None:
+            raise ValueError("Drop a picture first, or take one of the examples.")
+        return self.image
+
     def parsed(self) -> list[Region]:
         """The regions with their masks. Raises: ValueError if there are none."""
-        image = self._picture()
+        image = self.picture()
         if not self.regions:
             raise ValueError("Mark a region first: drag a box on the picture.")
         return parse_regions(self.regions, *image.size)
 
     def view(self) -> dict[str, Any] | None:
         """What the page shows: the picture with its regions, and a picture that tells which region a pixel is of."""
-        if self.image is None:
+        if self.image is None or self.small is None:
             return None
         shown = [{"id": row["id"], "segmentation": row["shown"]} for row in self.regions]
         regions = parse_regions(shown, *self.small.size) if shown else []
@@ -173,22 +180,18 @@ class Sheet:
             place = {"id": region.id, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": int(region.mask.sum())}
             said = {"caption": caption.text, "score": round(caption.score, 4)}
             rows.append({**place, "bbox": region.bbox, "segmentation": region.segmentation, **said})
-        image = {"id": 1, "file_name": self.name, "width": self.image.width, "height": self.image.height}
+        width, height = self.picture().size
+        image = {"id": 1, "file_name": self.name, "width": width, "height": height}
         data = {"images": [image], "annotations": rows, "categories": [{"id": 1, "name": "region"}]}
         return json.dumps(data, indent=1).encode()
 
     def drawing(self) -> bytes:
         """A PNG of the picture with numbered regions and their captions. Raises: ValueError."""
         buffer = io.BytesIO()
-        draw_captions(self.image, self.parsed(), self._captions()).save(buffer, format="PNG")
+        draw_captions(self.picture(), self.parsed(), self._captions()).save(buffer, format="PNG")
         return buffer.getvalue()
 
     # ---------------------------------------------------------------- within
-
-    def _picture(self) -> Image.Image:
-        if self.image is None:
-            raise ValueError("Drop a picture first, or take one of the examples.")
-        return self.image
 
     def _captions(self) -> list[RegionCaption]:
         if self.captions is None:
@@ -209,21 +212,23 @@ class Sheet:
 
     def _row(self, region: Region, own: int, **more: Any) -> dict[str, Any]:
         """What is kept of a region."""
-        whole = region.segmentation
-        shown = whole if self.small is self.image else Region(own, _shrunk(region.mask, self.small.size)).segmentation
+        whole = shown = region.segmentation
+        if self.small is not None and self.small is not self.image:
+            shown = Region(own, _shrunk(region.mask, self.small.size)).segmentation
         return {"id": own, "segmentation": whole, "shown": shown, **more}
 
     def _paint(self, mask: np.ndarray, start: np.ndarray) -> None:
-        x, y = _pixel(start, *self.image.size)
+        size = self.picture().size
+        x, y = _pixel(start, *size)
         for k, row in reversed(list(enumerate(self.regions))):
-            if row.get("brushed") and (whole := parse_region(row, *self.image.size).mask)[y, x]:
+            if row.get("brushed") and (whole := parse_region(row, *size).mask)[y, x]:
                 grown = self._row(Region(row["id"], whole | mask), row["id"], brushed=True)
                 return self._change([*self.regions[:k], grown, *self.regions[k + 1 :]])
         self._add([Region(None, mask)])
         self.regions[-1]["brushed"] = True
 
     def _check(self, count: int) -> None:
-        width, height = self.image.size
+        width, height = self.picture().size
         most = min(MAX_REGIONS, MAX_MASK_PIXELS // (width * height))
         if count > most:
             raise ValueError(f"{count} regions; at most {most} on a picture of {width} x {height} pixels.")
@@ -261,11 +266,13 @@ def _read_regions(name: str, data: bytes, image_name: str, size: tuple[int, int]
 
 def _numbers(values: Any, shape: tuple[int, ...]) -> np.ndarray:
     """Fractions of a picture, within 0 to 1. Raises: ValueError for anything else."""
+    array: np.ndarray | None = None
     try:
-        array = np.asarray(values, dtype=float)
-        array = array.reshape(shape) if array.size <= 2 * _POINTS else None
+        given = np.asarray(values, dtype=float)
+        if given.size <= 2 * _POINTS:
+            array = given.reshape(shape)
     except (TypeError, ValueError):
-        array = None
+        pass
     if array is None or not array.size or not np.isfinite(array).all():
         raise ValueError("This mark cannot be read; try again, with a shorter stroke.")
     return array.clip(0, 1)
