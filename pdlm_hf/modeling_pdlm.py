@@ -25,7 +25,7 @@ from .diffusion_pdlm import diffusion_loss
 from .generation_config_pdlm import PdlmGenerationConfig
 from .generation_pdlm import PdlmGenerationMixin
 from .masking_pdlm import region_attention, region_layout
-from .versions_pdlm import CACHE
+from .versions_pdlm import CACHE, accepts_old_cache_name
 
 register_conversion()
 
@@ -448,6 +448,23 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
         """Replace the token embeddings."""
         self.language_model.embed_tokens = value
 
+    def special_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Ids of the tokens that the model has to recognise, from their embeddings; -1 for any other token.
+
+        Args:
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`): of tokens.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, sequence_length)`.
+        """
+        config = self.config
+        special = [config.image_token_id, *config.region_token_ids, *config.caption_token_ids]
+        known = self.get_input_embeddings()(torch.tensor(special, device=inputs_embeds.device))
+        ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+        for token, embedding in zip(special, known.to(inputs_embeds), strict=True):
+            ids = torch.where((inputs_embeds == embedding).all(-1), token, ids)
+        return ids
+
     def embed(
         self,
         input_ids: torch.Tensor,
@@ -457,8 +474,15 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
         region_boxes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         training_geometry: bool = False,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Token embeddings with image features and RoI tokens in their placeholders.
+
+        Args:
+            input_ids, pixel_values, image_grids, region_masks, region_boxes, original_sizes: see [`forward`].
+            training_geometry (`bool`): see [`get_region_features`].
+            inputs_embeds (`torch.FloatTensor`, *optional*): embeddings of the tokens, where they are not those of
+                `input_ids`.
 
         Raises:
             ValueError: the numbers of placeholders and features differ (the reference repeats or cuts silently).
@@ -466,7 +490,7 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
         Returns:
             `torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`.
         """
-        embeds = self.get_input_embeddings()(input_ids)
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if pixel_values is None:
             return embeds
         features = self.get_image_features(pixel_values, region_masks, return_dict=True).pooler_output
@@ -498,6 +522,7 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
             return None
         return region_layout(input_ids, self.config.region_token_ids, self.config.caption_token_ids, replayed)
 
+    @accepts_old_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -519,11 +544,12 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """One bidirectional pass. `layout` (see [`region_layout`]) is derived from `input_ids` if left out."""
         cache = past_key_values if cache is None else cache  # the older name of the argument
-        if inputs_embeds is None:
-            inputs_embeds = self.embed(
-                input_ids, pixel_values, image_grids, region_masks, region_boxes, original_sizes, training_geometry
-            )
-        if layout is None and input_ids is not None:
+        if input_ids is None and layout is None:
+            input_ids = self.special_ids(inputs_embeds)
+        visual = (pixel_values, image_grids, region_masks, region_boxes, original_sizes)
+        if inputs_embeds is None or pixel_values is not None:
+            inputs_embeds = self.embed(input_ids, *visual, training_geometry, inputs_embeds)
+        if layout is None:
             layout = self.region_layout(input_ids, replayed=pixel_values is not None)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = attention_mask.long().cumsum(-1).sub(1).clamp_min(0)[:, -inputs_embeds.shape[1] :]
@@ -590,6 +616,7 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
         """See [`PdlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, region_masks, **kwargs)
 
+    @accepts_old_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -636,18 +663,18 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             )
         if noise_mask is not None:
             noise_mask = noise_mask.bool() & (labels != -100 if labels is not None else True)
+            if input_ids is None:
+                input_ids = self.model.special_ids(inputs_embeds)
             if layout is None:  # from the clean ids
                 layout = self.model.region_layout(input_ids, replayed=pixel_values is not None)
-            noisy_ids = torch.where(noise_mask, self.config.mask_token_id, input_ids)
+            visual = (pixel_values, image_grids, region_masks, region_boxes, original_sizes)
+            # On embeddings: a replacement token may be a placeholder, which is not to be filled with features.
+            inputs_embeds = self.model.embed(input_ids, *visual, True, inputs_embeds)
+            noise = torch.full_like(input_ids, self.config.mask_token_id)
             if replacement_ids is not None:
-                noisy_ids = torch.where(noise_mask & (replacement_ids >= 0), replacement_ids, noisy_ids)
-            if inputs_embeds is None:
-                # On embeddings: a replacement token may be a placeholder, which is not to be filled with features.
-                inputs_embeds = self.model.embed(
-                    input_ids, pixel_values, image_grids, region_masks, region_boxes, original_sizes, True
-                )
-                noise = self.get_input_embeddings()(noisy_ids)
-                inputs_embeds = torch.where(noise_mask[..., None], noise, inputs_embeds)
+                noise = torch.where(replacement_ids >= 0, replacement_ids, noise)
+            inputs_embeds = torch.where(noise_mask[..., None], self.get_input_embeddings()(noise), inputs_embeds)
+            pixel_values = None  # they are in the embeddings
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -660,7 +687,6 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             region_boxes=region_boxes,
             original_sizes=original_sizes,
             layout=layout,
-            training_geometry=noise_mask is not None,
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
