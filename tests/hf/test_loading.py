@@ -153,3 +153,18 @@ def test_offloaded_region_embedding(golden_regions, tmp_path):
     with torch.no_grad():
         expected = whole.model.get_image_features(pixels, masks).pooler_output
         torch.testing.assert_close(offloaded.model.get_image_features(pixels, masks).pooler_output, expected)
+
+
+def test_offloaded_embeddings(golden_regions, tmp_path):
+    """Patch and position embeddings are used through the module that holds them, and so through its hook."""
+    whole = AutoModelForImageTextToText.from_pretrained(golden_regions)
+    parts = dict.fromkeys(("model.multi_modal_projector", "model.language_model", "model.region_embedding"), "cpu")
+    parts |= {"model.vision_tower.encoder": "cpu", "model.vision_tower.post_layernorm": "cpu", "lm_head": "cpu"}
+    parts |= {"model.vision_tower.embeddings": "disk"}
+    offloaded = AutoModelForImageTextToText.from_pretrained(
+        golden_regions, device_map=parts, offload_folder=tmp_path / "offload"
+    )
+    pixels = torch.randn(1, 3, *[whole.config.vision_config.image_size] * 2)
+    with torch.no_grad():
+        expected = whole.model.get_image_features(pixels).pooler_output
+        torch.testing.assert_close(offloaded.model.get_image_features(pixels).pooler_output, expected)
