@@ -32,9 +32,9 @@ STAGES = {
     "table1": Stage(table(1, (1,)), 60, "1 region: times the reference's loop"),
     "table6": Stage(table(6, (1,)), 60, "6 regions: times the reference's loop"),
     "scaling": Stage(scaling, 120, "growth with regions, tiles and batch"),
-    "compile": Stage(compiled, 120, "MLP and norms compiled"),
-    "flex": Stage(flex, 120, "FlexAttention beside the split and sdpa"),
-    "fp8": Stage(fp8, 90, "FP8 weights: step, memory, agreement"),  # last: the model stays in FP8
+    "compile": Stage(compiled, 200, "MLP and norms compiled"),
+    "flex": Stage(flex, 200, "FlexAttention beside the split and sdpa"),
+    "fp8": Stage(fp8, 150, "FP8 weights: step, memory, agreement"),  # last: the model stays in FP8
 }
 # what the last lines leave out
 LONG = {"spread_ms", "longest", "limits", "prompt_tokens", "regions", "slots", "steps", "tflop_per_image"}

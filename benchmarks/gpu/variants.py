@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from pdlm_hf.versions_pdlm import CHECKPOINTING
+
 from .passes import REGIONS, canvas_of, share, step, way
 from .run import NotInstalled, Run, gigabytes
 
@@ -106,7 +108,7 @@ def lora(run: Run) -> None:
 
     network = run.bench.model
     model = add_adapter(network, None, load_recipe("lora_8b_80gb").adapter).train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    getattr(model, f"{CHECKPOINTING}_enable")(**{f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}})
     model.enable_input_require_grads()
     config = run.shape.config(REGIONS_OF_RECIPE)
     try:
@@ -118,7 +120,7 @@ def lora(run: Run) -> None:
             run.put(f"batch {batch}, estimate", {"total_gb": gigabytes(found.total)} | parts)
     finally:
         model.disable_input_require_grads()
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{CHECKPOINTING}_disable")()
         model.unload().eval()
 
 
