@@ -105,8 +105,9 @@ test-newest: browser
 	$(NEWEST_BIN)/python tools/newest.py requirements > .newest/requirements.txt
 	$(NEWEST_BIN)/pip install $(PIP_FLAGS) --no-compile $(TORCH) -r .newest/requirements.txt
 	cp -r $(AROUND) .newest/
-	-cd .newest && OMP_NUM_THREADS=1 ../$(NEWEST_BIN)/python -m pytest -n 2 -q -m "not slow" --junitxml report.xml $(NEWEST_TESTS)
-	$(NEWEST_BIN)/python tools/newest.py record .newest/report.xml benchmarks/results/newest.json
+	cd .newest && OMP_NUM_THREADS=1 ../$(NEWEST_BIN)/python -m pytest -n 2 -q -m "not slow" --junitxml report.xml $(NEWEST_TESTS); \
+	status=$$?; cd .. && $(NEWEST_BIN)/python tools/newest.py record .newest/report.xml benchmarks/results/newest.json \
+	&& $(NEWEST_BIN)/python benchmarks/report.py --write && exit $$status
 
 # vLLM on a CPU. Its torchvision, torchaudio and torchcodec are built for CUDA and fail to load, its triton has no back
 # end for CPUs, and its command asks for a distribution called "vllm".
