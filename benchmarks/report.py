@@ -195,6 +195,19 @@ def batch_costs(rates: tuple[int, ...] = (5, 20, 80, 320)) -> str:
     return table(*rows)
 
 
+def newest(path: Path) -> str:
+    """The last run of `make test-newest`."""
+    if not path.is_file():
+        return "`make test-newest` has not been run yet."
+    record = json.loads(path.read_text())
+    names = ("torch", "transformers", "peft", "gradio", "pillow")
+    counts = [str(record["passed"]), str(record["failed"])]
+    return table(
+        ["date", "Python", *names, "passed", "failed"],
+        [record["date"], record["python"], *(record["versions"][name] for name in names), *counts],
+    )
+
+
 def tables() -> dict[str, str]:
     """Every table, by name."""
 
@@ -216,6 +229,7 @@ def tables() -> dict[str, str]:
         "serving": serving(load("serving_cpu_small.json")),
         **{name: make(load("batch_throughput.json")) for name, make in batch.items()},
         "batch_costs": batch_costs(),
+        "newest": newest(RESULTS / "newest.json"),
         **{name: make(load(f"{name}.json")) for name, make in later.items() if (RESULTS / f"{name}.json").is_file()},
     }
 

@@ -27,9 +27,9 @@ def pins(path: Path) -> dict[str, Version]:
 
 
 def bounds() -> list[Requirement]:
-    """What pyproject.toml asks for, extras included."""
+    """What pyproject.toml asks for, with the extras that are for users."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    section = text.split("\ndependencies = ")[1].split("\n[project.entry-points")[0]
+    section = text.split("\ndependencies = ")[1].split("\ntest = ")[0]
     quoted = [re.findall(r'"([^"]+)"', line.split(" #")[0]) for line in section.splitlines() if line[:1] != "#"]
     return [Requirement(line) for found in quoted for line in found]
 

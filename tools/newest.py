@@ -1,7 +1,7 @@
 """The parts of `make test-newest` that are not pip or pytest. Run by the Python of its environment.
 
 python tools/newest.py requirements              # what the installed wheel asks for, without upper bounds
-python tools/newest.py record REPORT.xml OUT     # the result of pytest's JUnit report as JSON; exit code 1: failures
+python tools/newest.py record REPORT.xml OUT     # the result in pytest's JUnit report, as JSON
 """
 
 import json
@@ -70,5 +70,3 @@ if __name__ == "__main__":
     else:
         found = result(Path(sys.argv[2]), list(wanted))
         Path(sys.argv[3]).write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped")
-        sys.exit(bool(found["failed"]))

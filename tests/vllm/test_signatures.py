@@ -1,11 +1,12 @@
 """What we call and override in vLLM is there, with these parameters: read from its source, so that a version can be
 checked that cannot run here.
 
-    python tests/vllm/test_signatures.py FOLDER    # for example an unpacked wheel of vLLM for GPUs
+    python tests/vllm/test_signatures.py WHEEL    # of any vLLM; `make vllm-signatures` downloads one
 """
 
 import ast
 import sys
+import zipfile
 from pathlib import Path
 
 # file -> (class or "", function) -> parameters that must exist
@@ -94,8 +95,8 @@ FIELDS = {
 }
 
 
-def missing(folder: Path) -> list[str]:
-    """What the vLLM in this folder lacks."""
+def missing(folder: Path | zipfile.Path) -> list[str]:
+    """What the vLLM in this folder, of a disk or of a wheel, lacks."""
     found = []
     for name, functions in EXPECTED.items():
         tree = ast.parse((folder / name).read_text(encoding="utf-8"))
@@ -132,6 +133,16 @@ def test_the_installed_vllm_has_what_we_need():
     assert missing(Path(vllm.__file__).parent) == []
 
 
+def test_a_wheel_is_read_like_a_folder(tmp_path):
+    import vllm
+
+    with zipfile.ZipFile(tmp_path / "vllm.whl", "w") as wheel:
+        for name in {*EXPECTED, *FIELDS}:
+            text = (Path(vllm.__file__).parent / name).read_text(encoding="utf-8")
+            wheel.writestr(f"vllm/{name}", text.replace("def take_prefill_stats", "def give_prefill_stats"))
+    assert missing(zipfile.Path(tmp_path / "vllm.whl", "vllm/")) == ["v1/request.py: no Request.take_prefill_stats"]
+
+
 def test_another_version_is_named_and_left_alone(monkeypatch):
     import vllm
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -150,6 +161,6 @@ def test_another_version_is_named_and_left_alone(monkeypatch):
 
 
 if __name__ == "__main__":
-    problems = missing(Path(sys.argv[1]))
+    problems = missing(zipfile.Path(sys.argv[1], "vllm/"))
     sys.stdout.write("\n".join(problems or ["nothing is missing"]) + "\n")
     sys.exit(bool(problems))
