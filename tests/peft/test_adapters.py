@@ -9,11 +9,12 @@ from small import losses, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
-from pdlm_hf import CHECKPOINT
+from pdlm_hf import CHECKPOINT, PdlmForConditionalGeneration
+from pdlm_hf.adapters_pdlm import adapter_base
 from pdlm_hf.app.collator import PdlmCollator
 from pdlm_hf.shapes.train import ShapesDataset
 from pdlm_peft import training
-from pdlm_peft.adapters import LANGUAGE, add_adapter, check_base, fingerprint, load_adapter, merge
+from pdlm_peft.adapters import LANGUAGE, add_adapter, base_name, check_base, fingerprint, load_adapter, merge
 from pdlm_peft.cli import app
 from pdlm_peft.recipe import Adapter
 
@@ -140,6 +141,67 @@ def test_another_base_is_refused(adapter, tiny_checkpoint, tmp_path):
     assert not (tmp_path / "merged").exists()
     with pytest.raises(ValueError, match="other weights"):
         load_adapter(adapter, tiny_checkpoint)
+
+
+def test_adapter_and_base_move_together(tiny_checkpoint, inputs, tmp_path):
+    """The files name the base from where they are, and nothing of this machine."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(tiny_checkpoint, here / "base")
+    training.run(small("shapes", here / "run", f"model={here / 'base'}", "training.learning_rate=1e-2"))
+    for folder, base in ((here / "run", "../base"), (here / "run/checkpoints/checkpoint-2", "../../../base")):
+        assert json.loads((folder / "pdlm_base.json").read_text())["base"] == base
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+        for path in folder.glob("*.*"):
+            named = path.name in ("recipe.yaml", "training.json", "training_args.bin")  # the run as it was asked for
+            assert named or str(tmp_path).encode() not in path.read_bytes(), path
+    assert "base_model: ../base\n" in (here / "run/README.md").read_text()
+    assert not (here / "run/checkpoints/checkpoint-2/README.md").exists()
+    expected, tokens = answers(load_adapter(here / "run")[0], inputs)
+    here.rename(there)
+    ways = {
+        "ours": load_adapter(there / "run")[0],
+        "auto": AutoModelForImageTextToText.from_pretrained(there / "run"),
+        "class": PdlmForConditionalGeneration.from_pretrained(there / "run"),
+        "step": AutoModelForImageTextToText.from_pretrained(there / "run/checkpoints/checkpoint-2"),
+    }
+    for name, model in ways.items():
+        logits, said = answers(model, inputs)
+        assert torch.equal(logits, expected) and torch.equal(said, tokens), name
+
+
+def test_a_missing_base_is_named(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    training.run(small("shapes", tmp_path / "run", f"model={tmp_path / 'base'}"))
+    (tmp_path / "base").rename(tmp_path / "moved")
+    merging = ["merge", str(tmp_path / "run"), str(tmp_path / "merged")]
+    refused = CliRunner().invoke(app, merging)
+    assert refused.exit_code == 2
+    assert "The base of the adapter" in refused.stderr and "is not at ../base" in refused.stderr
+    assert f"`pdlm-peft merge {tmp_path / 'run'} OUT --base BASE`" in refused.stderr.replace("\n", " ")
+    with pytest.raises(ValueError, match=r"is not at \.\./base.* --base BASE"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
+    wrong = CliRunner().invoke(app, [*merging, "--base", "no/such"])
+    assert wrong.exit_code == 2 and "no/such" in wrong.stderr and "--base BASE" in wrong.stderr
+    done = CliRunner().invoke(app, [*merging, "--base", str(tmp_path / "moved")])
+    assert done.exit_code == 0, done.stderr
+
+
+def test_names_of_bases(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/8b").mkdir(parents=True)
+    assert base_name("owner/name", tmp_path / "run") == "owner/name"
+    assert base_name("models/8b", tmp_path / "runs/a") == base_name(str(tmp_path / "models/8b"), "runs/a")
+    assert base_name("models/8b", tmp_path / "runs/a") == "../../models/8b"
+    assert base_name("models/8b", tmp_path / "models") == "./8b"
+
+
+def test_the_embedded_base_is_found_wherever_the_package_is(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "elsewhere/deep/run", ignore=shutil.ignore_patterns("checkpoints"))
+    path = tmp_path / "elsewhere/deep/run/pdlm_base.json"
+    noted = json.loads(path.read_text())
+    assert noted["embedded"] == "checkpoint" and not noted["base"].startswith("/")
+    path.write_text(json.dumps(noted | {"base": "../not/here"}))
+    assert adapter_base(path.parent) == str(CHECKPOINT)
 
 
 # ---------------------------------------------------------------- loss and gradients

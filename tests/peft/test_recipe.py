@@ -42,6 +42,26 @@ def test_the_papers_setting():
     assert recipe.data.prompt_ids == "random" and recipe.data.num_slots is None and recipe.data.partition == "shuffle"
 
 
+def test_checkpointing_under_either_name(tmp_path):
+    """The recipes say it as transformers does from 5.23 on; users' older ones may say it as before."""
+    for name in NAMES:
+        text = (RECIPES / f"{name}.yaml").read_text()
+        assert "gradient_checkpointing" not in text and ("activation_checkpointing: true" in text) == ("8b" in name)
+    for key in ("activation_checkpointing", "gradient_checkpointing"):
+        recipe = load_recipe(
+            "lora_8b_80gb", [f"training.{key}=false", f"training.{key}_kwargs={{use_reentrant: true}}"]
+        )
+        assert recipe.training["activation_checkpointing"] is False
+        assert recipe.training["activation_checkpointing_kwargs"] == {"use_reentrant": True}
+        assert not any(name.startswith("gradient_check") for name in recipe.training)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: shapes\noutput: x\ndtype: float32\ntraining: {gradient_checkpointing: true}\n")
+    assert load_recipe(str(mine)).training == {"activation_checkpointing": True}
+    mine.write_text(mine.read_text().replace("{", "{activation_checkpointing: false, "))
+    with pytest.raises(ValueError, match="`gradient_checkpointing` is the older name of `activation_checkpointing`"):
+        load_recipe(str(mine))
+
+
 def test_what_the_adaptations_switch():
     assert load_recipe("isolated_8b").switches.prefix_attention == "isolated"
     assert load_recipe("aligned_8b").switches.roi_replay == "aligned"

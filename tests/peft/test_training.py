@@ -18,6 +18,7 @@ from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmBaseConfig, PdlmConfig
 from pdlm_hf.app.collator import PdlmCollator, partition_regions
 from pdlm_peft import plan as plan_module
 from pdlm_peft import training
+from pdlm_peft.adapters import base_name
 from pdlm_peft.plan import StreamedRows, TrainingRows, cut, held_out_rows, plan, row_tokens, sizes_of
 from pdlm_peft.recipe import Data, load_recipe, names
 from pdlm_peft.shapes import NEW_WORLD, PATTERNS, WORDS
@@ -310,7 +311,8 @@ def test_the_card(own_rows, tmp_path):
     extra = ["training.eval_strategy=steps", "training.eval_steps=2"]
     record = training.run(small("shapes", tmp_path / "run", *extra))
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "base_model: shapes" in card and "rank: 16" in card
+    assert f"base_model: {base_name(CHECKPOINT, tmp_path / 'run')}\n" in card and "rank: 16" in card
+    assert "for the embedded checkpoint `shapes`, trained" in card and "model: shapes\n" in card
     assert f"| eval_loss | {record['scores']['before']['eval_loss']:.4f} |" in card
     assert "pdlm-peft merge run MERGED" in card
 
@@ -358,6 +360,17 @@ def test_other_settings_do_not_go_on(tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         training.run(small("shapes", tmp_path / "full"))
+
+
+def test_a_run_of_the_older_name_goes_on(tmp_path):
+    """`gradient_checkpointing` in the recipe.yaml of a run that another version of transformers began."""
+    settings = ["training.activation_checkpointing=true"]
+    training.run(small("shapes", tmp_path / "run", *settings))
+    written = tmp_path / "run/recipe.yaml"
+    written.write_text(written.read_text().replace("activation_checkpointing", "gradient_checkpointing"))
+    assert training.run(small("shapes", tmp_path / "run", *settings))["resumed_from"] == 2
+    with pytest.raises(ValueError, match="holds a run with `training.activation_checkpointing` True, now it is None"):
+        training.run(small("shapes", tmp_path / "run"))
 
 
 def test_a_moved_run_goes_on(tmp_path, monkeypatch):
@@ -469,6 +482,15 @@ def test_chat_from_a_file(tmp_path):
     write_rows(tmp_path)
     record = training.run(small("chat_8b", tmp_path / "run", "model=shapes_base", f"data.train={tmp_path}/chat.jsonl"))
     assert len(losses(record["log"])) == 2
+
+
+def test_a_training_step_warns_of_nothing(tmp_path):
+    """Not even of an older name that PEFT or transformers' Trainer uses on our model."""
+    strict = ["-W", "error::FutureWarning", "-W", "error::DeprecationWarning"]
+    settings = [*SMALL, "training.activation_checkpointing=true", f"output={tmp_path}/run"]
+    result = run([*strict, "-m", "pdlm_peft.cli", "train", "shapes", *settings])
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr and "deprecated" not in result.stderr
 
 
 def test_the_command_says_steps_and_time(tmp_path):
