@@ -234,16 +234,13 @@ class PdlmVisionModel(SiglipVisionModel):
         )
 
 
-class _WithoutFlashAttention:
+class _WithoutFlashAttention(PreTrainedModel):
     """Refuses flash attention, whether the package or a kernel of the hub, with the reason."""
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         if attn_implementation is not None and "flash" in attn_implementation:
             self._flash_attn_can_dispatch(attn_implementation)
-        # of PreTrainedModel, which follows this mixin
-        return super()._check_and_adjust_attn_implementation(  # type: ignore[misc]
-            attn_implementation, *args, **kwargs
-        )
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _flash_attn_can_dispatch(self, flash_attn_version: int | str, is_init_check: bool = False) -> bool:
         raise ValueError(
@@ -260,7 +257,7 @@ class PdlmTextModel(_WithoutFlashAttention, LlamaModel):
     _supports_flash_attn = False
 
 
-class PdlmPreTrainedModel(_WithoutFlashAttention, PdlmAdapterMixin, PreTrainedModel):
+class PdlmPreTrainedModel(_WithoutFlashAttention, PdlmAdapterMixin):
     """Weights, loading and attention support shared by all PerceptionDLM models."""
 
     config: PdlmConfig
