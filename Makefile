@@ -55,6 +55,7 @@ install: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: .venv/dev
 	$(BIN)/mkdocs build --strict

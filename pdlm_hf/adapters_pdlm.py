@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
@@ -55,7 +56,7 @@ def adapter_base(folder: str | os.PathLike) -> str:
     return base
 
 
-class PdlmAdapterMixin:
+class PdlmAdapterMixin(PreTrainedModel):
     """Loading of adapters, and refusals of those that cannot work."""
 
     @classmethod

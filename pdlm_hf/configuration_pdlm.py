@@ -143,9 +143,11 @@ _VISION_8B = {
 if TYPE_CHECKING:
     _SubConfig = Any  # a configuration, once `__post_init__` has read it
     _Size = Any  # [height, width]
+    _Ids = Any  # a list
 else:
     _SubConfig = dict[str, Any] | PreTrainedConfig | None
     _Size = int | list[int] | None
+    _Ids = list[int] | None
 
 
 @strict
@@ -194,8 +196,8 @@ class PdlmConfig(PreTrainedConfig):
     eot_token_id: int = 126348
     image_token_id: int = 126349
     newline_token_id: int = 198
-    region_token_ids: list[int] | None = None
-    caption_token_ids: list[int] | None = None
+    region_token_ids: _Ids = None
+    caption_token_ids: _Ids = None
     tie_word_embeddings: bool = False
 
     @classmethod

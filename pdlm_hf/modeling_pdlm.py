@@ -211,7 +211,7 @@ class PdlmVisionModel(SiglipVisionModel):
         super().__init__(config)
         self.embeddings.__class__ = PdlmVisionEmbeddings  # the same parameters, drawn once
         del self.encoder.layers[config.num_hidden_layers + 1 + vision_feature_layer :]
-        self.post_layernorm = nn.Identity()
+        self.post_layernorm = nn.Identity()  # type: ignore[assignment]  # in place of one that is not computed
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -234,11 +234,11 @@ class PdlmVisionModel(SiglipVisionModel):
         )
 
 
-class _WithoutFlashAttention:
+class _WithoutFlashAttention(PreTrainedModel):
     """Refuses flash attention, whether the package or a kernel of the hub, with the reason."""
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        if "flash" in (attn_implementation or ""):
+        if attn_implementation is not None and "flash" in attn_implementation:
             self._flash_attn_can_dispatch(attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -257,12 +257,14 @@ class PdlmTextModel(_WithoutFlashAttention, LlamaModel):
     _supports_flash_attn = False
 
 
-class PdlmPreTrainedModel(_WithoutFlashAttention, PdlmAdapterMixin, PreTrainedModel):
+class PdlmPreTrainedModel(_WithoutFlashAttention, PdlmAdapterMixin):
     """Weights, loading and attention support shared by all PerceptionDLM models."""
 
+    config: PdlmConfig
+    generation_config: PdlmGenerationConfig
     config_class = PdlmConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     output_modalities = ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "SiglipEncoderLayer"]
@@ -317,6 +319,9 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PdlmAdapterMixin, PreTrainedMo
 class PdlmEyes:
     """What PerceptionDLM sees with: vision tower, region prompts, projector, RoI replay. Of any language model."""
 
+    config: PdlmConfig
+    region_embedding: nn.Embedding | None
+
     def _build_eyes(self, config: PdlmConfig) -> None:
         self.vision_tower = PdlmVisionModel._from_config(
             config.vision_config, vision_feature_layer=config.vision_feature_layer
@@ -346,7 +351,7 @@ class PdlmEyes:
         """
         region_embeds = None
         if region_masks is not None and self.region_embedding is not None:
-            region_embeds = self._region_embeds(region_masks, pixel_values.device)
+            region_embeds = self._region_embeds(self.region_embedding, region_masks, pixel_values.device)
         vision = self.vision_tower(pixel_values, region_embeds, **{**kwargs, "return_dict": True})
         side = self.config.patch_grid
         features = vision.last_hidden_state.unflatten(1, (side, side))
@@ -354,10 +359,11 @@ class PdlmEyes:
         vision.pooler_output = self.multi_modal_projector(features.flatten(1, 2))
         return vision
 
-    def _region_embeds(self, region_masks: torch.Tensor, device: torch.device) -> torch.Tensor:
+    @staticmethod
+    def _region_embeds(embedding: nn.Embedding, region_masks: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Sum of the region prompts of every patch, `(tiles, patches, channels)`."""
         # through the module, which may be offloaded, not through its weight
-        prompts = self.region_embedding(torch.arange(region_masks.shape[1], device=device))
+        prompts = embedding(torch.arange(region_masks.shape[1], device=device))
         planes = region_masks.flatten(2).to(prompts.device, prompts.dtype)
         embeds = planes[:, 0, :, None] * prompts[0]
         for k in range(1, planes.shape[1]):  # as the reference: in bfloat16 every sum is rounded
@@ -433,6 +439,8 @@ def _check_placeholders(count: torch.Tensor, features: int | torch.Tensor, kind:
 class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
     """PerceptionDLM without the language-model head."""
 
+    config: PdlmConfig
+
     def __init__(self, config: PdlmConfig):
         super().__init__(config)
         self._build_eyes(config)
@@ -448,7 +456,7 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
         """Replace the token embeddings."""
         self.language_model.embed_tokens = value
 
-    def special_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def special_ids(self, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Ids of the tokens that the model has to recognise, from their embeddings; -1 for any other token.
 
         Args:
@@ -456,7 +464,12 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
 
         Returns:
             `torch.LongTensor` of shape `(batch_size, sequence_length)`.
+
+        Raises:
+            ValueError: no embeddings either.
         """
+        if inputs_embeds is None:
+            raise ValueError("The model needs `input_ids` or `inputs_embeds`; the processor builds `input_ids`.")
         config = self.config
         special = [config.image_token_id, *config.region_token_ids, *config.caption_token_ids]
         known = self.get_input_embeddings()(torch.tensor(special, device=inputs_embeds.device))
@@ -526,25 +539,29 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         region_masks: torch.Tensor | None = None,
-        region_boxes: torch.LongTensor | None = None,
-        original_sizes: torch.LongTensor | None = None,
-        layout: torch.LongTensor | None = None,
+        region_boxes: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+        layout: torch.Tensor | None = None,
         training_geometry: bool = False,
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """One bidirectional pass. `layout` (see [`region_layout`]) is derived from `input_ids` if left out."""
+        """One bidirectional pass. `layout` (see [`region_layout`]) is derived from `input_ids` if left out.
+
+        Raises:
+            ValueError: neither `input_ids` nor `inputs_embeds`.
+        """
         cache = past_key_values if cache is None else cache  # the older name of the argument
-        if input_ids is None and layout is None:
+        if input_ids is None:
             input_ids = self.special_ids(inputs_embeds)
         visual = (pixel_values, image_grids, region_masks, region_boxes, original_sizes)
         if inputs_embeds is None or pixel_values is not None:
@@ -620,21 +637,21 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         region_masks: torch.Tensor | None = None,
-        region_boxes: torch.LongTensor | None = None,
-        original_sizes: torch.LongTensor | None = None,
-        layout: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        noise_mask: torch.BoolTensor | None = None,
-        mask_probability: torch.FloatTensor | None = None,
-        replacement_ids: torch.LongTensor | None = None,
+        region_boxes: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+        layout: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        noise_mask: torch.Tensor | None = None,
+        mask_probability: torch.Tensor | None = None,
+        replacement_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
@@ -692,7 +709,7 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             **kwargs,
         )
         loss = logits = sample_losses = None
-        if labels is None:
+        if labels is None or noise_mask is None or mask_probability is None:  # the labels come with both
             logits = self.lm_head(outputs.last_hidden_state)
         else:
             loss, sample_losses = self._loss(outputs.last_hidden_state, labels, noise_mask, mask_probability)

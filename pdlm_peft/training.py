@@ -93,7 +93,7 @@ def arguments(recipe: Recipe) -> TrainingArguments:
         ImportError: `report_to` names something that is not installed.
     """
     given = {k.replace("activation_checkpointing", CHECKPOINTING): v for k, v in recipe.training.items()}
-    settings = {"report_to": "none", "use_cpu": not torch.cuda.is_available()} | given
+    settings: dict[str, Any] = {"report_to": "none", "use_cpu": not torch.cuda.is_available()} | given
     if recipe.data.streaming:
         # dispatching would cut every tensor to the number of rows, and pictures have several tiles each
         settings["accelerator_config"] = {"dispatch_batches": False}
@@ -111,7 +111,7 @@ def arguments(recipe: Recipe) -> TrainingArguments:
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"`training`: {error}") from error
     available = get_available_reporting_integrations()
-    for name in (name for name in found.report_to if name not in available):
+    for name in (name for name in found.report_to or () if name not in available):
         if name == "tensorboard":
             raise ImportError(needs(name, name))
         raise ImportError(f"`training.report_to`: {name} is not known or not installed, perhaps: pip install {name}")
@@ -224,10 +224,9 @@ def check_folder(recipe: Recipe, out: Path, mark: str, processes: int) -> None:
     old["training"] = {ALIASES.get(k, k): v for k, v in old["training"].items()}
     for name in sorted({*old, *new}):
         before, now = old.get(name), new.get(name)
-        nested = isinstance(before, dict) and isinstance(now, dict)
-        pairs = (
-            {(name, k): (before.get(k), now.get(k)) for k in {*before, *now}} if nested else {(name,): (before, now)}
-        )
+        pairs: dict[tuple[str, ...], tuple[Any, Any]] = {(name,): (before, now)}
+        if isinstance(before, dict) and isinstance(now, dict):
+            pairs = {(name, k): (before.get(k), now.get(k)) for k in {*before, *now}}
         for key, (a, b) in sorted(pairs.items()):
             if a != b and key not in _FREE and key[:1] not in _FREE:
                 raise ValueError(

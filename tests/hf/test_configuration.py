@@ -27,12 +27,6 @@ def test_reference_json_in_our_spelling(golden_regions):
     assert not hasattr(config, "kernel_size")
 
 
-def test_from_pretrained_takes_the_cache_folder_by_position(golden_regions, tmp_path):
-    assert PdlmConfig.from_pretrained(golden_regions, tmp_path).mask_token_id == (
-        PdlmConfig.from_pretrained(golden_regions, cache_dir=tmp_path).mask_token_id
-    )
-
-
 def test_token_ids_come_from_the_tokenizer(golden_regions):
     config = PdlmConfig.from_pretrained(golden_regions)
     added = json.loads((golden_regions / "tokenizer.json").read_text())["added_tokens"]

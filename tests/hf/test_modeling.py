@@ -392,6 +392,20 @@ def test_loss_by_hand(model, processor):
     assert output.loss.item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("noise", [{}, {"noise_mask": torch.ones(1, 3, dtype=torch.bool)}])
+def test_a_pass_without_ids_or_embeddings_raises(model, noise):
+    with pytest.raises(ValueError, match="needs `input_ids` or `inputs_embeds`"):
+        model(**noise)
+
+
+def test_a_pass_from_embeddings_finds_its_images_also_when_the_layout_is_given(model, processor):
+    inputs, _ = full_inputs(model, processor)
+    ids = inputs.pop("input_ids")
+    given = {"inputs_embeds": model.get_input_embeddings()(ids), "layout": model.model.region_layout(ids)}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, **given).logits, model(input_ids=ids, **inputs).logits)
+
+
 def test_noise_outside_the_labels_is_ignored(model, processor):
     inputs, noise = noisy_inputs(model, processor)
     everywhere = noise["noise_mask"] | (noise["labels"] == -100)
