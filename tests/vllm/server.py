@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-START = 180  # seconds
+START = 600  # seconds: on a machine that does other things too
 
 
 class Server:
