@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from typer import BadParameter
 
 import pdlm_hf.split_attention_pdlm as split
@@ -127,6 +128,26 @@ def test_a_stage_that_fails_or_takes_too_long_does_not_end_the_run(run):
     assert stages["fails"]["rows"] == {"first": {"ms": 1.0}}
     assert stages["waits"]["state"] == "stopped after 1 s" and stages["waits"]["rows"] == {"first": {"ms": 2.0}}
     assert stages["goes on"]["state"] == "done"
+
+
+@pytest.mark.parametrize("ends", [lambda: None, lambda: 1 / 0], ids=["done", "failed"])
+def test_a_stage_that_changes_the_model_leaves_the_next_one_a_model_of_its_own(run, ends):
+    """The stage fp8, that is: whatever comes after it, and however it ended, measures the weights it started from."""
+    doing, seen = run(), []
+
+    def halve(run):
+        seen.append(run.bench.model.lm_head.weight.clone())
+        run.bench.model.lm_head.weight.data /= 2
+        ends()
+
+    def look(run):
+        seen.append(run.bench.model.lm_head.weight)
+
+    doing.perform("halves", Stage(halve, 30, "", changes_model=True))
+    doing.perform("looks", Stage(look, 30, ""))
+    doing.perform("looks again", Stage(look, 30, ""))
+    assert torch.equal(seen[0], seen[1]) and seen[1] is seen[2]
+    assert [name for name, stage in STAGES.items() if stage.changes_model] == ["fp8"]
 
 
 def test_a_row_without_memory_is_noted_and_the_next_one_measured(run):

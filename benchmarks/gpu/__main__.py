@@ -18,7 +18,7 @@ from .shapes import shapes
 from .tables import table
 from .variants import compiled, flex, fp8, lora
 
-# In this order: the first are worth most, the last change the model or take long to compile.
+# In this order: the first are worth most, the last take long to compile.
 STAGES = {
     "limits": Stage(lambda run: run.put("device", _limits(run)), 20, "what the device could do"),
     "attention": Stage(attention, 30, "the attention kernel beside float32 products: error and time"),
@@ -34,7 +34,7 @@ STAGES = {
     "scaling": Stage(scaling, 120, "growth with regions, tiles and batch"),
     "compile": Stage(compiled, 200, "MLP and norms compiled"),
     "flex": Stage(flex, 200, "FlexAttention beside the split and sdpa"),
-    "fp8": Stage(fp8, 150, "FP8 weights: step, memory, agreement"),  # last: the model stays in FP8
+    "fp8": Stage(fp8, 150, "FP8 weights: step, memory, agreement", changes_model=True),
 }
 # what the last lines leave out
 LONG = {"spread_ms", "longest", "limits", "prompt_tokens", "regions", "slots", "steps", "tflop_per_image"}

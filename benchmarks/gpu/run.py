@@ -1,5 +1,6 @@
 """A run of stages: its record, its budgets, and the model that the stages share."""
 
+import gc
 import importlib.metadata
 import json
 import math
@@ -41,12 +42,14 @@ class Stage:
         seconds (`float`): budget.
         answers (`str`): what it is for.
         trains (`bool`): needs gradients.
+        changes_model (`bool`): leaves another model than it found; the next stage builds its own.
     """
 
     work: Callable[["Run"], None]
     seconds: float
     answers: str
     trains: bool = False
+    changes_model: bool = False
 
 
 class Run:
@@ -139,6 +142,9 @@ class Run:
         state["seconds"] = round(time.perf_counter() - start, 1)
         self.write()
         self.check_device()
+        if stage.changes_model:
+            self.__dict__.pop("bench", None)
+            gc.collect()
         self.release()
 
     def check_device(self) -> None:

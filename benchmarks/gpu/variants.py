@@ -64,7 +64,7 @@ def _first_passes(run: Run) -> float:
 
 
 def fp8(run: Run) -> None:
-    """Weights of the language model's layers in FP8: on a GPU its inputs too, by row. The model stays so."""
+    """Weights of the language model's layers in FP8: on a GPU its inputs too, by row. The model stays in FP8."""
     if find_spec("torchao") is None:
         raise NotInstalled("torchao is not installed")
     from torchao.quantization import (
