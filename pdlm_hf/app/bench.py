@@ -19,8 +19,8 @@ from .bench_model import SHAPES, Bench, bound, flops
 from .jsonl import write_json
 from .telling import needs
 
-# Arithmetic and memory limits of known devices, FLOP/s in bf16 and bytes/s, and where they are from. Measured: the best
-# of three runs of a product of two 8192 x 8192 matrices and of a large copy (benchmarks/results/gpu_h100_*.json).
+# Arithmetic and memory limits of known devices, FLOP/s in bf16 and bytes/s, and where they are from. Measured: the
+# best of three runs of a product of two 8192 x 8192 matrices and of a large copy (benchmarks/results/gpu_h100_*.json).
 LIMITS = {
     "H200": ((790e12, 4.3e12), "not measured by this project"),
     "H100 80GB HBM3": ((772e12, 2.99e12), "measured"),
