@@ -17,6 +17,7 @@ import pdlm_hf
 from pdlm_hf.app.captioner import RegionCaptioner, checkpoint_name
 from pdlm_hf.app.images import load_image
 from pdlm_hf.configuration_pdlm import HUB_ARGUMENTS
+from pdlm_hf.image_processing_pdlm import resize
 
 from .benchmarks import OVERRIDES, Benchmark, find, tiles_for
 
@@ -218,7 +219,7 @@ class Answerer:
     def _pictures(self, question: Question) -> list[Image.Image]:
         images = [load_image(image) for image in question.images]
         if images and question.benchmark is not None and question.benchmark.upscale_first and self.presets == "paper":
-            images[0] = images[0].resize((images[0].width * 2, images[0].height * 2), Image.Resampling.BILINEAR)
+            images[0] = resize(images[0], (images[0].width * 2, images[0].height * 2), Image.Resampling.BILINEAR)
         return images
 
     def _prompt(self, text: str, pictures: int) -> str:

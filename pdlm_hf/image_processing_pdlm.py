@@ -10,6 +10,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
+MASK_THRESHOLD = 127  # a pixel of a mask above it is inside the region
 OUTSIDE = 255  # value of a pixel outside the region, in the image that carries the region prompt
 
 
@@ -48,6 +49,22 @@ def best_grid(width: int, height: int, tile_size: int, min_tiles: int, max_tiles
     return best
 
 
+def resize(
+    image: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """Resize the width first and then the height, with the same pixels in every version of Pillow.
+
+    One call of Pillow rounds to whole values between the two axes, and which axis comes first depends on its version:
+    up to 11 always the width, as in the reference, later whichever is cheaper.
+
+    Args:
+        image (`PIL.Image.Image`): mode "RGB" or "L".
+        size (`tuple[int, int]`): width, height in pixels.
+        resample (`Image.Resampling`): filter.
+    """
+    return image.resize((size[0], image.height), resample).resize(size, resample)
+
+
 def tile(image: Image.Image, grid: tuple[int, int], tile_size: int) -> np.ndarray:
     """Cut an image into tiles: row by row, and if there is more than one, a thumbnail of the whole image last.
 
@@ -62,11 +79,11 @@ def tile(image: Image.Image, grid: tuple[int, int], tile_size: int) -> np.ndarra
         `np.ndarray` of shape `(num_tiles, tile_size, tile_size[, 3])`, uint8.
     """
     columns, rows = grid
-    resized = np.asarray(image.resize((tile_size * columns, tile_size * rows), Image.Resampling.BICUBIC))
+    resized = np.asarray(resize(image, (tile_size * columns, tile_size * rows)))
     tiles = resized.reshape(rows, tile_size, columns, tile_size, *resized.shape[2:]).swapaxes(1, 2)
     tiles = tiles.reshape(rows * columns, tile_size, tile_size, *resized.shape[2:])
     if len(tiles) > 1:
-        thumbnail = np.asarray(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+        thumbnail = np.asarray(resize(image, (tile_size, tile_size)))
         tiles = np.concatenate([tiles, thumbnail[None]])
     return tiles
 
@@ -110,13 +127,17 @@ def to_rgb(image: Any, name: str = "image") -> Image.Image:
         raise ValueError(f"{name}: cannot be decoded ({error}).") from error
 
 
-def to_binary_mask(mask: Any, height: int, width: int, name: str = "mask") -> np.ndarray:
+def to_binary_mask(
+    mask: Any, height: int, width: int, name: str = "mask", threshold: int = MASK_THRESHOLD
+) -> np.ndarray:
     """A region mask as boolean array. Accepts bool, 0/1, 0/255 (JPEG noise around them included) and 0.0..1.0.
 
     Args:
         mask: PIL image, array or tensor of shape (H, W), (1, H, W) or (H, W, 1).
         height, width (`int`): size of the image it belongs to.
         name (`str`): how to call it in an error message.
+        threshold (`int`): in masks of 0..255, a pixel above it is inside. The reference's demo takes 0, so that the
+            noise of a JPEG file around a region belongs to it.
 
     Raises:
         ValueError: wrong shape or size, NaN, a label map, or an empty mask.
@@ -158,7 +179,7 @@ def to_binary_mask(mask: Any, height: int, width: int, name: str = "mask") -> np
                 f"{name}: values go up to {high} and are neither 0/1 nor 0/255. If it is a label map, pass one mask "
                 "per label (`labels == k`); if it is a photo, it is no mask."
             )
-        array = array > (127 if high > 1 else 0.5 if array.dtype.kind == "f" else 0)
+        array = array > (threshold if high > 1 else 0.5 if array.dtype.kind == "f" else 0)
     if not array.any():
         raise ValueError(f"{name}: is empty, no pixel is inside the region. Remove it or check how it was made.")
     return array.astype(bool)
@@ -223,12 +244,14 @@ class PdlmImagesKwargs(ImagesKwargs, total=False):
     patch_size (`int`): side of a ViT patch in pixels.
     min_tiles, max_tiles (`int`): bounds for the number of tiles, thumbnail not counted.
     num_region_prompts (`int`): regions a forward pass can hold.
+    mask_threshold (`int`): see [`to_binary_mask`].
     """
 
     patch_size: int
     min_tiles: int
     max_tiles: int
     num_region_prompts: int
+    mask_threshold: int
 
 
 class PdlmImageProcessorPil(PilBackend):
@@ -247,6 +270,7 @@ class PdlmImageProcessorPil(PilBackend):
     min_tiles = 1
     max_tiles = 6
     num_region_prompts = 6
+    mask_threshold = MASK_THRESHOLD
     do_resize = do_rescale = do_normalize = do_convert_rgb = True
 
     def preprocess(

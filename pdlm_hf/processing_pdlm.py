@@ -229,7 +229,11 @@ class PdlmProcessor(ProcessorMixin):
                 f"image {image_number}: no regions. `segmentation_maps` needs at least one mask per picture."
             )
         width, height = image.size
-        return [to_binary_mask(mask, height, width, f"image {image_number}, mask {k}") for k, mask in enumerate(masks)]
+        threshold = self.image_processor.mask_threshold
+        return [
+            to_binary_mask(mask, height, width, f"image {image_number}, mask {k}", threshold)
+            for k, mask in enumerate(masks)
+        ]
 
     def region_row(
         self,

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -303,3 +305,21 @@ def test_bfloat16_tensors():
     mask[2:5, 2:5] = 1
     assert to_binary_mask(mask, 8, 8).sum() == 9
     assert to_rgb(torch.full((8, 8, 3), 7, dtype=torch.bfloat16)).getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_mask_of_a_jpeg_file_as_the_reference_takes_it(processor, tmp_path):
+    """The reference's demo counts the noise around the region, and its box grows."""
+    mask = np.zeros((96, 96), np.uint8)
+    mask[29:59, 30:61] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.jpg", quality=50)
+    noisy = Image.open(tmp_path / "mask.jpg")
+    image = Image.new("RGB", (96, 96))
+    ours = processor(images=image, segmentation_maps=[noisy])["region_boxes"][0, 0]
+    assert ours.tolist() == [30, 29, 61, 59]
+    theirs = copy.deepcopy(processor)
+    theirs.image_processor.mask_threshold = 0
+    y, x = np.nonzero(np.asarray(noisy) > 0)
+    box = [x.min(), y.min(), x.max() + 1, y.max() + 1]
+    assert theirs(images=image, segmentation_maps=[noisy])["region_boxes"][0, 0].tolist() == box
+    assert box != [30, 29, 61, 59]
+    assert "mask_threshold" in theirs.image_processor.to_dict()
