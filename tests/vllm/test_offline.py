@@ -44,6 +44,7 @@ def both(request, captioner, reference_folder):
     llm.llm_engine.engine_core.shutdown()
 
 
+@pytest.mark.slow
 def test_another_dtype_than_that_of_the_checkpoint():
     """What a GPU makes of a float32 checkpoint. Rounding differs from transformers', so not every caption is equal."""
     llm, plain = engine(CHECKPOINT, "bfloat16"), RegionCaptioner.from_pretrained(device="cpu", dtype="bfloat16")
@@ -195,6 +196,7 @@ def test_preemption_changes_nothing(captioner):
     assert sum(preemptions) > 0
 
 
+@pytest.mark.slow
 def test_a_merged_adapter_is_a_checkpoint_like_any_other(captioner, tmp_path):
     """Two steps of LoRA by `pdlm-peft`, merged, served: captions of transformers, and no longer those of the base."""
     settings = ["training.max_steps=2", "training.eval_strategy=no", "samples.every=0", "training.warmup_steps=0"]
