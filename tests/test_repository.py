@@ -1,6 +1,7 @@
 """What stands around the packages: constraints, workflows, issue forms, versions, the citation."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,18 @@ import pdlm_evalkit.cli
 import pdlm_hf.app.cli
 import pdlm_peft.cli
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest
+
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = sorted((ROOT / "constraints").glob("*.txt"))
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+USED = ["demo", "eval", "peft", "ray", "viz"]
+EXTRAS = {"core": USED, "oldest": USED, "vllm": ["vllm", "peft"], "lmms": ["lmms", "eval"]}  # what each installs
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
@@ -26,12 +35,10 @@ def pins(path: Path) -> dict[str, Version]:
     return {name.lower().replace("_", "-"): Version(version) for name, version in pairs}
 
 
-def bounds() -> list[Requirement]:
-    """What pyproject.toml asks for, with the extras that are for users."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    section = text.split("\ndependencies = ")[1].split("\ntest = ")[0]
-    quoted = [re.findall(r'"([^"]+)"', line.split(" #")[0]) for line in section.splitlines() if line[:1] != "#"]
-    return [Requirement(line) for found in quoted for line in found]
+def bounds(*extras: str) -> list[Requirement]:
+    """What pyproject.toml asks for, with these extras."""
+    optional = PROJECT["optional-dependencies"]
+    return [Requirement(line) for lines in (PROJECT["dependencies"], *map(optional.get, extras)) for line in lines]
 
 
 @pytest.mark.parametrize("path", CONSTRAINTS, ids=lambda path: path.stem)
@@ -40,7 +47,7 @@ def test_constraints_are_within_the_bounds(path):
     found = pins(path)
     assert len(found) > 50 and not {"perceptiondlm", "pip", "triton"} & set(found)
     assert not [name for name in found if name.startswith(("nvidia-", "cuda-"))]
-    asked = [requirement for requirement in bounds() if requirement.name in found]
+    asked = [requirement for requirement in bounds(*EXTRAS[path.stem]) if requirement.name in found]
     assert {"torch", "transformers", "pillow"} <= {requirement.name for requirement in asked}
     assert not [str(requirement) for requirement in asked if found[requirement.name] not in requirement.specifier]
 
@@ -103,7 +110,7 @@ def test_the_citation_names_the_paper():
 def test_there_is_one_version():
     """Read from `pdlm_hf.__version__` by the build, the citation has none of its own."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert 'dynamic = ["version"]' in text and '[tool.hatch.version]\npath = "pdlm_hf/__init__.py"' in text
+    assert PROJECT["dynamic"] == ["version"] and '[tool.hatch.version]\npath = "pdlm_hf/__init__.py"' in text
     assert "version" not in yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
 
 
