@@ -1,6 +1,6 @@
 """One geometry for images and region masks: both are cut into the same tiles (reference-spec sections 2 and 5)."""
 
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
-from transformers.processing_utils import ImagesKwargs
+from transformers.processing_utils import ImagesKwargs, Unpack
 
 OUTSIDE = 255  # value of a pixel outside the region, in the image that carries the region prompt
 
@@ -266,7 +266,7 @@ class PdlmImageProcessorPil(PilBackend):
     do_resize = do_rescale = do_normalize = do_convert_rgb = True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
         """As of every image processor.
 
         Raises:
@@ -274,7 +274,7 @@ class PdlmImageProcessorPil(PilBackend):
         """
         if kwargs.pop("use_fast", None) or kwargs.pop("backend", None) == "torchvision":
             raise ValueError(NO_TORCHVISION)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def preprocess(
         self,
@@ -328,12 +328,12 @@ class PdlmImageProcessorPil(PilBackend):
             data["original_sizes"] = np.array([image.size[::-1] for image in pictures], dtype=np.int64)
         return BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
 
-    def _settings(self, kwargs: PdlmImageProcessorKwargs) -> dict[str, Any]:
+    def _settings(self, kwargs: Any) -> dict[str, Any]:
         """Attributes, and over them what a call gives (None: as the attribute); `size` as the side of a tile."""
         names = self.valid_kwargs.__annotations__
         if unknown := sorted(set(kwargs) - set(names)):
             raise TypeError(f"PdlmImageProcessorPil got unknown arguments {unknown}. It takes {sorted(names)}.")
-        settings = {name: getattr(self, name, None) for name in names}
+        settings: dict[str, Any] = {name: getattr(self, name, None) for name in names}
         settings |= {name: value for name, value in kwargs.items() if value is not None}
         for name, (right, reason) in FIXED_SETTINGS.items():
             if settings[name] is not None and str(settings[name]) != str(right) and settings[name] != right:
@@ -374,7 +374,8 @@ def _read(image: Any, name: str, settings: dict[str, Any]) -> Image.Image:
 
 def _normalized(tiles: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
     """Tiles `(num_tiles, size, size, 3)` uint8 as float32, rescaled and normalized as the settings say."""
-    pixels, factor = tiles.astype(np.float32), settings["rescale_factor"]
+    pixels: Any = tiles.astype(np.float32)
+    factor = settings["rescale_factor"]
     if settings["do_rescale"]:  # a division rounds as the reference does, a product by 1 / 255 does not
         pixels = pixels / 255 if factor == 1 / 255 else pixels * np.float32(factor)
     if settings["do_normalize"]:

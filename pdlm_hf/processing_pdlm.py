@@ -3,13 +3,21 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, VideosKwargs
+from transformers.image_utils import load_image
+from transformers.processing_utils import (
+    AudioKwargs,
+    ProcessingKwargs,
+    ProcessorMixin,
+    TextKwargs,
+    Unpack,
+    VideosKwargs,
+)
 from transformers.utils import cached_file
 
 from .configuration_pdlm import HUB_ARGUMENTS
@@ -66,7 +74,7 @@ TEXT_SETTINGS = (
 class PdlmProcessorKwargs(ProcessingKwargs, total=False):
     """Settings of a call of [`PdlmProcessor`], given flat or in the dictionary of their modality."""
 
-    images_kwargs: PdlmImageProcessorKwargs
+    images_kwargs: PdlmImageProcessorKwargs  # type: ignore[misc]  # as transformers' own processors narrow it
     _defaults = {  # type: ignore[misc]  # transformers reads it from here
         "text_kwargs": {"padding": True, "padding_side": "left", "return_tensors": "pt"},
     }
@@ -111,7 +119,7 @@ class PdlmProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): Jinja; default: the reference's.
     """
 
-    valid_processor_kwargs = PdlmProcessorKwargs
+    valid_processor_kwargs: Any = PdlmProcessorKwargs
 
     def __init__(
         self, image_processor, tokenizer, tokens_per_tile: int = 256, tokens_per_region: int = 16, chat_template=None
@@ -165,12 +173,16 @@ class PdlmProcessor(ProcessorMixin):
     # ---------------------------------------------------------------- inputs
 
     def __call__(
-        self, images: Any = None, text: Any = None, segmentation_maps: Any = None, **kwargs: Unpack[PdlmProcessorKwargs]
+        self,
+        images: Any = None,
+        text: Any = None,
+        segmentation_maps: Any = None,
+        **kwargs: Unpack[PdlmProcessorKwargs],
     ) -> BatchFeature:
         """Inputs for region captions (with `segmentation_maps`) or for chat (without).
 
         Args:
-            images: an image (PIL, uint8 array or tensor), or a list of images.
+            images: an image (PIL, uint8 array or tensor; in chat also its path or address), or a list of images.
             text (`str` or `list[str]`, *optional*): with regions the question, default "Describe each masked region in
                 detail."; in chat the question, or a prompt made by `apply_chat_template`.
             segmentation_maps: for one image a list of masks (or an array (N, H, W)), for a list of images a
@@ -224,11 +236,11 @@ class PdlmProcessor(ProcessorMixin):
         unknown |= {name for group in groups for name in set(kwargs.get(group) or {}) - groups[group]}
         if unknown:
             raise TypeError(
-                f"PdlmProcessor got unknown arguments {sorted(unknown)}. It takes images, text, segmentation_maps, and "
-                f"the settings {sorted(names['text_kwargs'] | names['images_kwargs'])}."
+                f"PdlmProcessor got unknown arguments {sorted(unknown)}. It takes images, text, segmentation_maps "
+                f"and the settings {sorted(names['text_kwargs'] | names['images_kwargs'])}."
             )
         loaded = {k: v for k, v in self.tokenizer.init_kwargs.items() if k in ("padding", "max_length")}
-        merged = self._merge_kwargs(PdlmProcessorKwargs, tokenizer_init_kwargs=loaded, **kwargs)
+        merged = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=loaded, **kwargs)
         text_kwargs = {k: v for k, v in merged["text_kwargs"].items() if k in names["text_kwargs"] and v is not None}
         for name, value in text_kwargs.items():
             if name not in TEXT_SETTINGS and value:
@@ -304,8 +316,8 @@ class PdlmProcessor(ProcessorMixin):
             "content": [{"type": "image"}, {"type": "text", "text": f"{regions}\n{question}"}],
         }
         prompt = self.apply_chat_template([turn], tokenize=False, add_generation_prompt=True, training=True)
-        row = self._encode(prompt, [len(visual["pixel_values"])])
-        return {"input_ids": row["input_ids"] + list(answer_ids or []), **visual}
+        input_ids = self._encode(prompt, [len(visual["pixel_values"])])
+        return {"input_ids": input_ids + list(answer_ids or []), **visual}
 
     def _chat(self, images, text, text_kwargs, images_kwargs) -> BatchFeature:
         batched = isinstance(text, (list, tuple))
@@ -324,79 +336,84 @@ class PdlmProcessor(ProcessorMixin):
                     f"text {i} has {prompt.count(IMAGE)} image placeholders, but {len(pictures)} pictures were given."
                 )
             visual, tiles = {}, []
+            # a conversation may name an image by path, address or base64
+            pictures = [load_image(picture) if isinstance(picture, str) else picture for picture in pictures]
             if pictures:
                 # several images share the context: one tile each, as in the reference
                 limit = images_kwargs.get("max_tiles") or (1 if len(pictures) > 1 else None)
                 settings = images_kwargs | {"max_tiles": limit, "return_tensors": "pt"}
                 visual = self.image_processor.preprocess(pictures, **settings)
                 tiles = [c * r + (c * r > 1) for c, r in visual["image_grids"].tolist()]
-            rows.append(self._encode(prompt, tiles, offsets) | visual)
+            ids = self._encode_with_offsets(prompt, tiles) if offsets else {"input_ids": self._encode(prompt, tiles)}
+            rows.append({**ids, **visual})
         return self._batch_of(rows, text_kwargs, {})
 
-    def _encode(self, prompt: str, tiles: list[int], offsets: bool = False) -> dict[str, Any]:
-        """Token ids, every image placeholder repeated for its tiles.
+    def _encode(self, prompt: str, tiles: list[int]) -> list[int]:
+        """Token ids, every image placeholder repeated for its tiles."""
+        return self.tokenizer(self._repeated(prompt, tiles)[0], add_special_tokens=False)["input_ids"]
 
-        Args:
-            prompt (`str`): with a placeholder per image.
-            tiles (`list[int]`): number of tiles of each image.
-            offsets (`bool`): also return `offset_mapping`, the characters of every token in the repeated text, and
-                `text_replacement_offsets`, where each placeholder was and is, as transformers' processors do.
-        """
-        parts = prompt.split(IMAGE)
-        pieces, replaced = [parts[0]], []
-        start = end = 0
-        for count, before, part in zip(tiles, parts, parts[1:], strict=False):
-            placeholders = IMAGE * (self.tokens_per_tile * count)
-            start, end = start + len(before), end + len(before)
-            span, new_span = (start, start + len(IMAGE)), (end, end + len(placeholders))
-            replaced.append({"type": "image", "span": span, "new_span": new_span, "replacement": placeholders})
-            start, end = span[1], new_span[1]
-            pieces += [placeholders, part]
-        row = dict(self.tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=offsets))
-        names = ("input_ids", "offset_mapping") if offsets else ("input_ids",)
-        return {name: row[name] for name in names} | ({"text_replacement_offsets": replaced} if offsets else {})
+    def _encode_with_offsets(self, prompt: str, tiles: list[int]) -> dict[str, Any]:
+        """As [`_encode`], with `offset_mapping`, the characters of every token in the repeated text, and where each
+        placeholder was and is, as transformers' processors return it for the mask of the assistant's tokens."""
+        text, replaced = self._repeated(prompt, tiles)
+        row = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return {name: row[name] for name in ("input_ids", "offset_mapping")} | {"text_replacement_offsets": replaced}
+
+    def _repeated(self, prompt: str, tiles: list[int]) -> tuple[str, list[dict[str, Any]]]:
+        """The prompt with every image placeholder repeated for its tiles, and the spans of each before and after."""
+        first, *parts = prompt.split(IMAGE)
+        text, start, replaced = first, len(first), []
+        for count, part in zip(tiles, parts, strict=True):
+            new = IMAGE * (self.tokens_per_tile * count)
+            spans = {"span": (start, start + len(IMAGE)), "new_span": (len(text), len(text) + len(new))}
+            replaced.append({"type": "image", "replacement": new} | spans)
+            text, start = text + new + part, start + len(IMAGE) + len(part)
+        return text, replaced
 
     def _batch_of(self, rows: list[dict[str, Any]], text_kwargs: dict[str, Any], extra: dict) -> BatchFeature:
-        """Rows as a batch, padded as the settings say.
+        """Rows as a batch, padded as the settings say; see [`_length`] for what it raises."""
+        side, kind = text_kwargs.get("padding_side", "left"), text_kwargs.get("return_tensors")
+        counts = [len(row["input_ids"]) for row in rows]
+        length = self._length(counts, text_kwargs)
+        batch = self.pad(rows, side, length or max(counts)) | extra
+        if length is None and kind is None:
+            batch["input_ids"] = [row["input_ids"] for row in rows]
+            batch["attention_mask"] = [[1] * count for count in counts]
+        if "offset_mapping" in rows[0]:
+            offsets = torch.zeros(*batch["input_ids"].shape, 2, dtype=torch.long)
+            offsets[batch["attention_mask"].bool()] = torch.tensor(sum((row["offset_mapping"] for row in rows), []))
+            batch["offset_mapping"] = offsets
+        if text_kwargs.get("return_text_replacement_offsets"):
+            batch["text_replacement_offsets"] = [row["text_replacement_offsets"] for row in rows]
+        if text_kwargs.get("return_attention_mask") is False:
+            del batch["attention_mask"]
+        return _as(batch, kind)
+
+    def _length(self, counts: list[int], text_kwargs: dict[str, Any]) -> int | None:
+        """Tokens of every row of a batch whose rows have `counts` tokens; None where they are not padded.
 
         Raises:
             ValueError: a row is longer than it may be, or the rows differ and may not be padded.
         """
-        padding, limit = text_kwargs.get("padding"), text_kwargs.get("max_length")
-        lengths = [len(row["input_ids"]) for row in rows]
+        padding, limit, longest = text_kwargs.get("padding"), text_kwargs.get("max_length"), max(counts)
         if text_kwargs.get("truncation") not in (None, False, "do_not_truncate"):
-            limit = limit or self.tokenizer.model_max_length
-            if max(lengths) > limit:
+            allowed = limit or self.tokenizer.model_max_length
+            if longest > allowed:
                 raise ValueError(
-                    f"A prompt has {max(lengths)} tokens, more than the {limit} of `max_length`. It is not cut, since "
+                    f"A prompt has {longest} tokens, more than the {allowed} of `max_length`. It is not cut, since "
                     "that would drop image or region tokens, or the end of the question: raise `max_length`, shorten "
                     "the question, or let an image take fewer tiles (`max_tiles`)."
                 )
-        if padding == "max_length" and limit is None:
-            raise ValueError('`padding="max_length"` needs `max_length`, the number of tokens to pad to.')
-        kind = text_kwargs.get("return_tensors")
-        unpadded = padding in (None, False, "do_not_pad")
-        if unpadded and kind is not None and len(set(lengths)) > 1:
-            raise ValueError(f"Prompts of {lengths} tokens make no tensor: set `padding=True`, or `return_tensors=None`.")
+        if padding in (None, False, "do_not_pad"):
+            if text_kwargs.get("return_tensors") is not None and len(set(counts)) > 1:
+                raise ValueError(f"Prompts of {counts} tokens make no tensor: set `padding=True`.")
+            return None
+        if padding == "max_length":
+            if limit is None:
+                raise ValueError('`padding="max_length"` needs `max_length`, the number of tokens to pad to.')
+            longest = max(longest, limit)
         multiple = text_kwargs.get("pad_to_multiple_of") or 1
-        length = max(lengths) if padding != "max_length" else max(*lengths, limit)
-        length = length if unpadded else -(-length // multiple) * multiple
-        side = text_kwargs.get("padding_side", "left")
-        batch = self.pad(rows, side, length) | extra
-        if kind is None and unpadded:
-            batch["input_ids"] = [row["input_ids"] for row in rows]
-            batch["attention_mask"] = [[1] * count for count in lengths]
-        if "offset_mapping" in rows[0]:
-            fill = [[(0, 0)] * (length - count) for count in lengths]
-            maps = [row["offset_mapping"] for row in rows]
-            batch["offset_mapping"] = torch.tensor(
-                [none + real if side == "left" else real + none for none, real in zip(fill, maps, strict=True)]
-            )
-            if text_kwargs.get("return_text_replacement_offsets"):
-                batch["text_replacement_offsets"] = [row["text_replacement_offsets"] for row in rows]
-        if text_kwargs.get("return_attention_mask") is False:
-            del batch["attention_mask"]
-        return _as(batch, kind)
+        return -(-longest // multiple) * multiple
 
     def refuse_specials(self, text: str, name: str) -> None:
         """Raises: ValueError if `text` is no string or holds special tokens, which would break the layout."""
