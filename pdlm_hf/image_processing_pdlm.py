@@ -8,10 +8,24 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
-from transformers.processing_utils import ImagesKwargs
+from transformers.processing_utils import ImagesKwargs, Unpack
 
 MASK_THRESHOLD = 127  # a pixel of a mask above it is inside the region
 OUTSIDE = 255  # value of a pixel outside the region, in the image that carries the region prompt
+
+# Settings of every image processor that have one right value here, and why another is refused.
+FIXED_SETTINGS = {
+    "do_resize": (True, "tiles are cut from the image resized to their grid"),
+    "resample": (PILImageResampling.BICUBIC, "images and masks are resized bicubically, as in training"),
+    "do_pad": (False, "the grid of tiles covers the image, nothing is padded"),
+    "do_center_crop": (False, "cropping would move the regions"),
+    "data_format": ("channels_first", "the model reads (tiles, 3, height, width)"),
+    "device": ("cpu", "Pillow resizes on the CPU; move the tensors afterwards"),
+}
+NO_TORCHVISION = (
+    "There is no torchvision image processor for PerceptionDLM: torchvision's bicubic resize rounds differently from "
+    "Pillow's, so pixels and region masks would not be those of the training. Leave `use_fast` and `backend` out."
+)
 
 
 def tile_grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
@@ -92,7 +106,7 @@ def to_rgb(image: Any, name: str = "image") -> Image.Image:
     """A picture as RGB PIL image.
 
     Args:
-        image: PIL image, or uint8 array or tensor of shape (H, W), (H, W, 3 | 4) or (3 | 4, H, W).
+        image: PIL image, or uint8 array or tensor of shape (H, W), (H, W, 1 | 3 | 4) or (1 | 3 | 4, H, W).
         name (`str`): how to call it in an error message.
 
     Raises:
@@ -103,8 +117,10 @@ def to_rgb(image: Any, name: str = "image") -> Image.Image:
     if isinstance(image, Image.Image) and image.mode[0] in "IF":  # 16 bits and more: PIL would clip to white
         image = np.asarray(image)
     if isinstance(image, np.ndarray):
-        if image.ndim == 3 and image.shape[0] in (3, 4) and image.shape[2] not in (3, 4):
+        if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[2] not in (1, 3, 4):
             image = image.transpose(1, 2, 0)
+        if image.ndim == 3 and image.shape[2] == 1:
+            image = image[..., 0]
         if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
             raise ValueError(f"{name}: expected a picture of shape (H, W), (H, W, 3) or (3, H, W), got {image.shape}.")
         if image.dtype != np.uint8:
@@ -238,7 +254,7 @@ def _heaviest_cell(mask: np.ndarray, columns: int, rows: int) -> tuple[int, int]
     return divmod(int(np.bincount(cell).argmax()), columns)
 
 
-class PdlmImagesKwargs(ImagesKwargs, total=False):
+class PdlmImageProcessorKwargs(ImagesKwargs, total=False):
     """Attributes of the image processor, beside those of every image processor.
 
     patch_size (`int`): side of a ViT patch in pixels.
@@ -247,11 +263,11 @@ class PdlmImagesKwargs(ImagesKwargs, total=False):
     mask_threshold (`int`): see [`to_binary_mask`].
     """
 
-    patch_size: int
-    min_tiles: int
-    max_tiles: int
-    num_region_prompts: int
-    mask_threshold: int
+    patch_size: int | None
+    min_tiles: int | None
+    max_tiles: int | None
+    num_region_prompts: int | None
+    mask_threshold: int | None
 
 
 class PdlmImageProcessorPil(PilBackend):
@@ -260,7 +276,7 @@ class PdlmImageProcessorPil(PilBackend):
     `size` is the side of a tile. See [`preprocess`] for what it returns.
     """
 
-    valid_kwargs = PdlmImagesKwargs
+    valid_kwargs = PdlmImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grids", "region_masks", "region_boxes", "original_sizes"]
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_STANDARD_MEAN
@@ -273,62 +289,122 @@ class PdlmImageProcessorPil(PilBackend):
     mask_threshold = MASK_THRESHOLD
     do_resize = do_rescale = do_normalize = do_convert_rgb = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
+        """As of every image processor.
+
+        Raises:
+            ValueError: `use_fast=True` or `backend="torchvision"`.
+        """
+        if kwargs.pop("use_fast", None) or kwargs.pop("backend", None) == "torchvision":
+            raise ValueError(NO_TORCHVISION)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def preprocess(
         self,
         images: Any,
         segmentation_maps: list[list[np.ndarray]] | None = None,
         prompt_ids: list[list[int]] | None = None,
-        max_tiles: int | None = None,
-        return_tensors: str | None = None,
+        **kwargs: Unpack[PdlmImageProcessorKwargs],
     ) -> BatchFeature:
-        """Tile a list of pictures and the masks of each.
+        """Tile a list of images and the masks of each.
 
         Args:
-            images: a picture or a list of pictures, see [`to_rgb`].
-            segmentation_maps: for every picture a list of boolean masks (H, W), at most `num_region_prompts`.
-            prompt_ids: for every picture the index of the region prompt of each mask; default 0, 1, 2, ...
-            max_tiles: overrides the attribute (1 where several pictures share a prompt).
-            return_tensors: "pt", "np" or None.
+            images: an image or a list of images, see [`to_rgb`].
+            segmentation_maps: for every image a list of boolean masks (H, W), at most `num_region_prompts`.
+            prompt_ids: for every image the index of the region prompt of each mask; default 0, 1, 2, ...
+            kwargs: return_tensors ("pt", "np" or None), input_data_format, and what overrides an attribute for this
+                call: max_tiles (1 where several images share a prompt), do_rescale, rescale_factor, do_normalize,
+                image_mean, image_std, ...
+
+        Raises:
+            TypeError: an unknown argument.
+            ValueError: a broken image, or a setting that this model cannot follow, such as `do_resize=False`.
 
         Returns:
             `BatchFeature` with
-            - pixel_values `(num_tiles of all pictures, 3, size, size)`, in [-1, 1], thumbnail last per picture;
+            - pixel_values `(num_tiles of all images, 3, size, size)`, in [-1, 1], thumbnail last per image;
             - image_grids `(num_images, 2)`: columns and rows;
             - and with masks: region_masks `(num_tiles, num_region_prompts, grid, grid)` uint8: plane p has the patches
               that carry prompt p; region_boxes `(num_images, num_region_prompts, 4)`: x0, y0, x1, y1 in pixels of
-              the picture, end exclusive, -1 where there is no region; original_sizes `(num_images, 2)`: height, width.
+              the image, end exclusive, -1 where there is no region; original_sizes `(num_images, 2)`: height, width.
         """
+        settings = self._settings(kwargs)
         images = images if isinstance(images, (list, tuple)) else [images]
-        pictures = [to_rgb(image, f"image {i}") for i, image in enumerate(images)]
-        tile_size = self.size["height"]
-        limit = max_tiles or self.max_tiles
-        grids = [best_grid(*image.size, tile_size, min(self.min_tiles, limit), limit) for image in pictures]
+        pictures = [_read(image, f"image {i}", settings) for i, image in enumerate(images)]
+        tile_size, limit = settings["size"], settings["max_tiles"]
+        least = min(settings["min_tiles"], limit)
+        grids = [best_grid(*image.size, tile_size, least, limit) for image in pictures]
         tiles = np.concatenate([tile(image, grid, tile_size) for image, grid in zip(pictures, grids, strict=True)])
-        mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
-        pixels = (tiles.astype(np.float32) / 255 - mean) / std
-        data = {"pixel_values": pixels.transpose(0, 3, 1, 2), "image_grids": np.array(grids, dtype=np.int64)}
+        data = {
+            "pixel_values": _normalized(tiles, settings).transpose(0, 3, 1, 2),
+            "image_grids": np.array(grids, dtype=np.int64),
+        }
         if segmentation_maps is not None:
             if prompt_ids is None:
                 prompt_ids = [list(range(len(masks))) for masks in segmentation_maps]
             regions = [
-                self._regions(masks, ids, grid)
+                self._regions(masks, ids, grid, settings)
                 for masks, ids, grid in zip(segmentation_maps, prompt_ids, grids, strict=True)
             ]
             data["region_masks"] = np.concatenate([patches for patches, _ in regions])
             data["region_boxes"] = np.stack([boxes for _, boxes in regions])
             data["original_sizes"] = np.array([image.size[::-1] for image in pictures], dtype=np.int64)
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
 
-    def _regions(self, masks: list[np.ndarray], prompt_ids: list[int], grid: tuple[int, int]):
-        tile_size, side = self.size["height"], self.size["height"] // self.patch_size
-        num_tiles = grid[0] * grid[1] + (grid[0] * grid[1] > 1)
-        planes = np.zeros((num_tiles, self.num_region_prompts, side, side), dtype=np.uint8)
-        boxes = np.full((self.num_region_prompts, 4), -1, dtype=np.int64)
+    def _settings(self, kwargs: Any) -> dict[str, Any]:
+        """Attributes, and over them what a call gives (None: as the attribute); `size` as the side of a tile."""
+        names = self.valid_kwargs.__annotations__
+        if unknown := sorted(set(kwargs) - set(names)):
+            raise TypeError(f"PdlmImageProcessorPil got unknown arguments {unknown}. It takes {sorted(names)}.")
+        settings: dict[str, Any] = {name: getattr(self, name, None) for name in names}
+        settings |= {name: value for name, value in kwargs.items() if value is not None}
+        for name, (right, reason) in FIXED_SETTINGS.items():
+            if settings[name] is not None and str(settings[name]) != str(right) and settings[name] != right:
+                raise ValueError(f"PdlmImageProcessorPil cannot work with {name}={settings[name]!r}: {reason}.")
+        size = settings["size"]
+        height, width = (size, size) if isinstance(size, int) else (size["height"], size["width"])
+        if height != width or height % settings["patch_size"]:
+            raise ValueError(
+                f"`size` is the side of a square tile, a multiple of the patch size {settings['patch_size']}; got "
+                f"{height} x {width} (height x width)."
+            )
+        return settings | {"size": height}
+
+    @staticmethod
+    def _regions(masks: list[np.ndarray], prompt_ids: list[int], grid: tuple[int, int], settings: dict[str, Any]):
+        tile_size, patch_size, prompts = settings["size"], settings["patch_size"], settings["num_region_prompts"]
+        side, num_tiles = tile_size // patch_size, grid[0] * grid[1] + (grid[0] * grid[1] > 1)
+        planes = np.zeros((num_tiles, prompts, side, side), dtype=np.uint8)
+        boxes = np.full((prompts, 4), -1, dtype=np.int64)
         for k, (mask, prompt_id) in enumerate(zip(masks, prompt_ids, strict=True)):
-            planes[:, prompt_id] = region_patches(mask, prompt_id, grid, tile_size, self.patch_size)
+            planes[:, prompt_id] = region_patches(mask, prompt_id, grid, tile_size, patch_size)
             y, x = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
             boxes[k] = x[0], y[0], x[-1] + 1, y[-1] + 1
         return planes, boxes
+
+
+def _read(image: Any, name: str, settings: dict[str, Any]) -> Image.Image:
+    """An image as RGB; of which mode it may be, and where the channels of an array are, as the settings say."""
+    if isinstance(image, torch.Tensor):
+        image = _as_array(image)
+    if isinstance(image, np.ndarray) and image.ndim == 3 and settings["input_data_format"] == "channels_first":
+        image = image.transpose(1, 2, 0)
+    mode = image.shape[-1] if isinstance(image, np.ndarray) else getattr(image, "mode", None)
+    if not settings["do_convert_rgb"] and mode not in (3, "RGB"):
+        raise ValueError(f"{name}: has {mode} channels, and the model reads RGB. Leave `do_convert_rgb=False` out.")
+    return to_rgb(image, name)
+
+
+def _normalized(tiles: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
+    """Tiles `(num_tiles, size, size, 3)` uint8 as float32, rescaled and normalized as the settings say."""
+    pixels: Any = tiles.astype(np.float32)
+    factor = settings["rescale_factor"]
+    if settings["do_rescale"]:  # a division rounds as the reference does, a product by 1 / 255 does not
+        pixels = pixels / 255 if factor == 1 / 255 else pixels * np.float32(factor)
+    if settings["do_normalize"]:
+        pixels = (pixels - np.array(settings["image_mean"], np.float32)) / np.array(settings["image_std"], np.float32)
+    return pixels
 
 
 __all__ = ["PdlmImageProcessorPil"]

@@ -9,11 +9,19 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
+from transformers.image_utils import load_image
+from transformers.processing_utils import (
+    AudioKwargs,
+    ProcessingKwargs,
+    ProcessorMixin,
+    TextKwargs,
+    Unpack,
+    VideosKwargs,
+)
 from transformers.utils import cached_file
 
 from .configuration_pdlm import HUB_ARGUMENTS
-from .image_processing_pdlm import PdlmImageProcessorPil, to_binary_mask, to_rgb
+from .image_processing_pdlm import PdlmImageProcessorKwargs, PdlmImageProcessorPil, to_binary_mask, to_rgb
 
 DEFAULT_QUESTION = "Describe each masked region in detail."
 IMAGE, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
@@ -22,6 +30,7 @@ HEADER, HEADER_END, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<
 
 # The reference formats a conversation in two ways: for training and region captions (`training=True`: a system turn, a
 # newline after every turn of user and system, nothing behind the image) and for chat (reference-spec sections 9, 11).
+# `generation` marks what the model writes, an answer with its end of turn, for `return_assistant_tokens_mask`.
 CHAT_TEMPLATE = """\
 {%- set training = training | default(false) -%}
 {%- if training and messages[0]['role'] != 'system' -%}
@@ -29,6 +38,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- for message in messages -%}
 {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n' -}}
+{%- set turn -%}
 {%- if message['content'] is string -%}
 {{- message['content'] -}}
 {%- else -%}
@@ -40,12 +50,34 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
-{{- '<|eot_id|>' + ('\\n' if training and message['role'] != 'assistant' else '') -}}
+{{- '<|eot_id|>' -}}
+{%- endset -%}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- turn -}}{%- endgeneration -%}
+{%- else -%}
+{{- turn + ('\\n' if training else '') -}}
+{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|start_header_id|>assistant<|end_header_id|>\\n' -}}
 {%- endif -%}
 """
+
+# Text settings of a call. Others, such as `stride`, would change the layout, and are refused.
+TEXT_SETTINGS = (
+    *("padding", "padding_side", "pad_to_multiple_of", "max_length", "truncation", "return_tensors"),
+    *("return_attention_mask", "return_offsets_mapping", "return_text_replacement_offsets"),
+    *("add_special_tokens", "verbose"),  # without effect: the chat template writes every special token
+)
+
+
+class PdlmProcessorKwargs(ProcessingKwargs, total=False):
+    """Settings of a call of [`PdlmProcessor`], given flat or in the dictionary of their modality."""
+
+    images_kwargs: PdlmImageProcessorKwargs  # type: ignore[misc]  # as transformers' own processors narrow it
+    _defaults = {  # type: ignore[misc]  # transformers reads it from here
+        "text_kwargs": {"padding": True, "padding_side": "left", "return_tensors": "pt"},
+    }
 
 
 @dataclass
@@ -86,6 +118,8 @@ class PdlmProcessor(ProcessorMixin):
         tokens_per_region (`int`): RoI placeholders per region (16 in the 8B).
         chat_template (`str`, *optional*): Jinja; default: the reference's.
     """
+
+    valid_processor_kwargs: Any = PdlmProcessorKwargs
 
     def __init__(
         self, image_processor, tokenizer, tokens_per_tile: int = 256, tokens_per_region: int = 16, chat_template=None
@@ -131,7 +165,10 @@ class PdlmProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of all tensors this processor can return."""
-        return ["input_ids", "attention_mask", *self.image_processor.model_input_names, "region_order", "image_index"]
+        visual = self.image_processor.model_input_names
+        if not self.tokens_per_region:
+            return ["input_ids", "attention_mask", *visual[:2]]  # pixel_values, image_grids
+        return ["input_ids", "attention_mask", *visual, "region_order", "image_index"]
 
     # ---------------------------------------------------------------- inputs
 
@@ -140,85 +177,108 @@ class PdlmProcessor(ProcessorMixin):
         images: Any = None,
         text: Any = None,
         segmentation_maps: Any = None,
-        return_tensors: str | None = "pt",
-        padding: Any = True,
-        padding_side: str = "left",
-        add_special_tokens: bool = False,
-        max_tiles: int | None = None,
-        videos: None = None,
-        audio: None = None,
-        **unknown: Any,
+        **kwargs: Unpack[PdlmProcessorKwargs],
     ) -> BatchFeature:
         """Inputs for region captions (with `segmentation_maps`) or for chat (without).
 
         Args:
-            images: a picture (PIL, uint8 array or tensor), or a list of pictures.
+            images: an image (PIL, uint8 array or tensor; in chat also its path or address), or a list of images.
             text (`str` or `list[str]`, *optional*): with regions the question, default "Describe each masked region in
                 detail."; in chat the question, or a prompt made by `apply_chat_template`.
-            segmentation_maps: for one picture a list of masks (or an array (N, H, W)), for a list of pictures a
+            segmentation_maps: for one image a list of masks (or an array (N, H, W)), for a list of images a
                 list of those. A mask is (H, W): bool, 0/1, 0/255; PIL, array or tensor.
-            return_tensors (`str`, *optional*): "pt" (default), "np" or None.
-            max_tiles (`int`, *optional*): chat: tiles a picture may take. Default: what the checkpoint was trained
-                with for one picture, 1 for several, as the reference's `chat` does.
-            padding, padding_side, add_special_tokens: accepted for transformers' sake; rows are padded on the left.
-            videos, audio: must be None.
+            kwargs: flat, or as `text_kwargs`, `images_kwargs`, `common_kwargs`:
+
+                - return_tensors: "pt" (default), "np" or None.
+                - padding (default True), padding_side (default "left"), max_length, pad_to_multiple_of: as of a
+                  tokenizer. `truncation=True` cuts nothing: a prompt longer than `max_length` is an error.
+                - max_tiles: tiles an image may take. Default: what the checkpoint was trained with; in chat about
+                  several images 1, as the reference's `chat` does.
+                - what [`PdlmImageProcessorPil.preprocess`] takes.
 
         Raises:
             TypeError: an unknown argument, so that a misspelt `segmentation_maps` cannot drop the regions.
-            ValueError: no region, an empty mask, a mask of another size, a broken picture, special tokens in the
-                question, placeholders that do not match the pictures.
+            ValueError: no region, an empty mask, a mask of another size, a broken image, special tokens in the
+                question, placeholders that do not match the images, a prompt too long, a setting given twice.
 
         Returns:
             `BatchFeature` with input_ids, attention_mask and what [`PdlmImageProcessorPil.preprocess`] returns. With
-            regions a row is one pass over one picture: pictures with more regions than the checkpoint has prompts are
-            spread over several rows, `image_index` (rows,) tells the picture and `region_order` (rows, P) the position
+            regions a row is one pass over one image: images with more regions than the checkpoint has prompts are
+            spread over several rows, `image_index` (rows,) tells the image and `region_order` (rows, P) the position
             of each region as given, -1 where there is none.
         """
-        if unknown:
-            raise TypeError(
-                f"PdlmProcessor got unknown arguments {sorted(unknown)}. It takes images, text, segmentation_maps and "
-                "return_tensors."
-            )
-        if videos is not None or audio is not None:
-            raise ValueError("PerceptionDLM reads images only, not videos or audio.")
+        text_kwargs, images_kwargs = self._call_settings(kwargs)
         if segmentation_maps is not None:
-            return self._regions(images, text, segmentation_maps, return_tensors)
+            return self._regions(images, text, segmentation_maps, text_kwargs, images_kwargs)
         if text is None:
             if self.tokens_per_region:
                 raise ValueError(
                     "No regions: pass `segmentation_maps` (one mask per region), or a question as `text` to chat "
-                    "about the whole picture."
+                    "about the whole image."
                 )
             raise ValueError("Pass a question as `text`, or a conversation to `apply_chat_template`.")
-        return self._chat(images, text, max_tiles, return_tensors)
+        return self._chat(images, text, text_kwargs, images_kwargs)
 
-    def _regions(self, images, text, segmentation_maps, return_tensors) -> BatchFeature:
+    def _call_settings(self, kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Settings for text and for images of a call; see [`__call__`] for what it raises."""
+        if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
+            raise ValueError("PerceptionDLM reads images only, not videos or audio.")
+        names = {
+            "text_kwargs": set(TextKwargs.__annotations__),
+            "images_kwargs": set(self.image_processor.valid_kwargs.__annotations__),
+            # Without videos and audio these change nothing; a script for many models passes them to all.
+            "videos_kwargs": set(VideosKwargs.__annotations__),
+            "audio_kwargs": set(AudioKwargs.__annotations__),
+        }
+        every = set().union(*names.values())
+        groups = names | {"common_kwargs": every}
+        unknown = set(kwargs) - every - set(groups)
+        unknown |= {name for group in groups for name in set(kwargs.get(group) or {}) - groups[group]}
+        if unknown:
+            raise TypeError(
+                f"PdlmProcessor got unknown arguments {sorted(unknown)}. It takes images, text, segmentation_maps "
+                f"and the settings {sorted(names['text_kwargs'] | names['images_kwargs'])}."
+            )
+        loaded = {k: v for k, v in self.tokenizer.init_kwargs.items() if k in ("padding", "max_length")}
+        merged = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=loaded, **kwargs)
+        text_kwargs = {k: v for k, v in merged["text_kwargs"].items() if k in names["text_kwargs"] and v is not None}
+        for name, value in text_kwargs.items():
+            if name not in TEXT_SETTINGS and value:
+                raise ValueError(f"PdlmProcessor cannot work with {name}={value!r}: the prompt has a fixed layout.")
+        return text_kwargs, {k: v for k, v in merged["images_kwargs"].items() if k != "return_tensors"}
+
+    def _regions(self, images, text, segmentation_maps, text_kwargs, images_kwargs) -> BatchFeature:
         if not self.tokens_per_region:
             raise ValueError(
                 "This is a PerceptionDLM-Base checkpoint (chat): it has no region prompts, so it cannot take "
                 "`segmentation_maps`. Use a PerceptionDLM checkpoint for region captions."
             )
+        if text_kwargs.get("return_offsets_mapping"):
+            raise ValueError("`return_offsets_mapping` is for chat: with regions the processor writes the prompt.")
         images, maps, questions = _batch(images, segmentation_maps, text)
         if not images:
             raise ValueError("No pictures: `images` is empty.")
         rows, order, image_index = [], [], []
         for i, (image, masks, question) in enumerate(zip(images, maps, questions, strict=True)):
             image = to_rgb(image, f"image {i}")
-            masks = self.binary_masks(image, masks, i)
+            masks = self.binary_masks(image, masks, i, images_kwargs.get("mask_threshold"))
             limit = self.image_processor.num_region_prompts
             for start in range(0, len(masks), limit):
                 chunk = masks[start : start + limit]
                 sort = area_order(chunk)
-                rows.append(self.region_row(image, [chunk[k] for k in sort], question))
+                rows.append(self.region_row(image, [chunk[k] for k in sort], question, **images_kwargs))
                 order.append([start + k for k in sort] + [-1] * (limit - len(sort)))
                 image_index.append(i)
-        batch = self.pad(rows, "left")
-        batch["region_order"] = torch.tensor(order)
-        batch["image_index"] = torch.tensor(image_index)
-        return _as(batch, return_tensors)
+        extra = {"region_order": torch.tensor(order), "image_index": torch.tensor(image_index)}
+        return self._batch_of(rows, text_kwargs, extra)
 
-    def binary_masks(self, image, masks: Any, image_number: int = 0) -> list[np.ndarray]:
-        """The masks of one picture as boolean arrays, checked; see [`to_binary_mask`] for what is accepted.
+    def binary_masks(self, image, masks: Any, image_number: int = 0, threshold: int | None = None) -> list[np.ndarray]:
+        """The masks of one image as boolean arrays, checked; see [`to_binary_mask`] for what is accepted.
+
+        Args:
+            image (`PIL.Image.Image`), masks: as of [`__call__`].
+            image_number (`int`): how to call the image in an error message.
+            threshold (`int`, *optional*): default: `mask_threshold` of the image processor.
 
         Raises:
             ValueError: no masks, or a mask that cannot be used.
@@ -229,7 +289,8 @@ class PdlmProcessor(ProcessorMixin):
                 f"image {image_number}: no regions. `segmentation_maps` needs at least one mask per picture."
             )
         width, height = image.size
-        threshold = self.image_processor.mask_threshold
+        if threshold is None:
+            threshold = self.image_processor.mask_threshold
         return [
             to_binary_mask(mask, height, width, f"image {image_number}, mask {k}", threshold)
             for k, mask in enumerate(masks)
@@ -242,6 +303,7 @@ class PdlmProcessor(ProcessorMixin):
         question: str | None = None,
         prompt_ids: list[int] | None = None,
         answer_ids: list[int] | None = None,
+        **images_kwargs: Any,
     ) -> dict[str, Any]:
         """One pass over one picture, as tensors without batch padding. Used for inference and training alike.
 
@@ -251,10 +313,11 @@ class PdlmProcessor(ProcessorMixin):
             question (`str`, *optional*)
             prompt_ids (`list[int]`, *optional*): which region prompt marks each mask; default 0, 1, 2, ...
             answer_ids (`list[int]`, *optional*): caption blocks to append (training).
+            images_kwargs: for [`PdlmImageProcessorPil.preprocess`].
         """
-        visual = self.image_processor.preprocess(
-            [image], [masks], None if prompt_ids is None else [prompt_ids], return_tensors="pt"
-        )
+        images_kwargs["return_tensors"] = "pt"
+        prompts = None if prompt_ids is None else [prompt_ids]
+        visual = self.image_processor.preprocess([image], [masks], prompts, **images_kwargs)
         question = DEFAULT_QUESTION if question is None else question
         self.refuse_specials(question, "the question")
         regions = "\n".join(REGION.format(k) * self.tokens_per_region for k in range(len(masks)))
@@ -266,13 +329,14 @@ class PdlmProcessor(ProcessorMixin):
         input_ids = self._encode(prompt, [len(visual["pixel_values"])])
         return {"input_ids": input_ids + list(answer_ids or []), **visual}
 
-    def _chat(self, images, text, max_tiles, return_tensors) -> BatchFeature:
+    def _chat(self, images, text, text_kwargs, images_kwargs) -> BatchFeature:
         batched = isinstance(text, (list, tuple))
         texts = list(text) if batched else [text]
         images = _images_of_each(images, len(texts), batched)
+        offsets = bool(text_kwargs.get("return_offsets_mapping"))
         rows = []
         for i, (prompt, pictures) in enumerate(zip(texts, images, strict=True)):
-            if not isinstance(prompt, str) or HEADER not in prompt:
+            if not isinstance(prompt, str) or not (HEADER in prompt or offsets):  # offsets are those of the text given
                 self.refuse_specials(prompt, f"text {i}")
                 content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
                 turn: dict[str, Any] = {"role": "user", "content": content}
@@ -282,21 +346,84 @@ class PdlmProcessor(ProcessorMixin):
                     f"text {i} has {prompt.count(IMAGE)} image placeholders, but {len(pictures)} pictures were given."
                 )
             visual, tiles = {}, []
+            # a conversation may name an image by path, address or base64
+            pictures = [load_image(picture) if isinstance(picture, str) else picture for picture in pictures]
             if pictures:
-                # several pictures share the context: one tile each, as in the reference
-                limit = max_tiles or (1 if len(pictures) > 1 else None)
-                visual = self.image_processor.preprocess(pictures, max_tiles=limit, return_tensors="pt")
+                # several images share the context: one tile each, as in the reference
+                limit = images_kwargs.get("max_tiles") or (1 if len(pictures) > 1 else None)
+                settings = images_kwargs | {"max_tiles": limit, "return_tensors": "pt"}
+                visual = self.image_processor.preprocess(pictures, **settings)
                 tiles = [c * r + (c * r > 1) for c, r in visual["image_grids"].tolist()]
-            rows.append({"input_ids": self._encode(prompt, tiles), **visual})
-        return _as(self.pad(rows, "left"), return_tensors)
+            ids = self._encode_with_offsets(prompt, tiles) if offsets else {"input_ids": self._encode(prompt, tiles)}
+            rows.append({**ids, **visual})
+        return self._batch_of(rows, text_kwargs, {})
 
     def _encode(self, prompt: str, tiles: list[int]) -> list[int]:
         """Token ids, every image placeholder repeated for its tiles."""
-        parts = prompt.split(IMAGE)
-        pieces = [parts[0]]
-        for count, part in zip(tiles, parts[1:], strict=True):
-            pieces += [IMAGE * (self.tokens_per_tile * count), part]
-        return self.tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
+        return self.tokenizer(self._repeated(prompt, tiles)[0], add_special_tokens=False)["input_ids"]
+
+    def _encode_with_offsets(self, prompt: str, tiles: list[int]) -> dict[str, Any]:
+        """As [`_encode`], with `offset_mapping`, the characters of every token in the repeated text, and where each
+        placeholder was and is, as transformers' processors return it for the mask of the assistant's tokens."""
+        text, replaced = self._repeated(prompt, tiles)
+        row = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return {name: row[name] for name in ("input_ids", "offset_mapping")} | {"text_replacement_offsets": replaced}
+
+    def _repeated(self, prompt: str, tiles: list[int]) -> tuple[str, list[dict[str, Any]]]:
+        """The prompt with every image placeholder repeated for its tiles, and the spans of each before and after."""
+        first, *parts = prompt.split(IMAGE)
+        text, start, replaced = first, len(first), []
+        for count, part in zip(tiles, parts, strict=True):
+            new = IMAGE * (self.tokens_per_tile * count)
+            spans = {"span": (start, start + len(IMAGE)), "new_span": (len(text), len(text) + len(new))}
+            replaced.append({"type": "image", "replacement": new} | spans)
+            text, start = text + new + part, start + len(IMAGE) + len(part)
+        return text, replaced
+
+    def _batch_of(self, rows: list[dict[str, Any]], text_kwargs: dict[str, Any], extra: dict) -> BatchFeature:
+        """Rows as a batch, padded as the settings say; see [`_length`] for what it raises."""
+        side, kind = text_kwargs.get("padding_side", "left"), text_kwargs.get("return_tensors")
+        counts = [len(row["input_ids"]) for row in rows]
+        length = self._length(counts, text_kwargs)
+        batch = self.pad(rows, side, length or max(counts)) | extra
+        if length is None and kind is None:
+            batch["input_ids"] = [row["input_ids"] for row in rows]
+            batch["attention_mask"] = [[1] * count for count in counts]
+        if "offset_mapping" in rows[0]:
+            offsets = torch.zeros(*batch["input_ids"].shape, 2, dtype=torch.long)
+            offsets[batch["attention_mask"].bool()] = torch.tensor(sum((row["offset_mapping"] for row in rows), []))
+            batch["offset_mapping"] = offsets
+        if text_kwargs.get("return_text_replacement_offsets"):
+            batch["text_replacement_offsets"] = [row["text_replacement_offsets"] for row in rows]
+        if text_kwargs.get("return_attention_mask") is False:
+            del batch["attention_mask"]
+        return _as(batch, kind)
+
+    def _length(self, counts: list[int], text_kwargs: dict[str, Any]) -> int | None:
+        """Tokens of every row of a batch whose rows have `counts` tokens; None where they are not padded.
+
+        Raises:
+            ValueError: a row is longer than it may be, or the rows differ and may not be padded.
+        """
+        padding, limit, longest = text_kwargs.get("padding"), text_kwargs.get("max_length"), max(counts)
+        if text_kwargs.get("truncation") not in (None, False, "do_not_truncate"):
+            allowed = limit or self.tokenizer.model_max_length
+            if longest > allowed:
+                raise ValueError(
+                    f"A prompt has {longest} tokens, more than the {allowed} of `max_length`. It is not cut, since "
+                    "that would drop image or region tokens, or the end of the question: raise `max_length`, shorten "
+                    "the question, or let an image take fewer tiles (`max_tiles`)."
+                )
+        if padding in (None, False, "do_not_pad"):
+            if text_kwargs.get("return_tensors") is not None and len(set(counts)) > 1:
+                raise ValueError(f"Prompts of {counts} tokens make no tensor: set `padding=True`.")
+            return None
+        if padding == "max_length":
+            if limit is None:
+                raise ValueError('`padding="max_length"` needs `max_length`, the number of tokens to pad to.')
+            longest = max(longest, limit)
+        multiple = text_kwargs.get("pad_to_multiple_of") or 1
+        return -(-longest // multiple) * multiple
 
     def refuse_specials(self, text: str, name: str) -> None:
         """Raises: ValueError if `text` is no string or holds special tokens, which would break the layout."""
@@ -304,16 +431,20 @@ class PdlmProcessor(ProcessorMixin):
             raise ValueError(f"{name}: expected a string, got {type(text).__name__}.")
         found = [token for token in self._specials if token in text]
         if found:
-            raise ValueError(f"{name} holds special tokens of the model ({found[:3]}), which would break the layout.")
+            raise ValueError(
+                f"{name} holds special tokens of the model ({found[:3]}), which would break the layout. Pass plain "
+                "text; a prompt with placeholders is what `apply_chat_template` makes."
+            )
 
-    def pad(self, rows: list[dict[str, Any]], side: str) -> dict[str, torch.Tensor]:
+    def pad(self, rows: list[dict[str, Any]], side: str, length: int | None = None) -> dict[str, Any]:
         """Rows of different lengths as one batch: ids padded with <|eot_id|>, labels with -100, the rest concatenated.
 
         Args:
             rows (`list[dict]`): from [`region_row`]; `labels` are optional.
             side (`str`): "left" (generation) or "right" (training).
+            length (`int`, *optional*): tokens of every row; default: those of the longest.
         """
-        length = max(len(row["input_ids"]) for row in rows)
+        length = length or max(len(row["input_ids"]) for row in rows)
         end = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         batch = {}
         for name, fill in (("input_ids", end), ("attention_mask", 0), ("labels", -100)):
@@ -330,6 +461,27 @@ class PdlmProcessor(ProcessorMixin):
         return batch
 
     # ---------------------------------------------------------------- outputs
+
+    def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list:
+        """Texts of what `generate` returns, or of token ids as of a tokenizer.
+
+        Args:
+            sequences: token ids, or a `PdlmGenerationOutput`.
+            args, kwargs: for the tokenizer, such as `skip_special_tokens`. Captions never hold special tokens.
+
+        Returns:
+            For an output with regions the captions of every image, `list[list[str]]`, in the order in which its masks
+            were given, as [`decode_captions`]; else one text a sequence, `list[str]`.
+        """
+        if getattr(sequences, "region_tokens", None) is not None:
+            return self.decode_captions(sequences.region_tokens)
+        return self.tokenizer.batch_decode(getattr(sequences, "sequences", sequences), *args, **kwargs)
+
+    def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """As [`batch_decode`] for what `generate` returns; of one sequence of token ids its text."""
+        if hasattr(token_ids, "region_tokens"):
+            return self.batch_decode(token_ids, *args, **kwargs)
+        return self.tokenizer.decode(token_ids, *args, **kwargs)
 
     def post_process_region_captions(self, output: Any) -> list[list[RegionCaption]]:
         """Captions of every picture, in the order in which its masks were given.
@@ -379,7 +531,7 @@ class PdlmProcessor(ProcessorMixin):
         header_end = self.tokenizer.convert_tokens_to_ids(HEADER_END)
         end = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         texts = []
-        for tokens in torch.as_tensor(generated_outputs).tolist():
+        for tokens in torch.as_tensor(getattr(generated_outputs, "sequences", generated_outputs)).tolist():
             answer = max((i for i, token in enumerate(tokens) if token == header_end), default=-1)
             stop = next((i for i in range(answer + 1, len(tokens)) if tokens[i] == end), len(tokens))
             texts.append(self.tokenizer.decode(tokens[:stop], skip_special_tokens=skip_special_tokens))
@@ -445,14 +597,15 @@ def _images_of_each(images: Any, count: int, batched: bool) -> list[list]:
     return [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
 
 
-def _as(batch: dict[str, torch.Tensor], return_tensors: str | None) -> BatchFeature:
-    if return_tensors == "np":
-        return BatchFeature({name: value.numpy() for name, value in batch.items()})
-    if return_tensors is None:
-        return BatchFeature({name: value.tolist() for name, value in batch.items()})
-    if return_tensors != "pt":
+def _as(batch: dict[str, Any], return_tensors: Any) -> BatchFeature:
+    kind = getattr(return_tensors, "value", return_tensors)
+    if kind == "np":
+        batch = {name: value.numpy() if torch.is_tensor(value) else value for name, value in batch.items()}
+    elif kind is None:
+        batch = {name: value.tolist() if torch.is_tensor(value) else value for name, value in batch.items()}
+    elif kind != "pt":
         raise ValueError(f'`return_tensors` must be "pt", "np" or None, got {return_tensors!r}.')
     return BatchFeature(batch)
 
 
-__all__ = ["PdlmProcessor", "RegionCaption"]
+__all__ = ["PdlmProcessor", "PdlmProcessorKwargs", "RegionCaption"]

@@ -1,11 +1,13 @@
 import copy
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor
 
-from pdlm_hf import PdlmImageProcessorPil
+from pdlm_hf import CHECKPOINT, PdlmImageProcessorPil
 from pdlm_hf.image_processing_pdlm import best_grid, region_patches, tile, tile_grids, to_binary_mask, to_rgb
 
 HEIGHT, WIDTH = 6, 8
@@ -322,4 +324,65 @@ def test_mask_of_a_jpeg_file_as_the_reference_takes_it(processor, tmp_path):
     box = [x.min(), y.min(), x.max() + 1, y.max() + 1]
     assert theirs(images=image, segmentation_maps=[noisy])["region_boxes"][0, 0].tolist() == box
     assert box != [30, 29, 61, 59]
+    assert processor(images=image, segmentation_maps=[noisy], mask_threshold=0)["region_boxes"][0, 0].tolist() == box
     assert "mask_threshold" in theirs.image_processor.to_dict()
+
+
+# ---------------------------------------------------------------- settings of a call
+
+
+def test_a_setting_given_at_a_call_counts_for_it_only(image_processor):
+    image = np.full((64, 64, 3), 51, np.uint8)  # a fifth of white
+
+    def value(**settings):
+        return float(image_processor(image, return_tensors="pt", **settings)["pixel_values"][0, 0, 0, 0])
+
+    assert value() == pytest.approx(-0.6)  # (0.2 - 0.5) / 0.5
+    assert value(do_normalize=False) == pytest.approx(0.2)
+    assert value(do_normalize=False, do_rescale=False) == 51
+    assert value(do_normalize=False, rescale_factor=0.5) == 25.5
+    assert value(image_mean=[0.2] * 3, image_std=[2.0] * 3) == pytest.approx(0, abs=1e-7)
+    assert value(image_mean=None, do_resize=True, resample=3, data_format="channels_first") == pytest.approx(-0.6)
+    assert value() == pytest.approx(-0.6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_resize": False}, "do_resize=False: tiles are cut from the image resized"),
+        ({"resample": 0}, "resample=0: images and masks are resized bicubically"),
+        ({"do_center_crop": True}, "do_center_crop=True: cropping would move the regions"),
+        ({"do_pad": True}, "do_pad=True"),
+        ({"data_format": "channels_last"}, "data_format='channels_last'"),
+        ({"device": "cuda"}, "device='cuda': Pillow resizes on the CPU"),
+        ({"size": {"height": 64, "width": 32}}, "got 64 x 32"),
+        ({"size": 60}, "multiple of the patch size 8; got 60 x 60"),
+        ({"do_convert_rgb": False}, "image 0: has 4 channels, and the model reads RGB"),
+    ],
+)
+def test_settings_the_model_cannot_follow_are_refused_by_name(image_processor, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        image_processor(np.zeros((64, 64, 4), np.uint8), **settings)
+
+
+def test_an_unknown_setting_is_refused(image_processor):
+    with pytest.raises(TypeError, match=r"unknown arguments \['max_tile'\]"):
+        image_processor(np.zeros((64, 64, 3), np.uint8), max_tile=1)
+
+
+def test_where_the_channels_are_can_be_told(image_processor):
+    image = np.random.default_rng(0).integers(0, 256, (3, 64, 3), dtype=np.uint8)  # rows or channels first?
+    last = image_processor(image, input_data_format="channels_last", return_tensors="pt")
+    first = image_processor(image.transpose(2, 0, 1), input_data_format="channels_first", return_tensors="pt")
+    assert torch.equal(last["pixel_values"], first["pixel_values"])
+    assert last["image_grids"].tolist() == first["image_grids"].tolist() == [[6, 1]]
+    grey = image_processor(image[..., :1], return_tensors="pt")  # one channel
+    assert torch.equal(grey["pixel_values"], image_processor(image[..., 0], return_tensors="pt")["pixel_values"])
+
+
+@pytest.mark.parametrize("asked", [{"use_fast": True}, {"backend": "torchvision"}])
+def test_no_torchvision_variant(asked):
+    with pytest.raises(ValueError, match="no torchvision image processor for PerceptionDLM: .* rounds differently"):
+        PdlmImageProcessorPil.from_pretrained(CHECKPOINT, **asked)
+    auto = AutoImageProcessor.from_pretrained(CHECKPOINT, use_fast=False)
+    assert type(auto) is type(AutoImageProcessor.from_pretrained(CHECKPOINT)) is PdlmImageProcessorPil

@@ -5,8 +5,8 @@ from PIL import Image
 from tiny import make_picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pdlm_hf import PdlmGenerationOutput, PdlmProcessor, RegionCaption
-from pdlm_hf.processing_pdlm import area_order
+from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmGenerationOutput, PdlmProcessor, RegionCaption
+from pdlm_hf.processing_pdlm import CHAT_TEMPLATE, area_order
 
 SYSTEM = "<|start_header_id|>system<|end_header_id|>\nYou are a helpful assistant.<|eot_id|>\n"
 USER = "<|start_header_id|>user<|end_header_id|>\n"
@@ -307,6 +307,192 @@ def test_wrong_chat_calls(base, text, images, message):
         base(images=pictures or None, text=text)
 
 
+# ---------------------------------------------------------------- settings of a call
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_length": 60, "padding": "max_length", "do_normalize": False, "return_tensors": "np"},
+        {
+            "text_kwargs": {"max_length": 60, "padding": "max_length"},
+            "images_kwargs": {"do_normalize": False},
+            "common_kwargs": {"return_tensors": "np"},
+        },
+        {"text_kwargs": {"max_length": 60}, "padding": "max_length", "do_normalize": False, "return_tensors": "np"},
+    ],
+    ids=["flat", "nested", "mixed"],
+)
+def test_settings_flat_and_by_modality(base, settings):
+    image = np.full((128, 128, 3), 255, np.uint8)
+    batch = base(images=image, text="Hi?", **settings)
+    assert isinstance(batch["input_ids"], np.ndarray) and batch["input_ids"].shape == (1, 60)
+    end = base.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    count = batch["attention_mask"].sum()
+    assert batch["input_ids"][0, : 60 - count].tolist() == [end] * (60 - count)
+    assert (batch["pixel_values"] == 1).all()  # white, rescaled only
+    assert (base(images=image, text="Hi?", return_tensors="np")["pixel_values"] == 1).all()  # (1 - 0.5) / 0.5
+    black = base(images=image * 0, text="Hi?", **settings)["pixel_values"]
+    assert (black == 0).all()
+
+
+def test_regions_take_the_same_settings(processor):
+    image, masks = make_picture(0, 64, 64, 2)
+    plain = processor(images=[image, image], segmentation_maps=[masks, masks[:1]])
+    length = plain["input_ids"].shape[1]
+    batch = processor(
+        images=[image, image],
+        segmentation_maps=[masks, masks[:1]],
+        text_kwargs={"pad_to_multiple_of": 64, "padding_side": "right"},
+        images_kwargs={"image_mean": [0.0] * 3, "image_std": [1.0] * 3, "max_tiles": 1},
+    )
+    assert batch["input_ids"].shape[1] == -(-length // 64) * 64
+    assert batch["attention_mask"][:, 0].all() and not batch["attention_mask"][:, -1].any()
+    assert torch.allclose(batch["pixel_values"] * 2 - 1, plain["pixel_values"], atol=1e-6)
+    assert torch.equal(batch["region_order"], plain["region_order"])
+
+
+def test_the_settings_of_the_tokenizer_count(golden_base):
+    loaded = AutoProcessor.from_pretrained(golden_base, padding="max_length", max_length=50)
+    assert loaded(text="Hi?")["input_ids"].shape == (1, 50)
+    assert loaded(text="Hi?", padding="longest")["input_ids"].shape[1] < 50
+
+
+@pytest.mark.parametrize("where", [{}, {"text_kwargs": None}])
+def test_a_prompt_too_long_is_an_error_and_never_cut(base, processor, where):
+    image, masks = make_picture(0, 64, 64, 2)
+    count = processor(images=image, segmentation_maps=masks)["input_ids"].shape[1]
+
+    def settings(limit):
+        given = {"truncation": True, "max_length": limit}
+        return {"text_kwargs": given} if where else given
+
+    whole = processor(images=image, segmentation_maps=masks, **settings(count))
+    assert whole["input_ids"].shape[1] == count
+    with pytest.raises(ValueError, match=rf"A prompt has {count} tokens, more than the {count - 1} of `max_length`"):
+        processor(images=image, segmentation_maps=masks, **settings(count - 1))
+    with pytest.raises(ValueError, match=r"more than the 5 of `max_length`\. It is not cut"):
+        base(text="What is this?", **settings(5))
+    assert base(text="Hi?", max_length=5)["input_ids"].shape[1] > 5  # as of a tokenizer: a limit without truncation
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"segmentation_map": 1}, TypeError, r"unknown arguments \['segmentation_map'\]"),
+        ({"images_kwargs": {"max_tile": 1}}, TypeError, r"unknown arguments \['max_tile'\]"),
+        ({"text_kwargs": {"max_tiles": 1}}, TypeError, r"unknown arguments \['max_tiles'\]"),
+        ({"common_kwargs": {"return_tensor": "pt"}}, TypeError, r"unknown arguments \['return_tensor'\]"),
+        ({"text_kwargs": {"padding": False}, "padding": True}, ValueError, "padding was passed two times"),
+        ({"images_kwargs": {"do_resize": True}, "do_resize": True}, ValueError, "do_resize was passed two times"),
+        ({"do_resize": False}, ValueError, "do_resize=False: tiles are cut from the image resized"),
+        ({"stride": 4}, ValueError, "stride=4: the prompt has a fixed layout"),
+        ({"is_split_into_words": True}, ValueError, "is_split_into_words=True"),
+        ({"padding": "max_length"}, ValueError, "needs `max_length`"),
+        ({"padding": False}, ValueError, r"make no tensor: set `padding=True`"),
+    ],
+)
+def test_settings_that_cannot_be_followed(base, settings, error, message):
+    images = [Image.new("RGB", (64, 64))] * 2
+    with pytest.raises(error, match=message):
+        base(images=images, text=["Hi?", "Much longer, hi?"], **settings)
+
+
+def test_rows_without_padding_and_mask(base):
+    texts = ["Hi?", "Much longer, hi?"]
+    padded = base(text=texts)
+    lists = base(text=texts, padding=False, return_tensors=None)
+    for ids, row, real in zip(lists["input_ids"], padded["input_ids"], padded["attention_mask"], strict=True):
+        assert ids == row[real.bool()].tolist()
+    assert [len(mask) for mask in lists["attention_mask"]] == [len(ids) for ids in lists["input_ids"]]
+    assert set(base(text=texts, return_attention_mask=False)) == {"input_ids"}
+    assert set(base(text=texts, num_frames=2, fps=None)) == {"input_ids", "attention_mask"}  # there are no videos
+
+
+def test_model_input_names(base, processor):
+    image, masks = make_picture(0, 64, 64, 1)
+    assert set(base(images=image, text="Hi?")) == set(base.model_input_names)
+    assert set(processor(images=image, segmentation_maps=masks)) == set(processor.model_input_names)
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def answers_of(base, messages, **settings):
+    """Which texts `return_assistant_tokens_mask` marks, a list per conversation."""
+    batch = base.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True, **settings
+    )
+    assert batch["assistant_masks"].shape == batch["input_ids"].shape
+    assert not {"offset_mapping", "text_replacement_offsets"} & set(batch)
+    marked = []
+    for ids, mask in zip(batch["input_ids"], batch["assistant_masks"], strict=True):
+        starts = [i for i in range(len(mask)) if mask[i] and (i == 0 or not mask[i - 1])]
+        ends = [next((j for j in range(i, len(mask)) if not mask[j]), len(mask)) for i in starts]
+        marked.append([base.tokenizer.decode(ids[i:j]) for i, j in zip(starts, ends, strict=True)])
+    return marked
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tokens_of_the_assistant(base, training, side):
+    image = Image.new("RGB", (256, 128))
+    look = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Hi?"}]}
+    yes, no = {"role": "assistant", "content": "Yes."}, {"role": "assistant", "content": "It is no star."}
+    messages = [[look, yes, {"role": "user", "content": "More"}, no], [CONVERSATION[2], yes]]
+    settings = {"training": training, "processor_kwargs": {"padding_side": side}}
+    assert answers_of(base, messages, **settings) == [
+        ["Yes.<|eot_id|>", "It is no star.<|eot_id|>"],
+        ["Yes.<|eot_id|>"],
+    ]
+    assert answers_of(base, messages[:1], **settings) == [["Yes.<|eot_id|>", "It is no star.<|eot_id|>"]]
+
+
+OLD_TEMPLATE = CHAT_TEMPLATE.replace("{%- generation -%}{{- turn -}}{%- endgeneration -%}", "{{- turn -}}")
+
+
+def test_a_template_without_generation_blocks_writes_the_same(base, golden_base, tmp_path):
+    assert "generation -" not in OLD_TEMPLATE and "generation -" in base.chat_template
+    base.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(OLD_TEMPLATE)
+    old = AutoProcessor.from_pretrained(tmp_path)
+    assert old.chat_template == OLD_TEMPLATE
+    for training in (False, True):
+        texts = [p.apply_chat_template(CONVERSATION, tokenize=False, training=training) for p in (old, base)]
+        assert texts[0] == texts[1]
+    image = np.zeros((128, 128, 3), np.uint8)
+    assert torch.equal(old(images=image, text="Hi?")["input_ids"], base(images=image, text="Hi?")["input_ids"])
+
+
+def test_the_template_of_the_embedded_checkpoints():
+    for folder in (CHECKPOINT, BASE_CHECKPOINT):
+        assert (folder / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+def test_settings_and_images_of_a_conversation(base, tmp_path):
+    image = Image.effect_noise((256, 128), 64).convert("RGB")
+    image.save(tmp_path / "noise.png")
+    content = [{"type": "image", "path": str(tmp_path / "noise.png")}, {"type": "text", "text": "Hi?"}]
+    batch = base.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        processor_kwargs={"padding": "max_length", "max_length": 150, "images_kwargs": {"max_tiles": 1}},
+    )
+    expected = base(images=image, text="Hi?", max_tiles=1, padding="max_length", max_length=150)
+    assert batch["input_ids"].shape == (1, 150) and batch["image_grids"].tolist() == [[1, 1]]
+    for name, value in expected.items():
+        assert torch.equal(batch[name], value), name
+
+
+def test_chat_refuses_prompts_padded_on_the_right(golden_base, base):
+    model = AutoModelForImageTextToText.from_pretrained(golden_base)
+    right = base(text=["Hi?", "Much longer, hi?"], padding_side="right")
+    with pytest.raises(ValueError, match="padded on the right"):
+        model.generate(**right, max_new_tokens=4, max_denoising_steps=4)
+
+
 # ---------------------------------------------------------------- outputs
 
 
@@ -349,6 +535,18 @@ def test_special_tokens_never_reach_a_caption(processor, text, expected):
     captions = processor.post_process_region_captions(output_of(processor, [["first", text, "last"]]))[0]
     assert [c.text for c in captions] == ["first", expected, "last"]
     assert processor.decode_captions(output_of(processor, [[text]]).region_tokens) == [[expected]]
+
+
+def test_batch_decode_of_what_generate_returns(processor, base):
+    output = output_of(processor, [["a red star", "a cross<|eot_id|>lost"], ["one"]])
+    assert processor.batch_decode(output) == processor.decode(output) == [["a red star", "a cross"], ["one"]]
+    assert processor.batch_decode(output, skip_special_tokens=True) == [["a red star", "a cross"], ["one"]]
+    ids = base.tokenizer(["Hi<|eot_id|>", "Ho<|eot_id|>"], add_special_tokens=False, return_tensors="pt")["input_ids"]
+    chat = PdlmGenerationOutput(sequences=ids)
+    assert base.batch_decode(chat) == base.decode(chat) == base.batch_decode(ids) == ["Hi<|eot_id|>", "Ho<|eot_id|>"]
+    assert base.batch_decode(chat, skip_special_tokens=True) == ["Hi", "Ho"]
+    assert base.decode(ids[0]) == "Hi<|eot_id|>"
+    assert base.post_process_image_text_to_text(chat) == base.post_process_image_text_to_text(ids) == ["Hi", "Ho"]
 
 
 def test_split_captions(processor):
