@@ -144,7 +144,8 @@ class PdlmProcessor(ProcessorMixin):
             with open(config_file, encoding="utf-8") as file:
                 upstream = json.load(file)
         if "language_model_config" not in upstream:  # not through AutoImageProcessor, which may ask for torchvision
-            return [PdlmImageProcessorPil.from_pretrained(path, **kwargs), cls._load_tokenizer(path, **kwargs)]
+            visual = {k: v for k, v in kwargs.items() if k != "use_fast"}  # here it is meant for the tokenizer
+            return [PdlmImageProcessorPil.from_pretrained(path, **visual), cls._load_tokenizer(path, **kwargs)]
         config = AutoConfig.from_pretrained(path, **source)
         size = config.vision_config.image_size
         image_processor = PdlmImageProcessorPil(
