@@ -26,6 +26,9 @@ ROOT = HERE.parents[1]
 WORK = ROOT / ".peers"
 EXPECTED = HERE / "expected.json"
 MIXINS = ("modeling", "processing", "image_processing", "pipeline")
+ROW = re.compile(
+    r"^\| `(\w+)`[^|]*\| (\d+) \| (\d+) \| (\d+) \|", re.MULTILINE
+)  # of the table in docs/transformers.md
 LIMITS = {"modeling": 3, "processing": 6, "image_processing": 3, "pipeline": 0}  # failures that may be expected
 
 STAND_INS = {
@@ -108,6 +111,11 @@ def run(folder: Path, mixin: str) -> dict[str, tuple[str, str]]:
     subprocess.run(command, cwd=folder, env=environment)
     if not report.exists():
         raise SystemExit(f"pytest wrote no report for {mixin}.")
+    return read_report(report)
+
+
+def read_report(report: Path) -> dict[str, tuple[str, str]]:
+    """Outcome and message of every test of a junit report."""
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('classname').rpartition('.')[2]}.{case.get('name')}"

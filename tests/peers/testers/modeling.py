@@ -15,15 +15,18 @@ from pdlm_hf import (
     PdlmModel,
 )
 
+from ... import test_modeling_common
 from ...test_configuration_common import ConfigTester
-from ...test_modeling_common import UNSHIFTED_LM_HEADS, ModelTesterMixin, floats_tensor, ids_tensor
+from ...test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 
 # As for a model that lives in transformers: the tests ask these tables which class has which task.
 MODEL_MAPPING_NAMES["pdmllm"] = "PdlmModel"
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["pdmllm"] = "PdlmForConditionalGeneration"
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["dmllm"] = "PdlmBaseForConditionalGeneration"
-# Masked diffusion predicts a token at its own place, so labels are never shifted, as in the masked heads listed there.
-UNSHIFTED_LM_HEADS.update(("PdlmForConditionalGeneration", "PdlmBaseForConditionalGeneration"))
+# Heads that score a token at its own position, as those of masked language models; older versions have no such list.
+getattr(test_modeling_common, "UNSHIFTED_LM_HEADS", set()).update(
+    {"PdlmForConditionalGeneration", "PdlmBaseForConditionalGeneration"}
+)
 
 EOT, EOS, MASK, IMAGE, NEWLINE, HEADER, HEADER_END, BOS = 0, 1, 2, 3, 4, 5, 6, 7
 REGIONS, CAPTIONS = [8, 9], [10, 11]
