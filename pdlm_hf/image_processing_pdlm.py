@@ -117,8 +117,10 @@ def to_rgb(image: Any, name: str = "image") -> Image.Image:
     if isinstance(image, Image.Image) and image.mode[0] in "IF":  # 16 bits and more: PIL would clip to white
         image = np.asarray(image)
     if isinstance(image, np.ndarray):
-        if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[2] not in (1, 3, 4):
-            image = image.transpose(1, 2, 0)
+        if image.ndim == 3:
+            channels = (3, 4) if {image.shape[0], image.shape[2]} & {3, 4} else (1,)
+            if image.shape[0] in channels and image.shape[2] not in channels:
+                image = image.transpose(1, 2, 0)
         if image.ndim == 3 and image.shape[2] == 1:
             image = image[..., 0]
         if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):

@@ -261,6 +261,9 @@ class PdlmProcessor(ProcessorMixin):
             raise ValueError("No pictures: `images` is empty.")
         rows, order, image_index = [], [], []
         for i, (image, masks, question) in enumerate(zip(images, maps, questions, strict=True)):
+            if isinstance(question, str) and HEADER in question:
+                question = _question_of(question)
+                image = load_image(image) if isinstance(image, str) else image  # a message may name it by its path
             image = to_rgb(image, f"image {i}")
             masks = self.binary_masks(image, masks, i, images_kwargs.get("mask_threshold"))
             limit = self.image_processor.num_region_prompts
@@ -596,6 +599,22 @@ def _images_of_each(images: Any, count: int, batched: bool) -> list[list]:
     if len(images) != count:
         raise ValueError(f"{count} texts, but pictures for {len(images)}.")
     return [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+
+
+def _question_of(prompt: str) -> str | None:
+    """The question in a prompt that `apply_chat_template` made; None if it has none.
+
+    Raises:
+        ValueError: not one turn of the user about one image, which is all that regions can be described in.
+    """
+    user = f"{HEADER}user{HEADER_END}\n"
+    if prompt.count(HEADER) != 1 + prompt.endswith(f"{HEADER}assistant{HEADER_END}\n") or not prompt.startswith(user):
+        raise ValueError(
+            "Regions are described in one turn: with `segmentation_maps` give one message of the user, with one image "
+            "and the question, and no system message."
+        )
+    image = f"{IMAGE_START}{IMAGE}{IMAGE_END}"
+    return prompt.removeprefix(user).partition(END_OF_TURN)[0].replace(image, "", 1).strip("\n") or None
 
 
 def _as(batch: dict[str, Any], return_tensors: Any) -> BatchFeature:

@@ -376,8 +376,9 @@ def test_where_the_channels_are_can_be_told(image_processor):
     first = image_processor(image.transpose(2, 0, 1), input_data_format="channels_first", return_tensors="pt")
     assert torch.equal(last["pixel_values"], first["pixel_values"])
     assert last["image_grids"].tolist() == first["image_grids"].tolist() == [[6, 1]]
-    grey = image_processor(image[..., :1], return_tensors="pt")  # one channel
-    assert torch.equal(grey["pixel_values"], image_processor(image[..., 0], return_tensors="pt")["pixel_values"])
+    grey = image.reshape(64, 9)  # one channel
+    expected = image_processor(grey, return_tensors="pt")["pixel_values"]
+    assert torch.equal(image_processor(grey[..., None], return_tensors="pt")["pixel_values"], expected)
 
 
 @pytest.mark.parametrize("asked", [{"use_fast": True}, {"backend": "torchvision"}])
@@ -386,3 +387,8 @@ def test_no_torchvision_variant(asked):
         PdlmImageProcessorPil.from_pretrained(CHECKPOINT, **asked)
     auto = AutoImageProcessor.from_pretrained(CHECKPOINT, use_fast=False)
     assert type(auto) is type(AutoImageProcessor.from_pretrained(CHECKPOINT)) is PdlmImageProcessorPil
+
+
+@pytest.mark.parametrize(("shape", "size"), [((3, 50, 1), (1, 50)), ((1, 50, 3), (50, 1)), ((1, 5, 7), (7, 5))])
+def test_three_channels_win_over_one(shape, size):
+    assert to_rgb(np.zeros(shape, np.uint8)).size == size

@@ -612,3 +612,33 @@ def test_saved_processor_gives_the_same_inputs(request, processor, tmp_path, fol
 def test_an_empty_batch_is_an_error(processor):
     with pytest.raises(ValueError, match="`images` is empty"):
         processor(images=[], segmentation_maps=[])
+
+
+# ---------------------------------------------------------------- regions of a conversation
+
+
+@pytest.mark.parametrize("question", [None, "What is it?"])
+def test_regions_of_a_conversation(processor, question):
+    """The masks of `processor_kwargs`, the image and the question of the message."""
+    image, masks = make_picture(0, 96, 64, 2)
+    content = [{"type": "image", "image": image}, *([{"type": "text", "text": question}] if question else [])]
+    given = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    found = processor.apply_chat_template(
+        [{"role": "user", "content": content}], processor_kwargs={"segmentation_maps": masks}, **given
+    )
+    expected = processor(images=image, text=question, segmentation_maps=masks)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_regions_are_described_in_one_turn(processor):
+    image, masks = make_picture(0, 96, 64, 2)
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [{"type": "image", "image": image}]},
+    ]
+    with pytest.raises(ValueError, match="Regions are described in one turn"):
+        processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, processor_kwargs={"segmentation_maps": masks}
+        )
