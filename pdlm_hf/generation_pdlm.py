@@ -271,8 +271,6 @@ class PdlmGenerationMixin:
         for name in CAPTIONS_ONLY:
             if getattr(settings, name) is not None:
                 raise ValueError(f"`{name}` is for region captions at present. Leave it out in chat.")
-        if not inputs["attention_mask"][:, -1].all():  # the padding would stand between question and answer
-            raise ValueError('Prompts are padded on the right. Chat needs `padding_side="left"` of the processor.')
         num_slots = settings.max_new_tokens or 64
         block_length = min(settings.block_length or num_slots, num_slots)
         if num_slots % block_length:

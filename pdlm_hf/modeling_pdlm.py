@@ -685,12 +685,8 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             if layout is None:  # from the clean ids
                 layout = self.model.region_layout(input_ids, replayed=pixel_values is not None)
             visual = (pixel_values, image_grids, region_masks, region_boxes, original_sizes)
-            # On embeddings: a replacement token may be a placeholder, which is not to be filled with features.
             inputs_embeds = self.model.embed(input_ids, *visual, True, inputs_embeds)
-            noise = torch.full_like(input_ids, self.config.mask_token_id)
-            if replacement_ids is not None:
-                noise = torch.where(replacement_ids >= 0, replacement_ids, noise)
-            inputs_embeds = torch.where(noise_mask[..., None], self.get_input_embeddings()(noise), inputs_embeds)
+            inputs_embeds = self._add_noise(inputs_embeds, noise_mask, replacement_ids)
             pixel_values = None  # they are in the embeddings
         outputs = self.model(
             input_ids=input_ids,
@@ -721,6 +717,14 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             attentions=outputs.attentions,
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
+
+    def _add_noise(self, embeds: torch.Tensor, noise_mask: torch.Tensor, replacement_ids: torch.Tensor | None):
+        """The mask token, or a replacement, at the noisy positions. On embeddings: a replacement may be a placeholder,
+        which is not to be filled with features."""
+        noise = torch.full(noise_mask.shape, self.config.mask_token_id, device=noise_mask.device)
+        if replacement_ids is not None:
+            noise = torch.where(replacement_ids >= 0, replacement_ids, noise)
+        return torch.where(noise_mask[..., None], self.get_input_embeddings()(noise), embeds)
 
     def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, noise_mask: torch.Tensor, probability: torch.Tensor):
         answer = labels != -100

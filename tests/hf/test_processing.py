@@ -486,11 +486,14 @@ def test_settings_and_images_of_a_conversation(base, tmp_path):
         assert torch.equal(batch[name], value), name
 
 
-def test_chat_refuses_prompts_padded_on_the_right(golden_base, base):
-    model = AutoModelForImageTextToText.from_pretrained(golden_base)
-    right = base(text=["Hi?", "Much longer, hi?"], padding_side="right")
-    with pytest.raises(ValueError, match="padded on the right"):
-        model.generate(**right, max_new_tokens=4, max_denoising_steps=4)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_answers_do_not_depend_on_the_side_of_padding(golden_base, base, side):
+    model, texts = AutoModelForImageTextToText.from_pretrained(golden_base), ["Hi?", "Much longer, hi?"]
+    settings = {"max_new_tokens": 4, "max_denoising_steps": 4}
+    alone = [model.generate(**base(text=text), **settings)[0, -4:].tolist() for text in texts]
+    batch = base(text=texts, padding_side=side)
+    assert bool(batch["attention_mask"].all(0)[0]) == (side == "right")
+    assert model.generate(**batch, **settings)[:, -4:].tolist() == alone
 
 
 # ---------------------------------------------------------------- outputs
