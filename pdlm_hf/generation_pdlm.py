@@ -285,7 +285,9 @@ class PdlmGenerationMixin:
         task = GenerationTask(self, settings, inputs["input_ids"], inputs["attention_mask"], streamer, tokenizer)
         prompt = self.model.embed(inputs["input_ids"], inputs["pixel_values"])
         answers = denoise_blocks(task, prompt, num_slots, block_length, num_steps)
-        sequences = torch.cat([inputs["input_ids"], answers], 1)
+        # Padding goes to the left, wherever it was: on the right it would stand between a question and its answer.
+        order = inputs["attention_mask"].int().argsort(dim=1, stable=True)
+        sequences = torch.cat([inputs["input_ids"].gather(1, order), answers], 1)
         task.stream(answers, final=True)
         if not settings.return_dict_in_generate:
             return sequences

@@ -493,7 +493,10 @@ def test_answers_do_not_depend_on_the_side_of_padding(golden_base, base, side):
     alone = [model.generate(**base(text=text), **settings)[0, -4:].tolist() for text in texts]
     batch = base(text=texts, padding_side=side)
     assert bool(batch["attention_mask"].all(0)[0]) == (side == "right")
-    assert model.generate(**batch, **settings)[:, -4:].tolist() == alone
+    tokens = model.generate(**batch, **settings)
+    assert tokens[:, -4:].tolist() == alone
+    assert torch.equal(tokens, model.generate(**base(text=texts), **settings))
+    assert base.post_process_answers(tokens) == [base.read_caption(answer).text for answer in alone]
 
 
 # ---------------------------------------------------------------- outputs
