@@ -137,7 +137,7 @@ vllm-signatures: .venv/dev
 	@touch $@
 
 test-lmms: .venv-lmms/ready
-	$(LMMS_BIN)/python -m pytest -q tests/lmms
+	$(LMMS_BIN)/python -m pytest -q -m "not slow" tests/lmms
 
 # Ray and the browser do not depend on the versions of .venv-oldest.
 test-full:

@@ -131,6 +131,7 @@ def lose_a_machine(folder, monkeypatch, pictures):
     return {key: row for key, row in zip(keys, rows, strict=True)}, told
 
 
+@pytest.mark.slow
 def test_a_machine_is_lost(tmp_path, monkeypatch):
     rows, told = lose_a_machine(tmp_path, monkeypatch, 45)
     assert len(told) >= 1 and "going on with the" in told[0]

@@ -170,7 +170,8 @@ def test_what_was_answered_before_a_kill_is_kept(folder):
 
 
 @pytest.mark.parametrize("task, metric, pretrained", [
-    ("pdlm_shapes_regions", "exact", "shapes"), ("pdlm_shapes_choice", "right", "shapes_base")
+    ("pdlm_shapes_regions", "exact", "shapes"),
+    pytest.param("pdlm_shapes_choice", "right", "shapes_base", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_two_ranks(folder, request, task, metric, pretrained):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29672"]
@@ -202,7 +203,8 @@ def test_model_args_go_before_the_task(folder):
 
 
 @pytest.mark.parametrize("arguments", [
-    arguments_for("no_such_task", "shapes"), arguments_for("pdlm_shapes_choice", "nowhere"),
+    arguments_for("no_such_task", "shapes"),
+    pytest.param(arguments_for("pdlm_shapes_choice", "nowhere"), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_run_without_result_does_not_end_with_zero(folder, arguments):
     stock = run(folder / "stock", LMMS_EVAL, *arguments)
