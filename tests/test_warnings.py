@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pdlm_hf
+
 CLONE = Path(__file__).resolve().parent.parent
 STRICT = [sys.executable, "-W", "error::FutureWarning", "-W", "error::DeprecationWarning"]
 LOAD = """
@@ -52,7 +54,7 @@ def test_training_step(tmp_path):
 
 def test_exported_code(tmp_path):
     """The code that travels with a checkpoint, without the package."""
-    run("-m", "pdlm_hf.app.cli", "export", "pdlm_hf/shapes/checkpoint", str(tmp_path / "exported"))
+    run("-m", "pdlm_hf.app.cli", "export", str(pdlm_hf.CHECKPOINT), str(tmp_path / "exported"))
     assert run("-c", LOAD.format(str(tmp_path / "exported")), folder=tmp_path, path="") == "True PdlmProcessor\n"
 
 
