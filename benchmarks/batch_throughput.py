@@ -33,15 +33,16 @@ from PIL import Image
 from serving import four_regions, random_checkpoint, serve
 
 from pdlm_hf import CHECKPOINT, RegionCaptioner
-from pdlm_hf.app.batch import BatchFiles, run_batch
-from pdlm_hf.app.bench import FEW_STEPS
-from pdlm_hf.app.dataset import open_data
-from pdlm_hf.app.engines import Engine, LocalEngine
-from pdlm_hf.app.images import load_image
-from pdlm_hf.app.jsonl import append_rows, read_rows, write_json
-from pdlm_hf.app.ray_engine import CaptionerSettings, RayEngine
-from pdlm_hf.app.regions import Region, parse_region
-from pdlm_hf.app.server import RegionServer, ServerEngine
+from pdlm_hf.batch.dataset import open_data
+from pdlm_hf.batch.engines import Engine, LocalEngine
+from pdlm_hf.batch.ray_engine import CaptionerSettings, RayEngine
+from pdlm_hf.batch.run import BatchFiles, run_batch
+from pdlm_hf.batch.server_engine import ServerEngine
+from pdlm_hf.bench.decode import FEW_STEPS
+from pdlm_hf.client.captions import CaptionClient
+from pdlm_hf.regions.files import append_rows, read_rows, write_json
+from pdlm_hf.regions.images import load_image
+from pdlm_hf.regions.region import Region, parse_region
 
 SETTINGS = {"max_new_tokens": 32, "max_denoising_steps": FEW_STEPS}
 
@@ -184,7 +185,7 @@ def main(
                     name = f"vLLM, {concurrency} requests in flight"
                     run(
                         name,
-                        lambda: ServerEngine(RegionServer(server.url, settings=SETTINGS, concurrency=concurrency)),
+                        lambda: ServerEngine(CaptionClient(server.url, settings=SETTINGS, concurrency=concurrency)),
                     )
     expected = said["this process"]
     rows = {}

@@ -19,7 +19,7 @@ import typer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pdlm_hf.shapes.evaluate import evaluate
-from pdlm_hf.shapes.world import SHAPES_WORLD, World
+from pdlm_hf.shapes.scenes import SHAPES_WORLD, World
 from pdlm_peft.adapters import load_adapter, merge
 from pdlm_peft.recipe import load_recipe
 from pdlm_peft.shapes import NEW_WORLD

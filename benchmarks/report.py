@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from pdlm_hf.shapes import CHECKPOINT
+from pdlm_hf.captioning.checkpoints import CHECKPOINT
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]

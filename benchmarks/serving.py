@@ -27,9 +27,9 @@ from pictures import coco, data_url, texts
 from server import serve
 
 from pdlm_hf import CHECKPOINT, PdlmConfig, PdlmForConditionalGeneration, PdlmProcessor, RegionCaptioner
-from pdlm_hf.app.bench import FEW_STEPS
-from pdlm_hf.app.bench_model import SHAPES
-from pdlm_hf.shapes.world import draw_picture
+from pdlm_hf.bench.decode import FEW_STEPS
+from pdlm_hf.bench.model import SHAPES
+from pdlm_hf.shapes.scenes import draw_picture
 
 
 def random_checkpoint(folder: Path, shape: str) -> Path:

@@ -19,10 +19,12 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from pdlm_hf import PdlmForConditionalGeneration, PdlmProcessor
-from pdlm_hf.app.collator import PdlmCollator
 from pdlm_hf.masking_pdlm import SHARED
+from pdlm_hf.shapes.dataset import ShapesDataset
 from pdlm_hf.shapes.evaluate import evaluate
-from pdlm_hf.shapes.train import EASY_SLOTS, InOrderTrainer, ShapesDataset, arguments, save
+from pdlm_hf.training.collator import PdlmCollator
+from pdlm_hf.training.trainer import InOrderTrainer
+from tools.shapes.train import EASY_SLOTS, arguments, save
 
 # variant -> model inputs that are withheld
 VARIANTS = {

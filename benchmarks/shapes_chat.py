@@ -13,9 +13,9 @@ from typing import Annotated
 import torch
 import typer
 
+from pdlm_hf.captioning.checkpoints import BASE_CHECKPOINT
 from pdlm_hf.modeling_pdlm import PdlmBaseForConditionalGeneration
 from pdlm_hf.processing_pdlm import PdlmProcessor
-from pdlm_hf.shapes import BASE_CHECKPOINT
 from pdlm_hf.shapes.evaluate_base import evaluate
 from pdlm_hf.shapes.questions import SLOTS
 

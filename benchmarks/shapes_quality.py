@@ -17,7 +17,7 @@ import typer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import pdlm_hf  # noqa: F401  registers the model
-from pdlm_hf.shapes import CHECKPOINT
+from pdlm_hf.captioning.checkpoints import CHECKPOINT
 from pdlm_hf.shapes.evaluate import evaluate
 
 STEPS = (1, 2, 4, 8, 16, 32)

@@ -20,7 +20,7 @@ from pycocotools import mask as coco
 from transformers import AutoProcessor
 
 import pdlm_hf
-from pdlm_hf.shapes.world import describe, draw_picture
+from pdlm_hf.shapes.scenes import describe, draw_picture
 from pdlm_peft.sources import find_source
 from pdlm_peft.validate import Validator
 

@@ -6,7 +6,7 @@ python examples/coco_regions.py
 from pathlib import Path
 
 from pdlm_hf import RegionCaptioner
-from pdlm_hf.app.coco import read_regions
+from pdlm_hf.regions.coco import read_regions
 
 here = Path(__file__).parent
 captioner = RegionCaptioner.from_pretrained()

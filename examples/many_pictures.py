@@ -6,7 +6,7 @@ python examples/many_pictures.py
 import numpy as np
 
 from pdlm_hf import RegionCaptioner
-from pdlm_hf.shapes.world import draw_picture
+from pdlm_hf.shapes.scenes import draw_picture
 
 captioner = RegionCaptioner.from_pretrained()
 pictures = (draw_picture(np.random.default_rng(seed)) for seed in range(8))

@@ -6,8 +6,8 @@ python examples/watch_steps.py
 from pathlib import Path
 
 from pdlm_hf import RegionCaptioner
-from pdlm_hf.app.coco import read_regions
-from pdlm_hf.app.streaming import RegionStreamer
+from pdlm_hf.captioning.streaming import RegionStreamer
+from pdlm_hf.regions.coco import read_regions
 
 here = Path(__file__).parent
 captioner = RegionCaptioner.from_pretrained()

@@ -14,10 +14,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import pdlm_hf
-from pdlm_hf.app.captioner import RegionCaptioner, checkpoint_name
-from pdlm_hf.app.images import load_image
+from pdlm_hf.captioning.captioner import RegionCaptioner, checkpoint_name
 from pdlm_hf.configuration_pdlm import HUB_ARGUMENTS
 from pdlm_hf.image_processing_pdlm import resize
+from pdlm_hf.regions.images import load_image
 
 from .benchmarks import OVERRIDES, Benchmark, find, tiles_for
 
@@ -49,7 +49,7 @@ class Question:
         text (`str`): as the model is to read it.
         benchmark (`Benchmark`, *optional*): whose settings hold.
         settings (`dict`): of `generate`, before the benchmark's.
-        masks (`list`): regions of the first picture, see [`pdlm_hf.app.regions.parse_region`]; a region model then
+        masks (`list`): regions of the first picture, see [`pdlm_hf.regions.parse_region`]; a region model then
             describes them.
     """
 

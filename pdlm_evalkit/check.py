@@ -7,7 +7,8 @@ from pathlib import Path
 
 import typer
 
-from pdlm_hf.app.replies import Judge, JudgeError, public_url
+from pdlm_hf.client.chat import ChatClient, public_url
+from pdlm_hf.errors_pdlm import ServerError
 
 from .benchmarks import Benchmark, find
 
@@ -221,7 +222,7 @@ def check_judge(
     url = url.rstrip("/").removesuffix(COMPLETIONS)
     try:
         probe_once(model, url, key)
-    except (JudgeError, ValueError, ImportError) as error:
+    except (ServerError, ValueError, ImportError) as error:
         return finding(str(error))
     return finding(None, f"{model} at {public_url(url)}")
 
@@ -230,18 +231,18 @@ _answered: dict[tuple[str, str], str | None] = {}
 
 
 def probe_once(model: str, url: str, key: str | None) -> None:
-    """One call to a judge, the first time it is asked for. Raises: JudgeError if it does not answer."""
+    """One call to a judge, the first time it is asked for. Raises: ServerError if it does not answer."""
     if (model, url) not in _answered:
-        judge = Judge(model, url, key, retries=1, timeout=60)
+        judge = ChatClient(model, url, key, retries=1, timeout=60)
         try:
             judge.probe()
             _answered[model, url] = None
-        except JudgeError as error:
+        except ServerError as error:
             _answered[model, url] = str(error)
         finally:
             judge.close()
     if _answered[model, url] is not None:
-        raise JudgeError(_answered[model, url])
+        raise ServerError(_answered[model, url])
 
 
 def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None, key: str | None) -> None:

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pdlm_hf.app import telling
-from pdlm_hf.app.replies import Judge, JudgeError, key_in, public_url
+from pdlm_hf.cli import errors
+from pdlm_hf.client.chat import ChatClient, key_in, public_url
+from pdlm_hf.errors_pdlm import ServerError
 
 from . import LMMS_TASKS
 from .benchmarks import BENCHMARKS, choose
@@ -23,9 +24,9 @@ from .strict import BASE_URL, MODEL, SETTINGS, judge_results, read_results
 
 app = typer.Typer(help="Evaluation of PerceptionDLM.", no_args_is_help=True)
 app.add_typer(paradlc, name="paradlc")
-telling.add_version(app, "pdlm-eval")
+errors.add_version(app, "pdlm-eval")
 
-_fail = partial(telling.fail, "pdlm-eval")
+_fail = partial(errors.fail, "pdlm-eval")
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -135,7 +136,7 @@ def report(
 
 
 @app.command()
-@telling.says_why("pdlm-eval")
+@errors.exit_on_error("pdlm-eval")
 def strict(
     results: Annotated[Path, typer.Argument(help="Predictions of VLMEvalKit or samples of lmms-eval.")],
     benchmark: Annotated[str | None, typer.Option(help="Default: the one in the file's name.")] = None,
@@ -153,7 +154,7 @@ def strict(
     out = out or results.with_name(f"{results.stem}_strict.json")
     if out.suffix != ".json":
         raise ValueError(f"--out {out}: must end in .json; the verdicts go beside it, in .jsonl.")
-    server = Judge(
+    server = ChatClient(
         judge,
         base_url,
         key_in(api_key_env),
@@ -167,7 +168,7 @@ def strict(
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task("judging", total=len(rows))
             score, verdicts = judge_results(rows, server, lambda done, _: bar.update(task, completed=done))
-    except JudgeError as error:
+    except ServerError as error:
         raise _fail(error, 1) from None
     finally:
         server.close()

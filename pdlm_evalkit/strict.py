@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.app.replies import Judge, Reply, Request
+from pdlm_hf.client.chat import ChatClient, Reply, Request
 
 from .report import read_lines
 
@@ -153,21 +153,21 @@ def request_for(row: Row) -> Request:
 
 
 def judge_results(
-    rows: list[Row], judge: Judge, progress: Callable[[int, Reply], None] | None = None
+    rows: list[Row], judge: ChatClient, progress: Callable[[int, Reply], None] | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Ask about every row and count.
 
     Args:
         rows (`list[Row]`): from [`read_results`].
-        judge (`Judge`)
-        progress (*optional*): see [`Judge.ask_many`].
+        judge (`ChatClient`)
+        progress (*optional*): see [`ChatClient.ask_many`].
 
     Returns:
         accuracy (share of all rows) with its counts, and the rows with their verdicts: "CORRECT", "INCORRECT",
         "UNPARSED" or "FAILED".
 
     Raises:
-        JudgeError: the judge is of no use; what it said so far is in the cache.
+        ServerError: the judge is of no use; what it said so far is in the cache.
     """
     verdicts = ["FAILED"] * len(rows)
     for index, reply in judge.ask_many([request_for(row) for row in rows], progress):

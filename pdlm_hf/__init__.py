@@ -1,41 +1,21 @@
 """PerceptionDLM for transformers. Importing it registers the models with the Auto classes."""
 
-from .app.captioner import RegionCaptioner
-from .app.regions import Region
-from .app.register import register
-from .configuration_pdlm import PdlmBaseConfig, PdlmConfig, PdlmTextConfig
-from .generation_config_pdlm import PdlmGenerationConfig
-from .generation_pdlm import PdlmGenerationOutput
-from .image_processing_pdlm import PdlmImageProcessorPil
-from .modeling_pdlm import (
-    PdlmBaseForConditionalGeneration,
-    PdlmForConditionalGeneration,
-    PdlmModel,
-    PdlmPreTrainedModel,
-)
-from .processing_pdlm import PdlmProcessor, RegionCaption
-from .shapes import BASE_CHECKPOINT, CHECKPOINT
+from typing import Any
+
+import lazy_loader
+
+from .captioning.registration import announce, register
 
 __version__ = "0.1.0"
 
-register()
+_lazy, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-__all__ = [
-    "BASE_CHECKPOINT",
-    "CHECKPOINT",
-    "PdlmBaseConfig",
-    "PdlmBaseForConditionalGeneration",
-    "PdlmConfig",
-    "PdlmForConditionalGeneration",
-    "PdlmGenerationConfig",
-    "PdlmGenerationOutput",
-    "PdlmImageProcessorPil",
-    "PdlmModel",
-    "PdlmPreTrainedModel",
-    "PdlmProcessor",
-    "PdlmTextConfig",
-    "Region",
-    "RegionCaption",
-    "RegionCaptioner",
-    "register",
-]
+
+def __getattr__(name: str) -> Any:
+    value = _lazy(name)
+    if name.startswith("Pdlm"):  # a class of the model
+        register()
+    return value
+
+
+announce()

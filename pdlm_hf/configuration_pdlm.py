@@ -1,4 +1,4 @@
-"""Configuration of PerceptionDLM: sizes, special token ids and the two behaviour switches.
+"""Configuration of PerceptionDLM: sizes, special token ids and the two overrides switches.
 
 The reference's own `config.json` (nested under other names) is translated here and nowhere else.
 """
@@ -175,6 +175,7 @@ class PdlmConfig(PreTrainedConfig):
     """
 
     model_type = "pdmllm"
+    _auto_class = "AutoConfig"  # save_pretrained writes the code beside the weights, for trust_remote_code
     sub_configs = {"text_config": PdlmTextConfig, "vision_config": SiglipVisionConfig}
 
     text_config: _SubConfig = None

@@ -278,6 +278,8 @@ class PdlmImageProcessorPil(PilBackend):
     `size` is the side of a tile. See [`preprocess`] for what it returns.
     """
 
+    _auto_class = "AutoImageProcessor"
+
     valid_kwargs = PdlmImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grids", "region_masks", "region_boxes", "original_sizes"]
     resample = PILImageResampling.BICUBIC

@@ -316,7 +316,7 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PdlmAdapterMixin):
             init.normal_(module.region_embedding.weight)  # nn.Embedding's default, as in the reference
 
 
-class PdlmEyes:
+class PdlmVisionMixin:
     """What PerceptionDLM sees with: vision tower, region prompts, projector, RoI replay. Of any language model."""
 
     config: PdlmConfig
@@ -436,7 +436,7 @@ def _check_placeholders(count: torch.Tensor, features: int | torch.Tensor, kind:
     )
 
 
-class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
+class PdlmModel(PdlmVisionMixin, PdlmPreTrainedModel):
     """PerceptionDLM without the language-model head."""
 
     config: PdlmConfig
@@ -592,6 +592,8 @@ class PdlmModel(PdlmEyes, PdlmPreTrainedModel):
 class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
     """PerceptionDLM with its language-model head, loss and diffusion `generate`."""
 
+    _auto_class = "AutoModelForImageTextToText"
+
     _tied_weights_keys = {}
     generation_config_class = PdlmGenerationConfig
     accepts_loss_kwargs = False  # the loss averages over samples itself
@@ -676,7 +678,7 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
         if labels is not None and (noise_mask is None or mask_probability is None):
             raise ValueError(
                 "`labels` need `noise_mask` and `mask_probability`: diffusion training masks part of the answer. "
-                "Use the collator (pdlm_hf.app.collator.PdlmCollator), which draws both."
+                "Use the collator (pdlm_hf.training.PdlmCollator), which draws both."
             )
         if noise_mask is not None:
             noise_mask = noise_mask.bool() & (labels != -100 if labels is not None else True)

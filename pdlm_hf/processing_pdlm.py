@@ -119,6 +119,8 @@ class PdlmProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): Jinja; default: the reference's.
     """
 
+    _auto_class = "AutoProcessor"
+
     valid_processor_kwargs: Any = PdlmProcessorKwargs
 
     def __init__(

@@ -137,7 +137,7 @@ def base_name(base: str, folder: Path) -> str:
 
 def write_base(folder: Path, recipe: Recipe, mark: str) -> None:
     """Note in a run's folder which base it belongs to, its switches and its settings of `generate`."""
-    noted = {"base": base_name(recipe.base, folder), "fingerprint": mark, **behaviour(recipe)}
+    noted = {"base": base_name(recipe.base, folder), "fingerprint": mark, **overrides(recipe)}
     if recipe.model in EMBEDDED:
         noted["embedded"] = EMBEDDED[recipe.model].name
     (folder / BASE_FILE).write_text(json.dumps(noted, indent=1) + "\n")
@@ -161,13 +161,13 @@ def finish_adapter(folder: Path, recipe: Recipe, config: PreTrainedConfig) -> No
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card, with this machine's path of the base
 
 
-def behaviour(recipe: Recipe) -> dict[str, dict[str, Any]]:
+def overrides(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What a recipe changes of the model besides its weights."""
     return {"switches": recipe.switches.model_dump(exclude_none=True), "generation": recipe.generation}
 
 
-def behave(model, noted: dict[str, dict[str, Any]]) -> None:
-    """Set what [`behaviour`] says."""
+def apply_overrides(model, noted: dict[str, dict[str, Any]]) -> None:
+    """Set what [`overrides`] says."""
     for name, value in noted["switches"].items():
         setattr(model.config, name, value)
     model.generation_config.update(**noted["generation"])
@@ -219,7 +219,7 @@ def load_adapter(folder: str | Path, base: str | Path | None = None, **kwargs: A
     base = str(base or adapter_base(folder))
     check_base(folder, base)
     model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
-    behave(model, noted)
+    apply_overrides(model, noted)
     return PeftModel.from_pretrained(model, folder).eval(), AutoProcessor.from_pretrained(folder)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.app.jsonl import append_rows, read_rows
+from pdlm_hf.regions.files import append_rows, read_rows
 
 from .convert import relocated
 from .rows import open_row_image, sound_row

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pdlm_hf.app.replies import Judge, key_in, public_url
+from pdlm_hf.client.chat import ChatClient, key_in, public_url
 
-from .data_cli import Data, Images, fail, says_why
+from .data_cli import Data, Images, exit_on_error, fail
 
 app = typer.Typer(
     help="Build captioned region data: caption, check, remask, filter. Each step reads rows and writes rows.",
@@ -25,10 +25,10 @@ Timeout = Annotated[float, typer.Option(help="Seconds to wait for the server.")]
 MaxTokens = Annotated[int, typer.Option(help="Length of a reply at most.")]
 
 
-def _server(out: Path, url: str, model: str, key_env: str | None, settings: dict, **options: Any) -> Judge:
+def _server(out: Path, url: str, model: str, key_env: str | None, settings: dict, **options: Any) -> ChatClient:
     """The server, with its replies beside `out`. Raises: ValueError if the key is not there."""
     key = key_in(key_env)
-    return Judge(model, url, key, settings, cache=out.with_suffix(".replies.sqlite"), **options)
+    return ChatClient(model, url, key, settings, cache=out.with_suffix(".replies.sqlite"), **options)
 
 
 def _run(data: str, images: Path | None, out: Path, decide: Any, settings: dict, captions: bool = True) -> None:
@@ -51,7 +51,7 @@ def _run(data: str, images: Path | None, out: Path, decide: Any, settings: dict,
 
 
 @app.command()
-@says_why
+@exit_on_error
 def caption(
     data: Data,
     out: Out,
@@ -68,8 +68,8 @@ def caption(
     timeout: Timeout = 300.0,
 ) -> None:
     """Describe regions through a server."""
-    from pdlm_hf.app.views import CROPS_PROMPT
     from pdlm_hf.processing_pdlm import DEFAULT_QUESTION
+    from pdlm_hf.regions.crops import CROPS_PROMPT
 
     from .build_steps import caption_step
 
@@ -83,7 +83,7 @@ def caption(
 
 
 @app.command()
-@says_why
+@exit_on_error
 def check(
     data: Data,
     out: Out,
@@ -107,7 +107,7 @@ def check(
 
 
 @app.command()
-@says_why
+@exit_on_error
 def remask(
     data: Data,
     out: Out,
@@ -127,7 +127,7 @@ def remask(
 
 
 @app.command("filter")
-@says_why
+@exit_on_error
 def filter_captions(
     data: Data,
     out: Out,

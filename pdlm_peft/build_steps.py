@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pdlm_hf.app.regions import Region, parse_region
-from pdlm_hf.app.replies import Judge, Request
-from pdlm_hf.app.views import crops_message, pictures_message
+from pdlm_hf.client.chat import ChatClient, Request
+from pdlm_hf.regions.crops import crops_message, images_message
+from pdlm_hf.regions.region import Region, parse_region
 
 from .build import Decide, Task, Verdict
 from .rows import Fault, RowError
@@ -34,7 +34,7 @@ def mask_of(task: Task, image: Image.Image) -> np.ndarray:
 
 
 def ask(
-    server: Judge,
+    server: ChatClient,
     tasks: Iterable[Task],
     request: Callable[[Task], Request | None],
     read: Callable[[Task, str], Verdict],
@@ -42,7 +42,7 @@ def ask(
     """Ask a server about each region; several requests at a time, pictures opened as they are sent.
 
     Args:
-        server (`Judge`): keeps its replies, so that nothing is asked twice, also after kill -9.
+        server (`ChatClient`): keeps its replies, so that nothing is asked twice, also after kill -9.
         tasks: the regions.
         request: what to ask; None if the region stays as it is.
         read: what a reply means.
@@ -70,11 +70,11 @@ def ask(
         yield task, Verdict(task.region)
 
 
-def caption_step(server: Judge, prompt: str, style: str = "crops", replace: bool = False) -> Decide:
+def caption_step(server: ChatClient, prompt: str, style: str = "crops", replace: bool = False) -> Decide:
     """Describe regions.
 
     Args:
-        server (`Judge`): any vision-language model, or our own server.
+        server (`ChatClient`): any vision-language model, or our own server.
         prompt (`str`): the question.
         style (`str`): "crops" shows the picture with the region outlined and the part around it; "regions" sends the
             region itself, as our own server takes it.
@@ -91,7 +91,7 @@ def caption_step(server: Judge, prompt: str, style: str = "crops", replace: bool
         if style == "crops":
             return {"messages": [crops_message(image, mask, prompt)]}
         shape = {key: task.region[key] for key in ("id", "segmentation", "bbox") if key in task.region}
-        return {"messages": [pictures_message([image], prompt)], "mm_processor_kwargs": {"regions": [shape]}}
+        return {"messages": [images_message([image], prompt)], "mm_processor_kwargs": {"regions": [shape]}}
 
     def read(task: Task, text: str) -> Verdict:
         if style == "regions":
@@ -107,11 +107,11 @@ def caption_step(server: Judge, prompt: str, style: str = "crops", replace: bool
     return lambda tasks: ask(server, tasks, request, read)
 
 
-def check_step(server: Judge, prompt: str = CHECK_PROMPT) -> Decide:
+def check_step(server: ChatClient, prompt: str = CHECK_PROMPT) -> Decide:
     """Keep regions whose caption agrees with their `category`, as a language model sees it.
 
     Args:
-        server (`Judge`): the language model.
+        server (`ChatClient`): the language model.
         prompt (`str`): with {category} and {caption}.
     """
     if "{category}" not in prompt or "{caption}" not in prompt:

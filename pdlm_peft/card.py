@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from pdlm_hf.app.card import write_card
+from pdlm_hf.captioning.card import write_card
 
 from .adapters import base_name
 from .recipe import EMBEDDED, Recipe
@@ -14,7 +14,7 @@ _MERGE = "For vLLM, or without PEFT: `pdlm-peft merge {folder} MERGED`, then `vl
 
 
 def write_run_card(recipe: Recipe, record: dict[str, Any], folder: Path) -> None:
-    """Write the card of a run, see [`~pdlm_hf.app.card.write_card`].
+    """Write the card of a run, see [`~pdlm_hf.captioning.write_card`].
 
     Args:
         recipe ([`~recipe.Recipe`]): what was asked for.

@@ -65,11 +65,11 @@ def convert(
         found = find_source(source, images)
         rows, folder = gar_rows(found, counts) if form == "gar" else reference_rows(found), found.own_folder
     start = None if images is not None else folder
-    write_rows(out, counted((relocated(row, start, out.parent) for row in rows), counts))
+    write_rows(out, count_rows((relocated(row, start, out.parent) for row in rows), counts))
     return counts
 
 
-def counted(rows: Iterable[dict], counts: Counter) -> Iterator[dict]:
+def count_rows(rows: Iterable[dict], counts: Counter) -> Iterator[dict]:
     """Rows that have regions, counted. Raises: RowError for one of another form."""
     for number, row in enumerate(rows, 1):
         if not row["regions"]:
@@ -202,8 +202,8 @@ def coco_rows(
 
 def _panoptic_segments(annotations: list[dict], folder: Path, counts: Counter) -> Iterator[dict]:
     """The segments of a picture with their RLE, read from the colours of its PNG (R + 256 G + 256^2 B is the id)."""
-    from pdlm_hf.app.images import load_image
-    from pdlm_hf.app.regions import Region
+    from pdlm_hf.regions.images import load_image
+    from pdlm_hf.regions.region import Region
 
     for annotation in annotations:
         pixels = np.asarray(load_image(folder / Path(annotation["file_name"]).name), dtype=np.uint32)
@@ -338,7 +338,7 @@ def split(
     for out, count, wanted in ((train, counts[0], False), (held_out, counts[1], True)):
         rows = reference_rows(found)
         own = (row for row in rows if (_picture_key(row, found.folder) in chosen) == wanted)
-        write_rows(out, counted((relocated(row, found.own_folder, out.parent) for row in own), count))
+        write_rows(out, count_rows((relocated(row, found.own_folder, out.parent) for row in own), count))
         count["pictures"] = number if wanted else len(keys) - number
     return counts
 

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from pdlm_hf.app.regions import parse_region
+from pdlm_hf.regions.region import parse_region
 
 from .rows import Fault, RowError, open_row_image, row_size, size_fault, sound_row
 from .sources import Source, find_source, open_table, parse_line, raw_rows
@@ -30,7 +30,7 @@ class _RowDataset(Dataset):
 
 
 class RegionDataset(_RowDataset):
-    """Pictures with captioned regions, as [`~pdlm_hf.app.collator.PdlmCollator`] takes them.
+    """Pictures with captioned regions, as [`~pdlm_hf.training.PdlmCollator`] takes them.
 
     A JSONL file is read line by line when a row is asked for, so that only positions are in memory; a JSON list and a
     COCO file are held as read; pictures and masks are decoded when asked for.
@@ -62,7 +62,7 @@ class RegionDataset(_RowDataset):
 
 
 class ChatDataset(_RowDataset):
-    """Conversations about pictures, as [`~pdlm_hf.app.collator.PdlmCollator`] takes them.
+    """Conversations about pictures, as [`~pdlm_hf.training.PdlmCollator`] takes them.
 
     Rows are LLaVA's `{"image": path or list (optional), "conversations": [{"from": "human" | "gpt", "value"}]}`, with
     `<image>` where a picture belongs, or `{"images", "messages": [{"role", "content"}]}`.

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pdlm_hf.app import telling
+from pdlm_hf.cli import errors
 
-fail, says_why = partial(telling.fail, "pdlm-peft"), telling.says_why("pdlm-peft")
+fail, exit_on_error = partial(errors.fail, "pdlm-peft"), errors.exit_on_error("pdlm-peft")
 SHOWN = 50  # faults printed unless asked otherwise
 SAMPLES = 4
 
@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(build_cli.app, name="build")
 
 
-@says_why
+@exit_on_error
 def validate(
     data: Data,
     images: Images = None,
@@ -45,7 +45,7 @@ def validate(
     """Check region data or conversations: every fault with its row, and a summary. Exit code 1 if there are faults."""
     from transformers import AutoProcessor
 
-    from pdlm_hf.shapes import BASE_CHECKPOINT, CHECKPOINT
+    from pdlm_hf.captioning.checkpoints import BASE_CHECKPOINT, CHECKPOINT
 
     from .sources import find_source
     from .validate import Validator, draw_samples
@@ -57,7 +57,7 @@ def validate(
         raise ValueError("--draw and --max-regions are for region data, not for --chat.")
     source = find_source(data, images)
     if draw is not None and not draw.is_dir():
-        from pdlm_hf.app.drawing import check_target
+        from pdlm_hf.render.drawing import check_target
 
         check_target(draw)
     processor = AutoProcessor.from_pretrained(str(model or (BASE_CHECKPOINT if chat else CHECKPOINT)))
@@ -106,7 +106,7 @@ def _say_summary(report: Any) -> None:
     typer.echo(f"faults: {counts or 'none'}")
 
 
-@says_why
+@exit_on_error
 def convert(
     source: Annotated[str, typer.Argument(help="The annotation file, or a saved table.")],
     out: Annotated[Path, typer.Argument(help="JSONL file to write.")],
@@ -137,7 +137,7 @@ def convert(
         raise fail("no row was written", 1)
 
 
-@says_why
+@exit_on_error
 def split(
     data: Data,
     train: Annotated[Path, typer.Argument(help="JSONL file to write, for training.")],

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pdlm_hf import PdlmProcessor
-from pdlm_hf.app.collator import partition_regions
 from pdlm_hf.image_processing_pdlm import best_grid
+from pdlm_hf.training.collator import partition_regions
 
 from .recipe import Data
 
@@ -173,7 +173,7 @@ class TrainingRows(Dataset):
     """Rows of a [`plan`], each with its regions and the seed of its noise.
 
     Args:
-        dataset: map-style; rows as [`~pdlm_hf.app.collator.PdlmCollator`] wants them.
+        dataset: map-style; rows as [`~pdlm_hf.training.PdlmCollator`] wants them.
         steps (`list[Step]`), seed (`int`)
     """
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from pdlm_hf.app.images import load_image, open_image
+from pdlm_hf.regions.images import load_image, open_image
 
 ROW_KEYS = {"image", "regions", "question", "width", "height", "id", "meta"}
 REGION_KEYS = {

@@ -11,8 +11,8 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 
 from pdlm_hf import RegionCaptioner
-from pdlm_hf.app.drawing import draw_captions
-from pdlm_hf.app.regions import parse_regions
+from pdlm_hf.regions.region import parse_regions
+from pdlm_hf.render.drawing import draw_captions
 
 logger = logging.getLogger(__name__)
 

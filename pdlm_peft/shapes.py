@@ -9,8 +9,8 @@ import math
 
 from PIL import ImageDraw
 
-from pdlm_hf.shapes.train import ShapesDataset
-from pdlm_hf.shapes.world import SHAPES_WORLD, World
+from pdlm_hf.shapes.dataset import ShapesDataset
+from pdlm_hf.shapes.scenes import SHAPES_WORLD, World
 
 COLOURS = {"pink": (255, 150, 190), "cyan": (70, 215, 222), "wine": (112, 20, 52), "sand": (232, 208, 150)}
 ACCENTS = {"wine": (240, 220, 225)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.app.telling import needs
+from pdlm_hf.errors_pdlm import MissingPackageError
 
 from .rows import REGION_KEYS, Fault, RowError
 
@@ -230,7 +230,7 @@ def open_table(source: Source, streaming: bool = False) -> Any:
     try:
         import datasets
     except ImportError:
-        raise ImportError(needs("datasets", "peft")) from None
+        raise MissingPackageError("datasets", "peft") from None
     try:
         if source.kind == "table":
             table = datasets.load_from_disk(str(source.file))

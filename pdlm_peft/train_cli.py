@@ -8,10 +8,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .data_cli import fail, says_why
+from .data_cli import exit_on_error, fail
 
 
-@says_why
+@exit_on_error
 def train(
     recipe: Annotated[str, typer.Argument(help="A packaged recipe (see --list) or a YAML file.")] = "",
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings of it: key=value, dotted keys.")] = None,
@@ -47,7 +47,7 @@ def train(
         typer.echo(f"{settings.output}: {record['steps']} steps, {record['seconds']:.0f} s; {_scores(record)}")
 
 
-@says_why
+@exit_on_error
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     out: Annotated[Path, typer.Argument(help="New checkpoint folder.")],

@@ -11,12 +11,21 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import TrainerCallback
 
-from pdlm_hf.app.collator import PdlmCollator
-from pdlm_hf.app.telling import needs
-from pdlm_hf.shapes.train import Clock, InOrderTrainer
+from pdlm_hf.errors_pdlm import MissingPackageError
+from pdlm_hf.training.collator import PdlmCollator
+from pdlm_hf.training.trainer import Clock, InOrderTrainer
 from pdlm_hf.versions_pdlm import CHECKPOINTING
 
-from .adapters import BASE_FILE, add_adapter, behave, behaviour, fingerprint, finish_adapter, read_base, write_base
+from .adapters import (
+    BASE_FILE,
+    add_adapter,
+    apply_overrides,
+    fingerprint,
+    finish_adapter,
+    overrides,
+    read_base,
+    write_base,
+)
 from .card import write_run_card
 from .plan import StreamedRows, TrainingRows, held_out_rows, open_dataset, plan
 from .recipe import ALIASES, Recipe
@@ -113,7 +122,7 @@ def arguments(recipe: Recipe) -> TrainingArguments:
     available = get_available_reporting_integrations()
     for name in (name for name in found.report_to or () if name not in available):
         if name == "tensorboard":
-            raise ImportError(needs(name, name))
+            raise MissingPackageError(name, name)
         raise ImportError(f"`training.report_to`: {name} is not known or not installed, perhaps: pip install {name}")
     return found
 
@@ -158,7 +167,7 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
         attn_implementation={"text_config": recipe.attention} if recipe.attention else None,
         device_map={"": torch.cuda.current_device()} if recipe.quantize else None,
     )
-    behave(model, behaviour(recipe))
+    apply_overrides(model, overrides(recipe))
     if recipe.data.kind != "chat" and not model.config.num_region_prompts:
         raise ValueError(f"{recipe.model} is a base (chat) checkpoint without region prompts; set `data.kind: chat`.")
     if adapter is not None:

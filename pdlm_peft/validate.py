@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pdlm_hf.app.regions import region_areas
+from pdlm_hf.regions.region import region_areas
 
 from .data import decode_row
 from .rows import WHOLE, Fault, RowError, check_row, normal_row, open_row_image, row_size, size_fault
@@ -258,9 +258,9 @@ def draw_samples(samples: list[tuple[int, Any]], folder: Path | None, out: Path)
     Raises:
         ValueError: a picture cannot be opened.
     """
-    from pdlm_hf.app.drawing import contact_sheet, draw_captions
-    from pdlm_hf.app.regions import Region
     from pdlm_hf.processing_pdlm import RegionCaption
+    from pdlm_hf.regions.region import Region
+    from pdlm_hf.render.drawing import contact_sheet, draw_captions
 
     drawn = []
     for number, raw in samples:

@@ -12,7 +12,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_regist
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from pdlm_hf.conversion_pdlm import PARAMETER_PREFIXES
-from pdlm_hf.modeling_pdlm import PdlmEyes
+from pdlm_hf.modeling_pdlm import PdlmVisionMixin
 
 from .processing import PdlmDummyInputs, PdlmMultiModalProcessor, PdlmProcessingInfo
 
@@ -40,7 +40,7 @@ def parameter_name(name: str) -> str | None:
 
 
 @MULTIMODAL_REGISTRY.register_processor(PdlmMultiModalProcessor, info=PdlmProcessingInfo, dummy_inputs=PdlmDummyInputs)
-class PdlmForVllm(nn.Module, PdlmEyes, SupportsMultiModal):
+class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
     """PerceptionDLM (regions, and chat about whole pictures)."""
 
     packed_modules_mapping = {

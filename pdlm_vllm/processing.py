@@ -13,9 +13,9 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
 from pdlm_hf import PdlmProcessor
-from pdlm_hf.app.regions import parse_regions
 from pdlm_hf.image_processing_pdlm import to_rgb
 from pdlm_hf.processing_pdlm import area_order
+from pdlm_hf.regions.region import parse_regions
 
 from .plan import DEFAULT_SLOTS, MAX_TAIL
 

@@ -12,10 +12,10 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from pdlm_hf import PdlmGenerationConfig, Region, RegionCaption
-from pdlm_hf.app.images import load_image
-from pdlm_hf.app.regions import parse_regions
 from pdlm_hf.denoising_pdlm import as_list
 from pdlm_hf.processing_pdlm import PdlmProcessor, area_order
+from pdlm_hf.regions.images import load_image
+from pdlm_hf.regions.region import parse_regions
 
 from .plan import DEFAULT_SLOTS, REPORT, STREAM
 from .processing import check_pixels, check_question

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import pdlm_hf  # noqa: F401  (registers the Auto classes)
-from pdlm_hf.shapes.model import build_processor
-from pdlm_hf.shapes.world import draw_picture
+from pdlm_hf.shapes.scenes import draw_picture
+from tools.shapes.model import build_processor
 
 for _helpers in ("hf", "evalkit", "peft"):
     sys.path.insert(0, str(Path(__file__).parent / _helpers))

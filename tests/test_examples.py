@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlm_hf.shapes.world import read
+from pdlm_hf.shapes.scenes import read
 
 ROOT = Path(__file__).parent.parent
 # What the pictured regions are, by position of the mask.
@@ -56,7 +56,7 @@ def test_captions_of_the_example_picture_are_true():
     assert figures(run(["examples/caption_regions.py"]).stdout.splitlines()) == FIGURES
     masks = [part for k in range(6) for part in ("--mask", f"examples/shapes_mask_{k}.png")]
     for extra in ([], ["--fast"]):
-        command = ["-m", "pdlm_hf.app.cli", "caption", "examples/shapes.png", *masks, *extra]
+        command = ["-m", "pdlm_hf.cli.main", "caption", "examples/shapes.png", *masks, *extra]
         assert figures(run(command).stdout.splitlines()) == FIGURES
 
 

@@ -11,7 +11,7 @@ from packaging.version import Version
 from typer.testing import CliRunner
 
 import pdlm_evalkit.cli
-import pdlm_hf.app.cli
+import pdlm_hf.cli.main
 import pdlm_peft.cli
 
 if sys.version_info >= (3, 11):
@@ -115,7 +115,7 @@ def test_there_is_one_version():
 
 
 @pytest.mark.parametrize(
-    ("program", "module"), [("pdlm", pdlm_hf.app.cli), ("pdlm-eval", pdlm_evalkit.cli), ("pdlm-peft", pdlm_peft.cli)]
+    ("program", "module"), [("pdlm", pdlm_hf.cli.main), ("pdlm-eval", pdlm_evalkit.cli), ("pdlm-peft", pdlm_peft.cli)]
 )
 def test_commands_say_their_version(program, module):
     result = CliRunner().invoke(module.app, ["--version"])

@@ -32,12 +32,12 @@ def run(*command: str, folder: Path = CLONE, path: str | None = None) -> str:
 
 
 def test_captions():
-    out = run("-m", "pdlm_hf.app.cli", "caption", "examples/shapes.png", "--mask", "examples/shapes_mask_0.png")
+    out = run("-m", "pdlm_hf.cli.main", "caption", "examples/shapes.png", "--mask", "examples/shapes_mask_0.png")
     assert "One dotted cross, big and blue." in out
 
 
 def test_chat():
-    out = run("-m", "pdlm_hf.app.cli", "chat", "examples/two_shapes.png", "What colour is the circle?")
+    out = run("-m", "pdlm_hf.cli.main", "chat", "examples/two_shapes.png", "What colour is the circle?")
     assert out.splitlines()[0] == "Yellow."
 
 
@@ -54,7 +54,7 @@ def test_training_step(tmp_path):
 
 def test_exported_code(tmp_path):
     """The code that travels with a checkpoint, without the package."""
-    run("-m", "pdlm_hf.app.cli", "export", str(pdlm_hf.CHECKPOINT), str(tmp_path / "exported"))
+    run("-m", "pdlm_hf.cli.main", "export", str(pdlm_hf.CHECKPOINT), str(tmp_path / "exported"))
     assert run("-c", LOAD.format(str(tmp_path / "exported")), folder=tmp_path, path="") == "True PdlmProcessor\n"
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
-from pdlm_hf.app.bench_model import SHAPES
+from pdlm_hf.bench.model import SHAPES
 
 from .passes import agreement, attention, kernels, phases, scaling, step
 from .run import Run, Stage, brief

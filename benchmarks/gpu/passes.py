@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 import pdlm_hf.split_attention_pdlm as split
-from pdlm_hf.app.bench_model import bound
+from pdlm_hf.bench.model import bound
 from pdlm_hf.canvas_pdlm import CanvasView, RegionCanvas
 from pdlm_hf.denoising_pdlm import GenerationTask
 from pdlm_hf.generation_config_pdlm import PdlmGenerationConfig

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from pdlm_hf.app.bench_model import SHAPES, Bench
-from pdlm_hf.app.jsonl import write_json
+from pdlm_hf.bench.model import SHAPES, Bench
+from pdlm_hf.regions.files import write_json
 
 MAX_REGIONS = 8  # the model has room for
 LOST = 3  # exit code

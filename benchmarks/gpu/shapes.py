@@ -5,7 +5,7 @@ import time
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pdlm_hf.shapes import CHECKPOINT
+from pdlm_hf.captioning.checkpoints import CHECKPOINT
 from pdlm_hf.shapes.evaluate import Tally, held_out
 from pdlm_hf.split_attention_pdlm import NAME
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from pdlm_hf.app.bench import compare
+from pdlm_hf.bench.decode import compare
 
 from .run import Run
 

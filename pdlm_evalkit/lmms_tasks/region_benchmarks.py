@@ -20,7 +20,8 @@ import numpy as np
 from loguru import logger
 from PIL import Image
 
-from pdlm_hf.app.replies import Judge, JudgeError, key_in
+from pdlm_hf.client.chat import ChatClient, key_in
+from pdlm_hf.errors_pdlm import ServerError
 
 from ..paradlc.captioning import MASKS_PER_PASS, PROMPTS, masks_of, passes_of
 from ..paradlc.data import Benchmark, check_pictures, load_benchmark, open_picture, write_json
@@ -41,11 +42,11 @@ def benchmark_of(name: str) -> Benchmark:
 
 
 @lru_cache(maxsize=1)
-def judge_from_environment() -> Judge | None:
+def judge_from_environment() -> ChatClient | None:
     """The judge the environment names, after one call to it; None for "none".
 
     Raises:
-        ValueError: none is named. JudgeError: it does not answer.
+        ValueError: none is named. ServerError: it does not answer.
     """
     name = os.environ.get("PDLM_JUDGE")
     if not name:
@@ -56,7 +57,7 @@ def judge_from_environment() -> Judge | None:
         return None
     preset = preset_of(name, os.environ.get("PDLM_JUDGE_URL"), os.environ.get("PDLM_JUDGE_KEY_ENV"))
     key = key_in(preset.key_env)
-    judge = Judge(preset.model, preset.base_url, key, preset.settings, cache=judge_cache())
+    judge = ChatClient(preset.model, preset.base_url, key, preset.settings, cache=judge_cache())
     judge.probe()
     return judge
 
@@ -107,8 +108,8 @@ def _scored(name: str, digest: str, captions: tuple[tuple[str, str], ...]) -> di
     write_json(kept, dict(captions))  # lmms-eval writes nothing when a judge gives up
     try:
         answers, _ = judge_captions(judge, benchmark, dict(captions), with_images)
-    except JudgeError as error:
-        raise JudgeError(f"{error} The captions are in {kept}; `pdlm-eval paradlc judge {kept}` goes on.") from error
+    except ServerError as error:
+        raise ServerError(f"{error} The captions are in {kept}; `pdlm-eval paradlc judge {kept}` goes on.") from error
     asked = dict(captions)  # with --limit not all of them
     questions = {key: mask.questions for key, mask in benchmark.masks.items() if key in asked}
     return totals(score_answers(questions, answers, benchmark=name))

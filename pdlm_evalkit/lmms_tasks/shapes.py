@@ -11,7 +11,7 @@ from pdlm_hf.processing_pdlm import DEFAULT_QUESTION
 from pdlm_hf.shapes.evaluate import held_out_picture
 from pdlm_hf.shapes.evaluate_base import held_out_question
 from pdlm_hf.shapes.questions import Question, is_right
-from pdlm_hf.shapes.world import Picture, describe, read
+from pdlm_hf.shapes.scenes import Picture, describe, read
 
 SEED = 11  # of README's scores
 

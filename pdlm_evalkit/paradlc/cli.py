@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pdlm_hf.app.replies import Judge, key_in, public_url
-from pdlm_hf.app.telling import says_why
+from pdlm_hf.cli.errors import exit_on_error
+from pdlm_hf.client.chat import ChatClient, key_in, public_url
 
 from .data import check_pictures, load_benchmark, load_questions, read_captions, read_json, write_json
 
@@ -59,7 +59,7 @@ def _settings(base: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
 
 
 @app.command()
-@says_why("pdlm-eval")
+@exit_on_error("pdlm-eval")
 def caption(
     annotations: Annotations,
     out: Annotated[Path, typer.Option(help="Run folder; a run that was stopped goes on.", show_default=False)],
@@ -172,7 +172,7 @@ def _from_server(
     job: Any, url: str, model: str, style: str, extra: list[str] | None, options: dict[str, Any], failed: list[str]
 ) -> tuple:
     """Run, lines and hardware (which is not ours to see) of a server."""
-    from pdlm_hf.app.views import CROPS_PROMPT
+    from pdlm_hf.regions.crops import CROPS_PROMPT
 
     from . import server as serving
     from .captioning import PROMPTS, passes_of
@@ -190,7 +190,7 @@ def _from_server(
     settings = {"source": "server", "style": style, "server": public_url(url), "model": model, "name": job.name}
     shape = {"prompt": prompt, "masks_per_pass": limit, "concurrency": options["concurrency"], **fields}
     run = job.run(settings | shape)
-    client = Judge(model, url, settings=fields, **options)
+    client = ChatClient(model, url, settings=fields, **options)
     lines = serving.server_lines(client, style, passes_of(job.benchmark, limit), prompt, slots, run, failed)
     return run, lines, {}
 
@@ -208,7 +208,7 @@ def _say_captioned(out: Path, totals: dict[str, Any], masks: int) -> None:
 
 
 @app.command()
-@says_why("pdlm-eval")
+@exit_on_error("pdlm-eval")
 def judge(
     captions: Annotated[Path, typer.Argument(help="Run folder, or a file {mask_id: caption}.")],
     annotations: Annotations,
@@ -251,7 +251,7 @@ def judge(
         check_pictures(data)
     folder = out or path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    client = Judge(
+    client = ChatClient(
         preset.model,
         preset.base_url,
         key,
@@ -278,7 +278,7 @@ def judge(
 
 
 @app.command()
-@says_why("pdlm-eval")
+@exit_on_error("pdlm-eval")
 def score(
     annotations: Annotations,
     answers: Annotated[Path, typer.Option(help="Replies: {mask_id: [recognition, question 1, ...]}.")],
@@ -308,7 +308,7 @@ def score(
 
 
 @app.command()
-@says_why("pdlm-eval")
+@exit_on_error("pdlm-eval")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Judged run folders.")],
     annotations: Annotated[Path | None, typer.Option(help="The benchmark's folder; default: that of the run.")] = None,

@@ -255,7 +255,7 @@ def open_picture(picture: Picture) -> Any:
 
 def decode_masks(picture: Picture) -> list[Any]:
     """The masks of a picture, in its order, as bool arrays (H, W). Raises: ValueError for a broken or empty one."""
-    from pdlm_hf.app.regions import parse_region
+    from pdlm_hf.regions.region import parse_region
 
     masks = []
     for mask in picture.masks:

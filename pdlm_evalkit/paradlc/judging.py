@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.app.replies import Judge, Reply, Request, public_url
-from pdlm_hf.app.telling import needs
-from pdlm_hf.app.views import crop_box, png_url
+from pdlm_hf.client.chat import ChatClient, Reply, Request, public_url
+from pdlm_hf.errors_pdlm import MissingPackageError
+from pdlm_hf.regions.crops import crop_box, png_url
 
 from .data import Benchmark, Mask, Question, decode_masks, open_picture, write_json
 from .scoring import RECOGNITION
@@ -122,7 +122,7 @@ def _inflect() -> Any:
     try:
         import inflect
     except ImportError:
-        raise ImportError(needs("the inflect package (wording of DLC-Bench)", "eval")) from None
+        raise MissingPackageError("the inflect package (wording of DLC-Bench)", "eval") from None
     return inflect.engine()
 
 
@@ -181,7 +181,7 @@ def judge_requests(
 
 
 def judge_captions(
-    judge: Judge,
+    judge: ChatClient,
     benchmark: Benchmark,
     captions: Mapping[str, str],
     with_images: bool,
@@ -190,18 +190,18 @@ def judge_captions(
     """Ask every question about every caption.
 
     Args:
-        judge (`Judge`): who answers.
+        judge (`ChatClient`): who answers.
         benchmark (`Benchmark`): the questions, and the pictures if they are shown.
         captions: by mask id; masks without are left out.
         with_images (`bool`): show the judge the region, as ParaDLC-Bench does; otherwise it reads the caption alone.
-        progress (*optional*): see [`Judge.ask_many`].
+        progress (*optional*): see [`ChatClient.ask_many`].
 
     Returns:
         replies `{mask_id: [...]}` in the benchmark's order, None where a call failed for good; and counts `n_calls`
         (replies received now), `n_cached`, `n_failed`, `prompt_tokens`, `completion_tokens`.
 
     Raises:
-        JudgeError: the judge is of no use; what it answered is in its cache.
+        ServerError: the judge is of no use; what it answered is in its cache.
     """
     where: list[tuple[str, int]] = []
 
@@ -239,7 +239,7 @@ def write_answers(
     folder: Path,
     run: Path | None,
     name: str,
-    judge: Judge,
+    judge: ChatClient,
     benchmark: Benchmark,
     captions: Mapping[str, str],
     with_images: bool,

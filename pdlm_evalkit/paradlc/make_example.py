@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from pdlm_hf.shapes.world import WORDS, Figure, Picture, draw_picture
+from pdlm_hf.shapes.scenes import WORDS, Figure, Picture, draw_picture
 
 NUM_PICTURES = 6
 SEED = 2026

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.app.telling import needs
+from pdlm_hf.errors_pdlm import MissingPackageError
 
 from .report import paper_beside
 
@@ -15,7 +15,7 @@ def check_target(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise ImportError(needs("matplotlib", "eval")) from None
+        raise MissingPackageError("matplotlib", "eval") from None
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lower().lstrip(".") not in kinds:
         raise ValueError(f"{path}: cannot be written as a picture; choose a name like report.png.")

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from pdlm_hf.app.replies import Judge, Reply, Request
-from pdlm_hf.app.views import crops_message, pictures_message
+from pdlm_hf.client.chat import ChatClient, Reply, Request
+from pdlm_hf.regions.crops import crops_message, images_message
 
 from .captioning import CaptionRun, Pass, areas_of, masks_of
 from .data import open_picture
@@ -16,12 +16,18 @@ MAX_REGIONS = 64  # of a request to our server, unless it is told otherwise
 
 
 def server_lines(
-    server: Judge, style: str, passes: list[Pass], prompt: str, max_new_tokens: int, run: CaptionRun, failed: list[str]
+    server: ChatClient,
+    style: str,
+    passes: list[Pass],
+    prompt: str,
+    max_new_tokens: int,
+    run: CaptionRun,
+    failed: list[str],
 ) -> Iterator[dict[str, Any]]:
     """Caption through a server.
 
     Args:
-        server (`Judge`): the server and the settings of each request.
+        server (`ChatClient`): the server and the settings of each request.
         style (`str`): "regions" sends a picture and all masks of a pass to our own server; "crops" sends, for a pass
             of one mask, the picture with its outline and a part of it, which any vision-language model reads.
         passes: what to caption.
@@ -35,7 +41,7 @@ def server_lines(
         time the run took, however many requests were under way. Requests that failed for good yield nothing.
 
     Raises:
-        JudgeError: the server is of no use.
+        ServerError: the server is of no use.
     """
     if style not in STYLES:
         raise ValueError(f"The style must be one of {', '.join(STYLES)}, got {style!r}.")
@@ -83,7 +89,7 @@ def regions_request(work: Pass, prompt: str) -> Request:
     """A picture with all masks of a pass, as our server takes them."""
     picture, masks = work
     return {
-        "messages": [pictures_message([open_picture(picture)], prompt)],
+        "messages": [images_message([open_picture(picture)], prompt)],
         "mm_processor_kwargs": {"regions": [mask.region for mask in masks]},
     }
 

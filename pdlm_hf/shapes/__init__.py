@@ -1,6 +1,5 @@
-"""The embedded defaults: a world of drawn shapes, and two tiny checkpoints trained on it, for regions and for chat."""
+"""The shapes data set: synthetic scenes, captions, questions, and the evaluation of the embedded checkpoints."""
 
-from pathlib import Path
+import lazy_loader
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
-BASE_CHECKPOINT = Path(__file__).parent / "checkpoint_base"
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from . import CHECKPOINT
-from .train import HELD_OUT
-from .world import SHAPES_WORLD, WORDS, Picture, World, draw_picture, read
+from ..captioning.checkpoints import CHECKPOINT
+from .dataset import HELD_OUT
+from .scenes import SHAPES_WORLD, WORDS, Picture, World, draw_picture, read
 
 
 def held_out(seed: int, count: int, easy: bool = False, world: World = SHAPES_WORLD) -> Iterator[Picture]:

@@ -20,8 +20,8 @@ from PIL import Image
 
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
+from .dataset import HELD_OUT
 from .questions import BLOCKS, FIGURES, KINDS, SLOTS, Question, draw_scene, is_right
-from .train import HELD_OUT
 
 
 def held_out_question(seed: int, index: int, kind: str, figures: int = FIGURES) -> tuple[Image.Image, Question]:

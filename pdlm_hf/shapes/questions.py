@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..image_processing_pdlm import best_grid
-from .world import COLOURS, TILE, WORDS, Figure, paint
+from .scenes import COLOURS, TILE, WORDS, Figure, paint
 
 FIGURES = 2  # at most, in the pictures a base checkpoint is scored on
 MOST_FIGURES = 4  # for which there are words and room

@@ -14,7 +14,7 @@ from typing import Any
 
 from local_server import LocalServer
 
-from pdlm_hf.shapes.world import WORDS
+from pdlm_hf.shapes.scenes import WORDS
 
 PROBE = "Answer with the letter A."
 FAULTS = ("500", "429", "429 later", "400", "401", "404", "quota", "garbage", "no choices", "drop", "half")

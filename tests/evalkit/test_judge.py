@@ -9,8 +9,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from judge_server import JudgeServer, text_of  # noqa: E402
 
-from pdlm_hf.app import replies as client  # noqa: E402
-from pdlm_hf.app.replies import Judge, JudgeError, ReplyCache, public_url  # noqa: E402
+from pdlm_hf.client import chat as client  # noqa: E402
+from pdlm_hf.client.chat import ChatClient, ReplyCache, public_url  # noqa: E402
+from pdlm_hf.errors_pdlm import ServerError  # noqa: E402
 
 KEY = "sk-very-secret-key"
 
@@ -32,7 +33,7 @@ def quick(monkeypatch):
 
 
 def ask(server, questions, **options):
-    judge = Judge("m", server.url, **options)
+    judge = ChatClient("m", server.url, **options)
     try:
         return dict(judge.ask_many(messages(question) for question in questions))
     finally:
@@ -113,7 +114,7 @@ def test_an_empty_reply_is_a_reply(tmp_path):
 
 def test_requests_may_have_settings_of_their_own():
     with JudgeServer(lambda body: str(body["extra"])) as server:
-        judge = Judge("m", server.url)
+        judge = ChatClient("m", server.url)
         replies = dict(judge.ask_many({"messages": messages("x"), "extra": k} for k in range(3)))
     assert [replies[k].text for k in range(3)] == ["0", "1", "2"]
 
@@ -128,7 +129,7 @@ def test_requests_may_have_settings_of_their_own():
 )
 def test_a_judge_of_no_use_stops_the_run_at_once(options, faults, said, tmp_path):
     with JudgeServer(echo, faults and (lambda number, body: faults), **options) as server:
-        with pytest.raises(JudgeError, match=said) as error:
+        with pytest.raises(ServerError, match=said) as error:
             ask(server, ["a", "b", "c"], api_key=KEY, concurrency=1, cache=tmp_path / "c")
     assert KEY not in str(error.value)
     assert len(server.bodies) <= 1 and server.answered == []
@@ -144,11 +145,11 @@ def test_an_unreachable_judge_is_said_before_anything_is_asked():
         asked.append(1)
         yield messages("x")
 
-    with pytest.raises(JudgeError, match="does not answer: no connection"):
-        list(Judge("m", server.url, retries=1).ask_many(requests()))
+    with pytest.raises(ServerError, match="does not answer: no connection"):
+        list(ChatClient("m", server.url, retries=1).ask_many(requests()))
     assert asked == [1]
-    with pytest.raises(JudgeError, match="does not answer: no connection"):
-        Judge("m", server.url).probe(chat=False)
+    with pytest.raises(ServerError, match="does not answer: no connection"):
+        ChatClient("m", server.url).probe(chat=False)
 
 
 def test_a_key_of_the_environment_goes_nowhere():
@@ -176,7 +177,7 @@ def test_refusals_stop_a_run_only_when_nothing_was_ever_answered(tmp_path):
             assert {str(k) for k, reply in replies.items() if reply.text is None} == refused
             assert all(reply.refused == (reply.text is None) for reply in replies.values())
         assert len(server.bodies) == 2 + 2 * len(refused)
-        with pytest.raises(JudgeError, match="last 3 calls to m failed"):
+        with pytest.raises(ServerError, match="last 3 calls to m failed"):
             ask(server, sorted(refused), give_up_after=3, concurrency=1)
 
 
@@ -197,7 +198,7 @@ def test_half_a_character_is_kept(tmp_path):
 
 def test_calls_that_keep_failing_stop_the_run(tmp_path):
     with JudgeServer(echo, lambda number, _: None if number < 5 else "500") as server:
-        with pytest.raises(JudgeError, match="last 3 calls to m failed"):
+        with pytest.raises(ServerError, match="last 3 calls to m failed"):
             ask(server, [str(k) for k in range(100)], concurrency=1, retries=1, give_up_after=3, cache=tmp_path / "c")
         assert len(server.bodies) == 5 + 3 * 2
     cache = ReplyCache(tmp_path / "c")
@@ -207,7 +208,7 @@ def test_calls_that_keep_failing_stop_the_run(tmp_path):
 def test_max_calls_stops_and_the_next_run_goes_on(tmp_path):
     with JudgeServer(echo) as server:
         questions = [str(k) for k in range(9)]
-        with pytest.raises(JudgeError, match="Stopped at 5 calls"):
+        with pytest.raises(ServerError, match="Stopped at 5 calls"):
             ask(server, questions, concurrency=2, max_calls=5, cache=tmp_path / "c")
         assert len(server.bodies) + server.probes == 5
         replies = ask(server, questions, cache=tmp_path / "c")
@@ -217,7 +218,7 @@ def test_max_calls_stops_and_the_next_run_goes_on(tmp_path):
 
 def test_an_iterator_that_is_left_keeps_what_came(tmp_path):
     with JudgeServer(echo) as server:
-        judge = Judge("m", server.url, cache=tmp_path / "c", concurrency=2)
+        judge = ChatClient("m", server.url, cache=tmp_path / "c", concurrency=2)
         replies = judge.ask_many(messages(str(k)) for k in range(50))
         for _ in range(10):
             next(replies)
@@ -231,11 +232,11 @@ def test_an_iterator_that_is_left_keeps_what_came(tmp_path):
 def test_progress_and_the_list_of_models():
     seen = []
     with JudgeServer(echo, model="m") as server:
-        judge = Judge("m", server.url)
+        judge = ChatClient("m", server.url)
         list(judge.ask_many([messages("a"), messages("b")], lambda count, reply: seen.append((count, reply.text))))
         judge.probe(chat=False)
-        with pytest.raises(JudgeError, match="has no model 'other', but m"):
-            Judge("other", server.url).probe(chat=False)
+        with pytest.raises(ServerError, match="has no model 'other', but m"):
+            ChatClient("other", server.url).probe(chat=False)
     assert [count for count, _ in seen] == [1, 2]
 
 
@@ -250,7 +251,7 @@ def test_progress_and_the_list_of_models():
 )
 def test_wrong_settings(options, said):
     with pytest.raises(ValueError, match=said):
-        Judge(**{"model": "m", "base_url": "http://127.0.0.1:1/v1", **options})
+        ChatClient(**{"model": "m", "base_url": "http://127.0.0.1:1/v1", **options})
 
 
 def test_a_file_that_is_no_cache(tmp_path):

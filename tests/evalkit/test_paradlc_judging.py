@@ -24,8 +24,8 @@ from pdlm_evalkit.paradlc import judging  # noqa: E402
 from pdlm_evalkit.paradlc.cli import app  # noqa: E402
 from pdlm_evalkit.paradlc.data import Question, decode_masks, load_benchmark, open_picture  # noqa: E402
 from pdlm_evalkit.paradlc.make_example import draw_pictures  # noqa: E402
-from pdlm_hf.app import replies as client  # noqa: E402
-from pdlm_hf.shapes.world import describe  # noqa: E402
+from pdlm_hf.client import chat as client  # noqa: E402
+from pdlm_hf.shapes.scenes import describe  # noqa: E402
 
 EXAMPLE = Path(package.__file__).parent / "example"
 ROOT = EXAMPLE.parents[2]

@@ -17,7 +17,7 @@ from pdlm_evalkit.paradlc.data import load_benchmark  # noqa: E402
 from pdlm_evalkit.paradlc.make_example import draw_pictures  # noqa: E402
 from pdlm_evalkit.paradlc.paper import COLUMNS, TABLE_2, TABLE_2_DLC, TABLE_8, paper_rows  # noqa: E402
 from pdlm_evalkit.paradlc.report import Table, notes_of, report_run  # noqa: E402
-from pdlm_hf.shapes.world import read  # noqa: E402
+from pdlm_hf.shapes.scenes import read  # noqa: E402
 
 EXAMPLE = Path(package.__file__).parent / "example"
 

@@ -8,7 +8,7 @@ import uuid
 
 import httpx
 
-from pdlm_hf.app.demo.page import build_page, page_server
+from pdlm_hf.demo.page import build_page, page_server
 
 
 class DemoServer:

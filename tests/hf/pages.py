@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PROGRAMS = {"pdlm": "pdlm_hf.app.cli", "pdlm-eval": "pdlm_evalkit.cli", "pdlm-peft": "pdlm_peft.cli"}
+PROGRAMS = {"pdlm": "pdlm_hf.cli.main", "pdlm-eval": "pdlm_evalkit.cli", "pdlm-peft": "pdlm_peft.cli"}
 
 
 @dataclass

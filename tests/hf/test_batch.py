@@ -16,12 +16,12 @@ from tiny import make_picture
 from typer.testing import CliRunner
 
 from pdlm_hf import RegionCaption, RegionCaptioner
-from pdlm_hf.app.batch import BatchFiles, BatchProgress, Counts, parse_shard, run_batch
-from pdlm_hf.app.cli import app
-from pdlm_hf.app.dataset import open_data
-from pdlm_hf.app.engines import LocalEngine, Outcome, PictureEngine, prefetch
-from pdlm_hf.app.jsonl import append_rows, read_rows, write_json
-from pdlm_hf.app.regions import Region
+from pdlm_hf.batch.dataset import open_data
+from pdlm_hf.batch.engines import ImageEngine, LocalEngine, Outcome, prefetch
+from pdlm_hf.batch.run import BatchFiles, BatchProgress, Counts, parse_shard, run_batch
+from pdlm_hf.cli.main import app
+from pdlm_hf.regions.files import append_rows, read_rows, write_json
+from pdlm_hf.regions.region import Region
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"model": "counter"}
@@ -56,7 +56,7 @@ def change(folder, edit):
     (folder / "coco.json").write_text(json.dumps(data))
 
 
-class Counter(PictureEngine):
+class Counter(ImageEngine):
     """An engine that says how many pixels a region has; after some pictures it stops."""
 
     ahead = 2
@@ -325,7 +325,7 @@ def test_a_picture_that_was_cut_in_two_is_captioned_whole_and_written_once(tmp_p
 def test_kill_9_loses_the_batch_in_flight_only(tmp_path, tiny_checkpoint):
     write_coco(tmp_path, 12, 2)
     arguments = f"batch coco.json --images images --model {tiny_checkpoint} --batch-size 2 --max-new-tokens 24"
-    command = [sys.executable, "-m", "pdlm_hf.app.cli", *arguments.split(), "--steps", "24", "--out", "out.jsonl"]
+    command = [sys.executable, "-m", "pdlm_hf.cli.main", *arguments.split(), "--steps", "24", "--out", "out.jsonl"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
     out = tmp_path / "out.jsonl"
@@ -493,7 +493,7 @@ def serve(folder, server, *arguments, code=0):
 def near(monkeypatch):
     pytest.importorskip("openai")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("pdlm_hf.app.replies._BACKOFF", 0.001)
+    monkeypatch.setattr("pdlm_hf.client.chat._BACKOFF", 0.001)
 
 
 def test_a_picture_of_another_size_and_one_with_odd_exif(tmp_path):

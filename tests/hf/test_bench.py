@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from pdlm_hf.app.bench import SHAPES, Bench, bound, flops
-from pdlm_hf.app.cli import app
+from pdlm_hf.bench.decode import SHAPES, Bench, bound, flops
+from pdlm_hf.cli.main import app
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_run_that_is_stopped_keeps_its_tables(tmp_path, monkeypatch):
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    monkeypatch.setattr("pdlm_hf.app.bench.compare", compare)
+    monkeypatch.setattr("pdlm_hf.bench.decode.compare", compare)
     path = tmp_path / "decode.json"
     result = CliRunner().invoke(app, [*"bench decode --shape tiny --regions 1,2 --json".split(), str(path)])
     assert result.exit_code != 0

@@ -8,9 +8,9 @@ from rich.console import Console
 from tiny import make_picture
 
 from pdlm_hf import Region, RegionCaption, RegionCaptioner
-from pdlm_hf.app.drawing import COLOURS, draw_captions, save_drawing
-from pdlm_hf.app.regions import parse_regions
-from pdlm_hf.app.streaming import LiveView, RegionStreamer
+from pdlm_hf.captioning.streaming import LiveView, RegionStreamer
+from pdlm_hf.regions.region import parse_regions
+from pdlm_hf.render.drawing import COLOURS, draw_captions, save_drawing
 
 SETTINGS = {"max_new_tokens": 6, "max_denoising_steps": 3}
 

@@ -8,8 +8,8 @@ from huggingface_hub import ModelCard
 from pages import ROOT, fences, run_python
 
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT
-from pdlm_hf.app.card import write_card
-from pdlm_hf.shapes.ship import write_shapes_card
+from pdlm_hf.captioning.card import write_card
+from tools.shapes.release import write_shapes_card
 
 
 def test_metadata_and_text(tmp_path):

@@ -9,9 +9,9 @@ from tiny import make_picture
 from typer.testing import CliRunner
 
 from pdlm_hf import RegionCaption, RegionCaptioner
-from pdlm_hf.app.cli import app
-from pdlm_hf.app.jsonl import write_json
-from pdlm_hf.app.telling import fail
+from pdlm_hf.cli.errors import fail
+from pdlm_hf.cli.main import app
+from pdlm_hf.regions.files import write_json
 
 PICTURE = Path(__file__).parents[2] / "examples" / "two_shapes.png"
 FAST = ["--max-new-tokens", "6", "--steps", "3"]

@@ -6,8 +6,8 @@ import torch
 from tiny import make_picture
 from transformers import AutoProcessor
 
-from pdlm_hf.app.collator import PdlmCollator, partition_regions, region_rows
 from pdlm_hf.masking_pdlm import caption_canvas
+from pdlm_hf.training.collator import PdlmCollator, partition_regions, region_rows
 
 
 def row(seed: int, captions: list[str], width: int = 64):

@@ -25,16 +25,17 @@ from tiny import make_picture, tiny_sam
 from typer.testing import CliRunner
 
 from pdlm_hf import RegionCaptioner
-from pdlm_hf.app.cli import app
-from pdlm_hf.app.demo import limits, page, parts, sheet
-from pdlm_hf.app.demo.limits import MAX_REGIONS, open_upload, read_uploads
-from pdlm_hf.app.demo.sam import Segmenter
-from pdlm_hf.app.demo.sheet import Sheet
-from pdlm_hf.app.demo.writing import Draft, LocalWriter, ServerWriter, Written, follow, settings_of
-from pdlm_hf.app.readers import read_region_file
-from pdlm_hf.app.regions import parse_regions
-from pdlm_hf.app.replies import JudgeError
-from pdlm_hf.app.server import RegionServer
+from pdlm_hf.cli.main import app
+from pdlm_hf.client.captions import CaptionClient
+from pdlm_hf.demo import limits, page, parts
+from pdlm_hf.demo import session as sheet
+from pdlm_hf.demo.backend import Draft, LocalBackend, ServerBackend, Written, follow, settings_of
+from pdlm_hf.demo.limits import MAX_REGIONS, open_upload, read_uploads
+from pdlm_hf.demo.session import Session
+from pdlm_hf.errors_pdlm import ServerError
+from pdlm_hf.regions.readers import read_region_file
+from pdlm_hf.regions.region import parse_regions
+from pdlm_hf.regions.sam import Segmenter
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "shapes_quality.json"
 
@@ -60,7 +61,7 @@ def masks_of(sheet):
 @pytest.fixture
 def started():
     """A grey picture of 100 x 80 pixels without regions."""
-    own = Sheet()
+    own = Session()
     own.open("a.png", file_of(grey()))
     return own
 
@@ -123,7 +124,7 @@ def test_what_is_no_picture_is_refused_and_the_sheet_stays(started, data):
 def test_a_photograph_is_turned_as_it_is_meant_to_be_seen():
     exif = Image.Exif()
     exif[0x0112] = 6
-    own = Sheet()
+    own = Session()
     own.open("a.jpg", file_of(grey(60, 40), "JPEG", exif=exif))
     assert own.image.size == (40, 60) and own.image.mode == "RGB"
 
@@ -197,10 +198,10 @@ def test_as_many_regions_as_a_server_takes(started, monkeypatch):
 
 
 def test_nothing_can_be_marked_without_a_picture():
-    for do in (lambda: Sheet().mark({"kind": "box", "box": [0, 0, 1, 1]}), Sheet().parsed, Sheet().coco):
+    for do in (lambda: Session().mark({"kind": "box", "box": [0, 0, 1, 1]}), Session().parsed, Session().coco):
         with pytest.raises(ValueError, match="Drop a picture first"):
             do()
-    assert Sheet().view() is None
+    assert Session().view() is None
 
 
 # ---------------------------------------------------------------- masks from files
@@ -300,7 +301,7 @@ def test_the_page_knows_which_region_a_pixel_is_of(started):
 
 
 def test_a_large_picture_is_shown_small_and_kept_whole():
-    own = Sheet()
+    own = Session()
     own.open("a.png", file_of(grey(3000, 2000)))
     own.load_masks([("a.json", b'[{"bbox": [600, 400, 900, 800]}, {"bbox": [2400, 1001, 1, 1]}]')])
     view = own.view()
@@ -372,7 +373,7 @@ def test_comparison():
 @pytest.fixture(scope="module")
 def writer():
     """The embedded checkpoint."""
-    return LocalWriter(RegionCaptioner.from_pretrained(), "shapes")
+    return LocalBackend(RegionCaptioner.from_pretrained(), "shapes")
 
 
 def test_drafts_lead_to_the_captions(writer):
@@ -441,7 +442,7 @@ def no_proxy(monkeypatch):
 def test_a_server_is_followed_step_by_step(no_proxy):
     regions = parse_regions([[0, 0, 40, 30], [10, 10, 5, 5]], 100, 80)
     with RegionCaptionServer() as server:
-        writer = ServerWriter(RegionServer(server.url), max_new_tokens=16)
+        writer = ServerBackend(CaptionClient(server.url), max_new_tokens=16)
         assert writer.name == "served"
         news = list(follow(writer, grey(), regions, settings_of("adaptive", 9, 0.7)))
     assert [item.texts for item in news[:-1]] == [["1", "2"], ["12", "25"]]
@@ -470,8 +471,8 @@ EVENT = b'data: {"pass": 0, "step": 1, "regions": [{"id": 0, "caption": "a", "sc
 )
 def test_a_server_that_fails_is_told(no_proxy, answer, message):
     with RegionCaptionServer(lambda number, body: answer if body.get("stream") else None) as server:
-        writer = ServerWriter(RegionServer(server.url, retries=0))
-        with pytest.raises(JudgeError, match=message):
+        writer = ServerBackend(CaptionClient(server.url, retries=0))
+        with pytest.raises(ServerError, match=message):
             list(follow(writer, grey(), parse_regions([[0, 0, 9, 9]], 100, 80), settings_of("fixed", 9, 0.7)))
 
 
@@ -489,7 +490,7 @@ def test_a_click_marks_a_region(sam, tmp_path, monkeypatch):
     calls = []
     encode = segmenter.model.get_image_embeddings
     monkeypatch.setattr(segmenter.model, "get_image_embeddings", lambda pixels: calls.append(pixels) or encode(pixels))
-    own = Sheet()
+    own = Session()
     own.open("a.png", file_of(Image.fromarray(make_picture(0, 100, 80)[0])))
     for place in ([0.2, 0.3], [0.9, 0.8]):
         own.mark({"kind": "click", "point": place}, segmenter)
@@ -597,7 +598,7 @@ def test_faults_are_told_in_one_line(served):
 
 
 def test_a_mark_during_the_writing_makes_its_captions_old(writer):
-    does, own = page.Handlers(writer), Sheet()
+    does, own = page.Handlers(writer), Session()
     image, masks = page.example(0)
     own.start(image, "a.png", masks)
     news = does.describe(own, "fixed", 4, 0.8)
@@ -719,14 +720,14 @@ def test_wrong_calls_are_told_in_one_line(tmp_path, monkeypatch, no_proxy):
             result = command(*arguments)
             assert result.exit_code == 2 and message in result.stderr, (arguments, result.output, result.stderr)
             assert result.stderr.count("\n") == 1
-    monkeypatch.setitem(sys.modules, "pdlm_hf.app.demo.page", None)
+    monkeypatch.setitem(sys.modules, "pdlm_hf.demo.page", None)
     result = command()
     assert result.exit_code == 2 and 'pip install "perceptiondlm[demo]"' in result.stderr
 
 
 def test_it_listens_on_this_machine_only_and_ends_with_ctrl_c():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "pdlm_hf.app.cli", "demo", "--port", "0"]
+    run = [sys.executable, "-m", "pdlm_hf.cli.main", "demo", "--port", "0"]
     process = subprocess.Popen(run, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parents[2])
     try:
         url = re.match(r"Open (http://127\.0\.0\.1:\d+) ", process.stdout.readline())[1]

@@ -18,10 +18,10 @@ from playwright.sync_api import expect, sync_playwright
 from region_server import RegionCaptionServer
 
 from pdlm_hf import RegionCaptioner
-from pdlm_hf.app.demo.writing import LocalWriter, ServerWriter
-from pdlm_hf.app.readers import read_region_file
-from pdlm_hf.app.regions import parse_regions
-from pdlm_hf.app.server import RegionServer
+from pdlm_hf.client.captions import CaptionClient
+from pdlm_hf.demo.backend import LocalBackend, ServerBackend
+from pdlm_hf.regions.readers import read_region_file
+from pdlm_hf.regions.region import parse_regions
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = os.environ.get("PDLM_SCREENSHOTS")
@@ -56,7 +56,7 @@ class HalfSegmenter:
 
 @pytest.fixture(scope="module")
 def served():
-    with DemoServer(LocalWriter(RegionCaptioner.from_pretrained(), "shapes"), segmenter=HalfSegmenter()) as server:
+    with DemoServer(LocalBackend(RegionCaptioner.from_pretrained(), "shapes"), segmenter=HalfSegmenter()) as server:
         yield server
 
 
@@ -428,7 +428,7 @@ def test_comparison_and_settings(tab):
 
 def test_with_a_server(browser, picture, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with RegionCaptionServer() as server, DemoServer(ServerWriter(RegionServer(server.url)), threshold=None) as page:
+    with RegionCaptionServer() as server, DemoServer(ServerBackend(CaptionClient(server.url)), threshold=None) as page:
         tab = Tab(browser, page.url)
         expect(tab.page.locator("[data-tool=click]")).to_be_hidden()
         tab.open(picture, (1000, 500))

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from region_server import RegionCaptionServer
 
 from pdlm_hf import CHECKPOINT
-from pdlm_hf.app.jsonl import read_rows
+from pdlm_hf.regions.files import read_rows
 
 BOXES = [[30, 20, 50, 40], [90, 70, 60, 40]]  # as in the page's Python
 

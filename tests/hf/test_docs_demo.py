@@ -9,7 +9,7 @@ from region_server import RegionCaptionServer
 from tiny import tiny_sam
 
 from pdlm_hf import CHECKPOINT
-from pdlm_hf.app.demo import page
+from pdlm_hf.demo import page
 
 
 def test_the_page(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 
 from pages import Page
 
-from pdlm_hf.app.jsonl import read_rows
+from pdlm_hf.regions.files import read_rows
 
 
 def test_quick_start(here):

@@ -12,7 +12,7 @@ from tiny import FLAT_FILES, make_picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pdlm_hf import PdlmForConditionalGeneration
-from pdlm_hf.app.export import export_checkpoint
+from pdlm_hf.captioning.export import export_checkpoint
 
 MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors"]
 PROCESSOR_FILES = ["chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]

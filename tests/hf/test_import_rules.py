@@ -20,11 +20,22 @@ PLUGIN_FILES = [
     for name in PLUGINS
     for path in sorted(Path(importlib.util.find_spec(name).submodule_search_locations[0]).rglob("*.py"))
 ]
-MAY_PRINT = {"app/cli.py", "app/bench.py", "shapes/evaluate.py"}
+MAY_PRINT = {"shapes/evaluate.py"}
 ALLOWED = {"torch", "numpy", "PIL", "transformers", "huggingface_hub", *sys.stdlib_module_names}
 # Functions that may be longer: the forward with its named arguments, and the command with its options.
-LONG = {("modeling_pdlm.py", "forward"), ("cli.py", "caption")}
+LONG = {("modeling_pdlm.py", "forward"), ("main.py", "caption")}
 OTHER_PLUGINS = {"pdlm_vllm", "pdlm_evalkit", "pdlm_peft"}
+# Folders import from those further left, and from the flat files.
+LAYERS = [
+    {"regions"},
+    {"render", "training"},
+    {"captioning", "client"},
+    {"shapes"},
+    {"batch", "bench"},
+    {"demo"},
+    {"cli"},
+]
+LEVEL = {folder: level for level, folders in enumerate(LAYERS) for folder in folders}
 
 
 def tree(path: Path) -> ast.Module:
@@ -85,6 +96,51 @@ def test_a_plugin_imports_the_model_and_no_other_plugin(path):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         others = OTHER_PLUGINS - {path.parent.name}
         assert not {name.split(".")[0] for name in names} & {*others, "tests"}, ast.unparse(node)
+
+
+def imported_files(path: Path) -> set[Path]:
+    """Files of our packages that a file imports, anywhere in it. The lazy `__init__.py` files import nothing."""
+    root = (
+        PACKAGE.parent if path.is_relative_to(PACKAGE) else next(p for p in path.parents if p.name in PLUGINS).parent
+    )
+    found = set()
+    for node in imports(path):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            start = ".".join(path.relative_to(root).parts[: -node.level]) if node.level else ""
+            module = ".".join(filter(None, (start, node.module)))
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            file = root / Path(*name.split(".")).with_suffix(".py")
+            found |= {file} if file.is_file() else set()
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in EVERY if p.parent != PACKAGE], ids=name_of)
+def test_folders_import_downwards(path):
+    folder = path.relative_to(PACKAGE).parts[0]
+    for other in imported_files(path):
+        parts = other.relative_to(PACKAGE).parts
+        if len(parts) > 1 and parts[0] != folder:
+            assert LEVEL[parts[0]] < LEVEL[folder], f"{name_of(path)} imports {name_of(other)}"
+
+
+def test_no_two_files_import_each_other():
+    """Nor do more of them go round in a circle."""
+    graph = {path: imported_files(path) for path in EVERY + PLUGIN_FILES if path.name != "__init__.py"}
+    while leaves := [path for path, others in graph.items() if not others & graph.keys()]:
+        for path in leaves:
+            del graph[path]
+    assert not graph, sorted(map(name_of, graph))
+
+
+def test_no_folder_holds_over_a_fifth_of_the_code():
+    sizes = {}
+    for path in EVERY + PLUGIN_FILES:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        sizes[path.parent] = sizes.get(path.parent, 0) + lines
+    assert max(sizes.values()) <= sum(sizes.values()) / 5, sizes
 
 
 @pytest.mark.parametrize("path", EVERY + PLUGIN_FILES, ids=name_of)

@@ -17,10 +17,10 @@ from local_server import LocalServer
 from test_batch import change, faults_of, write_coco
 from typer.testing import CliRunner
 
-from pdlm_hf.app.batch import BatchFiles, run_batch
-from pdlm_hf.app.cli import app
-from pdlm_hf.app.dataset import open_data
-from pdlm_hf.app.jsonl import read_rows
+from pdlm_hf.batch.dataset import open_data
+from pdlm_hf.batch.run import BatchFiles, run_batch
+from pdlm_hf.cli.main import app
+from pdlm_hf.regions.files import read_rows
 
 # Before Ray is imported: everything on 127.0.0.1, nothing told to anybody, no log of what is killed on purpose.
 os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED="0", RAY_BACKEND_LOG_LEVEL="fatal")
@@ -109,7 +109,7 @@ def lose_a_machine(folder, monkeypatch, pictures):
     write_coco(folder, pictures, 2)
     data = open_data(folder / "coco.json", folder / "images")
     with cluster(monkeypatch) as machines:
-        from pdlm_hf.app import ray_engine
+        from pdlm_hf.batch import ray_engine
 
         monkeypatch.setattr(ray_engine, "_LOOK", 1.0)
         engine = ray_engine.RayEngine(ray_engine.CaptionerSettings(None, "default", 2, None, SETTINGS), workers=2)
@@ -153,7 +153,7 @@ def test_a_picture_that_ends_every_captioner(tmp_path, monkeypatch):
     data = open_data(tmp_path / "coco.json", tmp_path / "images")
     data.entries[4] = replace(data.entries[4], read=os.abort)
     with cluster(monkeypatch, nodes=1):
-        from pdlm_hf.app import ray_engine
+        from pdlm_hf.batch import ray_engine
 
         monkeypatch.setattr(ray_engine, "_PAUSE", 0.0)
         monkeypatch.setattr(ray_engine, "_BARREN_ROUNDS", 3)
@@ -206,7 +206,7 @@ class ObjectStorage(LocalServer):
 
 
 def test_pictures_in_object_storage(monkeypatch):
-    from pdlm_hf.app.ray_engine import open_storage, reader
+    from pdlm_hf.batch.ray_engine import open_storage, reader
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "none")
@@ -225,7 +225,7 @@ def test_pictures_in_object_storage(monkeypatch):
 
 
 def test_readers_do_not_import_the_model():
-    from pdlm_hf.app.ray_engine import reader, watch
+    from pdlm_hf.batch.ray_engine import reader, watch
 
     code = "import pickle, sys; pickle.loads(sys.stdin.buffer.read()); sys.exit('torch' in sys.modules)"
     sent = ray.cloudpickle.dumps((reader(fs.LocalFileSystem()), watch()))
@@ -262,6 +262,6 @@ def test_masks_in_a_folder_need_pictures_in_one(tmp_path):
 
 def test_without_ray(tmp_path, monkeypatch):
     write_coco(tmp_path, 1)
-    monkeypatch.setattr("pdlm_hf.app.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("pdlm_hf.cli.main.find_spec", lambda name: None)
     _, result = batch(tmp_path, "out.jsonl", "--engine", "ray", code=2)
     assert 'pip install "perceptiondlm[ray]", or ".[ray]" in a clone' in result.stderr

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from pdlm_hf.app.cli import app
-from pdlm_hf.app.readers import (
+from pdlm_hf.cli.main import app
+from pdlm_hf.regions.readers import (
     from_label_map,
     from_labelme,
     from_sam,
@@ -20,7 +20,7 @@ from pdlm_hf.app.readers import (
     from_yolo,
     read_region_file,
 )
-from pdlm_hf.app.regions import Region, parse_regions
+from pdlm_hf.regions.region import Region, parse_regions
 
 WIDTH, HEIGHT = 40, 30
 

@@ -8,9 +8,9 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from pdlm_hf import Region
-from pdlm_hf.app.coco import read_regions
-from pdlm_hf.app.images import load_image
-from pdlm_hf.app.regions import parse_region, parse_regions, region_areas
+from pdlm_hf.regions.coco import read_regions
+from pdlm_hf.regions.images import load_image
+from pdlm_hf.regions.region import parse_region, parse_regions, region_areas
 
 WIDTH, HEIGHT = 30, 20
 BLOB = np.zeros((HEIGHT, WIDTH), dtype=bool)

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pdlm_hf import RegionCaptioner
-from pdlm_hf.shapes import CHECKPOINT
+from pdlm_hf.captioning.checkpoints import CHECKPOINT
 from pdlm_hf.shapes.evaluate import evaluate, held_out
-from pdlm_hf.shapes.world import read
+from pdlm_hf.shapes.scenes import read
 
 RECORD = json.loads((CHECKPOINT / "training.json").read_text())
 CLAIMED = RECORD["held_out"]["exact"]  # measured when it was put into the package

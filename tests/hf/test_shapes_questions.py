@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from pdlm_hf.app.collator import PdlmCollator
+from pdlm_hf.captioning.checkpoints import BASE_CHECKPOINT
 from pdlm_hf.modeling_pdlm import PdlmBaseForConditionalGeneration
 from pdlm_hf.processing_pdlm import PdlmProcessor
-from pdlm_hf.shapes import BASE_CHECKPOINT
-from pdlm_hf.shapes.lookup import PAIRS, lookup_batch, lookup_loss, stages, tokens_of
-from pdlm_hf.shapes.model import build_base_processor
 from pdlm_hf.shapes.questions import KINDS, LETTER_PROMPT, Question, ask, draw_scene, is_right
-from pdlm_hf.shapes.train_base import (
+from pdlm_hf.shapes.scenes import COLOURS, Figure
+from pdlm_hf.training.collator import PdlmCollator
+from tools.shapes.model import build_base_processor
+from tools.shapes.train_base import (
     LESSONS,
     LISTS,
     QuestionCollator,
@@ -25,7 +25,7 @@ from pdlm_hf.shapes.train_base import (
     tally,
     told,
 )
-from pdlm_hf.shapes.world import COLOURS, Figure
+from tools.shapes.train_lookup import PAIRS, lookup_batch, lookup_loss, stages, tokens_of
 
 FIGURES = [
     Figure("small", "red", "plain", "star"),

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pdlm_hf.image_processing_pdlm import best_grid
+from pdlm_hf.shapes.dataset import ShapesDataset
 from pdlm_hf.shapes.evaluate import Tally, evaluate, held_out
-from pdlm_hf.shapes.train import ShapesDataset
-from pdlm_hf.shapes.world import MAX_REGIONS, PATTERNS, TILE, WORDS, Figure, Picture, describe, draw_picture, read
+from pdlm_hf.shapes.scenes import MAX_REGIONS, PATTERNS, TILE, WORDS, Figure, Picture, describe, draw_picture, read
 
 FIGURES = [Figure(*values) for values in itertools.product(*WORDS.values())]
 
@@ -68,7 +68,7 @@ def test_other_sentences_are_not_well_formed(caption):
 
 
 def test_captions_fit_the_slots(processor):
-    from pdlm_hf.shapes.train import SLOTS
+    from tools.shapes.train import SLOTS
 
     rng = np.random.default_rng(0)
     lengths = [len(processor.tokenizer(describe(figure, rng))["input_ids"]) for figure in FIGURES * 10]

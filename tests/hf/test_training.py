@@ -4,10 +4,10 @@ from tiny import lively_model
 from transformers import Trainer, TrainingArguments
 
 from pdlm_hf import PdlmForConditionalGeneration
-from pdlm_hf.app.collator import PdlmCollator
-from pdlm_hf.shapes.model import build_model
-from pdlm_hf.shapes.train import ShapesDataset
+from pdlm_hf.shapes.dataset import ShapesDataset
+from pdlm_hf.training.collator import PdlmCollator
 from pdlm_hf.versions_pdlm import CHECKPOINTING
+from tools.shapes.model import build_model
 
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 

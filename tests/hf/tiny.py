@@ -4,13 +4,13 @@ import numpy as np
 import torch
 from transformers import Sam2Config, Sam2Model
 
-from pdlm_hf.shapes.model import build_model
+from tools.shapes.model import build_model
 
 # What travels with a checkpoint as remote code
 FLAT_FILES = [
     f"{name}_pdlm.py"
     for name in (
-        "adapters caching canvas chat_denoising configuration conversion denoising diffusion generation_config "
+        "adapters caching canvas chat_denoising configuration conversion denoising diffusion errors generation_config "
         "generation graphs image_processing masking modeling processing split_attention versions"
     ).split()
 ]

@@ -5,8 +5,8 @@ import re
 import torch
 from parity_golden import each, load, matches, record, subset_holds, tensors
 
-from pdlm_hf.app.collator import partition_regions
 from pdlm_hf.diffusion_pdlm import gumbel_perturb, masks_left, transfer_schedule
+from pdlm_hf.training.collator import partition_regions
 
 GUMBEL = matches("sampler_helpers", r"gumbel\.out_temperature_([\d.]+)")
 TRANSFER = matches("sampler_helpers", r"num_transfer_tokens\.(\d+_\d+)")

@@ -27,10 +27,10 @@ from parity_golden import (
 )
 from PIL import Image
 
-from pdlm_hf.app.collator import PdlmCollator, region_rows
-from pdlm_hf.app.regions import parse_region
 from pdlm_hf.image_processing_pdlm import OUTSIDE, tile
 from pdlm_hf.processing_pdlm import area_order
+from pdlm_hf.regions.region import parse_region
+from pdlm_hf.training.collator import PdlmCollator, region_rows
 
 ITEMS = stems("pdmllm_train*.json")
 BATCHES = stems("dmllm_train*.json")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco
 
-from pdlm_hf.shapes.world import describe, draw_picture
+from pdlm_hf.shapes.scenes import describe, draw_picture
 
 
 def rle(mask):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pdlm_hf.shapes.world import describe, draw_picture
+from pdlm_hf.shapes.scenes import describe, draw_picture
 from pdlm_peft.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from pdlm_hf import CHECKPOINT, PdlmForConditionalGeneration
 from pdlm_hf.adapters_pdlm import adapter_base
-from pdlm_hf.app.collator import PdlmCollator
-from pdlm_hf.shapes.train import ShapesDataset
+from pdlm_hf.shapes.dataset import ShapesDataset
+from pdlm_hf.training.collator import PdlmCollator
 from pdlm_peft import training
 from pdlm_peft.adapters import LANGUAGE, add_adapter, base_name, check_base, fingerprint, load_adapter, merge
 from pdlm_peft.cli import app

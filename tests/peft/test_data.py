@@ -9,7 +9,7 @@ import pytest
 from drawn import as_coco, drawn_rows, rle, write_jsonl
 from PIL import Image
 
-from pdlm_hf.app.collator import PdlmCollator
+from pdlm_hf.training.collator import PdlmCollator
 from pdlm_peft import sources
 from pdlm_peft.data import ChatDataset, RegionDataset, stream_rows
 

@@ -3,15 +3,15 @@ import torch
 from small import small
 from typer.testing import CliRunner
 
-from pdlm_hf.app.collator import PdlmCollator
-from pdlm_hf.shapes.model import build_model
-from pdlm_hf.shapes.train import ShapesDataset
+from pdlm_hf.shapes.dataset import ShapesDataset
+from pdlm_hf.training.collator import PdlmCollator
 from pdlm_peft.adapters import add_adapter
 from pdlm_peft.cli import app
 from pdlm_peft.memory import GB, Row, activations, estimate, load_config, refuse
 from pdlm_peft.recipe import Adapter, load_recipe, names
 from pdlm_peft.train_cli import _device_memory
 from pdlm_peft.training import load
+from tools.shapes.model import build_model
 
 
 def kept_bytes(model, batch):

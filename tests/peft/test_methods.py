@@ -11,8 +11,8 @@ from peft.utils.hotswap import hotswap_adapter
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pdlm_hf import CHECKPOINT
-from pdlm_hf.app.collator import PdlmCollator
-from pdlm_hf.shapes.train import ShapesDataset
+from pdlm_hf.shapes.dataset import ShapesDataset
+from pdlm_hf.training.collator import PdlmCollator
 from pdlm_peft.recipe import load_recipe
 
 LINEAR = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"

@@ -15,7 +15,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import pdlm_hf
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmBaseConfig, PdlmConfig
-from pdlm_hf.app.collator import PdlmCollator, partition_regions
+from pdlm_hf.training.collator import PdlmCollator, partition_regions
 from pdlm_peft import plan as plan_module
 from pdlm_peft import training
 from pdlm_peft.adapters import base_name
@@ -134,15 +134,15 @@ def test_streams_have_one_worker(tmp_path):
 
 
 def test_the_new_world_is_new_and_fits_its_slots(shapes_processor):
-    from pdlm_hf.shapes import world
+    from pdlm_hf.shapes import scenes
 
-    assert not set(NEW_WORLD.colours) & set(world.COLOURS)
-    assert not set(WORDS["shape"]) & set(world.WORDS["shape"])
+    assert not set(NEW_WORLD.colours) & set(scenes.COLOURS)
+    assert not set(WORDS["shape"]) & set(scenes.WORDS["shape"])
     rng = np.random.default_rng(0)
     for _ in range(100):
-        figure = world.Figure(*(list(WORDS[a])[rng.integers(len(WORDS[a]))] for a in WORDS))
-        caption = world.describe(figure, rng, world=NEW_WORLD)
-        assert world.read(caption, NEW_WORLD) == figure and world.read(caption) is None
+        figure = scenes.Figure(*(list(WORDS[a])[rng.integers(len(WORDS[a]))] for a in WORDS))
+        caption = scenes.describe(figure, rng, world=NEW_WORLD)
+        assert scenes.read(caption, NEW_WORLD) == figure and scenes.read(caption) is None
         assert len(shapes_processor.tokenizer(caption)["input_ids"]) <= load_recipe("shapes").data.num_slots[0]
     words = [f" {word}" for values in WORDS.values() for words in values.values() for word in words]
     assert {len(shapes_processor.tokenizer(word)["input_ids"]) for word in words} == {3}

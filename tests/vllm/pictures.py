@@ -6,7 +6,7 @@ import io
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from pdlm_hf.app.regions import parse_regions
+from pdlm_hf.regions.region import parse_regions
 from pdlm_hf.shapes.evaluate import held_out
 
 SEED = 77

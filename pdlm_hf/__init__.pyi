@@ -1,0 +1,35 @@
+from . import batch as batch
+from . import bench as bench
+from . import captioning as captioning
+from . import client as client
+from . import demo as demo
+from . import regions as regions
+from . import render as render
+from . import shapes as shapes
+from . import training as training
+from .captioning.captioner import RegionCaptioner as RegionCaptioner
+from .captioning.checkpoints import BASE_CHECKPOINT as BASE_CHECKPOINT
+from .captioning.checkpoints import CHECKPOINT as CHECKPOINT
+from .captioning.registration import register as register
+from .configuration_pdlm import PdlmBaseConfig as PdlmBaseConfig
+from .configuration_pdlm import PdlmConfig as PdlmConfig
+from .configuration_pdlm import PdlmTextConfig as PdlmTextConfig
+from .errors_pdlm import CheckpointError as CheckpointError
+from .errors_pdlm import ImageError as ImageError
+from .errors_pdlm import MissingPackageError as MissingPackageError
+from .errors_pdlm import PdlmError as PdlmError
+from .errors_pdlm import RegionError as RegionError
+from .errors_pdlm import ServerError as ServerError
+from .errors_pdlm import SettingError as SettingError
+from .generation_config_pdlm import PdlmGenerationConfig as PdlmGenerationConfig
+from .generation_pdlm import PdlmGenerationOutput as PdlmGenerationOutput
+from .image_processing_pdlm import PdlmImageProcessorPil as PdlmImageProcessorPil
+from .modeling_pdlm import PdlmBaseForConditionalGeneration as PdlmBaseForConditionalGeneration
+from .modeling_pdlm import PdlmForConditionalGeneration as PdlmForConditionalGeneration
+from .modeling_pdlm import PdlmModel as PdlmModel
+from .modeling_pdlm import PdlmPreTrainedModel as PdlmPreTrainedModel
+from .processing_pdlm import PdlmProcessor as PdlmProcessor
+from .processing_pdlm import RegionCaption as RegionCaption
+from .regions.region import Region as Region
+
+__version__: str

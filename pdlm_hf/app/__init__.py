@@ -1,1 +1,0 @@
-"""What stays at home: regions, captioner, collator, drawing, command line."""

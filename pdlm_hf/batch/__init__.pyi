@@ -1,0 +1,14 @@
+from .dataset import DataSet as DataSet
+from .dataset import Entry as Entry
+from .dataset import open_data as open_data
+from .engines import Answer as Answer
+from .engines import Engine as Engine
+from .engines import ImageEngine as ImageEngine
+from .engines import LocalEngine as LocalEngine
+from .ray_engine import CaptionerSettings as CaptionerSettings
+from .ray_engine import RayEngine as RayEngine
+from .run import BatchFiles as BatchFiles
+from .run import BatchProgress as BatchProgress
+from .run import Counts as Counts
+from .run import run_batch as run_batch
+from .server_engine import ServerEngine as ServerEngine

@@ -1,0 +1,241 @@
+"""Data sets of regions: a COCO file, or a folder with the regions of every picture beside or below it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from PIL import Image
+
+from ..regions.coco import is_coco
+from ..regions.files import load_json
+from ..regions.images import orientation_of
+from ..regions.readers import read_region_file
+from ..regions.region import Region
+
+# Endings of region files, in the order in which they are looked for.
+_REGION_FILES = (".json", ".txt", ".png", ".bmp", ".tif", ".tiff")
+
+# What tells a region of a data set: the id of its picture, and its own.
+Key = tuple[int | str, int | str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture of a data set.
+
+    Args:
+        id: its id in the data set.
+        file_name (`str`): below the folder of pictures.
+        path (`Path`, *optional*): of the file; None: it is in object storage.
+        read: gives the regions, (id, what [`~pdlm_hf.regions.parse_region`] reads); raises ValueError if they cannot be read.
+        ids (`tuple`, *optional*): of its regions, where known without reading them.
+        size (`tuple[int, int]`, *optional*): width and height in pixels, where the data set says so.
+        data (`bytes`, *optional*): what the file holds, once it has been read.
+    """
+
+    id: int | str
+    file_name: str
+    path: Path | None
+    read: Callable[[], list[tuple[int | str, Any]]]
+    ids: tuple[int | str, ...] | None = None
+    size: tuple[int, int] | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Pictures with regions.
+
+    Args:
+        entries (`list[Entry]`): pictures that have regions.
+        faults (`list[dict]`): what is wrong in the file: `image_id`, `annotation_id`, `file_name`, `reason`.
+        coco (`dict`, *optional*): the COCO file, if it is one.
+    """
+
+    entries: list[Entry]
+    faults: list[dict[str, Any]]
+    coco: dict[str, Any] | None = None
+
+    def with_captions(self, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """A COCO file with `caption` and `score` on every annotation that has a row; of a folder, with these only.
+
+        Args:
+            rows: as in [`batch`].
+        """
+        if self.coco is not None:
+            said: dict[Key | None, dict[str, Any]] = {
+                (row["image_id"], row["annotation_id"]): {"caption": row["caption"], "score": row["score"]}
+                for row in rows
+            }
+            annotations = self.coco["annotations"]  # of two with one id the first was captioned
+            return {**self.coco, "annotations": [_with(a, said.pop(_key_of(a), None)) for a in annotations]}
+        shown: dict[Any, dict] = {}
+        annotations = []
+        for row in rows:
+            height, width = row["segmentation"]["size"]
+            image = {"id": row["image_id"], "file_name": row["file_name"], "width": width, "height": height}
+            shown.setdefault(row["image_id"], image)
+            fields = {name: row[name] for name in ("image_id", "segmentation", "bbox", "caption", "score")}
+            annotations.append({"id": row["annotation_id"], **fields})
+        return {"images": list(shown.values()), "annotations": annotations, "categories": []}
+
+
+def _with(annotation: Any, fields: dict[str, Any] | None) -> Any:
+    return annotation if fields is None else {**annotation, **fields}
+
+
+def is_url(images: str | Path | None) -> TypeGuard[str]:
+    """Whether pictures are in object storage, `s3://bucket/folder` for example."""
+    return isinstance(images, str) and "://" in images
+
+
+def open_data(data: Path, images: Path | str | None = None) -> DataSet:
+    """Read what a data set has, without opening pictures.
+
+    Args:
+        data (`Path`): a COCO file, or a folder that has for a picture `a/b.jpg` one of: a file `a/b.json` (regions,
+            LabelMe, COCO), `a/b.txt` (YOLO) or `a/b.png` (label map); or mask pictures `a/b/*`.
+        images (`Path` or `str`, *optional*): folder of the pictures, or the URL of one in object storage (the data is
+            a COCO file then, and it is not looked whether there are any); default: the folder of the data.
+
+    Raises:
+        ValueError: no such file or folder, not a COCO file, or no picture with regions.
+    """
+    if is_url(images):
+        return _open_stored(data, images)
+    folder = Path(images) if images else (data if data.is_dir() else data.parent)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder of pictures.")
+    found = _open_folder(data, folder) if data.is_dir() else _open_coco(data, folder)
+    if not found.entries and not found.faults:
+        raise ValueError(f"{data}: no picture in {folder} has regions here.")
+    if found.entries and not any(entry.path is not None and entry.path.is_file() for entry in found.entries):
+        first, count = found.entries[0], len(found.entries)
+        raise ValueError(f"{folder}: has none of the {count} pictures, {first.file_name} for example; see --images.")
+    return found
+
+
+def _open_stored(data: Path, images: str) -> DataSet:
+    if data.is_dir():
+        raise ValueError(f"{data}: for pictures in object storage the data must be a COCO file, not a folder.")
+    found = _open_coco(data, Path())
+    if not found.entries and not found.faults:
+        raise ValueError(f"{data}: has no picture with regions.")
+    return replace(found, entries=[replace(entry, path=None) for entry in found.entries])
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture file as it is meant to be seen, from its head. Raises: ValueError."""
+    try:
+        with Image.open(path) as image:
+            return image.size[::-1] if orientation_of(image) >= 5 else image.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be opened as a picture ({error}).") from None
+
+
+def _key_of(annotation: Any) -> Key | None:
+    """What a region is known by; None if it does not say."""
+    if not isinstance(annotation, dict):
+        return None
+    image_id, own = annotation.get("image_id"), annotation.get("id")
+    return (image_id, own) if isinstance(image_id, (int, str)) and isinstance(own, (int, str)) else None
+
+
+def _open_coco(path: Path, folder: Path) -> DataSet:
+    data = load_json(path)
+    if not is_coco(data):
+        raise ValueError(f'{path}: expected a COCO file, {{"images": [...], "annotations": [...]}}.')
+    named = {}
+    for number, image in enumerate(data["images"]):
+        if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)) or image["id"] in named:
+            raise ValueError(
+                f"{path}: images[{number}]: needs an `id` of its own, a whole number or text; got {image!r:.80}."
+            )
+        named[image["id"]] = image
+    faults, seen = [], set()
+    regions: dict[Any, list] = {}
+    for number, annotation in enumerate(data["annotations"]):
+        key, reason = _key_of(annotation), None
+        if key is None:
+            reason = f"annotations[{number}]: needs `id` and `image_id`, whole numbers or text."
+        elif key[0] not in named:
+            reason = f"annotations[{number}]: there is no image with the id {key[0]!r}."
+        elif key in seen:
+            reason = f"annotations[{number}]: has the id of an earlier one, {key[1]!r}."
+        else:
+            seen.add(key)
+            regions.setdefault(key[0], []).append((key[1], annotation))
+        if reason is not None:
+            file_name = named[key[0]].get("file_name") if key and key[0] in named else None
+            image_id, own = key or (None, None)
+            faults.append(fault(image_id, own, file_name, reason))
+    entries = []
+    for number, (image_id, image) in enumerate(named.items()):
+        if image_id not in regions:
+            continue
+        name, found = image.get("file_name"), regions[image_id]
+        if not isinstance(name, str) or not name:
+            faults.append(fault(image_id, None, None, f"images[{number}]: has no `file_name`."))
+            continue
+        ids = tuple(annotation_id for annotation_id, _ in found)
+        entries.append(Entry(image_id, name, folder / name, partial(list, found), ids, _size_of(image)))
+    return DataSet(entries, faults, data)
+
+
+def _size_of(image: dict[str, Any]) -> tuple[int, int] | None:
+    """Width and height, if the data set says them."""
+    width, height = image.get("width"), image.get("height")
+    if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
+        return width, height
+    return None
+
+
+def fault(image_id: Any, annotation_id: Any, file_name: str | None, reason: Any) -> dict[str, Any]:
+    """A line about a region, or with `annotation_id` None about a whole picture, that got no caption."""
+    return {"image_id": image_id, "annotation_id": annotation_id, "file_name": file_name, "reason": str(reason)}
+
+
+def _open_folder(data: Path, folder: Path) -> DataSet:
+    Image.init()
+    endings = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    entries = []
+    for path in pictures:
+        name = path.relative_to(folder)
+        source = _region_source(data / name, path)
+        if source is not None:
+            entries.append(Entry(name.as_posix(), name.as_posix(), path, partial(_read_source, source, path, name)))
+    return DataSet(entries, [])
+
+
+def _region_source(place: Path, picture: Path) -> Path | None:
+    """The file or folder with the regions of a picture."""
+    for ending in _REGION_FILES:
+        path = place.with_suffix(ending)
+        if path != picture and path.is_file():
+            return path
+    folder = place.with_suffix("")
+    return folder if folder.is_dir() else None
+
+
+def _read_source(source: Path, picture: Path, name: Path) -> list[tuple[int | str, Any]]:
+    if source.is_dir():
+        masks = sorted(path for path in source.iterdir() if path.is_file())
+        values: list[tuple[int | str, Any]] = [(path.stem, path) for path in masks]
+    else:
+        # only YOLO's lines are relative to the picture
+        size = picture_size(picture) if source.suffix.lower() == ".txt" else (0, 0)
+        found = read_region_file(source, picture.name, *size)
+        values = [(_own_id(value, k), value) for k, value in enumerate(found)]
+    # here ids are a region's own within its picture; COCO's are within the data set
+    values = [(f"{name.as_posix()}#{own}", value) for own, value in values]
+    if len({own for own, _ in values}) < len(values):
+        raise ValueError(f"{source}: two regions have the same id.")
+    return values
+
+
+def _own_id(value: Any, position: int) -> Any:
+    own = value.id if isinstance(value, Region) else value.get("id")
+    return position if own is None else own

@@ -1,0 +1,268 @@
+"""Captions for a data set: rows in, rows out, and a run that was stopped goes on.
+
+OUT.jsonl gets a row for every region as soon as its picture is done, OUT.faults.jsonl what got no caption and why,
+OUT.run.json says what the captions depend on, and OUT.coco.json, at the end, is the data set with captions.
+"""
+
+import re
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..regions.files import append_rows, load_json, read_rows, write_json
+from ..render.text import pluralize
+from .dataset import DataSet, Entry
+from .engines import Answer, Engine
+
+_FIELDS = {"image_id", "annotation_id", "file_name", "caption", "score"}
+
+
+class BatchFiles:
+    """The files of a run.
+
+    Args:
+        out (`Path`): OUT.jsonl; a shard writes OUT.i-of-n.jsonl.
+        settings (`dict`): what the captions depend on; a run goes on only with the same.
+        shard (`tuple[int, int]`, *optional*): number of this part of the data set, from 1, and how many there are. A
+            run without it takes over what parts have written.
+
+    Raises:
+        ValueError: there is no such folder, a file is damaged, or it was made with other settings.
+        OSError: a file cannot be written.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any], shard: tuple[int, int] | None = None):
+        if out.suffix != ".jsonl":
+            raise ValueError(f"{out}: the name of the results must end with .jsonl.")
+        if not out.parent.is_dir():
+            raise ValueError(f"{out}: there is no folder {out.parent}.")
+        part_name = re.compile(re.escape(out.stem) + r"\.\d+-of-\d+\.jsonl")
+        parts = [] if shard else sorted(path for path in out.parent.iterdir() if part_name.fullmatch(path.name))
+        self.out = out if shard is None else out.with_suffix(".{}-of-{}.jsonl".format(*shard))
+        self.faults_path, self.coco_path = self.out.with_suffix(".faults.jsonl"), self.out.with_suffix(".coco.json")
+        self.rows: dict[Any, dict[Any, Said]] = {}  # by picture, by region
+        for row in _read(self.out, settings, repair=True):
+            self._keep(row)
+        write_json(self.out.with_suffix(".run.json"), settings)
+        self.faults_path.unlink(missing_ok=True)  # they are tried again
+        for path in parts:
+            self.add(row for row in _read(path, settings) if not self.has(row))
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        said = Said(row["file_name"], not row["caption"].strip())
+        self.rows.setdefault(row["image_id"], {})[row["annotation_id"]] = said
+
+    def has(self, row: dict[str, Any]) -> bool:
+        """Whether there is a row of this region."""
+        return row["annotation_id"] in self.rows.get(row["image_id"], ())
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write rows; they are in the file when this returns."""
+        rows = list(rows)
+        append_rows(self.out, rows)
+        for row in rows:
+            self._keep(row)
+
+    def check(self, data: DataSet) -> None:
+        """Whether the rows that are there are of this data set. Raises: ValueError if a picture has another name."""
+        names = {entry.id: entry.file_name for entry in data.entries}
+        for image_id, regions in self.rows.items():
+            was = next(iter(regions.values())).file_name
+            if names.get(image_id, was) != was:
+                raise ValueError(
+                    f"{self.out}: was begun with another data set: the picture {image_id!r} was {was}, now "
+                    f"{names[image_id]}. Choose another file."
+                )
+
+    def done(self, entry: Entry) -> Collection[Any]:
+        """Ids of the regions of a picture that have their row."""
+        return self.rows.get(entry.id, ())
+
+
+class Said(NamedTuple):
+    """What is kept in memory of a row; a data set has many."""
+
+    file_name: str
+    empty: bool
+
+
+def _read(out: Path, settings: dict[str, Any], repair: bool = False) -> Iterator[dict[str, Any]]:
+    """Rows of an earlier run. Raises: ValueError, see [`BatchFiles`]."""
+    for number, row in enumerate(read_rows(out, repair)):
+        if number == 0:
+            before = load_json(out.with_suffix(".run.json"))
+            before = before if isinstance(before, dict) else {}
+            if changed := [name for name in settings if before.get(name) != settings[name]]:
+                was = ", ".join(f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
+                raise ValueError(f"{out}: was begun with other settings ({was}). Choose another file.")
+        if not _FIELDS <= row.keys():
+            raise ValueError(f"{out}: has rows without {', '.join(sorted(_FIELDS))}; choose another file.")
+        yield row
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """Number and count in `i/n`. Raises: ValueError if it is no such thing."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--shard {text}: expected i/n with 1 <= i <= n, for example 1/4.")
+    return int(match[1]), int(match[2])
+
+
+@dataclass
+class Counts:
+    """What a run has come to.
+
+    Args:
+        pictures, regions (`int`): captioned now.
+        before (`int`): regions that had a caption when it began.
+        bad_pictures, bad_regions (`int`): that cannot be read.
+        failed (`int`): regions that could be read, and got no caption.
+        empty (`int`): regions whose caption is empty, those of before included.
+        seconds (`float`): since it began.
+    """
+
+    pictures: int = 0
+    regions: int = 0
+    before: int = 0
+    bad_pictures: int = 0
+    bad_regions: int = 0
+    failed: int = 0
+    empty: int = 0
+    seconds: float = 0.0
+
+    @property
+    def speed(self) -> str:
+        """Pictures and regions a second."""
+        seconds = max(self.seconds, 1e-9)
+        return f"{self.pictures / seconds:.2f} pictures/s, {self.regions / seconds:.2f} regions/s"
+
+    @property
+    def whole(self) -> bool:
+        """Whether every region has its caption."""
+        return not (self.bad_pictures or self.bad_regions or self.failed or self.empty)
+
+    def __str__(self) -> str:
+        """One line for people."""
+        done = f"{pluralize(self.regions, 'region')} of {pluralize(self.pictures, 'picture')} captioned ({self.speed})"
+        parts = [
+            (self.before, "region", " there before"),
+            (self.bad_pictures, "picture", " cannot be read"),
+            (self.bad_regions, "region", " cannot be read"),
+            (self.failed, "region", " failed"),
+            (self.empty, "empty caption", ""),
+        ]
+        return "; ".join([done, *(pluralize(number, noun) + what for number, noun, what in parts if number)])
+
+
+def run_batch(
+    data: DataSet,
+    open_engine: Callable[[], Engine],
+    files: BatchFiles,
+    shard: tuple[int, int] | None = None,
+    progress: Callable[[int, Counts], None] | None = None,
+) -> Counts:
+    """Caption all regions of a data set that have no caption yet.
+
+    Args:
+        data (`DataSet`): see [`~pdlm_hf.batch.open_data`].
+        open_engine: gives what writes the captions, an [`~pdlm_hf.batch.Engine`]; called if there is something to write.
+        files (`BatchFiles`): where they go.
+        shard (`tuple[int, int]`, *optional*): every n-th picture only, from the i-th (from 1) on.
+        progress (*optional*): called with the number of pictures that are finished, and the counts.
+
+    Raises:
+        ValueError: the rows that are there are of another data set.
+        OSError: a file cannot be written; what was written before is whole.
+        ServerError: the server is of no use any more.
+    """
+    files.check(data)
+    number, parts = shard or (1, 1)
+    run = _Run(files, progress or (lambda done, counts: None))
+    if number == 1:
+        run.add_faults(data.faults)
+    if todo := run.todo(data.entries[number - 1 :: parts]):
+        open_engine().caption(todo, files.done, run.take)
+    run.counts.empty = sum(said.empty for regions in files.rows.values() for said in regions.values())
+    run.finish(0)
+    if shard is None:
+        write_json(files.coco_path, data.with_captions(read_rows(files.out)))
+    return run.counts
+
+
+class _Run:
+    """The state of [`run_batch`]."""
+
+    def __init__(self, files: BatchFiles, progress: Callable[[int, Counts], None]):
+        self.files, self.progress = files, progress
+        self.counts = Counts(before=sum(map(len, files.rows.values())))
+        self.done = 0
+        self.start = time.perf_counter()
+
+    def todo(self, entries: list[Entry]) -> list[Entry]:
+        """Pictures that may have regions without a row."""
+        left = [e for e in entries if e.ids is None or not set(e.ids) <= set(self.files.done(e))]
+        self.finish(len(entries) - len(left))
+        return left
+
+    def take(self, answer: Answer) -> None:
+        """Write what came of a picture; regions that have their row already are left out."""
+        self.add_faults(answer.faults)
+        rows, failed = ([row for row in found if not self.files.has(row)] for found in (answer.rows, answer.failed))
+        append_rows(self.files.faults_path, failed)
+        self.files.add(rows)
+        self.counts.failed += len(failed)
+        self.counts.regions += len(rows)
+        if answer.last:
+            self.counts.pictures += bool(answer.rows or answer.failed)
+            self.finish(1)
+
+    def add_faults(self, faults: list[dict[str, Any]]) -> None:
+        """Write what cannot be read."""
+        append_rows(self.files.faults_path, faults)
+        pictures = sum(row["annotation_id"] is None and row["image_id"] is not None for row in faults)
+        self.counts.bad_pictures += pictures
+        self.counts.bad_regions += len(faults) - pictures
+
+    def finish(self, pictures: int) -> None:
+        """So many pictures more are done with."""
+        self.done += pictures
+        self.counts.seconds = time.perf_counter() - self.start
+        self.progress(self.done, self.counts)
+
+
+class BatchProgress:
+    """A progress bar in the terminal, to be used in a `with` block and as `progress` of [`run_batch`].
+
+    Args:
+        total (`int`): pictures.
+        console (`rich.console.Console`, *optional*): where to show it; default stderr.
+    """
+
+    def __init__(self, total: int, console: Console | None = None):
+        columns = "{task.completed:.0f}/{task.total:.0f} pictures", "{task.fields[speed]}", "{task.fields[faults]}"
+        self.bar = Progress(
+            BarColumn(),
+            *(TextColumn(column) for column in columns),
+            TimeRemainingColumn(),
+            console=console or Console(stderr=True),
+        )
+        self.task = self.bar.add_task("", total=total, speed="", faults="")
+
+    def __enter__(self) -> "BatchProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.bar.stop()
+
+    def __call__(self, done: int, counts: Counts) -> None:
+        """Show how far it is."""
+        bad = counts.bad_pictures + counts.bad_regions + counts.failed
+        self.bar.update(self.task, completed=done, speed=counts.speed, faults=f"[red]{bad} faults[/]" if bad else "")

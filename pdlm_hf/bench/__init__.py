@@ -1,0 +1,5 @@
+"""`pdlm bench`: decoding speed of the reference's loop and ours, side by side."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+"""Captions of regions: the captioner, streaming, the pipeline, registration and export."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,12 @@
+from .captioner import MODES as MODES
+from .captioner import RegionCaptioner as RegionCaptioner
+from .captioner import RegionCaptions as RegionCaptions
+from .card import write_card as write_card
+from .checkpoints import BASE_CHECKPOINT as BASE_CHECKPOINT
+from .checkpoints import CHECKPOINT as CHECKPOINT
+from .checkpoints import checkpoint_name as checkpoint_name
+from .export import export_checkpoint as export_checkpoint
+from .pipeline import RegionCaptioningPipeline as RegionCaptioningPipeline
+from .registration import register as register
+from .streaming import LiveView as LiveView
+from .streaming import RegionStreamer as RegionStreamer

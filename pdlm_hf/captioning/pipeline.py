@@ -1,0 +1,68 @@
+"""`pipeline("region-captioning", model=...)`."""
+
+from typing import Any
+
+from transformers import AutoModelForImageTextToText, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from ..modeling_pdlm import PdlmForConditionalGeneration
+from ..processing_pdlm import PdlmProcessor
+from ..regions.images import load_image
+from ..regions.region import parse_regions
+
+TASK = "region-captioning"
+
+
+class RegionCaptioningPipeline(Pipeline):
+    """Captions of the regions of a picture: `pipe({"image": picture, "regions": [...]})`, or a list of such dicts.
+
+    A region is whatever [`~pdlm_hf.regions.parse_region`] reads. Settings of `generate` are keyword arguments. Returns a list
+    of `{"id", "caption", "score", "bbox"}` per picture, in the order of the regions.
+    """
+
+    model: PdlmForConditionalGeneration
+    processor: PdlmProcessor
+
+    # transformers types these four None, and every setting of the three steps below `dict`
+    _load_processor = True  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
+
+    def get_iterator(self, inputs, num_workers: int, batch_size: int, *args: Any):
+        """As everywhere, one picture a pass. Raises: ValueError for a larger batch."""
+        if batch_size > 1:
+            raise ValueError(
+                f"region-captioning takes one picture a pass, got batch_size={batch_size}. For several at once use "
+                "`RegionCaptioner.caption_many(pairs, batch_size=...)`."
+            )
+        return super().get_iterator(inputs, num_workers, batch_size, *args)
+
+    def _sanitize_parameters(self, question: str | None = None, **generation: Any):
+        return ({} if question is None else {"question": question}), generation, {}
+
+    def preprocess(self, inputs: dict[str, Any], question: str | None = None):  # type: ignore[override]
+        """A picture and its regions as model inputs."""
+        if not isinstance(inputs, dict) or not {"image", "regions"} <= inputs.keys():
+            raise ValueError('region-captioning takes {"image": picture, "regions": [...]}.')
+        image = load_image(inputs["image"])
+        regions = parse_regions(inputs["regions"], *image.size)
+        batch = self.processor(images=image, segmentation_maps=[r.mask for r in regions], text=question)
+        return batch | {"regions": regions}
+
+    def _forward(self, model_inputs, **generation):  # type: ignore[override]
+        regions = model_inputs.pop("regions")
+        return {"output": self.model.generate(**model_inputs, **generation), "regions": regions}
+
+    def postprocess(self, model_outputs):  # type: ignore[override]
+        """Captions as dictionaries, in the order of the regions."""
+        captions = self.processor.post_process_region_captions(model_outputs["output"])[0]
+        return [
+            {"id": region.id, "caption": caption.text, "score": caption.score, "bbox": region.bbox}
+            for region, caption in zip(model_outputs["regions"], captions, strict=True)
+        ]
+
+
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=RegionCaptioningPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
+)

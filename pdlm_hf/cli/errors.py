@@ -1,0 +1,65 @@
+"""What the commands say when something goes wrong: one line on stderr, and the exit code."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from ..errors_pdlm import MissingPackageError
+
+# What a package that is not there belongs to, where nobody asks before it is imported.
+EXTRAS = {"peft": "peft", "accelerate": "peft", "yaml": "peft"}
+
+
+def fail(program: str, message: Any, code: int = 2) -> typer.Exit:
+    """Say why, and give what is to be raised.
+
+    Args:
+        program (`str`): name of the command.
+        message: text or exception; line breaks are taken out.
+        code (`int`): 2: the call was wrong; 1: it could not be finished; 130: stopped by the user.
+    """
+    if isinstance(message, ModuleNotFoundError) and message.name in EXTRAS:
+        message = MissingPackageError(message.name, EXTRAS[message.name])
+    elif isinstance(message, OSError) and message.filename is not None:
+        message = f"{message.filename}: {message.strerror}"
+    typer.echo(f"{program}: {' '.join(str(message).split())}", err=True)
+    return typer.Exit(code)
+
+
+def add_version(app: typer.Typer, program: str) -> None:
+    """Give a command the option `--version`, which prints its name and the version of the project."""
+
+    def show(asked: bool) -> None:
+        if asked:
+            from .. import __version__
+
+            typer.echo(f"{program} {__version__}")
+            raise typer.Exit()
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version and exit.", callback=show, is_eager=True)
+        ] = False,
+    ) -> None:
+        pass
+
+
+def exit_on_error(program: str) -> Callable[[Callable], Callable]:
+    """Decorator of a command of `program`: errors of its user become [`fail`]."""
+
+    def decorate(command: Callable) -> Callable:
+        @wraps(command)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return command(*args, **kwargs)
+            except (ValueError, OSError, ImportError) as error:
+                raise fail(program, error) from None
+            except KeyboardInterrupt:
+                raise fail(program, "stopped. What is done is kept; run the same command to go on.", 130) from None
+
+        return wrapped
+
+    return decorate

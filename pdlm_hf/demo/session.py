@@ -1,0 +1,299 @@
+"""One person's picture, the regions marked on it, and their captions."""
+
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
+from threading import RLock
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..image_processing_pdlm import to_rgb
+from ..processing_pdlm import RegionCaption, area_order
+from ..regions.crops import png_url
+from ..regions.readers import from_label_map, read_region_file
+from ..regions.region import Region, parse_region, parse_regions
+from ..render.drawing import colour_of, draw_captions, draw_regions, ink_on
+from ..render.report import jpeg_url
+from .limits import MAX_MASK_PIXELS, MAX_REGIONS, open_upload
+
+_SHOWN = 1000  # pixels of the longer side on the page
+_POINTS = 10_000  # of a stroke
+_UNDO = 50
+
+
+@dataclass
+class Session:
+    """What one person works on. Regions are kept as COCO annotations: masks of large pictures would fill the memory.
+
+    To be changed by one thread at a time, the one that holds its lock.
+
+    Args:
+        image (`PIL.Image.Image`, *optional*): RGB.
+        name (`str`): of its file.
+        small (`PIL.Image.Image`, *optional*): as it is shown, where that is smaller; else the image.
+        regions (`list[dict]`): "id", "segmentation" (RLE), and "shown", the RLE at that size; "brushed" if more can be
+            painted to it.
+        captions (`list[RegionCaption]`, *optional*): of these regions.
+        version (`int`): another one whenever picture or regions change.
+    """
+
+    image: Image.Image | None = None
+    name: str = ""
+    small: Image.Image | None = None
+    regions: list[dict[str, Any]] = field(default_factory=list)
+    captions: list[RegionCaption] | None = None
+    version: int = 0
+    past: list[list[dict[str, Any]]] = field(default_factory=list, repr=False)
+
+    def __post_init__(self):
+        self.lock = RLock()  # no field: gradio writes out the fields of what a session begins with
+
+    def __deepcopy__(self, memo: dict) -> "Session":
+        """gradio begins every session with a copy of the first sheet, which is empty."""
+        return Session()
+
+    def open(self, name: str, data: bytes) -> None:
+        """Begin with an uploaded picture. Raises: ValueError, and the sheet stays as it was."""
+        self.start(to_rgb(open_upload(name, data), name), name)
+
+    def start(self, image: Image.Image, name: str, masks: Any = ()) -> None:
+        """Begin with a picture (RGB), and masks on it."""
+        regions = [Region(k, mask) for k, mask in enumerate(masks, 1)]
+        self.image, self.name, self.past = image, name, []
+        self.small = image.resize(_shown_size(image)) if max(image.size) > _SHOWN else image
+        self._set([self._row(region, region.id) for region in regions])
+
+    def mark(self, gesture: dict[str, Any], segmenter: Any = None) -> None:
+        """Make a region the way a person shows it; places are in fractions of the picture's width and height.
+
+        Args:
+            gesture: `{"kind": "box", "box": [x0, y0, x1, y1]}`; `{"kind": "brush", "points": [[x, y], ...], "radius":
+                fraction of the width}`, which grows the painted region it starts in, if any; or `{"kind": "click",
+                "point": [x, y]}`.
+            segmenter ([`~sam.Segmenter`], *optional*): finds what was clicked.
+
+        Raises:
+            ValueError: something else, an empty region, or too many.
+        """
+        image = self.picture()
+        width, height = image.size
+        kind = gesture.get("kind")
+        if kind == "box":
+            self._add([Region(None, _box_mask(_numbers(gesture.get("box"), (4,)), width, height))])
+        elif kind == "brush":
+            points = _numbers(gesture.get("points"), (-1, 2))
+            self._paint(_stroke_mask(points, float(_numbers(gesture.get("radius"), ())), width, height), points[0])
+        elif kind == "click" and segmenter is not None:
+            x, y = _pixel(_numbers(gesture.get("point"), (2,)), width, height)
+            self._add([Region(None, segmenter.mask(image, x, y))])
+        else:
+            raise ValueError("Mark a region with a box or the brush.")
+
+    def load_masks(self, files: list[tuple[str, bytes]]) -> None:
+        """Add regions from files: a label map, several masks (white inside), or a file of regions as
+        [`~readers.read_region_file`] reads them.
+
+        Args:
+            files: names and contents.
+
+        Raises:
+            ValueError: a file cannot be used; nothing is added then.
+        """
+        size = self.picture().size
+        found: list[Region] = []
+        for name, data in files:
+            if PurePath(name).suffix.lower() in (".json", ".txt"):
+                values = _read_regions(name, data, self.name, size)
+            else:
+                image = open_upload(name, data, size)
+                if image.mode == "P":  # numbers of a palette are labels
+                    image = Image.fromarray(np.asarray(image))
+                if len(files) == 1 and image.getcolors(MAX_REGIONS + 1) is None:  # each would be a mask
+                    raise ValueError(
+                        f"{name}: more than {MAX_REGIONS} values; expected a label map, or several masks."
+                    )
+                values = from_label_map(image) if len(files) == 1 else [image]
+            self._check(len(self.regions) + len(found) + len(values))
+            found += [parse_region(value, *size, k) for k, value in enumerate(values)]
+        self._add(found)
+
+    def undo(self) -> None:
+        """Take the last change of the regions back."""
+        if self.past:
+            self._set(self.past.pop())
+
+    def delete(self, own: Any) -> None:
+        """Take one region away, by its id."""
+        rest = [row for row in self.regions if row["id"] != own]
+        if len(rest) < len(self.regions):  # else it is gone already
+            self._change(rest)
+
+    def clear(self) -> None:
+        """Take all regions away."""
+        self._change([])
+
+    def picture(self) -> Image.Image:
+        """The picture. Raises: ValueError if there is none."""
+        if self.image is None:
+            raise ValueError("Drop a picture first, or take one of the examples.")
+        return self.image
+
+    def parsed(self) -> list[Region]:
+        """The regions with their masks. Raises: ValueError if there are none."""
+        image = self.picture()
+        if not self.regions:
+            raise ValueError("Mark a region first: drag a box on the picture.")
+        return parse_regions(self.regions, *image.size)
+
+    def view(self) -> dict[str, Any] | None:
+        """What the page shows: the picture with its regions, and a picture that tells which region a pixel is of."""
+        if self.image is None or self.small is None:
+            return None
+        shown = [{"id": row["id"], "segmentation": row["shown"]} for row in self.regions]
+        regions = parse_regions(shown, *self.small.size) if shown else []
+        size = _shown_size(self.image)
+        labels = np.zeros(size[::-1], np.uint8)
+        for k in area_order([region.mask for region in regions]):  # small ones lie on large ones, as they are drawn
+            mask = Image.fromarray(regions[k].mask).resize(size, Image.Resampling.NEAREST)
+            labels[np.asarray(mask)] = k + 1
+        boxes = [np.divide(region.bbox, [*self.small.size, *self.small.size]).tolist() for region in regions]
+        return {
+            "version": self.version,
+            "picture": jpeg_url(draw_regions(self.small, regions, size)),
+            "labels": png_url(Image.fromarray(labels)),
+            "size": size,
+            "undo": bool(self.past),
+            "regions": [
+                {"id": row["id"], "box": box, "colour": colour_of(k), "ink": ink_on(colour_of(k))}
+                for k, (row, box) in enumerate(zip(self.regions, boxes, strict=True))
+            ],
+        }
+
+    def coco(self) -> bytes:
+        """A COCO file of the picture, with `caption` and `score` on each annotation. Raises: ValueError."""
+        rows = []
+        for region, caption in zip(self.parsed(), self._captions(), strict=True):
+            place = {"id": region.id, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": int(region.mask.sum())}
+            said = {"caption": caption.text, "score": round(caption.score, 4)}
+            rows.append({**place, "bbox": region.bbox, "segmentation": region.segmentation, **said})
+        width, height = self.picture().size
+        image = {"id": 1, "file_name": self.name, "width": width, "height": height}
+        data = {"images": [image], "annotations": rows, "categories": [{"id": 1, "name": "region"}]}
+        return json.dumps(data, indent=1).encode()
+
+    def drawing(self) -> bytes:
+        """A PNG of the picture with numbered regions and their captions. Raises: ValueError."""
+        buffer = io.BytesIO()
+        draw_captions(self.picture(), self.parsed(), self._captions()).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    # ---------------------------------------------------------------- within
+
+    def _captions(self) -> list[RegionCaption]:
+        if self.captions is None:
+            raise ValueError("There are no captions of these regions yet; press Describe.")
+        return self.captions
+
+    def _add(self, regions: list[Region]) -> None:
+        """Keep regions, under their own ids as far as these are numbers of nobody else."""
+        self._check(len(self.regions) + len(regions))
+        taken = {region["id"] for region in self.regions}
+        rows = []
+        for region in regions:
+            if not isinstance(region.id, int) or region.id in taken:
+                region.id = max(taken, default=0) + 1
+            taken.add(region.id)
+            rows.append(self._row(region, region.id))
+        self._change(self.regions + rows)
+
+    def _row(self, region: Region, own: int, **more: Any) -> dict[str, Any]:
+        """What is kept of a region."""
+        whole = shown = region.segmentation
+        if self.small is not None and self.small is not self.image:
+            shown = Region(own, _shrunk(region.mask, self.small.size)).segmentation
+        return {"id": own, "segmentation": whole, "shown": shown, **more}
+
+    def _paint(self, mask: np.ndarray, start: np.ndarray) -> None:
+        size = self.picture().size
+        x, y = _pixel(start, *size)
+        for k, row in reversed(list(enumerate(self.regions))):
+            if row.get("brushed") and (whole := parse_region(row, *size).mask)[y, x]:
+                grown = self._row(Region(row["id"], whole | mask), row["id"], brushed=True)
+                return self._change([*self.regions[:k], grown, *self.regions[k + 1 :]])
+        self._add([Region(None, mask)])
+        self.regions[-1]["brushed"] = True
+
+    def _check(self, count: int) -> None:
+        width, height = self.picture().size
+        most = min(MAX_REGIONS, MAX_MASK_PIXELS // (width * height))
+        if count > most:
+            raise ValueError(f"{count} regions; at most {most} on a picture of {width} x {height} pixels.")
+
+    def _change(self, regions: list[dict[str, Any]]) -> None:
+        self.past = [*self.past, self.regions][-_UNDO:]
+        self._set(regions)
+
+    def _set(self, regions: list[dict[str, Any]]) -> None:
+        self.regions, self.captions, self.version = regions, None, self.version + 1
+
+
+def _shown_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height on the page."""
+    factor = _SHOWN / max(image.size)
+    return max(1, round(image.width * factor)), max(1, round(image.height * factor))
+
+
+def _shrunk(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask at another size; what would vanish keeps a pixel."""
+    shares = np.asarray(Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BOX))
+    return shares >= min(128, shares.max())
+
+
+def _read_regions(name: str, data: bytes, image_name: str, size: tuple[int, int]) -> list[Any]:
+    """Regions of a file; it lies on disk for as long as it is read."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"regions{PurePath(name).suffix.lower()}"
+        path.write_bytes(data)
+        try:
+            return read_region_file(path, image_name, *size)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), name)) from None
+
+
+def _numbers(values: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Fractions of a picture, within 0 to 1. Raises: ValueError for anything else."""
+    array: np.ndarray | None = None
+    try:
+        given = np.asarray(values, dtype=float)
+        if given.size <= 2 * _POINTS:
+            array = given.reshape(shape)
+    except (TypeError, ValueError):
+        pass
+    if array is None or not array.size or not np.isfinite(array).all():
+        raise ValueError("This mark cannot be read; try again, with a shorter stroke.")
+    return array.clip(0, 1)
+
+
+def _pixel(point: np.ndarray, width: int, height: int) -> tuple[int, int]:
+    """Column and row of the pixel at a place."""
+    return min(int(point[0] * width), width - 1), min(int(point[1] * height), height - 1)
+
+
+def _box_mask(corners: np.ndarray, width: int, height: int) -> np.ndarray:
+    x, y = np.sort(corners[[0, 2]]) * width, np.sort(corners[[1, 3]]) * height
+    return parse_region([x[0], y[0], x[1] - x[0], y[1] - y[0]], width, height, 0).mask
+
+
+def _stroke_mask(points: np.ndarray, radius: float, width: int, height: int) -> np.ndarray:
+    """What a round brush covers on its way."""
+    pixels, radius = points * [width, height], max(0.5, radius * width)
+    canvas = Image.new("1", (width, height))
+    draw = ImageDraw.Draw(canvas)
+    draw.line([tuple(point) for point in pixels.tolist()], fill=1, width=max(1, round(2 * radius)))
+    for x, y in pixels.tolist():
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=1)
+    return np.array(canvas)

@@ -1,0 +1,333 @@
+"""Drawings, contact sheets, reports, recordings, notebooks: what people look at."""
+
+import base64
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import make_picture
+from typer.testing import CliRunner
+
+from pdlm_hf import RegionCaption, RegionCaptioner
+from pdlm_hf.captioning.captioner import RegionCaptions
+from pdlm_hf.cli.main import app
+from pdlm_hf.regions.files import append_rows
+from pdlm_hf.regions.region import parse_regions
+from pdlm_hf.render.drawing import COLOURS, colour_of, contact_sheet, draw_captions, draw_regions, ink_on
+from pdlm_hf.render.recording import save_recording
+from pdlm_hf.render.report import image_html, write_report
+
+NASTY = "</script><img src=x onerror=alert(1)> & \"quoted\" 'too' <!--"
+
+
+def rgb(colour):
+    return tuple(bytes.fromhex(colour[1:]))
+
+
+def grey(width=600, height=500):
+    return Image.new("RGB", (width, height), (200, 200, 200))
+
+
+# ---------------------------------------------------------------- drawings
+
+
+def test_masks_are_tinted_outlined_and_numbered():
+    image = grey()
+    drawn = np.asarray(draw_regions(image, parse_regions([[100, 50, 200, 150]], 600, 500)))
+    red = np.array(rgb(COLOURS[0]))
+    assert (drawn[50:52, 100:300] == red).all() and (drawn[60:198, 100:102] == red).all()
+    assert (drawn[60, 110:290] == np.round(0.75 * 200 + 0.25 * red)).all()
+    label = drawn[115:135, 190:210].reshape(-1, 3)
+    assert (label == red).all(1).sum() > 100 and (label > 240).all(1).any()  # white on red
+    outside = np.ones((500, 600), bool)
+    outside[50:200, 100:300] = False
+    assert (drawn[outside] == 200).all()
+
+
+def test_small_masks_lie_on_large_ones_whatever_the_order():
+    boxes = [[100, 100, 40, 40], [50, 50, 300, 300]]
+    for order in ([0, 1], [1, 0]):
+        drawn = np.asarray(draw_regions(grey(), parse_regions([boxes[k] for k in order], 600, 500)))
+        assert tuple(drawn[100, 120]) == rgb(colour_of(order.index(0)))
+
+
+@pytest.mark.parametrize("size", [(300, 250), (1200, 1000), (37, 31)])
+def test_other_sizes(size):
+    regions = parse_regions([[100, 50, 200, 150], [599, 499, 1, 1], [0, 0, 600, 500]], 600, 500)
+    drawn = draw_regions(grey(), regions, size)
+    assert drawn.size == size
+    x, y = 100 * size[0] // 600, 130 * size[1] // 500
+    assert tuple(np.asarray(drawn)[y, x]) == rgb(COLOURS[0])
+
+
+def labels_in(drawn, count):
+    """Colours of whole label boxes: their corners are plain."""
+    return {colour_of(k) for k in range(count) if (np.asarray(drawn) == rgb(colour_of(k))).all(-1).any()}
+
+
+def test_labels_of_regions_in_one_place_do_not_hide_each_other():
+    regions = parse_regions([[300, 250, 4 + k, 4 + k] for k in range(10)], 600, 500)
+    drawn = np.asarray(draw_regions(grey(), regions))
+    for k in range(10):
+        # 17 x 19 pixels of a label, less the digits
+        assert (drawn == rgb(colour_of(k))).all(-1).sum() > 150
+
+
+@pytest.mark.parametrize("count", [1, 12, 13, 150])
+def test_any_number_of_regions(count):
+    rng = np.random.default_rng(0)
+    regions = parse_regions([[*rng.integers(0, 280, 2).tolist(), 9, 9] for _ in range(count)], 300, 300)
+    captions = [RegionCaption(f"a caption of some words {k}", 0.5) for k in range(count)]
+    drawn = draw_captions(grey(300, 300), regions, captions)
+    assert drawn.width == (600 if count <= 12 else 900)
+    lines = count if count <= 12 else -(-count // 2)  # two columns of 450 pixels
+    assert drawn.height == drawn.width + 12 + 24 * lines
+    assert drawn.tobytes() == draw_captions(grey(300, 300), regions, captions).tobytes()
+
+
+def test_no_caption_of_a_crowded_legend_is_lost():
+    regions = parse_regions([[k, 0, 5, 5] for k in range(31)], 300, 300)
+    texts = ["long " * (40 if k % 7 == 0 else 2) for k in range(31)]
+    drawn = np.asarray(draw_captions(grey(300, 300), regions, [RegionCaption(text, 0.5) for text in texts]))
+    legend = drawn[900:]
+    boxes = [legend[8 + 24 * n, x + 9] for x in (0, 450) for n in range((len(legend) - 12) // 24)]
+    assert sum(tuple(pixel) != (255, 255, 255) for pixel in boxes) == 31
+
+
+def test_ink_can_be_read():
+    assert ink_on("#ffffff") == ink_on("#42d4f4") == "black" and ink_on("#000000") == ink_on("#4363d8") == "white"
+
+
+def test_contact_sheet():
+    drawings = [Image.new("RGB", (480, height), "red") for height in (100, 200, 300, 50)]
+    sheet = contact_sheet(drawings, columns=3)
+    assert sheet.size == (3 * 488 + 8, 300 + 50 + 3 * 8)
+    pixels = np.asarray(sheet)
+    assert tuple(pixels[8, 8]) == tuple(pixels[8 + 300 + 8, 8]) == (255, 0, 0)
+    assert tuple(pixels[200, 8]) == (221, 221, 221)
+    named = contact_sheet(drawings[:2], names=["a.png", "b.png"], width=240)
+    assert named.size == (2 * 248 + 8, 24 + 100 + 16)
+    with pytest.raises(ValueError, match="needs pictures"):
+        contact_sheet([])
+
+
+# ---------------------------------------------------------------- HTML
+
+
+def images_in(page):
+    urls = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    return [Image.open(io.BytesIO(base64.b64decode(url))) for url in urls]
+
+
+def test_a_notebook_shows_captions_on_the_picture(isolated_model, processor):
+    image, masks = make_picture(0, 96, 64, 2)
+    found = RegionCaptioner(isolated_model, processor).caption(image, masks, max_new_tokens=4, max_denoising_steps=2)
+    assert isinstance(found, list) and found == list(found) and len(found) == 2
+    shown = found._repr_html_()
+    (picture,) = images_in(shown)
+    assert picture.size == (480, 320)
+    assert [html.escape(caption.text) in shown for caption in found] == [True, True]
+    assert f"{found[0].score:.2f}" in shown and "<script" not in shown
+
+
+def test_texts_are_escaped():
+    regions = parse_regions([[0, 0, 9, 9]], 20, 10)
+    shown = RegionCaptions([RegionCaption(NASTY, 0.5, id=NASTY)], grey(20, 10), regions)._repr_html_()
+    assert NASTY not in shown and html.escape(NASTY) in shown
+    assert shown.count("<img") == 1 and "<!--" not in shown
+    assert "(empty)" in image_html(grey(20, 10), regions, [RegionCaption("", 0.5)])
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Rows of four pictures, one of them missing, one with a bad name; the scores say their order."""
+    (tmp_path / "images").mkdir()
+    lines = []
+    for k, (name, score) in enumerate([("b.png", 0.9), ("a <b>.png", 0.2), ("gone.png", 0.5), ("c.png", 0.7)]):
+        image, masks = make_picture(k, 96, 64, 2)
+        if name != "gone.png":
+            Image.fromarray(image).save(tmp_path / "images" / name)
+        for n, region in enumerate(parse_regions(masks, 96, 64)):
+            place = {"image_id": k, "annotation_id": 10 - n, "file_name": name}
+            text = NASTY if name == "c.png" else f"region {n} of {k}"
+            shape = {"bbox": region.bbox, "segmentation": region.segmentation}
+            lines.append({**place, "caption": text, "score": score - 0.1 * n, **shape})
+    append_rows(tmp_path / "out.jsonl", lines)
+    return lines
+
+
+def test_report(tmp_path, rows):
+    out = tmp_path / "report.html"
+    shown, there, unread = write_report(tmp_path / "out.jsonl", tmp_path / "images", out)
+    assert (shown, there) == (4, 4) and len(unread) == 1 and unread[0].endswith("gone.png: no such file.")
+    page = out.read_text()
+    assert re.findall("<h2>(.*?)</h2>", page) == ["a &lt;b&gt;.png", "b.png", "c.png", "gone.png"]
+    assert [picture.size for picture in images_in(page)] == [(480, 320)] * 3
+    assert f"This picture cannot be read: {html.escape(unread[0])}" in page
+    assert page.count(html.escape(NASTY)) == 2 and NASTY not in page
+    assert page.count("<script>") == page.count("</script>") == 1
+    assert page.index("region 1 of 0") < page.index("region 0 of 0")  # by annotation id
+    assert 'data-low="0.1000" data-high="0.2000"' in page
+    assert not re.search(r"(src|href)=\"(?!data:)|https?:|@import|url\(", page)  # nothing from elsewhere
+    assert len(page) < 3 * 120_000  # noise; photographs need less
+    append_rows(tmp_path / "shuffled.jsonl", rows[::-1])
+    write_report(tmp_path / "shuffled.jsonl", tmp_path / "images", tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text().replace("shuffled.jsonl", "out.jsonl") == page
+
+
+def test_report_of_the_lowest_scores(tmp_path, rows):
+    out = tmp_path / "report.html"
+    assert write_report(tmp_path / "out.jsonl", tmp_path / "images", out, limit=2)[:2] == (2, 4)
+    assert re.findall("<h2>(.*?)</h2>", out.read_text()) == ["a &lt;b&gt;.png", "gone.png"]
+    assert "2 of 4 pictures, lowest scores" in out.read_text()
+
+
+def report(tmp_path, *arguments):
+    command = ["report", tmp_path / "out.jsonl", "--images", tmp_path / "images", *arguments]
+    return CliRunner().invoke(app, [str(part) for part in command])
+
+
+def test_report_command(tmp_path, rows):
+    result = report(tmp_path, "--out", tmp_path / "a.html")
+    assert result.exit_code == 1 and "4 of 4 pictures" in result.stderr
+    assert "1 picture cannot be read: " in result.stderr and "gone.png: no such file." in result.stderr
+    assert report(tmp_path, "--out", tmp_path / "sheet.png").exit_code == 1
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width == 3 * 488 + 8
+    for arguments, message in (
+        (["--out", tmp_path / "a.foo"], "no picture format"),
+        (["--out", tmp_path / "none" / "a.html"], "No such file"),
+        (["--out", tmp_path / "a.html", "--limit", 0], "must be positive"),
+        (["--out", tmp_path / "a.png", "--images", tmp_path], "none of the pictures can be read"),
+        (["--out", tmp_path / "a.html", "--images", tmp_path], "none of the pictures can be read"),
+    ):
+        result = report(tmp_path, *arguments)
+        assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    (tmp_path / "out.jsonl").write_text('{"caption": "a"}\n')
+    assert "line 1: has no annotation_id, file_name" in report(tmp_path, "--out", tmp_path / "a.html").stderr
+    (tmp_path / "out.jsonl").unlink()
+    assert "no such file" in report(tmp_path, "--out", tmp_path / "a.html").stderr
+
+
+# ---------------------------------------------------------------- recordings
+
+STEPS = [["a", NASTY], ["a cat", NASTY], ["a cat sits", "b"]]
+
+
+def test_recording_as_a_page(tmp_path):
+    regions = parse_regions([[0, 0, 9, 9], [10, 1, 5, 5]], 20, 10)
+    save_recording(tmp_path / "a.html", grey(20, 10), regions, [["a"], *STEPS[1:]])
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("</script>") == 1 and NASTY not in page
+    steps = json.loads(re.search(r"const steps = (.*?), items", page)[1])
+    assert steps == [["a", ""], *STEPS[1:]]
+    assert 'max="2"' in page and len(images_in(page)) == 1
+    with pytest.raises(ValueError, match="no steps"):
+        save_recording(tmp_path / "b.html", grey(20, 10), regions, [])
+
+
+def test_recording_as_gif(tmp_path):
+    regions = parse_regions([[0, 0, 9, 9], [10, 1, 5, 5]], 20, 10)
+    save_recording(tmp_path / "a.gif", grey(20, 10), regions, STEPS)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 3 and gif.size[0] == 480
+        durations, frames = [], []
+        for k in range(3):
+            gif.seek(k)
+            durations.append(gif.info["duration"])
+            frames.append(np.asarray(gif.convert("RGB")).astype(int))
+    assert durations == [250, 250, 2500]
+    changed = [np.abs(a - b).max(-1).max(1) > 60 for a, b in zip(frames, frames[1:], strict=False)]
+    assert changed[0].any() and not changed[0][:240].any()  # in the legend only
+
+
+@pytest.mark.parametrize("watch", [[], ["--watch"]])
+def test_record_option(tmp_path, tiny_checkpoint, watch):
+    image, masks = make_picture(1, 104, 64, 8)  # more regions than prompts: two passes
+    Image.fromarray(image).save(tmp_path / "picture.png")
+    boxes = [part for r in parse_regions(masks, 104, 64) for part in ("--box", ",".join(map(str, r.bbox)))]
+    command = ["caption", tmp_path / "picture.png", *boxes, "--model", tiny_checkpoint, "--json", *watch]
+    command += ["--steps", 3, "--max-new-tokens", 6, "--record", tmp_path / "a.html"]
+    result = CliRunner().invoke(app, [str(part) for part in command])
+    assert result.exit_code == 0, result.output
+    steps = json.loads(re.search(r"const steps = (.*?), items", (tmp_path / "a.html").read_text())[1])
+    assert len(steps) >= 3 and all(len(drafts) == 8 for drafts in steps)
+    assert steps[-1] == [region["caption"] for region in json.loads(result.stdout)["regions"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.mp4", ".mp4 is no recording"), ("none/a.gif", "folder that is there")]
+)
+def test_a_bad_recording_is_found_before_the_work(tmp_path, monkeypatch, name, message):
+    monkeypatch.setattr(RegionCaptioner, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    grey(20, 10).save(tmp_path / "picture.png")
+    command = ["caption", tmp_path / "picture.png", "--box", "1,1,5,5", "--record", tmp_path / name]
+    result = CliRunner().invoke(app, [str(part) for part in command])
+    assert result.exit_code == 2 and message in result.stderr
+
+
+# ---------------------------------------------------------------- in a browser
+
+BROWSER = shutil.which("chromium")
+
+
+def after(page, script):
+    """Title of a page after a script ran in it."""
+    path = page.with_name("probe.html")
+    path.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return html.unescape(re.search("<title>(.*?)</title>", shown)[1]).split("|")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_search_and_sort_in_a_browser(tmp_path, rows):
+    write_report(tmp_path / "out.jsonl", tmp_path / "images", tmp_path / "a.html")
+    script = """
+    const said = [shown.textContent];
+    const type = text => {
+      query.value = text; query.dispatchEvent(new Event("input")); said.push(shown.textContent);
+    };
+    const names = () => [...document.querySelectorAll("h2")].map(x => x.textContent).join(" ");
+    const by = value => { order.value = value; order.dispatchEvent(new Event("change")); said.push(names()); };
+    type("REGION 2"); type("gone.png"); type("onerror quoted"); type("nothing"); type("");
+    by("low"); by("high"); by("name");
+    document.title = said.join("|");
+    """
+    assert after(tmp_path / "a.html", script) == [
+        "8 regions of 4 pictures",
+        "2 regions of 1 pictures",
+        "2 regions of 1 pictures",
+        "2 regions of 1 pictures",
+        "0 regions of 0 pictures",
+        "8 regions of 4 pictures",
+        "a <b>.png gone.png c.png b.png",
+        "b.png c.png gone.png a <b>.png",
+        "a <b>.png b.png c.png gone.png",
+    ]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_steps_in_a_browser(tmp_path):
+    regions = parse_regions([[0, 0, 9, 9], [10, 1, 5, 5]], 20, 10)
+    save_recording(tmp_path / "a.html", grey(20, 10), regions, STEPS)
+    script = """
+    const said = [];
+    const look = k => {
+      slider.value = k; slider.dispatchEvent(new Event("input"));
+      said.push(document.querySelector("#number").textContent, ...items.map(x => x.textContent.trim()),
+        items.map(x => x.className).join());
+    };
+    look(0); look(2);
+    document.title = said.join("|");
+    """
+    assert after(tmp_path / "a.html", script) == [
+        *("step 1 of 3", "1 a", f"2 {NASTY}", ","),
+        *("step 3 of 3", "1 a cat sits", "2 b", "changed,changed"),
+    ]

@@ -1,0 +1,93 @@
+"""Put a trained run into the package, with its score on held-out pictures beside it.
+
+python -m tools.shapes.release runs/isolated --count 1000
+python -m tools.shapes.release runs/full --count 500        # a base checkpoint; as many questions of each kind
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoConfig
+
+from pdlm_hf.captioning.card import write_card
+from pdlm_hf.captioning.checkpoints import BASE_CHECKPOINT, CHECKPOINT
+from pdlm_hf.modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
+from pdlm_hf.processing_pdlm import PdlmProcessor
+from pdlm_hf.shapes import evaluate, evaluate_base
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished training run.")],
+    count: Annotated[int, typer.Option(help="Held-out pictures, or questions of each kind, to score it on.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Which ones.")] = 11,
+    threshold: Annotated[float, typer.Option(help="Default acceptance threshold of a region checkpoint.")] = 0.8,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+) -> None:
+    """Copy the checkpoint into the package and record its score."""
+    torch.set_num_threads(threads)
+    has_regions = AutoConfig.from_pretrained(run).num_region_prompts > 0
+    folder = CHECKPOINT if has_regions else BASE_CHECKPOINT
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    for path in run.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    processor = PdlmProcessor.from_pretrained(folder)
+    with torch.inference_mode():
+        report = (_regions(folder, processor, threshold) if has_regions else _chat(folder, processor))(seed, count)
+    record = json.loads((folder / "training.json").read_text()) | {"held_out": report}
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_shapes_card(folder)
+    typer.echo(json.dumps(report))
+
+
+def write_shapes_card(folder: Path) -> None:
+    """Write the model card of a shipped checkpoint, from its `training.json`."""
+    record = json.loads((folder / "training.json").read_text())
+    report = record["held_out"]
+    if regions := "by_regions" in report:
+        exact, formed = (f"{100 * report[name]:.1f} %" for name in ("exact", "well_formed"))
+        scores = (
+            f"On {report['images']} held-out pictures, seed {report['seed']}: {exact} of the captions are well formed"
+        )
+        scores += f" and true in all four attributes, {formed} are well formed."
+    else:
+        kinds = "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in report["by_kind"].items())
+        scores = f"Right answers to {report['questions']} held-out questions of each kind:\n\n"
+        scores += f"| kind | right |\n|---|---|\n{kinds}"
+    write_card(
+        folder,
+        title="shapes" if regions else "shapes, base",
+        summary=f"A tiny model ({record['parameters'] / 1e6:.2f} M parameters) that knows drawn shapes only. It makes "
+        "every part of the project run anywhere; it is of no use on photographs.",
+        data=f"Pictures of {'one to six' if regions else 'one or two'} drawn shapes with "
+        f"{'captions' if regions else 'questions and their answers'}, made by `pdlm_hf.shapes`.",
+        scores=scores,
+        training=f"On a CPU; `training.json` has every command. The last one:\n\n```\n{record['command']}\n```",
+        regions=regions,
+        limits="It knows the words of its world only.",
+        licence="Apache-2.0.",
+        license="apache-2.0",
+    )
+
+
+def _regions(folder: Path, processor: PdlmProcessor, threshold: float) -> Any:
+    model = PdlmForConditionalGeneration.from_pretrained(folder).eval()
+    # Its default is adaptive: a fixed schedule has to commit so many slots a step, certain or not.
+    model.generation_config.acceptance_threshold = threshold
+    model.generation_config.save_pretrained(folder)
+    return lambda seed, count: evaluate.evaluate(model, processor, seed, count, show=True)
+
+
+def _chat(folder: Path, processor: PdlmProcessor) -> Any:
+    model = PdlmBaseForConditionalGeneration.from_pretrained(folder).eval()
+    return lambda seed, count: evaluate_base.evaluate(model, processor, seed, count) | {"questions": count}
+
+
+if __name__ == "__main__":
+    typer.run(main)

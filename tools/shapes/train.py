@@ -1,0 +1,163 @@
+"""Train the tiny checkpoint on drawn shapes.
+
+    train="python -m tools.shapes.train --threads 2"
+    $train --out runs/vision --lesson vision --steps 4000 --batch-size 64 --learning-rate 3e-3
+    $train --out runs/pictures --lesson pictures --init runs/vision --steps 2500
+    $train --out runs/words --lesson words --init runs/pictures --steps 800 --batch-size 64 --freeze-vision
+    $train --out runs/full --init runs/words --steps 1500 --freeze-vision
+    $train --out runs/linear --lesson pictures --linear-head --init runs/full --steps 700
+    $train --out runs/linear2 --lesson pictures --linear-head --init runs/linear --steps 1200 --learning-rate 2e-3
+    $train --out runs/full2 --init runs/linear2 --steps 700 --freeze-vision
+    isolated="--prefix-attention isolated --freeze-vision"
+    $train --out runs/isolated --init runs/full2 $isolated --steps 900 --learning-rate 7e-4
+    $train --out runs/isolated2 --init runs/isolated $isolated --steps 900 --learning-rate 7e-4 --seed 1
+    $train --out runs/isolated3 --init runs/isolated2 $isolated --steps 700 --learning-rate 6e-4 --seed 2
+    $train --out runs/isolated4 --init runs/isolated3 $isolated --steps 700 --learning-rate 6e-4 --seed 3
+    $train --out runs/isolated5 --init runs/isolated4 $isolated --steps 2400 --learning-rate 6e-4 --seed 5
+
+Started again with the same `--out`, it goes on from the last saved step. Pictures are drawn while it trains, none
+twice in a run; runs of the same lesson with the same seed see the same ones.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from pdlm_hf.modeling_pdlm import PdlmForConditionalGeneration
+from pdlm_hf.processing_pdlm import PdlmProcessor
+from pdlm_hf.shapes.dataset import ShapesDataset
+from pdlm_hf.training.collator import PdlmCollator
+from pdlm_hf.training.trainer import Clock, InOrderTrainer
+
+from .model import build_model, build_processor
+from .vision import AttributeCollator, RegionClassifier
+
+SLOTS, EASY_SLOTS = (20, 32), (5, 9)  # caption lengths to train for
+
+
+def arguments(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int) -> TrainingArguments:
+    """Settings shared by training and ablations."""
+    return TrainingArguments(
+        output_dir=str(out / "trainer"),
+        per_device_train_batch_size=batch_size,
+        max_steps=steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(150, steps // 10),
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=25,
+        save_steps=250,
+        save_total_limit=2,
+        seed=seed,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_num_workers=1,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def save(model: PdlmForConditionalGeneration, processor: PdlmProcessor, out: Path, record: dict[str, Any]) -> None:
+    """Write the checkpoint folder and what made it; without the code, which the package has."""
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    for code in out.glob("*_pdlm.py"):
+        code.unlink()
+    for name in ("config.json", "processor_config.json"):
+        settings = json.loads((out / name).read_text())
+        for part in (settings, settings.get("image_processor", {})):
+            part.pop("auto_map", None)
+        (out / name).write_text(json.dumps(settings, indent=1) + "\n")
+    (out / "model.safetensors").chmod(0o644)
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def run(trainer: Trainer, model, processor, out: Path, init: Path | None, command: str, steps: int, seed: int) -> None:
+    """Train from the last saved step on, and save with a record of how it was made.
+
+    Args:
+        trainer (`Trainer`), model, processor: ready to go.
+        out, init (`Path`): folder to write, and the checkpoint it started from.
+        command, steps, seed: for the record.
+    """
+    trainer.add_callback(Clock())
+    last = get_last_checkpoint(out / "trainer") if (out / "trainer").is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    record = record_of(model, command, init, steps, seed, trainer.state.log_history[-1].get("elapsed"))
+    record["final_loss"] = next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None)
+    save(model, processor, out, record)
+
+
+def record_of(model, command: str, init: Path | None, steps: int, seed: int, seconds: float | None) -> dict[str, Any]:
+    """How a checkpoint was made, and how the one it started from."""
+    return {
+        "command": command + (f" --init {init.name}" if init else ""),
+        "steps": steps,
+        "seed": seed,
+        "seconds": seconds,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "initialised_from": json.loads((init / "training.json").read_text()) if init else None,
+    }
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write; training goes on where it stopped.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
+    batch_size: Annotated[int, typer.Option(help="Pictures a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    prefix_attention: Annotated[str, typer.Option(help='"full" or "isolated".')] = "full",
+    init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
+    lesson: Annotated[
+        Literal["vision", "pictures", "words", "captions"],
+        typer.Option(help="To see: small pictures, then all. To say what is seen: small pictures, then all."),
+    ] = "captions",
+    linear_head: Annotated[
+        bool, typer.Option("--linear-head", help="vision, pictures: read the attributes off by one linear layer.")
+    ] = False,
+    freeze_vision: Annotated[
+        bool, typer.Option("--freeze-vision", help="Keep the vision tower and the region prompts as they are.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Train, or go on training, and save."""
+    torch.set_num_threads(threads)
+    set_seed(seed)
+    if init is None:
+        processor = build_processor()
+        model = build_model(processor, prefix_attention)
+    else:
+        processor = PdlmProcessor.from_pretrained(init)
+        model = PdlmForConditionalGeneration.from_pretrained(init)
+        model.config.prefix_attention = prefix_attention
+    if freeze_vision:
+        for part in (model.model.vision_tower, model.model.region_embedding):
+            part.requires_grad_(False)
+    easy = lesson in ("vision", "words")
+    seeing = lesson in ("vision", "pictures")
+    slots = EASY_SLOTS if easy else SLOTS
+    trainer = InOrderTrainer(
+        model=RegionClassifier(model, linear_head) if seeing else model,
+        args=arguments(out, steps, batch_size, learning_rate, seed),
+        train_dataset=ShapesDataset(seed, steps * batch_size, batch_size, easy),
+        data_collator=AttributeCollator(processor)
+        if seeing
+        else PdlmCollator(processor, num_slots=slots, noise_floor=0.1, prompt_ids="ordered"),
+    )
+    command = (
+        f"python -m tools.shapes.train --steps {steps} --batch-size {batch_size} --learning-rate {learning_rate} "
+        f"--prefix-attention {prefix_attention} --seed {seed} --threads {threads} --lesson {lesson}"
+        + (" --linear-head" if linear_head else "")
+        + (" --freeze-vision" if freeze_vision else "")
+    )
+    run(trainer, model, processor, out, init, command, steps, seed)
+
+
+if __name__ == "__main__":
+    typer.run(main)
