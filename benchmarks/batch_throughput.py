@@ -3,9 +3,9 @@
     python benchmarks/batch_throughput.py --vllm .venv-vllm/bin/vllm --json benchmarks/results/batch_throughput.json
 
 Random weights of the decode benchmark's shape "small" behind the embedded checkpoint's processor (`--shape shapes`:
-the embedded checkpoint itself), drawn pictures of four regions, one thread a captioner. Without `--vllm`, the program
-of an environment that has the plugin, there is no server. What a picture costs the CPU besides is measured on a
-picture of the size of COCO's.
+the embedded checkpoint itself), drawn images of four regions, one thread a captioner. Without `--vllm`, the program
+of an environment that has the plugin, there is no server. What an image costs the CPU besides is measured on a
+image of the size of COCO's.
 """
 
 import io
@@ -48,7 +48,7 @@ SETTINGS = {"max_new_tokens": 32, "max_denoising_steps": FEW_STEPS}
 
 
 def write_data(folder: Path, count: int) -> None:
-    """A COCO file of drawn pictures of four regions."""
+    """A COCO file of drawn images of four regions."""
     (folder / "images").mkdir()
     images, annotations = [], []
     for k, (image, boxes) in enumerate(four_regions(count)):
@@ -72,16 +72,16 @@ def measure(folder: Path, open_engine: Callable[[], Engine]) -> tuple[dict, dict
     return found, said
 
 
-def driver_memory(rows: list[dict], pictures: int = 500) -> dict:
+def driver_memory(rows: list[dict], count: int = 500) -> dict:
     """Bytes a region: in the COCO file, in the one with captions, and in the driver, which holds what the first says,
     what is done, and what it sends to Ray."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "0.jpg").touch()
-        images = [{"id": k, "file_name": f"{k}.jpg", "width": 640, "height": 480} for k in range(pictures)]
+        images = [{"id": k, "file_name": f"{k}.jpg", "width": 640, "height": 480} for k in range(count)]
         regions = [
             {**{name: row[name] for name in ("bbox", "segmentation")}, "id": k * len(rows) + n, "image_id": k}
-            for k in range(pictures)
+            for k in range(count)
             for n, row in enumerate(rows)
         ]
         (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": regions}))
@@ -105,7 +105,7 @@ def driver_memory(rows: list[dict], pictures: int = 500) -> dict:
 
 
 def parts(repeats: int = 30) -> dict:
-    """What a picture of 640 x 480, its masks and its rows cost besides the model: time on a core, bytes."""
+    """What an image of 640 x 480, its masks and its rows cost besides the model: time on a core, bytes."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
     file = io.BytesIO()
@@ -136,11 +136,11 @@ def parts(repeats: int = 30) -> dict:
         path = Path(temporary) / "rows.jsonl"
         written = milliseconds(lambda: append_rows(path, rows), len(rows))
     return {
-        "open_ms_per_picture": milliseconds(lambda: load_image("a.jpg", file.getvalue()), 1),
+        "open_ms_per_image": milliseconds(lambda: load_image("a.jpg", file.getvalue()), 1),
         "read_mask_ms_per_region": milliseconds(lambda: [parse_region(s, 640, 480) for s in shapes], len(shapes)),
         "encode_mask_ms_per_region": milliseconds(lambda: [r.segmentation for r in regions], len(regions)),
         "write_ms_per_region": written,
-        "picture_bytes": len(file.getvalue()),
+        "image_bytes": len(file.getvalue()),
         "mask_bytes": round(statistics.mean(len(s["segmentation"]["counts"]) for s in shapes)),
         "row_bytes": round(statistics.mean(len(json.dumps(row, ensure_ascii=False)) + 1 for row in rows)),
         **driver_memory(rows),
@@ -149,9 +149,9 @@ def parts(repeats: int = 30) -> dict:
 
 def main(
     shape: Annotated[str, typer.Option(help="small, tiny, or shapes: the embedded checkpoint.")] = "small",
-    pictures: Annotated[int, typer.Option(help="Pictures a run.")] = 64,
+    images: Annotated[int, typer.Option(help="Images a run.")] = 64,
     repeats: Annotated[int, typer.Option(help="Runs of everything, in turn.")] = 3,
-    batch_size: Annotated[int, typer.Option(help="Pictures a forward.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Images a forward.")] = 4,
     concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 16,
     vllm: Annotated[Path | None, typer.Option(help="The program vllm of an environment with the plugin.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
@@ -161,7 +161,7 @@ def main(
     os.environ |= {"NO_PROXY": "127.0.0.1", "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "200000000"}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_data(folder, pictures)
+        write_data(folder, images)
         model = str(CHECKPOINT if shape == "shapes" else random_checkpoint(folder / "checkpoint", shape))
         settings = CaptionerSettings(model, "default", batch_size, None, SETTINGS)
         engines = {
@@ -198,7 +198,7 @@ def main(
             "same_captions": sum(said[name][key] == text for key, text in expected.items()) / len(expected),
         }
     record = {
-        "what": f"{pictures} pictures of 4 regions, 32 slots, {FEW_STEPS} steps, {batch_size} pictures a forward; "
+        "what": f"{images} images of 4 regions, 32 slots, {FEW_STEPS} steps, {batch_size} images a forward; "
         f"{repeats} runs in turn",
         "shape": shape,
         "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores; one thread a captioner",

@@ -5,7 +5,7 @@ python benchmarks/decode.py --shape small --regions 4 --batch 1,8 --scaling --js
 
 import typer
 
-from pdlm_hf.bench.decode import decode
+from pdlm_hf.cli.bench import decode
 
 if __name__ == "__main__":
     typer.run(decode)

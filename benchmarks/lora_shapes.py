@@ -1,12 +1,12 @@
-"""Fine-tuning in numbers: a new world, what the parts are worth, and the adaptation to `prefix_attention: isolated`.
+"""Fine-tuning in numbers: a new domain, what the parts are worth, and the adaptation to `prefix_attention: isolated`.
 
     python benchmarks/lora_shapes.py new --out runs/lora --threads 2 --json benchmarks/results/lora_shapes.json
     python benchmarks/lora_shapes.py parts --out runs/lora_parts --steps 400 --json benchmarks/results/lora_parts.json
     python benchmarks/lora_shapes.py isolated --out runs/lora_iso --json benchmarks/results/lora_isolated.json
 
 Each trains by the packaged recipes (`shapes`, `shapes_isolated`); stopped and started again it goes on. "new": the
-embedded checkpoint learns shapes, colours and sentences that it has never seen, scored on held-out pictures of
-both worlds. "parts": the same with parts frozen and other ranks, for equal, fewer steps. "isolated": cached decoding
+embedded checkpoint learns shapes, colours and sentences that it has never seen, scored on held-out images of
+both domains. "parts": the same with parts frozen and other ranks, for equal, fewer steps. "isolated": cached decoding
 of a checkpoint trained "full", before and after; without --model the embedded one is first adapted to "full".
 """
 
@@ -19,10 +19,10 @@ import typer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pdlm_hf.shapes.evaluate import evaluate
-from pdlm_hf.shapes.scenes import SHAPES_WORLD, World
+from pdlm_hf.shapes.scenes import SHAPES_DOMAIN, Domain
 from pdlm_peft.adapters import load_adapter, merge
 from pdlm_peft.recipe import load_recipe
-from pdlm_peft.shapes import NEW_WORLD
+from pdlm_peft.shapes import NEW_DOMAIN
 from pdlm_peft.training import run
 
 PARTS = {
@@ -34,18 +34,18 @@ PARTS = {
     "vision tower without LoRA": ["adapter.vision=false"],
     "embeddings and head frozen": ["adapter.train_embeddings=false"],
 }
-WORLDS = {"new": NEW_WORLD, "old": SHAPES_WORLD}
+DOMAINS = {"new": NEW_DOMAIN, "old": SHAPES_DOMAIN}
 
 app = typer.Typer(help=__doc__.splitlines()[0])
 Out = Annotated[Path, typer.Option(help="Folder of the runs.")]
-Images = Annotated[int, typer.Option(help="Held-out pictures of each world.")]
+Images = Annotated[int, typer.Option(help="Held-out images of each domain.")]
 Threads = Annotated[int, typer.Option(help="CPU threads.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result here.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Further settings of the recipe, key=value.")]
 
 
-def score(folder: str | Path, worlds: dict[str, World], images: int, seed: int = 11, **generation: Any) -> dict:
-    """Scores of a checkpoint or an adapter, world by world."""
+def score(folder: str | Path, domains: dict[str, Domain], images: int, seed: int = 11, **generation: Any) -> dict:
+    """Scores of a checkpoint or an adapter, domain by domain."""
     if (Path(folder) / "adapter_config.json").is_file():
         model, processor = load_adapter(folder)
     else:
@@ -53,7 +53,8 @@ def score(folder: str | Path, worlds: dict[str, World], images: int, seed: int =
         processor = AutoProcessor.from_pretrained(folder)
     with torch.inference_mode():
         return {
-            name: evaluate(model, processor, seed, images, world=world, **generation) for name, world in worlds.items()
+            name: evaluate(model, processor, seed, images, domain=domain, **generation)
+            for name, domain in domains.items()
         }
 
 
@@ -79,12 +80,12 @@ def new(
     json_file: Json = None,
     overrides: Overrides = None,
 ) -> None:
-    """Before and after, on the new world and on the old one."""
+    """Before and after, on the new domain and on the old one."""
     torch.set_num_threads(threads)
     recipe = load_recipe("shapes", overrides or ())
-    before = score(recipe.base, WORLDS, images)
+    before = score(recipe.base, DOMAINS, images)
     record = train("shapes", out, *(overrides or ()))
-    write({"before": before, "after": score(out, WORLDS, images), "training": record}, json_file)
+    write({"before": before, "after": score(out, DOMAINS, images), "training": record}, json_file)
 
 
 @app.command()
@@ -101,7 +102,7 @@ def parts(
     for name, overrides in PARTS.items():
         folder = out / name.replace(" ", "_")
         record = train("shapes", folder, f"training.max_steps={steps}", "training.eval_strategy=no", *overrides)
-        variants[name] = score(folder, WORLDS, images) | {"training": record}
+        variants[name] = score(folder, DOMAINS, images) | {"training": record}
     write({"steps": steps, "variants": variants}, json_file)
 
 
@@ -122,10 +123,10 @@ def isolated(
             train("shapes_isolated", out / "to_full", "switches.prefix_attention=full", *(overrides or ()))
             merge(out / "to_full", model)
     record = train("shapes_isolated", out / "isolated", f"model={model}", *(overrides or ()))
-    world, rows = {"old": SHAPES_WORLD}, {}
+    domain, rows = {"old": SHAPES_DOMAIN}, {}
     for stage, folder in (("before", model), ("after", out / "isolated")):
         for name, interval in (("recomputed", 1), ("cached", 0)):
-            rows[f"{stage}, {name}"] = score(folder, world, images, prefix_refresh_interval=interval)["old"]
+            rows[f"{stage}, {name}"] = score(folder, domain, images, prefix_refresh_interval=interval)["old"]
     write({"rows": rows, "training": record}, json_file)
 
 

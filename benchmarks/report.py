@@ -41,12 +41,12 @@ def held_out(record: dict) -> str:
 def by_regions(record: dict) -> str:
     """The same, by the number of regions."""
     shares = record["held_out"]["by_regions"]
-    return table(["regions in the picture", *shares], ["exact", *(percent(share) for share in shares.values())])
+    return table(["regions in the image", *shares], ["exact", *(percent(share) for share in shares.values())])
 
 
 def quality(record: dict, only: tuple[str, ...] = ()) -> str:
     """Accuracy for every decoding setting."""
-    rows = [["setting", "exact", "well formed", "steps a region", "forwards a picture"]]
+    rows = [["setting", "exact", "well formed", "steps a region", "forwards an image"]]
     for name, row in record["settings"].items():
         if not only or name in only:
             numbers = [percent(row["exact"]), percent(row["well_formed"])]
@@ -74,7 +74,7 @@ def ablation(record: dict) -> str:
 
 def decode(record: dict) -> str:
     """Decoding speed beside the reference's loop."""
-    rows = [["loop", "a picture", "times the reference", "regions a second", "tokens as exact"]]
+    rows = [["loop", "an image", "times the reference", "regions a second", "tokens as exact"]]
     for name, row in record["tables"][0]["rows"].items():
         numbers = [
             f"{row['ratio_to_reference']:.2f}",
@@ -97,31 +97,31 @@ def scaling(record: dict) -> str:
 
 def serving(record: dict) -> str:
     """vLLM's server beside the transformers loop."""
-    rows = [["pictures in flight", "vLLM", "transformers", "ratio", "vLLM p50 / p99", "transformers p50 / p99"]]
+    rows = [["images in flight", "vLLM", "transformers", "ratio", "vLLM p50 / p99", "transformers p50 / p99"]]
     table_of = record["rows"]
     for name, row in table_of.items():
         if name.startswith("vLLM"):
             count = name.split(", ")[1]
             other = table_of[f"transformers, {count}"]
-            rates = [f"{r['images_per_second']:.2f} pictures/s" for r in (row, other)]
+            rates = [f"{r['images_per_second']:.2f} images/s" for r in (row, other)]
             latencies = [f"{r['p50_s']:.2f} / {r['p99_s']:.2f} s" for r in (row, other)]
             rows.append([count, *rates, f"{row['ratio_to_transformers']:.2f}", *latencies])
     return table(*rows)
 
 
 def lora(record: dict) -> str:
-    """Fine-tuning on a new world: both worlds, before and after."""
-    rows = [["", "new world, exact", "well formed", "old world, exact"]]
+    """Fine-tuning on a new domain: both domains, before and after."""
+    rows = [["", "new domain, exact", "well formed", "old domain, exact"]]
     for stage in ("before", "after"):
-        worlds = record[stage]
-        cells = [worlds["new"]["exact"], worlds["new"]["well_formed"], worlds["old"]["exact"]]
+        domains = record[stage]
+        cells = [domains["new"]["exact"], domains["new"]["well_formed"], domains["old"]["exact"]]
         rows.append([stage, *map(percent, cells)])
     return table(*rows)
 
 
 def lora_parts(record: dict) -> str:
     """What the parts of the adapter are worth, for equal steps."""
-    rows = [["variant", "new world, exact", *ATTRIBUTES, "old world, exact"]]
+    rows = [["variant", "new domain, exact", *ATTRIBUTES, "old domain, exact"]]
     for name, row in record["variants"].items():
         attributes = [percent(row["new"]["by_attribute"][attribute]) for attribute in ATTRIBUTES]
         rows.append([name, percent(row["new"]["exact"]), *attributes, percent(row["old"]["exact"])])
@@ -156,10 +156,10 @@ def batch_throughput(record: dict) -> str:
 
 
 def batch_parts(record: dict) -> str:
-    """What a picture costs a CPU besides the model."""
+    """What an image costs a CPU besides the model."""
     parts = record["parts"]
     named = {
-        "open_ms_per_picture": "open a JPEG of 640 x 480",
+        "open_ms_per_image": "open a JPEG of 640 x 480",
         "read_mask_ms_per_region": "make a mask of RLE",
         "encode_mask_ms_per_region": "make RLE of a mask",
         "write_ms_per_region": "write a row",

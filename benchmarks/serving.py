@@ -1,9 +1,9 @@
-"""Serving load: throughput and latency of `vllm serve` against the number of pictures in flight, beside transformers.
+"""Serving load: throughput and latency of `vllm serve` against the number of images in flight, beside transformers.
 
     python benchmarks/serving.py --concurrency 1,4,16 --json benchmarks/results/serving_cpu_small.json
 
 Both run in turn on the same random weights (the shape "small" of the decode benchmark, with the vision tower and
-tokenizer of the embedded checkpoint) and the same pictures of four regions, cached, 11 steps, on as many threads.
+tokenizer of the embedded checkpoint) and the same images of four regions, cached, 11 steps, on as many threads.
 Runs where vLLM is installed, in the environment of `make test-vllm` for example.
 """
 
@@ -23,13 +23,13 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "vllm"))
 
-from pictures import coco, data_url, texts
+from images import coco, data_url, texts
 from server import serve
 
 from pdlm_hf import CHECKPOINT, PdlmConfig, PdlmForConditionalGeneration, PdlmProcessor, RegionCaptioner
 from pdlm_hf.bench.decode import FEW_STEPS
 from pdlm_hf.bench.model import SHAPES
-from pdlm_hf.shapes.scenes import draw_picture
+from pdlm_hf.shapes.scenes import draw_scene
 
 
 def random_checkpoint(folder: Path, shape: str) -> Path:
@@ -51,11 +51,11 @@ def random_checkpoint(folder: Path, shape: str) -> Path:
 
 
 def four_regions(count: int) -> list[tuple]:
-    """Large pictures with four boxes each."""
+    """Large images with four boxes each."""
     pairs = []
     for k in range(count):
         rng = np.random.default_rng((9, k))
-        image = draw_picture(rng).image.resize((192, 128))
+        image = draw_scene(rng).image.resize((192, 128))
         pairs.append((image, [[int(rng.integers(0, 150)), int(rng.integers(0, 90)), 38, 34] for _ in range(4)]))
     return pairs
 
@@ -75,8 +75,8 @@ def row(latencies: list[float], seconds: float) -> dict:
 
 def main(
     shape: Annotated[str, typer.Option(help="tiny or small.")] = "small",
-    concurrency: Annotated[str, typer.Option(help="Pictures in flight, comma separated.")] = "1,4,16",
-    images: Annotated[int, typer.Option(help="Pictures a run.")] = 32,
+    concurrency: Annotated[str, typer.Option(help="Images in flight, comma separated.")] = "1,4,16",
+    images: Annotated[int, typer.Option(help="Images a run.")] = 32,
     repeats: Annotated[int, typer.Option(help="Runs of everything, in turn.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
@@ -107,7 +107,7 @@ def main(
                         latencies = list(pool.map(timed, bodies))
                     rows.setdefault(f"vLLM, {together}", []).append(row(latencies, time.perf_counter() - start))
                     start, latencies = time.perf_counter(), []
-                    # every picture of a batch was asked for when its batch began
+                    # every image of a batch was asked for when its batch began
                     for first in range(0, images, together):
                         begin = time.perf_counter()
                         batch = pairs[first : first + together]
@@ -130,7 +130,7 @@ def main(
         )
         table[f"vLLM, {together}"]["ratio_to_transformers"] = round(ratio, 3)
     record = {
-        "what": f"{images} pictures of 4 regions, 32 slots, {FEW_STEPS} steps, prompt kept; {repeats} runs in turn",
+        "what": f"{images} images of 4 regions, 32 slots, {FEW_STEPS} steps, prompt kept; {repeats} runs in turn",
         "shape": shape,
         "hardware": f"{platform.machine()} CPU; vLLM's worker and transformers on one core each, in turn; vLLM's "
         "engine process on another",

@@ -4,7 +4,7 @@
         --json benchmarks/results/shapes_ablation.json
 
 Every variant starts from the same vision lesson (pdlm_hf/shapes/train.py) and learns the second one, words, with the
-same seed, pictures and number of steps: one tile, one or two figures, one wording. It is scored on held-out pictures
+same seed, images and number of steps: one tile, one or two figures, one wording. It is scored on held-out images
 of that lesson. Variants already trained are not trained again.
 """
 
@@ -83,8 +83,8 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimiser steps of every variant.")] = 600,
     out: Annotated[Path, typer.Option(help="Folder for the trained variants.")] = Path("runs/ablation"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here.")] = None,
-    images: Annotated[int, typer.Option(help="Held-out pictures.")] = 200,
-    batch_size: Annotated[int, typer.Option(help="Pictures a step.")] = 64,
+    images: Annotated[int, typer.Option(help="Held-out images.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
     learning_rate: Annotated[float, typer.Option()] = 1e-3,
     seed: Annotated[int, typer.Option()] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
@@ -102,7 +102,7 @@ def main(
         print(name, {key: rows[name][key] for key in ("exact", "well_formed", "by_attribute")})
     if json_file:
         record = {
-            "what": f"from the vision lesson, {steps} steps of {batch_size} pictures in the words lesson, seed {seed}",
+            "what": f"from the vision lesson, {steps} steps of {batch_size} images in the words lesson, seed {seed}",
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "variants": rows,
         }

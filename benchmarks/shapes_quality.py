@@ -3,7 +3,7 @@
     python benchmarks/shapes_quality.py --images 200 --json benchmarks/results/shapes_quality.json
     python benchmarks/shapes_quality.py --model runs/full2 --json benchmarks/results/shapes_quality_full.json
 
-One picture at a time, so that the forward passes are those of a picture. The second line scores a checkpoint trained
+One image at a time, so that the forward passes are those of an image. The second line scores a checkpoint trained
 with `prefix_attention="full"`, where a kept prompt is an approximation.
 """
 
@@ -39,8 +39,8 @@ def settings() -> dict[str, dict]:
 
 def main(
     model: Annotated[Path, typer.Option(help="Checkpoint folder.")] = CHECKPOINT,
-    images: Annotated[int, typer.Option(help="Held-out pictures.")] = 200,
-    seed: Annotated[int, typer.Option(help="Which pictures.")] = 5,
+    images: Annotated[int, typer.Option(help="Held-out images.")] = 200,
+    seed: Annotated[int, typer.Option(help="Which images.")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here.")] = None,
 ) -> None:
@@ -62,7 +62,7 @@ def main(
         )
     if json_file:
         record = {
-            "what": f"{images} held-out pictures, seed {seed}, 32 slots a caption, one at a time",
+            "what": f"{images} held-out images, seed {seed}, 32 slots a caption, one at a time",
             "prefix_attention": network.config.prefix_attention,
             "machine": f"{platform.machine()}, {threads} thread(s), torch {torch.__version__}",
             "settings": rows,

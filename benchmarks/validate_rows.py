@@ -2,7 +2,7 @@
 
     python benchmarks/validate_rows.py --rows 100000 --out benchmarks/results/validate_rows.json
 
-Rows are those of drawn pictures (one to six regions, RLE of up to 400 pixels a side), each with an id of its own.
+Rows are those of drawn images (one to six regions, RLE of up to 400 pixels a side), each with an id of its own.
 """
 
 import argparse
@@ -20,20 +20,20 @@ from pycocotools import mask as coco
 from transformers import AutoProcessor
 
 import pdlm_hf
-from pdlm_hf.shapes.scenes import describe, draw_picture
+from pdlm_hf.shapes.scenes import describe, draw_scene
 from pdlm_peft.sources import find_source
 from pdlm_peft.validate import Validator
 
 
 def write_rows(path: Path, count: int, distinct: int = 200) -> int:
-    """Write `count` rows, made of `distinct` pictures. Returns: regions in them."""
+    """Write `count` rows, made of `distinct` images. Returns: regions in them."""
     drawn, regions = [], 0
     for k in range(distinct):
         rng = np.random.default_rng((7, k))
-        picture = draw_picture(rng)
-        rles = [coco.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in picture.masks]
+        image = draw_scene(rng)
+        rles = [coco.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in image.masks]
         shapes = [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in rles]
-        drawn.append([(shape, describe(figure, rng)) for shape, figure in zip(shapes, picture.figures, strict=True)])
+        drawn.append([(shape, describe(figure, rng)) for shape, figure in zip(shapes, image.figures, strict=True)])
     with open(path, "w", encoding="utf-8") as file:
         for number in range(count):
             found = drawn[number % distinct]

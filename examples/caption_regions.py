@@ -1,4 +1,4 @@
-"""Captions for the regions of a picture, in a few lines of transformers.
+"""Captions for the regions of an image, in a few lines of transformers.
 
 python examples/caption_regions.py
 """

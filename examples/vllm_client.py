@@ -3,7 +3,7 @@
     vllm serve MODEL
     python examples/vllm_client.py http://127.0.0.1:8000 examples/shapes.png 101,12,25,25 66,93,49,48
 
-Needs nothing but Python: the picture travels as a data URL, regions as COCO boxes (or RLE, or polygons).
+Needs nothing but Python: the image travels as a data URL, regions as COCO boxes (or RLE, or polygons).
 """
 
 import base64
@@ -13,11 +13,11 @@ import sys
 import urllib.request
 
 
-def stream(server: str, picture: str, boxes: list[list[float]], **settings):
+def stream(server: str, image: str, boxes: list[list[float]], **settings):
     """Events of `/v1/region_captions`: one a denoising step, the last with all captions and the usage."""
-    with open(picture, "rb") as file:
+    with open(image, "rb") as file:
         data = base64.b64encode(file.read()).decode()
-    kind = mimetypes.guess_type(picture)[0] or "image/png"
+    kind = mimetypes.guess_type(image)[0] or "image/png"
     body = {
         "image": f"data:{kind};base64,{data}",
         "regions": [{"id": k, "bbox": box} for k, box in enumerate(boxes, 1)],
@@ -34,8 +34,8 @@ def stream(server: str, picture: str, boxes: list[list[float]], **settings):
 
 
 if __name__ == "__main__":
-    server, picture, *boxes = sys.argv[1:]
-    for event in stream(server, picture, [[float(x) for x in box.split(",")] for box in boxes]):
+    server, image, *boxes = sys.argv[1:]
+    for event in stream(server, image, [[float(x) for x in box.split(",")] for box in boxes]):
         if "error" in event:
             sys.exit(event["error"]["message"])
         if "usage" not in event:

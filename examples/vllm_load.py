@@ -1,4 +1,4 @@
-"""A load test: many pictures in flight against a running server, captions a second and latencies.
+"""A load test: many images in flight against a running server, captions a second and latencies.
 
 vllm serve MODEL
 python examples/vllm_load.py http://127.0.0.1:8000 examples/shapes.png --requests 64 --in-flight 16
@@ -16,10 +16,10 @@ from vllm_client import stream
 
 
 def main() -> None:
-    """Send the same picture again and again, with other boxes each time."""
+    """Send the same image again and again, with other boxes each time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("server")
-    parser.add_argument("picture")
+    parser.add_argument("image")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--in-flight", type=int, default=16)
     parser.add_argument("--regions", type=int, default=4)
@@ -28,7 +28,7 @@ def main() -> None:
     def one(number: int) -> tuple[float, int]:
         boxes = [[(7 * number + 13 * k) % 60, (5 * number + 11 * k) % 30, 30, 30] for k in range(options.regions)]
         start = time.perf_counter()
-        *_, last = stream(options.server, options.picture, boxes)
+        *_, last = stream(options.server, options.image, boxes)
         return time.perf_counter() - start, last["usage"]["num_forwards"]
 
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Captions of many pictures with vLLM, without a server.
+"""Captions of many images with vLLM, without a server.
 
 pip install perceptiondlm vllm==0.32.*    # on a machine without a GPU see docs/vllm.md
 python examples/vllm_offline.py
@@ -11,11 +11,11 @@ from pdlm_vllm import caption_many
 
 
 def main() -> None:
-    """Caption the example picture."""
+    """Caption the example image."""
     llm = LLM(str(pdlm_hf.CHECKPOINT), dtype="float32")
     masks = [f"examples/shapes_mask_{k}.png" for k in range(6)]
-    pictures = [("examples/shapes.png", masks), ("examples/shapes.png", masks[:2])]
-    for captions in caption_many(llm, pictures, acceptance_threshold=0.9):
+    images = [("examples/shapes.png", masks), ("examples/shapes.png", masks[:2])]
+    for captions in caption_many(llm, images, acceptance_threshold=0.9):
         for caption in captions:
             print(f"{caption.score:.2f}  {caption.text}")
         print()

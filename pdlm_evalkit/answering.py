@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import pdlm_hf
 from pdlm_hf.captioning.captioner import RegionCaptioner, checkpoint_name
 from pdlm_hf.configuration_pdlm import HUB_ARGUMENTS
+from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.image_processing_pdlm import resize
 from pdlm_hf.regions.images import load_image
 
@@ -45,11 +46,11 @@ class Question:
     """Something to answer.
 
     Args:
-        images (`list`): pictures: PIL images or paths.
+        images (`list`): images: PIL images or paths.
         text (`str`): as the model is to read it.
         benchmark (`Benchmark`, *optional*): whose settings hold.
         settings (`dict`): of `generate`, before the benchmark's.
-        masks (`list`): regions of the first picture, see [`pdlm_hf.regions.parse_region`]; a region model then
+        masks (`list`): regions of the first image, see [`pdlm_hf.regions.parse_region`]; a region model then
             describes them.
     """
 
@@ -82,7 +83,7 @@ class Answer:
 
 
 class Answerer:
-    """Answers questions about pictures, in batches.
+    """Answers questions about images, in batches.
 
     Args:
         model, processor: a base checkpoint; a region checkpoint also answers, and describes regions.
@@ -92,19 +93,19 @@ class Answerer:
             and `shorten` of [`Benchmark`].
 
     Raises:
-        ValueError: an unknown setting or preset.
+        SettingError: an unknown setting or preset.
     """
 
     def __init__(self, model, processor, batch_size: int = 1, presets: str = "paper", **settings: Any):
         if presets not in ("paper", "none"):
-            raise ValueError(f'`presets` must be "paper" or "none", got {presets!r}.')
+            raise SettingError(f'`presets` must be "paper" or "none", got {presets!r}.')
         if batch_size < 1:
-            raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
+            raise SettingError(f"`batch_size` must be positive, got {batch_size}.")
         self.model, self.processor = model.eval(), processor
         self.batch_size, self.presets = batch_size, presets
         self.overrides = {name: settings.pop(name) for name in OVERRIDES if name in settings}
         if self.overrides and presets != "paper":
-            raise ValueError(f'`presets="none"` leaves nothing for {", ".join(self.overrides)} to change.')
+            raise SettingError(f'`presets="none"` leaves nothing for {", ".join(self.overrides)} to change.')
         self.settings = our_settings(settings)
 
     @classmethod
@@ -175,10 +176,10 @@ class Answerer:
         return answers
 
     def _chat(self, questions: list[Question], settings: dict[str, Any]) -> list[Answer]:
-        pictures = [self._pictures(question) for question in questions]
-        prompts = [self._prompt(q.text, len(images)) for q, images in zip(questions, pictures, strict=True)]
+        given = [self._images(question) for question in questions]
+        prompts = [self._prompt(q.text, len(images)) for q, images in zip(questions, given, strict=True)]
         inputs = self.processor(
-            images=pictures if any(pictures) else None, text=prompts, max_tiles=self._tiles(questions[0])
+            images=given if any(given) else None, text=prompts, max_tiles=self._tiles(questions[0])
         )
         inputs = inputs.to(self.model.device)
         output = self.model.generate(**inputs, **settings, return_dict_in_generate=True)
@@ -216,18 +217,18 @@ class Answerer:
                 answers.append(Answer(spoken, None, tokens, slots * len(found), output["num_forwards"], 0.0))
         return answers
 
-    def _pictures(self, question: Question) -> list[Image.Image]:
+    def _images(self, question: Question) -> list[Image.Image]:
         images = [load_image(image) for image in question.images]
         if images and question.benchmark is not None and question.benchmark.upscale_first and self.presets == "paper":
             images[0] = resize(images[0], (images[0].width * 2, images[0].height * 2), Image.Resampling.BILINEAR)
         return images
 
-    def _prompt(self, text: str, pictures: int) -> str:
-        """The conversation as the reference's harness writes it: pictures first, numbered if there are several."""
+    def _prompt(self, text: str, images: int) -> str:
+        """The conversation as the reference's harness writes it: images first, numbered if there are several."""
         text = self._without_specials(text)
         content: list[dict[str, str]] = []
-        for number in range(1, pictures + 1):
-            content += [{"type": "text", "text": f"Image-{number}: "}] * (pictures > 1) + [{"type": "image"}]
+        for number in range(1, images + 1):
+            content += [{"type": "text", "text": f"Image-{number}: "}] * (images > 1) + [{"type": "image"}]
         content.append({"type": "text", "text": text})
         return self.processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -258,14 +259,14 @@ def our_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of `generate` under our names; also takes the reference's names, cfg_scale included.
 
     Raises:
-        ValueError: a setting that does not exist.
+        SettingError: a setting that does not exist.
     """
     ours = {REFERENCE_NAMES.get(name, name): value for name, value in settings.items()}
     if "cfg_scale" in ours:
         ours["guidance_scale"] = ours.pop("cfg_scale") + 1
     unknown = sorted(set(ours) - set(SETTINGS))
     if unknown:
-        raise ValueError(f"Unknown settings {unknown}. Known: {', '.join((*SETTINGS, *OVERRIDES))}.")
+        raise SettingError(f"Unknown settings {unknown}. Known: {', '.join((*SETTINGS, *OVERRIDES))}.")
     return ours
 
 

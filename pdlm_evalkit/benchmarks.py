@@ -7,6 +7,8 @@ kind of question, images by benchmark); scores are Table 1 of the paper.
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict
 
+from pdlm_hf.errors_pdlm import SettingError
+
 Kind = Literal["letter", "yes_no", "document", "math", "free"]
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -26,7 +28,7 @@ HARNESS_SUFFIXES = (
     "Please answer directly with only the letter of the correct option and nothing else",
     "Please answer directly with a single word or number",
 )
-TOTAL_TILES = 64  # all pictures of a question share them
+TOTAL_TILES = 64  # all images of a question share them
 _OTHERS = {"2", "pass64", "ppl", "reasoning"}  # in a task's name: another benchmark, or another way to ask
 OVERRIDES = ("max_tiles", "upscale_first", "prompt_suffix", "shorten")  # what is no setting of `generate`
 
@@ -46,8 +48,8 @@ class Benchmark:
             "rules, then LLM".
         paper_judge (`str`): what the paper scored with where that is another.
         max_new_tokens, block_length, max_denoising_steps (`int`): block_length 1 is autoregressive order.
-        upscale_first (`bool`): the first picture is doubled in size.
-        max_tiles (`int`): for one picture, thumbnail not counted; several share [`TOTAL_TILES`].
+        upscale_first (`bool`): the first image is doubled in size.
+        max_tiles (`int`): for one image, thumbnail not counted; several share [`TOTAL_TILES`].
         prompt_suffix (`str`, *optional*): put behind a question instead of that of its kind.
         shorten (`bool`): answers are cut to "Yes", "No" or a letter where that is what they begin with.
         aliases (`tuple[str]`): further names it has in the harnesses.
@@ -152,9 +154,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 # fmt: on
 
 
-def tiles_for(pictures: int, max_tiles: int = 6) -> int:
-    """Tiles a picture may take where a question has this many: all share [`TOTAL_TILES`]."""
-    return max(1, min(max_tiles, TOTAL_TILES // max(1, pictures)))
+def tiles_for(images: int, max_tiles: int = 6) -> int:
+    """Tiles an image may take where a question has this many: all share [`TOTAL_TILES`]."""
+    return max(1, min(max_tiles, TOTAL_TILES // max(1, images)))
 
 
 def find(name: str) -> Benchmark | None:
@@ -175,12 +177,12 @@ def find(name: str) -> Benchmark | None:
 
 
 def choose(names: list[str] | None) -> list[Benchmark]:
-    """Benchmarks of these names; all without any. Raises: ValueError naming those that are none."""
+    """Benchmarks of these names; all without any. Raises: SettingError naming those that are none."""
     if not names:
         return list(BENCHMARKS)
     found = {name: find(name) for name in names}
     if unknown := [name for name, benchmark in found.items() if benchmark is None]:
-        raise ValueError(
+        raise SettingError(
             f"No benchmark of the paper: {', '.join(unknown)}. Known: {', '.join(b.name for b in BENCHMARKS)}."
         )
     return list(dict.fromkeys(benchmark for benchmark in found.values() if benchmark is not None))

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from pdlm_hf.client.chat import ChatClient, public_url
-from pdlm_hf.errors_pdlm import ServerError
+from pdlm_hf.errors_pdlm import ServerError, SettingError
 
 from .benchmarks import Benchmark, find
 
@@ -82,12 +82,12 @@ def _lmms_data(name: str) -> tuple[str | None, str]:
 
 
 def _lmms_repository(task: str) -> str:
-    """Repository of a task's data. Raises: ValueError if lmms-eval or the task is missing."""
+    """Repository of a task's data. Raises: SettingError if lmms-eval or the task is missing."""
     try:
         from lmms_eval.tasks import TaskManager
         from lmms_eval.utils import load_yaml_config
     except ImportError:
-        raise ValueError("lmms-eval is not installed in this environment") from None
+        raise SettingError("lmms-eval is not installed in this environment") from None
     index = TaskManager("ERROR").task_index
     while task in index:
         path = index[task]["yaml_path"]
@@ -99,7 +99,7 @@ def _lmms_repository(task: str) -> str:
         if "dataset_path" in config:
             return config["dataset_path"]
         task = config["task"][0]
-    raise ValueError(f"lmms-eval has no task {task}")
+    raise SettingError(f"lmms-eval has no task {task}")
 
 
 COMPLETIONS = "/chat/completions"
@@ -120,27 +120,27 @@ _LMMS_FULL_URL = ("MMBench", "HallusionBench")  # ask OPENAI_API_URL as it is; M
 
 
 def _vlmeval_judge(judge: str | None, base_url: str | None) -> tuple[str, str]:
-    """Model and address VLMEvalKit asks. Raises: ValueError if it would ask elsewhere, and fall back to rules."""
+    """Model and address VLMEvalKit asks. Raises: SettingError if it would ask elsewhere, and fall back to rules."""
     judge = judge or "gpt-4o-mini"
     if judge in _VLMEVAL_ELSEWHERE:
-        raise ValueError(f"VLMEvalKit asks {judge} over no OpenAI-compatible server; it cannot be tried beforehand.")
+        raise SettingError(f"VLMEvalKit asks {judge} over no OpenAI-compatible server; it cannot be tried beforehand.")
     model = os.environ.get("LOCAL_LLM") or _VLMEVAL_MODELS.get(judge, judge)
     if base_url:
         if base_url.rstrip("/").endswith(COMPLETIONS):
-            raise ValueError(f"VLMEvalKit puts {COMPLETIONS} behind --judge-base-url; give {_base(base_url)}.")
+            raise SettingError(f"VLMEvalKit puts {COMPLETIONS} behind --judge-base-url; give {_base(base_url)}.")
         return model, base_url
     url = os.environ.get("OPENAI_API_BASE") or "OFFICIAL"
     if url == "OFFICIAL":
         return model, OPENAI_URL
     if not url.endswith(COMPLETIONS):
-        raise ValueError(
+        raise SettingError(
             f"VLMEvalKit asks OPENAI_API_BASE as it is; set it to the whole address, {_base(url)}{COMPLETIONS}."
         )
     return model, url
 
 
 def _lmms_judge(benchmark: Benchmark) -> tuple[str, str]:
-    """Model and address lmms-eval asks for a benchmark. Raises: ValueError if it would ask at the wrong place."""
+    """Model and address lmms-eval asks for a benchmark. Raises: SettingError if it would ask at the wrong place."""
     model = os.environ.get("MODEL_VERSION") or "gpt-4o-2024-11-20"
     if benchmark.name == "HallusionBench":
         model = "gpt-4"  # whatever MODEL_VERSION says
@@ -150,7 +150,7 @@ def _lmms_judge(benchmark: Benchmark) -> tuple[str, str]:
     whole = url.rstrip("/").endswith(COMPLETIONS)
     if whole != (benchmark.name in _LMMS_FULL_URL) and not benchmark.name.startswith("MathVerse"):
         wanted = _base(url) + COMPLETIONS * (not whole)
-        raise ValueError(
+        raise SettingError(
             f"lmms-eval's task asks OPENAI_API_URL in another form: set it to {wanted} for this benchmark."
         )
     return model, url
@@ -246,7 +246,7 @@ def probe_once(model: str, url: str, key: str | None) -> None:
 
 
 def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None, key: str | None) -> None:
-    """Refuse a run whose scores would not be what was asked for. Raises: ValueError naming the data sets."""
+    """Refuse a run whose scores would not be what was asked for. Raises: SettingError naming the data sets."""
     problems = []
     load_vlmeval_environment()
     for name in data:
@@ -263,7 +263,7 @@ def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None
         if finding.problem:
             problems.append(f"{name}: {finding.problem}")
     if problems:
-        raise ValueError(" ".join(problems))
+        raise SettingError(" ".join(problems))
 
 
 def check_lmms_judge(tasks: list[str]) -> None:
@@ -272,7 +272,7 @@ def check_lmms_judge(tasks: list[str]) -> None:
     findings = [check_judge(benchmark, None, harness="lmms") for benchmark in found.values()]
     problems = [f"{finding.subject}: {finding.problem}" for finding in findings if finding.problem]
     if problems:
-        raise ValueError(f"{' '.join(problems)} --no-check starts anyway.")
+        raise SettingError(f"{' '.join(problems)} --no-check starts anyway.")
 
 
 def check_model(pretrained: str) -> Finding:

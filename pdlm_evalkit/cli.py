@@ -14,7 +14,7 @@ from rich.table import Table
 
 from pdlm_hf.cli import errors
 from pdlm_hf.client.chat import ChatClient, key_in, public_url
-from pdlm_hf.errors_pdlm import ServerError
+from pdlm_hf.errors_pdlm import ServerError, SettingError
 
 from . import LMMS_TASKS
 from .benchmarks import BENCHMARKS, choose
@@ -22,9 +22,8 @@ from .paradlc.cli import app as paradlc
 from .paradlc.data import write_json
 from .strict import BASE_URL, MODEL, SETTINGS, judge_results, read_results
 
-app = typer.Typer(help="Evaluation of PerceptionDLM.", no_args_is_help=True)
+app = errors.make_app("pdlm-eval", "Evaluation of PerceptionDLM.")
 app.add_typer(paradlc, name="paradlc")
-errors.add_version(app, "pdlm-eval")
 
 _fail = partial(errors.fail, "pdlm-eval")
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -93,7 +92,7 @@ def check(
 
     try:
         if harness not in ("vlmeval", "lmms"):
-            raise ValueError(f"--harness must be vlmeval or lmms, got {harness}.")
+            raise SettingError(f"--harness must be vlmeval or lmms, got {harness}.")
         chosen = choose(names)
     except ValueError as error:
         raise _fail(error) from None
@@ -153,7 +152,7 @@ def strict(
     name = benchmark or _benchmark_in(results.name)
     out = out or results.with_name(f"{results.stem}_strict.json")
     if out.suffix != ".json":
-        raise ValueError(f"--out {out}: must end in .json; the verdicts go beside it, in .jsonl.")
+        raise SettingError(f"--out {out}: must end in .json; the verdicts go beside it, in .jsonl.")
     server = ChatClient(
         judge,
         base_url,
@@ -183,11 +182,11 @@ def strict(
 
 
 def _benchmark_in(name: str) -> str:
-    """The paper's benchmark a result file's name speaks of. Raises: ValueError if it speaks of none."""
+    """The paper's benchmark a result file's name speaks of. Raises: SettingError if it speaks of none."""
     for benchmark in BENCHMARKS:
         if benchmark.vlmeval in name or benchmark.lmms in name:
             return benchmark.name
-    raise ValueError(f"{name}: which benchmark is it of? Give --benchmark, for example --benchmark ChartQA.")
+    raise SettingError(f"{name}: which benchmark is it of? Give --benchmark, for example --benchmark ChartQA.")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 
+from pdlm_hf.errors_pdlm import SettingError
+
 from .answering import REFERENCE_NAMES, SETTINGS, Answer, Answerer, Question
 from .benchmarks import Benchmark, ask_like_paper
 
@@ -36,7 +38,7 @@ class Answers(Sequence):
     """Results that are made a window at a time, when they are first looked at.
 
     lmms-eval hands over all requests of a run at once, and keeps each answer in its response cache as it takes it from
-    here. So the pictures of a window only are in memory, and a run that is killed has kept what came before.
+    here. So the images of a window only are in memory, and a run that is killed has kept what came before.
 
     Args:
         requests (`list[Instance]`)
@@ -152,12 +154,12 @@ class _Pdlm(lmms):
         raise NotImplementedError("PerceptionDLM answers single questions; tasks of several rounds are not supported.")
 
     def _read(self, request: Instance) -> tuple[str, dict[str, Any], list[Any], str]:
-        """Text, settings, pictures and task of a request."""
+        """Text, settings, images and task of a request."""
         raise NotImplementedError
 
     def _question(self, text: str, asked: dict[str, Any], images: list[Any], task: str) -> Question:
         asked = dict(asked)
-        if asked.pop("pdlm_regions", False):  # the first picture, and a mask for each region
+        if asked.pop("pdlm_regions", False):  # the first image, and a mask for each region
             settings = self._settings(asked, None, task)
             return Question(images[:1], text, None, settings, masks=list(images[1:]))
         benchmark = self.answerer.benchmark(task)
@@ -217,13 +219,13 @@ class PdlmChat(_Pdlm):
         messages = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
         images, videos, audios = messages.extract_media()
         if videos or audios:
-            raise ValueError(f"{task} asks about videos or sound; PerceptionDLM reads pictures only.")
+            raise SettingError(f"{task} asks about videos or sound; PerceptionDLM reads images only.")
         parts = [part.text for message in messages.messages for part in message.content if part.type == "text"]
         return ("" if len(images) > 1 else "\n").join(parts), asked, images, task
 
 
 class PdlmSimple(_Pdlm):
-    """Reads the text and the pictures of a task."""
+    """Reads the text and the images of a task."""
 
     is_simple = True
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import typer
 
+from pdlm_hf.errors_pdlm import SettingError
+
 from . import LMMS_TASKS
 from .answering import REFERENCE_NAMES, SETTINGS
 
@@ -29,7 +31,7 @@ def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
     """lmms-eval's arguments, completed; and those we must know.
 
     Raises:
-        ValueError: no task, or settings its response cache would overlook.
+        SettingError: no task, or settings its response cache would overlook.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--tasks", "--model", "--output_path", "--include_path", "--gen_kwargs"):
@@ -38,11 +40,11 @@ def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
     parser.add_argument("--no-check", dest="check", action="store_false")  # ours: do not ask for a judge that works
     known, _ = parser.parse_known_args(argv)
     if not known.tasks:
-        raise ValueError("No tasks: give --tasks NAME,NAME (`pdlm-eval list` shows the paper's).")
+        raise SettingError("No tasks: give --tasks NAME,NAME (`pdlm-eval list` shows the paper's).")
     overlooked = (set(SETTINGS) | set(REFERENCE_NAMES)) - {"temperature", "max_new_tokens"}
     given = {pair.split("=")[0].strip() for pair in (known.gen_kwargs or "").split(",")} & overlooked
     if known.use_cache and given:
-        raise ValueError(
+        raise SettingError(
             f"lmms-eval's response cache does not look at {sorted(given)} in --gen_kwargs and would return answers of "
             "other settings. Give them in --model_args, which it looks at."
         )
@@ -107,13 +109,13 @@ def run(argv: list[str]) -> int:
     """Run, and say which task has no result. Returns: 0 only if every task has one.
 
     Raises:
-        ValueError: the call cannot work; nothing was started.
+        SettingError: the call cannot work; nothing was started.
     """
     completed, known = arguments_for(argv)
     try:
         from lmms_eval.__main__ import cli_evaluate
     except ImportError as error:
-        raise ValueError(
+        raise SettingError(
             f"lmms-eval cannot be imported ({error}). Install it in an environment of its own: pip install lmms-eval."
         ) from None
     if known.check and not int(os.environ.get("RANK", 0)):

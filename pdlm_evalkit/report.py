@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from pdlm_hf.errors_pdlm import DataError
+
 from .benchmarks import BENCHMARKS, TOTAL_TILES, Benchmark, find
 
 
@@ -51,12 +53,12 @@ def collect(paths: list[Path]) -> list[Measured]:
     """All scores of the paper's benchmarks in these files and folders, in the paper's order, oldest first.
 
     Raises:
-        ValueError: a path is not there, a result file cannot be read, or nothing was found.
+        DataError: a path is not there, a result file cannot be read, or nothing was found.
     """
     files: set[Path] = set()
     for path in paths:
         if not path.exists():
-            raise ValueError(f"{path}: no such file or folder.")
+            raise DataError(f"{path}: no such file or folder.")
         patterns = ("pdlm_report.json", "*_results.json", "*_strict.json")
         files |= {path} if path.is_file() else {file for pattern in patterns for file in path.rglob(pattern)}
     found: list[Measured] = []
@@ -64,7 +66,7 @@ def collect(paths: list[Path]) -> list[Measured]:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file}: cannot be read ({error}).") from None
+            raise DataError(f"{file}: cannot be read ({error}).") from None
         if isinstance(content, list):
             found += [row for row in map(_from_vlmeval, content) if row is not None]
         elif "accuracy" in content:
@@ -74,7 +76,7 @@ def collect(paths: list[Path]) -> list[Measured]:
         for row in found:
             row.source = row.source or str(file)
     if not found:
-        raise ValueError(f"No scores of the paper's benchmarks in {', '.join(map(str, paths))}.")
+        raise DataError(f"No scores of the paper's benchmarks in {', '.join(map(str, paths))}.")
     order = [benchmark.name for benchmark in BENCHMARKS]
     return sorted(found, key=lambda row: order.index(row.benchmark))
 
@@ -235,7 +237,7 @@ def list_table(benchmarks: list[Benchmark]) -> Table:
     table.caption = "\n".join(
         [
             *(f"{kind}: the question ends with {suffix!r}" for kind, suffix in kinds.items()),
-            f"tiles: of one picture, thumbnail not counted; several share {TOTAL_TILES}",
+            f"tiles: of one image, thumbnail not counted; several share {TOTAL_TILES}",
             'answers: a bare Yes or No, or the letter of "B. text", is cut out; lengths in tokens',
         ]
     )
@@ -253,7 +255,7 @@ def list_table(benchmarks: list[Benchmark]) -> Table:
             str(b.block_length),
             str(b.max_denoising_steps),
             str(b.max_tiles),
-            b.kind + (", first picture doubled" if b.upscale_first else ""),
+            b.kind + (", first image doubled" if b.upscale_first else ""),
             f"{b.paper:.1f}",
         )
     return table

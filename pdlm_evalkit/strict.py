@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pdlm_hf.client.chat import ChatClient, Reply, Request
+from pdlm_hf.errors_pdlm import DataError
 
 from .report import read_lines
 
@@ -78,7 +79,7 @@ def read_results(path: Path) -> list[Row]:
         path (`Path`): VLMEvalKit's predictions (.xlsx, .tsv, .csv, .json) or lmms-eval's samples (.jsonl).
 
     Raises:
-        ValueError: it cannot be read, has no rows, or lacks a column.
+        DataError: it cannot be read, has no rows, or lacks a column.
     """
     readers = {
         ".jsonl": _lmms_rows,
@@ -88,20 +89,20 @@ def read_results(path: Path) -> list[Row]:
         ".xlsx": _table_rows,
     }
     if path.suffix not in readers:
-        raise ValueError(f"{path}: expected one of {', '.join(readers)}.")
+        raise DataError(f"{path}: expected one of {', '.join(readers)}.")
     try:
         rows = readers[path.suffix](path)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}).") from None
+        raise DataError(f"{path}: cannot be read ({error}).") from None
     if not rows:
-        raise ValueError(f"{path}: holds no rows.")
+        raise DataError(f"{path}: holds no rows.")
     return rows
 
 
 def _need(row: Any, names: tuple[str, ...], path: Path, number: int) -> None:
     missing = [name for name in names if name not in row]
     if missing:
-        raise ValueError(f"{path}: row {number} has no {' and no '.join(missing)}; is it a file of predictions?")
+        raise DataError(f"{path}: row {number} has no {' and no '.join(missing)}; is it a file of predictions?")
 
 
 def _lmms_rows(path: Path) -> list[Row]:
@@ -118,7 +119,7 @@ def _lmms_rows(path: Path) -> list[Row]:
 def _json_rows(path: Path) -> list[Row]:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, list):
-        raise ValueError(f"{path}: expected a list of rows.")
+        raise DataError(f"{path}: expected a list of rows.")
     for number, row in enumerate(content, 1):
         _need(row, ("answer", "prediction"), path, number)
     return [Row(str(row.get("index", k)), str(row["answer"]), str(row["prediction"])) for k, row in enumerate(content)]
@@ -137,7 +138,7 @@ def _table_rows(path: Path) -> list[Row]:
         else:
             table = pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
     except Exception as error:  # pandas, openpyxl and zipfile raise what they like on a damaged file
-        raise ValueError(f"{path}: cannot be read ({error}).") from None
+        raise DataError(f"{path}: cannot be read ({error}).") from None
     _need(table.columns, ("answer", "prediction"), path, 1)
     index = table["index"] if "index" in table.columns else table.index
     return [

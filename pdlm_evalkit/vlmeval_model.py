@@ -45,7 +45,7 @@ class PerceptionDLM(BaseModel):
         self.log = Path(log) if log else None
 
     def use_custom_prompt(self, dataset: str) -> bool:
-        """Whether [`build_prompt`] writes the question: for pictures and single questions."""
+        """Whether [`build_prompt`] writes the question: for images and single questions."""
         if self.answerer.presets != "paper" or any(name in dataset for name in _SEVERAL_ROUNDS):
             return False
         return DATASET_MODALITY(dataset) != "VIDEO" and DATASET_TYPE(dataset) in ("MCQ", "Y/N", "VQA")
@@ -54,7 +54,7 @@ class PerceptionDLM(BaseModel):
         """A row of a data set as a message, with the reference's wording.
 
         Args:
-            line: row with question, answer options and picture.
+            line: row with question, answer options and image.
             dataset (`str`): its name.
         """
         images = self.dump_image(line, dataset)

@@ -18,6 +18,8 @@ from typing import Any
 
 import typer
 
+from pdlm_hf.errors_pdlm import SettingError
+
 from .benchmarks import find
 from .lmms_run import as_command
 from .paradlc.data import write_json
@@ -27,12 +29,12 @@ HUB = {"PerceptionDLM-Base": "MSALab/PerceptionDLM-Base", "PerceptionDLM": "MSAL
 
 
 def settings_from(text: str | None) -> dict[str, Any]:
-    """`key=value,key=value` as a dict, numbers as numbers. Raises: ValueError for anything else."""
+    """`key=value,key=value` as a dict, numbers as numbers. Raises: SettingError for anything else."""
     settings = {}
     for pair in filter(None, (text or "").split(",")):
         name, equals, value = pair.partition("=")
         if not equals or not name.strip():
-            raise ValueError(f"--settings: expected key=value,key=value, got {pair!r}.")
+            raise SettingError(f"--settings: expected key=value,key=value, got {pair!r}.")
         try:
             settings[name.strip()] = json.loads(value)
         except json.JSONDecodeError:
@@ -41,13 +43,15 @@ def settings_from(text: str | None) -> dict[str, Any]:
 
 
 def find_run_py() -> Path:
-    """VLMEvalKit's run.py, which its wheel does not have. Raises: ValueError saying how to install it."""
+    """VLMEvalKit's run.py, which its wheel does not have. Raises: SettingError saying how to install it."""
     spec = importlib.util.find_spec("vlmeval")
     if spec is None or not spec.origin:
-        raise ValueError("VLMEvalKit is not installed here. Clone its repository and run `pip install -e VLMEvalKit`.")
+        raise SettingError(
+            "VLMEvalKit is not installed here. Clone its repository and run `pip install -e VLMEvalKit`."
+        )
     path = Path(spec.origin).resolve().parents[1] / "run.py"
     if not path.is_file():
-        raise ValueError(
+        raise SettingError(
             f"VLMEvalKit is installed without its run.py (looked for {path}). Install it from a checkout: "
             "`pip install -e VLMEvalKit`."
         )
@@ -153,7 +157,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def read_config(options: argparse.Namespace) -> dict[str, Any]:
-    """Models and data sets a call asks for, as a `--config`. Raises: ValueError if there is one and it is none."""
+    """Models and data sets a call asks for, as a `--config`. Raises: SettingError if there is one and it is none."""
     if not options.config:
         return {"model": dict.fromkeys(options.model), "data": dict.fromkeys(options.data)}
     try:
@@ -161,7 +165,7 @@ def read_config(options: argparse.Namespace) -> dict[str, Any]:
         models = {name: dict(settings) for name, settings in config["model"].items()}
         return config | {"model": models, "data": dict(config["data"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--config {options.config}: expected JSON with `model` and `data` ({error}).") from None
+        raise SettingError(f"--config {options.config}: expected JSON with `model` and `data` ({error}).") from None
 
 
 def run(argv: list[str]) -> int:
@@ -171,14 +175,14 @@ def run(argv: list[str]) -> int:
         argv (`list[str]`): our options and run.py's, in any order.
 
     Raises:
-        ValueError: the call cannot work; nothing was started.
+        SettingError: the call cannot work; nothing was started.
     """
     options, rest = parse(argv)
     settings, run_py = settings_from(options.settings), find_run_py()
     config = read_config(options)
     data = list(config["data"])
     if not config["model"] or not data:
-        raise ValueError("Nothing to do: give --model and --data, or --config.")
+        raise SettingError("Nothing to do: give --model and --data, or --config.")
     if not options.no_check and options.mode != "infer":
         from .check import check_vlmeval_judge
 

@@ -15,6 +15,7 @@ from .configuration_pdlm import PdlmBaseConfig as PdlmBaseConfig
 from .configuration_pdlm import PdlmConfig as PdlmConfig
 from .configuration_pdlm import PdlmTextConfig as PdlmTextConfig
 from .errors_pdlm import CheckpointError as CheckpointError
+from .errors_pdlm import DataError as DataError
 from .errors_pdlm import ImageError as ImageError
 from .errors_pdlm import MissingPackageError as MissingPackageError
 from .errors_pdlm import PdlmError as PdlmError

@@ -9,6 +9,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
+from .errors_pdlm import CheckpointError, SettingError
+
 BASE_FILE = "pdlm_base.json"  # beside an adapter: its base, and what the recipe changed besides the weights
 # PEFT's methods that put virtual tokens before or between those of the input
 VIRTUAL_TOKENS = frozenset(
@@ -17,8 +19,8 @@ VIRTUAL_TOKENS = frozenset(
 
 
 def refuse_virtual_tokens(method: str) -> None:
-    """Raises: ValueError that says why `method`, which adds virtual tokens, cannot work here, and what to use."""
-    raise ValueError(
+    """Raises: SettingError that says why `method`, which adds virtual tokens, cannot work here, and what to use."""
+    raise SettingError(
         f"PerceptionDLM cannot be adapted by {method}: virtual tokens would shift the positions at which the image, "
         "the regions and the captions are found, and denoising has no place for them. Use LoRA (LoraConfig, also with "
         "DoRA or rsLoRA), IA3, OFT, LoKr or LoHa; to train single tokens, `trainable_token_indices` of LoraConfig."
@@ -35,7 +37,7 @@ def adapter_base(folder: str | os.PathLike) -> str:
         folder (`str` or `os.PathLike`): adapter folder.
 
     Raises:
-        ValueError: the base is not where the adapter says.
+        CheckpointError: the base is not where the adapter says.
 
     Returns:
         `str`: path of the base, or its hub id.
@@ -49,7 +51,7 @@ def adapter_base(folder: str | os.PathLike) -> str:
         if place.is_dir():
             return str(place)
     if base.startswith((".", os.sep)) or base.count("/") > 1:
-        raise ValueError(
+        raise CheckpointError(
             f"The base of the adapter {folder} is not at {base}. Give its folder or hub id: `pdlm-peft merge {folder} "
             f"OUT --base BASE`; in Python load the base and call its `load_adapter({str(folder)!r})`."
         )
@@ -71,7 +73,7 @@ class PdlmAdapterMixin(PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
-        """As everywhere. Raises: ValueError for methods with virtual tokens."""
+        """As everywhere. Raises: SettingError for methods with virtual tokens."""
         if (method := getattr(adapter_config, "peft_type", None)) in VIRTUAL_TOKENS:
             refuse_virtual_tokens(f"{method.value} ({type(adapter_config).__name__})")
         super().add_adapter(adapter_config, adapter_name)
@@ -80,7 +82,7 @@ class PdlmAdapterMixin(PreTrainedModel):
         """As everywhere; also DoRA's magnitudes, and the switches and generation settings noted beside an adapter.
 
         Raises:
-            ValueError: the adapter has virtual tokens, or weights that find no place in the model.
+            SettingError: the adapter has virtual tokens, or weights that find no place in the model.
         """
         load_config = kwargs.get("load_config")
         known = load_config.weight_mapping if load_config is not None else None
@@ -96,7 +98,7 @@ class PdlmAdapterMixin(PreTrainedModel):
             raise
         if info.unexpected_keys:
             lost = sorted(info.unexpected_keys)
-            raise ValueError(
+            raise CheckpointError(
                 f"{len(lost)} weights of the adapter {peft_model_id or ''} find no place in the model, {lost[0]} for "
                 "example: it would not be the model that was trained. Load it with PeftModel.from_pretrained, or with "
                 "other versions of transformers and peft."
@@ -116,7 +118,11 @@ class PdlmAdapterMixin(PreTrainedModel):
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     def get_submodule(self, target: str):
-        """As everywhere. Raises: ValueError when PEFT looks for word embeddings to put virtual tokens before them."""
+        """As everywhere.
+
+        Raises:
+            SettingError when PEFT looks for word embeddings to put virtual tokens before them.
+        """
         if target == "embeddings.word_embeddings":  # whatever the task type, the first that it asks of a model
             refuse_virtual_tokens(
                 "methods with virtual tokens (prompt tuning, prefix tuning, p-tuning, multitask prompt tuning, CPT)"

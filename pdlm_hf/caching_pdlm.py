@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .errors_pdlm import SettingError
 from .masking_pdlm import SHARED
 
 
@@ -62,7 +63,9 @@ class SplitCache:
 
     def __init__(self, layers, layout, real, num_regions: int, num_roi_tokens: int, block: int, multiple: int = 1):
         if len({keys.device for keys, _ in layers}) > 1:
-            raise ValueError('attn_implementation "region_split" needs the language model on one device; use "sdpa".')
+            raise SettingError(
+                'attn_implementation "region_split" needs the language model on one device; use "sdpa".'
+            )
         shared = (layout == SHARED) & real
         self.lengths = shared.sum(1).int()
         room = multiple * -(-int(self.lengths.max()) // multiple)
@@ -103,7 +106,7 @@ class SplitCache:
         self.own_lengths = torch.full((regions.numel(),), length, dtype=torch.int32, device=regions.device)
 
     def copy_(self, other: "SplitCache") -> None:
-        """Take over the contents of a cache of the same shapes, in place, for pictures that are shown alike."""
+        """Take over the contents of a cache of the same shapes, in place, for images that are shown alike."""
         self.lengths.copy_(other.lengths)
         for mine, theirs in ((self.common, other.common), (self.own, other.own)):
             for layer, new in zip(mine, theirs, strict=True):

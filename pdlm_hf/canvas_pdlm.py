@@ -1,6 +1,6 @@
 """The canvas of regions: all caption blocks of a batch, and the passes through the model that fill them.
 
-A row is one pass over one picture. Its sequence is prompt + canvas, the canvas being all its caption blocks. Prompts
+A row is one pass over one image. Its sequence is prompt + canvas, the canvas being all its caption blocks. Prompts
 stand left-padded in the first columns and canvases behind them, so that the keys and values of all prompts can be kept
 while only the canvases run through the model (`prefix_refresh_interval`).
 """

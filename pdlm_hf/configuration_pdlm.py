@@ -11,6 +11,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
 from transformers.utils import cached_file
 
+from .errors_pdlm import CheckpointError, SettingError
+
 # Reference spelling -> ours, for the keys that are copied as they are.
 _UPSTREAM_KEYS = {
     "architectures": "architectures",
@@ -50,7 +52,7 @@ def special_token_ids(tokenizer_json: dict[str, Any], num_region_prompts: int) -
         `dict`: config field name -> id, or list of ids.
 
     Raises:
-        ValueError: a token the model cannot do without is missing.
+        CheckpointError: a token the model cannot do without is missing.
     """
     ids = {token["content"]: token["id"] for token in tokenizer_json["added_tokens"]}
     ids.setdefault("\n", tokenizer_json["model"]["vocab"].get(_NEWLINE))
@@ -61,7 +63,7 @@ def special_token_ids(tokenizer_json: dict[str, Any], num_region_prompts: int) -
         lists["caption_token_ids"] = [_CAPTION_TOKEN.format(i) for i in range(num_region_prompts)]
     missing = [n for n in [*names.values(), *(x for xs in lists.values() for x in xs)] if ids.get(n) is None]
     if missing:
-        raise ValueError(
+        raise CheckpointError(
             f"The tokenizer lacks the special tokens {missing}; without them there are no slots to fill. "
             "Use the tokenizer that was released with the checkpoint."
         )
@@ -237,20 +239,20 @@ class PdlmConfig(PreTrainedConfig):
             "prefix_attention": ("full", "isolated"),
         }.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+                raise SettingError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
         for name in ("region_token_ids", "caption_token_ids"):
             if len(getattr(self, name)) != self.num_region_prompts:
-                raise ValueError(
+                raise SettingError(
                     f"`{name}` must hold one id per region prompt ({self.num_region_prompts}), "
                     f"got {len(getattr(self, name))}."
                 )
         if self.num_region_prompts and not self.roi_output_size:
-            raise ValueError("`roi_output_size` must be an int or [height, width]; the released models use 4.")
+            raise SettingError("`roi_output_size` must be an int or [height, width]; the released models use 4.")
         if self.vision_feature_layer >= -1:
-            raise ValueError(f"`vision_feature_layer` must be -2 or lower, got {self.vision_feature_layer}.")
+            raise SettingError(f"`vision_feature_layer` must be -2 or lower, got {self.vision_feature_layer}.")
         grid = self.vision_config.image_size // self.vision_config.patch_size
         if grid * self.downsample_ratio != int(grid * self.downsample_ratio):
-            raise ValueError(
+            raise SettingError(
                 f"image_size / patch_size = {grid} cannot be unshuffled with downsample_ratio {self.downsample_ratio}."
             )
 

@@ -1,4 +1,4 @@
-"""Denoising of regions: all captions of a picture together, step by step."""
+"""Denoising of regions: all captions of an image together, step by step."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from .diffusion_pdlm import (
     token_entropy,
     token_log_odds,
 )
+from .errors_pdlm import CheckpointError
 from .graphs_pdlm import graphs_usable
 
 # Slots x vocabulary scored at a time: bounds the float32 logits to 256 MB.
@@ -86,14 +87,14 @@ class GenerationTask:
         self.num_forwards = 0
 
     def token_ids(self, text: str | list[int]) -> list[int]:
-        """Ids of a stop string or suffix. Raises: ValueError if there is no tokenizer to be found."""
+        """Ids of a stop string or suffix. Raises: CheckpointError if there is no tokenizer to be found."""
         if not isinstance(text, str):
             return list(text)
         if self._tokenizer is None:
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self.model.name_or_path)
             except (OSError, ValueError) as error:
-                raise ValueError(
+                raise CheckpointError(
                     "`stop_strings` and `generation_suffix` need a tokenizer: pass `tokenizer=processor.tokenizer`."
                 ) from error
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -169,7 +170,7 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
         task (`GenerationTask`)
         prompt (`torch.FloatTensor` of shape `(rows, prompt_length, hidden_size)`)
         counts (`list[int]`): regions of every row.
-        by_image: turns `(rows, regions, ...)` in the model's order into pictures in input order, for streamer and
+        by_image: turns `(rows, regions, ...)` in the model's order into images in input order, for streamer and
             history.
 
     Returns:

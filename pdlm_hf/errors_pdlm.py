@@ -13,6 +13,10 @@ class RegionError(PdlmError):
     """A region or a file of regions cannot be read, or does not fit its image."""
 
 
+class DataError(PdlmError):
+    """A file of annotations, rows or results cannot be read, or is not what it should be."""
+
+
 class SettingError(PdlmError):
     """A setting, an option or a combination of them is not possible."""
 

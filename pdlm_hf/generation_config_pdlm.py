@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .denoising_pdlm import as_list
+from .errors_pdlm import SettingError
 
 logger = logging.get_logger(__name__)
 
@@ -19,12 +20,12 @@ _REFERENCE_NAMES = {"steps": "max_denoising_steps", "gen_length": "max_new_token
 
 
 def our_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the reference's names replaced. Raises: ValueError if one is given under both names."""
+    """Settings with the reference's names replaced. Raises: SettingError if one is given under both names."""
     settings = dict(settings)
     for old, new in _REFERENCE_NAMES.items():
         if old in settings:
             if new in settings:
-                raise ValueError(
+                raise SettingError(
                     f"`{old}` is the reference's name for `{new}`, which is given too; leave `{old}` out."
                 )
             warnings.warn(f"`{old}` is the reference's name for `{new}`; use `{new}`.", FutureWarning, stacklevel=4)
@@ -52,7 +53,7 @@ class PdlmGenerationConfig(GenerationConfig):
         cuda_graphs (`bool`): replay canvas passes as CUDA graphs, which takes the launch of every kernel off the CPU.
             For a kept prompt on a GPU and `attn_implementation={"text_config": "region_split"}`; ignored elsewhere,
             with a warning. Default: off.
-        max_batch_tokens (`int`): pictures are taken through the model in portions of at most this many tokens (prompt
+        max_batch_tokens (`int`): images are taken through the model in portions of at most this many tokens (prompt
             and canvas, padding included), so that a large batch cannot run out of memory. Default: all at once.
         guidance_scale (`float`): classifier-free guidance, chat only; 1 (default) = off. Reference: cfg_scale + 1.
         generation_suffix (`str` or `list[int]`): chat only: text fixed behind the answer, seen while it is written.
@@ -104,7 +105,7 @@ class PdlmGenerationConfig(GenerationConfig):
         for name in (*self._FIELDS, *self._METADATA):
             setattr(self, name, kwargs.pop(name, None))
         if kwargs:
-            raise ValueError(f"Unknown generation settings {sorted(kwargs)}. Known: {', '.join(self._FIELDS)}.")
+            raise SettingError(f"Unknown generation settings {sorted(kwargs)}. Known: {', '.join(self._FIELDS)}.")
         self.validate()
 
     @classmethod
@@ -116,7 +117,7 @@ class PdlmGenerationConfig(GenerationConfig):
         return super().from_dict({name: value for name, value in config_dict.items() if name in known}, **kwargs)
 
     def validate(self, *unused: Any, **further: Any) -> None:
-        """Check every value. Raises: ValueError, with the name, the value and the rule."""
+        """Check every value. Raises: SettingError, with the name, the value and the rule."""
         for name, least, rule in (
             ("max_new_tokens", 1, "a positive integer"),
             ("max_denoising_steps", 1, "a positive integer"),
@@ -128,7 +129,7 @@ class PdlmGenerationConfig(GenerationConfig):
             if value is None:
                 continue
             if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-                raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
+                raise SettingError(f"`{name}` must be {rule}, got {value!r}.")
             setattr(self, name, int(value))
         for name, rule in (
             ("temperature", "0 (greedy) or positive"),
@@ -138,27 +139,27 @@ class PdlmGenerationConfig(GenerationConfig):
         ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or not isfinite(value)):
-                raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
+                raise SettingError(f"`{name}` must be {rule}, got {value!r}.")
         if self.temperature is not None and self.temperature < 0:
-            raise ValueError(f"`temperature` must be 0 (greedy) or positive, got {self.temperature!r}.")
+            raise SettingError(f"`temperature` must be 0 (greedy) or positive, got {self.temperature!r}.")
         if self.remasking not in (None, "low_confidence", "random"):
-            raise ValueError(f'`remasking` must be "low_confidence" or "random", got {self.remasking!r}.')
+            raise SettingError(f'`remasking` must be "low_confidence" or "random", got {self.remasking!r}.')
         if self.acceptance_threshold is not None and not 0 < self.acceptance_threshold <= 1:
-            raise ValueError(f"`acceptance_threshold` must be in (0, 1], got {self.acceptance_threshold!r}.")
+            raise SettingError(f"`acceptance_threshold` must be in (0, 1], got {self.acceptance_threshold!r}.")
         if self.entropy_bound is not None:
             if self.entropy_bound < 0:
-                raise ValueError(f"`entropy_bound` must be 0 or positive, got {self.entropy_bound!r}.")
+                raise SettingError(f"`entropy_bound` must be 0 or positive, got {self.entropy_bound!r}.")
             if self.acceptance_threshold is not None or self.remasking == "random":
-                raise ValueError(
+                raise SettingError(
                     "`entropy_bound` decides alone what is committed: leave out `acceptance_threshold` and random "
                     "remasking."
                 )
         if self.guidance_scale is not None and not self.guidance_scale >= 1:
-            raise ValueError(f"`guidance_scale` must be at least 1 (1 = off), got {self.guidance_scale!r}.")
+            raise SettingError(f"`guidance_scale` must be at least 1 (1 = off), got {self.guidance_scale!r}.")
         if self.seed is not None and not isinstance(self.seed, Integral):
-            raise ValueError(f"`seed` must be an integer, got {self.seed!r}.")
+            raise SettingError(f"`seed` must be an integer, got {self.seed!r}.")
         if any(len(stop) == 0 for stop in as_list(self.stop_strings)):
-            raise ValueError("`stop_strings` holds an empty string, which would end every text at its start.")
+            raise SettingError("`stop_strings` holds an empty string, which would end every text at its start.")
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is set, for `generation_config.json`."""

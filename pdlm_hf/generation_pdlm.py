@@ -10,6 +10,7 @@ from .canvas_pdlm import left_pad
 from .chat_denoising_pdlm import denoise_blocks
 from .configuration_pdlm import HUB_ARGUMENTS, PdlmConfig
 from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, cut_at_stop, denoise_regions
+from .errors_pdlm import RegionError, SettingError
 from .generation_config_pdlm import CAPTIONS_ONLY, PdlmGenerationConfig, our_names
 from .graphs_pdlm import CanvasGraphs
 
@@ -123,14 +124,14 @@ class PdlmGenerationMixin:
             **kwargs: any field of [`PdlmGenerationConfig`].
 
         Raises:
-            ValueError: unknown or invalid settings, or settings that do not fit the task.
+            SettingError: unknown or invalid settings, or settings that do not fit the task.
 
         Returns:
             [`PdlmGenerationOutput`] with regions; in chat the token tensor (prompt and answer) unless
             `return_dict_in_generate=True`.
         """
         if input_ids is None:
-            raise ValueError("`generate` needs `input_ids`; build them with the processor.")
+            raise SettingError("`generate` needs `input_ids`; build them with the processor.")
         settings = self._settings(generation_config, kwargs, chat=region_order is None and region_boxes is None)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -155,12 +156,12 @@ class PdlmGenerationMixin:
         return self._generate_captions(inputs, settings, region_order, image_index, streamer, tokenizer)
 
     def _check_region_inputs(self, input_ids, region_order, region_boxes, region_masks) -> None:
-        """A prompt with places for regions must come with them; it would be answered as chat. Raises: ValueError."""
+        """A prompt with places for regions must come with them; it would be answered as chat. Raises: SettingError."""
         if region_order is not None or not self.config.num_region_prompts:
             return
         places = torch.isin(input_ids, torch.tensor(self.config.region_token_ids, device=input_ids.device)).any()
         if places and (region_boxes is None or region_masks is None):
-            raise ValueError(
+            raise SettingError(
                 "The prompt has places for regions, but `region_boxes` or `region_masks` is missing. Pass everything "
                 "the processor returned: `generate(**inputs)`."
             )
@@ -172,7 +173,7 @@ class PdlmGenerationMixin:
         later. A rule of adaptive decoding in the call takes the place of the other one among the defaults.
         """
         if generation_config is not None and not isinstance(generation_config, PdlmGenerationConfig):
-            raise ValueError(
+            raise SettingError(
                 f"`generation_config` must be a PdlmGenerationConfig, got {type(generation_config).__name__}, most of "
                 "whose settings mean nothing here."
             )
@@ -194,13 +195,18 @@ class PdlmGenerationMixin:
     def _generate_captions(self, inputs, settings, region_order, image_index, streamer, tokenizer):
         for name in ("block_length", "generation_suffix"):
             if getattr(settings, name) is not None:
-                raise ValueError(f"`{name}` is for chat; with regions every caption is one block. Leave it out.")
+                raise SettingError(f"`{name}` is for chat; with regions every caption is one block. Leave it out.")
         if (settings.guidance_scale or 1) != 1:
-            raise ValueError("`guidance_scale` is for chat; it is not defined for region captions. Leave it out.")
+            raise SettingError("`guidance_scale` is for chat; it is not defined for region captions. Leave it out.")
         counts = (region_order >= 0).sum(1).tolist()
         if len(counts) != len(inputs["input_ids"]) or min(counts) == 0:
-            raise ValueError(f"Every prompt needs a region; got {counts} for {len(inputs['input_ids'])} prompts.")
+            raise RegionError(f"Every prompt needs a region; got {counts} for {len(inputs['input_ids'])} prompts.")
         num_slots = settings.max_new_tokens or 32
+        longest = max(
+            length + count * (num_slots + 2)
+            for length, count in zip(inputs["attention_mask"].sum(1).tolist(), counts, strict=True)
+        )
+        self._check_length(longest, f"the prompt and {max(counts)} captions of {num_slots} token positions")
         images, regions = int(image_index.max()) + 1, int(region_order.max()) + 1
         parts, first = [], 0
         for size in _portions(inputs["attention_mask"].sum(1).tolist(), counts, num_slots, settings.max_batch_tokens):
@@ -208,7 +214,7 @@ class PdlmGenerationMixin:
             order, index = region_order[rows, : max(counts[rows])], image_index[rows]
 
             def by_image(values, fill, order=order, index=index):
-                """Passes and area ranks -> pictures and input order."""
+                """Passes and area ranks -> images and input order."""
                 out = values.new_full((images, regions, *values.shape[2:]), fill)
                 known = order >= 0
                 out[index[:, None].expand_as(order)[known], order[known]] = values[known]
@@ -219,6 +225,15 @@ class PdlmGenerationMixin:
             parts.append(self._caption_rows(task, part, counts[rows], by_image))
             first += size
         return self._join(parts, sum(counts) * num_slots, num_slots, streamer)
+
+    def _check_length(self, length: int, what: str) -> None:
+        """Raises: SettingError if the checkpoint has no position embeddings for so many tokens."""
+        limit = self.config.text_config.max_position_embeddings
+        if length > limit:
+            raise SettingError(
+                f"{what} make {length} tokens, more than the {limit} positions of the checkpoint. Lower "
+                "`max_new_tokens`, or describe fewer regions at a time."
+            )
 
     def _caption_rows(self, task: GenerationTask, inputs, counts, by_image) -> dict[str, Any]:
         """One portion of a batch."""
@@ -270,18 +285,22 @@ class PdlmGenerationMixin:
     def _generate_chat(self, inputs, settings, streamer, tokenizer) -> PdlmGenerationOutput | torch.Tensor:
         for name in CAPTIONS_ONLY:
             if getattr(settings, name) is not None:
-                raise ValueError(f"`{name}` is for region captions at present. Leave it out in chat.")
+                raise SettingError(f"`{name}` is for region captions at present. Leave it out in chat.")
         num_slots = settings.max_new_tokens or 64
         block_length = min(settings.block_length or num_slots, num_slots)
         if num_slots % block_length:
-            raise ValueError(f"`max_new_tokens` ({num_slots}) must be a multiple of `block_length` ({block_length}).")
+            raise SettingError(
+                f"`max_new_tokens` ({num_slots}) must be a multiple of `block_length` ({block_length})."
+            )
         num_blocks = num_slots // block_length
         num_steps = settings.max_denoising_steps or num_slots
         if num_steps % num_blocks:
-            raise ValueError(
+            raise SettingError(
                 f"`max_denoising_steps` ({num_steps}) must be a multiple of the number of blocks ({num_blocks}), "
                 f"so that every block of {block_length} tokens gets as many steps."
             )
+        length = int(inputs["attention_mask"].sum(1).max()) + num_slots
+        self._check_length(length, f"the prompt and an answer of {num_slots} token positions")
         task = GenerationTask(self, settings, inputs["input_ids"], inputs["attention_mask"], streamer, tokenizer)
         prompt = self.model.embed(inputs["input_ids"], inputs["pixel_values"])
         answers = denoise_blocks(task, prompt, num_slots, block_length, num_steps)

@@ -14,7 +14,7 @@ from .split_attention_pdlm import NAME, SplitCache, split_pass
 
 logger = logging.get_logger(__name__)
 
-WIDTH_MULTIPLE = 256  # shared prompt rows are padded to it: pictures of as many tiles share a graph
+WIDTH_MULTIPLE = 256  # shared prompt rows are padded to it: images of as many tiles share a graph
 MAX_GRAPHS = 4  # each holds the prompts' keys and values of one batch
 MAX_TRIES = 3  # captures of one shape that may fail: the memory of another batch may be free the next time
 
@@ -25,7 +25,7 @@ class CanvasGraph:
     Args:
         language_model (`PdlmTextModel`)
         embeds, positions (`torch.Tensor`): first contents.
-        cache (`SplitCache`): first contents; kept, and overwritten by later pictures.
+        cache (`SplitCache`): first contents; kept, and overwritten by later images.
     """
 
     def __init__(self, language_model, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache):

@@ -10,6 +10,8 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .errors_pdlm import ImageError, RegionError, SettingError
+
 MASK_THRESHOLD = 127  # a pixel of a mask above it is inside the region
 OUTSIDE = 255  # value of a pixel outside the region, in the image that carries the region prompt
 
@@ -103,14 +105,14 @@ def tile(image: Image.Image, grid: tuple[int, int], tile_size: int) -> np.ndarra
 
 
 def to_rgb(image: Any, name: str = "image") -> Image.Image:
-    """A picture as RGB PIL image.
+    """An image as RGB PIL image.
 
     Args:
         image: PIL image, or uint8 array or tensor of shape (H, W), (H, W, 1 | 3 | 4) or (1 | 3 | 4, H, W).
         name (`str`): how to call it in an error message.
 
     Raises:
-        ValueError: not a picture, no pixels, NaN, or values that are not 0..255 integers.
+        ImageError: not an image, no pixels, NaN, or values that are not 0..255 integers.
     """
     if isinstance(image, torch.Tensor):
         image = _as_array(image)
@@ -124,25 +126,25 @@ def to_rgb(image: Any, name: str = "image") -> Image.Image:
         if image.ndim == 3 and image.shape[2] == 1:
             image = image[..., 0]
         if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
-            raise ValueError(f"{name}: expected a picture of shape (H, W), (H, W, 3) or (3, H, W), got {image.shape}.")
+            raise ImageError(f"{name}: expected an image of shape (H, W), (H, W, 3) or (3, H, W), got {image.shape}.")
         if image.dtype != np.uint8:
             if not np.isfinite(image).all():
-                raise ValueError(f"{name}: holds NaN or infinite values.")
+                raise ImageError(f"{name}: holds NaN or infinite values.")
             if image.min(initial=0) < 0 or image.max(initial=0) > 255 or (image != np.round(image)).any():
-                raise ValueError(
+                raise ImageError(
                     f"{name}: expected integer values 0..255, got {image.dtype} in "
-                    f"[{image.min():.3g}, {image.max():.3g}]. Pass the picture before normalisation."
+                    f"[{image.min():.3g}, {image.max():.3g}]. Pass the image before normalisation."
                 )
             image = image.astype(np.uint8)
         if 0 in image.shape:
-            raise ValueError(f"{name}: has no pixels, shape {image.shape}.")
+            raise ImageError(f"{name}: has no pixels, shape {image.shape}.")
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
-        raise ValueError(f"{name}: expected a PIL image, an array or a tensor, got {type(image).__name__}.")
+        raise ImageError(f"{name}: expected a PIL image, an array or a tensor, got {type(image).__name__}.")
     try:
         return image.convert("RGB")
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name}: cannot be decoded ({error}).") from error
+        raise ImageError(f"{name}: cannot be decoded ({error}).") from error
 
 
 def to_binary_mask(
@@ -158,17 +160,17 @@ def to_binary_mask(
             noise of a JPEG file around a region belongs to it.
 
     Raises:
-        ValueError: wrong shape or size, NaN, a label map, or an empty mask.
+        RegionError: wrong shape or size, NaN, a label map, or an empty mask.
     """
     if isinstance(mask, Image.Image):
         if "A" in mask.getbands() and len(set(mask.getchannel("A").getextrema())) > 1:
-            raise ValueError(
-                f"{name}: has an alpha channel. Pass the region as a picture of one channel; if it is in the alpha "
+            raise RegionError(
+                f"{name}: has an alpha channel. Pass the region as an image of one channel; if it is in the alpha "
                 'channel, that is `mask.getchannel("A")`.'
             )
         if _is_coloured(mask):
-            raise ValueError(
-                f"{name}: is a coloured picture (mode {mask.mode}), not a mask. Pass one picture per region, white "
+            raise RegionError(
+                f"{name}: is a coloured image (mode {mask.mode}), not a mask. Pass one image per region, white "
                 "inside and black outside."
             )
         mask = mask.convert("L") if mask.mode not in ("1", "L", "I", "F", "I;16") else mask
@@ -178,28 +180,28 @@ def to_binary_mask(
     if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
         array = array[0] if array.shape[0] == 1 else array[..., 0]
     if array.ndim != 2 or array.dtype.kind not in "biuf":
-        raise ValueError(f"{name}: expected a mask of shape (H, W), got shape {array.shape} of {array.dtype}.")
+        raise RegionError(f"{name}: expected a mask of shape (H, W), got shape {array.shape} of {array.dtype}.")
     if array.shape != (height, width):
-        raise ValueError(
+        raise RegionError(
             f"{name}: has size {array.shape[1]} x {array.shape[0]}, but its image has {width} x {height} "
             "(width x height). Resize the mask to the image with nearest-neighbour interpolation."
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError(f"{name}: holds NaN or infinite values.")
+        raise RegionError(f"{name}: holds NaN or infinite values.")
     high = array.max()
     if array.dtype.kind != "b":
         if array.min() < 0:
-            raise ValueError(f"{name}: holds negative values; expected 0 outside and 1 (or 255) inside the region.")
+            raise RegionError(f"{name}: holds negative values; expected 0 outside and 1 (or 255) inside the region.")
         # Between black and white there is room for soft edges and JPEG noise, not for most of a region.
         between, solid = ((array >= 16) & (array < 240)).sum(), (array >= 240).sum()
         if high > 255 or 1 < high < 128 or (high > 1 and between > 3 * solid + 64):
-            raise ValueError(
+            raise RegionError(
                 f"{name}: values go up to {high} and are neither 0/1 nor 0/255. If it is a label map, pass one mask "
                 "per label (`labels == k`); if it is a photo, it is no mask."
             )
         array = array > (threshold if high > 1 else 0.5 if array.dtype.kind == "f" else 0)
     if not array.any():
-        raise ValueError(f"{name}: is empty, no pixel is inside the region. Remove it or check how it was made.")
+        raise RegionError(f"{name}: is empty, no pixel is inside the region. Remove it or check how it was made.")
     return array.astype(bool)
 
 
@@ -225,7 +227,7 @@ def region_patches(
     """Patches that carry the region's prompt embedding, per tile.
 
     As the reference: the mask becomes an image (prompt id inside, 255 outside), goes through the same bicubic resize
-    as the picture, and a patch is active if its top-left pixel is no longer 255, so a region grows by up to two source
+    as the image, and a patch is active if its top-left pixel is no longer 255, so a region grows by up to two source
     pixels. A mask so small that no patch is active anywhere would go without its prompt there; here the patches that
     hold most of it are switched on instead.
 
@@ -273,7 +275,7 @@ class PdlmImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class PdlmImageProcessorPil(PilBackend):
-    """Tiles pictures, and region masks with them. Needs Pillow only.
+    """Tiles images, and region masks with them. Needs Pillow only.
 
     `size` is the side of a tile. See [`preprocess`] for what it returns.
     """
@@ -298,10 +300,10 @@ class PdlmImageProcessorPil(PilBackend):
         """As of every image processor.
 
         Raises:
-            ValueError: `use_fast=True` or `backend="torchvision"`.
+            SettingError: `use_fast=True` or `backend="torchvision"`.
         """
         if kwargs.pop("use_fast", None) or kwargs.pop("backend", None) == "torchvision":
-            raise ValueError(NO_TORCHVISION)
+            raise SettingError(NO_TORCHVISION)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def preprocess(
@@ -323,7 +325,7 @@ class PdlmImageProcessorPil(PilBackend):
 
         Raises:
             TypeError: an unknown argument.
-            ValueError: a broken image, or a setting that this model cannot follow, such as `do_resize=False`.
+            SettingError: a broken image, or a setting that this model cannot follow, such as `do_resize=False`.
 
         Returns:
             `BatchFeature` with
@@ -335,11 +337,11 @@ class PdlmImageProcessorPil(PilBackend):
         """
         settings = self._settings(kwargs)
         images = images if isinstance(images, (list, tuple)) else [images]
-        pictures = [_read(image, f"image {i}", settings) for i, image in enumerate(images)]
+        opened = [_read(image, f"image {i}", settings) for i, image in enumerate(images)]
         tile_size, limit = settings["size"], settings["max_tiles"]
         least = min(settings["min_tiles"], limit)
-        grids = [best_grid(*image.size, tile_size, least, limit) for image in pictures]
-        tiles = np.concatenate([tile(image, grid, tile_size) for image, grid in zip(pictures, grids, strict=True)])
+        grids = [best_grid(*image.size, tile_size, least, limit) for image in opened]
+        tiles = np.concatenate([tile(image, grid, tile_size) for image, grid in zip(opened, grids, strict=True)])
         data = {
             "pixel_values": _normalized(tiles, settings).transpose(0, 3, 1, 2),
             "image_grids": np.array(grids, dtype=np.int64),
@@ -353,7 +355,7 @@ class PdlmImageProcessorPil(PilBackend):
             ]
             data["region_masks"] = np.concatenate([patches for patches, _ in regions])
             data["region_boxes"] = np.stack([boxes for _, boxes in regions])
-            data["original_sizes"] = np.array([image.size[::-1] for image in pictures], dtype=np.int64)
+            data["original_sizes"] = np.array([image.size[::-1] for image in opened], dtype=np.int64)
         return BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
 
     def _settings(self, kwargs: Any) -> dict[str, Any]:
@@ -365,11 +367,11 @@ class PdlmImageProcessorPil(PilBackend):
         settings |= {name: value for name, value in kwargs.items() if value is not None}
         for name, (right, reason) in FIXED_SETTINGS.items():
             if settings[name] is not None and str(settings[name]) != str(right) and settings[name] != right:
-                raise ValueError(f"PdlmImageProcessorPil cannot work with {name}={settings[name]!r}: {reason}.")
+                raise SettingError(f"PdlmImageProcessorPil cannot work with {name}={settings[name]!r}: {reason}.")
         size = settings["size"]
         height, width = (size, size) if isinstance(size, int) else (size["height"], size["width"])
         if height != width or height % settings["patch_size"]:
-            raise ValueError(
+            raise SettingError(
                 f"`size` is the side of a square tile, a multiple of the patch size {settings['patch_size']}; got "
                 f"{height} x {width} (height x width)."
             )
@@ -396,7 +398,7 @@ def _read(image: Any, name: str, settings: dict[str, Any]) -> Image.Image:
         image = image.transpose(1, 2, 0)
     mode = image.shape[-1] if isinstance(image, np.ndarray) else getattr(image, "mode", None)
     if not settings["do_convert_rgb"] and mode not in (3, "RGB"):
-        raise ValueError(f"{name}: has {mode} channels, and the model reads RGB. Leave `do_convert_rgb=False` out.")
+        raise ImageError(f"{name}: has {mode} channels, and the model reads RGB. Leave `do_convert_rgb=False` out.")
     return to_rgb(image, name)
 
 

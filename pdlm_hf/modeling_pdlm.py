@@ -22,6 +22,7 @@ from .adapters_pdlm import PdlmAdapterMixin
 from .configuration_pdlm import PdlmBaseConfig, PdlmConfig, PdlmTextConfig
 from .conversion_pdlm import register_conversion
 from .diffusion_pdlm import diffusion_loss
+from .errors_pdlm import CheckpointError, SettingError
 from .generation_config_pdlm import PdlmGenerationConfig
 from .generation_pdlm import PdlmGenerationMixin
 from .masking_pdlm import region_attention, region_layout
@@ -243,7 +244,7 @@ class _WithoutFlashAttention(PreTrainedModel):
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _flash_attn_can_dispatch(self, flash_attn_version: int | str, is_init_check: bool = False) -> bool:
-        raise ValueError(
+        raise SettingError(
             "Flash attention cannot express the region mask of PerceptionDLM's language model and would silently let "
             'regions see each other. Use "sdpa", "eager" or "flex_attention" for it; the vision tower may use it: '
             'attn_implementation={"text_config": "sdpa", "vision_config": "flash_attention_2"}.'
@@ -285,9 +286,9 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PdlmAdapterMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As everywhere, but safetensors only: a pickle can run code. Raises: ValueError if told otherwise."""
+        """As everywhere, but safetensors only: a pickle can run code. Raises: CheckpointError if told otherwise."""
         if kwargs.get("use_safetensors") is False:
-            raise ValueError(
+            raise CheckpointError(
                 "PerceptionDLM loads safetensors only, because a pickle can run code: convert the weights."
             )
         kwargs["use_safetensors"] = True
@@ -426,7 +427,7 @@ class PdlmVisionMixin:
 
 
 def _check_placeholders(count: torch.Tensor, features: int | torch.Tensor, kind: str) -> None:
-    """Raises: ValueError if the prompt has not one placeholder for every feature. Can be compiled and exported."""
+    """Raises: SettingError if the prompt has not one placeholder for every feature. Can be compiled and exported."""
     torch_compilable_check(
         count == features,
         lambda: (
@@ -466,10 +467,10 @@ class PdlmModel(PdlmVisionMixin, PdlmPreTrainedModel):
             `torch.LongTensor` of shape `(batch_size, sequence_length)`.
 
         Raises:
-            ValueError: no embeddings either.
+            SettingError: no embeddings either.
         """
         if inputs_embeds is None:
-            raise ValueError("The model needs `input_ids` or `inputs_embeds`; the processor builds `input_ids`.")
+            raise SettingError("The model needs `input_ids` or `inputs_embeds`; the processor builds `input_ids`.")
         config = self.config
         special = [config.image_token_id, *config.region_token_ids, *config.caption_token_ids]
         known = self.get_input_embeddings()(torch.tensor(special, device=inputs_embeds.device))
@@ -498,7 +499,7 @@ class PdlmModel(PdlmVisionMixin, PdlmPreTrainedModel):
                 `input_ids`.
 
         Raises:
-            ValueError: the numbers of placeholders and features differ (the reference repeats or cuts silently).
+            SettingError: the numbers of placeholders and features differ (the reference repeats or cuts silently).
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`.
@@ -558,7 +559,7 @@ class PdlmModel(PdlmVisionMixin, PdlmPreTrainedModel):
         """One bidirectional pass. `layout` (see [`region_layout`]) is derived from `input_ids` if left out.
 
         Raises:
-            ValueError: neither `input_ids` nor `inputs_embeds`.
+            SettingError: neither `input_ids` nor `inputs_embeds`.
         """
         cache = past_key_values if cache is None else cache  # the older name of the argument
         if input_ids is None:
@@ -673,10 +674,10 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
                 of the mask token, -1 where the mask token is meant (`replacement_noise_mode`).
 
         Raises:
-            ValueError: labels without noise.
+            SettingError: labels without noise.
         """
         if labels is not None and (noise_mask is None or mask_probability is None):
-            raise ValueError(
+            raise SettingError(
                 "`labels` need `noise_mask` and `mask_probability`: diffusion training masks part of the answer. "
                 "Use the collator (pdlm_hf.training.PdlmCollator), which draws both."
             )

@@ -1,4 +1,4 @@
-"""From pictures, masks and text to model inputs, and from generated tokens back to captions in input order."""
+"""From images, masks and text to model inputs, and from generated tokens back to captions in input order."""
 
 import json
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from transformers.processing_utils import (
 from transformers.utils import cached_file
 
 from .configuration_pdlm import HUB_ARGUMENTS
+from .errors_pdlm import ImageError, RegionError, SettingError
 from .image_processing_pdlm import PdlmImageProcessorKwargs, PdlmImageProcessorPil, to_binary_mask, to_rgb
 
 DEFAULT_QUESTION = "Describe each masked region in detail."
@@ -90,6 +91,7 @@ class RegionCaption:
         id: index of the mask as given, or the region's own id where it has one.
         bbox (`Sequence[float]`, *optional*): x, y, width, height in pixels (COCO), where known.
         token_ids (`list[int]`): tokens of the text.
+        truncated (`bool`): all token positions were used and none ended the caption, so it may be cut off.
     """
 
     text: str
@@ -97,6 +99,7 @@ class RegionCaption:
     id: Any = None
     bbox: Sequence[float] | None = None
     token_ids: list[int] = field(default_factory=list, repr=False)
+    truncated: bool = False
 
 
 def area_order(masks: list[np.ndarray]) -> list[int]:
@@ -112,7 +115,7 @@ class PdlmProcessor(ProcessorMixin):
     """Builds the inputs of PerceptionDLM and reads its captions.
 
     Args:
-        image_processor (`PdlmImageProcessorPil`): tiles pictures and masks.
+        image_processor (`PdlmImageProcessorPil`): tiles images and masks.
         tokenizer: with the special tokens of the reference.
         tokens_per_tile (`int`): image placeholders per tile (256 in the 8B).
         tokens_per_region (`int`): RoI placeholders per region (16 in the 8B).
@@ -201,7 +204,7 @@ class PdlmProcessor(ProcessorMixin):
 
         Raises:
             TypeError: an unknown argument, so that a misspelt `segmentation_maps` cannot drop the regions.
-            ValueError: no region, an empty mask, a mask of another size, a broken image, special tokens in the
+            PdlmError: no region, an empty mask, a mask of another size, a broken image, special tokens in the
                 question, placeholders that do not match the images, a prompt too long, a setting given twice.
 
         Returns:
@@ -215,17 +218,17 @@ class PdlmProcessor(ProcessorMixin):
             return self._regions(images, text, segmentation_maps, text_kwargs, images_kwargs)
         if text is None:
             if self.tokens_per_region:
-                raise ValueError(
+                raise SettingError(
                     "No regions: pass `segmentation_maps` (one mask per region), or a question as `text` to chat "
                     "about the whole image."
                 )
-            raise ValueError("Pass a question as `text`, or a conversation to `apply_chat_template`.")
+            raise SettingError("Pass a question as `text`, or a conversation to `apply_chat_template`.")
         return self._chat(images, text, text_kwargs, images_kwargs)
 
     def _call_settings(self, kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings for text and for images of a call; see [`__call__`] for what it raises."""
         if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
-            raise ValueError("PerceptionDLM reads images only, not videos or audio.")
+            raise SettingError("PerceptionDLM reads images only, not videos or audio.")
         names = {
             "text_kwargs": set(TextKwargs.__annotations__),
             "images_kwargs": set(self.image_processor.valid_kwargs.__annotations__),
@@ -247,20 +250,20 @@ class PdlmProcessor(ProcessorMixin):
         text_kwargs = {k: v for k, v in merged["text_kwargs"].items() if k in names["text_kwargs"] and v is not None}
         for name, value in text_kwargs.items():
             if name not in TEXT_SETTINGS and value:
-                raise ValueError(f"PdlmProcessor cannot work with {name}={value!r}: the prompt has a fixed layout.")
+                raise SettingError(f"PdlmProcessor cannot work with {name}={value!r}: the prompt has a fixed layout.")
         return text_kwargs, {k: v for k, v in merged["images_kwargs"].items() if k != "return_tensors"}
 
     def _regions(self, images, text, segmentation_maps, text_kwargs, images_kwargs) -> BatchFeature:
         if not self.tokens_per_region:
-            raise ValueError(
+            raise SettingError(
                 "This is a PerceptionDLM-Base checkpoint (chat): it has no region prompts, so it cannot take "
                 "`segmentation_maps`. Use a PerceptionDLM checkpoint for region captions."
             )
         if text_kwargs.get("return_offsets_mapping"):
-            raise ValueError("`return_offsets_mapping` is for chat: with regions the processor writes the prompt.")
+            raise SettingError("`return_offsets_mapping` is for chat: with regions the processor writes the prompt.")
         images, maps, questions = _batch(images, segmentation_maps, text)
         if not images:
-            raise ValueError("No pictures: `images` is empty.")
+            raise ImageError("No images: `images` is empty.")
         rows, order, image_index = [], [], []
         for i, (image, masks, question) in enumerate(zip(images, maps, questions, strict=True)):
             if isinstance(question, str) and HEADER in question:
@@ -287,12 +290,12 @@ class PdlmProcessor(ProcessorMixin):
             threshold (`int`, *optional*): default: `mask_threshold` of the image processor.
 
         Raises:
-            ValueError: no masks, or a mask that cannot be used.
+            RegionError: no masks, or a mask that cannot be used.
         """
         masks = _list_of_masks(masks)
         if len(masks) == 0:
-            raise ValueError(
-                f"image {image_number}: no regions. `segmentation_maps` needs at least one mask per picture."
+            raise RegionError(
+                f"image {image_number}: no regions. `segmentation_maps` needs at least one mask per image."
             )
         width, height = image.size
         if threshold is None:
@@ -311,7 +314,7 @@ class PdlmProcessor(ProcessorMixin):
         answer_ids: list[int] | None = None,
         **images_kwargs: Any,
     ) -> dict[str, Any]:
-        """One pass over one picture, as tensors without batch padding. Used for inference and training alike.
+        """One pass over one image, as tensors without batch padding. Used for inference and training alike.
 
         Args:
             image (`PIL.Image.Image`): RGB.
@@ -341,24 +344,24 @@ class PdlmProcessor(ProcessorMixin):
         images = _images_of_each(images, len(texts), batched)
         offsets = bool(text_kwargs.get("return_offsets_mapping"))
         rows = []
-        for i, (prompt, pictures) in enumerate(zip(texts, images, strict=True)):
+        for i, (prompt, own) in enumerate(zip(texts, images, strict=True)):
             if not isinstance(prompt, str) or not (HEADER in prompt or offsets):  # offsets are those of the text given
                 self.refuse_specials(prompt, f"text {i}")
-                content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
+                content = [{"type": "image"}] * len(own) + [{"type": "text", "text": prompt}]
                 turn: dict[str, Any] = {"role": "user", "content": content}
                 prompt = self.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-            if prompt.count(IMAGE) != len(pictures):
-                raise ValueError(
-                    f"text {i} has {prompt.count(IMAGE)} image placeholders, but {len(pictures)} pictures were given."
+            if prompt.count(IMAGE) != len(own):
+                raise SettingError(
+                    f"text {i} has {prompt.count(IMAGE)} image placeholders, but {len(own)} images were given."
                 )
             visual, tiles = {}, []
             # a conversation may name an image by path, address or base64
-            pictures = [load_image(picture) if isinstance(picture, str) else picture for picture in pictures]
-            if pictures:
+            own = [load_image(image) if isinstance(image, str) else image for image in own]
+            if own:
                 # several images share the context: one tile each, as in the reference
-                limit = images_kwargs.get("max_tiles") or (1 if len(pictures) > 1 else None)
+                limit = images_kwargs.get("max_tiles") or (1 if len(own) > 1 else None)
                 settings = images_kwargs | {"max_tiles": limit, "return_tensors": "pt"}
-                visual = self.image_processor.preprocess(pictures, **settings)
+                visual = self.image_processor.preprocess(own, **settings)
                 tiles = [c * r + (c * r > 1) for c, r in visual["image_grids"].tolist()]
             ids = self._encode_with_offsets(prompt, tiles) if offsets else {"input_ids": self._encode(prompt, tiles)}
             rows.append({**ids, **visual})
@@ -409,35 +412,35 @@ class PdlmProcessor(ProcessorMixin):
         """Tokens of every row of a batch whose rows have `counts` tokens; None where they are not padded.
 
         Raises:
-            ValueError: a row is longer than it may be, or the rows differ and may not be padded.
+            SettingError: a row is longer than it may be, or the rows differ and may not be padded.
         """
         padding, limit, longest = text_kwargs.get("padding"), text_kwargs.get("max_length"), max(counts)
         if text_kwargs.get("truncation") not in (None, False, "do_not_truncate"):
             allowed = limit or self.tokenizer.model_max_length
             if longest > allowed:
-                raise ValueError(
+                raise SettingError(
                     f"A prompt has {longest} tokens, more than the {allowed} of `max_length`. It is not cut, since "
                     "that would drop image or region tokens, or the end of the question: raise `max_length`, shorten "
                     "the question, or let an image take fewer tiles (`max_tiles`)."
                 )
         if padding in (None, False, "do_not_pad"):
             if text_kwargs.get("return_tensors") is not None and len(set(counts)) > 1:
-                raise ValueError(f"Prompts of {counts} tokens make no tensor: set `padding=True`.")
+                raise SettingError(f"Prompts of {counts} tokens make no tensor: set `padding=True`.")
             return None
         if padding == "max_length":
             if limit is None:
-                raise ValueError('`padding="max_length"` needs `max_length`, the number of tokens to pad to.')
+                raise SettingError('`padding="max_length"` needs `max_length`, the number of tokens to pad to.')
             longest = max(longest, limit)
         multiple = text_kwargs.get("pad_to_multiple_of") or 1
         return -(-longest // multiple) * multiple
 
     def refuse_specials(self, text: str, name: str) -> None:
-        """Raises: ValueError if `text` is no string or holds special tokens, which would break the layout."""
+        """Raises: SettingError if `text` is no string or holds special tokens, which would break the layout."""
         if not isinstance(text, str):
-            raise ValueError(f"{name}: expected a string, got {type(text).__name__}.")
+            raise SettingError(f"{name}: expected a string, got {type(text).__name__}.")
         found = [token for token in self._specials if token in text]
         if found:
-            raise ValueError(
+            raise SettingError(
                 f"{name} holds special tokens of the model ({found[:3]}), which would break the layout. Pass plain "
                 "text; a prompt with placeholders is what `apply_chat_template` makes."
             )
@@ -490,7 +493,7 @@ class PdlmProcessor(ProcessorMixin):
         return self.tokenizer.decode(token_ids, *args, **kwargs)
 
     def post_process_region_captions(self, output: Any) -> list[list[RegionCaption]]:
-        """Captions of every picture, in the order in which its masks were given.
+        """Captions of every image, in the order in which its masks were given.
 
         Unlike the reference, an end-of-turn inside one caption ends that caption only, and special tokens never reach
         the text.
@@ -528,7 +531,7 @@ class PdlmProcessor(ProcessorMixin):
         ends = {self.tokenizer.convert_tokens_to_ids(END_OF_TURN), self.tokenizer.eos_token_id}
         end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
         text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
-        return RegionCaption(text, score, identifier, token_ids=tokens[:end])
+        return RegionCaption(text, score, identifier, token_ids=tokens[:end], truncated=end == len(tokens))
 
     def post_process_image_text_to_text(
         self, generated_outputs, skip_special_tokens: bool = True, clean_up_tokenization_spaces: bool = False, **kwargs
@@ -554,16 +557,16 @@ class PdlmProcessor(ProcessorMixin):
 
 
 def _list_of_masks(masks: Any) -> list:
-    """Masks of one picture: a list, a stack (N, H, W), or a single mask."""
+    """Masks of one image: a list, a stack (N, H, W), or a single mask."""
     if isinstance(masks, (np.ndarray, torch.Tensor)):
         return [masks] if masks.ndim == 2 else list(masks)
     return list(masks) if isinstance(masks, (list, tuple)) else [masks]
 
 
 def _batch(images: Any, maps: Any, text: Any) -> tuple[list, list, list]:
-    """One picture with its masks, or lists of both, as lists; and a question for each."""
+    """One image with its masks, or lists of both, as lists; and a question for each."""
     if images is None:
-        raise ValueError("`segmentation_maps` without `images`: pass the picture the masks belong to.")
+        raise RegionError("`segmentation_maps` without `images`: pass the image the masks belong to.")
     if isinstance(images, (list, tuple)):
         images = [image[0] if isinstance(image, (list, tuple)) and len(image) == 1 else image for image in images]
         maps = list(maps)
@@ -572,25 +575,25 @@ def _batch(images: Any, maps: Any, text: Any) -> tuple[list, list, list]:
     else:
         images, maps = [images], [maps]
     if len(images) != len(maps):
-        raise ValueError(
-            f"{len(images)} pictures, but masks for {len(maps)}. For a batch `segmentation_maps` is a list with one "
-            "list of masks per picture."
+        raise RegionError(
+            f"{len(images)} images, but masks for {len(maps)}. For a batch `segmentation_maps` is a list with one "
+            "list of masks per image."
         )
     questions = list(text) if isinstance(text, (list, tuple)) else [text] * len(images)
     if len(questions) != len(images):
-        raise ValueError(f"{len(images)} pictures, but {len(questions)} questions.")
+        raise SettingError(f"{len(images)} images, but {len(questions)} questions.")
     return images, maps, questions
 
 
 def _is_stack(masks: Any) -> bool:
-    """Whether this holds the masks of a picture, not a mask itself."""
+    """Whether this holds the masks of an image, not a mask itself."""
     if isinstance(masks, (np.ndarray, torch.Tensor)):
         return masks.ndim == 3
     return isinstance(masks, (list, tuple)) and not (len(masks) and np.isscalar(masks[0]))
 
 
 def _images_of_each(images: Any, count: int, batched: bool) -> list[list]:
-    """Pictures of every text: none, one each, or a list each."""
+    """Images of every text: none, one each, or a list each."""
     if images is None:
         return [[] for _ in range(count)]
     if not isinstance(images, (list, tuple)):
@@ -599,7 +602,7 @@ def _images_of_each(images: Any, count: int, batched: bool) -> list[list]:
         nested = len(images) == 1 and isinstance(images[0], (list, tuple))
         return [list(images[0] if nested else images)]
     if len(images) != count:
-        raise ValueError(f"{count} texts, but pictures for {len(images)}.")
+        raise SettingError(f"{count} texts, but images for {len(images)}.")
     return [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
 
 
@@ -607,11 +610,11 @@ def _question_of(prompt: str) -> str | None:
     """The question in a prompt that `apply_chat_template` made; None if it has none.
 
     Raises:
-        ValueError: not one turn of the user about one image, which is all that regions can be described in.
+        SettingError: not one turn of the user about one image, which is all that regions can be described in.
     """
     user = f"{HEADER}user{HEADER_END}\n"
     if prompt.count(HEADER) != 1 + prompt.endswith(f"{HEADER}assistant{HEADER_END}\n") or not prompt.startswith(user):
-        raise ValueError(
+        raise SettingError(
             "Regions are described in one turn: with `segmentation_maps` give one message of the user, with one image "
             "and the question, and no system message."
         )
@@ -626,7 +629,7 @@ def _as(batch: dict[str, Any], return_tensors: Any) -> BatchFeature:
     elif kind is None:
         batch = {name: value.tolist() if torch.is_tensor(value) else value for name, value in batch.items()}
     elif kind != "pt":
-        raise ValueError(f'`return_tensors` must be "pt", "np" or None, got {return_tensors!r}.')
+        raise SettingError(f'`return_tensors` must be "pt", "np" or None, got {return_tensors!r}.')
     return BatchFeature(batch)
 
 

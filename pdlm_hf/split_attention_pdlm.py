@@ -1,8 +1,8 @@
 """Attention of caption blocks in two calls without a mask: over the shared prompt rows, and over a region's own rows.
 
-A row of caption block i sees the shared rows of its picture's prompt, the RoI tokens of region i and its own block
+A row of caption block i sees the shared rows of its image's prompt, the RoI tokens of region i and its own block
 ([`masking_pdlm.region_attention`]). With the prompt's keys and values at hand that is two plain attentions whose
-results are merged by their log-sum-exp: one over keys that all blocks of a picture share and one over some fifty keys
+results are merged by their log-sum-exp: one over keys that all blocks of an image share and one over some fifty keys
 a region. On a GPU both run as variable-length flash attention, which takes no mask; the dense mask over thousands of
 prompt rows is not needed. Anywhere else the same is computed by matrix products.
 

@@ -17,6 +17,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from pdlm_hf import PdlmBaseConfig, PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
 from pdlm_hf.adapters_pdlm import BASE_FILE, adapter_base
 from pdlm_hf.conversion_pdlm import PARAMETER_PREFIXES
+from pdlm_hf.errors_pdlm import SettingError
 
 from .recipe import EMBEDDED, Adapter, Recipe
 
@@ -53,13 +54,13 @@ def add_adapter(model, processor, adapter: Adapter) -> PeftModel:
         adapter ([`~recipe.Adapter`])
 
     Raises:
-        ValueError: more new words than free rows in the embedding.
+        SettingError: more new words than free rows in the embedding.
     """
     if adapter.new_words:
         processor.tokenizer.add_tokens(adapter.new_words)
         rows = model.get_input_embeddings().weight.shape[0]
         if len(processor.tokenizer) > rows:
-            raise ValueError(
+            raise SettingError(
                 f"`adapter.new_words`: {len(adapter.new_words)} are too many: with them the tokenizer has "
                 f"{len(processor.tokenizer)} tokens, the embedding {rows} rows."
             )
@@ -83,7 +84,7 @@ def fingerprint(base: str | Path) -> str:
         base (`str` or `Path`): folder or hub id.
 
     Raises:
-        ValueError: there are no safetensors.
+        SettingError: there are no safetensors.
     """
     config = AutoConfig.from_pretrained(base)
     with torch.device("meta"):
@@ -123,7 +124,7 @@ def _weight_files(base: str) -> list[str]:
         return get_checkpoint_shard_files(base, index)[0]
     single = cached_file(base, "model.safetensors", _raise_exceptions_for_missing_entries=False)
     if not single:
-        raise ValueError(f"{base}: there is no model.safetensors; is this a checkpoint folder or hub id?")
+        raise SettingError(f"{base}: there is no model.safetensors; is this a checkpoint folder or hub id?")
     return [single]
 
 
@@ -174,25 +175,25 @@ def apply_overrides(model, noted: dict[str, dict[str, Any]]) -> None:
 
 
 def read_base(folder: str | Path) -> dict[str, Any]:
-    """What [`write_base`] wrote. Raises: ValueError if the folder is no adapter of ours."""
+    """What [`write_base`] wrote. Raises: SettingError if the folder is no adapter of ours."""
     path = Path(folder) / BASE_FILE
     if not path.is_file():
-        raise ValueError(f"{folder}: there is no {BASE_FILE}; is this an adapter folder that pdlm-peft wrote?")
+        raise SettingError(f"{folder}: there is no {BASE_FILE}; is this an adapter folder that pdlm-peft wrote?")
     return json.loads(path.read_text())
 
 
 def check_base(folder: str | Path, base: str | Path) -> None:
-    """Raises: ValueError if the adapter belongs to other weights, or `base` cannot be loaded."""
+    """Raises: SettingError if the adapter belongs to other weights, or `base` cannot be loaded."""
     noted = read_base(folder)
     try:
         found = fingerprint(base)
     except OSError as error:
-        raise ValueError(
+        raise SettingError(
             f"The base {base} of the adapter {folder} cannot be loaded. Give its folder or hub id: --base BASE, or "
             "`base` of `load_adapter` and `merge`."
         ) from error
     if noted["fingerprint"] != found:
-        raise ValueError(
+        raise SettingError(
             f"The adapter {folder} was trained on other weights than those of {base} (fingerprint "
             f"{noted['fingerprint']}, got {found}): it was {noted['base']}. Give that checkpoint."
         )
@@ -213,7 +214,7 @@ def load_adapter(folder: str | Path, base: str | Path | None = None, **kwargs: A
         the model and its processor.
 
     Raises:
-        ValueError: no adapter of ours, or another base.
+        SettingError: no adapter of ours, or another base.
     """
     noted = read_base(folder)
     base = str(base or adapter_base(folder))
@@ -236,11 +237,11 @@ def merge(folder: str | Path, out: str | Path, base: str | Path | None = None, d
         dtype (`str`): of the merged weights; "auto": that of the base.
 
     Raises:
-        ValueError: another base, no adapter, or `out` exists.
+        SettingError: another base, no adapter, or `out` exists.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; give a new folder.")
+        raise SettingError(f"{out} exists and is not empty; give a new folder.")
     model, processor = load_adapter(folder, base, dtype=dtype)
     merged = model.merge_and_unload(safe_merge=True).to(model.dtype)
     unfinished = out.with_name(out.name + ".part")

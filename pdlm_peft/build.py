@@ -1,7 +1,7 @@
 """Building captioned region data as ParaCaption was made (paper, 3.4), step by step, each one able to go on.
 
 A step reads rows and appends rows to OUT as their last region is decided; regions that are dropped go to
-OUT.dropped.jsonl with the reason. A region is known by its picture (and question) and its id; what is in either file
+OUT.dropped.jsonl with the reason. A region is known by its image (and question) and its id; what is in either file
 is not done again, so that a run that was killed loses at most what was under way.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.files import append_rows, read_rows
 
 from .convert import relocated
@@ -28,7 +29,7 @@ class Task:
         number (`int`): of its row.
         row (`dict`): in the one form, every region with an id.
         k (`int`): place of the region in the row.
-        folder (`Path`, *optional*): what the picture's path starts from.
+        folder (`Path`, *optional*): what the image's path starts from.
     """
 
     number: int
@@ -42,11 +43,11 @@ class Task:
         return self.row["regions"][self.k]
 
     def open_image(self) -> Any:
-        """Its picture. Raises: ValueError with the row."""
+        """Its image. Raises: DataError with the row."""
         try:
             return open_row_image(self.row["image"], self.folder)
         except ValueError as error:
-            raise ValueError(f"row {self.number}: image: {error}") from None
+            raise DataError(f"row {self.number}: image: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,22 @@ class StepRun:
         settings (`dict`): what the verdicts depend on; a run goes on only with the same.
 
     Raises:
-        ValueError: there is no such folder, a file is damaged, or it was made with other settings.
+        DataError: there is no such folder, a file is damaged, or it was made with other settings.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]):
         if not out.parent.is_dir():
-            raise ValueError(f"{out}: there is no folder {out.parent}.")
+            raise DataError(f"{out}: there is no folder {out.parent}.")
         self.out, self.dropped = out, out.with_suffix(".dropped.jsonl")
         record = out.with_suffix(".run.json")
         kept, dropped = (list(read_rows(path, repair=True)) for path in (self.out, self.dropped))
         if (kept or dropped) and not record.is_file():
-            raise ValueError(f"{out}: is there, but no {record.name} that says how it was made; choose another file.")
+            raise DataError(f"{out}: is there, but no {record.name} that says how it was made; choose another file.")
         if kept or dropped:
             before = json.loads(record.read_text(encoding="utf-8"))
             if changed := [name for name in settings if before.get(name) != settings[name]]:
                 was = ", ".join(f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
-                raise ValueError(f"{out}: was begun with other settings ({was}); choose another file.")
+                raise DataError(f"{out}: was begun with other settings ({was}); choose another file.")
         else:
             record.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         self.done = {region_key(row, region["id"]) for row in kept for region in row["regions"]}
@@ -120,7 +121,7 @@ def run_step(source: Source, run: StepRun, decide: Decide, captions: bool = True
         numbers of "kept", "dropped", "failed" regions, of those there "before", and of each reason.
 
     Raises:
-        ValueError: a row that cannot be used; what came before it is written.
+        DataError: a row that cannot be used; what came before it is written.
     """
     counts: Counter = Counter()
     waiting: dict[int, dict[int, Verdict]] = {}
@@ -145,7 +146,7 @@ def run_step(source: Source, run: StepRun, decide: Decide, captions: bool = True
 def region_key(row: dict, identifier: Any) -> tuple:
     """What tells a region from all others."""
     image = row["image"]
-    # pictures in the rows themselves are long; Python's own hash differs from run to run
+    # images in the rows themselves are long; Python's own hash differs from run to run
     key = image if len(image) < 300 else hashlib.sha256(image.encode()).hexdigest()
     return (key, row.get("question"), identifier)
 
@@ -158,7 +159,7 @@ def _tasks(source: Source, run: StepRun, counts: Counter, captions: bool) -> Ite
         written = relocated(row, source.own_folder, run.out.parent)
         keys = {region_key(written, region["id"]) for region in row["regions"]}
         if keys & seen:
-            raise ValueError(f"row {number}: a region with the id of one in an earlier row; see `pdlm-peft validate`.")
+            raise DataError(f"row {number}: a region with the id of one in an earlier row; see `pdlm-peft validate`.")
         seen |= keys
         if all(key in run.done or key in run.lost for key in keys):
             counts["before"] += len(keys)

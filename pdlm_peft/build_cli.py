@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from pdlm_hf.client.chat import ChatClient, key_in, public_url
+from pdlm_hf.errors_pdlm import SettingError
 
-from .data_cli import Data, Images, exit_on_error, fail
+from .options import Data, Images, exit_on_error, fail
 
 app = typer.Typer(
     help="Build captioned region data: caption, check, remask, filter. Each step reads rows and writes rows.",
@@ -26,7 +27,7 @@ MaxTokens = Annotated[int, typer.Option(help="Length of a reply at most.")]
 
 
 def _server(out: Path, url: str, model: str, key_env: str | None, settings: dict, **options: Any) -> ChatClient:
-    """The server, with its replies beside `out`. Raises: ValueError if the key is not there."""
+    """The server, with its replies beside `out`. Raises: SettingError if the key is not there."""
     key = key_in(key_env)
     return ChatClient(model, url, key, settings, cache=out.with_suffix(".replies.sqlite"), **options)
 
@@ -38,7 +39,7 @@ def _run(data: str, images: Path | None, out: Path, decide: Any, settings: dict,
 
     source = find_source(data, images)
     if source.path is not None and source.path.resolve() == out.resolve():
-        raise ValueError(f"{out}: the step would read what it writes; choose another file.")
+        raise SettingError(f"{out}: the step would read what it writes; choose another file.")
     counts = run_step(source, StepRun(out, settings), decide, captions)
     known = ("kept", "dropped", "failed", "before")
     reasons = ", ".join(f"{count} {name}" for name, count in counts.most_common() if name not in known)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pdlm_hf.client.chat import ChatClient, Request
+from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.crops import crops_message, images_message
 from pdlm_hf.regions.region import Region, parse_region
 
@@ -18,7 +19,7 @@ from .rows import Fault, RowError
 
 STYLES = ("crops", "regions")
 CHECK_PROMPT = (
-    'In a picture, one region is annotated with the category "{category}". Somebody described this region without '
+    'In an image, one region is annotated with the category "{category}". Somebody described this region without '
     "knowing the category:\n\n{caption}\n\nIs the described thing one of this category, or a kind, a part or a group "
     "of it? Answer with yes or no only."
 )
@@ -26,11 +27,11 @@ _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 def mask_of(task: Task, image: Image.Image) -> np.ndarray:
-    """The mask of a region, bool (H, W). Raises: ValueError with the row."""
+    """The mask of a region, bool (H, W). Raises: DataError with the row."""
     try:
         return parse_region(task.region, *image.size, task.k).mask
     except ValueError as error:
-        raise ValueError(f"row {task.number}: regions[{task.k}]: {error}") from None
+        raise DataError(f"row {task.number}: regions[{task.k}]: {error}") from None
 
 
 def ask(
@@ -39,7 +40,7 @@ def ask(
     request: Callable[[Task], Request | None],
     read: Callable[[Task, str], Verdict],
 ) -> Iterator[tuple[Task, Verdict]]:
-    """Ask a server about each region; several requests at a time, pictures opened as they are sent.
+    """Ask a server about each region; several requests at a time, images opened as they are sent.
 
     Args:
         server (`ChatClient`): keeps its replies, so that nothing is asked twice, also after kill -9.
@@ -76,12 +77,12 @@ def caption_step(server: ChatClient, prompt: str, style: str = "crops", replace:
     Args:
         server (`ChatClient`): any vision-language model, or our own server.
         prompt (`str`): the question.
-        style (`str`): "crops" shows the picture with the region outlined and the part around it; "regions" sends the
+        style (`str`): "crops" shows the image with the region outlined and the part around it; "regions" sends the
             region itself, as our own server takes it.
         replace (`bool`): also describe regions that have a caption.
     """
     if style not in STYLES:
-        raise ValueError(f"The style must be one of {', '.join(STYLES)}, got {style!r}.")
+        raise DataError(f"The style must be one of {', '.join(STYLES)}, got {style!r}.")
 
     def request(task: Task) -> Request | None:
         if task.region.get("caption") and not replace:
@@ -115,7 +116,7 @@ def check_step(server: ChatClient, prompt: str = CHECK_PROMPT) -> Decide:
         prompt (`str`): with {category} and {caption}.
     """
     if "{category}" not in prompt or "{caption}" not in prompt:
-        raise ValueError("The prompt needs {category} and {caption}.")
+        raise DataError("The prompt needs {category} and {caption}.")
 
     def request(task: Task) -> Request:
         category = task.region.get("category")
@@ -144,7 +145,7 @@ class Segmenter:
         device (`str`, *optional*): default: the GPU if there is one.
 
     Raises:
-        ValueError: it cannot be loaded.
+        DataError: it cannot be loaded.
     """
 
     def __init__(self, model: str, device: str | None = None):
@@ -156,7 +157,7 @@ class Segmenter:
             self.model = AutoModelForMaskGeneration.from_pretrained(model).eval()
         except (OSError, ImportError, RuntimeError, KeyError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{model}: cannot be loaded as a SAM model ({reason}).") from None
+            raise DataError(f"{model}: cannot be loaded as a SAM model ({reason}).") from None
         self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def masks(self, image: Any, boxes: list[list[float]]) -> np.ndarray:
@@ -182,12 +183,12 @@ def remask_step(segmenter: Segmenter, min_iou: float, replace: bool = False) -> 
     """Keep regions whose mask SAM finds again from its box.
 
     Args:
-        segmenter (`Segmenter`): all regions of a picture go through it together.
+        segmenter (`Segmenter`): all regions of an image go through it together.
         min_iou (`float`): intersection over union of the two masks, at least.
         replace (`bool`): keep SAM's mask instead of the region's own.
     """
     if not 0 <= min_iou <= 1:
-        raise ValueError(f"The least IoU must be between 0 and 1, got {min_iou}.")
+        raise DataError(f"The least IoU must be between 0 and 1, got {min_iou}.")
 
     def decide(tasks: Iterable[Task]) -> Iterator[tuple[Task, Verdict]]:
         for _, group in groupby(tasks, key=lambda task: task.number):
@@ -229,7 +230,7 @@ def filter_step(min_words: int, max_words: int, max_repetition: float) -> Decide
         max_repetition (`float`): most [`repetition`] that is good.
     """
     if not 0 < min_words <= max_words or not 0 <= max_repetition <= 1:
-        raise ValueError("--min-words must be positive, --max-words not below it, --max-repetition between 0 and 1.")
+        raise DataError("--min-words must be positive, --max-words not below it, --max-repetition between 0 and 1.")
 
     def decide(tasks: Iterable[Task]) -> Iterator[tuple[Task, Verdict]]:
         for task in tasks:

@@ -23,7 +23,7 @@ def write_run_card(recipe: Recipe, record: dict[str, Any], folder: Path) -> None
     """
     data, hardware = recipe.data, record["hardware"]
     kind = "LoRA adapter" if recipe.adapter else "fine-tuned checkpoint"
-    source = f"drawn pictures (world: {data.world})" if data.kind == "drawn" else f"`{data.train}`"
+    source = f"drawn images (domain: {data.domain})" if data.kind == "drawn" else f"`{data.train}`"
     base = base_name(recipe.base, folder)
     named = f"the embedded checkpoint `{recipe.model}`" if recipe.model in EMBEDDED else f"`{base}`"
     settings = recipe.model_dump(mode="json", exclude={"output", "hardware", "samples"})
@@ -46,7 +46,7 @@ def write_run_card(recipe: Recipe, record: dict[str, Any], folder: Path) -> None
 
 
 def _drawn(kind: str) -> str:
-    return "other drawn pictures" if kind == "drawn" else "nothing"
+    return "other drawn images" if kind == "drawn" else "nothing"
 
 
 def _scores(scores: dict[str, dict[str, float]]) -> str:

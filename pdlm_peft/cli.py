@@ -1,15 +1,13 @@
 """The command `pdlm-peft`."""
 
-import typer
+from pdlm_hf.cli.errors import make_app
 
-from pdlm_hf.cli import errors
+from . import build_cli, data_cli, train_cli
 
-from . import data_cli, train_cli
-
-app = typer.Typer(help="Fine-tune PerceptionDLM on your own region data.", no_args_is_help=True, rich_markup_mode=None)
-data_cli.register(app)
-train_cli.register(app)
-errors.add_version(app, "pdlm-peft")
+app = make_app("pdlm-peft", "Fine-tune PerceptionDLM on your own region data.")
+for _command in (data_cli.validate, data_cli.convert, data_cli.split, train_cli.train, train_cli.merge):
+    app.command()(_command)
+app.add_typer(build_cli.app, name="build")
 
 if __name__ == "__main__":
     app()

@@ -1,4 +1,4 @@
-"""Other people's annotation files as region data (JSONL), and a split by picture."""
+"""Other people's annotation files as region data (JSONL), and a split by image."""
 
 import base64
 import csv
@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from pdlm_hf.errors_pdlm import DataError
+
 from .rows import WHOLE, Fault, RowError, check_row, sound_row
 from .sources import Source, find_source, raw_rows
 
 FORMS = ("coco-instances", "coco-panoptic", "dam", "gar", "reference")
 
-# Caption of a region, from the id of its picture, its own id, and its category's name; None: it has none.
+# Caption of a region, from the id of its image, its own id, and its category's name; None: it has none.
 Captions = Callable[[Any, Any, str | None], str | None]
 _PROMPT = re.compile(r"<Prompt\d+>")
 
@@ -38,7 +40,7 @@ def convert(
         source (`str` or `Path`): the annotation file, or for "gar" and "reference" also a saved `datasets` folder.
         out (`Path`): JSONL file.
         form (`str`): one of [`FORMS`].
-        images (`Path`, *optional*): folder the pictures' paths start from, then and later; default: that of the file,
+        images (`Path`, *optional*): folder the images' paths start from, then and later; default: that of the file,
             and paths are written so that they start from that of `out`.
         captions (*optional*): of COCO annotations; see [`read_captions`] and [`category_captions`].
         masks (`Path`, *optional*): folder of the PNG files of COCO panoptic; default: the file's name without .json.
@@ -48,15 +50,15 @@ def convert(
         numbers of "rows", "regions", and what was left out, by reason.
 
     Raises:
-        ValueError: a file that cannot be read as this form.
+        DataError: a file that cannot be read as this form.
     """
     if form not in FORMS:
-        raise ValueError(f"The form must be one of {', '.join(FORMS)}, got {form!r}.")
+        raise DataError(f"The form must be one of {', '.join(FORMS)}, got {form!r}.")
     counts: Counter = Counter()
     folder: Path | None = Path(source).parent
     if form.startswith("coco"):
         if captions is None:
-            raise ValueError("COCO annotations have no captions: give a file of captions, or use the category names.")
+            raise DataError("COCO annotations have no captions: give a file of captions, or use the category names.")
         png_folder = _png_folder(source, masks) if form == "coco-panoptic" else None
         rows = coco_rows(Path(source), captions, counts, crowds, png_folder)
     elif form == "dam":
@@ -85,7 +87,7 @@ def count_rows(rows: Iterable[dict], counts: Counter) -> Iterator[dict]:
 def write_rows(out: Path, rows: Iterable[dict]) -> None:
     """Write a JSONL file row by row; it is there whole, or as it was before."""
     if not out.parent.is_dir():
-        raise ValueError(f"{out}: there is no folder {out.parent}.")
+        raise DataError(f"{out}: there is no folder {out.parent}.")
     part = out.with_name(f"{out.name}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
@@ -97,7 +99,7 @@ def write_rows(out: Path, rows: Iterable[dict]) -> None:
 
 
 def relocated(row: dict, start: Path | None, folder: Path) -> dict:
-    """The row with its picture as text: a path that starts from `folder` instead of `start`, or the picture itself.
+    """The row with its image as text: a path that starts from `folder` instead of `start`, or the image itself.
 
     Args:
         row (`dict`): in the one form.
@@ -122,10 +124,10 @@ def read_captions(path: Path) -> Captions:
     with the same fields; `pdlm batch` writes such. Ids of panoptic segments need `image_id`.
 
     Raises:
-        ValueError: no such file or columns, or an id that is there twice.
+        DataError: no such file or columns, or an id that is there twice.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
+        raise DataError(f"{path}: no such file.")
     found: dict[tuple[str, str], str] = {}
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
@@ -135,13 +137,13 @@ def read_captions(path: Path) -> Captions:
             for number, row in enumerate(rows, 1):
                 identifier = row.get("annotation_id", row.get("id"))
                 if identifier is None or not isinstance(row.get("caption"), str):
-                    raise ValueError(f"row {number} needs `id` (or `annotation_id`) and `caption`.")
+                    raise DataError(f"row {number} needs `id` (or `annotation_id`) and `caption`.")
                 key = (str(row.get("image_id", "")), str(identifier))
                 if key in found:
-                    raise ValueError(f"row {number}: the id {identifier!r} is there twice.")
+                    raise DataError(f"row {number}: the id {identifier!r} is there twice.")
                 found[key] = row["caption"].strip()
         except (ValueError, csv.Error, AttributeError) as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise DataError(f"{path}: {error}") from None
 
     def caption(image_id: Any, annotation_id: Any, category: str | None) -> str | None:
         return found.get((str(image_id), str(annotation_id)), found.get(("", str(annotation_id)))) or None
@@ -150,23 +152,23 @@ def read_captions(path: Path) -> Captions:
 
 
 def category_captions(template: str = "{}") -> Captions:
-    """The category's name as caption, in a sentence if `template` is one. Raises: ValueError without {} in it."""
+    """The category's name as caption, in a sentence if `template` is one. Raises: DataError without {} in it."""
     if "{}" not in template:
-        raise ValueError(f"The template needs {{}} where the category's name belongs, got {template!r}.")
+        raise DataError(f"The template needs {{}} where the category's name belongs, got {template!r}.")
     return lambda image_id, annotation_id, category: None if category is None else template.replace("{}", category)
 
 
 def _png_folder(source: str | Path, masks: Path | None) -> Path:
     folder = masks if masks is not None else Path(source).with_suffix("")
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder of panoptic PNG files; give --masks.")
+        raise DataError(f"{folder}: no such folder of panoptic PNG files; give --masks.")
     return folder
 
 
 def coco_rows(
     path: Path, captions: Captions, counts: Counter, crowds: bool = False, png_folder: Path | None = None
 ) -> Iterator[dict]:
-    """A row for each picture of a COCO instances or, with a folder of PNG files, panoptic file."""
+    """A row for each image of a COCO instances or, with a folder of PNG files, panoptic file."""
     data = _read_json(path)
     try:
         names = {entry["id"]: entry["name"] for entry in data.get("categories", [])}
@@ -174,9 +176,7 @@ def coco_rows(
         of_image: dict[Any, list] = {}
         for annotation in data["annotations"]:
             if annotation["image_id"] not in images:
-                raise ValueError(
-                    f"{path}: the picture {annotation['image_id']!r} of an annotation is not in `images`."
-                )
+                raise DataError(f"{path}: the image {annotation['image_id']!r} of an annotation is not in `images`.")
             of_image.setdefault(annotation["image_id"], []).append(annotation)
         for image_id, own in of_image.items():
             image = images[image_id]
@@ -197,11 +197,11 @@ def coco_rows(
             yield {"image": image["file_name"], "regions": regions, **size}
     except (KeyError, TypeError, AttributeError) as error:
         form = "instances" if png_folder is None else "panoptic"
-        raise ValueError(f"{path}: is no COCO {form} file ({type(error).__name__}: {error}).") from None
+        raise DataError(f"{path}: is no COCO {form} file ({type(error).__name__}: {error}).") from None
 
 
 def _panoptic_segments(annotations: list[dict], folder: Path, counts: Counter) -> Iterator[dict]:
-    """The segments of a picture with their RLE, read from the colours of its PNG (R + 256 G + 256^2 B is the id)."""
+    """The segments of an image with their RLE, read from the colours of its PNG (R + 256 G + 256^2 B is the id)."""
     from pdlm_hf.regions.images import load_image
     from pdlm_hf.regions.region import Region
 
@@ -220,26 +220,26 @@ def _panoptic_segments(annotations: list[dict], folder: Path, counts: Counter) -
 
 
 def dam_rows(path: Path, images: Path | None) -> Iterator[dict]:
-    """A row for each picture of an `annotations.json` of the Describe Anything data set.
+    """A row for each image of an `annotations.json` of the Describe Anything data set.
 
-    `{img_id: [{"ann_id", "image", "mask_rle", "caption", ...}]}`, one file for each of its subsets; the pictures are
-    those of the tar files beside it, unpacked. Where `images` has no picture of the full name, its last part and, for
+    `{img_id: [{"ann_id", "image", "mask_rle", "caption", ...}]}`, one file for each of its subsets; the images are
+    those of the tar files beside it, unpacked. Where `images` has no image of the full name, its last part and, for
     numbers, the name without leading zeros are tried.
     """
     data = _read_json(path)
     if not all(isinstance(regions, list) for regions in data.values()):
-        raise ValueError(f"{path}: expected {{img_id: [regions]}}, an annotations.json of describe-anything-dataset.")
+        raise DataError(f"{path}: expected {{img_id: [regions]}}, an annotations.json of describe-anything-dataset.")
     for image_id, own in data.items():
         try:
             regions = [
                 {"id": r["ann_id"], "segmentation": _text_rle(r["mask_rle"]), "caption": r["caption"]} for r in own
             ]
-            yield {"image": _find_picture(own[0]["image"], images) if own else image_id, "regions": regions}
+            yield {"image": _find_image(own[0]["image"], images) if own else image_id, "regions": regions}
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: {image_id}: expected ann_id, image, mask_rle, caption ({error!r}).") from None
+            raise DataError(f"{path}: {image_id}: expected ann_id, image, mask_rle, caption ({error!r}).") from None
 
 
-def _find_picture(name: str, images: Path | None) -> str:
+def _find_image(name: str, images: Path | None) -> str:
     last = Path(name).name
     short = Path(last).stem.lstrip("0") + Path(last).suffix
     for candidate in (name, last, short):
@@ -250,7 +250,7 @@ def _find_picture(name: str, images: Path | None) -> str:
 
 def gar_rows(source: Source, counts: Counter) -> Iterator[dict]:
     """A row for each of the Grasp Any Region data set: `{"image", "mask_rle", "conversations"}`, where the k-th answer
-    describes the k-th mask, and no mask means the whole picture. Questions about relations (with <Prompt0>) are left
+    describes the k-th mask, and no mask means the whole image. Questions about relations (with <Prompt0>) are left
     out: they are no captions."""
     for number, raw in raw_rows(source):
         if isinstance(raw, RowError):
@@ -291,11 +291,11 @@ def _read_json(path: Path) -> dict:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file.") from None
+        raise DataError(f"{path}: no such file.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON, perhaps cut short ({error}).") from None
+        raise DataError(f"{path}: not valid JSON, perhaps cut short ({error}).") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}.")
+        raise DataError(f"{path}: expected a JSON object, got {type(data).__name__}.")
     return data
 
 
@@ -305,45 +305,45 @@ def _read_json(path: Path) -> dict:
 def split(
     source: str | Path, train: Path, held_out: Path, share: float = 0.05, seed: int = 0, images: Path | None = None
 ) -> tuple[Counter, Counter]:
-    """Split region data so that no picture is on both sides, however many rows it has. Reads the rows twice.
+    """Split region data so that no image is on both sides, however many rows it has. Reads the rows twice.
 
     Args:
         source (`str` or `Path`): any data that [`~data.RegionDataset`] reads.
         train, held_out (`Path`): JSONL files to write.
-        share (`float`): of the pictures to hold out; at least one, and not all.
-        seed (`int`): the same pictures with the same seed give the same split, in whatever order they come.
+        share (`float`): of the images to hold out; at least one, and not all.
+        seed (`int`): the same images with the same seed give the same split, in whatever order they come.
         images (`Path`, *optional*): see [`convert`].
 
     Returns:
-        numbers of "rows", "regions" and "pictures" of both sides.
+        numbers of "rows", "regions" and "images" of both sides.
 
     Raises:
-        ValueError: the three files are not three, or there are too few pictures.
+        DataError: the three files are not three, or there are too few images.
     """
     if not 0 < share < 1:
-        raise ValueError(f"The share to hold out must be between 0 and 1, got {share}.")
+        raise DataError(f"The share to hold out must be between 0 and 1, got {share}.")
     found = find_source(source, images)
     if train.resolve() == held_out.resolve():
-        raise ValueError(f"{train}: the two files must differ.")
+        raise DataError(f"{train}: the two files must differ.")
     for out in (train, held_out):
         if found.path is not None and found.path.resolve() == out.resolve():
-            raise ValueError(f"{out}: the split would read what it writes; choose another file.")
+            raise DataError(f"{out}: the split would read what it writes; choose another file.")
     counts: tuple[Counter, Counter] = (Counter(), Counter())
-    keys = sorted({_picture_key(row, found.folder) for row in reference_rows(found)})
+    keys = sorted({_image_key(row, found.folder) for row in reference_rows(found)})
     if len(keys) < 2:
-        raise ValueError(f"{source}: has {len(keys)} pictures; a split needs two.")
+        raise DataError(f"{source}: has {len(keys)} images; a split needs two.")
     random.Random(seed).shuffle(keys)
     number = min(max(1, round(share * len(keys))), len(keys) - 1)
     chosen = set(keys[:number])
     for out, count, wanted in ((train, counts[0], False), (held_out, counts[1], True)):
         rows = reference_rows(found)
-        own = (row for row in rows if (_picture_key(row, found.folder) in chosen) == wanted)
+        own = (row for row in rows if (_image_key(row, found.folder) in chosen) == wanted)
         write_rows(out, count_rows((relocated(row, found.own_folder, out.parent) for row in own), count))
-        count["pictures"] = number if wanted else len(keys) - number
+        count["images"] = number if wanted else len(keys) - number
     return counts
 
 
-def _picture_key(row: dict, folder: Path | None) -> str:
+def _image_key(row: dict, folder: Path | None) -> str:
     """The same for every way to write the same path."""
     image = row["image"]
     if isinstance(image, dict):

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
+from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.region import parse_region
 
 from .rows import Fault, RowError, open_row_image, row_size, size_fault, sound_row
@@ -23,34 +24,34 @@ class _RowDataset(Dataset):
         self.source = find_source(source, images)
         self._rows = _Rows(self.source, limit)
         if not len(self._rows):
-            raise ValueError(f"{self.source.name}: holds no rows.")
+            raise DataError(f"{self.source.name}: holds no rows.")
 
     def __len__(self) -> int:
         return len(self._rows)
 
 
 class RegionDataset(_RowDataset):
-    """Pictures with captioned regions, as [`~pdlm_hf.training.PdlmCollator`] takes them.
+    """Images with captioned regions, as [`~pdlm_hf.training.PdlmCollator`] takes them.
 
     A JSONL file is read line by line when a row is asked for, so that only positions are in memory; a JSON list and a
-    COCO file are held as read; pictures and masks are decoded when asked for.
+    COCO file are held as read; images and masks are decoded when asked for.
 
     Args:
         source (`str` or `Path`): COCO json, JSONL, the reference's training json, a saved `datasets` folder, or
             `hf:NAME[:CONFIG][@SPLIT]`.
-        images (`str` or `Path`, *optional*): folder of the pictures; default: that of the file.
+        images (`str` or `Path`, *optional*): folder of the images; default: that of the file.
         limit (`int`, *optional*): only so many rows, the first ones.
 
     Raises:
-        ValueError: no such data; on access "row N: field: got ..., expected ...", rows counting from 1.
+        DataError: no such data; on access "row N: field: got ..., expected ...", rows counting from 1.
     """
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return decode_row(*self._rows[index], self.source.folder)
 
     def sizes(self) -> list[tuple[int, int, int, int]]:
-        """Width and height of the picture, regions and characters of all captions of every row. A picture is opened
-        only where neither the row nor an RLE says its size. Raises: ValueError as on access."""
+        """Width and height of the image, regions and characters of all captions of every row. An image is opened
+        only where neither the row nor an RLE says its size. Raises: DataError as on access."""
         sizes = []
         for index in range(len(self)):
             number, raw = self._rows[index]
@@ -62,10 +63,10 @@ class RegionDataset(_RowDataset):
 
 
 class ChatDataset(_RowDataset):
-    """Conversations about pictures, as [`~pdlm_hf.training.PdlmCollator`] takes them.
+    """Conversations about images, as [`~pdlm_hf.training.PdlmCollator`] takes them.
 
     Rows are LLaVA's `{"image": path or list (optional), "conversations": [{"from": "human" | "gpt", "value"}]}`, with
-    `<image>` where a picture belongs, or `{"images", "messages": [{"role", "content"}]}`.
+    `<image>` where an image belongs, or `{"images", "messages": [{"role", "content"}]}`.
 
     Args:
         source, images, limit: as in [`RegionDataset`], COCO excepted.
@@ -73,7 +74,7 @@ class ChatDataset(_RowDataset):
 
     def __init__(self, source: str | Path, images: str | Path | None = None, limit: int | None = None):
         if find_source(source, images).kind == "coco":
-            raise ValueError(f"{source}: expected a JSON list or JSONL of conversations.")
+            raise DataError(f"{source}: expected a JSON list or JSONL of conversations.")
         super().__init__(source, images, limit)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def stream_rows(source: str | Path, images: str | Path | None = None) -> Iterato
     `datasets.IterableDataset.from_generator(stream_rows, gen_kwargs={"source": ...})` makes a table of it.
 
     Raises:
-        ValueError: as [`RegionDataset`], at the row that is at fault.
+        DataError: as [`RegionDataset`], at the row that is at fault.
     """
     found = find_source(source, images)
     for number, raw in raw_rows(found):
@@ -95,7 +96,7 @@ def stream_rows(source: str | Path, images: str | Path | None = None) -> Iterato
 
 
 def decode_row(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
-    """Open the picture and decode the masks of a row.
+    """Open the image and decode the masks of a row.
 
     Args:
         number (`int`): of the row, from 1.
@@ -106,7 +107,7 @@ def decode_row(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
         `{"image": PIL.Image (RGB), "regions": [{"id", "mask": bool (H, W), "caption"}], "question"?}`
 
     Raises:
-        ValueError: "row N: field: got ..., expected ...".
+        DataError: "row N: field: got ..., expected ...".
     """
     row = sound_row(raw, number)
     image = _open(row, number, folder)
@@ -117,30 +118,30 @@ def decode_row(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
         try:
             parsed = parse_region(region, *image.size, k)
         except ValueError as error:
-            fault = Fault(number, f"regions[{k}]", "mask", str(error).rstrip("."), "a mask inside the picture")
+            fault = Fault(number, f"regions[{k}]", "mask", str(error).rstrip("."), "a mask inside the image")
             raise RowError(fault) from None
         regions.append({"id": parsed.id, "mask": parsed.mask, "caption": region["caption"]})
     return {"image": image, "regions": regions, **({"question": row["question"]} if "question" in row else {})}
 
 
 def decode_chat(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
-    """Open the pictures of a conversation and bring it into one form.
+    """Open the images of a conversation and bring it into one form.
 
     Returns:
         `{"images": [PIL.Image], "messages": [{"role", "content"}]}`
 
     Raises:
-        ValueError: "row N: field: got ..., expected ...".
+        DataError: "row N: field: got ..., expected ...".
     """
     paths, messages = chat_messages(number, raw)
     return {"images": [_open({"image": path}, number, folder) for path in paths], "messages": messages}
 
 
 def chat_messages(number: int, raw: Any) -> tuple[list[Any], list[dict[str, Any]]]:
-    """Paths of the pictures and the messages of a conversation; no picture is opened.
+    """Paths of the images and the messages of a conversation; no image is opened.
 
     Raises:
-        ValueError: as [`decode_chat`].
+        DataError: as [`decode_chat`].
     """
     if isinstance(raw, RowError):
         raise raw
@@ -167,13 +168,13 @@ def chat_messages(number: int, raw: Any) -> tuple[list[Any], list[dict[str, Any]
     if messages[-1]["role"] != "assistant":
         raise fail(name, messages[-1]["role"], "an answer as the last turn")
     found = sum(part["type"] == "image" for message in messages for part in _parts(message))
-    if not found and paths:  # as is usual: the pictures come first
+    if not found and paths:  # as is usual: the images come first
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
             raise fail(name, "no question", "a turn of the user")
         first["content"] = [{"type": "image"}] * len(paths) + first["content"]
     elif found != len(paths):
-        raise fail(name, f"{found} times {IMAGE}", f"one for each of {len(paths)} pictures")
+        raise fail(name, f"{found} times {IMAGE}", f"one for each of {len(paths)} images")
     return paths, messages
 
 
@@ -204,7 +205,7 @@ def _open(row: dict, number: int, folder: Path | None) -> Image.Image:
     try:
         return open_row_image(row["image"], folder)
     except ValueError as error:
-        fault = Fault(number, "image", "image", str(error).rstrip("."), "a picture that can be decoded")
+        fault = Fault(number, "image", "image", str(error).rstrip("."), "an image that can be decoded")
         raise RowError(fault) from None
 
 

@@ -1,29 +1,17 @@
-"""The commands `pdlm-peft validate | convert | split`, and `build` from its own file."""
+"""The commands `pdlm-peft validate | convert | split`."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pdlm_hf.cli import errors
+from pdlm_hf.errors_pdlm import SettingError
 
-fail, exit_on_error = partial(errors.fail, "pdlm-peft"), errors.exit_on_error("pdlm-peft")
+from .options import Data, Images, exit_on_error, fail
+
 SHOWN = 50  # faults printed unless asked otherwise
 SAMPLES = 4
-
-Data = Annotated[str, typer.Argument(help="COCO json, JSONL, the reference's json, a saved table, or hf:NAME@SPLIT.")]
-Images = Annotated[Path | None, typer.Option(help="Folder of the pictures; default: that of the file.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to an app."""
-    from . import build_cli
-
-    for command in (validate, convert, split):
-        app.command()(command)
-    app.add_typer(build_cli.app, name="build")
 
 
 @exit_on_error
@@ -35,7 +23,7 @@ def validate(
     max_caption_tokens: Annotated[int, typer.Option(help="A longer caption or answer is a fault; 0: none is.")] = 512,
     max_regions: Annotated[int | None, typer.Option(help="More regions in a row are a fault.")] = None,
     open_images: Annotated[
-        bool, typer.Option("--open-images/--no-images", help="Decode every picture, or believe the sizes in the file.")
+        bool, typer.Option("--open-images/--no-images", help="Decode every image, or believe the sizes in the file.")
     ] = True,
     max_faults: Annotated[int, typer.Option(help="Faults to print; 0: all. All are counted.")] = SHOWN,
     draw: Annotated[Path | None, typer.Option(help="Draw the first samples, into a .png or a folder.")] = None,
@@ -52,9 +40,9 @@ def validate(
     from .validate_chat import validate_chat
 
     if max_caption_tokens < 0 or max_faults < 0 or samples < 1:
-        raise ValueError("--max-caption-tokens and --max-faults must not be negative, --samples must be positive.")
+        raise SettingError("--max-caption-tokens and --max-faults must not be negative, --samples must be positive.")
     if chat and (draw is not None or max_regions is not None):
-        raise ValueError("--draw and --max-regions are for region data, not for --chat.")
+        raise SettingError("--draw and --max-regions are for region data, not for --chat.")
     source = find_source(data, images)
     if draw is not None and not draw.is_dir():
         from pdlm_hf.render.drawing import check_target
@@ -86,12 +74,12 @@ def validate(
 def _say_summary(report: Any) -> None:
     summary = report.summary
     regions = f", {summary['regions']} regions" if "regions" in summary else ""
-    typer.echo(f"{summary['rows']} rows, {summary['images']} pictures{regions}")
+    typer.echo(f"{summary['rows']} rows, {summary['images']} images{regions}")
     names = {
         "regions_per_row": ("regions a row", "{:g}"),
-        "area_share": ("share of the picture", "{:.2%}"),
+        "area_share": ("share of the image", "{:.2%}"),
         "caption_tokens": ("tokens a caption", "{:g}"),
-        "images_per_row": ("pictures a row", "{:g}"),
+        "images_per_row": ("images a row", "{:g}"),
         "turns": ("turns a row", "{:g}"),
         "answer_tokens": ("tokens an answer", "{:g}"),
     }
@@ -125,7 +113,7 @@ def convert(
     from . import convert as converting
 
     if captions is not None and category_captions is not None:
-        raise ValueError("Give one of --captions and --category-captions.")
+        raise SettingError("Give one of --captions and --category-captions.")
     texts = None
     if captions is not None:
         texts = converting.read_captions(captions)
@@ -142,11 +130,11 @@ def split(
     data: Data,
     train: Annotated[Path, typer.Argument(help="JSONL file to write, for training.")],
     held_out: Annotated[Path, typer.Argument(help="JSONL file to write, held out.")],
-    share: Annotated[float, typer.Option("--held-out", help="Share of the pictures to hold out.")] = 0.05,
+    share: Annotated[float, typer.Option("--held-out", help="Share of the images to hold out.")] = 0.05,
     seed: Annotated[int, typer.Option(help="The same seed gives the same split.")] = 0,
     images: Images = None,
 ) -> None:
-    """Split region data by picture: none is on both sides."""
+    """Split region data by image: none is on both sides."""
     from .convert import split as split_rows
 
     for out, counts in zip((train, held_out), split_rows(data, train, held_out, share, seed, images), strict=True):
@@ -154,8 +142,6 @@ def split(
 
 
 def _say_counts(out: Path, counts: Any) -> None:
-    left = [
-        f"{count} {name} left out" for name, count in counts.items() if name not in ("rows", "regions", "pictures")
-    ]
-    pictures = [f"{counts['pictures']} pictures"] * ("pictures" in counts)
-    typer.echo("; ".join([f"{out}: {counts['rows']} rows", f"{counts['regions']} regions", *pictures, *left]))
+    left = [f"{count} {name} left out" for name, count in counts.items() if name not in ("rows", "regions", "images")]
+    images = [f"{counts['images']} images"] * ("images" in counts)
+    typer.echo("; ".join([f"{out}: {counts['rows']} rows", f"{counts['regions']} regions", *images, *left]))

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from pdlm_hf import PdlmBaseConfig, PdlmBaseForConditionalGeneration, PdlmConfig, PdlmForConditionalGeneration
+from pdlm_hf.errors_pdlm import SettingError
 
 from .adapters import lora_config
 from .recipe import Recipe
@@ -62,7 +63,7 @@ class Row:
     """Sizes of a training row.
 
     Args:
-        tiles, tokens, answer (`int`): picture tiles, tokens in all, tokens of the captions.
+        tiles, tokens, answer (`int`): image tiles, tokens in all, tokens of the captions.
     """
 
     tiles: int
@@ -71,13 +72,13 @@ class Row:
 
 
 def load_config(recipe: Recipe) -> PdlmConfig:
-    """Configuration of the recipe's model, or that of a named shape. Raises: ValueError if there is none."""
+    """Configuration of the recipe's model, or that of a named shape. Raises: SettingError if there is none."""
     if recipe.model in SHAPES:
         return SHAPES[recipe.model]()
     try:
         return AutoConfig.from_pretrained(recipe.base)
     except OSError as error:
-        raise ValueError(f"`model`: {recipe.model} has no configuration; give a folder, a hub id or 8b.") from error
+        raise SettingError(f"`model`: {recipe.model} has no configuration; give a folder, a hub id or 8b.") from error
 
 
 def meta_model(recipe: Recipe, config: PdlmConfig):
@@ -95,7 +96,7 @@ def meta_model(recipe: Recipe, config: PdlmConfig):
 
 
 def largest_row(config: PdlmConfig, num_slots: int = 48) -> Row:
-    """A row of a picture with the most tiles and regions, for data that is not there yet."""
+    """A row of an image with the most tiles and regions, for data that is not there yet."""
     tiles = config.max_tiles + (config.max_tiles > 1)
     regions = config.num_region_prompts
     answer = max(regions, 4) * num_slots
@@ -205,10 +206,10 @@ def advice(recipe: Recipe, batch: int, checkpointing: bool) -> list[str]:
 
 
 def refuse(found: Estimate, memory: float) -> None:
-    """Raises: ValueError with advice if the run needs more than `memory` GB."""
+    """Raises: SettingError with advice if the run needs more than `memory` GB."""
     if found.total > memory * GB:
         parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in found.memory.items())
-        raise ValueError(
+        raise SettingError(
             f"needs about {found.total / GB:.1f} GB a device, more than the {memory:g} GB there are ({parts}). "
             f"Try {'; or '.join(found.advice)}."
         )

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pdlm_hf import PdlmProcessor
+from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.image_processing_pdlm import best_grid
 from pdlm_hf.training.collator import partition_regions
 
@@ -26,9 +27,9 @@ _HELD_OUT_SEED = 2**62  # noise of held-out rows, away from that of training
 
 
 class Step(NamedTuple):
-    """One row of the run: which picture, and which of its regions (None: all)."""
+    """One row of the run: which image, and which of its regions (None: all)."""
 
-    picture: int
+    image: int
     regions: list[int] | None
 
 
@@ -57,16 +58,16 @@ def open_dataset(data: Data, held_out: bool = False, length: int = 0, group: int
 
     Args:
         data ([`~recipe.Data`]), held_out (`bool`)
-        length, group, seed (`int`): of drawn pictures: how many, how many a batch, which.
+        length, group, seed (`int`): of drawn images: how many, how many a batch, which.
 
     Raises:
-        ValueError: no file given, or bad rows.
+        SettingError: no file given, or bad rows.
     """
     limit = data.held_out_limit if held_out else data.limit
     if data.kind == "drawn":
-        from .shapes import drawn_pictures
+        from .shapes import drawn_scenes
 
-        return drawn_pictures(data.world, seed + 2**18 * held_out, limit or length, group)
+        return drawn_scenes(data.domain, seed + 2**18 * held_out, limit or length, group)
     if held_out and data.held_out is None:
         return None
     source = _file_of(data, "held_out" if held_out else "train")
@@ -77,17 +78,17 @@ def open_dataset(data: Data, held_out: bool = False, length: int = 0, group: int
 
 
 def _file_of(data: Data, name: Literal["train", "held_out"]) -> str:
-    """The file of a recipe with its rows. Raises: ValueError if it is not given, or not there."""
+    """The file of a recipe with its rows. Raises: SettingError if it is not given, or not there."""
     source: str | None = getattr(data, name)
     if source is None:
-        raise ValueError(f"`data.{name}` is missing: give the file with your {data.kind}, data.{name}=FILE.")
+        raise SettingError(f"`data.{name}` is missing: give the file with your {data.kind}, data.{name}=FILE.")
     if not source.startswith("hf:") and not Path(source).exists():
-        raise ValueError(f"`data.{name}`: there is no file {source}.")
+        raise SettingError(f"`data.{name}`: there is no file {source}.")
     return source
 
 
 def sizes_of(dataset: Rows, data: Data) -> list[tuple[int, int, int, int]] | None:
-    """(width, height, regions, caption characters) of every picture; None where order and cut do not need them."""
+    """(width, height, regions, caption characters) of every image; None where order and cut do not need them."""
     if getattr(dataset, "in_order", False) or data.kind == "chat":
         return None
     if hasattr(dataset, "sizes"):
@@ -131,10 +132,10 @@ def plan(
         epochs (`float`), seed (`int`)
 
     Raises:
-        ValueError: an empty data set.
+        SettingError: an empty data set.
     """
     if not len(dataset):
-        raise ValueError("The training data has no rows.")
+        raise SettingError("The training data has no rows.")
     sizes, slots = sizes_of(dataset, data), data.num_slots
     slots = max(slots) if isinstance(slots, tuple) else slots
     order: list[Step] = []
@@ -142,7 +143,7 @@ def plan(
     while wanted is None or len(order) < wanted:
         rows, lengths = _epoch(len(dataset), sizes, data, processor, slots, epoch)
         if not rows:
-            raise ValueError("No picture in the training data has a region.")
+            raise SettingError("No image in the training data has a region.")
         if wanted is None:
             wanted = batch * max(1, math.ceil(epochs * len(rows) / batch))
         if not getattr(dataset, "in_order", False):
@@ -197,7 +198,7 @@ def with_seed(row: dict[str, Any], regions: list[int] | None, seed: int) -> dict
 
 
 def held_out_rows(dataset: Rows, data: Data, processor: PdlmProcessor) -> TrainingRows:
-    """All held-out pictures, whole where they fit, always with the same noise."""
+    """All held-out images, whole where they fit, always with the same noise."""
     together = data.model_copy(update={"partition": "together"})
     rows, _ = _epoch(len(dataset), sizes_of(dataset, data), together, processor, None, 0)
     return TrainingRows(dataset, rows, _HELD_OUT_SEED // 2**40)
@@ -210,7 +211,7 @@ class StreamedRows(IterableDataset):
         data ([`~recipe.Data`]), processor (`PdlmProcessor`), seed (`int`)
 
     Raises:
-        ValueError: no file is given, or it is not there.
+        SettingError: no file is given, or it is not there.
     """
 
     def __init__(self, data: Data, processor: PdlmProcessor, seed: int):
@@ -230,5 +231,5 @@ class StreamedRows(IterableDataset):
                     yield with_seed(row, group, self.seed * 2**40 + position)
                     position += 1
             if position == before:
-                raise ValueError(f"{self.source} has no rows.")
+                raise SettingError(f"{self.source} has no rows.")
             epoch += 1

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmGenerationConfig
 from pdlm_hf.adapters_pdlm import VIRTUAL_TOKENS, refuse_virtual_tokens
+from pdlm_hf.errors_pdlm import SettingError
 
 RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED = {"shapes": CHECKPOINT, "shapes_base": BASE_CHECKPOINT}
@@ -39,13 +40,13 @@ class Data(_Part):
     """What to train on.
 
     Args:
-        kind (`str`): "regions": pictures with captioned regions; "chat": conversations in LLaVA's format; "drawn": the
-            shapes of `world`, drawn on demand.
-        world (`str`): "new": [`~shapes.NEW_WORLD`]; "shapes": the one that the embedded checkpoint knows.
+        kind (`str`): "regions": images with captioned regions; "chat": conversations in LLaVA's format; "drawn": the
+            shapes of `domain`, drawn on demand.
+        domain (`str`): "new": [`~shapes.NEW_DOMAIN`]; "shapes": the one that the embedded checkpoint knows.
         train, held_out (`str`, *optional*): data file; nothing for "drawn".
-        images (`str`, *optional*): folder of the pictures; default: that of the data file.
-        limit, held_out_limit (`int`, *optional*): take so many pictures only.
-        partition (`str`): how the regions of a picture are cut into passes. "shuffle": into random, nearly equal
+        images (`str`, *optional*): folder of the images; default: that of the data file.
+        limit, held_out_limit (`int`, *optional*): take so many images only.
+        partition (`str`): how the regions of an image are cut into passes. "shuffle": into random, nearly equal
             groups, in every epoch others, as the reference does; "together": as many as there are region prompts.
         num_slots (`int` or pair, *optional*): slots of a caption, or a range to draw from, filled up with end-of-turn.
             None: captions at their own length, as the reference trains.
@@ -55,7 +56,7 @@ class Data(_Part):
     """
 
     kind: Literal["regions", "chat", "drawn"] = "regions"
-    world: Literal["new", "shapes"] = "new"
+    domain: Literal["new", "shapes"] = "new"
     train: str | None = None
     held_out: str | None = None
     images: str | None = None
@@ -97,7 +98,7 @@ class Adapter(_Part):
         if isinstance(settings, dict) and (method := settings.get("peft_type")):
             if str(method).upper() in VIRTUAL_TOKENS:
                 refuse_virtual_tokens(method)
-            raise ValueError("recipes train LoRA; remove `peft_type`, other methods of PEFT need a script of yours")
+            raise SettingError("recipes train LoRA; remove `peft_type`, other methods of PEFT need a script of yours")
         return settings
 
 
@@ -109,7 +110,7 @@ class Switches(_Part):
 
 
 class Samples(_Part):
-    """Captions of held-out pictures while it trains: of how many, and every how many steps (0: none)."""
+    """Captions of held-out images while it trains: of how many, and every how many steps (0: none)."""
 
     images: Annotated[int, Field(ge=0)] = 4
     every: Annotated[int, Field(ge=0)] = 0
@@ -168,7 +169,7 @@ class Recipe(_Part):
     def _newest_names(cls, training: dict[str, Any]) -> dict[str, Any]:
         """Older names become new ones, and `eval_strategy: no` is no longer the false that YAML 1.1 reads."""
         if both := [old for old, new in ALIASES.items() if old in training and new in training]:
-            raise ValueError(f"`{both[0]}` is the older name of `{ALIASES[both[0]]}`: give one of them")
+            raise SettingError(f"`{both[0]}` is the older name of `{ALIASES[both[0]]}`: give one of them")
         training = {ALIASES.get(k, k): v for k, v in training.items()}
         return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in training.items()}
 
@@ -186,19 +187,19 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         overrides (`list[str]`): "key=value" with dotted keys, `adapter.rank=4`; values are YAML.
 
     Raises:
-        ValueError: no such recipe, an unknown key (with the nearest known one), or a value that does not fit.
+        SettingError: no such recipe, an unknown key (with the nearest known one), or a value that does not fit.
     """
     path = Path(name)
     if not path.suffix:
         path = RECIPES / f"{name}.yaml"
     if not path.is_file():
-        raise ValueError(f"There is no recipe {name!r}. Give a YAML file or one of: {', '.join(names())}.")
+        raise SettingError(f"There is no recipe {name!r}. Give a YAML file or one of: {', '.join(names())}.")
     try:
         settings = _floats(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: is no YAML ({error}).") from error
+        raise SettingError(f"{path}: is no YAML ({error}).") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected keys and values, got {type(settings).__name__}.")
+        raise SettingError(f"{path}: expected keys and values, got {type(settings).__name__}.")
     for override in overrides:
         _override(settings, override)
     return parse_recipe(settings, str(path))
@@ -210,11 +211,11 @@ def names() -> list[str]:
 
 
 def parse_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:
-    """A checked recipe from plain settings. Raises: ValueError, see [`load_recipe`]."""
+    """A checked recipe from plain settings. Raises: SettingError, see [`load_recipe`]."""
     try:
         recipe = Recipe.model_validate(settings)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_first(error)}") from None
+        raise SettingError(f"{where}: {_first(error)}") from None
     _check(recipe, where)
     return recipe
 
@@ -257,42 +258,42 @@ def _check(recipe: Recipe, where: str) -> None:
     data, training, adapter = recipe.data, recipe.training, recipe.adapter
     for key in training:
         if key in _OWN_KEYS:
-            raise ValueError(f"{where}: `training.{key}` cannot be set here: {_OWN_KEYS[key]}.")
+            raise SettingError(f"{where}: `training.{key}` cannot be set here: {_OWN_KEYS[key]}.")
         if key not in TRAINING_KEYS:
-            raise ValueError(f"{where}: unknown key `training.{key}`{nearest(f'training.{key}')}")
+            raise SettingError(f"{where}: unknown key `training.{key}`{nearest(f'training.{key}')}")
     logging, saving = training.get("logging_steps", 500), training.get("save_steps", 500)
     counts = (isinstance(value, (int, float)) and value >= 1 for value in (logging, saving))
     if training.get("save_strategy") != "no" and (not all(counts) or saving % logging):
-        raise ValueError(
+        raise SettingError(
             f"{where}: `training.save_steps` ({saving}) must be a multiple of `training.logging_steps` ({logging}), "
             "both at least 1, or the curve of a resumed run would differ from that of an undisturbed one."
         )
     if recipe.dtype == "bfloat16" and not training.get("bf16"):
-        raise ValueError(
+        raise SettingError(
             f"{where}: `dtype: bfloat16` needs `training.bf16: true`, or dtype=float32: adapters are float32."
         )
     if adapter is None and recipe.dtype == "bfloat16":
-        raise ValueError(f"{where}: without an adapter the weights are trained; set dtype=float32 (bf16 computes).")
+        raise SettingError(f"{where}: without an adapter the weights are trained; set dtype=float32 (bf16 computes).")
     if adapter is None and recipe.quantize:
-        raise ValueError(f"{where}: 4-bit weights cannot be trained; set `adapter` or drop `quantize`.")
+        raise SettingError(f"{where}: 4-bit weights cannot be trained; set `adapter` or drop `quantize`.")
     if adapter is not None and recipe.freeze:
-        raise ValueError(f"{where}: `freeze` is for runs without `adapter`; there only what it names is trained.")
+        raise SettingError(f"{where}: `freeze` is for runs without `adapter`; there only what it names is trained.")
     if adapter is not None and adapter.new_words and not adapter.train_embeddings:
-        raise ValueError(f"{where}: `adapter.new_words` need `adapter.train_embeddings: true`, or stay random.")
+        raise SettingError(f"{where}: `adapter.new_words` need `adapter.train_embeddings: true`, or stay random.")
     try:
         PdlmGenerationConfig(**recipe.generation).validate()
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: `generation`: {error}") from None
+        raise SettingError(f"{where}: `generation`: {error}") from None
     if data.kind == "drawn" and data.train:
-        raise ValueError(
-            f"{where}: `data.kind: drawn` draws its pictures; remove `data.train` or set `kind: regions`."
+        raise SettingError(
+            f"{where}: `data.kind: drawn` draws its images; remove `data.train` or set `kind: regions`."
         )
     if isinstance(data.num_slots, tuple) and data.num_slots[0] > data.num_slots[1]:
-        raise ValueError(f"{where}: `data.num_slots` is a range from low to high, got {list(data.num_slots)}.")
+        raise SettingError(f"{where}: `data.num_slots` is a range from low to high, got {list(data.num_slots)}.")
     if data.streaming and training.get("max_steps", -1) < 1:
-        raise ValueError(f"{where}: `data.streaming` needs `training.max_steps`, since the length is not known.")
+        raise SettingError(f"{where}: `data.streaming` needs `training.max_steps`, since the length is not known.")
     if data.streaming and data.kind != "regions":
-        raise ValueError(f"{where}: `data.streaming` is for `data.kind: regions`, got {data.kind}.")
+        raise SettingError(f"{where}: `data.streaming` is for `data.kind: regions`, got {data.kind}.")
 
 
 def _floats(value: Any) -> Any:
@@ -307,13 +308,13 @@ def _floats(value: Any) -> Any:
 def _override(settings: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"{override!r}: expected key=value, `training.max_steps=100` for example.")
+        raise SettingError(f"{override!r}: expected key=value, `training.max_steps=100` for example.")
     if key not in known_keys():
-        raise ValueError(f"unknown key `{key}`{nearest(key)}")
+        raise SettingError(f"unknown key `{key}`{nearest(key)}")
     try:
         value = _floats(yaml.safe_load(text))
     except yaml.YAMLError:
-        raise ValueError(f"{override!r}: the value is no YAML.") from None
+        raise SettingError(f"{override!r}: the value is no YAML.") from None
     *parents, last = key.split(".")
     if parents == ["training"]:  # takes the place of either name
         former = {old for old, new in ALIASES.items() if new == ALIASES.get(last, last)}

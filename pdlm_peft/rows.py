@@ -1,7 +1,7 @@
 """One row of region data in one form (COCO's field names), and what can be wrong with it.
 
 The form: `{"image": path, "regions": [{"id", "segmentation" | "bbox", "caption"}, ...], "question"?, "width"?,
-"height"?}`. Pictures and masks stay encoded here.
+"height"?}`. Images and masks stay encoded here.
 """
 
 import base64
@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.images import load_image, open_image
 
 ROW_KEYS = {"image", "regions", "question", "width", "height", "id", "meta"}
@@ -30,7 +31,7 @@ REGION_KEYS = {
     "meta",
 }
 IMAGE_NAMES = ("image", "image_file", "image_path")  # the reference knows all three
-# A box is cut off at the edges of its picture: this one is any whole picture.
+# A box is cut off at the edges of its image: this one is any whole image.
 WHOLE = [0, 0, 2**31, 2**31]
 
 
@@ -39,7 +40,7 @@ class Fault:
     """One thing that is wrong with the data.
 
     Args:
-        row (`int`): from 1; the line of a JSONL file, the position in a list, in COCO that of the picture.
+        row (`int`): from 1; the line of a JSONL file, the position in a list, in COCO that of the image.
         field (`str`): where in the row.
         kind (`str`): by which faults are counted.
         got, expected (`str`): in a few words.
@@ -55,7 +56,7 @@ class Fault:
         return f"row {self.row}: {self.field}: got {self.got}, expected {self.expected}"
 
 
-class RowError(ValueError):
+class RowError(DataError):
     """A row that cannot be used; `fault` says why."""
 
     def __init__(self, fault: Fault):
@@ -70,7 +71,7 @@ def normal_row(raw: Any) -> Any:
     """A row in the one form, whatever form it came in; what is not understood is left for [`check_row`].
 
     The reference's training rows have `image`, `image_file` or `image_path`, and `mask_rles` with `captions`, or
-    `annotations` whose `segmentation` is an RLE or null for the whole picture.
+    `annotations` whose `segmentation` is an RLE or null for the whole image.
     """
     if not isinstance(raw, dict):
         return raw
@@ -113,7 +114,7 @@ def sound_row(raw: Any, number: int, captions: bool = True) -> dict:
 
 
 def check_row(row: Any, number: int, captions: bool = True) -> Iterator[Fault]:
-    """Everything that is wrong with the form of a row; pictures and masks are not decoded.
+    """Everything that is wrong with the form of a row; images and masks are not decoded.
 
     Args:
         row: from [`normal_row`].
@@ -127,9 +128,9 @@ def check_row(row: Any, number: int, captions: bool = True) -> Iterator[Fault]:
         if name not in ROW_KEYS and name not in ("mask_rles", "captions"):
             yield Fault(number, name, "unknown key", "an unknown key", f"one of {', '.join(sorted(ROW_KEYS))}")
     if "image" not in row:
-        yield Fault(number, "image", "missing field", "nothing", "the path of a picture")
+        yield Fault(number, "image", "missing field", "nothing", "the path of an image")
     elif not (isinstance(row["image"], (str, dict, Image.Image)) and row["image"]):
-        yield Fault(number, "image", "wrong type", _said(row["image"]), "the path of a picture")
+        yield Fault(number, "image", "wrong type", _said(row["image"]), "the path of an image")
     if "question" in row and not (isinstance(row["question"], str) and row["question"].strip()):
         yield Fault(number, "question", "wrong type", _said(row["question"]), "a text")
     for name in ("width", "height"):
@@ -208,7 +209,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def row_size(row: dict) -> tuple[int, int] | None:
-    """Width and height of the picture as the row says them: in so many words, or by an RLE; None if it does not."""
+    """Width and height of the image as the row says them: in so many words, or by an RLE; None if it does not."""
     if _is_whole(row.get("width")) and _is_whole(row.get("height")):
         return row["width"], row["height"]
     regions = row["regions"] if isinstance(row.get("regions"), list) else []
@@ -221,22 +222,22 @@ def row_size(row: dict) -> tuple[int, int] | None:
 
 
 def size_fault(row: dict, number: int, size: tuple[int, int]) -> Fault | None:
-    """Whether the row says another width and height than its picture has."""
+    """Whether the row says another width and height than its image has."""
     if "width" not in row or "height" not in row or (row["width"], row["height"]) == size:
         return None
     got, expected = (f"{w} x {h}" for w, h in ((row["width"], row["height"]), size))
-    return Fault(number, "width", "other size", got, f"{expected}, as the picture")
+    return Fault(number, "width", "other size", got, f"{expected}, as the image")
 
 
 def open_row_image(image: Any, folder: Path | None) -> Image.Image:
-    """The picture of a row, RGB, turned the way it is meant to be seen.
+    """The image of a row, RGB, turned the way it is meant to be seen.
 
     Args:
-        image: path, `data:...;base64,...`, a picture, or the `{"bytes", "path"}` of a `datasets` column.
+        image: path, `data:...;base64,...`, an image, or the `{"bytes", "path"}` of a `datasets` column.
         folder (`Path`, *optional*): what relative paths start from.
 
     Raises:
-        ValueError: missing, or not to be decoded.
+        DataError: missing, or not to be decoded.
     """
     if isinstance(image, str) and not image.startswith("data:"):
         return load_image(Path(folder or "", image))
@@ -251,4 +252,4 @@ def open_row_image(image: Any, folder: Path | None) -> Image.Image:
             data = image["bytes"]
         return load_image(open_image(io.BytesIO(data)))
     except (binascii.Error, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the picture in the row cannot be decoded ({error}).") from None
+        raise DataError(f"the image in the row cannot be decoded ({error}).") from None

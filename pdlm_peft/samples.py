@@ -1,4 +1,4 @@
-"""Captions of held-out pictures while a model trains: as pictures, as text, in TensorBoard and wandb."""
+"""Captions of held-out images while a model trains: as images, as text, in TensorBoard and wandb."""
 
 import json
 import logging
@@ -18,16 +18,16 @@ logger = logging.getLogger(__name__)
 
 
 class CaptionSamples(TrainerCallback):
-    """Captions the same pictures every so many steps.
+    """Captions the same images every so many steps.
 
     Writes `step_000300/0.png` and so on, with `captions.jsonl` beside them (one row a region: what is said, what
-    should be), and adds the pictures to TensorBoard and wandb where the run reports there.
+    should be), and adds the images to TensorBoard and wandb where the run reports there.
 
     Args:
         trainer (`Trainer`), processor (`PdlmProcessor`)
-        rows (`list[dict]`): held-out pictures with captioned regions.
+        rows (`list[dict]`): held-out images with captioned regions.
         every (`int`): steps.
-        folder (`Path`): for the pictures.
+        folder (`Path`): for the images.
     """
 
     def __init__(self, trainer: Trainer, processor, rows: list[dict[str, Any]], every: int, folder: Path):
@@ -45,11 +45,11 @@ class CaptionSamples(TrainerCallback):
             # what is trained is float32 beside frozen bf16 weights: autocast brings them together, as in training
             with torch.inference_mode(), self.trainer.accelerator.autocast():
                 self.write(state.global_step)
-        except Exception as error:  # a picture to look at is not worth a run
+        except Exception as error:  # an image to look at is not worth a run
             logger.warning("No samples at step %d (%s: %s).", state.global_step, type(error).__name__, error)
 
     def write(self, step: int) -> None:
-        """Caption all pictures and write what was said."""
+        """Caption all images and write what was said."""
         captioner = RegionCaptioner(self.trainer.model, self.processor)
         folder = self.folder / f"step_{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class CaptionSamples(TrainerCallback):
             masks = [np.asarray(region["mask"]) for region in row["regions"]]
             captions = captioner.caption(row["image"], masks, question=row.get("question"))
             for k, (region, caption) in enumerate(zip(row["regions"], captions, strict=True)):
-                place = {"picture": index, "region": region.get("id", k)}
+                place = {"image": index, "region": region.get("id", k)}
                 lines.append(place | {"said": caption.text, "true": region["caption"], "score": caption.score})
             regions = parse_regions(masks, *row["image"].size)
             drawings.append(draw_captions(row["image"], regions, captions))
@@ -68,7 +68,7 @@ class CaptionSamples(TrainerCallback):
         self._report(drawings, step)
 
     def _report(self, drawings: list, step: int) -> None:
-        """To the reporters that take pictures."""
+        """To the reporters that take images."""
         for callback in self.trainer.callback_handler.callbacks:
             if getattr(callback, "tb_writer", None) is not None:
                 for index, drawing in enumerate(drawings):

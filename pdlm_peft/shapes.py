@@ -1,6 +1,6 @@
-"""A second world of drawn figures, which the embedded checkpoint has never seen: something to fine-tune it on.
+"""A second domain of drawn figures, which the embedded checkpoint has never seen: something to fine-tune it on.
 
-Shapes, colours, textures, words and sentences are new; sizes and picture formats are those of the first world.
+Shapes, colours, textures, words and sentences are new; sizes and image formats are those of the first domain.
 The tokenizer knows none of the new words and writes each in three pieces, so that what follows a word is always in the
 same place: slots that are written at once cannot disagree about where it is.
 """
@@ -10,7 +10,7 @@ import math
 from PIL import ImageDraw
 
 from pdlm_hf.shapes.dataset import ShapesDataset
-from pdlm_hf.shapes.scenes import SHAPES_WORLD, World
+from pdlm_hf.shapes.scenes import SHAPES_DOMAIN, Domain
 
 COLOURS = {"pink": (255, 150, 190), "cyan": (70, 215, 222), "wine": (112, 20, 52), "sand": (232, 208, 150)}
 ACCENTS = {"wine": (240, 220, 225)}
@@ -58,18 +58,18 @@ def _texture(
             draw.rectangle([0, y, width, y + share * period], fill=accent)
 
 
-NEW_WORLD = World(WORDS, PATTERNS, COLOURS, ACCENTS, _outline, _texture)
+NEW_DOMAIN = Domain(WORDS, PATTERNS, COLOURS, ACCENTS, _outline, _texture)
 
 
-WORLDS = {"new": NEW_WORLD, "shapes": SHAPES_WORLD}
+DOMAINS = {"new": NEW_DOMAIN, "shapes": SHAPES_DOMAIN}
 
 
-def drawn_pictures(world: str, seed: int, length: int, group: int) -> ShapesDataset:
-    """Pictures for training, drawn on demand.
+def drawn_scenes(domain: str, seed: int, length: int, group: int) -> ShapesDataset:
+    """Images for training, drawn on demand.
 
     Args:
-        world (`str`): "new" or "shapes".
-        seed, length (`int`): which pictures, and how many.
-        group (`int`): pictures of a batch, which are drawn to fit well together.
+        domain (`str`): "new" or "shapes".
+        seed, length (`int`): which images, and how many.
+        group (`int`): images of a batch, which are drawn to fit well together.
     """
-    return ShapesDataset(seed, length, group, world=WORLDS[world])
+    return ShapesDataset(seed, length, group, domain=DOMAINS[domain])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.errors_pdlm import MissingPackageError
+from pdlm_hf.errors_pdlm import DataError, MissingPackageError
 
 from .rows import REGION_KEYS, Fault, RowError
 
@@ -21,7 +21,7 @@ class Source:
         kind (`str`): "jsonl", "list" (a JSON list), "coco", "table" (a saved `datasets` folder) or "hub".
         path (`Path`, *optional*): of the file or folder.
         name (`str`): as the user wrote it.
-        images (`Path`, *optional*): the folder of pictures that the user gave.
+        images (`Path`, *optional*): the folder of images that the user gave.
     """
 
     kind: str
@@ -31,9 +31,9 @@ class Source:
 
     @property
     def file(self) -> Path:
-        """The file or folder on this machine. Raises: ValueError for data of the hub."""
+        """The file or folder on this machine. Raises: DataError for data of the hub."""
         if self.path is None:
-            raise ValueError(f"{self.name}: is on the hub, not a file.")
+            raise DataError(f"{self.name}: is on the hub, not a file.")
         return self.path
 
     @property
@@ -43,7 +43,7 @@ class Source:
 
     @property
     def folder(self) -> Path | None:
-        """What relative paths of pictures start from."""
+        """What relative paths of images start from."""
         return self.images if self.images is not None else self.own_folder
 
 
@@ -53,24 +53,24 @@ def find_source(source: str | Path, images: str | Path | None = None) -> Source:
     Args:
         source (`str` or `Path`): COCO json, JSONL, a JSON list of rows, a folder written by `save_to_disk` of
             `datasets`, or `hf:NAME[:CONFIG][@SPLIT]`.
-        images (`str` or `Path`, *optional*): folder of the pictures; default: that of the file.
+        images (`str` or `Path`, *optional*): folder of the images; default: that of the file.
 
     Raises:
-        ValueError: there is no such thing, or it is of no known kind.
+        DataError: there is no such thing, or it is of no known kind.
     """
     name = str(source)
     folder = None if images is None else Path(images)
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder of pictures.")
+        raise DataError(f"{folder}: no such folder of images.")
     if name.startswith("hf:"):
         return Source("hub", None, name, folder)
     path = Path(source)
     if path.is_dir():
         if not any((path / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
-            raise ValueError(f"{path}: is a folder, but none that `save_to_disk` of `datasets` has written.")
+            raise DataError(f"{path}: is a folder, but none that `save_to_disk` of `datasets` has written.")
         return Source("table", path, name, folder)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
+        raise DataError(f"{path}: no such file.")
     with open(path, "rb") as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if path.suffix in (".jsonl", ".ndjson"):
@@ -79,7 +79,7 @@ def find_source(source: str | Path, images: str | Path | None = None) -> Source:
         return Source("list", path, name, folder)
     if start[:1] == b"{":
         return Source("coco" if _is_one_object(path) else "jsonl", path, name, folder)
-    raise ValueError(f"{path}: expected a COCO json, a JSON list of rows, or JSONL (one row a line).")
+    raise DataError(f"{path}: expected a COCO json, a JSON list of rows, or JSONL (one row a line).")
 
 
 def _is_one_object(path: Path) -> bool:
@@ -99,7 +99,7 @@ def raw_rows(source: Source) -> Iterator[tuple[int, Any]]:
         number and row; instead of a row that is no JSON, the [`RowError`] that says so.
 
     Raises:
-        ValueError: the source as a whole is of no use.
+        DataError: the source as a whole is of no use.
     """
     if source.kind == "jsonl":
         with open(source.file, "rb") as file:
@@ -156,7 +156,7 @@ def _list_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _coco_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """A row for each picture of a COCO file that has annotations, numbered by its place among the pictures."""
+    """A row for each image of a COCO file that has annotations, numbered by its place among the images."""
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -180,7 +180,7 @@ def _coco_rows(path: Path) -> Iterator[tuple[int, Any]]:
         elif annotation["image_id"] not in rows:
             got = f"{annotation['image_id']!r}"
             field = f"annotations[{k}].image_id"
-            yield k + 1, RowError(Fault(k + 1, field, "unknown picture", got, "the id of one of `images`"))
+            yield k + 1, RowError(Fault(k + 1, field, "unknown image", got, "the id of one of `images`"))
         else:
             ids.add(annotation.get("id"))
             rows[annotation["image_id"]][2].append(annotation)
@@ -226,7 +226,7 @@ def _coco_region(annotation: dict, names: dict) -> dict:
 
 
 def open_table(source: Source, streaming: bool = False) -> Any:
-    """A `datasets` table with its pictures left encoded. Raises: ImportError, or ValueError if it cannot be had."""
+    """A `datasets` table with its images left encoded. Raises: ImportError, or ValueError if it cannot be had."""
     try:
         import datasets
     except ImportError:
@@ -240,10 +240,10 @@ def open_table(source: Source, streaming: bool = False) -> Any:
             table = datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
     except Exception as error:  # whatever its readers raise; all of it means the same to the user
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{source.name}: `datasets` cannot read it ({reason}).") from None
+        raise DataError(f"{source.name}: `datasets` cannot read it ({reason}).") from None
     if isinstance(table, datasets.DatasetDict):
         if "train" not in table:
-            raise ValueError(f"{source.name}: has the splits {', '.join(table)}; give the folder of one of them.")
+            raise DataError(f"{source.name}: has the splits {', '.join(table)}; give the folder of one of them.")
         table = table["train"]
     for name, feature in (table.features or {}).items():
         if isinstance(feature, datasets.Image):

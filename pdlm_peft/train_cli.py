@@ -8,7 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .data_cli import exit_on_error, fail
+from pdlm_hf.errors_pdlm import SettingError
+
+from .options import exit_on_error, fail
 
 
 @exit_on_error
@@ -58,15 +60,9 @@ def merge(
     from .adapters import merge as merge_adapter
 
     if dtype not in ("auto", "bfloat16", "float32"):
-        raise ValueError(f"--dtype must be auto, bfloat16 or float32, got {dtype}.")
+        raise SettingError(f"--dtype must be auto, bfloat16 or float32, got {dtype}.")
     merge_adapter(adapter, out, base, dtype)
     typer.echo(str(out))
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `pdlm-peft`."""
-    app.command()(train)
-    app.command("merge")(merge)
 
 
 def _estimate(settings, dry_run: bool):
@@ -81,7 +77,7 @@ def _estimate(settings, dry_run: bool):
     steps = training.get("max_steps", -1)
     if settings.model in SHAPES or data.kind != "regions" or data.streaming:
         if not dry_run and settings.model in SHAPES:
-            raise ValueError(
+            raise SettingError(
                 f"`model: {settings.model}` is a shape for --dry-run; give a folder or hub id, model=DIR."
             )
         return estimate(settings, config, steps=steps if steps > 0 else None)
@@ -89,9 +85,9 @@ def _estimate(settings, dry_run: bool):
         return estimate(settings, config, steps=steps if steps > 0 else None)
     processor = AutoProcessor.from_pretrained(settings.base)
     dataset = open_dataset(data)
-    world = int(os.environ.get("WORLD_SIZE", settings.hardware.devices))
+    processes = int(os.environ.get("WORLD_SIZE", settings.hardware.devices))
     accumulation = training.get("gradient_accumulation_steps", 1)
-    batch = training.get("per_device_train_batch_size", 8) * accumulation * world
+    batch = training.get("per_device_train_batch_size", 8) * accumulation * processes
     epochs = training.get("num_train_epochs", 3.0)
     order = plan(dataset, data, processor, batch, steps, epochs, settings.seed)
     sizes = sizes_of(dataset, data) or []

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import TrainerCallback
 
-from pdlm_hf.errors_pdlm import MissingPackageError
+from pdlm_hf.errors_pdlm import MissingPackageError, SettingError
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_hf.training.trainer import Clock, InOrderTrainer
 from pdlm_hf.versions_pdlm import CHECKPOINTING
@@ -98,13 +98,13 @@ def arguments(recipe: Recipe) -> TrainingArguments:
     """transformers' arguments of a recipe.
 
     Raises:
-        ValueError: they refuse a value.
+        SettingError: they refuse a value.
         ImportError: `report_to` names something that is not installed.
     """
     given = {k.replace("activation_checkpointing", CHECKPOINTING): v for k, v in recipe.training.items()}
     settings: dict[str, Any] = {"report_to": "none", "use_cpu": not torch.cuda.is_available()} | given
     if recipe.data.streaming:
-        # dispatching would cut every tensor to the number of rows, and pictures have several tiles each
+        # dispatching would cut every tensor to the number of rows, and images have several tiles each
         settings["accelerator_config"] = {"dispatch_batches": False}
         # every worker would read the whole file, and every row would be trained once for each of them
         settings["dataloader_num_workers"] = min(settings.get("dataloader_num_workers", 0), 1)
@@ -118,7 +118,7 @@ def arguments(recipe: Recipe) -> TrainingArguments:
             **settings,
         )
     except (ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"`training`: {error}") from error
+        raise SettingError(f"`training`: {error}") from error
     available = get_available_reporting_integrations()
     for name in (name for name in found.report_to or () if name not in available):
         if name == "tensorboard":
@@ -169,7 +169,9 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
     )
     apply_overrides(model, overrides(recipe))
     if recipe.data.kind != "chat" and not model.config.num_region_prompts:
-        raise ValueError(f"{recipe.model} is a base (chat) checkpoint without region prompts; set `data.kind: chat`.")
+        raise SettingError(
+            f"{recipe.model} is a base (chat) checkpoint without region prompts; set `data.kind: chat`."
+        )
     if adapter is not None:
         return add_adapter(model, processor, adapter), processor
     for part in recipe.freeze:
@@ -195,7 +197,7 @@ def training_rows(recipe: Recipe, args: TrainingArguments, processor) -> tuple[A
 
 
 def build(recipe: Recipe) -> RegionTrainer:
-    """A trainer for the recipe, before its first step. Raises: ValueError, ImportError."""
+    """A trainer for the recipe, before its first step. Raises: SettingError, ImportError."""
     out = Path(recipe.output)
     mark = fingerprint(recipe.base)
     args = arguments(recipe)
@@ -204,9 +206,9 @@ def build(recipe: Recipe) -> RegionTrainer:
     processor = AutoProcessor.from_pretrained(recipe.base)
     rows, args.max_steps = training_rows(recipe, args, processor)  # bad data is found before the model is loaded
     held_out = open_dataset(recipe.data, held_out=True, length=64, seed=recipe.seed)
-    samples, pictures = recipe.samples, []
+    samples, images = recipe.samples, []
     if samples.every and held_out is not None and recipe.data.kind != "chat":
-        pictures = [held_out[k] for k in range(min(samples.images, len(held_out)))]
+        images = [held_out[k] for k in range(min(samples.images, len(held_out)))]
     model, processor = load(recipe)
     trainer = RegionTrainer(
         model=model,
@@ -217,17 +219,17 @@ def build(recipe: Recipe) -> RegionTrainer:
         processing_class=processor,
         callbacks=[Clock(), _AdapterFiles(recipe, mark)],
     )
-    if pictures:
-        trainer.add_callback(CaptionSamples(trainer, processor, pictures, samples.every, out / "samples"))
+    if images:
+        trainer.add_callback(CaptionSamples(trainer, processor, images, samples.every, out / "samples"))
     return trainer
 
 
 def check_folder(recipe: Recipe, out: Path, mark: str, processes: int) -> None:
-    """Whether a run may start, or go on, in this folder. Raises: ValueError."""
+    """Whether a run may start, or go on, in this folder. Raises: SettingError."""
     if not (out / "recipe.yaml").is_file():
         # a start that failed before its first step leaves an empty folder for the steps
         if out.exists() and any(path.name != "checkpoints" or any(path.iterdir()) for path in out.iterdir()):
-            raise ValueError(f"{out} is not empty and holds no run; give another `output`.")
+            raise SettingError(f"{out} is not empty and holds no run; give another `output`.")
         return
     old, new = yaml.safe_load((out / "recipe.yaml").read_text()), recipe.model_dump(mode="json")
     old["training"] = {ALIASES.get(k, k): v for k, v in old["training"].items()}
@@ -238,15 +240,15 @@ def check_folder(recipe: Recipe, out: Path, mark: str, processes: int) -> None:
             pairs = {(name, k): (before.get(k), now.get(k)) for k in {*before, *now}}
         for key, (a, b) in sorted(pairs.items()):
             if a != b and key not in _FREE and key[:1] not in _FREE:
-                raise ValueError(
+                raise SettingError(
                     f"{out} holds a run with `{'.'.join(key)}` {a!r}, now it is {b!r}. Go on with the same settings, "
                     "or give another `output`."
                 )
     if (out / BASE_FILE).is_file() and read_base(out)["fingerprint"] != mark:
-        raise ValueError(f"{out} holds a run on other weights than those of {recipe.base}; give another `output`.")
+        raise SettingError(f"{out} holds a run on other weights than those of {recipe.base}; give another `output`.")
     before = json.loads((out / RUN_FILE).read_text())["processes"] if (out / RUN_FILE).is_file() else processes
     if before != processes:  # another batch, so other steps and another order
-        raise ValueError(
+        raise SettingError(
             f"{out} holds a run of {before} processes, now there are {processes}. Go on with as many, or give another "
             "`output`."
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.region import region_areas
 
 from .data import decode_row
@@ -45,7 +46,7 @@ class Validator:
 
     Args:
         processor (`PdlmProcessor`): counts tokens and region prompts.
-        open_images (`bool`): decode every picture; otherwise sizes are those of the rows and RLEs.
+        open_images (`bool`): decode every image; otherwise sizes are those of the rows and RLEs.
         max_caption_tokens (`int`, *optional*): a longer caption is a fault.
         max_regions (`int`, *optional*): more regions in a row are a fault. More than the region prompts of the
             checkpoint are none: training splits them into groups.
@@ -62,13 +63,13 @@ class Validator:
     ):
         for name, value in (("max_caption_tokens", max_caption_tokens), ("max_regions", max_regions)):
             if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be positive, got {value}.")
+                raise DataError(f"`{name}` must be positive, got {value}.")
         self.processor, self.open_images, self.num_samples = processor, open_images, samples
         self.max_caption_tokens, self.max_regions = max_caption_tokens, max_regions
         self._special_ids = frozenset(processor.tokenizer.added_tokens_decoder)
 
     def validate(self, source: Source) -> Report:
-        """Check all rows. Raises: ValueError if there is no such data at all."""
+        """Check all rows. Raises: DataError if there is no such data at all."""
         self.faults: list[Fault] = []
         self.samples: list[tuple[int, Any]] = []
         self.images: set[bytes] = set()
@@ -131,7 +132,7 @@ class Validator:
             self.samples += good[: self.num_samples - len(self.samples)]
 
     def _size(self, row: dict, number: int, folder: Path | None, found: list[Fault]) -> tuple[int, int] | None:
-        """Width and height of the picture, None if they are not known."""
+        """Width and height of the image, None if they are not known."""
         if any(fault.field in ("image", "width", "height") for fault in found):
             return None
         self.images.add(_digest(row["image"]))
@@ -140,14 +141,14 @@ class Validator:
         try:
             size = open_row_image(row["image"], folder).size
         except ValueError as error:
-            self.faults.append(picture_fault(number, error))
+            self.faults.append(image_fault(number, error))
             return None
         if fault := size_fault(row, number, size):
             self.faults.append(fault)
         return size
 
     def _check_ids(self, row: dict, number: int) -> None:
-        """The same region of the same picture in two rows, unless they ask different questions."""
+        """The same region of the same image in two rows, unless they ask different questions."""
         if not isinstance(row.get("regions"), list) or "image" not in row:
             return
         place = _digest(row["image"], row.get("question"))
@@ -156,7 +157,7 @@ class Validator:
             if isinstance(region, dict) and "id" in region:
                 key = _digest(place, region["id"])
                 if key in self.ids and key not in own:
-                    got = f"{region['id']!r}, which another row with this picture has"
+                    got = f"{region['id']!r}, which another row with this image has"
                     self.faults.append(Fault(number, f"regions[{k}].id", "duplicate id", got, "an id of its own"))
                 own.add(key)
         self.ids |= own
@@ -169,20 +170,20 @@ class Validator:
                 if 0 < area < width * height:
                     continue
             field, shape = f"regions[{k}]", region.get("segmentation")
-            picture = f"the picture of {width} x {height}"
+            image = f"the image of {width} x {height}"
             if isinstance(area, ValueError):
                 size = list(shape["size"]) if isinstance(shape, dict) and isinstance(shape.get("size"), list) else None
                 if size is not None and size != [height, width]:
                     kind, got = "other size", f"an RLE of size {size}"
-                    expected = f"{[height, width]} (height, width), as the picture"
+                    expected = f"{[height, width]} (height, width), as the image"
                 else:
                     kind = "broken " + ("RLE" if isinstance(shape, dict) else "polygons" if shape else "box")
-                    got, expected = str(area).partition(": ")[2].rstrip("."), f"a region of {picture}"
+                    got, expected = str(area).partition(": ")[2].rstrip("."), f"a region of {image}"
                 self.faults.append(Fault(number, field, kind, got, expected))
             elif area == 0:
-                self.faults.append(Fault(number, field, "empty mask", "no pixel", f"some of {picture}"))
+                self.faults.append(Fault(number, field, "empty mask", "no pixel", f"some of {image}"))
             elif region.get("bbox") != WHOLE:
-                expected = f"a part of {picture}; is the mask inverted?"
+                expected = f"a part of {image}; is the mask inverted?"
                 self.faults.append(Fault(number, field, "full mask", "every pixel", expected))
 
     def _check_captions(self, captions: list[tuple[int, int, str]]) -> None:
@@ -227,10 +228,10 @@ def readable_rows(source: Source) -> Iterator[tuple[int, Any]]:
         yield number + 1, RowError(Fault(number + 1, "file", "broken JSON", str(error), "text in UTF-8"))
 
 
-def picture_fault(number: int, error: ValueError) -> Fault:
-    """A picture that could not be opened."""
+def image_fault(number: int, error: ValueError) -> Fault:
+    """An image that could not be opened."""
     kind = "missing image" if "no such file" in str(error) else "broken image"
-    return Fault(number, "image", kind, str(error).rstrip("."), "a picture that can be decoded")
+    return Fault(number, "image", kind, str(error).rstrip("."), "an image that can be decoded")
 
 
 def _digest(*values: Any) -> bytes:
@@ -252,11 +253,11 @@ def draw_samples(samples: list[tuple[int, Any]], folder: Path | None, out: Path)
 
     Args:
         samples: of a [`Report`].
-        folder (`Path`, *optional*): what relative paths of pictures start from.
-        out (`Path`): a picture for all of them, one below the other, or a folder for one picture each.
+        folder (`Path`, *optional*): what relative paths of images start from.
+        out (`Path`): an image for all of them, one below the other, or a folder for one image each.
 
     Raises:
-        ValueError: a picture cannot be opened.
+        DataError: an image cannot be opened.
     """
     from pdlm_hf.processing_pdlm import RegionCaption
     from pdlm_hf.regions.region import Region
@@ -270,9 +271,9 @@ def draw_samples(samples: list[tuple[int, Any]], folder: Path | None, out: Path)
         drawn.append((number, draw_captions(row["image"], regions, captions)))
     if out.is_dir():
         paths = [out / f"row_{number}.png" for number, _ in drawn]
-        for path, (_, picture) in zip(paths, drawn, strict=True):
-            picture.save(path)
+        for path, (_, image) in zip(paths, drawn, strict=True):
+            image.save(path)
         return paths
-    pictures = [picture for _, picture in drawn]
-    contact_sheet(pictures, columns=1, width=max(picture.width for picture in pictures)).save(out)
+    images = [image for _, image in drawn]
+    contact_sheet(images, columns=1, width=max(image.width for image in images)).save(out)
     return [out]

@@ -2,28 +2,30 @@
 
 from typing import Any
 
+from pdlm_hf.errors_pdlm import DataError
+
 from .data import chat_messages
 from .rows import Fault, RowError, open_row_image
 from .sources import Source
-from .validate import Report, picture_fault, readable_rows, spread
+from .validate import Report, image_fault, readable_rows, spread
 
 
 def validate_chat(
     source: Source, processor: Any, open_images: bool = True, max_answer_tokens: int | None = 512
 ) -> Report:
-    """Check all conversations; of each the first fault of its form, and every fault of pictures and answers.
+    """Check all conversations; of each the first fault of its form, and every fault of images and answers.
 
     Args:
         source ([`~sources.Source`])
         processor (`PdlmProcessor`): counts tokens.
-        open_images (`bool`): decode every picture.
+        open_images (`bool`): decode every image.
         max_answer_tokens (`int`, *optional*): a longer answer is a fault.
 
     Raises:
-        ValueError: there is no such data at all, or it is a COCO file.
+        DataError: there is no such data at all, or it is a COCO file.
     """
     if source.kind == "coco":
-        raise ValueError(f"{source.name}: expected a JSON list or JSONL of conversations.")
+        raise DataError(f"{source.name}: expected a JSON list or JSONL of conversations.")
     faults: list[Fault] = []
     rows, images, turns, lengths = 0, [], [], []
     for number, raw in readable_rows(source):
@@ -35,7 +37,7 @@ def validate_chat(
             continue
         images.append(len(paths))
         turns.append(len(messages))
-        faults += _picture_faults(paths, number, source) if open_images else []
+        faults += _image_faults(paths, number, source) if open_images else []
         for k, message in enumerate(messages):
             texts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
             for text in (part["text"] for part in texts if "text" in part):
@@ -62,11 +64,11 @@ def validate_chat(
     return Report(faults, summary)
 
 
-def _picture_faults(paths: list[Any], number: int, source: Source) -> list[Fault]:
+def _image_faults(paths: list[Any], number: int, source: Source) -> list[Fault]:
     faults = []
     for path in paths:
         try:
             open_row_image(path, source.folder)
         except ValueError as error:
-            faults.append(picture_fault(number, error))
+            faults.append(image_fault(number, error))
     return faults

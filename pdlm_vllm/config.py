@@ -7,12 +7,14 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
+from pdlm_hf.errors_pdlm import SettingError
+
 from .layout import private_pages
 from .plan import MAX_TAIL
 
 logger = init_logger("vllm.plugins.pdlm")  # below vLLM's own, so that it is shown
 
-SEQUENCES = 32  # pictures in flight, at most; every one keeps its prompt's keys and values and the largest canvas
+SEQUENCES = 32  # images in flight, at most; every one keeps its prompt's keys and values and the largest canvas
 SEQUENCES_JOINT = 8  # the same where every step computes the prompts again
 
 
@@ -51,7 +53,7 @@ class PdlmVerify(VerifyAndUpdateConfig):
             vllm_config.parallel_config,
         )
         if parallel.pipeline_parallel_size > 1:
-            raise ValueError(
+            raise SettingError(
                 "PerceptionDLM does not run with --pipeline-parallel-size > 1: every step needs the whole model. Use "
                 "--tensor-parallel-size, or --data-parallel-size for throughput."
             )
@@ -79,7 +81,7 @@ class PdlmVerify(VerifyAndUpdateConfig):
             if attention.backend is None:
                 attention.use_non_causal = True
             elif attention.backend.name == "FLASHINFER":
-                raise ValueError(
+                raise SettingError(
                     "FLASHINFER takes one sequence per request, PerceptionDLM needs one per region: leave the "
                     "attention backend to vLLM, or choose FLASH_ATTN or TRITON_ATTN."
                 )

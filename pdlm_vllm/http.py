@@ -22,6 +22,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_c
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from pdlm_hf import PdlmConfig
+from pdlm_hf.errors_pdlm import SettingError
 
 from .config import fit_length
 from .plan import DEFAULT_ANSWER, defaults_of
@@ -33,9 +34,7 @@ CHAT_SETTINGS = ("block_length", "max_denoising_steps", "prefix_refresh_interval
 _NEUTRAL = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 
 REGIONS = Counter("pdlm:regions", "Regions captioned.")
-STEPS = Histogram(
-    "pdlm:denoising_steps", "Denoising steps of a pass over a picture.", buckets=[1, 2, 4, 8, 16, 32, 64]
-)
+STEPS = Histogram("pdlm:denoising_steps", "Denoising steps of a pass over an image.", buckets=[1, 2, 4, 8, 16, 32, 64])
 PER_FORWARD = Histogram(
     "pdlm:tokens_per_forward", "Caption tokens per forward pass of a request.", buckets=[1, 2, 4, 8, 16, 32, 64, 128]
 )
@@ -46,7 +45,7 @@ class RegionCaptionsRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    image: str = Field(description="http(s) or data URL of the picture")
+    image: str = Field(description="http(s) or data URL of the image")
     regions: list[Any] = Field(description="COCO regions: id, and segmentation (RLE or polygons) or bbox")
     model: str | None = None
     question: str | None = None
@@ -85,7 +84,7 @@ class Service:
         )
 
     async def fetch(self, url: str):
-        """A picture through vLLM's media loading, with its limits. Raises: ValueError if it cannot be read."""
+        """An image through vLLM's media loading, with its limits. Raises: SettingError if it cannot be read."""
         multimodal = self.model_config.multimodal_config
         connector = MEDIA_CONNECTOR_REGISTRY.load(
             envs.VLLM_MEDIA_CONNECTOR,
@@ -96,15 +95,15 @@ class Service:
         try:
             image = await connector.fetch_image_async(url)
         except Exception as error:
-            raise ValueError(f"The picture cannot be read: {error}") from error
+            raise SettingError(f"The image cannot be read: {error}") from error
         return getattr(image, "media", image)  # vLLM keeps the file's bytes beside it
 
     async def passes(self, url: str, regions: Any, question: str | None, stream: bool, settings: dict) -> list[Pass]:
-        """Engine requests of an HTTP request. Raises: ValueError, before the engine has heard of it."""
+        """Engine requests of an HTTP request. Raises: SettingError, before the engine has heard of it."""
         check_settings(settings)
         refuse_paths(regions)
         if len(regions) > self.max_regions:
-            raise ValueError(
+            raise SettingError(
                 f"{len(regions)} regions, but this server takes at most {self.max_regions} a request; send several."
             )
         image = await self.fetch(url)
@@ -216,21 +215,21 @@ def _event(value: dict[str, Any]) -> str:
 
 
 def region_message(request: ChatCompletionRequest) -> tuple[str, str | None]:
-    """Picture URL and question of a chat request with regions. Raises: ValueError if it is anything else."""
+    """Image URL and question of a chat request with regions. Raises: SettingError if it is anything else."""
     wanted = (
-        "With `mm_processor_kwargs.regions` the conversation is one user message with one picture and, if you like, "
+        "With `mm_processor_kwargs.regions` the conversation is one user message with one image and, if you like, "
         "the question as text"
     )
     messages = [dict(message) for message in request.messages]
     if len(messages) != 1 or messages[0].get("role") != "user":
-        raise ValueError(f"{wanted}; got {[message.get('role') for message in messages]}.")
+        raise SettingError(f"{wanted}; got {[message.get('role') for message in messages]}.")
     content = messages[0].get("content")
     given = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
     parts: list[dict[str, Any]] = [dict(part) for part in given]
     urls = [part["image_url"]["url"] for part in parts if part.get("type") == "image_url"]
     texts = [part["text"] for part in parts if part.get("type") == "text"]
     if len(urls) != 1:
-        raise ValueError(f"{wanted}; got {len(urls)} pictures.")
+        raise SettingError(f"{wanted}; got {len(urls)} images.")
     return urls[0], "\n".join(texts).strip() or None
 
 
@@ -238,32 +237,32 @@ def check_chat(request: ChatCompletionRequest, room: int) -> None:
     """Fit a chat request to diffusion.
 
     Raises:
-        ValueError: settings that mean nothing here, by name, or an answer that does not fit.
+        SettingError: settings that mean nothing here, by name, or an answer that does not fit.
     """
     if request.temperature not in (None, 0):
-        raise ValueError("`temperature` must be 0 or left out: the server decodes greedily.")
+        raise SettingError("`temperature` must be 0 or left out: the server decodes greedily.")
     if request.seed is not None:
-        raise ValueError("`seed` has no meaning here: decoding is greedy, there is nothing to seed. Leave it out.")
+        raise SettingError("`seed` has no meaning here: decoding is greedy, there is nothing to seed. Leave it out.")
     if (request.n or 1) != 1:
-        raise ValueError("`n` must be 1: decoding is greedy, all answers would be the same.")
+        raise SettingError("`n` must be 1: decoding is greedy, all answers would be the same.")
     for name, neutral in _NEUTRAL.items():
         if getattr(request, name, None) not in (None, neutral):
-            raise ValueError(f"`{name}` has no meaning here: decoding is greedy. Leave it out.")
+            raise SettingError(f"`{name}` has no meaning here: decoding is greedy. Leave it out.")
     for name in ("logprobs", "prompt_logprobs", "echo", "stop_token_ids", "logit_bias"):
         if getattr(request, name, None):
-            raise ValueError(f"`{name}` is not served: an answer is written as a whole. Leave it out.")
+            raise SettingError(f"`{name}` is not served: an answer is written as a whole. Leave it out.")
     extra = request.model_extra or {}
     settings = {name: extra[name] for name in CHAT_SETTINGS if extra.get(name) is not None}
     settings = check_settings({**settings, **(request.vllm_xargs or {})}, CHAT_SETTINGS)
     slots = request.max_completion_tokens or request.max_tokens or DEFAULT_ANSWER
     if slots > room:
-        raise ValueError(f"`max_tokens` {slots} is more than the served canvas of {room} tokens.")
+        raise SettingError(f"`max_tokens` {slots} is more than the served canvas of {room} tokens.")
     length = settings.get("block_length", slots)
     if slots % length:
-        raise ValueError(f"`max_tokens` ({slots}) must be a multiple of `block_length` ({length}).")
+        raise SettingError(f"`max_tokens` ({slots}) must be a multiple of `block_length` ({length}).")
     steps = settings.get("max_denoising_steps", slots)
     if steps % (slots // length):
-        raise ValueError(
+        raise SettingError(
             f"`max_denoising_steps` ({steps}) must be a multiple of the number of blocks ({slots // length})."
         )
     request.temperature = 1.0  # what vLLM's diffusion path insists on; nothing is drawn
@@ -289,7 +288,7 @@ class RegionCaptionEndpoint:
         async def region_captions(request: RegionCaptionsRequest, raw_request: Request):
             service: Service = raw_request.app.state.pdlm
             if not service.ours:
-                raise ValueError("This server's model is not a PerceptionDLM.")
+                raise SettingError("This server's model is not a PerceptionDLM.")
             if (missing := service.check_model(request.model)) is not None:
                 return missing
             settings = dict(request.model_extra or {})
@@ -321,14 +320,14 @@ async def region_chat(request: ChatCompletionRequest, raw_request: Request):
     options = dict(request.mm_processor_kwargs)
     regions = options.pop("regions")
     if options:
-        raise ValueError(f"Unknown mm_processor_kwargs {sorted(options)}; PerceptionDLM takes `regions`.")
+        raise SettingError(f"Unknown mm_processor_kwargs {sorted(options)}; PerceptionDLM takes `regions`.")
     settings = {**(request.model_extra or {}), **(request.vllm_xargs or {}), "temperature": request.temperature}
     settings["seed"] = request.seed
     for name in ("max_tokens", "max_completion_tokens", "stop", "logprobs", "prompt_logprobs", "top_p", "tools"):
         if getattr(request, name, None):
-            raise ValueError(f"`{name}` has no meaning with regions (slots per caption are `max_new_tokens`).")
+            raise SettingError(f"`{name}` has no meaning with regions (slots per caption are `max_new_tokens`).")
     if (request.n or 1) != 1:
-        raise ValueError("`n` must be 1: decoding is greedy, all answers would be the same.")
+        raise SettingError("`n` must be 1: decoding is greedy, all answers would be the same.")
     url, question = region_message(request)
     passes = await service.passes(url, regions, question, False, settings)
     captions, usage = await service.captions(passes)

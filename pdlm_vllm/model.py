@@ -12,6 +12,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_regist
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from pdlm_hf.conversion_pdlm import PARAMETER_PREFIXES
+from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.modeling_pdlm import PdlmVisionMixin
 
 from .processing import PdlmDummyInputs, PdlmMultiModalProcessor, PdlmProcessingInfo
@@ -41,7 +42,7 @@ def parameter_name(name: str) -> str | None:
 
 @MULTIMODAL_REGISTRY.register_processor(PdlmMultiModalProcessor, info=PdlmProcessingInfo, dummy_inputs=PdlmDummyInputs)
 class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
-    """PerceptionDLM (regions, and chat about whole pictures)."""
+    """PerceptionDLM (regions, and chat about whole images)."""
 
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -60,7 +61,7 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """Text that stands for a picture in a message."""
+        """Text that stands for an image in a message."""
         return "<img><IMG_CONTEXT></img>\n" if modality == "image" else None
 
     def __init__(self, *, vllm_config, prefix: str = ""):
@@ -88,26 +89,26 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
         return self.language_model
 
     def embed_multimodal(self, **inputs) -> list[torch.Tensor]:
-        """Image tokens and RoI tokens of every picture, in the order of their placeholders.
+        """Image tokens and RoI tokens of every image, in the order of their placeholders.
 
         Args:
-            **inputs: tensors of the processor, pictures one after the other.
+            **inputs: tensors of the processor, images one after the other.
         """
         if inputs.get("pixel_values") is None:
             return []
         grids = inputs["image_grids"].view(-1, 2)
         features = self.get_image_features(inputs["pixel_values"], inputs.get("region_masks")).pooler_output
         counts = [c * r + (c * r > 1) for c, r in grids.tolist()]
-        pictures = [part.flatten(0, 1) for part in features.split(counts)]
+        images = [part.flatten(0, 1) for part in features.split(counts)]
         boxes = inputs.get("region_boxes")
         if boxes is None:
-            return pictures
+            return images
         boxes, sizes = boxes.view(len(grids), -1, 4), inputs["original_sizes"].view(-1, 2)
         if not bool((boxes[..., 0] >= 0).any()):
-            return pictures
+            return images
         replayed = self.get_region_features(features, grids, boxes, sizes).flatten(0, 1)
         rois = ((boxes[..., 0] >= 0).sum(1) * self.config.num_roi_tokens).tolist()
-        return [torch.cat(parts) for parts in zip(pictures, replayed.split(rois), strict=True)]
+        return [torch.cat(parts) for parts in zip(images, replayed.split(rois), strict=True)]
 
     def embed_input_ids(
         self,
@@ -117,11 +118,11 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
         is_multimodal: torch.Tensor | None = None,
         **unused,
     ) -> torch.Tensor:
-        """Token embeddings, with those of pictures and regions in their places."""
+        """Token embeddings, with those of images and regions in their places."""
         embeds = self.language_model.model.embed_input_ids(input_ids)
         if multimodal_embeddings is not None and len(multimodal_embeddings):
             if is_multimodal is None:
-                raise ValueError("`is_multimodal` must say where the embeddings of pictures and regions go.")
+                raise SettingError("`is_multimodal` must say where the embeddings of images and regions go.")
             found = torch.cat(list(multimodal_embeddings)).to(embeds.dtype)
             embeds = embeds.masked_scatter(is_multimodal.to(embeds.device)[:, None], found)
         return embeds
@@ -158,7 +159,7 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint of ours or of the reference. Raises: ValueError if a parameter is missing from it."""
+        """Load a checkpoint of ours or of the reference. Raises: SettingError if a parameter is missing from it."""
         known = {name for name, _ in self.named_parameters()}
 
         def used():
@@ -169,9 +170,9 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
 
         loaded = AutoWeightsLoader(self).load_weights(used())
         if missing := sorted(name for name in known if name.startswith(_EYES) and name not in loaded):
-            raise ValueError(f"The checkpoint lacks {len(missing)} parameters: {', '.join(missing[:3])}, ...")
+            raise SettingError(f"The checkpoint lacks {len(missing)} parameters: {', '.join(missing[:3])}, ...")
         return loaded
 
 
 class PdlmBaseForVllm(PdlmForVllm):
-    """PerceptionDLM-Base: chat about pictures."""
+    """PerceptionDLM-Base: chat about images."""

@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 from pdlm_hf import RegionCaption
+from pdlm_hf.errors_pdlm import SettingError
 
 from .config import fit_length
 from .plan import defaults_of
@@ -15,20 +16,20 @@ from .requests import read_captions, region_requests
 def caption_many(
     llm, pairs: Iterable[tuple[Any, Any]], question: str | None = None, batch_size: int = 64, **settings: Any
 ) -> Iterator[list[RegionCaption]]:
-    """Captions for many pictures; yields one list per picture, in order.
+    """Captions for many images; yields one list per image, in order.
 
     Args:
         llm (`vllm.LLM`): a PerceptionDLM.
         pairs: (image, regions), as for [`pdlm_hf.RegionCaptioner.caption_many`]; read as needed.
         question (`str`, *optional*): instead of "Describe each masked region in detail."
-        batch_size (`int`): pictures handed to the engine at a time; it batches by itself.
+        batch_size (`int`): images handed to the engine at a time; it batches by itself.
         **settings: max_new_tokens, max_denoising_steps, acceptance_threshold, prefix_refresh_interval.
 
     Raises:
-        ValueError: a picture, region or setting that cannot be used.
+        SettingError: an image, region or setting that cannot be used.
     """
     if batch_size < 1:
-        raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
+        raise SettingError(f"`batch_size` must be positive, got {batch_size}.")
     config = llm.llm_engine.vllm_config
     fit_length(config)
     model, room = config.model_config, config.diffusion_config.canvas_length

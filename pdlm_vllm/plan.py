@@ -16,14 +16,14 @@ DEFAULT_ANSWER = 64  # tokens of a chat answer
 
 _Default = TypeVar("_Default", int, int | None)
 
-BUDGET, ADAPTIVE, CHAT = range(3)  # samplers
+FIXED, ADAPTIVE, CHAT = range(3)  # samplers
 
 
-class Agenda(NamedTuple):
+class StepPlan(NamedTuple):
     """What a step may do, as far as the host knows.
 
     Args:
-        kind (`int`): BUDGET: all slots but `left`, which are opened again; ADAPTIVE: what is certain; CHAT: the
+        kind (`int`): FIXED: all slots but `left`, which are opened again; ADAPTIVE: what is certain; CHAT: the
             `number` most certain from slot `start` to `stop`.
         last (`bool`): the request ends with it.
     """
@@ -77,7 +77,7 @@ class Plan:
         """Whether this step (counted from 0) also computes the prompt."""
         return self.joint and (step == 0 or (self.interval > 0 and step % self.interval == 0))
 
-    def agenda(self, step: int) -> "Agenda":
+    def step_plan(self, step: int) -> "StepPlan":
         """What this step (counted from 0) may commit; past the last one, that of the last."""
         step = min(step, self.steps - 1)
         last = step == self.steps - 1
@@ -85,11 +85,11 @@ class Plan:
             blocks = self.num_slots // self.block_length
             block, within = divmod(step, self.steps // blocks)
             number = transfer_schedule(self.block_length, self.steps // blocks)[within]
-            return Agenda(CHAT, last, 0, number, block * self.block_length, (block + 1) * self.block_length)
+            return StepPlan(CHAT, last, 0, number, block * self.block_length, (block + 1) * self.block_length)
         if self.threshold is not None:
-            return Agenda(ADAPTIVE, last)
+            return StepPlan(ADAPTIVE, last)
         left = masks_left(self.num_regions * self.num_slots, step, self.steps)
-        return Agenda(BUDGET, last or left == 0, left)
+        return StepPlan(FIXED, last or left == 0, left)
 
     def canvas(self, config) -> list[int]:
         """Token ids of the empty canvas."""

@@ -1,4 +1,4 @@
-"""Pictures and regions into vLLM's multimodal inputs, by the processor of the transformers model."""
+"""Images and regions into vLLM's multimodal inputs, by the processor of the transformers model."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -13,6 +13,7 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
 from pdlm_hf import PdlmProcessor
+from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.image_processing_pdlm import to_rgb
 from pdlm_hf.processing_pdlm import area_order
 from pdlm_hf.regions.region import parse_regions
@@ -33,41 +34,41 @@ def refuse_paths(regions: Any) -> None:
     """Regions that come over the wire are dicts and lists; a string would be read as a path of this machine.
 
     Raises:
-        ValueError: anything else.
+        SettingError: anything else.
     """
     if not isinstance(regions, (list, tuple)):
-        raise ValueError(f"`regions` must be a list of COCO regions, got {type(regions).__name__}.")
+        raise SettingError(f"`regions` must be a list of COCO regions, got {type(regions).__name__}.")
     for k, region in enumerate(regions):
         if not isinstance(region, (dict, list, tuple)):
-            raise ValueError(
+            raise SettingError(
                 f"region {k}: expected a COCO region with `segmentation` (RLE or polygons) or `bbox`, got "
                 f"{type(region).__name__}."
             )
 
 
 def check_pixels(image: Any, regions: Any) -> None:
-    """Raises: ValueError if the masks would take more memory than a request should, before any is decoded."""
+    """Raises: SettingError if the masks would take more memory than a request should, before any is decoded."""
     pixels = image.width * image.height * len(regions)
     if pixels > MAX_MASK_PIXELS:
-        raise ValueError(
-            f"{len(regions)} regions of a picture of {image.width} x {image.height} pixels are too many pixels at "
-            "once; send fewer regions, or a smaller picture."
+        raise SettingError(
+            f"{len(regions)} regions of an image of {image.width} x {image.height} pixels are too many pixels at "
+            "once; send fewer regions, or a smaller image."
         )
 
 
 def check_question(processor: PdlmProcessor, question: str | None) -> None:
-    """Raises: ValueError for a question with special tokens, or one that is too long for the private areas."""
+    """Raises: SettingError for a question with special tokens, or one that is too long for the private areas."""
     if question is None:
         return
     processor.refuse_specials(question, "the question")
     most = MAX_TAIL - 16  # the header of the answer stands behind it
     length = len(processor.tokenizer(question, add_special_tokens=False)["input_ids"])
     if length > most:
-        raise ValueError(f"The question has {length} tokens, at most {most} are served with regions. Shorten it.")
+        raise SettingError(f"The question has {length} tokens, at most {most} are served with regions. Shorten it.")
 
 
 class PdlmProcessingInfo(BaseProcessingInfo):
-    """What vLLM asks about pictures."""
+    """What vLLM asks about images."""
 
     def get_hf_processor(self, **kwargs: Any) -> PdlmProcessor:
         """Ours, whatever transformers would find."""
@@ -78,33 +79,33 @@ class PdlmProcessingInfo(BaseProcessingInfo):
         return {"text_kwargs": set(), "images_kwargs": {"regions"}, "common_kwargs": {"regions"}}
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Any number of pictures in chat; region requests are checked for one."""
+        """Any number of images in chat; region requests are checked for one."""
         return {"image": None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Embeddings of the largest picture with all its regions."""
+        """Embeddings of the largest image with all its regions."""
         config = self.get_hf_config()
         tiles = config.max_tiles + (config.max_tiles > 1)
         return {"image": tiles * config.feature_grid**2 + config.num_region_prompts * config.num_roi_tokens}
 
 
 class PdlmDummyInputs(BaseDummyInputsBuilder[PdlmProcessingInfo]):
-    """The largest picture, for memory profiling."""
+    """The largest image, for memory profiling."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         """No text."""
         return ""
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
-        """Pictures of all tiles in a row."""
+        """Images of all tiles in a row."""
         config = self.info.get_hf_config()
         size = config.vision_config.image_size
-        picture = Image.new("RGB", (size * config.max_tiles, size))
-        return {"image": [picture] * mm_counts.get("image", 0)}
+        image = Image.new("RGB", (size * config.max_tiles, size))
+        return {"image": [image] * mm_counts.get("image", 0)}
 
 
 class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
-    """One request's pictures. With `mm_processor_kwargs={"regions": [...]}` the prompt is the question (or empty)."""
+    """One request's images. With `mm_processor_kwargs={"regions": [...]}` the prompt is the question (or empty)."""
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
         sizes = torch.tensor([c * r + (c * r > 1) for c, r in hf_inputs["image_grids"].tolist()])
@@ -122,13 +123,13 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         """Prompt with all placeholders, tensors, and where their embeddings go.
 
         Raises:
-            ValueError: unknown arguments, no or several pictures with regions, more regions than prompts, a region
+            SettingError: unknown arguments, no or several images with regions, more regions than prompts, a region
                 that cannot be used, a question that is too long.
         """
         options = dict(inputs.hf_processor_mm_kwargs)
         regions = options.pop("regions", None)
         if options:
-            raise ValueError(f"Unknown mm_processor_kwargs {sorted(options)}; PerceptionDLM takes `regions`.")
+            raise SettingError(f"Unknown mm_processor_kwargs {sorted(options)}; PerceptionDLM takes `regions`.")
         images = []
         if "image" in inputs.mm_data_items:
             items = inputs.mm_data_items.get_items("image", ImageProcessorItems)
@@ -159,20 +160,20 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         canvas = len(regions) * (DEFAULT_SLOTS + 2) if regions is not None else 1
         most = getattr(config, "served_length", None)
         if most is not None and length + canvas > most:
-            raise ValueError(
+            raise SettingError(
                 f"The prompt has {length} tokens and its canvas {canvas} rows or more; this server takes {most} "
-                "together (--max-model-len). Ask about fewer regions or pictures at a time."
+                "together (--max-model-len). Ask about fewer regions or images at a time."
             )
 
     def _regions(self, images: list, regions: Any, prompt: list[int]) -> tuple[list[int], dict[str, torch.Tensor]]:
         processor, config = self.info.get_hf_processor(), self.info.get_hf_config()
         if not config.num_region_prompts:
-            raise ValueError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
+            raise SettingError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
         if len(images) != 1:
-            raise ValueError(f"A region request takes exactly one picture, got {len(images)}.")
+            raise SettingError(f"A region request takes exactly one image, got {len(images)}.")
         refuse_paths(regions)
         if len(regions) > config.num_region_prompts:
-            raise ValueError(
+            raise SettingError(
                 f"{len(regions)} regions in one request, but the checkpoint has {config.num_region_prompts} region "
                 "prompts. /v1/region_captions and pdlm_vllm.caption_many split them by themselves."
             )
@@ -196,15 +197,15 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         if not places:  # a bare question, or vLLM's memory profile
             prompt, places = [config.image_token_id] * len(images) + prompt, list(range(len(images)))
         if len(places) != len(images):
-            raise ValueError(
-                f"The prompt has {len(places)} image placeholders, but {len(images)} pictures were given."
+            raise SettingError(
+                f"The prompt has {len(places)} image placeholders, but {len(images)} images were given."
             )
         ids, last = [], 0
         for place, count in zip(places, tiles, strict=True):
             ids += prompt[last:place] + [config.image_token_id] * (count * processor.tokens_per_tile)
             last = place + 1
         ids += prompt[last:]
-        if config.num_region_prompts:  # the same tensors for every picture, so that vLLM can batch them
+        if config.num_region_prompts:  # the same tensors for every image, so that vLLM can batch them
             grid = config.patch_grid
             visual["region_masks"] = torch.zeros(sum(tiles), config.num_region_prompts, grid, grid, dtype=torch.bool)
             visual["region_boxes"] = torch.full((len(images), config.num_region_prompts, 4), -1)
@@ -212,7 +213,7 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         return ids, visual
 
     def _placeholders(self, ids: list[int], visual: dict[str, torch.Tensor]) -> list[PlaceholderRange]:
-        """Where every picture's embeddings go: its image tokens, and with regions on to the last RoI token."""
+        """Where every image's embeddings go: its image tokens, and with regions on to the last RoI token."""
         config = self.info.get_hf_config()
         tokens = torch.tensor(ids)
         filled = torch.isin(tokens, torch.tensor([config.image_token_id, *config.region_token_ids]))

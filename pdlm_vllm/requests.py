@@ -1,4 +1,4 @@
-"""From a picture and its regions to engine requests, and from their outputs to captions in input order.
+"""From an image and its regions to engine requests, and from their outputs to captions in input order.
 
 The engine takes as many regions a request as the checkpoint has region prompts; here more are split into several, as
 the transformers processor does.
@@ -13,6 +13,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from pdlm_hf import PdlmGenerationConfig, Region, RegionCaption
 from pdlm_hf.denoising_pdlm import as_list
+from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.processing_pdlm import PdlmProcessor, area_order
 from pdlm_hf.regions.images import load_image
 from pdlm_hf.regions.region import parse_regions
@@ -37,7 +38,7 @@ _REASONS = {
 
 @dataclass
 class Pass:
-    """One engine request: some of the regions of a picture.
+    """One engine request: some of the regions of an image.
 
     Args:
         prompt (`dict`): for vLLM.
@@ -56,7 +57,7 @@ def check_settings(settings: dict[str, Any], known: tuple[str, ...] = REGION_SET
     """Settings of a request, without what is greedy anyway. `acceptance_threshold` None asks for the fixed schedule.
 
     Raises:
-        ValueError: an unknown name, a value out of range, or a setting that means nothing here, by name.
+        SettingError: an unknown name, a value out of range, or a setting that means nothing here, by name.
     """
     fixed = "acceptance_threshold" in settings and settings["acceptance_threshold"] is None
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -64,10 +65,10 @@ def check_settings(settings: dict[str, Any], known: tuple[str, ...] = REGION_SET
         settings.pop("temperature", None)
     for name in settings:
         if name == "temperature":
-            raise ValueError("`temperature` must be 0 or left out: the server decodes greedily.")
+            raise SettingError("`temperature` must be 0 or left out: the server decodes greedily.")
         if name not in known:
             reason = _REASONS.get(name, f"known settings are {', '.join(known)}")
-            raise ValueError(f"`{name}` has no meaning here: {reason}. Leave it out.")
+            raise SettingError(f"`{name}` has no meaning here: {reason}. Leave it out.")
     PdlmGenerationConfig(**settings)
     return settings | ({"acceptance_threshold": 0} if fixed else {})  # 0: not even the checkpoint's own
 
@@ -83,7 +84,7 @@ def region_requests(
     stream: bool = False,
     **settings: Any,
 ) -> list[Pass]:
-    """The engine requests for one picture.
+    """The engine requests for one image.
 
     Args:
         processor (`PdlmProcessor`), config (`PdlmConfig`): of the served checkpoint.
@@ -96,11 +97,11 @@ def region_requests(
         **settings: max_new_tokens, max_denoising_steps, acceptance_threshold, prefix_refresh_interval.
 
     Raises:
-        ValueError: anything that cannot be served; the message says what to do.
+        SettingError: anything that cannot be served; the message says what to do.
     """
     settings = check_settings(settings)
     if not config.num_region_prompts:
-        raise ValueError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
+        raise SettingError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
     check_question(processor, question)
     image = load_image(image)
     check_pixels(image, regions)
@@ -110,7 +111,7 @@ def region_requests(
     slots = settings.get("max_new_tokens") or defaults.max_new_tokens or DEFAULT_SLOTS
     if min(len(found), limit) * (slots + 2) > room:
         most = room // min(len(found), limit) - 2
-        raise ValueError(
+        raise SettingError(
             f"`max_new_tokens` {slots} for {min(len(found), limit)} regions together is more than the served canvas "
             f"of {room} rows; at most {most}, or start the server with a larger --diffusion-config canvas_length."
         )
@@ -175,7 +176,7 @@ def read_captions(passes: list[Pass], outputs: list, processor: PdlmProcessor, c
     """Captions in input order, and what they cost.
 
     Args:
-        passes (`list[Pass]`): of one picture.
+        passes (`list[Pass]`): of one image.
         outputs (`list[RequestOutput]`): their final outputs.
         processor (`PdlmProcessor`), config (`PdlmConfig`)
 

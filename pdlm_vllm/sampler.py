@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from pdlm_hf.denoising_pdlm import as_list
 from pdlm_hf.diffusion_pdlm import accept_confident, lowest_mask, token_log_odds
 
-from .plan import ADAPTIVE, BUDGET, CHAT, Plan, slot_rows
+from .plan import ADAPTIVE, CHAT, FIXED, Plan, slot_rows
 
 _MAX_LOGITS = 2**27  # slots x vocabulary scored at a time: bounds the float32 logits to 512 MB
 
@@ -154,7 +154,7 @@ class DenoisingSampler:
         agenda = []
         for plan, request in zip(plans, requests, strict=True):
             state = self.state.running[request]
-            agenda.append(plan.agenda(state.step))
+            agenda.append(plan.step_plan(state.step))
             state.step += 1
         kinds = {entry.kind for entry in agenda}
         kind, last, left, count, start, stop = self._device(np.array(agenda, dtype=np.int64)).T[:, :, None, None]
@@ -172,13 +172,13 @@ class DenoisingSampler:
             wanted = masked & (slot >= start) & (slot < stop)
             score = torch.where(wanted, -odds, torch.inf).flatten(1)
             accepted = accepted | (lowest_mask(score, count.flatten()).view_as(masked) & wanted & (kind == CHAT))
-        changed = accepted | (masked & (kind == BUDGET))
+        changed = accepted | (masked & (kind == FIXED))
         tokens, written = torch.where(changed, draft, tokens), torch.where(changed, odds, written)
         masked = masked & ~accepted
-        if BUDGET in kinds:  # for all regions together, and what was kept may be opened again
+        if FIXED in kinds:  # for all regions together, and what was kept may be opened again
             score = torch.where(exists, odds, torch.inf).flatten(1)
             opened = lowest_mask(score, left.flatten()).view_as(masked) & exists
-            masked = torch.where(kind == BUDGET, opened, masked)
+            masked = torch.where(kind == FIXED, opened, masked)
         if ADAPTIVE in kinds:  # an end of turn closes the slots behind it
             ended = ((tokens == self.config.eot_token_id) & ~masked & exists).cumsum(-1) > 0
             closed = ended & masked & (kind == ADAPTIVE)

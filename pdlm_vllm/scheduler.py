@@ -52,9 +52,9 @@ class _PdlmScheduling(Scheduler):
         super().add_request(request)
 
     def _try_schedule_encoder_inputs(self, request, num_computed_tokens, num_new_tokens, *args, **kwargs):
-        """A prompt is computed in one piece: if its picture does not fit into this step, none of it is scheduled.
+        """A prompt is computed in one piece: if its image does not fit into this step, none of it is scheduled.
 
-        vLLM would go ahead with the text before the picture, also with chunked prefill switched off.
+        vLLM would go ahead with the text before the image, also with chunked prefill switched off.
         """
         budget = args[0] if args else kwargs["encoder_compute_budget"]
         found = super()._try_schedule_encoder_inputs(request, num_computed_tokens, num_new_tokens, *args, **kwargs)

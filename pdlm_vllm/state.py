@@ -1,6 +1,6 @@
 """The denoising of all running requests inside vLLM's model runner: which rows run, where keys go, what they see.
 
-One engine request is one picture with its regions (or one chat answer). vLLM schedules its prompt once and then its
+One engine request is one image with its regions (or one chat answer). vLLM schedules its prompt once and then its
 canvas at every step, as it does for every diffusion model; the canvas is never accepted until it is finished.
 """
 
@@ -239,7 +239,7 @@ class PdlmModelState(ModelState):
         return budget
 
     def prepare_inputs_embeds(self, scheduled_encoder_inputs, input_batch, req_states):
-        """Run the vision tower for new pictures; the embeddings are merged in [`prepare_inputs`]."""
+        """Run the vision tower for new images; the embeddings are merged in [`prepare_inputs`]."""
         if self.supports_mm_inputs:
             self.execute_mm_encoder(scheduled_encoder_inputs)
             found, places = self.gather_mm_embeddings(input_batch)

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny models with random weights, the reference-format checkpoints, drawn pictures."""
+"""Shared fixtures: tiny models with random weights, the reference-format checkpoints, drawn images."""
 
 import sys
 from pathlib import Path
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import pdlm_hf  # noqa: F401  (registers the Auto classes)
-from pdlm_hf.shapes.scenes import draw_picture
+from pdlm_hf.shapes.scenes import draw_scene
 from tools.shapes.model import build_processor
 
 for _helpers in ("hf", "evalkit", "peft"):
     sys.path.insert(0, str(Path(__file__).parent / _helpers))
 
-from tiny import lively_model, make_picture  # noqa: E402
+from tiny import lively_model, make_image  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "parity" / "golden"
 
@@ -56,14 +56,14 @@ def tiny_checkpoint(model, processor, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures():
-    """Drawn pictures with different numbers of regions and tiles."""
-    return [draw_picture(np.random.default_rng(seed)) for seed in range(4)]
+def scenes():
+    """Drawn images with different numbers of regions and tiles."""
+    return [draw_scene(np.random.default_rng(seed)) for seed in range(4)]
 
 
 @pytest.fixture
-def picture():
-    return make_picture(0)
+def image():
+    return make_image(0)
 
 
 @pytest.fixture

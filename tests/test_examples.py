@@ -11,7 +11,7 @@ import pytest
 from pdlm_hf.shapes.scenes import read
 
 ROOT = Path(__file__).parent.parent
-# What the pictured regions are, by position of the mask.
+# What the imaged regions are, by position of the mask.
 FIGURES = [
     ("large", "blue", "dotted", "cross"),
     ("small", "white", "plain", "square"),
@@ -52,7 +52,7 @@ def test_example(path):
     assert result.stdout.strip()
 
 
-def test_captions_of_the_example_picture_are_true():
+def test_captions_of_the_example_image_are_true():
     assert figures(run(["examples/caption_regions.py"]).stdout.splitlines()) == FIGURES
     masks = [part for k in range(6) for part in ("--mask", f"examples/shapes_mask_{k}.png")]
     for extra in ([], ["--fast"]):

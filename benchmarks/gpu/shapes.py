@@ -18,8 +18,8 @@ ON_CPU = 96  # images
 def shapes(run: Run) -> None:
     """Captions of held-out images: how many are exact, and how many the same as in float32 and as on a CPU."""
     processor = AutoProcessor.from_pretrained(CHECKPOINT)
-    pictures = sorted(held_out(SEED, run.images), key=lambda p: (len(p.masks), p.image.width * p.image.height))
-    chunks = [pictures[first : first + BATCH] for first in range(0, len(pictures), BATCH)]
+    images = sorted(held_out(SEED, run.images), key=lambda p: (len(p.masks), p.image.width * p.image.height))
+    chunks = [images[first : first + BATCH] for first in range(0, len(images), BATCH)]
     inputs = [
         processor(images=[p.image for p in chunk], segmentation_maps=[p.masks for p in chunk]) for chunk in chunks
     ]
@@ -40,8 +40,8 @@ def shapes(run: Run) -> None:
         for chunk, batch in zip(chunks[::step], inputs[::step], strict=True):
             output = model.generate(**batch.to(device), **settings)
             captions = [[c.text for c in of] for of in processor.post_process_region_captions(output)]
-            for picture, texts in zip(chunk, captions, strict=True):
-                tally.add(picture, texts)
+            for image, texts in zip(chunk, captions, strict=True):
+                tally.add(image, texts)
             said.append([text for texts in captions for text in texts])
         known[name] = said
         row = {"captions": tally.captions, "exact": tally.report()["exact"]}

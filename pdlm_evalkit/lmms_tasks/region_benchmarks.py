@@ -1,6 +1,6 @@
 """ParaDLC-Bench and DLC-Bench as tasks of lmms-eval, judged at the end.
 
-A request has all regions of a picture; in DLC-Bench one, as the reference and `pdlm-eval paradlc caption` do.
+A request has all regions of an image; in DLC-Bench one, as the reference and `pdlm-eval paradlc caption` do.
 
 Environment:
     PDLM_PARADLC, PDLM_DLC: folder of the benchmark (annotations.json, qa.json, class_names.json, images/).
@@ -21,10 +21,10 @@ from loguru import logger
 from PIL import Image
 
 from pdlm_hf.client.chat import ChatClient, key_in
-from pdlm_hf.errors_pdlm import ServerError
+from pdlm_hf.errors_pdlm import ServerError, SettingError
 
 from ..paradlc.captioning import MASKS_PER_PASS, PROMPTS, masks_of, passes_of
-from ..paradlc.data import Benchmark, check_pictures, load_benchmark, open_picture, write_json
+from ..paradlc.data import Benchmark, check_images, load_benchmark, open_image, write_json
 from ..paradlc.judging import captions_hash, judge_captions, preset_of
 from ..paradlc.scoring import score_answers, totals
 
@@ -34,10 +34,10 @@ METRICS = ("avg", "avg_pos", "avg_neg", "mean_mask_score", "n_missing", "n_unpar
 
 @lru_cache(maxsize=2)
 def benchmark_of(name: str) -> Benchmark:
-    """The benchmark in the folder the environment names. Raises: ValueError if it names none or a damaged one."""
+    """The benchmark in the folder the environment names. Raises: SettingError if it names none or a damaged one."""
     folder = os.environ.get(FOLDERS[name])
     if not folder:
-        raise ValueError(f"Set {FOLDERS[name]} to the folder of the benchmark (with annotations.json and images/).")
+        raise SettingError(f"Set {FOLDERS[name]} to the folder of the benchmark (with annotations.json and images/).")
     return load_benchmark(folder, name=name)
 
 
@@ -46,11 +46,11 @@ def judge_from_environment() -> ChatClient | None:
     """The judge the environment names, after one call to it; None for "none".
 
     Raises:
-        ValueError: none is named. ServerError: it does not answer.
+        SettingError: none is named. ServerError: it does not answer.
     """
     name = os.environ.get("PDLM_JUDGE")
     if not name:
-        raise ValueError(
+        raise SettingError(
             'Set PDLM_JUDGE to a judge (`pdlm-eval paradlc judge --help`), or to "none" for captions only.'
         )
     if name == "none":
@@ -71,27 +71,27 @@ def _documents(name: str) -> datasets.Dataset:
     try:
         judge_from_environment()
         benchmark = benchmark_of(name)
-        check_pictures(benchmark)
+        check_images(benchmark)
     except Exception as error:  # lmms-eval tries five times and then speaks of a RetryError
         logger.error(str(error))
         raise
-    place = {picture.id: i for i, picture in enumerate(benchmark.pictures)}
+    place = {image.id: i for i, image in enumerate(benchmark.images)}
     rows = [
-        {"picture": place[picture.id], "masks": [mask.id for mask in masks]}
-        for picture, masks in passes_of(benchmark, MASKS_PER_PASS[name])
+        {"image": place[image.id], "masks": [mask.id for mask in masks]}
+        for image, masks in passes_of(benchmark, MASKS_PER_PASS[name])
     ]
     return datasets.Dataset.from_list(rows)
 
 
 def _visual(name: str, doc: dict[str, Any]) -> list[Image.Image]:
-    picture = benchmark_of(name).pictures[doc["picture"]]
-    chosen = tuple(mask for mask in picture.masks if mask.id in doc["masks"])
-    masks = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks_of((picture, chosen))]
-    return [open_picture(picture), *masks]
+    image = benchmark_of(name).images[doc["image"]]
+    chosen = tuple(mask for mask in image.masks if mask.id in doc["masks"])
+    masks = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks_of((image, chosen))]
+    return [open_image(image), *masks]
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, tuple]:
-    """The captions of a picture, for every metric."""
+    """The captions of an image, for every metric."""
     captions = json.loads(results[0])
     return dict.fromkeys(METRICS, (doc["masks"], captions))
 
@@ -124,22 +124,22 @@ def _aggregate(name: str, metric: str):
 
 
 def paradlc_documents(dataset: datasets.Dataset) -> datasets.Dataset:
-    """One row a picture."""
+    """One row an image."""
     return _documents("paradlc")
 
 
 def dlc_documents(dataset: datasets.Dataset) -> datasets.Dataset:
-    """One row a picture."""
+    """One row an image."""
     return _documents("dlc")
 
 
 def paradlc_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The picture, then a mask for each region."""
+    """The image, then a mask for each region."""
     return _visual("paradlc", doc)
 
 
 def dlc_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The picture, then a mask for each region."""
+    """The image, then a mask for each region."""
     return _visual("dlc", doc)
 
 

@@ -1,4 +1,4 @@
-"""Tasks on drawn shapes: nothing to download, exact match, no judge. Pictures are drawn when they are needed."""
+"""Tasks on drawn shapes: nothing to download, exact match, no judge. Images are drawn when they are needed."""
 
 import json
 from functools import lru_cache
@@ -8,23 +8,23 @@ import numpy as np
 from PIL import Image
 
 from pdlm_hf.processing_pdlm import DEFAULT_QUESTION
-from pdlm_hf.shapes.evaluate import held_out_picture
+from pdlm_hf.shapes.evaluate import held_out_scene
 from pdlm_hf.shapes.evaluate_base import held_out_question
 from pdlm_hf.shapes.questions import Question, is_right
-from pdlm_hf.shapes.scenes import Picture, describe, read
+from pdlm_hf.shapes.scenes import Scene, describe, read
 
 SEED = 11  # of README's scores
 
 
 @lru_cache(maxsize=64)
-def _picture(index: int) -> Picture:
-    return held_out_picture(SEED, index)
+def _scene(index: int) -> Scene:
+    return held_out_scene(SEED, index)
 
 
 def region_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The picture, then a mask for each region."""
-    picture = _picture(doc["index"])
-    return [picture.image, *(Image.fromarray(mask.astype(np.uint8) * 255) for mask in picture.masks)]
+    """The image, then a mask for each region."""
+    scene = _scene(doc["index"])
+    return [scene.image, *(Image.fromarray(mask.astype(np.uint8) * 255) for mask in scene.masks)]
 
 
 def region_text(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
@@ -35,19 +35,19 @@ def region_text(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> s
 def region_target(doc: dict[str, Any]) -> list[str]:
     """A right caption of each region; others are right too."""
     rng = np.random.default_rng(0)
-    return [describe(figure, rng) for figure in _picture(doc["index"]).figures]
+    return [describe(figure, rng) for figure in _scene(doc["index"]).figures]
 
 
 def region_results(doc: dict[str, Any], results: list[str]) -> dict[str, tuple[int, int]]:
-    """Exact and well-formed captions of a picture, with the number of its regions."""
-    figures = _picture(doc["index"]).figures
+    """Exact and well-formed captions of an image, with the number of its regions."""
+    figures = _scene(doc["index"]).figures
     said = [read(caption) for caption in json.loads(results[0])]
     exact = sum(one == figure for one, figure in zip(said, figures, strict=True))
     return {"exact": (exact, len(figures)), "well_formed": (sum(one is not None for one in said), len(figures))}
 
 
 def share(rows: list[tuple[int, int]]) -> float:
-    """Right ones of all, not the mean of the pictures."""
+    """Right ones of all, not the mean of the images."""
     return sum(right for right, _ in rows) / sum(total for _, total in rows)
 
 

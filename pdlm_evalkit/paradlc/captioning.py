@@ -14,19 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data import Benchmark, Mask, Picture, decode_masks, open_picture, read_captions, read_json, write_json
+from pdlm_hf.errors_pdlm import SettingError
+
+from .data import Benchmark, BenchmarkImage, Mask, decode_masks, open_image, read_captions, read_json, write_json
 
 # The reference's: its README for ParaDLC-Bench, its script for DLC-Bench.
 PROMPTS = {
     "paradlc": "Describe the masked region in detail.",
     "dlc": "Describe each masked region in detail.",
 }
-# In DLC-Bench every mask is captioned alone, also where a picture has several.
+# In DLC-Bench every mask is captioned alone, also where an image has several.
 MASKS_PER_PASS = {"paradlc": None, "dlc": 1}
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-Pass = tuple[Picture, tuple[Mask, ...]]
+Pass = tuple[BenchmarkImage, tuple[Mask, ...]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Job:
     generation: dict[str, Any]
 
     def run(self, settings: dict[str, Any]) -> "CaptionRun":
-        """The run folder for these settings. Raises: ValueError, see [`CaptionRun`]."""
+        """The run folder for these settings. Raises: SettingError, see [`CaptionRun`]."""
         return CaptionRun(self.folder, self.benchmark, settings, self.annotations)
 
 
@@ -66,7 +68,7 @@ class CaptionRun:
         annotations (`Path`, *optional*): the benchmark's folder, noted for the report.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or captions.jsonl is damaged before its last line.
+        SettingError: the folder holds a run with other settings, or captions.jsonl is damaged before its last line.
     """
 
     def __init__(self, folder: Path, benchmark: Benchmark, settings: dict[str, Any], annotations: Path | None = None):
@@ -80,12 +82,12 @@ class CaptionRun:
         }
         self.lines = self._read_lines()
         if self.lines and not self.run_path.exists():
-            raise ValueError(f"{folder}: has captions.jsonl, but no run.json that says how they were made.")
+            raise SettingError(f"{folder}: has captions.jsonl, but no run.json that says how they were made.")
         if self.lines:
             before = read_json(self.run_path)["settings"]
             if changed := sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)):
                 was = ", ".join(f"{k} was {before.get(k)!r}, now {settings.get(k)!r}" for k in changed)
-                raise ValueError(f"{folder}: holds a run with other settings ({was}). Choose another folder.")
+                raise SettingError(f"{folder}: holds a run with other settings ({was}). Choose another folder.")
 
     def _read_lines(self) -> list[dict[str, Any]]:
         """What was done before; a last line that was cut short is taken off."""
@@ -99,7 +101,7 @@ class CaptionRun:
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
-            raise ValueError(f"{self.lines_path}: damaged ({error}); delete the folder to start again.") from None
+            raise SettingError(f"{self.lines_path}: damaged ({error}); delete the folder to start again.") from None
         return lines
 
     @property
@@ -155,26 +157,26 @@ def totals(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def passes_of(benchmark: Benchmark, limit: int | None) -> list[Pass]:
-    """The benchmark cut into passes: at most `limit` masks of a picture, in the order of qa.json.
+    """The benchmark cut into passes: at most `limit` masks of an image, in the order of qa.json.
 
     The processor sorts the masks of a pass from large to small, as the reference does after cutting.
     """
     return [
-        (picture, picture.masks[start : start + (limit or len(picture.masks))])
-        for picture in benchmark.pictures
-        for start in range(0, len(picture.masks), limit or len(picture.masks))
+        (image, image.masks[start : start + (limit or len(image.masks))])
+        for image in benchmark.images
+        for start in range(0, len(image.masks), limit or len(image.masks))
     ]
 
 
 def masks_of(work: Pass) -> list[Any]:
     """The masks of a pass as bool arrays (H, W)."""
-    picture, masks = work
-    decoded = dict(zip((mask.id for mask in picture.masks), decode_masks(picture), strict=True))
+    image, masks = work
+    decoded = dict(zip((mask.id for mask in image.masks), decode_masks(image), strict=True))
     return [decoded[mask.id] for mask in masks]
 
 
 def areas_of(work: Pass, masks: list[Any]) -> dict[str, float]:
-    """Share of the picture each mask covers."""
+    """Share of the image each mask covers."""
     return {mask.id: round(float(array.mean()), 6) for mask, array in zip(work[1], masks, strict=True)}
 
 
@@ -182,9 +184,9 @@ def areas_of(work: Pass, masks: list[Any]) -> dict[str, float]:
 
 
 def load_captioner(model: str | None, mode: str, device: str | None, dtype: str) -> Any:
-    """A `RegionCaptioner`. Raises: ValueError if the checkpoint cannot be loaded, or is a chat model."""
+    """A `RegionCaptioner`. Raises: SettingError if the checkpoint cannot be loaded, or is a chat model."""
     if dtype not in DTYPES:
-        raise ValueError(f"The dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        raise SettingError(f"The dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
@@ -195,7 +197,7 @@ def load_captioner(model: str | None, mode: str, device: str | None, dtype: str)
         return RegionCaptioner.from_pretrained(model, device=device, dtype=dtype, mode=mode)
     except (SafetensorError, RuntimeError, KeyError, TypeError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{model}: the checkpoint cannot be loaded ({reason}).") from error
+        raise SettingError(f"{model}: the checkpoint cannot be loaded ({reason}).") from error
 
 
 def model_settings(captioner: Any, model: str | None, **settings: Any) -> dict[str, Any]:
@@ -229,7 +231,7 @@ def model_lines(
         a line of captions.jsonl per call of `generate`, whose seconds are those of `generate` alone.
     """
     if batch_size < 1:
-        raise ValueError(f"The batch size must be positive, got {batch_size}.")
+        raise SettingError(f"The batch size must be positive, got {batch_size}.")
     known = set(run.captions)
     captioner.model = timed = TimedModel(captioner.model)
     try:
@@ -238,7 +240,7 @@ def model_lines(
             if all(mask.id in known for _, masks in batch for mask in masks):
                 continue
             arrays = [masks_of(work) for work in batch]
-            pairs = [(open_picture(picture), found) for (picture, _), found in zip(batch, arrays, strict=True)]
+            pairs = [(open_image(image), found) for (image, _), found in zip(batch, arrays, strict=True)]
             captions, output = captioner.generate(pairs, prompt, **generation)
             said: dict[str, str] = {}
             areas: dict[str, float] = {}
@@ -314,7 +316,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def imported_line(path: Path, benchmark: Benchmark, allow_missing: bool) -> dict[str, Any]:
-    """Captions of another system as one line of a run. Raises: ValueError, see [`data.read_captions`]."""
+    """Captions of another system as one line of a run. Raises: SettingError, see [`data.read_captions`]."""
     captions = read_captions(path, benchmark.order, allow_missing)
     areas: dict[str, float] = {}
     for work in passes_of(benchmark, None):

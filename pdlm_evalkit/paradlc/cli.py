@@ -13,8 +13,9 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 
 from pdlm_hf.cli.errors import exit_on_error
 from pdlm_hf.client.chat import ChatClient, key_in, public_url
+from pdlm_hf.errors_pdlm import SettingError
 
-from .data import check_pictures, load_benchmark, load_questions, read_captions, read_json, write_json
+from .data import check_images, load_benchmark, load_questions, read_captions, read_json, write_json
 
 app = typer.Typer(
     help="ParaDLC-Bench and DLC-Bench: caption, judge, score, report.", no_args_is_help=True, rich_markup_mode=None
@@ -23,7 +24,7 @@ app = typer.Typer(
 Annotations = Annotated[
     Path, typer.Option(help="Folder with annotations.json, qa.json and class_names.json.", show_default=False)
 ]
-Images = Annotated[Path | None, typer.Option(help="Folder of the pictures; default: images in the annotations.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of the images; default: images in the annotations.")]
 Form = Annotated[str | None, typer.Option("--benchmark", help="paradlc or dlc; default: by the form of the files.")]
 Reader = Annotated[str, typer.Option("--parser", help="How replies are read: robust or reference.")]
 KeyEnv = Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")]
@@ -45,16 +46,16 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _settings(base: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
-    """Fields of every request, with those given as NAME=JSON. Raises: ValueError."""
+    """Fields of every request, with those given as NAME=JSON. Raises: SettingError."""
     settings = dict(base)
     for text in extra or []:
         name, equals, value = text.partition("=")
         try:
             if not name or not equals:
-                raise ValueError
+                raise SettingError
             settings[name] = json.loads(value)
         except ValueError:
-            raise ValueError(f"--setting {text}: expected NAME=JSON, for example --setting temperature=0.") from None
+            raise SettingError(f"--setting {text}: expected NAME=JSON, for example --setting temperature=0.") from None
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -96,16 +97,16 @@ def caption(
     from .captioning import MASKS_PER_PASS, Job, caption_into
 
     if sum(value is not None for value in (model, server, captions)) > 1:
-        raise ValueError("Give one of --model, --server and --captions.")
+        raise SettingError("Give one of --model, --server and --captions.")
     if (server is None) != (server_model is None):
-        raise ValueError("--server and --server-model go together.")
+        raise SettingError("--server and --server-model go together.")
     if fast and server is not None:
-        raise ValueError("--fast is a mode of --model; a server takes settings, --acceptance-threshold say.")
+        raise SettingError("--fast is a mode of --model; a server takes settings, --acceptance-threshold say.")
     if masks_per_pass is not None and masks_per_pass < 1:
-        raise ValueError(f"--masks-per-pass must be positive, got {masks_per_pass}.")
+        raise SettingError(f"--masks-per-pass must be positive, got {masks_per_pass}.")
     data = load_benchmark(annotations, images, benchmark)
-    if captions is None:  # another system has seen the pictures
-        check_pictures(data)
+    if captions is None:  # another system has seen the images
+        check_images(data)
     generation = {
         "max_new_tokens": max_new_tokens or (512 if server and server_style == "crops" else 32),
         "max_denoising_steps": steps,
@@ -178,7 +179,7 @@ def _from_server(
     from .captioning import PROMPTS, passes_of
 
     if style not in serving.STYLES:
-        raise ValueError(f"--server-style must be one of {', '.join(serving.STYLES)}, got {style!r}.")
+        raise SettingError(f"--server-style must be one of {', '.join(serving.STYLES)}, got {style!r}.")
     slots = job.generation["max_new_tokens"]
     if style == "crops":
         fields, limit, usual = {"temperature": 0, "max_tokens": slots}, 1, CROPS_PROMPT
@@ -240,15 +241,15 @@ def judge(
     run = captions if captions.is_dir() else None
     path = captions if run is None else captions / "captions.json"
     if run is not None and not path.exists():
-        raise ValueError(f"{path}: no such file; let `pdlm-eval paradlc caption` finish first.")
+        raise SettingError(f"{path}: no such file; let `pdlm-eval paradlc caption` finish first.")
     texts = read_captions(path, data.order, allow_missing=True)
     if not texts:
-        raise ValueError(f"{path}: holds no caption.")
+        raise SettingError(f"{path}: holds no caption.")
     if missing := len(data.order) - len(texts):
         typer.echo(f"pdlm-eval: {missing} of {len(data.order)} masks have no caption; they score 0.", err=True)
     shown = data.name == "paradlc" if with_images is None else with_images
     if shown:
-        check_pictures(data)
+        check_images(data)
     folder = out or path.parent
     folder.mkdir(parents=True, exist_ok=True)
     client = ChatClient(
@@ -287,7 +288,7 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     per_mask: Annotated[Path | None, typer.Option(help="Write the score of every mask to this JSON file.")] = None,
 ) -> None:
-    """Score recorded replies; needs no model, no judge and no picture."""
+    """Score recorded replies; needs no model, no judge and no image."""
     from . import scoring
     from .data import form_of
 
@@ -315,7 +316,7 @@ def report(
     parser: Reader = "robust",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the report to this Markdown file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the report into this picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the report into this image.")] = None,
 ) -> None:
     """Scores and cost of runs, beside each other and beside the paper."""
     from . import plot as plotting

@@ -1,4 +1,4 @@
-"""A benchmark folder: annotations.json, qa.json, class_names.json and pictures; read and checked."""
+"""A benchmark folder: annotations.json, qa.json, class_names.json and images; read and checked."""
 
 import hashlib
 import json
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pdlm_hf.errors_pdlm import DataError
 
 BENCHMARKS = ("paradlc", "dlc")
 TYPES = ("positive", "negative")
@@ -48,8 +50,8 @@ class Mask:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture with its masks, in the order of qa.json.
+class BenchmarkImage:
+    """An image with its masks, in the order of qa.json.
 
     Args:
         id (`str`): its image_id.
@@ -71,20 +73,20 @@ class Benchmark:
 
     Args:
         name (`str`): "paradlc" or "dlc".
-        pictures (`tuple[Picture, ...]`): those with questions, in the order of qa.json.
+        images (`tuple[BenchmarkImage, ...]`): those with questions, in the order of qa.json.
         order (`tuple[str, ...]`): mask ids in the order of qa.json.
         fingerprint (`str`): of annotations, questions and class names.
     """
 
     name: str
-    pictures: tuple[Picture, ...]
+    images: tuple[BenchmarkImage, ...]
     order: tuple[str, ...]
     fingerprint: str
 
     @property
     def masks(self) -> dict[str, Mask]:
         """Masks by id, in the order of qa.json."""
-        found = {mask.id: mask for picture in self.pictures for mask in picture.masks}
+        found = {mask.id: mask for image in self.images for mask in image.masks}
         return {mask_id: found[mask_id] for mask_id in self.order}
 
 
@@ -93,44 +95,44 @@ def load_benchmark(folder: str | Path, images: str | Path | None = None, name: s
 
     Args:
         folder: with annotations.json, qa.json and class_names.json.
-        images (*optional*): folder of the pictures; default: `images` in the folder. Not looked into, see
-            [`check_pictures`].
+        images (*optional*): folder of the images; default: `images` in the folder. Not looked into, see
+            [`check_images`].
         name (`str`, *optional*): "paradlc" or "dlc"; default: by the form of annotations.json.
 
     Raises:
-        ValueError: a file that is missing, cut short or of another form, a question without its annotation.
+        DataError: a file that is missing, cut short or of another form, a question without its annotation.
     """
     folder = Path(folder)
     annotations, qa, names = (read_json(folder / f"{file}.json") for file in ("annotations", "qa", "class_names"))
     questions = parse_questions(qa, folder / "qa.json")
     if not isinstance(names, dict):
-        raise ValueError(f"{folder / 'class_names.json'}: expected an object of mask ids and class names.")
+        raise DataError(f"{folder / 'class_names.json'}: expected an object of mask ids and class names.")
     found = form_of(annotations, folder / "annotations.json")
     if name is not None and name != found:
-        raise ValueError(f"{folder / 'annotations.json'}: is in the form of {found}, not of {name}.")
+        raise DataError(f"{folder / 'annotations.json'}: is in the form of {found}, not of {name}.")
     reader = _paradlc_masks if found == "paradlc" else _dlc_masks
     try:
         entries = {mask_id: entry for mask_id, *entry in reader(annotations)}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise DataError(
             f"{folder / 'annotations.json'}: not in the form of {found} ({type(error).__name__}: {error})."
         ) from None
-    pictures: dict[str, dict] = {}
+    images_by_id: dict[str, dict] = {}
     for mask_id, asked in questions.items():
         if mask_id not in entries:
-            raise ValueError(f"{folder / 'qa.json'}: {mask_id} has questions, but no annotation.")
+            raise DataError(f"{folder / 'qa.json'}: {mask_id} has questions, but no annotation.")
         if not isinstance(names.get(mask_id), str) or not names[mask_id].strip():
-            raise ValueError(f"{folder / 'class_names.json'}: no class name for {mask_id}.")
-        picture, segmentation = entries[mask_id]
+            raise DataError(f"{folder / 'class_names.json'}: no class name for {mask_id}.")
+        image, segmentation = entries[mask_id]
         region = {"id": mask_id, "segmentation": segmentation}
         mask = Mask(mask_id, names[mask_id], asked, region)
-        pictures.setdefault(picture["id"], {**picture, "masks": []})["masks"].append(mask)
+        images_by_id.setdefault(image["id"], {**image, "masks": []})["masks"].append(mask)
     root = Path(images) if images is not None else folder / "images"
     return Benchmark(
         found,
         tuple(
-            Picture(p["id"], root / p["file_name"], p["width"], p["height"], tuple(p["masks"]))
-            for p in pictures.values()
+            BenchmarkImage(p["id"], root / p["file_name"], p["width"], p["height"], tuple(p["masks"]))
+            for p in images_by_id.values()
         ),
         tuple(questions),
         hashlib.sha256(json.dumps([annotations, qa, names]).encode()).hexdigest()[:16],
@@ -138,21 +140,21 @@ def load_benchmark(folder: str | Path, images: str | Path | None = None, name: s
 
 
 def load_questions(folder: str | Path) -> dict[str, tuple[Question, ...]]:
-    """Only the questions of a benchmark folder, by mask id: all that scoring needs. Raises: ValueError."""
+    """Only the questions of a benchmark folder, by mask id: all that scoring needs. Raises: DataError."""
     path = Path(folder) / "qa.json"
     return parse_questions(read_json(path), path)
 
 
 def read_json(path: Path) -> Any:
-    """Raises: ValueError if the file is missing or no JSON; the message has the position."""
+    """Raises: DataError if the file is missing or no JSON; the message has the position."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file.") from None
+        raise DataError(f"{path}: no such file.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON, perhaps cut short ({error}).") from None
+        raise DataError(f"{path}: not valid JSON, perhaps cut short ({error}).") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}).") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -164,24 +166,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def form_of(annotations: Any, path: Path) -> str:
-    """The benchmark with this form of annotations.json. Raises: ValueError if there is none."""
+    """The benchmark with this form of annotations.json. Raises: DataError if there is none."""
     if isinstance(annotations, list):
         return "paradlc"
     if isinstance(annotations, dict) and {"images", "annotations"} <= annotations.keys():
         return "dlc"
-    raise ValueError(
-        f"{path}: expected a list of pictures (ParaDLC-Bench), or a COCO file with images and annotations (DLC-Bench)."
+    raise DataError(
+        f"{path}: expected a list of images (ParaDLC-Bench), or a COCO file with images and annotations (DLC-Bench)."
     )
 
 
 def parse_questions(qa: Any, path: Path) -> dict[str, tuple[Question, ...]]:
-    """The questions of every mask. Raises: ValueError with the mask and the number of the question (from 1)."""
+    """The questions of every mask. Raises: DataError with the mask and the number of the question (from 1)."""
     if not isinstance(qa, dict) or not qa:
-        raise ValueError(f"{path}: expected an object with a list of questions for every mask id.")
+        raise DataError(f"{path}: expected an object with a list of questions for every mask id.")
     questions = {}
     for mask_id, entries in qa.items():
         if not isinstance(entries, list) or not entries:
-            raise ValueError(f"{path}: {mask_id}: expected a list of questions.")
+            raise DataError(f"{path}: {mask_id}: expected a list of questions.")
         questions[mask_id] = tuple(
             _question(entry, f"{path}: {mask_id}, question {number}") for number, entry in enumerate(entries, 1)
         )
@@ -190,37 +192,37 @@ def parse_questions(qa: Any, path: Path) -> dict[str, tuple[Question, ...]]:
 
 def _question(entry: Any, where: str) -> Question:
     if not isinstance(entry, dict) or not isinstance(entry.get("question"), str):
-        raise ValueError(f"{where}: expected `question`, `choices` and `type`.")
+        raise DataError(f"{where}: expected `question`, `choices` and `type`.")
     if entry.get("type") not in TYPES:
-        raise ValueError(f"{where}: `type` must be one of {', '.join(TYPES)}, got {entry.get('type')!r}.")
+        raise DataError(f"{where}: `type` must be one of {', '.join(TYPES)}, got {entry.get('type')!r}.")
     choices = entry.get("choices")
     if not isinstance(choices, list) or not 2 <= len(choices) <= MAX_CHOICES:
-        raise ValueError(f"{where}: `choices` must be a list of 2 to {MAX_CHOICES} pairs [text, score].")
+        raise DataError(f"{where}: `choices` must be a list of 2 to {MAX_CHOICES} pairs [text, score].")
     for choice in choices:
         pair = choice if isinstance(choice, list) and len(choice) == 2 else (None, None)
         number = isinstance(pair[1], (int, float)) and not isinstance(pair[1], bool)
         if not isinstance(pair[0], str) or not pair[0].strip() or not number:
-            raise ValueError(f"{where}: a choice is a pair [text, score], got {choice!r:.60}.")
+            raise DataError(f"{where}: a choice is a pair [text, score], got {choice!r:.60}.")
     texts, scores = zip(*choices, strict=True)
     return Question(entry["question"], texts, scores, entry["type"])
 
 
 def _paradlc_masks(annotations: list) -> Iterator[tuple[str, dict, dict]]:
-    """Mask id, picture and RLE of every annotation."""
+    """Mask id, image and RLE of every annotation."""
     for image in annotations:
-        picture = _picture(image, image["image_id"])
+        entry = _image(image, image["image_id"])
         for annotation in image["annotations"]:
-            yield f"{picture['id']}_{annotation['index']}", picture, annotation["mask_rle"]
+            yield f"{entry['id']}_{annotation['index']}", entry, annotation["mask_rle"]
 
 
 def _dlc_masks(annotations: dict) -> Iterator[tuple[str, dict, dict]]:
-    pictures = {image["id"]: _picture(image, image["id"]) for image in annotations["images"]}
+    entries = {image["id"]: _image(image, image["id"]) for image in annotations["images"]}
     for annotation in annotations["annotations"]:
-        picture = pictures[annotation["image_id"]]
-        yield str(annotation["id"]), picture, annotation["segmentation"]
+        entry = entries[annotation["image_id"]]
+        yield str(annotation["id"]), entry, annotation["segmentation"]
 
 
-def _picture(image: dict, identifier: Any) -> dict[str, Any]:
+def _image(image: dict, identifier: Any) -> dict[str, Any]:
     # bare names only: a benchmark file must not reach outside its folder
     return {
         "id": str(identifier),
@@ -230,55 +232,55 @@ def _picture(image: dict, identifier: Any) -> dict[str, Any]:
     }
 
 
-def open_picture(picture: Picture) -> Any:
-    """The picture as RGB (`PIL.Image`), its pixels as stored: masks are drawn on those, whatever EXIF says.
+def open_image(entry: BenchmarkImage) -> Any:
+    """The image as RGB (`PIL.Image`), its pixels as stored: masks are drawn on those, whatever EXIF says.
 
     Raises:
-        ValueError: missing, damaged, or of another size than annotated.
+        DataError: missing, damaged, or of another size than annotated.
     """
     from PIL import Image
 
     try:
-        with Image.open(picture.path) as file:
+        with Image.open(entry.path) as file:
             image = file.convert("RGB")
     except FileNotFoundError:
-        raise ValueError(f"{picture.path}: no such file.") from None
+        raise DataError(f"{entry.path}: no such file.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{picture.path}: cannot be opened as a picture ({error}).") from None
-    if image.size != (picture.width, picture.height):
-        raise ValueError(
-            f"{picture.path}: has {image.width} x {image.height} pixels, annotations.json says "
-            f"{picture.width} x {picture.height}."
+        raise DataError(f"{entry.path}: cannot be opened as an image ({error}).") from None
+    if image.size != (entry.width, entry.height):
+        raise DataError(
+            f"{entry.path}: has {image.width} x {image.height} pixels, annotations.json says "
+            f"{entry.width} x {entry.height}."
         )
     return image
 
 
-def decode_masks(picture: Picture) -> list[Any]:
-    """The masks of a picture, in its order, as bool arrays (H, W). Raises: ValueError for a broken or empty one."""
+def decode_masks(entry: BenchmarkImage) -> list[Any]:
+    """The masks of an image, in its order, as bool arrays (H, W). Raises: DataError for a broken or empty one."""
     from pdlm_hf.regions.region import parse_region
 
     masks = []
-    for mask in picture.masks:
+    for mask in entry.masks:
         try:
-            masks.append(parse_region(mask.region, picture.width, picture.height).mask)
+            masks.append(parse_region(mask.region, entry.width, entry.height).mask)
         except ValueError as error:
-            raise ValueError(f"annotations.json: {error}") from None
+            raise DataError(f"annotations.json: {error}") from None
     return masks
 
 
-def check_pictures(benchmark: Benchmark) -> None:
-    """Open every picture and decode every mask, before anything expensive.
+def check_images(benchmark: Benchmark) -> None:
+    """Open every image and decode every mask, before anything expensive.
 
     Raises:
-        ValueError: the first that cannot be used; see [`open_picture`] and [`decode_masks`].
+        DataError: the first that cannot be used; see [`open_image`] and [`decode_masks`].
     """
-    for picture in benchmark.pictures:
-        if not picture.path.is_file():
-            missing = sum(not other.path.is_file() for other in benchmark.pictures)
-            raise ValueError(f"{picture.path}: no such file ({missing} of {len(benchmark.pictures)} are missing).")
-    for picture in benchmark.pictures:
-        open_picture(picture)
-        decode_masks(picture)
+    for image in benchmark.images:
+        if not image.path.is_file():
+            missing = sum(not other.path.is_file() for other in benchmark.images)
+            raise DataError(f"{image.path}: no such file ({missing} of {len(benchmark.images)} are missing).")
+    for image in benchmark.images:
+        open_image(image)
+        decode_masks(image)
 
 
 def read_captions(path: Path, masks: dict[str, Any] | tuple[str, ...], allow_missing: bool = False) -> dict[str, str]:
@@ -290,17 +292,17 @@ def read_captions(path: Path, masks: dict[str, Any] | tuple[str, ...], allow_mis
         allow_missing (`bool`): masks may be without caption.
 
     Raises:
-        ValueError: no such form, an unknown or missing id, or a caption that is no string.
+        DataError: no such form, an unknown or missing id, or a caption that is no string.
     """
     captions = read_json(path)
     if not isinstance(captions, dict):
-        raise ValueError(f"{path}: expected an object {{mask_id: caption}}.")
+        raise DataError(f"{path}: expected an object {{mask_id: caption}}.")
     if unknown := [key for key in captions if key not in masks]:
-        raise ValueError(f"{path}: {len(unknown)} ids are not in the benchmark: {', '.join(unknown[:5])}.")
+        raise DataError(f"{path}: {len(unknown)} ids are not in the benchmark: {', '.join(unknown[:5])}.")
     if wrong := [key for key, caption in captions.items() if not isinstance(caption, str)]:
-        raise ValueError(f"{path}: {len(wrong)} captions are not strings: {', '.join(wrong[:5])}.")
+        raise DataError(f"{path}: {len(wrong)} captions are not strings: {', '.join(wrong[:5])}.")
     if not allow_missing and (missing := [key for key in masks if key not in captions]):
-        raise ValueError(
+        raise DataError(
             f"{path}: {len(missing)} masks have no caption: {', '.join(missing[:5])}; --allow-missing scores them 0."
         )
     return {key: captions[key] for key in masks if key in captions}

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pdlm_hf.client.chat import ChatClient, Reply, Request, public_url
-from pdlm_hf.errors_pdlm import MissingPackageError
+from pdlm_hf.errors_pdlm import DataError, MissingPackageError
 from pdlm_hf.regions.crops import crop_box, png_url
 
-from .data import Benchmark, Mask, Question, decode_masks, open_picture, write_json
+from .data import Benchmark, Mask, Question, decode_masks, open_image, write_json
 from .scoring import RECOGNITION
 
 RULES = """Answer the multiple-choice question based on the text description of an object in {image} image. You need to follow these rules:
@@ -79,11 +79,11 @@ def preset_of(judge: str, base_url: str | None = None, key_env: str | None = Non
         base_url, key_env (`str`, *optional*): in place of the preset's.
 
     Raises:
-        ValueError: a model of another name without a base_url.
+        DataError: a model of another name without a base_url.
     """
     preset = PRESETS.get(judge)
     if preset is None and base_url is None:
-        raise ValueError(
+        raise DataError(
             f"{judge} is not one of the known judges ({', '.join(PRESETS)}); for another model give --base-url."
         )
     preset = preset or Preset(judge, "", None, GREEDY | {"max_tokens": 300})
@@ -133,7 +133,7 @@ def prompt_of(question: Question, caption: str, benchmark: str) -> str:
 
 
 def crops_of(image: Any, mask: Any) -> tuple[str, str]:
-    """Picture and mask around a region, as data URLs.
+    """Image and mask around a region, as data URLs.
 
     Args:
         image (`PIL.Image`): RGB.
@@ -150,10 +150,10 @@ def messages_of(prompt: str, crops: tuple[str, str] | None) -> Request:
     """The conversation of one request: text alone, or with both crops before it."""
     if crops is None:
         return [{"role": "user", "content": prompt}]
-    picture, mask = ({"type": "image_url", "image_url": {"url": url}} for url in crops)
+    image, mask = ({"type": "image_url", "image_url": {"url": url}} for url in crops)
     heads = "The image:\n", "\nThe mask of the image:\n", f"\n{prompt}\n"
     first, second, last = ({"type": "text", "text": text} for text in heads)
-    return [{"role": "user", "content": [first, picture, second, mask, last]}]
+    return [{"role": "user", "content": [first, image, second, mask, last]}]
 
 
 def asked_of(mask: Mask, benchmark: str) -> list[Question]:
@@ -164,15 +164,15 @@ def asked_of(mask: Mask, benchmark: str) -> list[Question]:
 def judge_requests(
     benchmark: Benchmark, captions: Mapping[str, str], with_images: bool
 ) -> Iterator[tuple[str, int, Request]]:
-    """Every request: mask, position among its questions, messages. Pictures are read as needed, once each."""
-    for picture in benchmark.pictures:
-        masks = [mask for mask in picture.masks if mask.id in captions]
+    """Every request: mask, position among its questions, messages. Images are read as needed, once each."""
+    for entry in benchmark.images:
+        masks = [mask for mask in entry.masks if mask.id in captions]
         if not masks:
             continue
         crops = {}
         if with_images:
-            image = open_picture(picture)
-            decoded = zip(picture.masks, decode_masks(picture), strict=True)
+            image = open_image(entry)
+            decoded = zip(entry.masks, decode_masks(entry), strict=True)
             crops = {mask.id: crops_of(image, array) for mask, array in decoded if mask in masks}
         for mask in masks:
             for position, question in enumerate(asked_of(mask, benchmark.name)):
@@ -191,7 +191,7 @@ def judge_captions(
 
     Args:
         judge (`ChatClient`): who answers.
-        benchmark (`Benchmark`): the questions, and the pictures if they are shown.
+        benchmark (`Benchmark`): the questions, and the images if they are shown.
         captions: by mask id; masks without are left out.
         with_images (`bool`): show the judge the region, as ParaDLC-Bench does; otherwise it reads the caption alone.
         progress (*optional*): see [`ChatClient.ask_many`].

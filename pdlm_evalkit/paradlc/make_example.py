@@ -4,7 +4,7 @@
 
 A benchmark folder holds
 
-- `annotations.json`. ParaDLC-Bench: a list of pictures `{"image_id", "file_name", "height", "width", "annotations":
+- `annotations.json`. ParaDLC-Bench: a list of images `{"image_id", "file_name", "height", "width", "annotations":
   [{"index", "category_name", "bbox": [x0, y0, x1, y1], "mask_rle": {"size": [height, width], "counts"}}]}`, with masks
   named `"<image_id>_<index>"`. DLC-Bench: a COCO file, whose masks are named by the annotation's id.
 - `qa.json`: `{mask id: [{"question", "choices": [[text, score], ...], "type": "positive" | "negative"}]}`. A mask may
@@ -12,8 +12,8 @@ A benchmark folder holds
 - `class_names.json`: `{mask id: name of the object}`; it may name more masks.
 - `images/`.
 
-Here the pictures are drawn figures. `example/dlc` has the same pictures and questions in the form of DLC-Bench; its
-pictures are those of `example/images`.
+Here the images are drawn figures. `example/dlc` has the same images and questions in the form of DLC-Bench; its
+images are those of `example/images`.
 """
 
 import json
@@ -24,22 +24,22 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from pdlm_hf.shapes.scenes import WORDS, Figure, Picture, draw_picture
+from pdlm_hf.shapes.scenes import WORDS, Figure, Scene, draw_scene
 
-NUM_PICTURES = 6
+NUM_SCENES = 6
 SEED = 2026
 
 
-def draw_pictures() -> list[Picture]:
-    """The pictures: those of the world of shapes with two to six figures."""
-    pictures: list[Picture] = []
+def draw_scenes() -> list[Scene]:
+    """The images: those of the shapes data set with two to six figures."""
+    scenes: list[Scene] = []
     number = 0
-    while len(pictures) < NUM_PICTURES:
-        picture = draw_picture(np.random.default_rng([SEED, number]))
+    while len(scenes) < NUM_SCENES:
+        scene = draw_scene(np.random.default_rng([SEED, number]))
         number += 1
-        if len(picture.masks) >= 2:
-            pictures.append(picture)
-    return pictures
+        if len(scene.masks) >= 2:
+            scenes.append(scene)
+    return scenes
 
 
 def positive_question(figure: Figure, attribute: str) -> dict[str, Any]:
@@ -84,21 +84,21 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
 
 
-def build(pictures: list[Picture]) -> dict[str, Any]:
+def build(scenes: list[Scene]) -> dict[str, Any]:
     """The contents of the JSON files, by path."""
     paradlc, dlc_images, dlc_annotations = [], [], []
     qa, names, dlc_qa, dlc_names = {}, {}, {}, {}
-    for number, picture in enumerate(pictures):
-        image = {"file_name": f"{number}.png", "height": picture.image.height, "width": picture.image.width}
+    for number, scene in enumerate(scenes):
+        image = {"file_name": f"{number}.png", "height": scene.image.height, "width": scene.image.width}
         annotations: list[dict[str, Any]] = []
-        for index, (mask, figure) in enumerate(zip(picture.masks, picture.figures, strict=True)):
+        for index, (mask, figure) in enumerate(zip(scene.masks, scene.figures, strict=True)):
             y, x = mask.nonzero()
             box = [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1]
             annotations.append(
                 {"index": 2 * index, "category_name": figure.shape, "bbox": box, "mask_rle": encode(mask)}
             )
             key, dlc_key = f"{900 + number}_{2 * index}", 1000 + 10 * number + index
-            others = [other for other in picture.figures if other is not figure]
+            others = [other for other in scene.figures if other is not figure]
             # as in ParaDLC-Bench, a mask may have no positive question; in DLC-Bench each has some
             qa[key] = questions_of(figure, others, with_positives=(number, index) != (1, 0))
             dlc_qa[str(dlc_key)] = questions_of(figure, others, with_positives=True)
@@ -129,12 +129,12 @@ def build(pictures: list[Picture]) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Write both forms of the benchmark."""
-    pictures = draw_pictures()
+    scenes = draw_scenes()
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "dlc").mkdir(exist_ok=True)
-    for number, picture in enumerate(pictures):
-        picture.image.save(folder / "images" / f"{number}.png", optimize=True)
-    for name, value in build(pictures).items():
+    for number, scene in enumerate(scenes):
+        scene.image.save(folder / "images" / f"{number}.png", optimize=True)
+    for name, value in build(scenes).items():
         (folder / name).write_text(json.dumps(value) + "\n", encoding="utf-8")
 
 

@@ -1,9 +1,9 @@
-"""The report as a picture."""
+"""The report as an image."""
 
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.errors_pdlm import MissingPackageError
+from pdlm_hf.errors_pdlm import MissingPackageError, SettingError
 
 from .report import paper_beside
 
@@ -11,21 +11,21 @@ SCORES = (("avg_pos", "Pos"), ("avg_neg", "Neg"), ("avg", "Avg"))
 
 
 def check_target(path: Path) -> None:
-    """Raises: ImportError without matplotlib, ValueError if it cannot write this kind of file."""
+    """Raises: ImportError without matplotlib, SettingError if it cannot write this kind of file."""
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise MissingPackageError("matplotlib", "eval") from None
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lower().lstrip(".") not in kinds:
-        raise ValueError(f"{path}: cannot be written as a picture; choose a name like report.png.")
+        raise SettingError(f"{path}: cannot be written as an image; choose a name like report.png.")
 
 
 def save_plot(path: Path, reports: list[dict[str, Any]]) -> None:
     """Draw scores of the runs beside the paper's model, and the average by number and by area of the masks.
 
     Args:
-        path (`Path`): picture to write.
+        path (`Path`): image to write.
         reports: from [`report.report_run`].
     """
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def save_plot(path: Path, reports: list[dict[str, Any]]) -> None:
     overall.set_xticks([x + 0.4 - width / 2 for x in range(len(SCORES))], [label for _, label in SCORES])
     overall.set_ylabel("%")
     figure.legend(loc="outside upper left", ncols=4, fontsize=8)
-    for axes, key, label in ((by_masks, "by_masks", "masks in the picture"), (by_area, "by_area", "area of the mask")):
+    for axes, key, label in ((by_masks, "by_masks", "masks in the image"), (by_area, "by_area", "area of the mask")):
         for report in reports:
             groups = report[key]
             axes.plot([g["group"] for g in groups], [100 * g["avg"] for g in groups], marker="o", label=report["run"])

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pdlm_hf.errors_pdlm import DataError
+
 from .captioning import areas_of, masks_of, passes_of
 from .captioning import totals as cost_of
 from .data import Benchmark, load_benchmark, read_captions, read_json
@@ -12,8 +14,8 @@ from .judging import captions_hash
 from .paper import paper_rows
 from .scoring import MaskScore, read_answers, score_answers, totals
 
-AREAS = ((0.01, "< 1 %"), (0.05, "1-5 %"), (0.20, "5-20 %"), (float("inf"), ">= 20 %"))  # share of the picture
-MANY_MASKS = 6  # pictures with as many masks or more are one group
+AREAS = ((0.01, "< 1 %"), (0.05, "1-5 %"), (0.20, "5-20 %"), (float("inf"), ">= 20 %"))  # share of the image
+MANY_MASKS = 6  # images with as many masks or more are one group
 
 
 @dataclass
@@ -60,25 +62,25 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
         [`captioning.totals`], and `by_masks` and `by_area`: lists of totals with their `group`.
 
     Raises:
-        ValueError: not judged yet, judged with other captions, or another benchmark.
+        DataError: not judged yet, judged with other captions, or another benchmark.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: is not a run folder.")
+        raise DataError(f"{folder}: is not a run folder.")
     if not (folder / "answers.json").exists():
-        raise ValueError(f"{folder}: has no answers.json; run `pdlm-eval paradlc judge` first.")
+        raise DataError(f"{folder}: has no answers.json; run `pdlm-eval paradlc judge` first.")
     judged = read_json(folder / "judge.json")
     source = folder if (folder / "run.json").exists() else folder / (judged["run"] or "")
     if not (source / "run.json").exists():
-        raise ValueError(f"{folder}: its captions are not from a run folder; make one with `caption --captions FILE`.")
+        raise DataError(f"{folder}: its captions are not from a run folder; make one with `caption --captions FILE`.")
     run = read_json(source / "run.json")
     benchmark = load_benchmark(annotations or run["annotations"])
     if {benchmark.fingerprint} != {run["settings"]["fingerprint"], judged["fingerprint"]}:
-        raise ValueError(f"{folder}: was made with other annotations than {annotations or run['annotations']}.")
+        raise DataError(f"{folder}: was made with other annotations than {annotations or run['annotations']}.")
     if (
         captions_hash(read_captions(source / "captions.json", benchmark.order, allow_missing=True))
         != judged["captions"]
     ):
-        raise ValueError(f"{folder}: the judge's answers are to other captions; run `pdlm-eval paradlc judge` again.")
+        raise DataError(f"{folder}: the judge's answers are to other captions; run `pdlm-eval paradlc judge` again.")
     questions = {key: mask.questions for key, mask in benchmark.masks.items()}
     scores = score_answers(questions, read_answers(folder / "answers.json", questions), parser, benchmark.name)
     with open(source / "captions.jsonl", encoding="utf-8") as file:
@@ -104,7 +106,7 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
 
 
 def _by_masks(benchmark: Benchmark) -> dict[str, str]:
-    counts = {mask.id: len(picture.masks) for picture in benchmark.pictures for mask in picture.masks}
+    counts = {mask.id: len(image.masks) for image in benchmark.images for mask in image.masks}
     return {key: str(count) if count < MANY_MASKS else f"{MANY_MASKS}+" for key, count in counts.items()}
 
 
@@ -167,7 +169,7 @@ def tables_of(reports: list[dict[str, Any]]) -> list[Table]:
     ]
     heads = ["", "judge", "parser", "masks", "recognised", "no caption", "failed", "unparsed", "no positive"]
     tables.append(Table("Counts", heads, counts))
-    for name, title in (("by_masks", "By number of masks in the picture (%)"), ("by_area", "By area of the mask (%)")):
+    for name, title in (("by_masks", "By number of masks in the image (%)"), ("by_area", "By area of the mask (%)")):
         cells = [
             [f"{report['run']}: {group['group']}", str(group["n_masks"]), *_percent(group)]
             for report in reports

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pdlm_hf.errors_pdlm import DataError
+
 from .data import BENCHMARKS, Question, read_json
 from .parsing import Parser, parse_reference, parse_robust
 
@@ -62,9 +64,9 @@ class MaskScore:
 
 
 def choose_parser(name: str, benchmark: str = "paradlc") -> Parser:
-    """The reader of replies with this name. Raises: ValueError if there is none."""
+    """The reader of replies with this name. Raises: DataError if there is none."""
     if name not in PARSERS or benchmark not in BENCHMARKS:
-        raise ValueError(
+        raise DataError(
             f"The parser must be one of {', '.join(PARSERS)}, the benchmark one of {', '.join(BENCHMARKS)}; got "
             f"{name!r}, {benchmark!r}."
         )
@@ -77,19 +79,19 @@ def read_answers(path: Path, questions: Mapping[str, Sequence[Question]]) -> dic
     A null is a call that failed for good; so is what a list is short of. Masks without caption are absent.
 
     Raises:
-        ValueError: another form, a mask that has no questions, or more replies than questions.
+        DataError: another form, a mask that has no questions, or more replies than questions.
     """
     answers = read_json(path)
     if not isinstance(answers, dict):
-        raise ValueError(f"{path}: expected an object {{mask_id: [replies]}}.")
+        raise DataError(f"{path}: expected an object {{mask_id: [replies]}}.")
     if unknown := [key for key in answers if key not in questions]:
-        raise ValueError(f"{path}: {len(unknown)} masks are not in the benchmark: {', '.join(unknown[:5])}.")
+        raise DataError(f"{path}: {len(unknown)} masks are not in the benchmark: {', '.join(unknown[:5])}.")
     for mask_id, replies in answers.items():
         if not isinstance(replies, list) or not all(reply is None or isinstance(reply, str) for reply in replies):
-            raise ValueError(f"{path}: {mask_id}: expected a list of replies, each a string or null.")
+            raise DataError(f"{path}: {mask_id}: expected a list of replies, each a string or null.")
         expected = 1 + len(questions[mask_id])
         if len(replies) > expected:
-            raise ValueError(
+            raise DataError(
                 f"{path}: {mask_id} has {len(replies)} replies to {expected} questions (recognition included)."
             )
     return answers

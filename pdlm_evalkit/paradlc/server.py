@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from pdlm_hf.client.chat import ChatClient, Reply, Request
+from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions.crops import crops_message, images_message
 
 from .captioning import CaptionRun, Pass, areas_of, masks_of
-from .data import open_picture
+from .data import open_image
 
 STYLES = ("regions", "crops")
 MAX_REGIONS = 64  # of a request to our server, unless it is told otherwise
@@ -28,8 +29,8 @@ def server_lines(
 
     Args:
         server (`ChatClient`): the server and the settings of each request.
-        style (`str`): "regions" sends a picture and all masks of a pass to our own server; "crops" sends, for a pass
-            of one mask, the picture with its outline and a part of it, which any vision-language model reads.
+        style (`str`): "regions" sends an image and all masks of a pass to our own server; "crops" sends, for a pass
+            of one mask, the image with its outline and a part of it, which any vision-language model reads.
         passes: what to caption.
         prompt (`str`): the question.
         max_new_tokens (`int`): slots per caption, to count them where the server says how often it ran.
@@ -44,7 +45,7 @@ def server_lines(
         ServerError: the server is of no use.
     """
     if style not in STYLES:
-        raise ValueError(f"The style must be one of {', '.join(STYLES)}, got {style!r}.")
+        raise SettingError(f"The style must be one of {', '.join(STYLES)}, got {style!r}.")
     known = set(run.captions)
     todo = [work for work in passes if not all(mask.id in known for mask in work[1])]
     if not todo:
@@ -86,14 +87,14 @@ def read_texts(reply: Reply, style: str, count: int) -> list[str] | None:
 
 
 def regions_request(work: Pass, prompt: str) -> Request:
-    """A picture with all masks of a pass, as our server takes them."""
-    picture, masks = work
+    """An image with all masks of a pass, as our server takes them."""
+    image, masks = work
     return {
-        "messages": [images_message([open_picture(picture)], prompt)],
+        "messages": [images_message([open_image(image)], prompt)],
         "mm_processor_kwargs": {"regions": [mask.region for mask in masks]},
     }
 
 
 def crops_request(work: Pass, prompt: str) -> Request:
-    """A picture with the outline of its one mask, and the part around the mask."""
-    return {"messages": [crops_message(open_picture(work[0]), masks_of(work)[0], prompt)]}
+    """An image with the outline of its one mask, and the part around the mask."""
+    return {"messages": [crops_message(open_image(work[0]), masks_of(work)[0], prompt)]}

@@ -1,4 +1,4 @@
-"""Data sets of regions: a COCO file, or a folder with the regions of every picture beside or below it."""
+"""Data sets of regions: a COCO file, or a folder with the regions of every image beside or below it."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
+from ..errors_pdlm import DataError
 from ..regions.coco import is_coco
 from ..regions.files import load_json
 from ..regions.images import orientation_of
@@ -17,19 +18,20 @@ from ..regions.region import Region
 # Endings of region files, in the order in which they are looked for.
 _REGION_FILES = (".json", ".txt", ".png", ".bmp", ".tif", ".tiff")
 
-# What tells a region of a data set: the id of its picture, and its own.
+# What tells a region of a data set: the id of its image, and its own.
 Key = tuple[int | str, int | str]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture of a data set.
+    """An image of a data set.
 
     Args:
         id: its id in the data set.
-        file_name (`str`): below the folder of pictures.
+        file_name (`str`): below the folder of images.
         path (`Path`, *optional*): of the file; None: it is in object storage.
-        read: gives the regions, (id, what [`~pdlm_hf.regions.parse_region`] reads); raises ValueError if they cannot be read.
+        read: returns the regions as (id, what [`~pdlm_hf.regions.parse_region`] reads); raises DataError if they
+            cannot be read.
         ids (`tuple`, *optional*): of its regions, where known without reading them.
         size (`tuple[int, int]`, *optional*): width and height in pixels, where the data set says so.
         data (`bytes`, *optional*): what the file holds, once it has been read.
@@ -46,10 +48,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Pictures with regions.
+    """Images with regions.
 
     Args:
-        entries (`list[Entry]`): pictures that have regions.
+        entries (`list[Entry]`): images that have regions.
         faults (`list[dict]`): what is wrong in the file: `image_id`, `annotation_id`, `file_name`, `reason`.
         coco (`dict`, *optional*): the COCO file, if it is one.
     """
@@ -87,52 +89,52 @@ def _with(annotation: Any, fields: dict[str, Any] | None) -> Any:
 
 
 def is_url(images: str | Path | None) -> TypeGuard[str]:
-    """Whether pictures are in object storage, `s3://bucket/folder` for example."""
+    """Whether images are in object storage, `s3://bucket/folder` for example."""
     return isinstance(images, str) and "://" in images
 
 
 def open_data(data: Path, images: Path | str | None = None) -> DataSet:
-    """Read what a data set has, without opening pictures.
+    """Read what a data set has, without opening images.
 
     Args:
-        data (`Path`): a COCO file, or a folder that has for a picture `a/b.jpg` one of: a file `a/b.json` (regions,
-            LabelMe, COCO), `a/b.txt` (YOLO) or `a/b.png` (label map); or mask pictures `a/b/*`.
-        images (`Path` or `str`, *optional*): folder of the pictures, or the URL of one in object storage (the data is
+        data (`Path`): a COCO file, or a folder that has for an image `a/b.jpg` one of: a file `a/b.json` (regions,
+            LabelMe, COCO), `a/b.txt` (YOLO) or `a/b.png` (label map); or mask images `a/b/*`.
+        images (`Path` or `str`, *optional*): folder of the images, or the URL of one in object storage (the data is
             a COCO file then, and it is not looked whether there are any); default: the folder of the data.
 
     Raises:
-        ValueError: no such file or folder, not a COCO file, or no picture with regions.
+        DataError: no such file or folder, not a COCO file, or no image with regions.
     """
     if is_url(images):
         return _open_stored(data, images)
     folder = Path(images) if images else (data if data.is_dir() else data.parent)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder of pictures.")
+        raise DataError(f"{folder}: there is no such folder of images.")
     found = _open_folder(data, folder) if data.is_dir() else _open_coco(data, folder)
     if not found.entries and not found.faults:
-        raise ValueError(f"{data}: no picture in {folder} has regions here.")
+        raise DataError(f"{data}: no image in {folder} has regions here.")
     if found.entries and not any(entry.path is not None and entry.path.is_file() for entry in found.entries):
         first, count = found.entries[0], len(found.entries)
-        raise ValueError(f"{folder}: has none of the {count} pictures, {first.file_name} for example; see --images.")
+        raise DataError(f"{folder}: has none of the {count} images, {first.file_name} for example; see --images.")
     return found
 
 
 def _open_stored(data: Path, images: str) -> DataSet:
     if data.is_dir():
-        raise ValueError(f"{data}: for pictures in object storage the data must be a COCO file, not a folder.")
+        raise DataError(f"{data}: for images in object storage the data must be a COCO file, not a folder.")
     found = _open_coco(data, Path())
     if not found.entries and not found.faults:
-        raise ValueError(f"{data}: has no picture with regions.")
+        raise DataError(f"{data}: has no image with regions.")
     return replace(found, entries=[replace(entry, path=None) for entry in found.entries])
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height of a picture file as it is meant to be seen, from its head. Raises: ValueError."""
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file as it is meant to be seen, from its head. Raises: DataError."""
     try:
         with Image.open(path) as image:
             return image.size[::-1] if orientation_of(image) >= 5 else image.size
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be opened as a picture ({error}).") from None
+        raise DataError(f"{path}: cannot be opened as an image ({error}).") from None
 
 
 def _key_of(annotation: Any) -> Key | None:
@@ -146,11 +148,11 @@ def _key_of(annotation: Any) -> Key | None:
 def _open_coco(path: Path, folder: Path) -> DataSet:
     data = load_json(path)
     if not is_coco(data):
-        raise ValueError(f'{path}: expected a COCO file, {{"images": [...], "annotations": [...]}}.')
+        raise DataError(f'{path}: expected a COCO file, {{"images": [...], "annotations": [...]}}.')
     named = {}
     for number, image in enumerate(data["images"]):
         if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)) or image["id"] in named:
-            raise ValueError(
+            raise DataError(
                 f"{path}: images[{number}]: needs an `id` of its own, a whole number or text; got {image!r:.80}."
             )
         named[image["id"]] = image
@@ -193,16 +195,16 @@ def _size_of(image: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def fault(image_id: Any, annotation_id: Any, file_name: str | None, reason: Any) -> dict[str, Any]:
-    """A line about a region, or with `annotation_id` None about a whole picture, that got no caption."""
+    """A line about a region, or with `annotation_id` None about a whole image, that got no caption."""
     return {"image_id": image_id, "annotation_id": annotation_id, "file_name": file_name, "reason": str(reason)}
 
 
 def _open_folder(data: Path, folder: Path) -> DataSet:
     Image.init()
     endings = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
     entries = []
-    for path in pictures:
+    for path in images:
         name = path.relative_to(folder)
         source = _region_source(data / name, path)
         if source is not None:
@@ -210,29 +212,29 @@ def _open_folder(data: Path, folder: Path) -> DataSet:
     return DataSet(entries, [])
 
 
-def _region_source(place: Path, picture: Path) -> Path | None:
-    """The file or folder with the regions of a picture."""
+def _region_source(place: Path, image: Path) -> Path | None:
+    """The file or folder with the regions of an image."""
     for ending in _REGION_FILES:
         path = place.with_suffix(ending)
-        if path != picture and path.is_file():
+        if path != image and path.is_file():
             return path
     folder = place.with_suffix("")
     return folder if folder.is_dir() else None
 
 
-def _read_source(source: Path, picture: Path, name: Path) -> list[tuple[int | str, Any]]:
+def _read_source(source: Path, image: Path, name: Path) -> list[tuple[int | str, Any]]:
     if source.is_dir():
         masks = sorted(path for path in source.iterdir() if path.is_file())
         values: list[tuple[int | str, Any]] = [(path.stem, path) for path in masks]
     else:
-        # only YOLO's lines are relative to the picture
-        size = picture_size(picture) if source.suffix.lower() == ".txt" else (0, 0)
-        found = read_region_file(source, picture.name, *size)
+        # only YOLO's lines are relative to the image
+        size = image_size(image) if source.suffix.lower() == ".txt" else (0, 0)
+        found = read_region_file(source, image.name, *size)
         values = [(_own_id(value, k), value) for k, value in enumerate(found)]
-    # here ids are a region's own within its picture; COCO's are within the data set
+    # here ids are a region's own within its image; COCO's are within the data set
     values = [(f"{name.as_posix()}#{own}", value) for own, value in values]
     if len({own for own, _ in values}) < len(values):
-        raise ValueError(f"{source}: two regions have the same id.")
+        raise DataError(f"{source}: two regions have the same id.")
     return values
 
 

@@ -1,4 +1,4 @@
-"""What captions a data set: pictures with regions in, captions out. The model in this process is one such engine."""
+"""What captions a data set: images with regions in, captions out. The model in this process is one such engine."""
 
 from abc import ABC, abstractmethod
 from collections import deque
@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from ..captioning.captioner import RegionCaptioner
+from ..errors_pdlm import SettingError
 from ..image_processing_pdlm import best_grid
 from ..processing_pdlm import RegionCaption
 from ..regions.images import load_image
-from ..regions.region import MASK_PIXELS, Region, parse_region, probe_picture
-from .dataset import Entry, fault, picture_size
+from ..regions.region import MASK_PIXELS, Region, parse_region, probe_image
+from .dataset import Entry, fault, image_size
 
-_WINDOW = 64  # batches among which pictures are sorted by size
+_WINDOW = 64  # batches among which images are sorted by size
 _LOADERS = 4  # threads
 
 _T = TypeVar("_T")
@@ -27,7 +28,7 @@ _R = TypeVar("_R")
 
 @dataclass
 class Work:
-    """A picture to caption.
+    """An image to caption.
 
     Args:
         entry (`Entry`): where it comes from.
@@ -44,7 +45,7 @@ class Work:
 
 @dataclass
 class Outcome:
-    """What came of a picture, or of some of its regions.
+    """What came of an image, or of some of its regions.
 
     Args:
         work (`Work`), regions (`list[Region]`): which.
@@ -60,14 +61,14 @@ class Outcome:
 
 @dataclass
 class Answer:
-    """What is to be written of a picture, or of some of its regions.
+    """What is to be written of an image, or of some of its regions.
 
     Args:
-        image_id: the picture's id in the data set.
+        image_id: the image's id in the data set.
         rows (`list[dict]`): regions with captions.
         faults (`list[dict]`): what cannot be read, see [`~pdlm_hf.batch.fault`].
         failed (`list[dict]`): regions that could be read, and got no caption.
-        last (`bool`): nothing more comes of this picture.
+        last (`bool`): nothing more comes of this image.
     """
 
     image_id: Any
@@ -86,16 +87,16 @@ class Engine(Protocol):
         """Caption what has no caption yet.
 
         Args:
-            entries (`list[Entry]`): pictures.
-            done: gives the ids of the regions of a picture that have theirs.
+            entries (`list[Entry]`): images.
+            done: gives the ids of the regions of an image that have theirs.
             take: called with every answer, in any order, as soon as there is one.
         """
 
 
 class ImageEngine(ABC):
-    """An engine that is given pictures, opened by this process."""
+    """An engine that is given images, opened by this process."""
 
-    ahead: int  # pictures to open while it works
+    ahead: int  # images to open while it works
 
     def order(self, entries: Iterable[Entry]) -> Iterable[Entry]:
         """The order in which it likes to have them."""
@@ -103,13 +104,13 @@ class ImageEngine(ABC):
 
     @abstractmethod
     def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
-        """Caption pictures, read as needed; outcomes come in any order."""
+        """Caption images, read as needed; outcomes come in any order."""
 
     def caption(
         self, entries: list[Entry], done: Callable[[Entry], Collection[Any]], take: Callable[[Answer], None]
     ) -> None:
         """See [`Engine`]."""
-        left: dict[Any, int] = {}  # regions of a picture whose outcome is awaited
+        left: dict[Any, int] = {}  # regions of an image whose outcome is awaited
 
         def load(entry: Entry) -> Work:
             return load_work(entry, done(entry))
@@ -150,34 +151,34 @@ def _row(entry: Entry, region: Region, caption: RegionCaption) -> dict[str, Any]
 
 
 class LocalEngine(ImageEngine):
-    """The model in this process, several pictures of about the same size a forward.
+    """The model in this process, several images of about the same size a forward.
 
     Args:
         captioner ([`~pdlm_hf.captioning.RegionCaptioner`]): what captions.
-        batch_size (`int`): pictures a forward at most; one with more regions than the checkpoint has region prompts
+        batch_size (`int`): images a forward at most; one with more regions than the checkpoint has region prompts
             counts several times.
         question (`str`, *optional*): as in [`~pdlm_hf.captioning.RegionCaptioner.caption`].
         **generation: settings of `generate`.
 
     Raises:
-        ValueError: a setting that cannot be used; found out on a small grey picture.
+        SettingError: a setting that cannot be used; found out on a small grey image.
     """
 
     def __init__(
         self, captioner: RegionCaptioner, batch_size: int = 8, question: str | None = None, **generation: Any
     ):
         if batch_size < 1:
-            raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
+            raise SettingError(f"`batch_size` must be positive, got {batch_size}.")
         self.captioner, self.batch_size, self.ahead = captioner, batch_size, 2 * batch_size
         self.question, self.generation = question, generation
-        captioner.caption(*probe_picture(), question, **generation)
+        captioner.caption(*probe_image(), question, **generation)
 
     def order(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         """See [`largest_first`]."""
         return largest_first(entries, self.captioner.processor.image_processor, self.batch_size)
 
     def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
-        """Caption pictures in the order given; one with very many regions in several parts."""
+        """Caption images in the order given; one with very many regions in several parts."""
         prompts = self.captioner.model.config.num_region_prompts
         batch: list[Outcome] = []
         passes = pixels = 0
@@ -196,7 +197,7 @@ class LocalEngine(ImageEngine):
         yield from self._caption(batch)
 
     def _caption(self, batch: list[Outcome]) -> Iterator[Outcome]:
-        """Caption a batch; one that fails, for want of memory say, is halved until it is known which picture it is."""
+        """Caption a batch; one that fails, for want of memory say, is halved until it is known which image it is."""
         if not batch:
             return
         try:
@@ -221,17 +222,17 @@ def largest_first(
     memory fails early.
 
     Args:
-        entries: pictures.
-        image_processor: of the checkpoint; knows how many tiles a picture has.
-        batch_size (`int`): pictures a batch.
-        look (`bool`): look into the files of pictures whose size the data set does not say; else they come last.
+        entries: images.
+        image_processor: of the checkpoint; knows how many tiles an image has.
+        batch_size (`int`): images a batch.
+        look (`bool`): look into the files of images whose size the data set does not say; else they come last.
     """
 
     def size(entry: Entry) -> tuple[int, int]:
-        """Tiles and regions of a picture."""
+        """Tiles and regions of an image."""
         try:
             look_into = entry.path if look and entry.data is None else None
-            found = entry.size or (picture_size(look_into) if look_into is not None else None)
+            found = entry.size or (image_size(look_into) if look_into is not None else None)
         except ValueError:  # is told when it is opened
             found = None
         if found is None:
@@ -246,11 +247,11 @@ def largest_first(
 
 
 def load_work(entry: Entry, done: Collection[Any]) -> Work:
-    """Open a picture and read its regions, as far as any of them is to be captioned. Never raises for bad files.
+    """Open an image and read its regions, as far as any of them is to be captioned. Never raises for bad files.
 
     Args:
-        entry (`Entry`): the picture.
-        done: ids of the regions that have their caption. They are captioned again with the others of their picture,
+        entry (`Entry`): the image.
+        done: ids of the regions that have their caption. They are captioned again with the others of their image,
             so that a run that was stopped gives what one that was not does.
     """
     work = Work(entry)
@@ -260,11 +261,11 @@ def load_work(entry: Entry, done: Collection[Any]) -> Work:
             return work
         image = load_image(entry.path or entry.file_name, entry.data)
         if entry.size is not None and tuple(entry.size) != image.size:
-            raise ValueError(
-                f"the data set says {entry.size[0]} x {entry.size[1]} pixels, the picture has {image.size[0]} x "
+            raise SettingError(
+                f"the data set says {entry.size[0]} x {entry.size[1]} pixels, the image has {image.size[0]} x "
                 f"{image.size[1]} (EXIF orientation applied); its regions would lie elsewhere."
             )
-    except Exception as error:  # readers of pictures raise what they like; one picture must not end a run
+    except Exception as error:  # readers of images raise what they like; one image must not end a run
         work.faults.append(fault(entry.id, None, entry.file_name, error))
         return work
     for own, value in values:

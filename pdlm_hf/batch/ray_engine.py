@@ -1,13 +1,13 @@
 """Captions for a data set on a Ray cluster, one captioner an accelerator, or on CPUs as many as wanted.
 
-Pictures go through Ray Data in blocks of a batch: tasks read their files (local, in a folder that all machines see, or
+Images go through Ray Data in blocks of a batch: tasks read their files (local, in a folder that all machines see, or
 in object storage), captioners make lines of them, and this process, the driver, writes the lines. It alone writes. The
 lines of a region take some hundred bytes, so one writer is far from being busy, no folder has to be shared, object
 storage need not append, and the rows are at any moment what a run without Ray would have left: it can be stopped, and
 gone on with by either.
 
-A picture is done when its answer was taken, so nothing is lost, and a second answer is not taken, so nothing comes
-twice. A machine that is lost ends the round, and another round goes over the pictures that are left, on the machines
+An image is done when its answer was taken, so nothing is lost, and a second answer is not taken, so nothing comes
+twice. A machine that is lost ends the round, and another round goes over the images that are left, on the machines
 that are left: Ray Data's pools of actors wait for one that finds no place any more, and for what it had to do
 (ray-project/ray, issue 62746).
 """
@@ -35,6 +35,7 @@ from transformers import AutoProcessor
 
 from ..captioning.checkpoints import CHECKPOINT, checkpoint_name
 from ..client.chat import public_url
+from ..errors_pdlm import SettingError
 from .dataset import Entry
 from .engines import Answer, LocalEngine, largest_first
 
@@ -72,10 +73,10 @@ class RayEngine:
     Args:
         settings ([`CaptionerSettings`])
         workers (`int`, *optional*): captioners; default: one a GPU of the cluster, or one where there is none.
-        images (`str`, *optional*): URL of the folder of pictures, where they are in object storage.
+        images (`str`, *optional*): URL of the folder of images, where they are in object storage.
 
     Raises:
-        ValueError: no such folder of pictures, or a checkpoint that cannot be read.
+        SettingError: no such folder of images, or a checkpoint that cannot be read.
     """
 
     def __init__(self, settings: CaptionerSettings, workers: int | None = None, images: str | None = None):
@@ -92,7 +93,7 @@ class RayEngine:
         """See [`~pdlm_hf.batch.Engine`].
 
         Raises:
-            ValueError: the cluster has too few places, or a captioner cannot be made.
+            SettingError: the cluster has too few places, or a captioner cannot be made.
             ConnectionError: there is no cluster, or captioners end again and again.
         """
         ordered = largest_first(entries, self.image_processor, self.settings.batch_size, look=False)
@@ -120,22 +121,26 @@ class RayEngine:
                 first = next(iter(left.values())).file_name
                 if barren == _BARREN_ROUNDS:
                     raise ConnectionError(
-                        f"Ray: captioners ended {barren} times without an answer ({reason}). {len(left)} pictures are "
+                        f"Ray: captioners ended {barren} times without an answer ({reason}). {len(left)} images are "
                         f"left, {first} for example; run again to go on."
                     )
-                logger.warning("pdlm: %s; going on with the %d pictures that are left", reason, len(left))
+                logger.warning("pdlm: %s; going on with the %d images that are left", reason, len(left))
                 for key in list(left)[: workers * self.settings.batch_size]:
                     left[key] = left.pop(key)  # to the end: one of them may be what ends captioners
                 time.sleep(_PAUSE * (1 + barren))
 
     def _places(self) -> tuple[str, int]:
-        """What a captioner needs, GPU or CPU, and how many there are to be. Raises: ValueError if there are fewer."""
+        """What a captioner needs, GPU or CPU, and how many there are to be.
+
+        Raises:
+            SettingError if there are fewer.
+        """
         found = ray.cluster_resources()
         kind = "GPU" if found.get("GPU") else "CPU"
         places = int(found.get(kind, 0))
         workers = self.workers or (places if kind == "GPU" else 1)
         if workers > places:
-            raise ValueError(f"--workers {workers}: the cluster has {places} {kind}s, and a captioner needs one.")
+            raise SettingError(f"--workers {workers}: the cluster has {places} {kind}s, and a captioner needs one.")
         return kind, workers
 
     def _round(
@@ -176,11 +181,11 @@ class RayEngine:
                 if "ended" in fields:
                     raise _Lost(fields["ended"])
                 if "no_captioner" in fields:
-                    raise ValueError(fields["no_captioner"])
+                    raise SettingError(fields["no_captioner"])
                 yield Answer(**fields)
 
     def _block(self, entries: list[Entry], done: Callable[[Entry], Collection[Any]]) -> pa.Table:
-        """Pictures of a batch, with the ids of their regions that have their caption."""
+        """Images of a batch, with the ids of their regions that have their caption."""
         sent = [pickle.dumps((entry, list(done(entry)))) for entry in entries]
         return pa.table({"path": [self._path(entry) for entry in entries], "entry": sent})
 
@@ -190,20 +195,20 @@ class RayEngine:
 
 
 def open_storage(images: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a folder of pictures by its URL (`s3://`, `gs://`, `file://`; pyarrow has the list), and its
-    path there. Raises: ValueError if it cannot be opened, or there is no such folder."""
+    """The file system of a folder of images by its URL (`s3://`, `gs://`, `file://`; pyarrow has the list), and its
+    path there. Raises: SettingError if it cannot be opened, or there is no such folder."""
     try:
         storage, folder = fs.FileSystem.from_uri(images)
         there = storage.get_file_info(folder).type == fs.FileType.Directory
     except (OSError, ValueError) as error:
-        raise ValueError(f"--images {public_url(images)}: cannot be opened ({error}).") from None
+        raise SettingError(f"--images {public_url(images)}: cannot be opened ({error}).") from None
     if not there:
-        raise ValueError(f"--images {public_url(images)}: there is no such folder of pictures.")
+        raise SettingError(f"--images {public_url(images)}: there is no such folder of images.")
     return storage, folder.rstrip("/")
 
 
 def reader(storage: fs.FileSystem) -> Callable[[pa.Table], pa.Table]:
-    """What Ray's tasks read pictures with: gives a block its files' `data`, or the `reason` there is none.
+    """What Ray's tasks read images with: gives a block its files' `data`, or the `reason` there is none.
 
     Made here, so that Ray sends the function itself: one of a module would make every reader import the model.
     """
@@ -240,7 +245,7 @@ class _Captioner:
         self.trouble: dict[str, str] | None = None
         where = ray.util.get_node_ip_address()
         if ray.get_runtime_context().was_current_actor_reconstructed:
-            # by Ray, which would do so for ever with a picture that ends the process
+            # by Ray, which would do so for ever with an image that ends the process
             self.trouble = {"ended": f"a captioner ended; it was begun again on {where}"}
             return
         disable_progress_bar()
@@ -251,7 +256,7 @@ class _Captioner:
             self.trouble = {"no_captioner": f"{where}: {error}"}
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Answers to a block of pictures, as JSON."""
+        """Answers to a block of images, as JSON."""
         if self.engine is None:
             return pa.table({"answer": [json.dumps(self.trouble)]})
         found: dict[Any, Answer] = {}
@@ -273,7 +278,7 @@ class _Captioner:
 
 
 def _cannot_be_read(reason: str) -> None:
-    raise ValueError(reason)
+    raise SettingError(reason)
 
 
 def _why(error: Exception) -> str:

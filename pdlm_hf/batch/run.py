@@ -1,6 +1,6 @@
 """Captions for a data set: rows in, rows out, and a run that was stopped goes on.
 
-OUT.jsonl gets a row for every region as soon as its picture is done, OUT.faults.jsonl what got no caption and why,
+OUT.jsonl gets a row for every region as soon as its image is done, OUT.faults.jsonl what got no caption and why,
 OUT.run.json says what the captions depend on, and OUT.coco.json, at the end, is the data set with captions.
 """
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..errors_pdlm import DataError
 from ..regions.files import append_rows, load_json, read_rows, write_json
 from ..render.text import pluralize
 from .dataset import DataSet, Entry
@@ -32,20 +33,20 @@ class BatchFiles:
             run without it takes over what parts have written.
 
     Raises:
-        ValueError: there is no such folder, a file is damaged, or it was made with other settings.
+        DataError: there is no such folder, a file is damaged, or it was made with other settings.
         OSError: a file cannot be written.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], shard: tuple[int, int] | None = None):
         if out.suffix != ".jsonl":
-            raise ValueError(f"{out}: the name of the results must end with .jsonl.")
+            raise DataError(f"{out}: the name of the results must end with .jsonl.")
         if not out.parent.is_dir():
-            raise ValueError(f"{out}: there is no folder {out.parent}.")
+            raise DataError(f"{out}: there is no folder {out.parent}.")
         part_name = re.compile(re.escape(out.stem) + r"\.\d+-of-\d+\.jsonl")
         parts = [] if shard else sorted(path for path in out.parent.iterdir() if part_name.fullmatch(path.name))
         self.out = out if shard is None else out.with_suffix(".{}-of-{}.jsonl".format(*shard))
         self.faults_path, self.coco_path = self.out.with_suffix(".faults.jsonl"), self.out.with_suffix(".coco.json")
-        self.rows: dict[Any, dict[Any, Said]] = {}  # by picture, by region
+        self.rows: dict[Any, dict[Any, Said]] = {}  # by image, by region
         for row in _read(self.out, settings, repair=True):
             self._keep(row)
         write_json(self.out.with_suffix(".run.json"), settings)
@@ -69,18 +70,18 @@ class BatchFiles:
             self._keep(row)
 
     def check(self, data: DataSet) -> None:
-        """Whether the rows that are there are of this data set. Raises: ValueError if a picture has another name."""
+        """Whether the rows that are there are of this data set. Raises: DataError if an image has another name."""
         names = {entry.id: entry.file_name for entry in data.entries}
         for image_id, regions in self.rows.items():
             was = next(iter(regions.values())).file_name
             if names.get(image_id, was) != was:
-                raise ValueError(
-                    f"{self.out}: was begun with another data set: the picture {image_id!r} was {was}, now "
+                raise DataError(
+                    f"{self.out}: was begun with another data set: the image {image_id!r} was {was}, now "
                     f"{names[image_id]}. Choose another file."
                 )
 
     def done(self, entry: Entry) -> Collection[Any]:
-        """Ids of the regions of a picture that have their row."""
+        """Ids of the regions of an image that have their row."""
         return self.rows.get(entry.id, ())
 
 
@@ -92,26 +93,26 @@ class Said(NamedTuple):
 
 
 def _read(out: Path, settings: dict[str, Any], repair: bool = False) -> Iterator[dict[str, Any]]:
-    """Rows of an earlier run. Raises: ValueError, see [`BatchFiles`]."""
+    """Rows of an earlier run. Raises: DataError, see [`BatchFiles`]."""
     for number, row in enumerate(read_rows(out, repair)):
         if number == 0:
             before = load_json(out.with_suffix(".run.json"))
             before = before if isinstance(before, dict) else {}
             if changed := [name for name in settings if before.get(name) != settings[name]]:
                 was = ", ".join(f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
-                raise ValueError(f"{out}: was begun with other settings ({was}). Choose another file.")
+                raise DataError(f"{out}: was begun with other settings ({was}). Choose another file.")
         if not _FIELDS <= row.keys():
-            raise ValueError(f"{out}: has rows without {', '.join(sorted(_FIELDS))}; choose another file.")
+            raise DataError(f"{out}: has rows without {', '.join(sorted(_FIELDS))}; choose another file.")
         yield row
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:
-    """Number and count in `i/n`. Raises: ValueError if it is no such thing."""
+    """Number and count in `i/n`. Raises: DataError if it is no such thing."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"--shard {text}: expected i/n with 1 <= i <= n, for example 1/4.")
+        raise DataError(f"--shard {text}: expected i/n with 1 <= i <= n, for example 1/4.")
     return int(match[1]), int(match[2])
 
 
@@ -120,18 +121,18 @@ class Counts:
     """What a run has come to.
 
     Args:
-        pictures, regions (`int`): captioned now.
+        images, regions (`int`): captioned now.
         before (`int`): regions that had a caption when it began.
-        bad_pictures, bad_regions (`int`): that cannot be read.
+        bad_images, bad_regions (`int`): that cannot be read.
         failed (`int`): regions that could be read, and got no caption.
         empty (`int`): regions whose caption is empty, those of before included.
         seconds (`float`): since it began.
     """
 
-    pictures: int = 0
+    images: int = 0
     regions: int = 0
     before: int = 0
-    bad_pictures: int = 0
+    bad_images: int = 0
     bad_regions: int = 0
     failed: int = 0
     empty: int = 0
@@ -139,21 +140,21 @@ class Counts:
 
     @property
     def speed(self) -> str:
-        """Pictures and regions a second."""
+        """Images and regions a second."""
         seconds = max(self.seconds, 1e-9)
-        return f"{self.pictures / seconds:.2f} pictures/s, {self.regions / seconds:.2f} regions/s"
+        return f"{self.images / seconds:.2f} images/s, {self.regions / seconds:.2f} regions/s"
 
     @property
     def whole(self) -> bool:
         """Whether every region has its caption."""
-        return not (self.bad_pictures or self.bad_regions or self.failed or self.empty)
+        return not (self.bad_images or self.bad_regions or self.failed or self.empty)
 
     def __str__(self) -> str:
         """One line for people."""
-        done = f"{pluralize(self.regions, 'region')} of {pluralize(self.pictures, 'picture')} captioned ({self.speed})"
+        done = f"{pluralize(self.regions, 'region')} of {pluralize(self.images, 'image')} captioned ({self.speed})"
         parts = [
             (self.before, "region", " there before"),
-            (self.bad_pictures, "picture", " cannot be read"),
+            (self.bad_images, "image", " cannot be read"),
             (self.bad_regions, "region", " cannot be read"),
             (self.failed, "region", " failed"),
             (self.empty, "empty caption", ""),
@@ -172,13 +173,14 @@ def run_batch(
 
     Args:
         data (`DataSet`): see [`~pdlm_hf.batch.open_data`].
-        open_engine: gives what writes the captions, an [`~pdlm_hf.batch.Engine`]; called if there is something to write.
+        open_engine: returns the [`~pdlm_hf.batch.Engine`] that writes the captions; called if there is something to
+            write.
         files (`BatchFiles`): where they go.
-        shard (`tuple[int, int]`, *optional*): every n-th picture only, from the i-th (from 1) on.
-        progress (*optional*): called with the number of pictures that are finished, and the counts.
+        shard (`tuple[int, int]`, *optional*): every n-th image only, from the i-th (from 1) on.
+        progress (*optional*): called with the number of images that are finished, and the counts.
 
     Raises:
-        ValueError: the rows that are there are of another data set.
+        DataError: the rows that are there are of another data set.
         OSError: a file cannot be written; what was written before is whole.
         ServerError: the server is of no use any more.
     """
@@ -206,13 +208,13 @@ class _Run:
         self.start = time.perf_counter()
 
     def todo(self, entries: list[Entry]) -> list[Entry]:
-        """Pictures that may have regions without a row."""
+        """Images that may have regions without a row."""
         left = [e for e in entries if e.ids is None or not set(e.ids) <= set(self.files.done(e))]
         self.finish(len(entries) - len(left))
         return left
 
     def take(self, answer: Answer) -> None:
-        """Write what came of a picture; regions that have their row already are left out."""
+        """Write what came of an image; regions that have their row already are left out."""
         self.add_faults(answer.faults)
         rows, failed = ([row for row in found if not self.files.has(row)] for found in (answer.rows, answer.failed))
         append_rows(self.files.faults_path, failed)
@@ -220,19 +222,19 @@ class _Run:
         self.counts.failed += len(failed)
         self.counts.regions += len(rows)
         if answer.last:
-            self.counts.pictures += bool(answer.rows or answer.failed)
+            self.counts.images += bool(answer.rows or answer.failed)
             self.finish(1)
 
     def add_faults(self, faults: list[dict[str, Any]]) -> None:
         """Write what cannot be read."""
         append_rows(self.files.faults_path, faults)
-        pictures = sum(row["annotation_id"] is None and row["image_id"] is not None for row in faults)
-        self.counts.bad_pictures += pictures
-        self.counts.bad_regions += len(faults) - pictures
+        images = sum(row["annotation_id"] is None and row["image_id"] is not None for row in faults)
+        self.counts.bad_images += images
+        self.counts.bad_regions += len(faults) - images
 
-    def finish(self, pictures: int) -> None:
-        """So many pictures more are done with."""
-        self.done += pictures
+    def finish(self, images: int) -> None:
+        """So many images more are done with."""
+        self.done += images
         self.counts.seconds = time.perf_counter() - self.start
         self.progress(self.done, self.counts)
 
@@ -241,12 +243,12 @@ class BatchProgress:
     """A progress bar in the terminal, to be used in a `with` block and as `progress` of [`run_batch`].
 
     Args:
-        total (`int`): pictures.
+        total (`int`): images.
         console (`rich.console.Console`, *optional*): where to show it; default stderr.
     """
 
     def __init__(self, total: int, console: Console | None = None):
-        columns = "{task.completed:.0f}/{task.total:.0f} pictures", "{task.fields[speed]}", "{task.fields[faults]}"
+        columns = "{task.completed:.0f}/{task.total:.0f} images", "{task.fields[speed]}", "{task.fields[faults]}"
         self.bar = Progress(
             BarColumn(),
             *(TextColumn(column) for column in columns),
@@ -264,5 +266,5 @@ class BatchProgress:
 
     def __call__(self, done: int, counts: Counts) -> None:
         """Show how far it is."""
-        bad = counts.bad_pictures + counts.bad_regions + counts.failed
+        bad = counts.bad_images + counts.bad_regions + counts.failed
         self.bar.update(self.task, completed=done, speed=counts.speed, faults=f"[red]{bad} faults[/]" if bad else "")

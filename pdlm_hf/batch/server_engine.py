@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any
 
-from ..client.captions import MAX_REGIONS, CaptionClient, picture_url, request_of
+from ..client.captions import MAX_REGIONS, CaptionClient, image_url, request_of
 from ..processing_pdlm import RegionCaption
 from ..regions.region import MASK_PIXELS, Region
 from .engines import ImageEngine, Outcome, Work
@@ -18,7 +18,7 @@ class ServerEngine(ImageEngine):
         server (`CaptionClient`): with the settings of every request.
 
     Raises:
-        ServerError: it writes no captions; found out on a small grey picture.
+        ServerError: it writes no captions; found out on a small grey image.
     """
 
     def __init__(self, server: CaptionClient):
@@ -26,7 +26,7 @@ class ServerEngine(ImageEngine):
         server.probe()
 
     def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
-        """Caption pictures; outcomes come as the server replies. Raises: ServerError if it is of no use any more."""
+        """Caption images; outcomes come as the server replies. Raises: ServerError if it is of no use any more."""
         sent: dict[int, tuple[Work, list[Region]]] = {}
         numbers = count()
 
@@ -34,7 +34,7 @@ class ServerEngine(ImageEngine):
             for work in works:
                 if work.image is None:
                     continue
-                url = picture_url(work.entry.path, work.image)
+                url = image_url(work.entry.path, work.image)
                 most = max(1, min(MAX_REGIONS, MASK_PIXELS // (work.image.width * work.image.height)))
                 for start in range(0, len(work.regions), most):
                     regions = work.regions[start : start + most]
@@ -42,7 +42,7 @@ class ServerEngine(ImageEngine):
                     yield request_of(url, regions)
 
         for index, reply in self.server.ask_many(requests()):
-            work, regions = sent.pop(index)  # pictures are large
+            work, regions = sent.pop(index)  # images are large
             captions = None
             if reply.text is not None:
                 captions = [RegionCaption(row["caption"], row["score"]) for row in json.loads(reply.text)]

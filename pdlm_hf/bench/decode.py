@@ -6,15 +6,14 @@ import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import transformers
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors_pdlm import MissingPackageError
+from ..errors_pdlm import MissingPackageError, SettingError
 from ..regions.files import write_json
 from ..split_attention_pdlm import NAME as REGION_SPLIT
 from .model import SHAPES, Bench, bound, flops
@@ -27,7 +26,7 @@ LIMITS = {
 }
 FEW_STEPS = 11
 MAX_REGIONS = 16  # of the caption tokens a checkpoint has
-TILES = 7  # of the picture that the prompt stands for
+TILES = 7  # of the image that the prompt stands for
 
 
 def interleaved(
@@ -52,7 +51,7 @@ def interleaved(
 
 
 def _jobs(bench: Bench, num_regions: int, batches: list[int], slots: int, steps: int, few: int):
-    """What is compared, by name, and the pictures each takes."""
+    """What is compared, by name, and the images each takes."""
     jobs: dict[str, Callable[[], Any]] = {
         "reference": lambda: bench.reference(num_regions, slots, steps),
         "exact": lambda: bench.ours(num_regions, 1, slots, steps, 1),
@@ -173,7 +172,7 @@ def _limits(bench: Bench) -> tuple[tuple[float, float], str]:
 
 def scaling(bench: Bench, slots: int, steps: int, repeats: int, batches: list[int]) -> dict:
     """How a decode grows: with regions, with regions a pass at 4 regions (Figure 1c of the paper), with the tiles of
-    the picture, with the batch."""
+    the image, with the batch."""
 
     def in_passes(regions: int, interval: int) -> None:
         """4 regions, so many a pass."""
@@ -217,7 +216,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise typer.BadParameter(str(MissingPackageError("matplotlib", "viz")), param_hint="--plot") from None
+        raise MissingPackageError("matplotlib", "viz") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -231,7 +230,7 @@ def _plot(record: dict, path: Path) -> None:
         "regions": {"cached": "regions {}"},
         "regions a pass, 4 regions": {"cached": "4 regions, {} a pass", "exact": "exact, 4 regions, {} a pass"},
         "tiles, 4 regions": {"cached": "tiles {}"},
-        "pictures a batch, 4 regions": {"cached": "batch {}"},
+        "images a batch, 4 regions": {"cached": "batch {}"},
     }
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 3.2), layout="constrained")
@@ -247,45 +246,49 @@ def _plot(record: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _integers(text: str, name: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"expected positive integers like 1,4,8, got {text!r}", param_hint=name)
-    return numbers
-
-
 def decode(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    shape: Annotated[str, typer.Option(help="tiny, small or 8b.")] = "small",
-    regions: Annotated[str, typer.Option(help="Numbers of regions, comma separated.")] = "4",
-    batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8",
-    slots: Annotated[int, typer.Option(help="Slots per caption.", min=1)] = 32,
-    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 32,
-    repeats: Annotated[int, typer.Option(help="Measured runs of everything, in turn.", min=1)] = 5,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    with_scaling: Annotated[bool, typer.Option("--scaling", help="Also time against regions, passes, batch.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the scaling run here (needs the extra viz).")] = None,
+    device: str,
+    shape: str,
+    regions: list[int],
+    batches: list[int],
+    slots: int,
+    steps: int,
+    repeats: int,
+    threads: int = 1,
+    with_scaling: bool = False,
+    json_file: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
-    """Time the reference's loop and ours on random weights; fixed steps, so that quality plays no part."""
+    """Time the reference's loop and ours on random weights and print a table for each number of regions.
+
+    Args:
+        device (`str`): "cpu" or "cuda".
+        shape (`str`): name in [`SHAPES`].
+        regions, batches (`list[int]`): numbers of regions, and batch sizes.
+        slots, steps, repeats (`int`): token positions of a caption, denoising steps, measured turns.
+        threads (`int`): CPU threads.
+        with_scaling (`bool`): also time against regions, passes, tiles and batch.
+        json_file, plot (`Path`, *optional*): files to write; the JSON after every table.
+
+    Raises:
+        SettingError: no such shape or device, too many regions, or no such folder.
+        MissingPackageError: matplotlib is not installed, and `plot` is given.
+    """
     if shape not in SHAPES:
-        raise typer.BadParameter(f"expected one of {', '.join(SHAPES)}, got {shape!r}", param_hint="--shape")
+        raise SettingError(f"--shape: expected one of {', '.join(SHAPES)}, got {shape!r}.")
     if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("there is no CUDA device", param_hint="--device")
+        raise SettingError("--device: there is no CUDA device.")
     if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
+        raise SettingError(f"--device: expected cpu or cuda, got {device!r}.")
     for name, path in (("--json", json_file), ("--plot", plot)):
         if path is not None and not path.parent.is_dir():
-            raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=name)
+            raise SettingError(f"{name}: there is no folder {path.parent}.")
     if plot is not None:
         with_scaling = True
         _pyplot()  # fails now rather than after the run
-    counts, batches = _integers(regions, "--regions"), _integers(batch, "--batch")
+    counts = regions
     if max(counts) > MAX_REGIONS:
-        raise typer.BadParameter(f"at most {MAX_REGIONS} regions, got {max(counts)}", param_hint="--regions")
+        raise SettingError(f"--regions: at most {MAX_REGIONS} regions, got {max(counts)}.")
     torch.set_num_threads(threads)
     bench = Bench(SHAPES[shape], device, max(8 if with_scaling else 1, *counts))
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} thread(s)"

@@ -17,7 +17,7 @@ from ..modeling_pdlm import PdlmForConditionalGeneration
 
 @dataclass(frozen=True)
 class Shape:
-    """What is built: language model sizes, and the prompt that stands for a picture."""
+    """What is built: language model sizes, and the prompt that stands for an image."""
 
     hidden: int
     layers: int
@@ -129,7 +129,7 @@ class Bench:
         return tokens
 
     def reference(self, num_regions: int, slots: int, steps: int) -> torch.Tensor:
-        """The reference's loop as plainly as it stands (reference-spec section 8): one picture, everything recomputed
+        """The reference's loop as plainly as it stands (reference-spec section 8): one image, everything recomputed
         at every step, logits and their float64 softmax at all positions."""
         model, config = self.model, self.model.config
         ids, embeds = self.prompts(num_regions, 1)
@@ -209,7 +209,7 @@ class Bench:
 
 
 def flops(bench: Bench, num_regions: int, slots: int, kind: str, steps: int) -> float:
-    """Arithmetic of one picture's decode: matrix products and attention, multiply and add counted as two."""
+    """Arithmetic of one image's decode: matrix products and attention, multiply and add counted as two."""
     shape = bench.shape
     canvas = num_regions * (slots + 2)
     prompt = bench.prompt_ids(num_regions).shape[1]
@@ -228,9 +228,9 @@ def flops(bench: Bench, num_regions: int, slots: int, kind: str, steps: int) -> 
 
 
 def bound(bench: Bench, num_regions: int, slots: int, kind: str, steps: int, batch: int, limits) -> float:
-    """Least seconds a decode of `batch` pictures can take: every pass at the device's arithmetic or memory limit.
+    """Least seconds a decode of `batch` images can take: every pass at the device's arithmetic or memory limit.
 
-    Memory: the weights once a pass, and the kept keys and values of every picture; activations are not counted.
+    Memory: the weights once a pass, and the kept keys and values of every image; activations are not counted.
 
     Args:
         kind (`str`): "reference", "exact" or "cached".

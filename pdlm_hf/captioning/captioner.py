@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..configuration_pdlm import HUB_ARGUMENTS
+from ..errors_pdlm import SettingError
 from ..generation_pdlm import PdlmGenerationOutput
 from ..processing_pdlm import RegionCaption
 from ..regions.images import load_image
@@ -27,7 +28,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class RegionCaptions(list[RegionCaption]):
-    """Captions of one picture, a list that shows itself in a notebook.
+    """Captions of one image, a list that shows itself in a notebook.
 
     Args:
         captions: as the list has them.
@@ -44,7 +45,7 @@ class RegionCaptions(list[RegionCaption]):
 
 
 class RegionCaptioner:
-    """Writes captions for regions of pictures, all regions of a picture together.
+    """Writes captions for regions of images, all regions of an image together.
 
     Args:
         model: a PerceptionDLM with region prompts.
@@ -52,14 +53,14 @@ class RegionCaptioner:
         mode (`str`): "default" or "fast"; settings given in a call go before it.
 
     Raises:
-        ValueError: the model is a base (chat) model, or there is no such mode.
+        SettingError: the model is a base (chat) model, or there is no such mode.
     """
 
     def __init__(self, model, processor, mode: str = "default"):
         if mode not in MODES:
-            raise ValueError(f"`mode` must be one of {sorted(MODES)}, got {mode!r}.")
+            raise SettingError(f"`mode` must be one of {sorted(MODES)}, got {mode!r}.")
         if not model.config.num_region_prompts:
-            raise ValueError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
+            raise SettingError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
         self.model = model.eval()
         self.processor = processor
         self.mode = mode
@@ -83,7 +84,7 @@ class RegionCaptioner:
             **kwargs: passed to `AutoModelForImageTextToText.from_pretrained`, `device_map` for example.
 
         Raises:
-            ValueError: there is no such folder.
+            SettingError: there is no such folder.
             OSError: no such checkpoint, or the hub cannot be reached.
         """
         path = checkpoint_name(model or CHECKPOINT)
@@ -95,7 +96,7 @@ class RegionCaptioner:
         return cls(network, AutoProcessor.from_pretrained(path, **source), mode)
 
     def caption(self, image: Any, regions: Any, question: str | None = None, **generation: Any) -> list[RegionCaption]:
-        """Captions of the regions of one picture, in their order; in a notebook the list shows them on the picture.
+        """Captions of the regions of one image, in their order; in a notebook the list shows them on the image.
 
         Args:
             image: path, PIL image, array or tensor.
@@ -105,7 +106,7 @@ class RegionCaptioner:
             **generation: settings of `generate`.
 
         Raises:
-            ValueError: a picture or region that cannot be used, or an unknown setting.
+            SettingError: an image or region that cannot be used, or an unknown setting.
         """
         image = load_image(image)
         found = parse_regions(regions, *image.size)
@@ -114,15 +115,15 @@ class RegionCaptioner:
     def caption_many(
         self, pairs: Iterable[tuple[Any, Any]], batch_size: int = 8, question: str | None = None, **generation: Any
     ) -> Iterator[list[RegionCaption]]:
-        """Captions for many pictures, several a forward; yields one list per picture, in order.
+        """Captions for many images, several a forward; yields one list per image, in order.
 
         Args:
             pairs: (image, regions), see [`caption`]; read as needed, so that it may be endless.
-            batch_size (`int`): pictures a forward.
+            batch_size (`int`): images a forward.
             question, **generation: see [`caption`].
         """
         if batch_size < 1:
-            raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
+            raise SettingError(f"`batch_size` must be positive, got {batch_size}.")
         pairs = iter(pairs)
         while batch := list(islice(pairs, batch_size)):
             yield from self.generate(batch, question, **generation)[0]
@@ -133,14 +134,14 @@ class RegionCaptioner:
         """One batch, with what `generate` reports about it.
 
         Args:
-            pairs: (image, regions) of every picture.
+            pairs: (image, regions) of every image.
             question, **generation: see [`caption`].
 
         Returns:
-            captions of every picture in the order of its regions, and the [`PdlmGenerationOutput`].
+            captions of every image in the order of its regions, and the [`PdlmGenerationOutput`].
         """
         if not pairs:
-            raise ValueError("No pictures given: pass at least one (image, regions) pair.")
+            raise SettingError("No images given: pass at least one (image, regions) pair.")
         settings = {**MODES[self.mode], **generation}
         # A rule of adaptive decoding takes the place of the mode's or the checkpoint's other one.
         rules = {"entropy_bound": "acceptance_threshold", "acceptance_threshold": "entropy_bound"}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..errors_pdlm import SettingError
 from .checkpoints import checkpoint_name
 
 
@@ -18,13 +19,13 @@ def export_checkpoint(model: str | Path, out: Path) -> list[str]:
         out (`Path`): folder to write; must not exist or be empty.
 
     Raises:
-        ValueError: the folder holds something already, or there is no such checkpoint.
+        SettingError: the folder holds something already, or there is no such checkpoint.
 
     Returns:
         `list[str]`: names of the files written.
     """
     if out.exists() and any(out.iterdir()):
-        raise ValueError(
+        raise SettingError(
             f"{out} is not empty. Choose a new folder, so that no file of another checkpoint stays in it."
         )
     name = checkpoint_name(model)

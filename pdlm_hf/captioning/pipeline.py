@@ -5,6 +5,7 @@ from typing import Any
 from transformers import AutoModelForImageTextToText, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from ..errors_pdlm import SettingError
 from ..modeling_pdlm import PdlmForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
 from ..regions.images import load_image
@@ -14,10 +15,10 @@ TASK = "region-captioning"
 
 
 class RegionCaptioningPipeline(Pipeline):
-    """Captions of the regions of a picture: `pipe({"image": picture, "regions": [...]})`, or a list of such dicts.
+    """Captions of the regions of an image: `pipe({"image": image, "regions": [...]})`, or a list of such dicts.
 
-    A region is whatever [`~pdlm_hf.regions.parse_region`] reads. Settings of `generate` are keyword arguments. Returns a list
-    of `{"id", "caption", "score", "bbox"}` per picture, in the order of the regions.
+    A region is whatever [`~pdlm_hf.regions.parse_region`] reads. Settings of `generate` are keyword arguments. Returns
+    a list of `{"id", "caption", "score", "bbox"}` per image, in the order of the regions.
     """
 
     model: PdlmForConditionalGeneration
@@ -30,10 +31,10 @@ class RegionCaptioningPipeline(Pipeline):
     _load_tokenizer = False  # type: ignore[assignment]
 
     def get_iterator(self, inputs, num_workers: int, batch_size: int, *args: Any):
-        """As everywhere, one picture a pass. Raises: ValueError for a larger batch."""
+        """As everywhere, one image a pass. Raises: SettingError for a larger batch."""
         if batch_size > 1:
-            raise ValueError(
-                f"region-captioning takes one picture a pass, got batch_size={batch_size}. For several at once use "
+            raise SettingError(
+                f"region-captioning takes one image a pass, got batch_size={batch_size}. For several at once use "
                 "`RegionCaptioner.caption_many(pairs, batch_size=...)`."
             )
         return super().get_iterator(inputs, num_workers, batch_size, *args)
@@ -42,9 +43,9 @@ class RegionCaptioningPipeline(Pipeline):
         return ({} if question is None else {"question": question}), generation, {}
 
     def preprocess(self, inputs: dict[str, Any], question: str | None = None):  # type: ignore[override]
-        """A picture and its regions as model inputs."""
+        """An image and its regions as model inputs."""
         if not isinstance(inputs, dict) or not {"image", "regions"} <= inputs.keys():
-            raise ValueError('region-captioning takes {"image": picture, "regions": [...]}.')
+            raise SettingError('region-captioning takes {"image": image, "regions": [...]}.')
         image = load_image(inputs["image"])
         regions = parse_regions(inputs["regions"], *image.size)
         batch = self.processor(images=image, segmentation_maps=[r.mask for r in regions], text=question)

@@ -12,11 +12,11 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class RegionStreamer(BaseStreamer):
-    """Turns every step's draft into texts: several pictures, several regions.
+    """Turns every step's draft into texts: several images, several regions.
 
     Args:
         processor (`PdlmProcessor`): decodes.
-        on_step (*optional*): called after each step with the step number (from 1) and the texts, a list per picture of
+        on_step (*optional*): called after each step with the step number (from 1) and the texts, a list per image of
             one draft per region.
     """
 
@@ -46,12 +46,12 @@ class RegionStreamer(BaseStreamer):
         self.captions = self.processor.decode_captions(value)
 
     def end(self) -> None:
-        """The next call has other pictures."""
+        """The next call has other images."""
         self.latest = []
 
 
 class LiveView:
-    """A table in the terminal that shows the draft of every region of one picture, step by step.
+    """A table in the terminal that shows the draft of every region of one image, step by step.
 
     Args:
         names (`list[str]`): of the regions.

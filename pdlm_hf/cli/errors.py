@@ -28,8 +28,14 @@ def fail(program: str, message: Any, code: int = 2) -> typer.Exit:
     return typer.Exit(code)
 
 
-def add_version(app: typer.Typer, program: str) -> None:
-    """Give a command the option `--version`, which prints its name and the version of the project."""
+def make_app(program: str, text: str) -> typer.Typer:
+    """A command of this project: one look, help when called without arguments, and `--version`.
+
+    Args:
+        program (`str`): its name.
+        text (`str`): its help.
+    """
+    app = typer.Typer(help=text, no_args_is_help=True, rich_markup_mode=None)
 
     def show(asked: bool) -> None:
         if asked:
@@ -46,6 +52,8 @@ def add_version(app: typer.Typer, program: str) -> None:
     ) -> None:
         pass
 
+    return app
+
 
 def exit_on_error(program: str) -> Callable[[Callable], Callable]:
     """Decorator of a command of `program`: errors of its user become [`fail`]."""
@@ -55,7 +63,7 @@ def exit_on_error(program: str) -> Callable[[Callable], Callable]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             try:
                 return command(*args, **kwargs)
-            except (ValueError, OSError, ImportError) as error:
+            except (ValueError, OSError, ImportError) as error:  # PdlmError, and what libraries raise for bad input
                 raise fail(program, error) from None
             except KeyboardInterrupt:
                 raise fail(program, "stopped. What is done is kept; run the same command to go on.", 130) from None

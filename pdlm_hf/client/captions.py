@@ -13,7 +13,7 @@ from PIL import Image
 from ..client.chat import ChatClient, NoReply, Reply, public_url
 from ..errors_pdlm import ServerError
 from ..regions.crops import png_url
-from ..regions.region import Region, probe_picture
+from ..regions.region import Region, probe_image
 
 MAX_REGIONS = 60  # a request: servers take 64, and 60 is whole passes for 1 to 6 region prompts
 _SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
@@ -48,8 +48,8 @@ class CaptionClient(ChatClient):
             raise ServerError(f"{where} has no model {self.model!r}, but {', '.join(names) or 'none at all'}.")
 
     def probe(self, chat: bool = False) -> None:
-        """Caption a small grey picture. Raises: ServerError if the server does not, for settings it refuses too."""
-        image, regions = probe_picture()
+        """Caption a small grey image. Raises: ServerError if the server does not, for settings it refuses too."""
+        image, regions = probe_image()
         reply = self._attempt(self._body(request_of(png_url(image), regions)), threading.Event(), min(self.retries, 2))
         if reply.text is None:
             raise ServerError(f"The server at {public_url(self.base_url)} writes no captions: {reply.error}")
@@ -100,8 +100,8 @@ def request_of(url: str, regions: list[Region]) -> dict[str, Any]:
     return {"image": url, "regions": shapes}
 
 
-def picture_url(path: Path | None, read: Image.Image) -> str:
-    """A picture as a data URL: its file where every reader sees the same in it, else what was read from it, as PNG."""
+def image_url(path: Path | None, read: Image.Image) -> str:
+    """An image as a data URL: its file where every reader sees the same in it, else what was read from it, as PNG."""
     try:
         with Image.open(path or "") as image:
             kind = _SENT_AS_THEY_ARE.get(image.format or "")

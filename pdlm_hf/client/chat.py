@@ -1,7 +1,7 @@
 """A client for OpenAI-compatible servers. No reply is paid for twice, and no failure passes for a reply.
 
 Replies are kept in a SQLite file the moment they arrive, so that a run can be stopped at any point, also by kill -9,
-and goes on where it was. The key of a reply is what was asked (model, settings, messages with their pictures), not
+and goes on where it was. The key of a reply is what was asked (model, settings, messages with their images), not
 where: the same model behind another address gives the replies that are there already.
 """
 
@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from ..errors_pdlm import ServerError
+from ..errors_pdlm import ServerError, SettingError
 
 LONGEST_WAIT = 120.0  # seconds; a server that asks for more has run out of quota, not of breath
 GRACE = 10.0  # seconds for requests on their way when a run is stopped; they are paid for, their replies are kept
@@ -62,7 +62,7 @@ class ReplyCache:
         path (`Path`, *optional*): SQLite file, made if it is not there; None: in memory.
 
     Raises:
-        ValueError: the file cannot be opened or is something else.
+        SettingError: the file cannot be opened or is something else.
     """
 
     def __init__(self, path: Path | None = None):
@@ -75,7 +75,7 @@ class ReplyCache:
                     "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, model TEXT, text TEXT, usage TEXT)"
                 )
         except sqlite3.Error as error:
-            raise ValueError(f"{path}: cannot be used as a cache of replies ({error}).") from error
+            raise SettingError(f"{path}: cannot be used as a cache of replies ({error}).") from error
 
     def get(self, key: str) -> Reply | None:
         """The reply of this key, if it is there."""
@@ -103,11 +103,11 @@ class ReplyCache:
 
 
 def key_in(variable: str | None) -> str | None:
-    """The key in an environment variable; None for none. Raises: ValueError if it is not set."""
+    """The key in an environment variable; None for none. Raises: SettingError if it is not set."""
     if variable is None:
         return None
     if not os.environ.get(variable):
-        raise ValueError(f"The environment variable {variable} is not set; it holds the key of the server.")
+        raise SettingError(f"The environment variable {variable} is not set; it holds the key of the server.")
     return os.environ[variable]
 
 
@@ -127,12 +127,12 @@ class ChatClient:
         timeout (`float`): seconds to wait for the server at a time.
         max_calls (`int`, *optional*): stop before sending more requests than this, retries included.
         give_up_after (`int`): stop after this many failed calls in a row. Where replies are kept, requests that are
-            refused for what they ask do not count once anything was answered: all questions about a picture that the
+            refused for what they ask do not count once anything was answered: all questions about an image that the
             server's filter keeps back come in a row, and in the next run there are no others.
 
     Raises:
         ImportError: the `openai` package is missing.
-        ValueError: a number out of range, or an unusable cache file.
+        SettingError: a number out of range, or an unusable cache file.
     """
 
     keeps_replies = True  # in the cache
@@ -157,11 +157,11 @@ class ChatClient:
             raise ImportError("Asking a server needs the openai package: pip install openai.") from None
         for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
             if value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+                raise SettingError(f"`{name}` must be at least {least}, got {value}.")
         if timeout <= 0 or (max_calls is not None and max_calls < 0):
-            raise ValueError(f"`timeout` must be positive and `max_calls` not negative, got {timeout}, {max_calls}.")
+            raise SettingError(f"`timeout` must be positive and `max_calls` not negative, got {timeout}, {max_calls}.")
         if not str(base_url).startswith(("http://", "https://")):
-            raise ValueError(f"The server's address must start with http:// or https://, got {base_url!r}.")
+            raise SettingError(f"The server's address must start with http:// or https://, got {base_url!r}.")
         self.model, self.base_url, self.settings = model, str(base_url), dict(settings or {})
         self.concurrency, self.retries, self.give_up_after = concurrency, retries, give_up_after
         self.max_calls, self.calls = max_calls, 0

@@ -12,10 +12,10 @@ from PIL import Image
 from ..captioning.captioner import MODES, RegionCaptioner
 from ..captioning.streaming import RegionStreamer
 from ..client.captions import CaptionClient, request_of
-from ..errors_pdlm import ServerError
+from ..errors_pdlm import ServerError, SettingError
 from ..processing_pdlm import RegionCaption
 from ..regions.crops import png_url
-from ..regions.region import Region, probe_picture
+from ..regions.region import Region, probe_image
 
 
 @dataclass
@@ -49,12 +49,12 @@ class Written:
 
 
 class Backend(Protocol):
-    """Writes captions, one picture at a time or several.
+    """Writes captions, one image at a time or several.
 
     Args:
         name (`str`): of the model.
         modes (`tuple[str, ...]`): speed modes it has, see [`settings_of`].
-        at_a_time (`int`): pictures.
+        at_a_time (`int`): images.
     """
 
     name: str
@@ -77,7 +77,7 @@ def settings_of(mode: str, steps: int, threshold: float) -> dict[str, Any]:
         threshold (`float`): between 0 and 1.
 
     Raises:
-        ValueError: no such mode.
+        SettingError: no such mode.
     """
     rules = {
         "adaptive": {"acceptance_threshold": float(threshold)},
@@ -85,12 +85,12 @@ def settings_of(mode: str, steps: int, threshold: float) -> dict[str, Any]:
         "fixed": {"acceptance_threshold": None},
     }
     if mode not in rules:
-        raise ValueError(f"There is no mode {mode!r}; choose one of {', '.join(rules)}.")
+        raise SettingError(f"There is no mode {mode!r}; choose one of {', '.join(rules)}.")
     return {**rules[mode], "max_denoising_steps": int(steps)}
 
 
 class LocalBackend:
-    """The model in this process; one picture at a time.
+    """The model in this process; one image at a time.
 
     Args:
         captioner ([`~pdlm_hf.captioning.RegionCaptioner`])
@@ -98,7 +98,7 @@ class LocalBackend:
         max_new_tokens (`int`): slots per caption.
 
     Raises:
-        ValueError: it cannot be used; found out on a small grey picture.
+        SettingError: it cannot be used; found out on a small grey image.
     """
 
     modes = ("adaptive", "fast", "fixed")
@@ -107,7 +107,7 @@ class LocalBackend:
     def __init__(self, captioner: RegionCaptioner, name: str, max_new_tokens: int = 32):
         self.captioner, self.name, self.max_new_tokens = captioner, name, max_new_tokens
         self._lock = threading.Lock()
-        captioner.caption(*probe_picture(), max_new_tokens=max_new_tokens)
+        captioner.caption(*probe_image(), max_new_tokens=max_new_tokens)
 
     def write(self, image, regions, settings, on_step):
         """See [`Backend`]."""
@@ -128,7 +128,7 @@ class ServerBackend:
         max_new_tokens (`int`): slots per caption.
 
     Raises:
-        ServerError: it writes no captions; found out on a small grey picture.
+        ServerError: it writes no captions; found out on a small grey image.
     """
 
     modes = ("adaptive", "fixed")
@@ -167,7 +167,7 @@ def follow(writer: Backend, image: Image.Image, regions: list[Region], settings:
     Args:
         writer (`Backend`)
         image (`PIL.Image.Image`): RGB.
-        regions (`list[Region]`): of the picture.
+        regions (`list[Region]`): of the image.
         settings (`dict`): see [`settings_of`].
 
     Raises:

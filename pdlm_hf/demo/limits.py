@@ -11,13 +11,14 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..client.captions import MAX_REGIONS
+from ..errors_pdlm import ImageError
 from ..regions.images import open_image
 
 MAX_BYTES = 20 * 2**20  # of the files of one upload together
 MAX_PIXELS = 25_000_000
-MAX_MASK_PIXELS = 2**28  # of the masks of a picture together
+MAX_MASK_PIXELS = 2**28  # of the masks of an image together
 MAX_FILES = MAX_REGIONS
-SESSIONS = 32  # people whose pictures are kept at a time; then the one who did nothing for longest is forgotten
+SESSIONS = 32  # people whose images are kept at a time; then the one who did nothing for longest is forgotten
 IDLE = 3600  # seconds
 _MAX_BODY = MAX_BYTES * 4 // 3 + 2**20  # files travel as base64 inside of JSON
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others: some start programs to be opened
@@ -41,25 +42,25 @@ def read_uploads(items: Any) -> list[tuple[str, bytes]]:
         items: what the page sent: `[{"name", "data": base64}, ...]`.
 
     Raises:
-        ValueError: too many, too large, or something else.
+        ImageError: too many, too large, or something else.
     """
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError("The upload cannot be read; reload the page.")
+        raise ImageError("The upload cannot be read; reload the page.")
     if not 0 < len(items) <= MAX_FILES:
-        raise ValueError(f"{len(items)} files; at most {MAX_FILES} at a time.")
+        raise ImageError(f"{len(items)} files; at most {MAX_FILES} at a time.")
     try:
         files = [
             (PurePath(str(item["name"])).name[-80:], base64.b64decode(item["data"], validate=True)) for item in items
         ]
     except (KeyError, TypeError, ValueError, binascii.Error):
-        raise ValueError("The upload cannot be read; reload the page.") from None
+        raise ImageError("The upload cannot be read; reload the page.") from None
     if (size := sum(len(data) for _, data in files)) > MAX_BYTES:
-        raise ValueError(f"{size / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB at a time.")
+        raise ImageError(f"{size / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB at a time.")
     return files
 
 
 def open_upload(name: str, data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
-    """An uploaded picture in its own mode, turned the way it is meant to be seen; looked at before it is decoded.
+    """An uploaded image in its own mode, turned the way it is meant to be seen; looked at before it is decoded.
 
     Args:
         name (`str`): for messages.
@@ -67,15 +68,15 @@ def open_upload(name: str, data: bytes, size: tuple[int, int] | None = None) -> 
         size (`tuple[int, int]`, *optional*): width and height it must have, of a mask.
 
     Raises:
-        ValueError: no picture, cut short, too large, or of another size.
+        ImageError: no image, cut short, too large, or of another size.
     """
 
     def check(image: Image.Image) -> None:
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise ValueError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million.")
+            raise ImageError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million.")
         if size is not None and image.size != size:
-            raise ValueError(f"{name}: {width} x {height} pixels, but the picture has {size[0]} x {size[1]}.")
+            raise ImageError(f"{name}: {width} x {height} pixels, but the image has {size[0]} x {size[1]}.")
 
     return open_image(io.BytesIO(data), name, check, _FORMATS)
 

@@ -1,9 +1,9 @@
 // Of the board: tools, marks, live captions, what is under the pointer. gradio gives element, trigger, props and watch.
 const find = name => element.querySelector(name);
-const stage = find(".stage"), image = find(".picture"), pen = find(".pen"), tip = find(".tip"), bubbles = find(".bubbles");
+const stage = find(".stage"), image = find(".image"), pen = find(".pen"), tip = find(".tip"), bubbles = find(".bubbles");
 const out = name => document.querySelector("#captions " + name);
 const CROWDED = 12, NARROW = 480; // regions, pixels; beyond these only the list has captions
-const THIN = 60; // pixels; a picture's shorter side is shown no smaller, and scrolls
+const THIN = 60; // pixels; an image's shorter side is shown no smaller, and scrolls
 let tool = "box", view = null, labels = null, said = null, timer = null, stroke = null;
 
 const act = (kind, more) => trigger('act', { kind, ...more });
@@ -27,14 +27,14 @@ async function upload(kind, files) {
     return;
   }
   const sent = await Promise.all(files.map(read));
-  act(kind, kind === "picture" ? sent[0] : { files: sent });
+  act(kind, kind === "image" ? sent[0] : { files: sent });
 }
-for (const kind of ["picture", "masks"]) {
-  const input = find(kind === "picture" ? ".picture-file" : ".mask-file");
+for (const kind of ["image", "masks"]) {
+  const input = find(kind === "image" ? ".image-file" : ".mask-file");
   input.addEventListener("change", () => { upload(kind, input.files); input.value = ""; });
   find(`[data-do=${kind}]`).addEventListener("click", () => input.click());
 }
-find(".drop").addEventListener("click", () => find(".picture-file").click());
+find(".drop").addEventListener("click", () => find(".image-file").click());
 element.addEventListener("dragover", event => { event.preventDefault(); stage.classList.add("over"); });
 element.addEventListener("dragleave", () => stage.classList.remove("over"));
 element.addEventListener("drop", event => {
@@ -42,7 +42,7 @@ element.addEventListener("drop", event => {
   stage.classList.remove("over");
   const files = [...event.dataTransfer.files];
   const masks = (view && files.length > 1) || files.every(file => /\.(json|txt)$/i.test(file.name));
-  upload(masks ? "masks" : "picture", files);
+  upload(masks ? "masks" : "image", files);
 });
 watch("file", () => {
   const file = props.file;
@@ -180,7 +180,7 @@ function show(texts) {
   out(".rows").replaceChildren(...rows);
   spread([...bubbles.children]);
 }
-function spread(boxes) { // within the picture, and beside each other where they would overlap
+function spread(boxes) { // within the image, and beside each other where they would overlap
   const frame = bubbles.getBoundingClientRect(), taken = [];
   for (const box of boxes.sort((a, b) => a.offsetTop - b.offsetTop)) {
     let shift = Math.min(0, frame.bottom - box.getBoundingClientRect().bottom);
@@ -243,7 +243,7 @@ watch("value", async () => {
   if (!view) return;
   element.dataset.version = view.version;
   delete element.dataset.step;
-  image.src = view.picture;
+  image.src = view.image;
   stage.style.aspectRatio = `${view.size[0]} / ${view.size[1]}`;
   stage.style.maxWidth = `calc(74vh * ${view.size[0] / view.size[1]})`;
   stage.style.minWidth = `${THIN * Math.max(1, view.size[0] / view.size[1])}px`;

@@ -21,14 +21,14 @@ from ..errors_pdlm import ServerError
 from ..regions.region import Region, parse_regions
 from ..render.drawing import draw_regions
 from ..render.report import jpeg_url
-from ..shapes.scenes import draw_picture
+from ..shapes.scenes import draw_scene
 from .backend import Backend, Draft, follow, settings_of
 from .limits import IDLE, MAX_BYTES, SESSIONS, Guard, read_uploads
 from .parts import Lane, compare_html, effect_html
 from .session import Session
 
 _HERE = Path(__file__).parent
-_EXAMPLES = (29, 8, 45, 4)  # seeds of drawn pictures
+_EXAMPLES = (29, 8, 45, 4)  # seeds of drawn images
 _MODES = {"adaptive": "Adaptive", "fast": "Fast", "fixed": "Fixed steps"}
 _STEPS, _BOUND = (1, 32), (0.5, 0.99)  # least and most
 _TITLE = "PerceptionDLM"
@@ -67,8 +67,8 @@ def says_why_live(handler: Callable) -> Callable:
 
 @cache
 def example(number: int) -> tuple[Any, list[np.ndarray]]:
-    """A drawn picture (PIL, RGB) the embedded checkpoint can describe, and its masks."""
-    drawn = draw_picture(np.random.default_rng(_EXAMPLES[number]))
+    """A drawn image (PIL, RGB) the embedded checkpoint can describe, and its masks."""
+    drawn = draw_scene(np.random.default_rng(_EXAMPLES[number]))
     return drawn.image, drawn.masks
 
 
@@ -84,7 +84,7 @@ class Handlers:
         self.writer, self.segmenter = writer, segmenter
 
     def act(self, sheet: Session, event: gr.EventData) -> tuple[Session, Any, str]:
-        """A picture, masks, a mark, undo, clear, or an example, as the page's script says; empties the comparison."""
+        """An image, masks, a mark, undo, clear, or an example, as the page's script says; empties the comparison."""
         with sheet.lock:
             self._act(sheet, event._data if isinstance(event._data, dict) else {})
             # the sheet goes back so that gradio knows when it was used last; what was of the old one is forgotten
@@ -92,7 +92,7 @@ class Handlers:
 
     def _act(self, sheet: Session, what: dict[str, Any]) -> None:
         kind = what.get("kind")
-        if kind == "picture":
+        if kind == "image":
             sheet.open(*read_uploads([what])[0])
         elif kind == "masks":
             sheet.load_masks(read_uploads(what.get("files")))
@@ -109,7 +109,7 @@ class Handlers:
     def describe(self, sheet: Session, mode: str, steps: int, threshold: float) -> Iterator[tuple[Session, Any]]:
         """All regions together, live."""
         with sheet.lock:
-            image, regions, version = sheet.picture(), sheet.parsed(), sheet.version
+            image, regions, version = sheet.current_image(), sheet.parsed(), sheet.version
         drafts: list[list[str]] = []
         for news in follow(self.writer, image, regions, settings_of(mode, steps, threshold)):
             if isinstance(news, Draft):
@@ -124,9 +124,9 @@ class Handlers:
             yield sheet, gr.update(captions=end | {"passes": news.forwards, "seconds": news.seconds})
 
     def compare(self, sheet: Session, mode: str, steps: int, threshold: float) -> Iterator[str]:
-        """All regions together, then each one alone; ends, and leaves nothing, once picture or regions change."""
+        """All regions together, then each one alone; ends, and leaves nothing, once image or regions change."""
         with sheet.lock:
-            image, regions, version = sheet.picture(), sheet.parsed(), sheet.version
+            image, regions, version = sheet.current_image(), sheet.parsed(), sheet.version
         with closing(self._compare(image, regions, settings_of(mode, steps, threshold))) as lanes:
             for shown in lanes:
                 if sheet.version != version:
@@ -166,14 +166,14 @@ class Handlers:
         with sheet.lock:
             return _file(f"{_stem(sheet)}_captions.json", "application/json", sheet.coco())
 
-    def export_picture(self, sheet: Session) -> Any:
-        """The picture with its captions."""
+    def export_image(self, sheet: Session) -> Any:
+        """The image with its captions."""
         with sheet.lock:
             return _file(f"{_stem(sheet)}_captions.png", "image/png", sheet.drawing())
 
 
 def _stem(sheet: Session) -> str:
-    return Path(sheet.name).stem or "picture"
+    return Path(sheet.name).stem or "image"
 
 
 def _file(name: str, kind: str, data: bytes) -> Any:
@@ -190,13 +190,13 @@ def build_page(writer: Backend, segmenter: Any = None, threshold: float | None =
         threshold (`float`, *optional*): the checkpoint's own; None: it decodes by a fixed schedule.
     """
     does = Handlers(writer, segmenter)
-    pictures = [
+    images = [
         draw_regions(image, parse_regions(masks, *image.size)) for image, masks in map(example, range(len(_EXAMPLES)))
     ]
     with gr.Blocks(title=_TITLE, analytics_enabled=False, fill_width=True) as page:
         sheet = gr.State(Session(), time_to_live=IDLE)
         gr.HTML(
-            f"<h1>{_TITLE}</h1><p>Mark regions of a picture. One press describes all of them together.</p>",
+            f"<h1>{_TITLE}</h1><p>Mark regions of an image. One press describes all of them together.</p>",
             elem_id="head",
         )
         with gr.Row():
@@ -209,7 +209,7 @@ def build_page(writer: Backend, segmenter: Any = None, threshold: float | None =
                     captions=None,
                     file=None,
                     clicks=segmenter is not None,
-                    examples=[jpeg_url(picture) for picture in pictures],
+                    examples=[jpeg_url(drawn) for drawn in images],
                     most=MAX_BYTES,
                 )
             with gr.Column(scale=2, min_width=320):
@@ -221,7 +221,7 @@ def build_page(writer: Backend, segmenter: Any = None, threshold: float | None =
                 )
                 with gr.Row():
                     coco = gr.Button("Save as COCO json", size="sm", elem_id="save-coco")
-                    picture = gr.Button("Save as picture", size="sm", elem_id="save-picture")
+                    save = gr.Button("Save as image", size="sm", elem_id="save-image")
                 with gr.Accordion("Speed", open=True):
                     controls = _controls(writer, threshold)
         with gr.Row():
@@ -236,7 +236,7 @@ def build_page(writer: Backend, segmenter: Any = None, threshold: float | None =
         writing.failure(None, js="() => window.dispatchEvent(new Event('pdlm-failed'))")
         race.click(says_why_live(does.compare), [sheet, *controls], lanes, **slow)
         coco.click(exit_on_error(does.export_coco), sheet, board, **quick)
-        picture.click(exit_on_error(does.export_picture), sheet, board, **quick)
+        save.click(exit_on_error(does.export_image), sheet, board, **quick)
     return page.queue(default_concurrency_limit=4, max_size=64, api_open=False)
 
 

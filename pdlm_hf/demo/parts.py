@@ -28,7 +28,7 @@ def measured_rows(mode: str) -> list[tuple[float, float, float]]:
         mode (`str`): see [`~writing.settings_of`].
 
     Returns:
-        value of the mode's own setting, share of captions that are exact, and passes a picture.
+        value of the mode's own setting, share of captions that are exact, and passes an image.
     """
     rules = ("acceptance_threshold", "entropy_bound")
     rows = []

@@ -1,4 +1,4 @@
-"""One person's picture, the regions marked on it, and their captions."""
+"""One person's image, the regions marked on it, and their captions."""
 
 import io
 import json
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..errors_pdlm import SettingError
 from ..image_processing_pdlm import to_rgb
 from ..processing_pdlm import RegionCaption, area_order
 from ..regions.crops import png_url
@@ -27,7 +28,7 @@ _UNDO = 50
 
 @dataclass
 class Session:
-    """What one person works on. Regions are kept as COCO annotations: masks of large pictures would fill the memory.
+    """What one person works on. Regions are kept as COCO annotations: masks of large images would fill the memory.
 
     To be changed by one thread at a time, the one that holds its lock.
 
@@ -38,7 +39,7 @@ class Session:
         regions (`list[dict]`): "id", "segmentation" (RLE), and "shown", the RLE at that size; "brushed" if more can be
             painted to it.
         captions (`list[RegionCaption]`, *optional*): of these regions.
-        version (`int`): another one whenever picture or regions change.
+        version (`int`): another one whenever image or regions change.
     """
 
     image: Image.Image | None = None
@@ -57,18 +58,18 @@ class Session:
         return Session()
 
     def open(self, name: str, data: bytes) -> None:
-        """Begin with an uploaded picture. Raises: ValueError, and the sheet stays as it was."""
+        """Begin with an uploaded image. Raises: SettingError, and the sheet stays as it was."""
         self.start(to_rgb(open_upload(name, data), name), name)
 
     def start(self, image: Image.Image, name: str, masks: Any = ()) -> None:
-        """Begin with a picture (RGB), and masks on it."""
+        """Begin with an image (RGB), and masks on it."""
         regions = [Region(k, mask) for k, mask in enumerate(masks, 1)]
         self.image, self.name, self.past = image, name, []
         self.small = image.resize(_shown_size(image)) if max(image.size) > _SHOWN else image
         self._set([self._row(region, region.id) for region in regions])
 
     def mark(self, gesture: dict[str, Any], segmenter: Any = None) -> None:
-        """Make a region the way a person shows it; places are in fractions of the picture's width and height.
+        """Make a region the way a person shows it; places are in fractions of the image's width and height.
 
         Args:
             gesture: `{"kind": "box", "box": [x0, y0, x1, y1]}`; `{"kind": "brush", "points": [[x, y], ...], "radius":
@@ -77,9 +78,9 @@ class Session:
             segmenter ([`~sam.Segmenter`], *optional*): finds what was clicked.
 
         Raises:
-            ValueError: something else, an empty region, or too many.
+            SettingError: something else, an empty region, or too many.
         """
-        image = self.picture()
+        image = self.current_image()
         width, height = image.size
         kind = gesture.get("kind")
         if kind == "box":
@@ -91,7 +92,7 @@ class Session:
             x, y = _pixel(_numbers(gesture.get("point"), (2,)), width, height)
             self._add([Region(None, segmenter.mask(image, x, y))])
         else:
-            raise ValueError("Mark a region with a box or the brush.")
+            raise SettingError("Mark a region with a box or the brush.")
 
     def load_masks(self, files: list[tuple[str, bytes]]) -> None:
         """Add regions from files: a label map, several masks (white inside), or a file of regions as
@@ -101,9 +102,9 @@ class Session:
             files: names and contents.
 
         Raises:
-            ValueError: a file cannot be used; nothing is added then.
+            SettingError: a file cannot be used; nothing is added then.
         """
-        size = self.picture().size
+        size = self.current_image().size
         found: list[Region] = []
         for name, data in files:
             if PurePath(name).suffix.lower() in (".json", ".txt"):
@@ -113,7 +114,7 @@ class Session:
                 if image.mode == "P":  # numbers of a palette are labels
                     image = Image.fromarray(np.asarray(image))
                 if len(files) == 1 and image.getcolors(MAX_REGIONS + 1) is None:  # each would be a mask
-                    raise ValueError(
+                    raise SettingError(
                         f"{name}: more than {MAX_REGIONS} values; expected a label map, or several masks."
                     )
                 values = from_label_map(image) if len(files) == 1 else [image]
@@ -136,21 +137,21 @@ class Session:
         """Take all regions away."""
         self._change([])
 
-    def picture(self) -> Image.Image:
-        """The picture. Raises: ValueError if there is none."""
+    def current_image(self) -> Image.Image:
+        """The image. Raises: SettingError if there is none."""
         if self.image is None:
-            raise ValueError("Drop a picture first, or take one of the examples.")
+            raise SettingError("Drop an image first, or take one of the examples.")
         return self.image
 
     def parsed(self) -> list[Region]:
-        """The regions with their masks. Raises: ValueError if there are none."""
-        image = self.picture()
+        """The regions with their masks. Raises: SettingError if there are none."""
+        image = self.current_image()
         if not self.regions:
-            raise ValueError("Mark a region first: drag a box on the picture.")
+            raise SettingError("Mark a region first: drag a box on the image.")
         return parse_regions(self.regions, *image.size)
 
     def view(self) -> dict[str, Any] | None:
-        """What the page shows: the picture with its regions, and a picture that tells which region a pixel is of."""
+        """What the page shows: the image with its regions, and an image that tells which region a pixel is of."""
         if self.image is None or self.small is None:
             return None
         shown = [{"id": row["id"], "segmentation": row["shown"]} for row in self.regions]
@@ -163,7 +164,7 @@ class Session:
         boxes = [np.divide(region.bbox, [*self.small.size, *self.small.size]).tolist() for region in regions]
         return {
             "version": self.version,
-            "picture": jpeg_url(draw_regions(self.small, regions, size)),
+            "image": jpeg_url(draw_regions(self.small, regions, size)),
             "labels": png_url(Image.fromarray(labels)),
             "size": size,
             "undo": bool(self.past),
@@ -174,28 +175,28 @@ class Session:
         }
 
     def coco(self) -> bytes:
-        """A COCO file of the picture, with `caption` and `score` on each annotation. Raises: ValueError."""
+        """A COCO file of the image, with `caption` and `score` on each annotation. Raises: SettingError."""
         rows = []
         for region, caption in zip(self.parsed(), self._captions(), strict=True):
             place = {"id": region.id, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": int(region.mask.sum())}
             said = {"caption": caption.text, "score": round(caption.score, 4)}
             rows.append({**place, "bbox": region.bbox, "segmentation": region.segmentation, **said})
-        width, height = self.picture().size
+        width, height = self.current_image().size
         image = {"id": 1, "file_name": self.name, "width": width, "height": height}
         data = {"images": [image], "annotations": rows, "categories": [{"id": 1, "name": "region"}]}
         return json.dumps(data, indent=1).encode()
 
     def drawing(self) -> bytes:
-        """A PNG of the picture with numbered regions and their captions. Raises: ValueError."""
+        """A PNG of the image with numbered regions and their captions. Raises: SettingError."""
         buffer = io.BytesIO()
-        draw_captions(self.picture(), self.parsed(), self._captions()).save(buffer, format="PNG")
+        draw_captions(self.current_image(), self.parsed(), self._captions()).save(buffer, format="PNG")
         return buffer.getvalue()
 
     # ---------------------------------------------------------------- within
 
     def _captions(self) -> list[RegionCaption]:
         if self.captions is None:
-            raise ValueError("There are no captions of these regions yet; press Describe.")
+            raise SettingError("There are no captions of these regions yet; press Describe.")
         return self.captions
 
     def _add(self, regions: list[Region]) -> None:
@@ -218,7 +219,7 @@ class Session:
         return {"id": own, "segmentation": whole, "shown": shown, **more}
 
     def _paint(self, mask: np.ndarray, start: np.ndarray) -> None:
-        size = self.picture().size
+        size = self.current_image().size
         x, y = _pixel(start, *size)
         for k, row in reversed(list(enumerate(self.regions))):
             if row.get("brushed") and (whole := parse_region(row, *size).mask)[y, x]:
@@ -228,10 +229,10 @@ class Session:
         self.regions[-1]["brushed"] = True
 
     def _check(self, count: int) -> None:
-        width, height = self.picture().size
+        width, height = self.current_image().size
         most = min(MAX_REGIONS, MAX_MASK_PIXELS // (width * height))
         if count > most:
-            raise ValueError(f"{count} regions; at most {most} on a picture of {width} x {height} pixels.")
+            raise SettingError(f"{count} regions; at most {most} on an image of {width} x {height} pixels.")
 
     def _change(self, regions: list[dict[str, Any]]) -> None:
         self.past = [*self.past, self.regions][-_UNDO:]
@@ -261,11 +262,11 @@ def _read_regions(name: str, data: bytes, image_name: str, size: tuple[int, int]
         try:
             return read_region_file(path, image_name, *size)
         except ValueError as error:
-            raise ValueError(str(error).replace(str(path), name)) from None
+            raise SettingError(str(error).replace(str(path), name)) from None
 
 
 def _numbers(values: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Fractions of a picture, within 0 to 1. Raises: ValueError for anything else."""
+    """Fractions of an image, within 0 to 1. Raises: SettingError for anything else."""
     array: np.ndarray | None = None
     try:
         given = np.asarray(values, dtype=float)
@@ -274,7 +275,7 @@ def _numbers(values: Any, shape: tuple[int, ...]) -> np.ndarray:
     except (TypeError, ValueError):
         pass
     if array is None or not array.size or not np.isfinite(array).all():
-        raise ValueError("This mark cannot be read; try again, with a shorter stroke.")
+        raise SettingError("This mark cannot be read; try again, with a shorter stroke.")
     return array.clip(0, 1)
 
 

@@ -1,8 +1,9 @@
-"""Regions of a picture from a JSON file: a COCO file, or a list of regions."""
+"""Regions of an image from a JSON file: a COCO file, or a list of regions."""
 
 from pathlib import Path
 from typing import Any
 
+from ..errors_pdlm import RegionError
 from .files import load_json
 
 
@@ -12,14 +13,14 @@ def is_coco(data: Any) -> bool:
 
 
 def read_regions(path: Path, image_name: str) -> list[dict[str, Any]]:
-    """Annotations of one picture.
+    """Annotations of one image.
 
     Args:
         path (`Path`): a COCO file, or a list of regions, or `{"regions": [...]}`.
-        image_name (`str`): picture to look up in a COCO file, by file name; not needed if the file has one picture.
+        image_name (`str`): image to look up in a COCO file, by file name; not needed if the file has one image.
 
     Raises:
-        ValueError: not JSON, cut short, no such picture, or no regions for it.
+        RegionError: not JSON, cut short, no such image, or no regions for it.
     """
     return regions_in(load_json(path), path, image_name)
 
@@ -36,9 +37,9 @@ def regions_in(data: Any, path: Path, image_name: str) -> list[dict[str, Any]]:
     else:
         regions = data
     if not isinstance(regions, list) or not all(isinstance(region, dict) for region in regions):
-        raise ValueError(f"{path}: expected a COCO file or a list of regions with `segmentation` or `bbox`.")
+        raise RegionError(f"{path}: expected a COCO file or a list of regions with `segmentation` or `bbox`.")
     if not regions:
-        raise ValueError(f"{path}: holds no regions for {image_name}.")
+        raise RegionError(f"{path}: holds no regions for {image_name}.")
     return regions
 
 
@@ -48,5 +49,5 @@ def _of_image(data: dict[str, Any], path: Path, image_name: str) -> list[dict[st
     if not matching and len(images) == 1:
         matching = images
     if len(matching) != 1:
-        raise ValueError(f"{path}: has {len(images)} pictures, {len(matching)} of them named {Path(image_name).name}.")
+        raise RegionError(f"{path}: has {len(images)} images, {len(matching)} of them named {Path(image_name).name}.")
     return [a for a in data["annotations"] if a.get("image_id") == matching[0]["id"]]

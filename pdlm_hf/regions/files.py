@@ -7,17 +7,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..errors_pdlm import DataError
+
 
 def load_json(path: Path) -> Any:
-    """What a JSON file holds. Raises: ValueError if there is no such file, or it is not JSON or cut short."""
+    """What a JSON file holds. Raises: DataError if there is no such file, or it is not JSON or cut short."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file.") from None
+        raise DataError(f"{path}: no such file.") from None
     except IsADirectoryError:
-        raise ValueError(f"{path}: is a folder, not a file.") from None
+        raise DataError(f"{path}: is a folder, not a file.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON, perhaps cut short ({error}).") from error
+        raise DataError(f"{path}: not valid JSON, perhaps cut short ({error}).") from error
 
 
 def read_rows(path: Path, repair: bool = False) -> Iterator[dict[str, Any]]:
@@ -28,7 +30,7 @@ def read_rows(path: Path, repair: bool = False) -> Iterator[dict[str, Any]]:
         repair (`bool`): also take that line off the file, so that rows can be added.
 
     Raises:
-        ValueError: a line is no JSON object.
+        DataError: a line is no JSON object.
     """
     if not path.exists():
         return
@@ -41,11 +43,11 @@ def read_rows(path: Path, repair: bool = False) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(
+                raise DataError(
                     f"{path}: line {number} is damaged ({error}); delete the file to start again."
                 ) from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}: line {number} is no JSON object; this is not a file of rows.")
+                raise DataError(f"{path}: line {number} is no JSON object; this is not a file of rows.")
             yield row
     if repair and size < path.stat().st_size:
         os.truncate(path, size)

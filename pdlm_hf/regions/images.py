@@ -1,4 +1,4 @@
-"""Opening pictures."""
+"""Opening images."""
 
 import io
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from ..errors_pdlm import ImageError
 from ..image_processing_pdlm import to_rgb
 
 _TURNS = {
@@ -22,7 +23,7 @@ _ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # whe
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 where it cannot be read, since a picture is of use without it."""
+    """EXIF orientation, 1 to 8; 1 where it cannot be read, since an image is of use without it."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow raises what it likes on damaged EXIF
@@ -31,7 +32,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """The picture as it is meant to be seen. Not Pillow's `exif_transpose`, which fails on tags of a wrong type."""
+    """The image as it is meant to be seen. Not Pillow's `exif_transpose`, which fails on tags of a wrong type."""
     turn = _TURNS.get(orientation_of(image))
     if turn is None:
         return image.copy()
@@ -42,7 +43,7 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 def load_image(source: Any, data: bytes | None = None) -> Image.Image:
-    """A picture as RGB. A file is turned the way it is meant to be seen (EXIF orientation applied), as by
+    """An image as RGB. A file is turned the way it is meant to be seen (EXIF orientation applied), as by
     transformers' own `load_image`; what is in memory is taken as it is, as by the processor.
 
     Args:
@@ -50,7 +51,7 @@ def load_image(source: Any, data: bytes | None = None) -> Image.Image:
         data (`bytes`, *optional*): what the file holds, if it has been read already.
 
     Raises:
-        ValueError: no such file, not a picture, cut short, or too large to be opened safely.
+        ImageError: no such file, not an image, cut short, or too large to be opened safely.
     """
     if isinstance(source, (str, Path)):
         return to_rgb(open_image(source if data is None else io.BytesIO(data), str(source)), str(source))
@@ -63,18 +64,20 @@ def open_image(
     check: Callable[[Image.Image], None] | None = None,
     formats: list[str] | tuple[str, ...] | None = None,
 ) -> Image.Image:
-    """A picture file in its own mode, turned the way it is meant to be seen.
+    """An image file in its own mode, turned the way it is meant to be seen.
 
     Args:
         source: path, or a file in memory.
         name (`str`, *optional*): for messages; default: the path.
-        check (*optional*): called before the picture is decoded; raises what is to be raised.
+        check (*optional*): called before the image is decoded; raises what is to be raised.
         formats (*optional*): names of the formats to try, as Pillow has them; default: all it knows.
 
     Raises:
-        ValueError: as [`load_image`].
+        ImageError: as [`load_image`].
     """
     name = str(source) if name is None else name
+    if name.startswith(("http://", "https://")) and not isinstance(source, io.IOBase):
+        raise ImageError(f"{name}: is an address, and images are read from files only; download it first.")
     try:
         with Image.open(source, formats=formats) as image:
             if check is not None:
@@ -82,11 +85,11 @@ def open_image(
             image.load()
             return _turned(image)
     except FileNotFoundError:
-        raise ValueError(f"{name}: no such file.") from None
+        raise ImageError(f"{name}: no such file.") from None
     except IsADirectoryError:
-        raise ValueError(f"{name}: is a folder, not a picture.") from None
+        raise ImageError(f"{name}: is a folder, not an image.") from None
     except UnidentifiedImageError as error:
         reason = error if formats is None else f"known are {', '.join(formats)}"
-        raise ValueError(f"{name}: cannot be opened as a picture ({reason}).") from error
+        raise ImageError(f"{name}: cannot be opened as an image ({reason}).") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: cannot be opened as a picture ({error}).") from error
+        raise ImageError(f"{name}: cannot be opened as an image ({error}).") from error

@@ -14,33 +14,34 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..errors_pdlm import RegionError
 from .coco import regions_in
 from .files import load_json
 from .images import open_image
 from .region import Region, parse_region
 
-_PICTURES = {".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}  # without loss, so that they can hold labels
+_IMAGES = {".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}  # without loss, so that they can hold labels
 _CIRCLE = 64  # corners of the polygon that stands for a circle
 
 
 def read_region_file(path: Path, image_name: str, width: int, height: int) -> list[Any]:
-    """Regions of one picture from a file: COCO, a list of regions, LabelMe (.json), YOLO (.txt), a label map (.png).
+    """Regions of one image from a file: COCO, a list of regions, LabelMe (.json), YOLO (.txt), a label map (.png).
 
     Args:
         path (`Path`): the file; its ending says what it is.
-        image_name (`str`): picture to look up in a COCO file.
-        width, height (`int`): of the picture, in pixels.
+        image_name (`str`): image to look up in a COCO file.
+        width, height (`int`): of the image, in pixels.
 
     Raises:
-        ValueError: the file cannot be read, or holds no regions.
+        RegionError: the file cannot be read, or holds no regions.
     """
     ending = path.suffix.lower()
     if ending == ".txt":
         return from_yolo(path, width, height)
-    if ending in _PICTURES:
+    if ending in _IMAGES:
         return from_label_map(path)
     if ending in (".jpg", ".jpeg"):
-        raise ValueError(f"{path}: JPEG changes labels; save the label map as PNG (or give a mask with --mask).")
+        raise RegionError(f"{path}: JPEG changes labels; save the label map as PNG (or give a mask with --mask).")
     data = load_json(path)
     if isinstance(data, dict) and isinstance(data.get("shapes"), list):
         return from_labelme(data, str(path))
@@ -69,7 +70,7 @@ def from_sam(masks: Any) -> list[Any]:
             `(N, H, W)` or `(N, 1, H, W)`, bool or logits (above 0 is inside).
 
     Raises:
-        ValueError: several masks for each prompt, or another shape.
+        RegionError: several masks for each prompt, or another shape.
     """
     if isinstance(masks, (list, tuple)) and masks and isinstance(masks[0], dict):
         shapes = [mask.get("segmentation") for mask in masks]
@@ -79,12 +80,12 @@ def from_sam(masks: Any) -> list[Any]:
         ]
     array = masks.detach().cpu().float().numpy() if isinstance(masks, torch.Tensor) else np.asarray(masks)
     if array.ndim == 4 and array.shape[1] > 1:
-        raise ValueError(
+        raise RegionError(
             f"SAM: {array.shape[1]} masks for each prompt, shape {array.shape}; choose one of them, masks[:, 0] or "
             "the one with the best score."
         )
     if array.ndim not in (3, 4):
-        raise ValueError(f"SAM: expected masks of shape (N, H, W) or (N, 1, H, W), got {array.shape}.")
+        raise RegionError(f"SAM: expected masks of shape (N, H, W) or (N, 1, H, W), got {array.shape}.")
     return [Region(k, mask > 0) for k, mask in enumerate(array.reshape(-1, *array.shape[-2:]))]
 
 
@@ -97,20 +98,20 @@ def from_labelme(source: str | Path | dict[str, Any], name: str | None = None) -
         name (`str`, *optional*): how to call it in messages.
 
     Raises:
-        ValueError: not such a file, or a shape without area (points, lines).
+        RegionError: not such a file, or a shape without area (points, lines).
     """
     data = source if isinstance(source, dict) else load_json(Path(source))
     name = name or ("LabelMe" if isinstance(source, dict) else str(source))
     shapes = data.get("shapes") if isinstance(data, dict) else None
     if not isinstance(shapes, list) or not shapes:
-        raise ValueError(f"{name}: has no `shapes`; expected a LabelMe file with at least one.")
+        raise RegionError(f"{name}: has no `shapes`; expected a LabelMe file with at least one.")
     regions: list[Any] = []
     groups: dict[tuple, int] = {}
     part: Region | dict[str, Any]
     for number, shape in enumerate(shapes):
         where = f"{name}: shapes[{number}]"
         if not isinstance(shape, dict):
-            raise ValueError(f"{where}: expected an object with `points`, got {shape!r:.60}.")
+            raise RegionError(f"{where}: expected an object with `points`, got {shape!r:.60}.")
         if shape.get("shape_type") == "mask":
             part = Region(len(regions), _labelme_mask(shape, data, where))
         else:
@@ -143,7 +144,7 @@ def _points(shape: dict, where: str) -> np.ndarray:
     except (KeyError, TypeError, ValueError):
         points = np.zeros(0)
     if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
-        raise ValueError(f"{where}: `points` must be a list of [x, y], got {shape.get('points')!r:.60}.")
+        raise RegionError(f"{where}: `points` must be a list of [x, y], got {shape.get('points')!r:.60}.")
     return points
 
 
@@ -158,13 +159,13 @@ def _labelme_polygon(shape: dict, where: str) -> list[float]:
         return (points[0] + radius * np.stack([np.cos(turns), np.sin(turns)], 1)).ravel().tolist()
     if kind in ("polygon", "rectangle") and len(points) >= 3:
         return points.ravel().tolist()
-    raise ValueError(
+    raise RegionError(
         f"{where}: a {kind} of {len(points)} points has no area; a region is a polygon, rectangle, circle or mask."
     )
 
 
 def _labelme_mask(shape: dict, data: dict, where: str) -> np.ndarray:
-    """The mask of the whole picture from the part that LabelMe keeps, at the first of two points."""
+    """The mask of the whole image from the part that LabelMe keeps, at the first of two points."""
     points = _points(shape, where)
     try:
         size = (int(data["imageHeight"]), int(data["imageWidth"]))
@@ -173,28 +174,28 @@ def _labelme_mask(shape: dict, data: dict, where: str) -> np.ndarray:
         mask = np.zeros(size, dtype=bool)
         mask[y : y + part.shape[0], x : x + part.shape[1]] = part
     except (KeyError, TypeError, ValueError, IndexError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where}: the mask cannot be read ({type(error).__name__}: {error}).") from None
+        raise RegionError(f"{where}: the mask cannot be read ({type(error).__name__}: {error}).") from None
     return mask
 
 
 def from_yolo(path: str | Path, width: int, height: int) -> list[dict[str, Any]]:
-    """Regions of a YOLO label file, in fractions of the picture: a line is `class x y w h` with the centre of a box
+    """Regions of a YOLO label file, in fractions of the image: a line is `class x y w h` with the centre of a box
     (and perhaps its confidence), or `class x0 y0 x1 y1 x2 y2 ...` with a polygon. Ids are positions, "category" is
     the class.
 
     Args:
         path: of the file.
-        width, height (`int`): of the picture, in pixels.
+        width, height (`int`): of the image, in pixels.
 
     Raises:
-        ValueError: no such file, or a line that is neither, by its number.
+        RegionError: no such file, or a line that is neither, by its number.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file.") from None
+        raise RegionError(f"{path}: no such file.") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file.") from None
+        raise RegionError(f"{path}: not a text file.") from None
     regions: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -206,9 +207,9 @@ def from_yolo(path: str | Path, width: int, height: int) -> list[dict[str, Any]]
             numbers = np.asarray([math.nan])
         count = len(numbers)
         if not np.isfinite(numbers).all() or count < 4 or (count > 5 and count % 2):
-            raise ValueError(f"{path}: line {number}: expected `class x y w h` or a polygon, got {line!r:.60}.")
+            raise RegionError(f"{path}: line {number}: expected `class x y w h` or a polygon, got {line!r:.60}.")
         if numbers[:4].max() > 1.5:
-            raise ValueError(f"{path}: line {number}: YOLO has fractions of the picture, got {line!r:.60} (pixels?).")
+            raise RegionError(f"{path}: line {number}: YOLO has fractions of the image, got {line!r:.60} (pixels?).")
         region: dict[str, Any] = {"id": len(regions), "category": kind}
         if count <= 5:
             x, y, w, h = (numbers[:4] * [width, height, width, height]).tolist()
@@ -217,19 +218,19 @@ def from_yolo(path: str | Path, width: int, height: int) -> list[dict[str, Any]]
             region["segmentation"] = [(numbers.reshape(-1, 2) * [width, height]).ravel().tolist()]
         regions.append(region)
     if not regions:
-        raise ValueError(f"{path}: holds no regions.")
+        raise RegionError(f"{path}: holds no regions.")
     return regions
 
 
 def from_label_map(source: Any) -> list[Region]:
-    """Regions of a picture in which every region has its own value, and 0 is none of them. Ids are the values; of
-    colours they are R + 256 G + 65536 B, as in COCO's panoptic pictures.
+    """Regions of an image in which every region has its own value, and 0 is none of them. Ids are the values; of
+    colours they are R + 256 G + 65536 B, as in COCO's panoptic images.
 
     Args:
         source: path, PIL image, or array of integers `(H, W)` or `(H, W, 3)`.
 
     Raises:
-        ValueError: it cannot be opened, has transparency or fractions, or no region.
+        RegionError: it cannot be opened, has transparency or fractions, or no region.
     """
     name = str(source) if isinstance(source, (str, Path)) else "label map"
     image = open_image(source) if isinstance(source, (str, Path)) else source
@@ -237,11 +238,11 @@ def from_label_map(source: Any) -> list[Region]:
     if labels.ndim == 3 and labels.shape[2] == 3:
         labels = labels.astype(np.int64) @ [1, 256, 65536]
     if labels.ndim != 2 or labels.dtype.kind not in "biu":
-        raise ValueError(
+        raise RegionError(
             f"{name}: a label map has integers of shape (H, W) or colours (H, W, 3), got {labels.dtype} "
             f"{labels.shape}."
         )
     regions = [Region(int(value), labels == value) for value in np.unique(labels) if value]
     if not regions:
-        raise ValueError(f"{name}: holds no regions; every pixel is 0.")
+        raise RegionError(f"{name}: holds no regions; every pixel is 0.")
     return regions

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from ..errors_pdlm import RegionError
 from ..image_processing_pdlm import to_binary_mask
 from .images import open_image
 
@@ -19,7 +20,7 @@ MASK_PIXELS = 2**29  # of the masks of a batch or request together
 
 @dataclass
 class Region:
-    """One region of a picture.
+    """One region of an image.
 
     Args:
         id: the caller's own, or the position among the regions.
@@ -43,26 +44,26 @@ class Region:
 
 
 def parse_regions(values: Any, width: int, height: int) -> list[Region]:
-    """Regions of one picture; see [`parse_region`] for the forms.
+    """Regions of one image; see [`parse_region`] for the forms.
 
     Args:
         values: list of regions, or an array of masks (N, H, W).
-        width, height (`int`): of the picture, in pixels.
+        width, height (`int`): of the image, in pixels.
 
     Raises:
-        ValueError: no region, or one that cannot be read; the message names it.
+        RegionError: no region, or one that cannot be read; the message names it.
     """
     if isinstance(values, (np.ndarray, torch.Tensor)) and values.ndim == 2:
         values = [values]
     if isinstance(values, (dict, str, Path)):
         values = [values]
     if hasattr(values, "xyxy"):
-        raise ValueError("Regions: detections of supervision go through `pdlm_hf.regions.from_supervision` first.")
+        raise RegionError("Regions: detections of supervision go through `pdlm_hf.regions.from_supervision` first.")
     if not isinstance(values, (Iterable, np.ndarray, torch.Tensor)):
-        raise ValueError(f"Regions: expected a list of masks, boxes, polygons or RLE, got {type(values).__name__}.")
+        raise RegionError(f"Regions: expected a list of masks, boxes, polygons or RLE, got {type(values).__name__}.")
     regions = [parse_region(value, width, height, k) for k, value in enumerate(values)]
     if not regions:
-        raise ValueError("No regions given. Pass at least one mask, box, polygon or RLE.")
+        raise RegionError("No regions given. Pass at least one mask, box, polygon or RLE.")
     return regions
 
 
@@ -70,14 +71,14 @@ def parse_region(value: Any, width: int, height: int, index: int | str = 0) -> R
     """One region.
 
     Args:
-        value: a [`Region`]; a mask (array, tensor, PIL image, or path of a picture); a box `[x, y, width, height]` in
+        value: a [`Region`]; a mask (array, tensor, PIL image, or path of an image); a box `[x, y, width, height]` in
             pixels; a polygon `[[x0, y0, x1, y1, ...], ...]`; an RLE `{"size", "counts"}`; or a COCO annotation with
             "segmentation" or "bbox", whose "id" is kept.
-        width, height (`int`): of the picture, in pixels.
+        width, height (`int`): of the image, in pixels.
         index (`int` or `str`): its position, or another name; its id unless it brings one.
 
     Raises:
-        ValueError: it cannot be read, lies outside the picture, is empty, or has another size.
+        RegionError: it cannot be read, lies outside the image, is empty, or has another size.
     """
     name = f"region {index}"
     mask: np.ndarray | torch.Tensor | Image.Image
@@ -88,6 +89,7 @@ def parse_region(value: Any, width: int, height: int, index: int | str = 0) -> R
     if isinstance(value, dict):
         mask = _from_rle(value, width, height, name)
     elif isinstance(value, (str, Path)):
+        name = str(value)
         mask = open_image(value)
     elif isinstance(value, (list, tuple)) and len(value) == 4 and all(np.isscalar(x) for x in value):
         mask = _from_box(value, width, height, name)
@@ -96,22 +98,24 @@ def parse_region(value: Any, width: int, height: int, index: int | str = 0) -> R
     elif isinstance(value, (np.ndarray, torch.Tensor, Image.Image)):
         mask = value
     else:
-        raise ValueError(f"{name}: expected a mask, box, polygon, RLE or COCO annotation, got {type(value).__name__}.")
+        raise RegionError(
+            f"{name}: expected a mask, box, polygon, RLE or COCO annotation, got {type(value).__name__}."
+        )
     return Region(index, to_binary_mask(mask, height, width, name))
 
 
-def region_areas(annotations: Sequence[dict], sizes: Sequence[tuple[int, int]]) -> list[int | ValueError]:
+def region_areas(annotations: Sequence[dict], sizes: Sequence[tuple[int, int]]) -> list[int | RegionError]:
     """Areas of many regions at once, without their masks: the check of a large data set.
 
     Args:
-        annotations: dicts with "segmentation" (RLE or polygons) or "bbox", of any pictures.
-        sizes: width and height of the picture of each, in pixels.
+        annotations: dicts with "segmentation" (RLE or polygons) or "bbox", of any images.
+        sizes: width and height of the image of each, in pixels.
 
     Returns:
-        pixels inside each region, which may be 0; or in its place the ValueError of [`parse_region`] for one that
+        pixels inside each region, which may be 0; or in its place the RegionError of [`parse_region`] for one that
         cannot be read.
     """
-    areas: list[int | ValueError] = [0] * len(annotations)
+    areas: list[int | RegionError] = [0] * len(annotations)
     texts: dict[int, bytes] = {}
     for k, (annotation, (width, height)) in enumerate(zip(annotations, sizes, strict=True)):
         try:
@@ -127,7 +131,7 @@ def region_areas(annotations: Sequence[dict], sizes: Sequence[tuple[int, int]]) 
             else:
                 x0, y0, x1, y1 = _box_pixels(shape, width, height, name)
                 areas[k] = (x1 - x0) * (y1 - y0)
-        except ValueError as error:
+        except RegionError as error:
             areas[k] = error
     runs, lengths, damaged = _run_lengths(list(texts.values()))
     owner = np.repeat(np.arange(len(lengths)), lengths)
@@ -150,10 +154,10 @@ def _shape_of(annotation: dict, index: int | str) -> tuple[str, str, Any]:
     shape = annotation.get("segmentation")
     if shape is not None and shape != [] and shape != {}:
         if not isinstance(shape, (list, dict)):
-            raise ValueError(f"{name}: `segmentation` must be an RLE or polygons.")
+            raise RegionError(f"{name}: `segmentation` must be an RLE or polygons.")
         return name, "rle" if isinstance(shape, dict) else "polygons", shape
     if annotation.get("bbox") is None:
-        raise ValueError(f"{name}: needs `segmentation` (RLE or polygons) or `bbox` [x, y, width, height].")
+        raise RegionError(f"{name}: needs `segmentation` (RLE or polygons) or `bbox` [x, y, width, height].")
     return name, "bbox", annotation["bbox"]
 
 
@@ -168,24 +172,24 @@ def _numbers(values: Any, name: str) -> np.ndarray:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected numbers, got {values!r:.60}.") from None
+        raise RegionError(f"{name}: expected numbers, got {values!r:.60}.") from None
     if not np.isfinite(array).all():
-        raise ValueError(f"{name}: holds NaN or infinite values.")
+        raise RegionError(f"{name}: holds NaN or infinite values.")
     return array
 
 
 def _box_pixels(box: Any, width: int, height: int, name: str) -> tuple[int, int, int, int]:
-    """First and end column and row of the pixels the box touches; parts outside the picture are cut off."""
+    """First and end column and row of the pixels the box touches; parts outside the image are cut off."""
     array = _numbers(box, name)
     if array.shape != (4,):
-        raise ValueError(f"{name}: a box is [x, y, width, height], got {box!r:.60}.")
+        raise RegionError(f"{name}: a box is [x, y, width, height], got {box!r:.60}.")
     x, y, w, h = array.tolist()
     if w <= 0 or h <= 0:
-        raise ValueError(f"{name}: the box {list(box)} has no area; it is [x, y, width, height], not two corners.")
+        raise RegionError(f"{name}: the box {list(box)} has no area; it is [x, y, width, height], not two corners.")
     x0, y0 = max(0, math.floor(x)), max(0, math.floor(y))
     x1, y1 = min(width, math.ceil(x + w)), min(height, math.ceil(y + h))
     if x1 <= x0 or y1 <= y0:
-        raise ValueError(f"{name}: the box {list(box)} lies outside the picture of {width} x {height}.")
+        raise RegionError(f"{name}: the box {list(box)} lies outside the image of {width} x {height}.")
     return x0, y0, x1, y1
 
 
@@ -199,10 +203,10 @@ def _from_box(box: Any, width: int, height: int, name: str) -> np.ndarray:
 def _polygon_rle(polygons: Any, width: int, height: int, name: str) -> dict:
     rings = [_numbers(ring, name) for ring in polygons]
     if not rings or any(ring.ndim != 1 or len(ring) < 6 or len(ring) % 2 for ring in rings):
-        raise ValueError(f"{name}: a polygon is a flat list [x0, y0, x1, y1, ...] of at least three points.")
+        raise RegionError(f"{name}: a polygon is a flat list [x0, y0, x1, y1, ...] of at least three points.")
     # pycocotools allocates memory for every pixel on the way, also far outside
     if max(np.abs(ring).max() for ring in rings) > 16 * max(width, height):
-        raise ValueError(f"{name}: the polygon lies far outside the picture of {width} x {height} pixels.")
+        raise RegionError(f"{name}: the polygon lies far outside the image of {width} x {height} pixels.")
     return coco_mask.merge(coco_mask.frPyObjects([ring.tolist() for ring in rings], height, width))
 
 
@@ -222,12 +226,12 @@ def _from_rle(rle: dict, width: int, height: int, name: str) -> np.ndarray:
 
 
 def _rle_counts(rle: dict, width: int, height: int, name: str) -> bytes | np.ndarray:
-    """Compressed counts, or the run lengths themselves. Raises: ValueError for another size, or what is no RLE."""
+    """Compressed counts, or the run lengths themselves. Raises: RegionError for another size, or what is no RLE."""
     if "counts" not in rle:
-        raise ValueError(f"{name}: the RLE has no `counts`.")
+        raise RegionError(f"{name}: the RLE has no `counts`.")
     size = list(rle["size"]) if isinstance(rle.get("size"), (list, tuple)) else []
     if size != [height, width]:
-        raise ValueError(f"{name}: the RLE is for size {size} (height, width), the picture has {[height, width]}.")
+        raise RegionError(f"{name}: the RLE is for size {size} (height, width), the image has {[height, width]}.")
     counts = rle["counts"]
     if isinstance(counts, (bytes, str)):
         return counts if isinstance(counts, bytes) else counts.encode("latin-1", "replace")
@@ -243,8 +247,8 @@ def _checked(runs: np.ndarray, width: int, height: int, name: str) -> np.ndarray
     return runs
 
 
-def _damaged(name: str, width: int, height: int) -> ValueError:
-    return ValueError(
+def _damaged(name: str, width: int, height: int) -> RegionError:
+    return RegionError(
         f"{name}: the RLE is damaged; its runs do not add up to the {height * width} pixels of its size."
     )
 
@@ -288,7 +292,7 @@ def _run_lengths(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return runs, lengths, damaged
 
 
-def probe_picture() -> tuple[Image.Image, list[Region]]:
-    """A small grey picture with one region, to try an engine and its settings on before the work."""
+def probe_image() -> tuple[Image.Image, list[Region]]:
+    """A small grey image with one region, to try an engine and its settings on before the work."""
     image = Image.new("RGB", (32, 32), (128, 128, 128))
     return image, [parse_region([4, 4, 24, 24], *image.size)]

@@ -1,4 +1,4 @@
-"""What a click on a picture means, according to SAM 2."""
+"""What a click on an image means, according to SAM 2."""
 
 import threading
 
@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from ..errors_pdlm import CheckpointError
+
 # As SAM 2's own processor has them. That one needs torchvision, which many installations lack; what it does to a
-# picture and a point is this little.
+# image and a point is this little.
 _MEAN, _STD = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], dtype=np.float32)
 
 
@@ -33,13 +35,15 @@ class Segmenter:
             device (`str`, *optional*): default: the GPU if there is one.
 
         Raises:
-            ValueError: they are of something else.
+            CheckpointError: they are of something else.
         """
         from transformers import AutoConfig, Sam2Model
 
         kind = AutoConfig.from_pretrained(path).model_type
         if kind not in ("sam2", "sam2_video"):
-            raise ValueError(f"--sam {path}: a {kind} model; expected SAM 2, facebook/sam2.1-hiera-small for example.")
+            raise CheckpointError(
+                f"--sam {path}: a {kind} model; expected SAM 2, facebook/sam2.1-hiera-small for example."
+            )
         model = Sam2Model.from_pretrained(path)
         # transformers' `to` is typed without its `self`
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
@@ -56,7 +60,7 @@ class Segmenter:
             bool, `(H, W)`.
 
         Raises:
-            ValueError: it finds nothing there.
+            CheckpointError: it finds nothing there.
         """
         height, width = self.model.config.vision_config.backbone_config.image_size
         point = torch.tensor([(x + 0.5) * width / image.width, (y + 0.5) * height / image.height])
@@ -71,11 +75,11 @@ class Segmenter:
         logits = functional.interpolate(best[None, None].float(), size, mode="bilinear", align_corners=False)
         mask = (logits[0, 0] > 0).cpu().numpy()
         if not mask.any():
-            raise ValueError("SAM 2 finds nothing there; draw a box instead.")
+            raise CheckpointError("SAM 2 finds nothing there; draw a box instead.")
         return mask
 
     def _embeddings(self, image: Image.Image, width: int, height: int) -> list[torch.Tensor]:
-        """Of the picture; those of the last one are kept, for the next click on it."""
+        """Of the image; those of the last one are kept, for the next click on it."""
         if self._seen is None or self._seen[0] is not image:
             scaled = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 255
             pixels = torch.from_numpy((scaled - _MEAN) / _STD).permute(2, 0, 1)[None]

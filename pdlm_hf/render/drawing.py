@@ -1,4 +1,4 @@
-"""Pictures of regions with their captions: numbered masks, a legend, contact sheets."""
+"""Images of regions with their captions: numbered masks, a legend, contact sheets."""
 
 import math
 import textwrap
@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from ..errors_pdlm import SettingError
 from ..processing_pdlm import RegionCaption, area_order
 from ..regions.region import Region
 
-# Colours that stay apart on most pictures; region k always has colour k modulo their number.
+# Colours that stay apart on most images; region k always has colour k modulo their number.
 COLOURS = (
     "#e6194b",
     "#3cb44b",
@@ -25,7 +26,7 @@ COLOURS = (
     "#469990",
 )
 _MIN_SIDE = 480
-_CROWDED = 12  # regions; from here on the picture is larger, and the legend has columns
+_CROWDED = 12  # regions; from here on the image is larger, and the legend has columns
 _OPACITY = 0.25
 _LINE = 24  # pixels of a line of the legend
 _COLUMN = 400  # pixels of a column of the legend, at least
@@ -37,34 +38,34 @@ def colour_of(number: int) -> str:
 
 
 def draw_captions(image: Image.Image, regions: list[Region], captions: list[RegionCaption]) -> Image.Image:
-    """The picture with coloured, numbered masks, and the captions as a numbered legend below.
+    """The image with coloured, numbered masks, and the captions as a numbered legend below.
 
     Args:
         image (`PIL.Image.Image`): RGB.
         regions (`list[Region]`), captions (`list[RegionCaption]`): in the same order.
     """
     least = _MIN_SIDE if len(regions) <= _CROWDED else 2 * _MIN_SIDE
-    factor = max(1, round(least / max(image.size)))  # small pictures are enlarged, or numbers would hide them
+    factor = max(1, round(least / max(image.size)))  # small images are enlarged, or numbers would hide them
     canvas = draw_regions(image, regions, (image.width * factor, image.height * factor))
     return with_legend(canvas, [caption.text or "(empty)" for caption in captions])
 
 
 def draw_regions(image: Image.Image, regions: Sequence[Region], size: tuple[int, int] | None = None) -> Image.Image:
-    """The picture with coloured, numbered masks; small ones lie on large ones.
+    """The image with coloured, numbered masks; small ones lie on large ones.
 
     Args:
         image (`PIL.Image.Image`): RGB.
-        regions: of the picture.
-        size (`tuple[int, int]`, *optional*): width and height of the result in pixels; default: the picture's.
+        regions: of the image.
+        size (`tuple[int, int]`, *optional*): width and height of the result in pixels; default: the image's.
     """
     size = size or image.size
     way = Image.Resampling.NEAREST if size[0] >= image.width else Image.Resampling.BICUBIC
     canvas = np.array(image.resize(size, way))
     for k in area_order([region.mask for region in regions]):
         _paint(canvas, regions[k], colour_of(k))
-    picture = Image.fromarray(canvas)
-    _write_numbers(picture, regions)
-    return picture
+    drawn = Image.fromarray(canvas)
+    _write_numbers(drawn, regions)
+    return drawn
 
 
 def _paint(canvas: np.ndarray, region: Region, colour: str) -> None:
@@ -93,17 +94,17 @@ def _rgb(colour: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(colour[1:]))
 
 
-def _write_numbers(picture: Image.Image, regions: Sequence[Region]) -> None:
+def _write_numbers(image: Image.Image, regions: Sequence[Region]) -> None:
     """A label on every region, small regions first; one that would hide another moves aside."""
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     taken: list[tuple[float, ...]] = []
     for k in reversed(area_order([region.mask for region in regions])):
         text, mask = str(k + 1), regions[k].mask
         y, x = (float(places.mean()) + 0.5 for places in mask.nonzero())
-        x, y = x * picture.width / mask.shape[1], y * picture.height / mask.shape[0]
+        x, y = x * image.width / mask.shape[1], y * image.height / mask.shape[0]
         half = draw.textlength(text, font) / 2 + 4, 9
-        box = next((box for box in _places(x, y, half, picture.size) if not _hits(box, taken)), None)
-        box = box or next(_places(x, y, half, picture.size))
+        box = next((box for box in _places(x, y, half, image.size) if not _hits(box, taken)), None)
+        box = box or next(_places(x, y, half, image.size))
         taken.append(box)
         draw.rectangle(box, fill=colour_of(k))
         place = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
@@ -111,7 +112,7 @@ def _write_numbers(picture: Image.Image, regions: Sequence[Region]) -> None:
 
 
 def _places(x: float, y: float, half: tuple[float, float], size: tuple[int, int]):
-    """Boxes around a point and then around points further and further off, all within the picture."""
+    """Boxes around a point and then around points further and further off, all within the image."""
     for ring in range(7):
         for turn in range(max(1, 8 * ring)):
             angle = 2 * math.pi * turn / max(1, 8 * ring)
@@ -125,16 +126,16 @@ def _hits(box: tuple[float, ...], others: list[tuple[float, ...]]) -> bool:
     return any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in others)
 
 
-def with_legend(picture: Image.Image, texts: list[str], height: int = 0) -> Image.Image:
-    """The picture with numbered, coloured lines below it, in columns where there are many.
+def with_legend(image: Image.Image, texts: list[str], height: int = 0) -> Image.Image:
+    """The image with numbered, coloured lines below it, in columns where there are many.
 
     Args:
-        picture (`PIL.Image.Image`): RGB.
+        image (`PIL.Image.Image`): RGB.
         texts (`list[str]`): one a region.
         height (`int`): pixels of the result at least.
     """
     font = ImageFont.load_default(16)
-    width = max(picture.width, _MIN_SIDE)
+    width = max(image.width, _MIN_SIDE)
     count = 1 if len(texts) <= _CROWDED else max(1, width // _COLUMN)
     room = width // count
     wrapped = [textwrap.wrap(text, max(20, (room - 60) // 8)) or [""] for text in texts]
@@ -145,11 +146,11 @@ def with_legend(picture: Image.Image, texts: list[str], height: int = 0) -> Imag
             columns.append([])
         columns[-1].append(k)
     longest = max(sum(len(wrapped[k]) for k in column) for column in columns)
-    out = Image.new("RGB", (width, max(height, picture.height + 12 + _LINE * longest)), "white")
-    out.paste(picture, (0, 0))
+    out = Image.new("RGB", (width, max(height, image.height + 12 + _LINE * longest)), "white")
+    out.paste(image, (0, 0))
     draw = ImageDraw.Draw(out)
     for number, column in enumerate(columns):
-        x, y = room * number, picture.height + 8
+        x, y = room * number, image.height + 8
         for k in column:
             draw.rectangle([x + 8, y, x + 34, y + 19], fill=colour_of(k))
             draw.text((x + 21, y + 9), str(k + 1), fill=ink_on(colour_of(k)), font=font, anchor="mm")
@@ -162,19 +163,19 @@ def with_legend(picture: Image.Image, texts: list[str], height: int = 0) -> Imag
 def contact_sheet(
     drawings: Sequence[Image.Image], names: Sequence[str] = (), columns: int = 3, width: int = 480
 ) -> Image.Image:
-    """Several pictures on one sheet, row by row.
+    """Several images on one sheet, row by row.
 
     Args:
-        drawings: pictures, see [`draw_captions`].
+        drawings: images, see [`draw_captions`].
         names (*optional*): what to write above each.
-        columns (`int`): pictures beside each other.
-        width (`int`): of a picture on the sheet, in pixels.
+        columns (`int`): images beside each other.
+        width (`int`): of an image on the sheet, in pixels.
 
     Raises:
-        ValueError: no pictures, or columns or width below 1.
+        SettingError: no images, or columns or width below 1.
     """
     if not drawings or columns < 1 or width < 1:
-        raise ValueError(f"A contact sheet needs pictures, and columns and width of at least 1: {columns}, {width}.")
+        raise SettingError(f"A contact sheet needs images, and columns and width of at least 1: {columns}, {width}.")
     gap, top = 8, _LINE if names else 0
     small = [d.resize((width, max(1, round(d.height * width / d.width))), Image.Resampling.LANCZOS) for d in drawings]
     rows = [small[start : start + columns] for start in range(0, len(small), columns)]
@@ -193,16 +194,16 @@ def contact_sheet(
 
 
 def check_target(path: Path, option: str = "--draw") -> None:
-    """Whether a drawing can be written there. Raises: ValueError."""
+    """Whether a drawing can be written there. Raises: SettingError."""
     if not path.parent.is_dir():
-        raise ValueError(f"{option} {path}: there is no folder {path.parent}.")
+        raise SettingError(f"{option} {path}: there is no folder {path.parent}.")
     if path.is_dir():
-        raise ValueError(f"{option} {path}: is a folder; give a file name, .png for example.")
+        raise SettingError(f"{option} {path}: is a folder; give a file name, .png for example.")
     Image.init()
     if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"{option} {path}: {path.suffix or 'no ending'} is no picture format; use .png for example.")
+        raise SettingError(f"{option} {path}: {path.suffix or 'no ending'} is no image format; use .png for example.")
 
 
 def save_drawing(path: Path, image: Image.Image, regions: list[Region], captions: list[RegionCaption]) -> None:
-    """Write [`draw_captions`] to a picture file."""
+    """Write [`draw_captions`] to an image file."""
     draw_captions(image, regions, captions).save(path)

@@ -1,4 +1,4 @@
-"""How the captions of a picture emerged, step by step: a page to open offline, or a GIF."""
+"""How the captions of an image emerged, step by step: a page to open offline, or a GIF."""
 
 import html
 import json
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..errors_pdlm import SettingError
 from ..regions.region import Region
 from .drawing import draw_regions, with_legend
 from .report import HEAD, STYLE, badge, jpeg_url, thumbnail_size
@@ -43,11 +44,11 @@ show(steps.length - 1);
 
 
 def check_recording(path: Path) -> None:
-    """Whether a recording can be written there. Raises: ValueError."""
+    """Whether a recording can be written there. Raises: SettingError."""
     if path.suffix.lower() not in (".html", ".gif"):
-        raise ValueError(f"--record {path}: {path.suffix or 'no ending'} is no recording; use .html or .gif.")
+        raise SettingError(f"--record {path}: {path.suffix or 'no ending'} is no recording; use .html or .gif.")
     if not path.parent.is_dir() or path.is_dir():
-        raise ValueError(f"--record {path}: give a file name in a folder that is there.")
+        raise SettingError(f"--record {path}: give a file name in a folder that is there.")
 
 
 def save_recording(path: Path, image: Image.Image, regions: list[Region], steps: list[list[str]]) -> None:
@@ -56,15 +57,15 @@ def save_recording(path: Path, image: Image.Image, regions: list[Region], steps:
     Args:
         path (`Path`): .html (with a slider) or .gif.
         image (`PIL.Image.Image`): RGB.
-        regions (`list[Region]`): of the picture.
+        regions (`list[Region]`): of the image.
         steps (`list[list[str]]`): after every step, the draft of each region; the last are the captions.
 
     Raises:
-        ValueError: no steps.
+        SettingError: no steps.
         OSError: the file cannot be written.
     """
     if not steps:
-        raise ValueError("There are no steps to record.")
+        raise SettingError("There are no steps to record.")
     steps = [drafts + [""] * (len(regions) - len(drafts)) for drafts in steps]  # of passes that came later
     drawn = draw_regions(image, regions, thumbnail_size(image))
     if path.suffix.lower() == ".html":

@@ -1,4 +1,4 @@
-"""Captioned pictures as HTML: one in a notebook, many in a report, one file that opens without a network."""
+"""Captioned images as HTML: one in a notebook, many in a report, one file that opens without a network."""
 
 import base64
 import html
@@ -8,15 +8,16 @@ from typing import Any
 
 from PIL import Image
 
+from ..errors_pdlm import DataError
 from ..processing_pdlm import RegionCaption
 from ..regions.files import read_rows
 from ..regions.images import load_image
 from ..regions.region import Region, parse_region
 from .drawing import colour_of, contact_sheet, draw_captions, draw_regions, ink_on
 
-PICTURES = 500  # of a report, unless said otherwise
+IMAGES = 500  # of a report, unless said otherwise
 DRAWINGS = 48  # of a contact sheet
-_SIDE = 480  # pixels of the longer side of a picture
+_SIDE = 480  # pixels of the longer side of an image
 _FIELDS = {"image_id", "annotation_id", "file_name", "caption", "score", "segmentation"}
 
 # No script from elsewhere, no request to anywhere.
@@ -37,34 +38,34 @@ article { padding: 1rem 0; border-bottom: 1px solid #ddd; } h2 { font-size: 1rem
 SCRIPT = """
 const main = document.querySelector("main"), query = document.querySelector("#query");
 const order = document.querySelector("#order"), shown = document.querySelector("#shown");
-const pictures = [...main.querySelectorAll("article")];
+const images = [...main.querySelectorAll("article")];
 function search() {
   const words = query.value.toLowerCase().split(/\\s+/).filter(Boolean);
   const fits = text => words.every(word => text.toLowerCase().includes(word));
   let regions = 0, count = 0;
-  for (const picture of pictures) {
-    const name = picture.querySelector("h2").textContent, whole = fits(name);
+  for (const image of images) {
+    const name = image.querySelector("h2").textContent, whole = fits(name);
     let any = whole;
-    for (const item of picture.querySelectorAll("li")) {
+    for (const item of image.querySelectorAll("li")) {
       item.hidden = !whole && !fits(name + " " + item.querySelector("span").textContent);
       if (!item.hidden) { any = true; regions += 1; }
     }
-    picture.hidden = !any;
+    image.hidden = !any;
     if (any) count += 1;
   }
-  shown.textContent = `${regions} regions of ${count} pictures`;
+  shown.textContent = `${regions} regions of ${count} images`;
 }
 function sort() {
   const sign = order.value === "high" ? -1 : 1, field = order.value === "name" ? "number" : order.value;
-  const key = picture => sign * Number(picture.dataset[field]);
-  main.append(...pictures.sort((a, b) => key(a) - key(b) || a.dataset.number - b.dataset.number));
+  const key = image => sign * Number(image.dataset[field]);
+  main.append(...images.sort((a, b) => key(a) - key(b) || a.dataset.number - b.dataset.number));
 }
 query.addEventListener("input", search); order.addEventListener("change", sort); search();
 """
 
 
 def image_html(image: Image.Image, regions: list[Region], captions: list[RegionCaption]) -> str:
-    """A piece of HTML: the picture with numbered masks, and beside it the captions with their scores.
+    """A piece of HTML: the image with numbered masks, and beside it the captions with their scores.
 
     Args:
         image (`PIL.Image.Image`): RGB.
@@ -94,44 +95,44 @@ def badge(k: int) -> str:
 
 
 def thumbnail_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of a picture whose longer side is 480 pixels."""
+    """Width and height of an image whose longer side is 480 pixels."""
     factor = _SIDE / max(image.size)
     return max(1, round(image.width * factor)), max(1, round(image.height * factor))
 
 
 def jpeg_url(image: Image.Image) -> str:
-    """A picture as a small data URL."""
+    """An image as a small data URL."""
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-# ---------------------------------------------------------------- many pictures
+# ---------------------------------------------------------------- many images
 
 
 def write_report(rows: Path, images: Path, out: Path, limit: int | None = None) -> tuple[int, int, list[str]]:
-    """A report of what `pdlm batch` wrote, or a contact sheet if `out` is a picture.
+    """A report of what `pdlm batch` wrote, or a contact sheet if `out` is an image.
 
     Args:
         rows (`Path`): OUT.jsonl.
-        images (`Path`): folder of the pictures.
-        out (`Path`): .html, or a picture.
-        limit (`int`, *optional*): pictures at most, those with the lowest score of a region; default 500, of a sheet
+        images (`Path`): folder of the images.
+        out (`Path`): .html, or an image.
+        limit (`int`, *optional*): images at most, those with the lowest score of a region; default 500, of a sheet
             48.
 
     Returns:
-        numbers of pictures shown, and there; and why some of those shown could not be read.
+        numbers of images shown, and there; and why some of those shown could not be read.
 
     Raises:
-        ValueError: no rows, or other ones; or none of the pictures can be read.
+        DataError: no rows, or other ones; or none of the images can be read.
         OSError: the file cannot be written.
     """
     sheet, unread = out.suffix.lower() not in (".html", ".htm"), []
     lowest = _lowest_scores(rows)
-    limit = (DRAWINGS if sheet else PICTURES) if limit is None else limit
+    limit = (DRAWINGS if sheet else IMAGES) if limit is None else limit
     if limit < 1:
-        raise ValueError(f"The number of pictures must be positive, got {limit}.")
-    worst = sorted(lowest, key=lambda picture: (lowest[picture], picture[0], str(picture[1])))[:limit]
+        raise DataError(f"The number of images must be positive, got {limit}.")
+    worst = sorted(lowest, key=lambda key: (lowest[key], key[0], str(key[1])))[:limit]
     groups = _groups(rows, set(worst))
     if sheet:
         names, drawn = [], []
@@ -150,36 +151,36 @@ def write_report(rows: Path, images: Path, out: Path, limit: int | None = None) 
             page = _report(rows.name, articles, len(lowest))
             out.write_text(page, encoding="utf-8", errors="replace")
     if len(unread) == len(groups):
-        raise ValueError(f"{images}: none of the pictures can be read; see --images. {unread[0]}")
+        raise DataError(f"{images}: none of the images can be read; see --images. {unread[0]}")
     return len(worst), len(lowest), unread
 
 
 def _lowest_scores(path: Path) -> dict[tuple[str, Any], float]:
-    """Lowest score of every picture, by file name and id."""
+    """Lowest score of every image, by file name and id."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
+        raise DataError(f"{path}: no such file.")
     lowest: dict[tuple[str, Any], float] = {}
     for number, row in enumerate(read_rows(path), 1):
         if not _FIELDS <= row.keys():
             missing = ", ".join(sorted(_FIELDS - row.keys()))
-            raise ValueError(f"{path}: line {number}: has no {missing}; expected rows of `pdlm batch`.")
+            raise DataError(f"{path}: line {number}: has no {missing}; expected rows of `pdlm batch`.")
         key, score = (row["file_name"], row["image_id"]), row["score"]
         if not isinstance(row["file_name"], str) or not isinstance(score, (int, float)):
-            raise ValueError(f"{path}: line {number}: `file_name` must be text and `score` a number.")
+            raise DataError(f"{path}: line {number}: `file_name` must be text and `score` a number.")
         lowest[key] = min(score, lowest.get(key, 1.0))
     if not lowest:
-        raise ValueError(f"{path}: has no rows.")
+        raise DataError(f"{path}: has no rows.")
     return lowest
 
 
 def _groups(path: Path, chosen: set[tuple[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows of the chosen pictures, a list each, by name and id, whatever order they were written in."""
+    """Rows of the chosen images, a list each, by name and id, whatever order they were written in."""
     groups: dict[tuple[str, Any], dict[Any, dict]] = {}
     for row in read_rows(path):
         key = row["file_name"], row["image_id"]
         if key in chosen:
             groups.setdefault(key, {})[row["annotation_id"]] = row
-    ordered = sorted(groups, key=lambda picture: (picture[0], str(picture[1])))
+    ordered = sorted(groups, key=lambda image: (image[0], str(image[1])))
     return [
         [groups[key][own] for own in sorted(groups[key], key=lambda own: (isinstance(own, str), own))]
         for key in ordered
@@ -187,7 +188,7 @@ def _groups(path: Path, chosen: set[tuple[str, Any]]) -> list[list[dict[str, Any
 
 
 def _open(images: Path, group: list[dict]) -> tuple[Image.Image | str, list[Region], list[RegionCaption]]:
-    """Picture, regions and captions of some rows; if they cannot be read, the reason instead of the picture."""
+    """Image, regions and captions of some rows; if they cannot be read, the reason instead of the image."""
     captions = [RegionCaption(row["caption"], row["score"], row["annotation_id"]) for row in group]
     try:
         image = load_image(images / group[0]["file_name"])
@@ -197,7 +198,7 @@ def _open(images: Path, group: list[dict]) -> tuple[Image.Image | str, list[Regi
 
 
 def _report(title: str, articles: list[str], there: int) -> str:
-    choice = "" if len(articles) == there else f"<span>{len(articles)} of {there} pictures, lowest scores</span>"
+    choice = "" if len(articles) == there else f"<span>{len(articles)} of {there} images, lowest scores</span>"
     parts = [
         f"{HEAD}<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n"
         f'<header><h1>{html.escape(title)}</h1> {choice}<input type="search" id="query" '
@@ -217,7 +218,7 @@ def _article(number: int, images: Path, group: list[dict], unread: list[str]) ->
     if isinstance(image, str):
         unread.append(image)
         items = "".join(_item(k, caption) for k, caption in enumerate(captions))
-        reason = f"<p>This picture cannot be read: {html.escape(image)}</p>"
+        reason = f"<p>This image cannot be read: {html.escape(image)}</p>"
         body = f'{reason}<ul style="list-style:none;padding:0">{items}</ul>'
     else:
         body = image_html(image, regions, captions)

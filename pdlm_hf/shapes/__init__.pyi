@@ -1,10 +1,10 @@
 from .dataset import ShapesDataset as ShapesDataset
 from .questions import Question as Question
 from .questions import ask as ask
-from .questions import draw_scene as draw_scene
+from .questions import draw_question_scene as draw_question_scene
 from .questions import is_right as is_right
+from .scenes import Domain as Domain
 from .scenes import Figure as Figure
-from .scenes import Picture as Picture
-from .scenes import World as World
+from .scenes import Scene as Scene
 from .scenes import describe as describe
-from .scenes import draw_picture as draw_picture
+from .scenes import draw_scene as draw_scene

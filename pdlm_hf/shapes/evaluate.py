@@ -1,8 +1,8 @@
-"""Accuracy of a checkpoint on held-out pictures of the shapes world.
+"""Accuracy of a checkpoint on held-out images of the shapes data set.
 
     python -m pdlm_hf.shapes.evaluate --seed 7 --images 200 --json
 
-A caption is exact if it is a sentence of the world and every attribute in it is its region's.
+A caption is exact if it is a sentence of the domain and every attribute in it is its region's.
 """
 
 import json
@@ -21,44 +21,44 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..captioning.checkpoints import CHECKPOINT
 from .dataset import HELD_OUT
-from .scenes import SHAPES_WORLD, WORDS, Picture, World, draw_picture, read
+from .scenes import SHAPES_DOMAIN, WORDS, Domain, Scene, draw_scene, read
 
 
-def held_out(seed: int, count: int, easy: bool = False, world: World = SHAPES_WORLD) -> Iterator[Picture]:
-    """Pictures that training never draws.
+def held_out(seed: int, count: int, easy: bool = False, domain: Domain = SHAPES_DOMAIN) -> Iterator[Scene]:
+    """Images that training never draws.
 
     Args:
         seed (`int`)
-        count (`int`): number of pictures.
-        easy (`bool`): pictures of the first lesson: one tile, one or two figures.
-        world (`World`): what there is to draw.
+        count (`int`): number of images.
+        easy (`bool`): images of the first lesson: one tile, one or two figures.
+        domain (`Domain`): what there is to draw.
     """
     for index in range(count):
-        yield held_out_picture(seed, index, easy, world)
+        yield held_out_scene(seed, index, easy, domain)
 
 
-def held_out_picture(seed: int, index: int, easy: bool = False, world: World = SHAPES_WORLD) -> Picture:
+def held_out_scene(seed: int, index: int, easy: bool = False, domain: Domain = SHAPES_DOMAIN) -> Scene:
     """One of [`held_out`]."""
-    return draw_picture(np.random.default_rng((HELD_OUT, seed, index)), easy=easy, world=world)
+    return draw_scene(np.random.default_rng((HELD_OUT, seed, index)), easy=easy, domain=domain)
 
 
 class Tally:
     """Counts right captions, in all and by attribute and number of regions."""
 
-    def __init__(self, world: World = SHAPES_WORLD):
-        self.world = world
+    def __init__(self, domain: Domain = SHAPES_DOMAIN):
+        self.domain = domain
         self.captions = self.exact = self.well_formed = 0
         self.by_attribute = dict.fromkeys(WORDS, 0)
         self.by_regions: dict[int, list[int]] = defaultdict(lambda: [0, 0])
 
-    def add(self, picture: Picture, captions: list[str]) -> None:
-        """Count the captions of one picture, given in the order of its figures."""
-        for figure, caption in zip(picture.figures, captions, strict=True):
-            said = read(caption, self.world)
+    def add(self, scene: Scene, captions: list[str]) -> None:
+        """Count the captions of one image, given in the order of its figures."""
+        for figure, caption in zip(scene.figures, captions, strict=True):
+            said = read(caption, self.domain)
             self.captions += 1
             self.well_formed += said is not None
             self.exact += said == figure
-            right = self.by_regions[len(picture.figures)]
+            right = self.by_regions[len(scene.figures)]
             right[0] += said == figure
             right[1] += 1
             for attribute in WORDS:
@@ -89,31 +89,29 @@ def evaluate(
     batch_size: int = 8,
     show: bool = False,
     easy: bool = False,
-    world: World = SHAPES_WORLD,
+    domain: Domain = SHAPES_DOMAIN,
     **generation,
 ) -> dict:
-    """Caption held-out pictures and count.
+    """Caption held-out images and count.
 
     Args:
         model, processor: a region checkpoint.
-        seed, images (`int`): which pictures, and how many.
-        batch_size (`int`): pictures a forward.
+        seed, images (`int`): which images, and how many.
+        batch_size (`int`): images a forward.
         show (`bool`): progress bar on stderr.
-        easy (`bool`): score on the pictures of the first lesson.
-        world (`World`): what there is to draw, and to say.
+        easy (`bool`): score on the images of the first lesson.
+        domain (`Domain`): what there is to draw, and to say.
         **generation: settings of `generate`.
 
     Returns:
         `dict` with exact, well_formed, by_attribute, by_regions, tokens_per_forward, num_forwards (mean of the
         batches) and steps_per_region (mean).
     """
-    tally, forwards, slots, batches, steps = Tally(world), 0, 0, 0, 0
-    # alike pictures share a batch, so that little is padded
-    pictures = sorted(
-        held_out(seed, images, easy, world), key=lambda p: (len(p.masks), p.image.width * p.image.height)
-    )
+    tally, forwards, slots, batches, steps = Tally(domain), 0, 0, 0, 0
+    # alike images share a batch, so that little is padded
+    scenes = sorted(held_out(seed, images, easy, domain), key=lambda p: (len(p.masks), p.image.width * p.image.height))
     start = time.perf_counter()
-    chunks = [pictures[i : i + batch_size] for i in range(0, images, batch_size)]
+    chunks = [scenes[i : i + batch_size] for i in range(0, images, batch_size)]
     for chunk in track(chunks, "captioning", console=Console(stderr=True), disable=not show):
         inputs = processor(images=[p.image for p in chunk], segmentation_maps=[p.masks for p in chunk])
         output = model.generate(**inputs.to(model.device), **generation)
@@ -121,8 +119,8 @@ def evaluate(
         slots += output.tokens_per_forward * output.num_forwards
         batches += 1
         steps += int(output.region_steps.sum())
-        for picture, captions in zip(chunk, processor.post_process_region_captions(output), strict=True):
-            tally.add(picture, [caption.text for caption in captions])
+        for scene, captions in zip(chunk, processor.post_process_region_captions(output), strict=True):
+            tally.add(scene, [caption.text for caption in captions])
     return tally.report() | {
         "tokens_per_forward": round(slots / forwards, 2),
         "num_forwards": round(forwards / batches, 2),
@@ -135,7 +133,7 @@ def evaluate(
 
 
 def main(
-    seed: Annotated[int, typer.Option(help="Which pictures.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which images.")] = 0,
     images: Annotated[int, typer.Option(help="How many.", min=1)] = 200,
     model: Annotated[Path, typer.Option(help="Checkpoint folder.")] = CHECKPOINT,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
@@ -144,7 +142,7 @@ def main(
     threshold: Annotated[float | None, typer.Option(help="Acceptance threshold of adaptive decoding.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Score a checkpoint on held-out pictures."""
+    """Score a checkpoint on held-out images."""
     network = AutoModelForImageTextToText.from_pretrained(model).eval()
     processor = AutoProcessor.from_pretrained(model)
     given = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps, "acceptance_threshold": threshold}

@@ -1,4 +1,4 @@
-"""Accuracy of a base checkpoint on held-out questions about drawn pictures.
+"""Accuracy of a base checkpoint on held-out questions about drawn images.
 
     python -m pdlm_hf.shapes.evaluate_base RUN --seed 7 --questions 500 --json
 
@@ -21,14 +21,14 @@ from PIL import Image
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
 from .dataset import HELD_OUT
-from .questions import BLOCKS, FIGURES, KINDS, SLOTS, Question, draw_scene, is_right
+from .questions import BLOCKS, FIGURES, KINDS, SLOTS, Question, draw_question_scene, is_right
 
 
 def held_out_question(seed: int, index: int, kind: str, figures: int = FIGURES) -> tuple[Image.Image, Question]:
-    """A picture that training never draws, and a question of this kind about it."""
+    """An image that training never draws, and a question of this kind about it."""
     rng = np.random.default_rng((HELD_OUT, seed, index))
     while True:
-        image, there = draw_scene(rng, figures)
+        image, there = draw_question_scene(rng, figures)
         if question := KINDS[kind](rng, there):
             return image, question
 
@@ -49,7 +49,7 @@ def evaluate(
         model, processor: a base checkpoint.
         seed, count (`int`): which questions, and how many of each kind.
         batch_size (`int`): questions a forward.
-        figures (`int`): at most so many in a picture.
+        figures (`int`): at most so many in an image.
         kinds (`Iterable[str]`): of questions, keys of [`KINDS`].
         **generation: settings of `generate`; `max_new_tokens` is by kind, and `block_length` too if not given.
 
@@ -80,7 +80,7 @@ def main(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     seed: Annotated[int, typer.Option(help="Which questions.")] = 11,
     questions: Annotated[int, typer.Option(help="How many of each kind.", min=1)] = 200,
-    figures: Annotated[int, typer.Option(help="At most so many in a picture.", min=1)] = FIGURES,
+    figures: Annotated[int, typer.Option(help="At most so many in an image.", min=1)] = FIGURES,
     block_length: Annotated[int | None, typer.Option(help="1 = autoregressive order.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -1,6 +1,6 @@
-"""Questions about drawn pictures, with answers: open, yes or no, counting, multiple choice, reasoning, description.
+"""Questions about drawn images, with answers: open, yes or no, counting, multiple choice, reasoning, description.
 
-For the base model, which looks at whole pictures. Everything that is drawn is known, so that every answer is true.
+For the base model, which looks at whole images. Everything that is drawn is known, so that every answer is true.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from PIL import Image
 from ..image_processing_pdlm import best_grid
 from .scenes import COLOURS, TILE, WORDS, Figure, paint
 
-FIGURES = 2  # at most, in the pictures a base checkpoint is scored on
+FIGURES = 2  # at most, in the images a base checkpoint is scored on
 MOST_FIGURES = 4  # for which there are words and room
 LETTERS = "ABCD"
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."  # as VLMEvalKit and lmms-eval ask
@@ -27,7 +27,7 @@ _VALUES = {"colour": tuple(COLOURS), "shape": SHAPES, "texture": TEXTURES, "size
 
 @dataclass
 class Question:
-    """A question about a picture.
+    """A question about an image.
 
     Args:
         kind (`str`): a key of [`KINDS`].
@@ -40,8 +40,8 @@ class Question:
     answer: str
 
 
-def draw_scene(rng: np.random.Generator, figures: int = FIGURES) -> tuple[Image.Image, list[Figure]]:
-    """A picture and all figures in it: one or two on one tile, more on two tiles.
+def draw_question_scene(rng: np.random.Generator, figures: int = FIGURES) -> tuple[Image.Image, list[Figure]]:
+    """An image and all figures in it: one or two on one tile, more on two tiles.
 
     Args:
         rng (`np.random.Generator`): decides everything.
@@ -55,9 +55,9 @@ def draw_scene(rng: np.random.Generator, figures: int = FIGURES) -> tuple[Image.
         height = round(rows * TILE * scale * rng.uniform(0.95, 1.05))
         if best_grid(width, height, TILE, 1, 6) != (columns, rows):
             continue
-        picture = paint(rng, width, height, (width / columns + height / rows) / (2 * TILE), count)
-        if len(picture.figures) == count:
-            return picture.image, picture.figures
+        scene = paint(rng, width, height, (width / columns + height / rows) / (2 * TILE), count)
+        if len(scene.figures) == count:
+            return scene.image, scene.figures
 
 
 def _pick(rng: np.random.Generator, values):
@@ -181,7 +181,7 @@ def ask(rng: np.random.Generator, figures: list[Figure], kind: str | None = None
 
     Args:
         rng (`np.random.Generator`): decides everything.
-        figures (`list[Figure]`): all of the picture.
+        figures (`list[Figure]`): all of the image.
         kind (`str`, *optional*): a key of [`KINDS`]; another is asked if it cannot be.
     """
     while True:

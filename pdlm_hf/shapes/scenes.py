@@ -1,7 +1,7 @@
-"""Drawn pictures with region masks, and captions worded in many ways.
+"""Drawn images with region masks, and captions worded in many ways.
 
-A picture holds up to six figures, each with a size, a colour, a texture and a shape; they may touch and overlap. Its
-size and aspect ratio vary, so that it is cut into 1 to 6 tiles. A caption is true if it is a sentence of this world
+An image holds up to six figures, each with a size, a colour, a texture and a shape; they may touch and overlap. Its
+size and aspect ratio vary, so that it is cut into 1 to 6 tiles. A caption is true if it is a sentence of this domain
 and all four attributes are the region's. Sentences differ in pattern, order and synonyms, so that the words of one
 caption depend on each other: writing all of them in a single step mixes sentences and fails.
 """
@@ -69,8 +69,8 @@ class Figure:
 
 
 @dataclass
-class Picture:
-    """A drawn picture.
+class Scene:
+    """A drawn image.
 
     Args:
         image (`PIL.Image.Image`): RGB.
@@ -84,7 +84,7 @@ class Picture:
 
 
 @dataclass(frozen=True, eq=False)
-class World:
+class Domain:
     """What can be drawn, and how it is called.
 
     Args:
@@ -104,33 +104,33 @@ class World:
     texture: Callable[[ImageDraw.ImageDraw, str, int, int, float, float, tuple[int, int, int]], None]
 
 
-def describe(figure: Figure, rng: np.random.Generator, easy: bool = False, world: World | None = None) -> str:
+def describe(figure: Figure, rng: np.random.Generator, easy: bool = False, domain: Domain | None = None) -> str:
     """A true caption, worded at random; `easy`: always in the same words."""
-    world = world or SHAPES_WORLD
+    domain = domain or SHAPES_DOMAIN
     if easy:
-        return world.patterns[0].format(**vars(figure))
-    pattern = world.patterns[rng.integers(len(world.patterns))]
+        return domain.patterns[0].format(**vars(figure))
+    pattern = domain.patterns[rng.integers(len(domain.patterns))]
     words = {}
-    for attribute, values in world.words.items():
+    for attribute, values in domain.words.items():
         choices = values[getattr(figure, attribute)]
         words[attribute] = choices[rng.integers(len(choices))]
     return pattern.format(**words)
 
 
 @lru_cache
-def _grammar(world: World) -> list[tuple[re.Pattern, dict[str, dict[str, str]]]]:
-    value_of = {a: {word: value for value, words in vs.items() for word in words} for a, vs in world.words.items()}
+def _grammar(domain: Domain) -> list[tuple[re.Pattern, dict[str, dict[str, str]]]]:
+    value_of = {a: {word: value for value, words in vs.items() for word in words} for a, vs in domain.words.items()}
     grammar = []
-    for pattern in world.patterns:
+    for pattern in domain.patterns:
         groups = {a: f"(?P<{a}>{'|'.join(words)})" for a, words in value_of.items()}
         escaped = re.escape(pattern).replace(r"\{", "{").replace(r"\}", "}")
         grammar.append((re.compile(escaped.format(**groups)), value_of))
     return grammar
 
 
-def read(caption: str, world: World | None = None) -> Figure | None:
-    """The attributes a caption states, or None if it is no sentence of this world."""
-    for pattern, value_of in _grammar(world or SHAPES_WORLD):
+def read(caption: str, domain: Domain | None = None) -> Figure | None:
+    """The attributes a caption states, or None if it is no sentence of this domain."""
+    for pattern, value_of in _grammar(domain or SHAPES_DOMAIN):
         if match := pattern.fullmatch(caption):
             return Figure(**{attribute: value_of[attribute][word] for attribute, word in match.groupdict().items()})
     return None
@@ -161,7 +161,7 @@ def _outline(shape: str, cx: float, cy: float, r: float) -> list[list[tuple[floa
 def _texture(
     draw: ImageDraw.ImageDraw, texture: str, width: int, height: int, period: float, phase: float, accent: tuple
 ) -> None:
-    """Stripes, dots or nothing over the whole picture."""
+    """Stripes, dots or nothing over the whole image."""
     if texture == "striped":
         for k in range(int(height / period) + 2):
             y = (k + phase) * period
@@ -173,14 +173,14 @@ def _texture(
                 draw.rectangle([x, y, x + 0.45 * period, y + 0.45 * period], fill=accent)
 
 
-SHAPES_WORLD = World(WORDS, PATTERNS, COLOURS, ACCENTS, _outline, _texture)
+SHAPES_DOMAIN = Domain(WORDS, PATTERNS, COLOURS, ACCENTS, _outline, _texture)
 
 
-def _fill(figure: Figure, width: int, height: int, scale: float, phase: float, world: World) -> Image.Image:
-    """The figure's colour and texture over the whole picture."""
-    fill = Image.new("RGB", (width, height), world.colours[figure.colour])
-    accent = world.accents.get(figure.colour, (25, 25, 25))
-    world.texture(ImageDraw.Draw(fill), figure.texture, width, height, 5.5 * scale, phase, accent)
+def _fill(figure: Figure, width: int, height: int, scale: float, phase: float, domain: Domain) -> Image.Image:
+    """The figure's colour and texture over the whole image."""
+    fill = Image.new("RGB", (width, height), domain.colours[figure.colour])
+    accent = domain.accents.get(figure.colour, (25, 25, 25))
+    domain.texture(ImageDraw.Draw(fill), figure.texture, width, height, 5.5 * scale, phase, accent)
     return fill
 
 
@@ -193,20 +193,20 @@ def _choose_layout(rng: np.random.Generator, easy: bool) -> tuple[int, tuple[int
     return count, grids[rng.choice(len(grids), p=weight / weight.sum())]
 
 
-def draw_picture(
+def draw_scene(
     rng: np.random.Generator,
     layout_rng: np.random.Generator | None = None,
     easy: bool = False,
-    world: World = SHAPES_WORLD,
-) -> Picture:
-    """A random picture with 1 to 6 described figures, possibly beside others that are not.
+    domain: Domain = SHAPES_DOMAIN,
+) -> Scene:
+    """A random image with 1 to 6 described figures, possibly beside others that are not.
 
     Args:
         rng (`np.random.Generator`): decides everything.
-        layout_rng (`np.random.Generator`, *optional*): decides number of figures and grid instead; pictures that
+        layout_rng (`np.random.Generator`, *optional*): decides number of figures and grid instead; images that
             share its state fit well into one batch.
         easy (`bool`): one tile, one or two described figures.
-        world (`World`): what there is to draw.
+        domain (`Domain`): what there is to draw.
     """
     while True:
         count, (columns, rows) = _choose_layout(layout_rng or rng, easy)
@@ -217,23 +217,23 @@ def draw_picture(
         columns, rows = best_grid(width, height, TILE, 1, 6)
         scale = (width / columns + height / rows) / (2 * TILE)
         extra = int(rng.integers(0, 3)) if rng.random() < 0.3 else 0
-        picture = paint(rng, width, height, scale, count + extra, world)
-        if len(picture.masks) >= count:
-            keep = sorted(rng.permutation(len(picture.masks))[:count].tolist())
-            return Picture(picture.image, [picture.masks[k] for k in keep], [picture.figures[k] for k in keep])
+        scene = paint(rng, width, height, scale, count + extra, domain)
+        if len(scene.masks) >= count:
+            keep = sorted(rng.permutation(len(scene.masks))[:count].tolist())
+            return Scene(scene.image, [scene.masks[k] for k in keep], [scene.figures[k] for k in keep])
 
 
 def paint(
-    rng: np.random.Generator, width: int, height: int, scale: float, count: int, world: World = SHAPES_WORLD
-) -> Picture:
+    rng: np.random.Generator, width: int, height: int, scale: float, count: int, domain: Domain = SHAPES_DOMAIN
+) -> Scene:
     """At most `count` figures on a plain ground; fewer where there is no room.
 
     Args:
         rng (`np.random.Generator`): decides everything.
-        width, height (`int`): of the picture, in pixels.
+        width, height (`int`): of the image, in pixels.
         scale (`float`): pixels per pixel of a tile.
         count (`int`): figures to draw.
-        world (`World`): what there is to draw.
+        domain (`Domain`): what there is to draw.
     """
     grey = rng.integers(105, 175)
     background = tuple(int(x) for x in np.clip(grey + rng.integers(-14, 15, 3), 0, 255))
@@ -252,20 +252,20 @@ def paint(
         cx, cy = rng.uniform(r + 1, width - r - 1), rng.uniform(r + 1, height - r - 1)
         if any(math.hypot(cx - x, cy - y) < 0.85 * (r + q) for x, y, q in placed):
             continue
-        values = {a: list(vs)[rng.integers(len(vs))] for a, vs in world.words.items() if a != "size"}
+        values = {a: list(vs)[rng.integers(len(vs))] for a, vs in domain.words.items() if a != "size"}
         figure = Figure(size=size, **values)
         stencil = Image.new("L", (width, height), 0)
-        for polygon in world.outline(figure.shape, cx, cy, r):
+        for polygon in domain.outline(figure.shape, cx, cy, r):
             ImageDraw.Draw(stencil).polygon(polygon, fill=255)
         mask = np.asarray(stencil) > 0
         visible = [old & ~mask for old in masks]
         if any(v.sum() < 0.8 * area for v, area in zip(visible, areas, strict=True)):
             continue  # would hide too much of an earlier figure
-        image.paste(_fill(figure, width, height, scale, rng.random(), world), (0, 0), stencil)
+        image.paste(_fill(figure, width, height, scale, rng.random(), domain), (0, 0), stencil)
         masks = [*visible, mask]
         areas.append(int(mask.sum()))
         placed.append((cx, cy, r))
         figures.append(figure)
     noise = rng.normal(0, 4, (height, width, 1))
     image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
-    return Picture(image, masks, figures)
+    return Scene(image, masks, figures)

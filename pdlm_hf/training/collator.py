@@ -1,4 +1,4 @@
-"""Rows of pictures, regions and captions (or conversations) -> training batches with their noise."""
+"""Rows of images, regions and captions (or conversations) -> training batches with their noise."""
 
 import math
 import random
@@ -9,17 +9,18 @@ import numpy as np
 import torch
 
 from ..diffusion_pdlm import NOISE_FLOOR, noise_probability
+from ..errors_pdlm import DataError
 from ..image_processing_pdlm import to_rgb
 from ..processing_pdlm import CAPTION, END_OF_TURN, PdlmProcessor, area_order
 
 
 def partition_regions(num_regions: int, num_prompts: int, index: int, epoch: int) -> list[list[int]]:
-    """Split the regions of a picture into groups that fit one pass, as the reference does: shuffled, nearly equal.
+    """Split the regions of an image into groups that fit one pass, as the reference does: shuffled, nearly equal.
 
     Args:
-        num_regions (`int`): regions of the picture.
+        num_regions (`int`): regions of the image.
         num_prompts (`int`): region prompts P; groups hold about (1 + P) / 2 regions.
-        index (`int`): number of the picture in the data set.
+        index (`int`): number of the image in the data set.
         epoch (`int`): the grouping changes with it.
 
     Returns:
@@ -40,7 +41,7 @@ def partition_regions(num_regions: int, num_prompts: int, index: int, epoch: int
 class PdlmCollator:
     """Turns rows into a batch with labels and noise (reference-spec sections 10 and 11).
 
-    A row is `{"image": picture, "regions": [{"mask": (H, W), "caption": str}, ...], "question": str (optional)}` for
+    A row is `{"image": image, "regions": [{"mask": (H, W), "caption": str}, ...], "question": str (optional)}` for
     regions, or `{"images": [...], "messages": [{"role", "content"}, ...]}` for the base model.
 
     Random numbers are drawn in the reference's order: t per sample, then one uniform number per token (and the same
@@ -73,9 +74,9 @@ class PdlmCollator:
         generator: torch.Generator | None = None,
     ):
         if prompt_ids not in ("random", "ordered"):
-            raise ValueError(f'`prompt_ids` must be "random" or "ordered", got {prompt_ids!r}.')
+            raise DataError(f'`prompt_ids` must be "random" or "ordered", got {prompt_ids!r}.')
         if replacement_noise and vocab_size is None:
-            raise ValueError("`replacement_noise` needs `vocab_size`.")
+            raise DataError("`replacement_noise` needs `vocab_size`.")
         self.processor = processor
         self.num_slots = num_slots
         self.noise_floor = noise_floor
@@ -114,12 +115,12 @@ class PdlmCollator:
         return int(torch.randint(low, high + 1, (), generator=generator))
 
     def encode_regions(self, row: dict[str, Any], num_slots: int | None = None) -> dict[str, Any]:
-        """One picture with captioned regions, without noise. Raises: ValueError on a bad mask or caption."""
+        """One image with captioned regions, without noise. Raises: DataError on a bad mask or caption."""
         image = to_rgb(row["image"])
         masks = self.processor.binary_masks(image, [region["mask"] for region in row["regions"]])
         limit = self.processor.image_processor.num_region_prompts
         if len(masks) > limit:
-            raise ValueError(
+            raise DataError(
                 f"{len(masks)} regions, but the checkpoint has {limit} region prompts. Split them with "
                 "`partition_regions`."
             )
@@ -152,7 +153,7 @@ class PdlmCollator:
         for k, caption in enumerate(captions):
             tokens = tokenizer(caption, add_special_tokens=False)["input_ids"]
             if len(tokens) > num_slots:
-                raise ValueError(
+                raise DataError(
                     f"caption of region {k} has {len(tokens)} tokens, more than the {num_slots} slots. Shorten it or "
                     f"raise `num_slots`: {caption[:60]!r}"
                 )
@@ -169,11 +170,11 @@ class PdlmCollator:
         if it needs them), padded with end-of-turn.
         """
         processor = self.processor
-        pictures = [to_rgb(image) for image in row.get("images", [])]
+        images = [to_rgb(image) for image in row.get("images", [])]
         visual, tiles = {}, []
-        if pictures:
+        if images:
             visual = processor.image_processor.preprocess(
-                pictures, max_tiles=1 if len(pictures) > 1 else None, return_tensors="pt"
+                images, max_tiles=1 if len(images) > 1 else None, return_tensors="pt"
             )
             tiles = [c * r + (c * r > 1) for c, r in visual["image_grids"].tolist()]
         if num_slots is not None:

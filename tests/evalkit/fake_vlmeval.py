@@ -51,8 +51,8 @@ for name in ("--data", "--model"):
 for name in ("--config", "--work-dir", "--mode", "--judge", "--judge-base-url", "--judge-key"):
     parser.add_argument(name)
 args = parser.parse_args()
-world = int(os.environ.get("WORLD_SIZE", 1))
-if world > 1:
+processes = int(os.environ.get("WORLD_SIZE", 1))
+if processes > 1:
     dist.init_process_group(backend="nccl")
 config = json.loads(Path(args.config).read_text()) if args.config else None
 for name in config["model"] if config else args.model:
@@ -66,10 +66,10 @@ for name in config["model"] if config else args.model:
         if data == "Vanishes":
             continue
         lines = json.loads(Path(os.environ["FAKE_ROWS"]).read_text())
-        mine = lines[int(os.environ.get("RANK", 0)) :: world]
+        mine = lines[int(os.environ.get("RANK", 0)) :: processes]
         said = [model.generate(model.build_prompt(line, data), data) for line in mine]
-        if world > 1:
-            parts = [None] * world
+        if processes > 1:
+            parts = [None] * processes
             dist.all_gather_object(parts, said)
             said = [text for part in zip(*parts) for text in part]
         score = sum(text == line["answer"] for text, line in zip(said, lines)) / len(lines)
@@ -82,7 +82,7 @@ for name in config["model"] if config else args.model:
         folder.mkdir(parents=True)
         (folder / "status.json").write_text("{}")
         (folder / "rows.json").write_text(json.dumps(rows))
-if world > 1:
+if processes > 1:
     dist.destroy_process_group()
 """,
 }

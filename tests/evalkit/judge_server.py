@@ -1,4 +1,4 @@
-"""A judge on 127.0.0.1 that can misbehave, and reads the captions of the world of shapes truthfully.
+"""A judge on 127.0.0.1 that can misbehave, and reads the captions of the shapes data set truthfully.
 
 It speaks as much of the OpenAI chat API as a judge needs. `faults` decides what goes wrong with which request.
 """

@@ -8,7 +8,7 @@ from PIL import Image
 
 from pdlm_evalkit.answering import Answerer, Question, our_settings, shorten
 from pdlm_evalkit.benchmarks import find
-from pdlm_hf.shapes.evaluate import held_out_picture
+from pdlm_hf.shapes.evaluate import held_out_scene
 from pdlm_hf.shapes.evaluate_base import held_out_question
 from pdlm_hf.shapes.questions import SLOTS
 
@@ -79,19 +79,19 @@ class TestSettings:
             with_settings(base, presets="mine")
 
     def test_a_region_checkpoint_can_chat_though_its_defaults_are_for_captions(self, regions):
-        picture = held_out_picture(0, 0).image
-        answer = regions.answer([Question([picture], "What is this?", settings={"max_new_tokens": 4})])[0]
+        image = held_out_scene(0, 0).image
+        answer = regions.answer([Question([image], "What is this?", settings={"max_new_tokens": 4})])[0]
         assert (answer.slots, answer.num_forwards) == (4, 4)
 
 
 class TestPrompts:
-    def test_one_picture(self, base):
+    def test_one_image(self, base):
         assert base._prompt("Why?", 1) == (
             "<|start_header_id|>user<|end_header_id|>\n<img><IMG_CONTEXT></img>\nWhy?<|eot_id|>"
             "<|start_header_id|>assistant<|end_header_id|>\n"
         )
 
-    def test_several_pictures_are_numbered(self, base):
+    def test_several_images_are_numbered(self, base):
         assert base._prompt("Why?", 2) == (
             "<|start_header_id|>user<|end_header_id|>\nImage-1: <img><IMG_CONTEXT></img>\n"
             "Image-2: <img><IMG_CONTEXT></img>\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n"
@@ -111,11 +111,11 @@ class TestPrompts:
             )
             assert len(inputs["pixel_values"]) == tiles
 
-    def test_mmmu_doubles_the_first_picture(self, base):
-        pictures = [Image.new("RGB", (20, 10)), Image.new("RGB", (20, 10))]
-        sizes = [image.size for image in base._pictures(Question(pictures, "Q", find("MMMU")))]
+    def test_mmmu_doubles_the_first_image(self, base):
+        images = [Image.new("RGB", (20, 10)), Image.new("RGB", (20, 10))]
+        sizes = [image.size for image in base._images(Question(images, "Q", find("MMMU")))]
         assert sizes == [(40, 20), (20, 10)]
-        assert [i.size for i in base._pictures(Question(pictures, "Q", find("MMStar")))] == [(20, 10)] * 2
+        assert [i.size for i in base._images(Question(images, "Q", find("MMStar")))] == [(20, 10)] * 2
 
 
 @pytest.mark.parametrize(
@@ -160,12 +160,10 @@ class TestAnswers:
         assert answer.input_tokens == inputs["input_ids"].shape[1]
 
     def test_regions_come_back_in_their_order(self, regions):
-        picture = next(p for p in map(lambda i: held_out_picture(11, i), range(20)) if len(p.masks) == 3)
-        masks = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in picture.masks]
-        answer = regions.answer([Question([picture.image], "", masks=masks, settings={"max_new_tokens": 32})])[0]
-        backward = regions.answer([Question([picture.image], "", masks=masks[::-1], settings={"max_new_tokens": 32})])[
-            0
-        ]
+        image = next(p for p in map(lambda i: held_out_scene(11, i), range(20)) if len(p.masks) == 3)
+        masks = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in image.masks]
+        answer = regions.answer([Question([image.image], "", masks=masks, settings={"max_new_tokens": 32})])[0]
+        backward = regions.answer([Question([image.image], "", masks=masks[::-1], settings={"max_new_tokens": 32})])[0]
         captions = json.loads(answer.text)
         assert len(captions) == 3
         assert json.loads(backward.text) == captions[::-1]
@@ -173,6 +171,6 @@ class TestAnswers:
         assert answer.output_tokens < 96
 
     def test_a_base_checkpoint_refuses_regions(self, base):
-        picture = held_out_picture(0, 0)
+        image = held_out_scene(0, 0)
         with pytest.raises(ValueError, match="cannot caption regions"):
-            base.answer([Question([picture.image], "", masks=picture.masks)])
+            base.answer([Question([image.image], "", masks=image.masks)])

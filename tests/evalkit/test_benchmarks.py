@@ -35,7 +35,7 @@ def test_the_sixteen():
     assert rows == EXPECTED
 
 
-def test_only_mmmu_doubles_its_first_picture():
+def test_only_mmmu_doubles_its_first_image():
     assert [b.name for b in BENCHMARKS if b.upscale_first] == ["MMMU"]
 
 
@@ -70,9 +70,9 @@ def test_find(name, found):
     assert (benchmark and benchmark.name) == found
 
 
-@pytest.mark.parametrize(("pictures", "tiles"), [(0, 6), (1, 6), (2, 6), (10, 6), (11, 5), (16, 4), (64, 1), (100, 1)])
-def test_pictures_share_64_tiles(pictures, tiles):
-    assert tiles_for(pictures) == tiles
+@pytest.mark.parametrize(("images", "tiles"), [(0, 6), (1, 6), (2, 6), (10, 6), (11, 5), (16, 4), (64, 1), (100, 1)])
+def test_images_share_64_tiles(images, tiles):
+    assert tiles_for(images) == tiles
 
 
 def test_another_suffix():

@@ -168,7 +168,7 @@ def test_a_filtered_request_fails_alone():
 
 
 def test_refusals_stop_a_run_only_when_nothing_was_ever_answered(tmp_path):
-    """Many questions about a picture the filter keeps back come one after the other, and again in the next run."""
+    """Many questions about an image the filter keeps back come one after the other, and again in the next run."""
     refused = {str(k) for k in range(2, 8)}
     with JudgeServer(echo, lambda _, body: "400" if text_of(body) in refused else None) as server:
         for _ in range(2):

@@ -51,11 +51,11 @@ def test_a_run_is_what_the_captioner_says(finished):
     """In passes of at most six masks in the order of qa.json; the totals are those of the passes."""
     captioner = RegionCaptioner.from_pretrained()
     expected, forwards, text = {}, 0, 0
-    for picture in load_benchmark(EXAMPLE).pictures:
-        assert len(picture.masks) <= 6
-        pair = (picture.path, [mask.region for mask in picture.masks])
+    for image in load_benchmark(EXAMPLE).images:
+        assert len(image.masks) <= 6
+        pair = (image.path, [mask.region for mask in image.masks])
         captions, output = captioner.generate([pair], captioning.PROMPTS["paradlc"], max_new_tokens=32)
-        expected |= {mask.id: c.text for mask, c in zip(picture.masks, captions[0], strict=True)}
+        expected |= {mask.id: c.text for mask, c in zip(image.masks, captions[0], strict=True)}
         forwards += output.num_forwards
         text += round(output.text_tokens_per_forward * output.num_forwards)
     assert json.loads((finished / "captions.json").read_text()) == expected
@@ -70,7 +70,7 @@ def test_passes_are_cut_before_they_are_sorted():
     """Paper, table 2: passes of six over 299 masks are 103 forwards a step; here three at a time."""
     benchmark = load_benchmark(EXAMPLE)
     passes = captioning.passes_of(benchmark, 3)
-    assert [len(masks) for picture, masks in passes][:4] == [3, 3, 3, 1]
+    assert [len(masks) for image, masks in passes][:4] == [3, 3, 3, 1]
     assert [mask.id for _, masks in passes for mask in masks] == list(benchmark.order)
     assert len(captioning.passes_of(load_benchmark(EXAMPLE / "dlc"), 1)) == 20
 
@@ -156,7 +156,7 @@ def test_another_systems_captions(finished, tmp_path):
     assert caption(tmp_path / "less", "--captions", str(path), "--allow-missing").exit_code == 0
 
 
-def test_another_systems_captions_need_no_pictures(finished, tmp_path):
+def test_another_systems_captions_need_no_images(finished, tmp_path):
     for name in ("annotations.json", "qa.json", "class_names.json"):
         (tmp_path / name).write_bytes((EXAMPLE / name).read_bytes())
     result = caption(tmp_path / "run", "--captions", str(finished / "captions.json"), folder=tmp_path)
@@ -167,7 +167,7 @@ def test_another_systems_captions_need_no_pictures(finished, tmp_path):
 
 
 def test_a_server_that_takes_regions(finished, tmp_path):
-    """One request a picture, regions in the order of qa.json, the settings of `generate` beside them."""
+    """One request an image, regions in the order of qa.json, the settings of `generate` beside them."""
     known = json.loads((finished / "captions.json").read_text())
 
     def reply(body):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import pdlm_evalkit.paradlc as package
 from pdlm_evalkit.paradlc.cli import app
-from pdlm_evalkit.paradlc.data import check_pictures, decode_masks, load_benchmark, open_picture, read_captions
+from pdlm_evalkit.paradlc.data import check_images, decode_masks, load_benchmark, open_image, read_captions
 from pdlm_evalkit.paradlc.make_example import main as make_example
 
 EXAMPLE = Path(package.__file__).parent / "example"
@@ -45,10 +45,10 @@ def test_both_forms_hold_the_same_masks():
     first = load_benchmark(EXAMPLE)
     second = load_benchmark(EXAMPLE / "dlc", EXAMPLE / "images")
     assert (first.name, second.name) == ("paradlc", "dlc")
-    check_pictures(first)
-    check_pictures(second)
-    assert len(first.pictures) == len(second.pictures) == 6 and len(first.order) == len(second.order) == 20
-    for one, other in zip(first.pictures, second.pictures, strict=True):
+    check_images(first)
+    check_images(second)
+    assert len(first.images) == len(second.images) == 6 and len(first.order) == len(second.order) == 20
+    for one, other in zip(first.images, second.images, strict=True):
         for mask, same in zip(decode_masks(one), decode_masks(other), strict=True):
             assert (mask == same).all() and mask.shape == (one.height, one.width)
     assert sum(all(q.type == "negative" for q in mask.questions) for mask in first.masks.values()) == 1
@@ -56,12 +56,12 @@ def test_both_forms_hold_the_same_masks():
 
 
 def test_pixels_are_taken_as_stored(folder):
-    picture = load_benchmark(folder).pictures[0]
-    image = Image.open(picture.path)
+    entry = load_benchmark(folder).images[0]
+    image = Image.open(entry.path)
     exif = image.getexif()
     exif[0x0112] = 6  # to be shown turned
-    image.save(picture.path, exif=exif)
-    assert open_picture(picture).size == (picture.width, picture.height)
+    image.save(entry.path, exif=exif)
+    assert open_image(entry).size == (entry.width, entry.height)
 
 
 def first_mask(data):
@@ -98,7 +98,7 @@ BROKEN = [
 def test_what_is_wrong_is_said(folder, file, edit, said):
     change(folder / file, edit)
     with pytest.raises(ValueError, match=said):
-        check_pictures(load_benchmark(folder))
+        check_images(load_benchmark(folder))
     result = CliRunner().invoke(app, ["caption", "--annotations", str(folder), "--out", str(folder / "run")])
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
     assert not (folder / "run").exists()
@@ -115,19 +115,19 @@ def test_files_that_are_missing_or_cut_short(folder, file):
         load_benchmark(folder)
 
 
-def test_pictures_that_are_missing_or_damaged(folder):
-    (folder / "images" / "3.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="3.png: cannot be opened as a picture"):
-        check_pictures(load_benchmark(folder))
+def test_images_that_are_missing_or_damaged(folder):
+    (folder / "images" / "3.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="3.png: cannot be opened as an image"):
+        check_images(load_benchmark(folder))
     (folder / "images" / "3.png").unlink()
     (folder / "images" / "5.png").unlink()
     with pytest.raises(ValueError, match=r"3.png: no such file \(2 of 6 are missing\)"):
-        check_pictures(load_benchmark(folder))
+        check_images(load_benchmark(folder))
 
 
 def test_file_names_stay_in_the_folder(folder):
     change(folder / "annotations.json", lambda d: d[0].update(file_name="../../elsewhere/0.png"))
-    assert load_benchmark(folder).pictures[0].path == folder / "images" / "0.png"
+    assert load_benchmark(folder).images[0].path == folder / "images" / "0.png"
 
 
 def test_the_wrong_benchmark_is_said():

@@ -22,8 +22,8 @@ from PIL import Image  # noqa: E402
 import pdlm_evalkit.paradlc as package  # noqa: E402
 from pdlm_evalkit.paradlc import judging  # noqa: E402
 from pdlm_evalkit.paradlc.cli import app  # noqa: E402
-from pdlm_evalkit.paradlc.data import Question, decode_masks, load_benchmark, open_picture  # noqa: E402
-from pdlm_evalkit.paradlc.make_example import draw_pictures  # noqa: E402
+from pdlm_evalkit.paradlc.data import Question, decode_masks, load_benchmark, open_image  # noqa: E402
+from pdlm_evalkit.paradlc.make_example import draw_scenes  # noqa: E402
 from pdlm_hf.client import chat as client  # noqa: E402
 from pdlm_hf.shapes.scenes import describe  # noqa: E402
 
@@ -41,7 +41,7 @@ def quick(monkeypatch):
 @pytest.fixture(scope="module")
 def truth():
     """True captions of the example, by mask id."""
-    figures = [figure for picture in draw_pictures() for figure in picture.figures]
+    figures = [figure for image in draw_scenes() for figure in image.figures]
     rng = np.random.default_rng(0)
     return dict(zip(load_benchmark(EXAMPLE).order, (describe(f, rng, easy=True) for f in figures), strict=True))
 
@@ -115,7 +115,7 @@ def test_what_the_judge_sees(top, left, height, width, box):
     assert judging.crop_box(mask) == box
 
 
-def test_pictures_and_texts_of_a_request():
+def test_images_and_texts_of_a_request():
     benchmark = load_benchmark(EXAMPLE)
     captions = {"903_2": "A star."}
     requests = list(judging.judge_requests(benchmark, captions, with_images=True))
@@ -124,17 +124,17 @@ def test_pictures_and_texts_of_a_request():
     assert [part["type"] for part in content] == ["text", "image_url", "text", "image_url", "text"]
     assert [part["text"] for part in content[:4:2]] == ["The image:\n", "\nThe mask of the image:\n"]
     assert content[4]["text"].startswith("\nAnswer the multiple-choice") and content[4]["text"].endswith("\n\n")
-    picture = next(p for p in benchmark.pictures if any(m.id == "903_2" for m in p.masks))
-    mask = dict(zip((m.id for m in picture.masks), decode_masks(picture), strict=True))["903_2"]
+    image = next(p for p in benchmark.images if any(m.id == "903_2" for m in p.masks))
+    mask = dict(zip((m.id for m in image.masks), decode_masks(image), strict=True))["903_2"]
     top, bottom, left, right = judging.crop_box(mask)
-    seen, region = (read_picture(content[k]["image_url"]["url"]) for k in (1, 3))
-    assert (np.asarray(seen) == np.asarray(open_picture(picture))[top:bottom, left:right]).all()
+    seen, region = (read_image(content[k]["image_url"]["url"]) for k in (1, 3))
+    assert (np.asarray(seen) == np.asarray(open_image(image))[top:bottom, left:right]).all()
     assert (np.asarray(region) == 255 * mask[top:bottom, left:right]).all()
     alone = next(judging.judge_requests(benchmark, captions, with_images=False))
     assert isinstance(alone[2][0]["content"], str)
 
 
-def read_picture(url):
+def read_image(url):
     return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
 
 

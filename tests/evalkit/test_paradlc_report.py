@@ -1,4 +1,4 @@
-"""From pictures to a report: captions of the embedded checkpoint, a truthful judge, scores computed a second way."""
+"""From images to a report: captions of the embedded checkpoint, a truthful judge, scores computed a second way."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from judge_server import JudgeServer  # noqa: E402
 import pdlm_evalkit.paradlc as package  # noqa: E402
 from pdlm_evalkit.paradlc.cli import app  # noqa: E402
 from pdlm_evalkit.paradlc.data import load_benchmark  # noqa: E402
-from pdlm_evalkit.paradlc.make_example import draw_pictures  # noqa: E402
+from pdlm_evalkit.paradlc.make_example import draw_scenes  # noqa: E402
 from pdlm_evalkit.paradlc.paper import COLUMNS, TABLE_2, TABLE_2_DLC, TABLE_8, paper_rows  # noqa: E402
 from pdlm_evalkit.paradlc.report import Table, notes_of, report_run  # noqa: E402
 from pdlm_hf.shapes.scenes import read  # noqa: E402
@@ -50,7 +50,7 @@ def judged(tmp_path_factory):
 
 def expected(captions, with_positives):
     """Pos and Neg by the attributes themselves, without questions, choices and letters."""
-    figures = [(figure, picture.figures) for picture in draw_pictures() for figure in picture.figures]
+    figures = [(figure, image.figures) for image in draw_scenes() for figure in image.figures]
     pos, neg = [], []
     for number, ((figure, others), text) in enumerate(zip(figures, captions.values(), strict=True)):
         stated = read(text)
@@ -70,8 +70,8 @@ def expected(captions, with_positives):
 
 
 def first_of_second():
-    """The one mask without positive question: the first of the second picture."""
-    return len(draw_pictures()[0].masks)
+    """The one mask without positive question: the first of the second image."""
+    return len(draw_scenes()[0].masks)
 
 
 @pytest.mark.parametrize("name", ["paradlc", "dlc"])
@@ -87,7 +87,7 @@ def test_scores_of_the_embedded_checkpoint(judged, name):
         assert found["avg"] == pytest.approx((pos + neg) / 2)
         assert (found["n_masks"], found["n_unparsed"], found["n_missing"], found["n_failed"]) == (20, 0, 0, 0)
         assert found["n_no_positive"] == (name == "paradlc")
-    assert found["avg"] > 0.7  # the checkpoint knows its world
+    assert found["avg"] > 0.7  # the checkpoint knows its domain
 
 
 def test_the_report_as_json(judged):
@@ -141,12 +141,12 @@ def test_the_report_as_tables_and_pages(judged, tmp_path):
     assert "| paradlc | qwen3.5-27b | robust | 20 |" in page and page.count("**") == 10
 
 
-def test_the_report_as_a_picture(judged, tmp_path):
+def test_the_report_as_a_image(judged, tmp_path):
     pytest.importorskip("matplotlib")
     assert run("report", judged / "paradlc", judged / "dlc", "--plot", tmp_path / "r.png").exit_code == 0
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
     result = run("report", judged / "paradlc", "--plot", tmp_path / "r.doc")
-    assert result.exit_code == 2 and "cannot be written as a picture" in result.stderr
+    assert result.exit_code == 2 and "cannot be written as an image" in result.stderr
 
 
 def test_answers_elsewhere_and_answers_to_other_captions(judged, tmp_path):

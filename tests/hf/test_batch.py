@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from region_server import RegionCaptionServer
-from tiny import make_picture
+from tiny import make_image
 from typer.testing import CliRunner
 
 from pdlm_hf import RegionCaption, RegionCaptioner
@@ -27,12 +27,12 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = {"model": "counter"}
 
 
-def write_coco(folder, pictures=5, regions=3):
-    """Noise pictures of two shapes with rectangular regions: RLE, polygon, box in turn."""
+def write_coco(folder, count=5, regions=3):
+    """Noise images of two shapes with rectangular regions: RLE, polygon, box in turn."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
-    for k in range(pictures):
-        image, masks = make_picture(k, 104 if k % 2 else 64, 64, regions)
+    for k in range(count):
+        image, masks = make_image(k, 104 if k % 2 else 64, 64, regions)
         Image.fromarray(image).save(folder / "images" / f"{k}.png")
         images.append({"id": k, "file_name": f"{k}.png", "width": image.shape[1], "height": image.shape[0]})
         for n, mask in enumerate(masks):
@@ -57,7 +57,7 @@ def change(folder, edit):
 
 
 class Counter(ImageEngine):
-    """An engine that says how many pixels a region has; after some pictures it stops."""
+    """An engine that says how many pixels a region has; after some images it stops."""
 
     ahead = 2
 
@@ -90,13 +90,13 @@ def faults_of(folder, name="out.faults.jsonl"):
 def test_rows_and_coco(tmp_path):
     data = write_coco(tmp_path)
     counts, rows = caption_all(tmp_path)
-    assert (counts.pictures, counts.regions, counts.before, counts.whole) == (5, 15, 0, True)
+    assert (counts.images, counts.regions, counts.before, counts.whole) == (5, 15, 0, True)
     fields = ["image_id", "annotation_id", "file_name", "caption", "score", "bbox", "segmentation"]
     assert all(list(row) == fields for row in rows)
     assert [(row["image_id"], row["annotation_id"]) for row in rows] == [
         (a["image_id"], a["id"]) for a in data["annotations"]
     ]
-    areas = [make_picture(0, 64, 64, 3)[1][n].sum() for n in range(3)]
+    areas = [make_image(0, 64, 64, 3)[1][n].sum() for n in range(3)]
     assert [row["caption"] for row in rows[:3]] == [f"{area} pixels" for area in areas]
     assert {row["score"] for row in rows} == {0.25} and rows[2]["bbox"] == data["annotations"][2]["bbox"]
     written = json.loads((tmp_path / "out.coco.json").read_text())
@@ -107,7 +107,7 @@ def test_rows_and_coco(tmp_path):
 
 
 def test_captions_are_the_captioners(tmp_path, isolated_model, processor):
-    """Batched by size, and still those of one picture at a time."""
+    """Batched by size, and still those of one image at a time."""
     write_coco(tmp_path, 5, 3)
     captioner = RegionCaptioner(isolated_model, processor)
     settings = {"max_new_tokens": 5, "max_denoising_steps": 3}
@@ -130,8 +130,8 @@ def test_captions_are_the_captioners(tmp_path, isolated_model, processor):
         assert [row["score"] for row in own] == pytest.approx([caption.score for caption in found], abs=1e-4)
 
 
-def test_a_picture_with_very_many_regions_goes_in_parts(tmp_path, isolated_model, processor):
-    image, _ = make_picture(0, 64, 104)
+def test_a_image_with_very_many_regions_goes_in_parts(tmp_path, isolated_model, processor):
+    image, _ = make_image(0, 64, 104)
     (tmp_path / "images").mkdir()
     Image.fromarray(image).save(tmp_path / "images" / "a.png")
     annotations = [{"id": k, "image_id": 1, "bbox": [k, 2 * k, 20, 15]} for k in range(29)]
@@ -146,7 +146,7 @@ def test_a_picture_with_very_many_regions_goes_in_parts(tmp_path, isolated_model
     captioner.generate = generate
     limit = isolated_model.config.num_region_prompts
     assert sizes[1:] == [[2 * limit]] * (29 // (2 * limit)) + [[29 % (2 * limit)]]
-    assert (counts.pictures, counts.regions) == (1, 29)
+    assert (counts.images, counts.regions) == (1, 29)
     found = captioner.caption(image, [a["bbox"] for a in annotations], **settings)
     assert [row["caption"] for row in rows] == [caption.text for caption in found]
 
@@ -192,7 +192,7 @@ def test_wrong_settings_are_found_before_the_work(isolated_model, processor):
 # ---------------------------------------------------------------- what cannot be read
 
 
-def test_bad_pictures_and_regions_are_listed_and_the_rest_goes_on(tmp_path):
+def test_bad_images_and_regions_are_listed_and_the_rest_goes_on(tmp_path):
     write_coco(tmp_path)
 
     def damage(data):
@@ -208,12 +208,12 @@ def test_bad_pictures_and_regions_are_listed_and_the_rest_goes_on(tmp_path):
         ]
 
     change(tmp_path, damage)
-    (tmp_path / "images" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "1.png").write_bytes(b"no image")
     counts, rows = caption_all(tmp_path)
-    assert (counts.bad_pictures, counts.bad_regions, counts.regions) == (2, 7, 7)
+    assert (counts.bad_images, counts.bad_regions, counts.regions) == (2, 7, 7)
     found = {(f["image_id"], f["annotation_id"]): f["reason"] for f in faults_of(tmp_path)}
     assert "is damaged" in found[0, 0] and "lies outside" in found[0, 2]
-    assert "cannot be opened as a picture" in found[1, None]
+    assert "cannot be opened as an image" in found[1, None]
     assert "no image with the id 77" in found[77, 90] and "id of an earlier one, 20" in found[2, 20]
     assert "images[3]: has no `file_name`" in found[3, None]
     assert "needs `segmentation`" in found[4, 91]
@@ -233,10 +233,10 @@ def test_bad_pictures_and_regions_are_listed_and_the_rest_goes_on(tmp_path):
         ("[]", "expected a COCO file"),
         ('{"images": [{"id": [1]}], "annotations": []}', "images[0]: needs an `id`"),
         ('{"images": [{"id": 1}, {"id": 1}], "annotations": []}', "images[1]: needs an `id` of its own"),
-        ('{"images": [], "annotations": []}', "no picture"),
+        ('{"images": [], "annotations": []}', "no image"),
         (
             '{"images": [{"id": 1, "file_name": "x.png"}], "annotations": [{"id": 1, "image_id": 1}]}',
-            "has none of the 1 pictures",
+            "has none of the 1 images",
         ),
     ],
 )
@@ -259,13 +259,13 @@ def test_empty_captions_are_told_also_by_the_next_run(tmp_path):
 # ---------------------------------------------------------------- folders
 
 
-def test_folder_of_pictures_with_masks(tmp_path):
+def test_folder_of_images_with_masks(tmp_path):
     images, masks = tmp_path / "images", tmp_path / "masks"
     for folder in (images / "a", masks / "a" / "2"):
         folder.mkdir(parents=True)
-    picture, (first, second) = make_picture(0, 60, 40)
+    pixels, (first, second) = make_image(0, 60, 40)
     for name in ("a/1.jpg", "a/2.png", "3.png", "4.png", "5.png", "6.png"):
-        Image.fromarray(picture).save(images / name)
+        Image.fromarray(pixels).save(images / name)
     Image.fromarray(first * np.uint8(1) + second * np.uint8(2)).save(masks / "a" / "1.png")
     Image.fromarray(first).save(masks / "a" / "2" / "left.png")
     Image.fromarray(second).save(masks / "a" / "2" / "right.png")
@@ -284,7 +284,7 @@ def test_folder_of_pictures_with_masks(tmp_path):
         "a/2.png#left": f"{first.sum()} pixels",
         "a/2.png#right": f"{second.sum()} pixels",
     } | ({"a/1.jpg#3": f"{both} pixels"} if both else {})
-    assert (counts.bad_pictures, counts.regions) == (1, len(found))
+    assert (counts.bad_images, counts.regions) == (1, len(found))
     assert "perhaps cut short" in faults_of(tmp_path)[0]["reason"]
     data = json.loads((tmp_path / "out.coco.json").read_text())
     assert {image["file_name"] for image in data["images"]} == {"3.png", "4.png", "a/1.jpg", "a/2.png"}
@@ -313,11 +313,11 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert (tmp_path / "out.coco.json").read_text() == (tmp_path / "whole.coco.json").read_text()
 
 
-def test_a_picture_that_was_cut_in_two_is_captioned_whole_and_written_once(tmp_path):
+def test_a_image_that_was_cut_in_two_is_captioned_whole_and_written_once(tmp_path):
     write_coco(tmp_path)
     _, whole = caption_all(tmp_path)
     lines = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:4]))  # one of three regions of picture 1
+    (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:4]))  # one of three regions of image 1
     counts, rows = caption_all(tmp_path)
     assert counts.regions == 11 and rows == whole
 
@@ -376,7 +376,7 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         ("/proc/out.jsonl", "/proc/out"),
         (str(tmp_path / "nowhere" / "out.jsonl"), "there is no folder"),
         (str(tmp_path / "out.json"), "must end with .jsonl"),
-        ("out.jsonl --batch-size 0", "--batch-size must be positive"),
+        ("out.jsonl --batch-size 0", "--batch-size must be a positive integer, got 0"),
         ("out.jsonl --steps 0", "max_denoising_steps"),
         ("out.jsonl --shard 3/2", "--shard 3/2: expected i/n"),
         ("out.jsonl --server http://127.0.0.1:1 --fast", "--fast is not served"),
@@ -418,7 +418,7 @@ def test_a_run_goes_on_with_the_same_settings_and_data_only(tmp_path):
     with pytest.raises(ValueError, match="model was 'counter', now 'other'"):
         caption_all(tmp_path, settings={"model": "other"})
     change(tmp_path, lambda data: data["images"][0].update(file_name="1.png"))
-    with pytest.raises(ValueError, match="begun with another data set: the picture 0 was 0.png, now 1.png"):
+    with pytest.raises(ValueError, match="begun with another data set: the image 0 was 0.png, now 1.png"):
         caption_all(tmp_path)
 
 
@@ -454,13 +454,13 @@ def test_progress(capsys):
 
     console = Console(width=120, force_terminal=True, no_color=True)
     with BatchProgress(4, console) as progress:
-        progress(2, Counts(pictures=2, regions=6, bad_regions=1, seconds=4.0))
+        progress(2, Counts(images=2, regions=6, bad_regions=1, seconds=4.0))
     said = capsys.readouterr().out
-    assert "2/4 pictures" in said and "0.50 pictures/s, 1.50 regions/s" in said and "1 faults" in said
+    assert "2/4 images" in said and "0.50 images/s, 1.50 regions/s" in said and "1 faults" in said
     line = str(Counts(2, 6, 3, 1, 0, 0, 2, 4.0))
     assert line == (
-        "6 regions of 2 pictures captioned (0.50 pictures/s, 1.50 regions/s); 3 regions there before; "
-        "1 picture cannot be read; 2 empty captions"
+        "6 regions of 2 images captioned (0.50 images/s, 1.50 regions/s); 3 regions there before; "
+        "1 image cannot be read; 2 empty captions"
     )
 
 
@@ -496,7 +496,7 @@ def near(monkeypatch):
     monkeypatch.setattr("pdlm_hf.client.chat._BACKOFF", 0.001)
 
 
-def test_a_picture_of_another_size_and_one_with_odd_exif(tmp_path):
+def test_a_image_of_another_size_and_one_with_odd_exif(tmp_path):
     """Regions of another size would lie elsewhere; EXIF that cannot be read costs nothing."""
     write_coco(tmp_path, 3)
     change(tmp_path, lambda data: data["images"][1].update(width=128, height=32))
@@ -507,7 +507,7 @@ def test_a_picture_of_another_size_and_one_with_odd_exif(tmp_path):
     assert {row["image_id"] for row in rows} == {0, 2}
     (found,) = faults_of(tmp_path)
     assert found["image_id"] == 1
-    assert "the data set says 128 x 32 pixels, the picture has 104 x 64" in found["reason"]
+    assert "the data set says 128 x 32 pixels, the image has 104 x 64" in found["reason"]
 
 
 def test_of_two_annotations_with_one_id_the_first_has_the_caption(tmp_path):
@@ -523,10 +523,10 @@ def test_of_two_annotations_with_one_id_the_first_has_the_caption(tmp_path):
 def test_server(tmp_path, near, monkeypatch):
     write_coco(tmp_path, 12)
     _, whole = caption_all(tmp_path, "whole.jsonl")
-    picture = Image.open(tmp_path / "images" / "1.png")
-    exif = picture.getexif()
+    image = Image.open(tmp_path / "images" / "1.png")
+    exif = image.getexif()
     exif[0x0112] = 6  # turned: the server is sent what we see
-    picture.save(tmp_path / "images" / "1.png", exif=exif)
+    image.save(tmp_path / "images" / "1.png", exif=exif)
     change(tmp_path, lambda data: data["images"][1].update(width=64, height=104))
     change(tmp_path, lambda data: data["annotations"].__delitem__(slice(3, 6)))
     change(tmp_path, lambda data: data["annotations"].append({"id": 1, "image_id": 1, "bbox": [0, 0, 104, 104]}))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from tiny import make_picture
+from tiny import make_image
 
 from pdlm_hf import Region, RegionCaption, RegionCaptioner
 from pdlm_hf.captioning.streaming import LiveView, RegionStreamer
@@ -21,7 +21,7 @@ def captioner(tiny_checkpoint):
 
 
 def pair(seed: int, num_masks: int = 2):
-    image, masks = make_picture(seed, 64 + 40 * (seed % 3), 64, num_masks)
+    image, masks = make_image(seed, 64 + 40 * (seed % 3), 64, num_masks)
     return Image.fromarray(image), masks
 
 
@@ -122,7 +122,7 @@ def test_load_options(tiny_checkpoint, golden_regions):
     assert captioner.model.dtype == torch.bfloat16
     assert len(captioner.caption(*pair(1), **SETTINGS)) == 2
     mapped = RegionCaptioner.from_pretrained(golden_regions, device_map="cpu")
-    image, masks = make_picture(0, 130, 120, 2)
+    image, masks = make_image(0, 130, 120, 2)
     assert len(mapped.caption(image, masks, **SETTINGS)) == 2
 
 
@@ -158,7 +158,7 @@ def test_live_view_shows_every_step():
         assert part in text
 
 
-def test_drafts_stay_with_their_regions_when_a_picture_takes_two_portions(captioner):
+def test_drafts_stay_with_their_regions_when_a_image_takes_two_portions(captioner):
     """8 regions and 6 prompts: regions 6 and 7 come in the second pass, after the others."""
     image, masks = pair(2, 8)
     streamer = RegionStreamer(captioner.processor)
@@ -166,7 +166,7 @@ def test_drafts_stay_with_their_regions_when_a_picture_takes_two_portions(captio
     assert len(streamer.steps) == output.num_forwards == 6
     assert [len(step[0]) for step in streamer.steps] == [6, 6, 6, 8, 8, 8]
     assert streamer.steps[-1][0] == [caption.text for caption in captions[0]]
-    captioner.generate([pair(1)], streamer=streamer, **SETTINGS)  # another picture: no draft of the last one is left
+    captioner.generate([pair(1)], streamer=streamer, **SETTINGS)  # another image: no draft of the last one is left
     assert [len(step[0]) for step in streamer.steps[6:]] == [2, 2, 2]
     file = io.StringIO()
     with LiveView([f"name {k}" for k in range(8)], Console(file=file, force_terminal=True, width=80)) as view:
@@ -185,7 +185,7 @@ def drawing():
     return image, regions, captions
 
 
-def test_drawing_holds_picture_and_legend(drawing):
+def test_drawing_holds_image_and_legend(drawing):
     image, regions, captions = drawing
     factor = round(480 / max(image.size))
     drawn = draw_captions(image, regions, captions)
@@ -209,7 +209,7 @@ def test_drawing_marks_the_regions_only(drawing):
     assert changed[~inside].mean() < 0.05  # its outline
 
 
-def test_drawing_is_deterministic_and_leaves_the_picture_alone(drawing):
+def test_drawing_is_deterministic_and_leaves_the_image_alone(drawing):
     image, regions, captions = drawing
     before = image.tobytes()
     assert draw_captions(image, regions, captions).tobytes() == draw_captions(image, regions, captions).tobytes()
@@ -228,15 +228,15 @@ def test_save_drawing(drawing, tmp_path):
         assert written.tobytes() == draw_captions(*drawing).tobytes()
 
 
-def test_large_picture_and_many_regions(tmp_path):
+def test_large_image_and_many_regions(tmp_path):
     image = Image.new("RGB", (1000, 700))
     regions = parse_regions([[90 * k, 10, 60, 60] for k in range(11)], 1000, 700)
     drawn = draw_captions(image, regions, [RegionCaption(f"number {k}", 1.0) for k in range(11)])
     assert drawn.width == 1000
 
 
-def test_fast_mode_uses_fewer_passes_and_calls_override_it(isolated_model, processor, pictures):
-    pairs = [(picture.image, picture.masks) for picture in pictures]
+def test_fast_mode_uses_fewer_passes_and_calls_override_it(isolated_model, processor, scenes):
+    pairs = [(image.image, image.masks) for image in scenes]
     fast = RegionCaptioner(isolated_model, processor, mode="fast")
     settings = {"max_new_tokens": 8, "max_denoising_steps": 8}
     _, slow_output = RegionCaptioner(isolated_model, processor).generate(pairs, **settings)
@@ -257,7 +257,7 @@ def test_a_rule_takes_the_place_of_the_fast_one(captioner):
         fast.caption(image, masks, entropy_bound=0.1, acceptance_threshold=0.9)
 
 
-@pytest.mark.parametrize(("pairs", "message"), [([], "No pictures given"), ([(None, 5)], "expected")])
+@pytest.mark.parametrize(("pairs", "message"), [([], "No images given"), ([(None, 5)], "expected")])
 def test_nothing_to_caption(captioner, pairs, message):
     image = pair(1)[0]
     with pytest.raises(ValueError, match=message):

@@ -35,7 +35,7 @@ def test_the_example_runs(tmp_path, monkeypatch, checkpoint):
     work.mkdir(parents=True)
     write_card(work, "x", "x", "x", "x", regions=checkpoint == CHECKPOINT)
     monkeypatch.chdir(tmp_path)
-    shutil.copyfile(ROOT / "examples" / "shapes.png", "picture.png")
+    shutil.copyfile(ROOT / "examples" / "shapes.png", "image.png")
     (example,) = fences((work / "README.md").read_text())
     assert run_python(example.text, {}).stdout.strip()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import make_picture
+from tiny import make_image
 from typer.testing import CliRunner
 
 from pdlm_hf import RegionCaption, RegionCaptioner
@@ -13,15 +13,15 @@ from pdlm_hf.cli.errors import fail
 from pdlm_hf.cli.main import app
 from pdlm_hf.regions.files import write_json
 
-PICTURE = Path(__file__).parents[2] / "examples" / "two_shapes.png"
+IMAGE = Path(__file__).parents[2] / "examples" / "two_shapes.png"
 FAST = ["--max-new-tokens", "6", "--steps", "3"]
 
 
 @pytest.fixture
 def files(tmp_path):
-    """A picture with two masks, as files."""
-    image, masks = make_picture(1, 104, 64, 2)
-    Image.fromarray(image).save(tmp_path / "picture.png")
+    """An image with two masks, as files."""
+    image, masks = make_image(1, 104, 64, 2)
+    Image.fromarray(image).save(tmp_path / "image.png")
     for k, mask in enumerate(masks):
         Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / f"mask_{k}.png")
     return tmp_path
@@ -43,68 +43,69 @@ def masks_of(folder):
 
 
 def test_captions_on_stdout_and_costs_on_stderr(pdlm, files):
-    result = pdlm("caption", files / "picture.png", *masks_of(files))
+    result = pdlm("caption", files / "image.png", *masks_of(files))
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2"]
-    assert "2 captions in 3 forward passes, 4.0 tokens a pass" in result.stderr
+    assert "2 captions in 3 forward passes, 4.0 tokens per forward pass" in result.stderr
 
 
 def test_json(pdlm, files, tiny_checkpoint):
     regions = [{"id": "cat", "bbox": [1, 2, 30, 40]}, {"id": 9, "segmentation": [[5, 5, 40, 5, 40, 40]]}]
     (files / "regions.json").write_text(json.dumps({"regions": regions}))
     arguments = (*masks_of(files), "--box", "3,4,20,21", "--regions", files / "regions.json", "--json")
-    result = pdlm("caption", files / "picture.png", *arguments)
+    result = pdlm("caption", files / "image.png", *arguments)
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert list(answer) == ["model", "image", "regions", "num_forwards", "tokens_per_forward", "seconds"]
     assert answer["model"] == str(tiny_checkpoint)
-    assert answer["image"] == str(files / "picture.png")
+    assert answer["image"] == str(files / "image.png")
     assert answer["num_forwards"] == 3
     assert answer["tokens_per_forward"] == 5 * 6 / 3
     assert answer["seconds"] > 0
-    assert all(list(region) == ["id", "caption", "score", "bbox"] for region in answer["regions"])
+    fields = ["id", "caption", "score", "bbox"]
+    assert all(list(region)[:4] == fields for region in answer["regions"])
+    # random weights hardly ever end a caption within six tokens
+    assert {tuple(region)[4:] for region in answer["regions"]} <= {(), ("truncated",)}
     assert [region["id"] for region in answer["regions"]] == [0, 1, 2, "cat", 9]
     assert answer["regions"][2]["bbox"] == [3, 4, 20, 21]
     assert answer["regions"][3]["bbox"] == [1, 2, 30, 40]
     assert all(isinstance(region["caption"], str) and 0 <= region["score"] <= 1 for region in answer["regions"])
     captioner = RegionCaptioner.from_pretrained(tiny_checkpoint)
     values = [files / "mask_0.png", files / "mask_1.png", [3, 4, 20, 21], *regions]
-    expected = captioner.caption(files / "picture.png", values, max_new_tokens=6, max_denoising_steps=3)
+    expected = captioner.caption(files / "image.png", values, max_new_tokens=6, max_denoising_steps=3)
     assert [region["caption"] for region in answer["regions"]] == [caption.text for caption in expected]
 
 
-def test_coco_file_is_searched_for_the_picture(pdlm, files):
-    images = [{"id": 1, "file_name": "other.png"}, {"id": 2, "file_name": "sub/picture.png"}]
+def test_coco_file_is_searched_for_the_image(pdlm, files):
+    images = [{"id": 1, "file_name": "other.png"}, {"id": 2, "file_name": "sub/image.png"}]
     annotations = [{"id": 5, "image_id": 1, "bbox": [0, 0, 9, 9]}, {"id": 6, "image_id": 2, "bbox": [1, 1, 20, 20]}]
     (files / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    result = pdlm("caption", files / "picture.png", "--regions", files / "coco.json", "--json")
+    result = pdlm("caption", files / "image.png", "--regions", files / "coco.json", "--json")
     assert [region["id"] for region in json.loads(result.stdout)["regions"]] == [6]
 
 
 def test_question(pdlm, files):
-    plain = pdlm("caption", files / "picture.png", *masks_of(files)).stdout
-    assert (
-        pdlm("caption", files / "picture.png", *masks_of(files), "--question", "What is it made of?").stdout != plain
-    )
+    plain = pdlm("caption", files / "image.png", *masks_of(files)).stdout
+    assert pdlm("caption", files / "image.png", *masks_of(files), "--question", "What is it made of?").stdout != plain
 
 
 def test_draw(pdlm, files):
     out = files / "out.png"
-    result = pdlm("caption", files / "picture.png", *masks_of(files), "--draw", out)
+    result = pdlm("caption", files / "image.png", *masks_of(files), "--draw", out)
     assert result.exit_code == 0, result.output
     with Image.open(out) as drawn:
         assert drawn.width >= 480
     assert "drawn to" in result.stderr and "out.png" in result.stderr.replace("\n", "")
-    result = pdlm("caption", files / "picture.png", *masks_of(files), "--draw", out, "--json")
+    result = pdlm("caption", files / "image.png", *masks_of(files), "--draw", out, "--json")
     json.loads(result.stdout)
 
 
 def test_watch_keeps_stdout_clean(pdlm, files):
-    result = pdlm("caption", files / "picture.png", *masks_of(files), "--watch", "--json")
+    result = pdlm("caption", files / "image.png", *masks_of(files), "--watch", "--json")
     assert result.exit_code == 0, result.output
     assert len(json.loads(result.stdout)["regions"]) == 2
-    plain = pdlm("caption", files / "picture.png", *masks_of(files), "--json")
+    plain = pdlm("caption", files / "image.png", *masks_of(files), "--json")
     assert json.loads(result.stdout)["regions"] == json.loads(plain.stdout)["regions"]
 
 
@@ -113,29 +114,29 @@ def bad_files(files):
     Image.new("L", (7, 5), 255).save(files / "small.png")
     Image.new("L", (104, 64)).save(files / "empty.png")
     (files / "cut.json").write_text('[{"bbox": [1, 2')
-    (files / "cut.png").write_bytes((files / "picture.png").read_bytes()[:2000])
+    (files / "cut.png").write_bytes((files / "image.png").read_bytes()[:2000])
     return files
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("picture.png", "No regions: give --mask, --box or --regions"),
+        ("image.png", "No regions: give --mask, --box or --regions"),
         ("nowhere.png --mask mask_0.png", "nowhere.png: no such file"),
-        ("cut.png --mask mask_0.png", "cut.png: cannot be opened as a picture"),
-        ("picture.png --mask nowhere.png", "nowhere.png: no such file"),
-        ("picture.png --mask small.png", "has size 7 x 5, but its image has 104 x 64"),
-        ("picture.png --mask empty.png", "is empty"),
-        ("picture.png --box 1,2,3", "--box 1,2,3: expected X,Y,WIDTH,HEIGHT"),
-        ("picture.png --box a,b,c,d", "expected X,Y,WIDTH,HEIGHT"),
-        ("picture.png --box 1,2,0,4", "has no area"),
-        ("picture.png --box nan,2,3,4", "NaN"),
-        ("picture.png --box 900,2,3,4", "lies outside the picture"),
-        ("picture.png --regions cut.json", "not valid JSON, perhaps cut short"),
-        ("picture.png --regions nowhere.json", "nowhere.json: no such file"),
-        ("picture.png --mask mask_0.png --draw none/a.png", "there is no folder"),
-        ("picture.png --mask mask_0.png --draw a.unknown", "unknown"),
-        ("picture.png --mask mask_0.png --question <|eot_id|>", "special tokens"),
+        ("cut.png --mask mask_0.png", "cut.png: cannot be opened as an image"),
+        ("image.png --mask nowhere.png", "nowhere.png: no such file"),
+        ("image.png --mask small.png", "has size 7 x 5, but its image has 104 x 64"),
+        ("image.png --mask empty.png", "is empty"),
+        ("image.png --box 1,2,3", "--box 1,2,3: expected X,Y,WIDTH,HEIGHT"),
+        ("image.png --box a,b,c,d", "expected X,Y,WIDTH,HEIGHT"),
+        ("image.png --box 1,2,0,4", "has no area"),
+        ("image.png --box nan,2,3,4", "NaN"),
+        ("image.png --box 900,2,3,4", "lies outside the image"),
+        ("image.png --regions cut.json", "not valid JSON, perhaps cut short"),
+        ("image.png --regions nowhere.json", "nowhere.json: no such file"),
+        ("image.png --mask mask_0.png --draw none/a.png", "there is no folder"),
+        ("image.png --mask mask_0.png --draw a.unknown", "unknown"),
+        ("image.png --mask mask_0.png --question <|eot_id|>", "special tokens"),
     ],
 )
 def test_a_wrong_call_says_why_in_one_line(pdlm, bad_files, monkeypatch, arguments, message):
@@ -150,7 +151,7 @@ def test_a_wrong_call_says_why_in_one_line(pdlm, bad_files, monkeypatch, argumen
 
 @pytest.mark.parametrize("option", ["--steps", "--max-new-tokens"])
 def test_settings_out_of_range(files, tiny_checkpoint, option):
-    arguments = ["caption", files / "picture.png", *masks_of(files), "--model", tiny_checkpoint, option, "0"]
+    arguments = ["caption", files / "image.png", *masks_of(files), "--model", tiny_checkpoint, option, "0"]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 2
     assert "must be a positive integer, got 0" in result.stderr
@@ -158,16 +159,16 @@ def test_settings_out_of_range(files, tiny_checkpoint, option):
 
 def test_wrong_model(pdlm, files, golden_base, tmp_path):
     mask = ["--mask", files / "mask_0.png"]
-    result = pdlm("caption", files / "picture.png", *mask, model=golden_base)
+    result = pdlm("caption", files / "image.png", *mask, model=golden_base)
     assert (result.exit_code, "PerceptionDLM-Base checkpoint" in result.stderr) == (2, True)
     (tmp_path / "nothing").mkdir()
-    result = pdlm("caption", files / "picture.png", *mask, model=tmp_path / "nothing")
+    result = pdlm("caption", files / "image.png", *mask, model=tmp_path / "nothing")
     assert result.exit_code == 2
     assert result.stderr.count("\npdlm: ") + result.stderr.startswith("pdlm: ") == 1
 
 
 def test_unknown_option(pdlm, files):
-    assert pdlm("caption", files / "picture.png", "--masks", files / "mask_0.png").exit_code == 2
+    assert pdlm("caption", files / "image.png", "--masks", files / "mask_0.png").exit_code == 2
 
 
 def test_a_region_without_caption_gives_exit_code_1(pdlm, files, monkeypatch):
@@ -179,7 +180,7 @@ def test_a_region_without_caption_gives_exit_code_1(pdlm, files, monkeypatch):
         return captions, output
 
     monkeypatch.setattr(RegionCaptioner, "generate", silent)
-    result = pdlm("caption", files / "picture.png", *masks_of(files), "--json")
+    result = pdlm("caption", files / "image.png", *masks_of(files), "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["regions"][1]["caption"] == ""
     assert "pdlm: a region got no caption" in result.stderr
@@ -204,12 +205,12 @@ def test_help_names_the_commands(pdlm):
 
 
 @pytest.mark.parametrize(
-    ("target", "message"), [("out.foo", ".foo is no picture format"), ("folder", "is a folder"), ("out", "no ending")]
+    ("target", "message"), [("out.foo", ".foo is no image format"), ("folder", "is a folder"), ("out", "no ending")]
 )
 def test_a_bad_drawing_target_is_found_before_the_work(pdlm, files, monkeypatch, target, message):
     (files / "folder").mkdir()
     monkeypatch.setattr(RegionCaptioner, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
-    result = pdlm("caption", files / "picture.png", *masks_of(files), "--draw", files / target)
+    result = pdlm("caption", files / "image.png", *masks_of(files), "--draw", files / target)
     assert result.exit_code == 2
     assert message in result.stderr
 
@@ -220,7 +221,7 @@ def test_a_damaged_checkpoint_is_one_line(pdlm, files, tiny_checkpoint, tmp_path
     weights = tmp_path / "damaged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     if command == "caption":
-        result = pdlm("caption", files / "picture.png", *masks_of(files), model=tmp_path / "damaged")
+        result = pdlm("caption", files / "image.png", *masks_of(files), model=tmp_path / "damaged")
     else:
         result = pdlm("export", tmp_path / "damaged", tmp_path / "out")
     assert result.exit_code == 2
@@ -231,21 +232,21 @@ class TestChat:
     def ask(self, *arguments):
         return CliRunner().invoke(app, ["chat", *map(str, arguments)])
 
-    def test_the_embedded_checkpoint_looks_at_the_picture(self, tmp_path):
+    def test_the_embedded_checkpoint_looks_at_the_image(self, tmp_path):
         from pdlm_hf.shapes.evaluate_base import held_out_question
         from pdlm_hf.shapes.questions import is_right
 
         right = 0
         for index in range(10):
             image, question = held_out_question(2, index, "yes_no")
-            image.save(tmp_path / "picture.png")
-            done = self.ask(tmp_path / "picture.png", question.text, "--max-new-tokens", 2)
+            image.save(tmp_path / "image.png")
+            done = self.ask(tmp_path / "image.png", question.text, "--max-new-tokens", 2)
             right += is_right(question, done.stdout)
         assert right >= 8
 
     def test_json(self):
         asked = "What shape is the green figure?"
-        done = self.ask(PICTURE, asked, "--max-new-tokens", 8, "--block-length", 4, "--json")
+        done = self.ask(IMAGE, asked, "--max-new-tokens", 8, "--block-length", 4, "--json")
         report = json.loads(done.stdout)
         assert report["model"] == "shapes base (embedded)"
         assert report["num_forwards"] == 8
@@ -253,15 +254,15 @@ class TestChat:
 
     def test_wrong_calls(self, files, tmp_path):
         assert self.ask(tmp_path / "nothing.png", "Why?").exit_code == 2
-        done = self.ask(files / "picture.png", "Why?", "--max-new-tokens", 8, "--block-length", 3)
+        done = self.ask(files / "image.png", "Why?", "--max-new-tokens", 8, "--block-length", 3)
         assert done.exit_code == 2 and "multiple of `block_length`" in done.stderr
-        done = self.ask(files / "picture.png", "Why <|eot_id|>?")
+        done = self.ask(files / "image.png", "Why <|eot_id|>?")
         assert done.exit_code == 2 and "special tokens" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["/nowhere/x", "./nowhere", "a/b/c"])
 def test_a_checkpoint_folder_that_is_not_there(pdlm, files, name):
-    result = pdlm("caption", files / "picture.png", *masks_of(files), model=name)
+    result = pdlm("caption", files / "image.png", *masks_of(files), model=name)
     assert result.exit_code == 2 and f"{name}: there is no such folder." in result.stderr
 
 

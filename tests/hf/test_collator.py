@@ -3,7 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tiny import make_picture
+from tiny import make_image
 from transformers import AutoProcessor
 
 from pdlm_hf.masking_pdlm import caption_canvas
@@ -11,7 +11,7 @@ from pdlm_hf.training.collator import PdlmCollator, partition_regions, region_ro
 
 
 def row(seed: int, captions: list[str], width: int = 64):
-    image, masks = make_picture(seed, width, 64, len(captions))
+    image, masks = make_image(seed, width, 64, len(captions))
     return region_rows(image, masks, captions)
 
 
@@ -179,7 +179,7 @@ def test_batch_goes_into_the_model(model, processor, rows, settings):
 
 def test_conversations(golden_base):
     processor = AutoProcessor.from_pretrained(golden_base)
-    image = make_picture(0, 256, 128)[0]
+    image = make_image(0, 256, 128)[0]
     content = [{"type": "image"}, {"type": "text", "text": "Hi?"}]
     messages = [
         {"role": "user", "content": content},
@@ -242,7 +242,7 @@ def test_partition_sizes(num_regions, num_prompts, sizes):
     assert sorted(k for group in groups for k in group) == list(range(num_regions))
 
 
-def test_partition_changes_with_epoch_and_picture_only():
+def test_partition_changes_with_epoch_and_image_only():
     assert partition_regions(9, 6, 1, 0) == partition_regions(9, 6, 1, 0)
     assert len({str(partition_regions(9, 6, index, epoch)) for index in range(3) for epoch in range(3)}) == 9
 

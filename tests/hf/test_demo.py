@@ -21,7 +21,7 @@ import torch
 from demo_server import DemoServer, Visitor
 from PIL import Image
 from region_server import RegionCaptionServer
-from tiny import make_picture, tiny_sam
+from tiny import make_image, tiny_sam
 from typer.testing import CliRunner
 
 from pdlm_hf import RegionCaptioner
@@ -60,7 +60,7 @@ def masks_of(sheet):
 
 @pytest.fixture
 def started():
-    """A grey picture of 100 x 80 pixels without regions."""
+    """A grey image of 100 x 80 pixels without regions."""
     own = Session()
     own.open("a.png", file_of(grey()))
     return own
@@ -91,13 +91,13 @@ def test_uploads_are_bounded(items, message):
         read_uploads(items)
 
 
-def test_a_large_picture_is_refused_before_it_is_decoded(monkeypatch):
+def test_a_large_image_is_refused_before_it_is_decoded(monkeypatch):
     data = file_of(Image.new("1", (6000, 6000)))
     assert len(data) < 10_000
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ValueError, match=r"a\.png: 6000 x 6000 pixels; at most 25 million"):
         open_upload("a.png", data)
-    with pytest.raises(ValueError, match="6000 x 6000 pixels, but the picture has 10 x 20"):
+    with pytest.raises(ValueError, match="6000 x 6000 pixels, but the image has 10 x 20"):
         monkeypatch.setattr(limits, "MAX_PIXELS", 10**8)
         open_upload("a.png", data, (10, 20))
 
@@ -113,10 +113,10 @@ def test_a_large_picture_is_refused_before_it_is_decoded(monkeypatch):
         b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
     ],
 )
-def test_what_is_no_picture_is_refused_and_the_sheet_stays(started, data):
+def test_what_is_no_image_is_refused_and_the_sheet_stays(started, data):
     started.mark({"kind": "box", "box": [0, 0, 0.5, 0.5]})
     before = started.version
-    with pytest.raises(ValueError, match=r"b\.png: cannot be opened as a picture"):
+    with pytest.raises(ValueError, match=r"b\.png: cannot be opened as an image"):
         started.open("b.png", data)
     assert (started.name, started.version, len(started.regions)) == ("a.png", before, 1)
 
@@ -193,13 +193,13 @@ def test_as_many_regions_as_a_server_takes(started, monkeypatch):
     monkeypatch.setattr(sheet, "MAX_MASK_PIXELS", 2 * 8000)
     for _ in range(2):
         started.mark({"kind": "box", "box": [0, 0, 1, 1]})
-    with pytest.raises(ValueError, match="3 regions; at most 2 on a picture of 100 x 80"):
+    with pytest.raises(ValueError, match="3 regions; at most 2 on an image of 100 x 80"):
         started.mark({"kind": "box", "box": [0, 0, 1, 1]})
 
 
-def test_nothing_can_be_marked_without_a_picture():
+def test_nothing_can_be_marked_without_a_image():
     for do in (lambda: Session().mark({"kind": "box", "box": [0, 0, 1, 1]}), Session().parsed, Session().coco):
-        with pytest.raises(ValueError, match="Drop a picture first"):
+        with pytest.raises(ValueError, match="Drop an image first"):
             do()
     assert Session().view() is None
 
@@ -253,7 +253,7 @@ def test_ids_stay_apart(started):
         ([("a.json", b"{")], r"^a\.json: not valid JSON"),
         ([("a.json", b'[{"bbox": [0, 0, 5, 5]}, {"bbox": [500, 0, 5, 5]}]')], "region 1: the box"),
         ([("a.txt", b"0 5 5 5")], r"^a\.txt: line 1"),
-        ([("a.png", file_of(grey(50, 50)))], "50 x 50 pixels, but the picture has 100 x 80"),
+        ([("a.png", file_of(grey(50, 50)))], "50 x 50 pixels, but the image has 100 x 80"),
         ([("a.png", file_of(Image.new("L", (100, 80))))], "holds no regions"),
         (
             [("a.png", file_of(Image.fromarray(np.arange(8000, dtype=np.uint8).reshape(80, 100))))],
@@ -289,7 +289,7 @@ def test_the_page_knows_which_region_a_pixel_is_of(started):
     started.mark({"kind": "box", "box": [0, 0, 0.8, 0.8]})
     view = started.view()
     labels = np.asarray(image_in(view["labels"]))
-    assert view["size"] == (1000, 800) == image_in(view["picture"]).size and labels.shape == (800, 1000)
+    assert view["size"] == (1000, 800) == image_in(view["image"]).size and labels.shape == (800, 1000)
     assert (labels[320:480, 400:600] == 1).all()  # the small one lies on the large one
     labels = labels.copy()
     labels[320:480, 400:600] = 2
@@ -300,13 +300,13 @@ def test_the_page_knows_which_region_a_pixel_is_of(started):
     assert started.view()["version"] != version
 
 
-def test_a_large_picture_is_shown_small_and_kept_whole():
+def test_a_large_image_is_shown_small_and_kept_whole():
     own = Session()
     own.open("a.png", file_of(grey(3000, 2000)))
     own.load_masks([("a.json", b'[{"bbox": [600, 400, 900, 800]}, {"bbox": [2400, 1001, 1, 1]}]')])
     view = own.view()
     labels = np.asarray(image_in(view["labels"]))
-    assert labels.shape == (667, 1000) and image_in(view["picture"]).size == (1000, 667)
+    assert labels.shape == (667, 1000) and image_in(view["image"]).size == (1000, 667)
     assert (labels[135:399, 201:499] == 1).all() and (labels == 1).sum() < 302 * 269
     ((row, column),) = np.argwhere(labels == 2)  # it would fall between the pixels
     assert abs(row - 333.8) <= 1 and abs(column - 800) <= 1
@@ -491,12 +491,12 @@ def test_a_click_marks_a_region(sam, tmp_path, monkeypatch):
     encode = segmenter.model.get_image_embeddings
     monkeypatch.setattr(segmenter.model, "get_image_embeddings", lambda pixels: calls.append(pixels) or encode(pixels))
     own = Session()
-    own.open("a.png", file_of(Image.fromarray(make_picture(0, 100, 80)[0])))
+    own.open("a.png", file_of(Image.fromarray(make_image(0, 100, 80)[0])))
     for place in ([0.2, 0.3], [0.9, 0.8]):
         own.mark({"kind": "click", "point": place}, segmenter)
     first, second = masks_of(own)
     assert first.shape == (80, 100) and first.any()
-    assert len(calls) == 1  # the second click finds the picture known
+    assert len(calls) == 1  # the second click finds the image known
     # what SAM 2's own way through the model says
     (pixels,) = calls
     expected = np.asarray(own.image.resize((64, 64), Image.Resampling.BILINEAR), np.float32) / 255
@@ -552,8 +552,8 @@ def served(writer):
 
 def test_a_visit(served):
     visitor = Visitor(served.url)
-    image, masks = make_picture(3, 96, 64, 2)
-    view = visitor.act("picture", **sent("a.png", file_of(Image.fromarray(image))))
+    image, masks = make_image(3, 96, 64, 2)
+    view = visitor.act("image", **sent("a.png", file_of(Image.fromarray(image))))
     assert view["regions"] == [] and view["size"] == [1000, 667]
     assert visitor.send("act", event_data={"kind": "undo"})[-1][0] is None  # the sheet itself stays on the server
     files = [sent(f"{k}.png", file_of(Image.fromarray(mask))) for k, mask in enumerate(masks)]
@@ -573,17 +573,17 @@ def test_a_visit(served):
     assert file["name"] == "a_captions.json" and file["kind"] == "application/json"
     said = json.loads(base64.b64decode(file["data"]))["annotations"]
     assert [row["caption"] for row in said] == end["texts"]
-    file = visitor.send("click", "save-picture")[-1][0]["props"]["file"]
+    file = visitor.send("click", "save-image")[-1][0]["props"]["file"]
     assert file["name"] == "a_captions.png" and Image.open(io.BytesIO(base64.b64decode(file["data"]))).width == 480
 
 
 def test_faults_are_told_in_one_line(served):
     visitor = Visitor(served.url)
-    with pytest.raises(RuntimeError, match="Drop a picture first"):
+    with pytest.raises(RuntimeError, match="Drop an image first"):
         visitor.send("click", "describe", ["adaptive", 32, 0.8])
     visitor.act("example", number=1)
     for event, message in (
-        ({"kind": "picture", **sent("b.png", b"hello")}, r"b\.png: cannot be opened as a picture"),
+        ({"kind": "image", **sent("b.png", b"hello")}, r"b\.png: cannot be opened as an image"),
         ({"kind": "example", "number": 77}, "Mark a region with a box"),
         ({"kind": "undo and more"}, "Mark a region with a box"),
         ([1, 2], "Mark a region with a box"),
@@ -681,11 +681,11 @@ def test_large_requests_are_cut_off(served):
     assert status == 413
 
 
-def test_a_picture_as_large_as_is_allowed_arrives(served):
+def test_a_image_as_large_as_is_allowed_arrives(served):
     noise = np.random.default_rng(0).integers(0, 256, (2500, 2700, 3), dtype=np.uint8)
     data = file_of(Image.fromarray(noise), "BMP")
     assert 19 * 2**20 < len(data) < limits.MAX_BYTES
-    assert Visitor(served.url).act("picture", **sent("a.bmp", data))["size"] == [1000, 926]
+    assert Visitor(served.url).act("image", **sent("a.bmp", data))["size"] == [1000, 926]
 
 
 def test_the_page_needs_nothing_from_elsewhere(served):
@@ -711,7 +711,7 @@ def test_wrong_calls_are_told_in_one_line(tmp_path, monkeypatch, no_proxy):
         for arguments, message in (
             (["--port", taken.getsockname()[1]], "cannot be listened on"),
             (["--port", 70000], "cannot be listened on"),
-            (["--max-new-tokens", 0], "max_new_tokens"),
+            (["--max-new-tokens", 0], "--max-new-tokens must be a positive integer"),
             (["--model", tmp_path / "none"], "none"),
             (["--sam", tmp_path / "none"], "none"),
             (["--server", "127.0.0.1:1"], "must start with http"),

@@ -34,7 +34,7 @@ WATCH = """() => {
     window.seen.push([...rows.querySelectorAll("span")].map(row => row.textContent));
   }).observe(rows, { childList: true, subtree: true, characterData: true });
 }"""
-# Drops files, of these bytes or of so many, on the picture.
+# Drops files, of these bytes or of so many, on the image.
 DROP = """files => {
   const data = new DataTransfer();
   for (const [name, content] of files) {
@@ -92,18 +92,18 @@ class Tab:
         expect(self.page.locator("#captions .rows li")).to_have_count(count, timeout=WAIT)
 
     def open(self, path, size):
-        """Chooses a picture; waits until it is there."""
-        self.page.set_input_files("#board .picture-file", path)
+        """Chooses an image; waits until it is there."""
+        self.page.set_input_files("#board .image-file", path)
         ratio = f"{size[0]} / {size[1]}"
         self.page.wait_for_function(f"document.querySelector('#board .stage').style.aspectRatio === '{ratio}'")
-        self.page.wait_for_function("document.querySelector('#board .picture').complete")
+        self.page.wait_for_function("document.querySelector('#board .image').complete")
 
     def example(self, number, count):
         self.page.click(f"#board .examples button >> nth={number}")
         self.regions(count)
 
     def drag(self, *points):
-        """With the mouse over the picture, by fractions of it."""
+        """With the mouse over the image, by fractions of it."""
         mouse = self.page.mouse
         mouse.move(*self.at(*points[0]))
         mouse.down()
@@ -132,8 +132,8 @@ class Tab:
 
     def shoot(self, name, **options):
         if SCREENSHOTS:
-            picture = Image.open(io.BytesIO(self.page.screenshot(**options))).convert("RGB")
-            small = picture.quantize(256, Image.Quantize.MAXCOVERAGE, 1, dither=Image.Dither.NONE)
+            image = Image.open(io.BytesIO(self.page.screenshot(**options))).convert("RGB")
+            small = image.quantize(256, Image.Quantize.MAXCOVERAGE, 1, dither=Image.Dither.NONE)
             small.save(Path(SCREENSHOTS) / name, optimize=True)
 
 
@@ -145,19 +145,19 @@ def tab(browser, served):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
+def image(tmp_path_factory):
     """A file: a red square and a blue one on grey, 200 x 100 pixels."""
     image = Image.new("RGB", (200, 100), (130, 130, 130))
     draw = ImageDraw.Draw(image)
     draw.rectangle([20, 30, 59, 69], fill=(220, 30, 30))
     draw.rectangle([120, 30, 159, 69], fill=(30, 60, 220))
-    path = tmp_path_factory.mktemp("pictures") / "two squares.png"
+    path = tmp_path_factory.mktemp("images") / "two squares.png"
     image.save(path)
     return path
 
 
-def test_upload_draw_describe_hover_and_save(tab, picture):
-    tab.open(picture, (1000, 500))
+def test_upload_draw_describe_hover_and_save(tab, image):
+    tab.open(image, (1000, 500))
     tab.drag((0.09, 0.28), (0.31, 0.71))
     tab.regions(1)
     tab.page.click("[data-tool=brush]")
@@ -180,8 +180,8 @@ def test_upload_draw_describe_hover_and_save(tab, picture):
     expect(tip).to_be_hidden()
     path, name = tab.save("#save-coco")
     assert name == "two squares_captions.json"
-    shutil.copy(path, picture.with_suffix(".json"))
-    rows = read_region_file(picture.with_suffix(".json"), picture.name, 200, 100)
+    shutil.copy(path, image.with_suffix(".json"))
+    rows = read_region_file(image.with_suffix(".json"), image.name, 200, 100)
     assert [(row["caption"], f"{row['score']:.2f}") for row in rows] == list(zip(captions, scores, strict=True))
     box, brushed = (
         region.mask for region in parse_regions([{"segmentation": r["segmentation"]} for r in rows], 200, 100)
@@ -189,7 +189,7 @@ def test_upload_draw_describe_hover_and_save(tab, picture):
     assert box[30:70, 20:60].all() and box.sum() <= 46 * 45
     assert brushed[40, 130:152].all() and brushed[42:65, 140].all() and not brushed[:, :115].any()
     assert tab.save("#save-coco")[0].read_bytes() == path.read_bytes()
-    path, name = tab.save("#save-picture")
+    path, name = tab.save("#save-image")
     with Image.open(path) as drawn:
         assert (drawn.format, name, drawn.width) == ("PNG", "two squares_captions.png", 480)
 
@@ -220,8 +220,8 @@ def test_a_broken_file_is_told_and_the_work_goes_on(tab, tmp_path):
     tab.example(1, 5)
     before = tab.describe()
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
-    tab.page.set_input_files("#board .picture-file", tmp_path / "broken.png")
-    expect(tab.page.locator(".toast-wrap")).to_contain_text("broken.png: cannot be opened as a picture", timeout=WAIT)
+    tab.page.set_input_files("#board .image-file", tmp_path / "broken.png")
+    expect(tab.page.locator(".toast-wrap")).to_contain_text("broken.png: cannot be opened as an image", timeout=WAIT)
     (tmp_path / "broken.json").write_text("{")
     tab.page.set_input_files("#board .mask-file", tmp_path / "broken.json")
     expect(tab.page.locator(".toast-wrap")).to_contain_text("broken.json: not valid JSON", timeout=WAIT)
@@ -253,11 +253,11 @@ def test_two_tabs_at_once(browser, served, tab):
     other.context.close()
 
 
-def test_masks_click_undo_and_clear(tab, picture, tmp_path):
+def test_masks_click_undo_and_clear(tab, image, tmp_path):
     labels = np.zeros((100, 200), np.uint8)
     labels[30:70, 20:60], labels[30:70, 120:160] = 1, 2
     Image.fromarray(labels).save(tmp_path / "labels.png")
-    tab.open(picture, (1000, 500))
+    tab.open(image, (1000, 500))
     tab.page.set_input_files("#board .mask-file", tmp_path / "labels.png")
     tab.regions(2)
     tab.page.click("[data-tool=click]")
@@ -277,13 +277,13 @@ def test_masks_click_undo_and_clear(tab, picture, tmp_path):
     expect(tab.page.locator(".toast-wrap")).to_contain_text("Mark a region first", timeout=WAIT)
 
 
-def test_a_picture_can_be_dropped(tab, picture):
-    tab.page.evaluate(DROP, [[picture.name, list(picture.read_bytes())]])
+def test_a_image_can_be_dropped(tab, image):
+    tab.page.evaluate(DROP, [[image.name, list(image.read_bytes())]])
     tab.page.wait_for_function("document.querySelector('#board .stage').style.aspectRatio === '1000 / 500'")
 
 
-def test_several_pictures_dropped_on_a_picture_are_masks(tab, picture):
-    tab.open(picture, (1000, 500))
+def test_several_images_dropped_on_a_image_are_masks(tab, image):
+    tab.open(image, (1000, 500))
     masks = []
     for left in (20, 120):
         mask = np.zeros((100, 200), np.uint8)
@@ -294,7 +294,7 @@ def test_several_pictures_dropped_on_a_picture_are_masks(tab, picture):
     tab.regions(2)
     captions = tab.describe()
     assert "red" in captions[0] and "blue" in captions[1]
-    tab.page.evaluate(DROP, masks[:1])  # one alone is a new picture
+    tab.page.evaluate(DROP, masks[:1])  # one alone is a new image
     tab.regions(0)
 
 
@@ -314,7 +314,7 @@ def test_a_region_is_deleted_and_undo_is_off_when_there_is_nothing_to_undo(tab):
 def test_faults_leave_no_mark_behind(tab):
     for press in ("#describe", "#compare-button"):
         tab.page.click(press)
-        expect(tab.page.locator(".toast-wrap")).to_contain_text("Drop a picture first", timeout=WAIT)
+        expect(tab.page.locator(".toast-wrap")).to_contain_text("Drop an image first", timeout=WAIT)
         area = "#captions" if press == "#describe" else "#compare"
         expect(tab.page.locator(f"{area} .error")).to_have_count(1, timeout=WAIT)  # gradio's, which stays
         for part in (".error", ".clear-status"):
@@ -322,7 +322,7 @@ def test_faults_leave_no_mark_behind(tab):
 
 
 def overhang(tab, selector):
-    """By how many pixels the furthest of these sticks out of the picture, left or right."""
+    """By how many pixels the furthest of these sticks out of the image, left or right."""
     return tab.page.evaluate(
         """selector => {
           const frame = document.querySelector("#board .pen").getBoundingClientRect();
@@ -333,11 +333,11 @@ def overhang(tab, selector):
     )
 
 
-def test_captions_stay_within_the_picture(tab, picture):
+def test_captions_stay_within_the_image(tab, image):
     tab.example(2, 6)
     tab.describe()
     assert overhang(tab, "#board .bubbles div") <= 0
-    tab.open(picture, (1000, 500))
+    tab.open(image, (1000, 500))
     for left, right in ((0.0, 0.04), (0.5, 0.62), (0.96, 1.0)):
         tab.drag((left + 0.002, 0.1), (right - 0.002, 0.9))
     tab.regions(3)
@@ -352,13 +352,13 @@ def test_captions_stay_within_the_picture(tab, picture):
         assert overhang(tab, "#board .tip") <= 0
 
 
-def test_a_very_wide_picture_is_high_enough_to_mark(tab, tmp_path):
+def test_a_very_wide_image_is_high_enough_to_mark(tab, tmp_path):
     wide = np.full((60, 3000, 3), 130, np.uint8)
     wide[15:45, 2700:2760] = (220, 30, 30)
     Image.fromarray(wide).save(tmp_path / "wide.png")
     tab.open(tmp_path / "wide.png", (1000, 20))
     assert tab.page.locator("#board .pen").bounding_box()["height"] >= 59
-    assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # the picture scrolls, not the page
+    assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # the image scrolls, not the page
     tab.page.evaluate("document.querySelector('#board .scroll').scrollLeft = 1e6")
     tab.drag((0.9, 0.25), (0.92, 0.75))
     tab.regions(1)
@@ -426,12 +426,12 @@ def test_comparison_and_settings(tab):
     expect(tab.page.get_by_label("number input for Threshold")).to_be_hidden()
 
 
-def test_with_a_server(browser, picture, monkeypatch):
+def test_with_a_server(browser, image, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with RegionCaptionServer() as server, DemoServer(ServerBackend(CaptionClient(server.url)), threshold=None) as page:
         tab = Tab(browser, page.url)
         expect(tab.page.locator("[data-tool=click]")).to_be_hidden()
-        tab.open(picture, (1000, 500))
+        tab.open(image, (1000, 500))
         tab.drag((0.1, 0.3), (0.5, 0.7))
         tab.regions(1)
         tab.page.evaluate("""() => {

@@ -9,8 +9,8 @@ SETTINGS = {"max_new_tokens": 8, "max_denoising_steps": 8}
 
 
 @pytest.fixture(scope="module")
-def inputs(processor, pictures):
-    return processor(images=[p.image for p in pictures], segmentation_maps=[p.masks for p in pictures])
+def inputs(processor, scenes):
+    return processor(images=[p.image for p in scenes], segmentation_maps=[p.masks for p in scenes])
 
 
 def hidden_rows(model, monkeypatch):
@@ -137,8 +137,8 @@ def test_tokens_per_forward_with_and_without_padding(isolated_model, inputs):
 
 
 @pytest.mark.slow
-def test_flex_attention_with_the_cache(isolated_model, processor, pictures):
-    inputs = processor(images=pictures[0].image, segmentation_maps=pictures[0].masks)
+def test_flex_attention_with_the_cache(isolated_model, processor, scenes):
+    inputs = processor(images=scenes[0].image, segmentation_maps=scenes[0].masks)
     settings = {"max_new_tokens": 8, "max_denoising_steps": 3}
     expected = isolated_model.generate(**inputs, **settings)
     isolated_model.set_attn_implementation("flex_attention")

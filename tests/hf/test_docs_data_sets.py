@@ -16,7 +16,7 @@ BOXES = [[30, 20, 50, 40], [90, 70, 60, 40]]  # as in the page's Python
 
 
 def write_files(folder):
-    """What the page speaks of: three pictures of two squares."""
+    """What the page speaks of: three images of two squares."""
     for name in ("images", "masks"):
         (folder / name).mkdir()
     labels = np.zeros((120, 160), np.uint8)

@@ -40,6 +40,6 @@ def test_the_page(tmp_path, monkeypatch):
         assert modes == (["adaptive", "fixed"] if "--server" in command else ["adaptive", "fast", "fixed"])
 
 
-def test_the_pictures_are_there():
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", (DOCS / "demo.md").read_text(encoding="utf-8")):
-        assert Path(DOCS / picture).stat().st_size > 10_000
+def test_the_images_are_there():
+    for image in re.findall(r"!\[.*?\]\((.*?)\)", (DOCS / "demo.md").read_text(encoding="utf-8")):
+        assert Path(DOCS / image).stat().st_size > 10_000

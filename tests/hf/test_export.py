@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import FLAT_FILES, make_picture
+from tiny import FLAT_FILES, make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pdlm_hf import PdlmForConditionalGeneration
@@ -88,7 +88,7 @@ def expected(folder, image, masks):
 def work(tmp_path_factory, golden_regions, golden_base, tiny_checkpoint):
     """Exports of the tiny models, and what two strangers make of them."""
     folder = tmp_path_factory.mktemp("export")
-    image, masks = make_picture(1, 300, 130, 3)
+    image, masks = make_image(1, 300, 130, 3)
     np.savez(folder / "data.npz", image=image, masks=np.stack(masks))
     files = {
         "reference": export_checkpoint(golden_regions, folder / "reference"),

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import lively_model, make_picture
+from tiny import lively_model, make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from pdlm_hf import CHECKPOINT, PdlmForConditionalGeneration, PdlmGenerationConfig, PdlmGenerationOutput
@@ -31,9 +31,9 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def inputs(processor, pictures):
-    """Four drawn pictures with different numbers of regions and tiles."""
-    return processor(images=[p.image for p in pictures], segmentation_maps=[p.masks for p in pictures])
+def inputs(processor, scenes):
+    """Four drawn scenes with different numbers of regions and tiles."""
+    return processor(images=[p.image for p in scenes], segmentation_maps=[p.masks for p in scenes])
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_reference_name_and_ours_together(model, inputs):
 
 def test_defaults_come_from_the_model_and_calls_override_them(processor):
     model = lively_model(processor)
-    image, masks = make_picture(1, 64, 64, 1)
+    image, masks = make_image(1, 64, 64, 1)
     inputs = processor(images=image, segmentation_maps=masks)
     model.generation_config = PdlmGenerationConfig(max_new_tokens=5, max_denoising_steps=3)
     assert model.generate(**inputs).region_tokens.shape[-1] == 5
@@ -160,9 +160,9 @@ def test_generate_needs_ids(model):
 # ---------------------------------------------------------------- regions
 
 
-def test_output_of_regions(model, processor, pictures, inputs):
+def test_output_of_regions(model, processor, scenes, inputs):
     output = run(model, inputs)
-    counts = [len(p.masks) for p in pictures]
+    counts = [len(p.masks) for p in scenes]
     assert isinstance(output, PdlmGenerationOutput)
     assert output.region_tokens.shape == (4, max(counts), SLOTS)
     assert output.region_scores.shape == (4, max(counts))
@@ -200,10 +200,10 @@ def test_output_of_regions(model, processor, pictures, inputs):
     ids=str,
 )
 @pytest.mark.parametrize("fixture", ["model", "isolated_model"])
-def test_batch_equals_one_by_one(request, processor, pictures, inputs, fixture, settings):
+def test_batch_equals_one_by_one(request, processor, scenes, inputs, fixture, settings):
     model = request.getfixturevalue(fixture)
     batched = run(model, inputs, **settings)
-    for k, p in enumerate(pictures):
+    for k, p in enumerate(scenes):
         single = run(model, processor(images=p.image, segmentation_maps=p.masks), **settings)
         assert torch.equal(single.region_tokens[0], batched.region_tokens[k, : len(p.masks)])
         scores = batched.region_scores[k, : len(p.masks)]
@@ -211,7 +211,7 @@ def test_batch_equals_one_by_one(request, processor, pictures, inputs, fixture, 
 
 
 def test_captions_follow_their_masks(model, processor):
-    image, masks = make_picture(1, 140, 64, 4)
+    image, masks = make_image(1, 140, 64, 4)
     areas = [int(mask.sum()) for mask in masks]
     assert len(set(areas)) == 4
     expected = run(model, processor(images=image, segmentation_maps=masks)).region_tokens[0]
@@ -255,8 +255,8 @@ def test_a_rule_in_the_call_takes_the_place_of_the_default_one():
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "seed": 1}])
 def test_more_regions_than_prompts(model, processor, settings):
-    image, masks = make_picture(3, 120, 130, 14)
-    other, few = make_picture(4, 64, 64, 2)
+    image, masks = make_image(3, 120, 130, 14)
+    other, few = make_image(4, 64, 64, 2)
     inputs = processor(images=[other, image], segmentation_maps=[few, masks])
     output = run(model, inputs, **settings)
     assert output.region_tokens.shape[:2] == (2, 14)
@@ -271,7 +271,7 @@ def test_more_regions_than_prompts(model, processor, settings):
 
 
 def test_the_first_draft_is_the_one_step_result(model, processor):
-    image, masks = make_picture(1, 64, 64, 3)
+    image, masks = make_image(1, 64, 64, 3)
     inputs = processor(images=image, segmentation_maps=masks)
     first = run(model, inputs, output_history=True).history[0]
     assert torch.equal(first.draft, run(model, inputs, max_denoising_steps=1).region_tokens)
@@ -444,7 +444,7 @@ def test_default_of_the_prefix_refresh_interval(request, inputs, fixture, defaul
 
 
 def test_region_order_may_be_left_out(model, processor):
-    image, masks = make_picture(1, 64, 64, 2)
+    image, masks = make_image(1, 64, 64, 2)
     masks = sorted(masks, key=np.sum, reverse=True)
     inputs = processor(images=image, segmentation_maps=masks)
     expected = run(model, inputs).region_tokens
@@ -462,7 +462,7 @@ def test_region_checkpoint_without_regions_chats(model, processor):
 
 @pytest.fixture(scope="module")
 def question(base):
-    return base[1](images=make_picture(2, 256, 128)[0], text="What is this?")
+    return base[1](images=make_image(2, 256, 128)[0], text="What is this?")
 
 
 def test_chat_returns_tokens(base, question):
@@ -541,9 +541,9 @@ def test_chat_default_is_one_step_a_token(base, question):
 )
 def test_chat_batch_equals_one_by_one(base, settings):
     model, processor = base
-    texts = ["Hi?", "A longer question about two pictures", "No picture"]
-    picture = make_picture(2, 256, 128)[0]
-    images = [[picture], [picture, picture], []]
+    texts = ["Hi?", "A longer question about two images", "No image"]
+    image = make_image(2, 256, 128)[0]
+    images = [[image], [image, image], []]
     batched = run(model, processor(images=images, text=texts), **settings)[:, -SLOTS:]
     for k in range(3):
         single = run(model, processor(images=images[k] or None, text=texts[k]), **settings)

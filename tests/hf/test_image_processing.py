@@ -66,7 +66,7 @@ def test_forms_of_a_mask(mask):
         (MASK * 7, "values go up to 7 .* label map"),
         (MASK * 2.5, "values go up to 2.5 .* label map"),
         (MASK.astype(np.int32) * 1001, "values go up to 1001 .* label map"),
-        (Image.fromarray(np.stack([MASK * 255, MASK * 0, MASK * 0], -1).astype(np.uint8)), "coloured picture"),
+        (Image.fromarray(np.stack([MASK * 255, MASK * 0, MASK * 0], -1).astype(np.uint8)), "coloured image"),
         (filled(1, shape=(HEIGHT,)), r"expected a mask of shape \(H, W\), got shape \(6,\)"),
         (filled(1, shape=(3, HEIGHT, WIDTH)), r"got shape \(3, 6, 8\)"),
         (filled(1, shape=(HEIGHT, WIDTH, 3)), r"got shape \(6, 8, 3\)"),
@@ -106,19 +106,19 @@ RGB = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uin
     ],
     ids=["hwc", "int64", "float", "chw", "tensor", "tensor chw", "PIL", "PIL RGBA", "rgba"],
 )
-def test_forms_of_a_picture(image):
+def test_forms_of_a_image(image):
     got = to_rgb(image)
     assert got.mode == "RGB"
     assert np.array_equal(np.asarray(got), RGB)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "CMYK", "I", "YCbCr"])
-def test_modes_of_a_picture(mode):
+def test_modes_of_a_image(mode):
     got = to_rgb(Image.new(mode, (WIDTH, HEIGHT)))
     assert (got.mode, got.size) == ("RGB", (WIDTH, HEIGHT))
 
 
-def test_grey_array_is_a_picture():
+def test_grey_array_is_a_image():
     assert np.array_equal(np.asarray(to_rgb(RGB[..., 0])), RGB[..., :1].repeat(3, 2))
 
 
@@ -133,11 +133,11 @@ def test_grey_array_is_a_picture():
         (filled(1, np.uint8, (4,)), r"got \(4,\)"),
         (filled(1, np.uint8, (1, 4, 4, 3)), r"got \(1, 4, 4, 3\)"),
         (filled(1, np.uint8, (0, 4, 3)), "has no pixels"),
-        ("picture.png", "expected a PIL image, an array or a tensor, got str"),
+        ("image.png", "expected a PIL image, an array or a tensor, got str"),
         (None, "got NoneType"),
     ],
 )
-def test_bad_pictures(image, message):
+def test_bad_images(image, message):
     with pytest.raises(ValueError, match=message):
         to_rgb(image)
     with pytest.raises(ValueError, match="^image 2: "):
@@ -197,7 +197,7 @@ def test_tiles_row_by_row_thumbnail_last(columns, rows):
 
 def test_region_patches_take_the_corner_pixel():
     mask = np.zeros((32, 32), dtype=bool)
-    mask[8:16, 16:24] = True  # the tile has the picture's size: no resize, patches of 8
+    mask[8:16, 16:24] = True  # the tile has the image's size: no resize, patches of 8
     active = region_patches(mask, 0, (1, 1), 32, 8)
     assert np.argwhere(active[0]).tolist() == [[1, 2]]
 
@@ -293,7 +293,7 @@ def test_a_photo_and_a_label_map_are_no_masks():
             to_binary_mask(values, 64, 64)
     palette = Image.fromarray(labels // 50).convert("P")
     palette.putpalette([0, 0, 0, 255, 255, 255, 255, 0, 0, 0, 255, 0, 9, 9, 9])
-    with pytest.raises(ValueError, match=r"coloured picture \(mode P\)"):
+    with pytest.raises(ValueError, match=r"coloured image \(mode P\)"):
         to_binary_mask(palette, 64, 64)
     square = np.zeros((64, 64), np.uint8)
     square[20:44, 20:44] = 255

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from tiny import lively_model, make_picture
+from tiny import lively_model, make_image
 from transformers import AutoModelForImageTextToText
 
 from pdlm_hf.masking_pdlm import caption_canvas
@@ -27,7 +27,7 @@ def full_inputs(model, processor, num_masks=(2,), num_slots=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows, slots = [], []
     for k, count in enumerate(num_masks):
-        image, masks = make_picture(seed + k, 64 + 70 * k, 64, count)
+        image, masks = make_image(seed + k, 64 + 70 * k, 64, count)
         row = processor(images=image, segmentation_maps=masks)
         canvas = torch.tensor(caption_canvas(count, num_slots, config.caption_token_ids, *ends))
         place = canvas == config.mask_token_id
@@ -280,7 +280,7 @@ def roi_model(processor):
 
 
 def ramp_tiles(columns: int, rows: int, cells: int = 4) -> torch.Tensor:
-    """Tiles whose features are the cell's own (x, y) in the whole picture; a thumbnail of nonsense last."""
+    """Tiles whose features are the cell's own (x, y) in the whole image; a thumbnail of nonsense last."""
     y, x = torch.meshgrid(torch.arange(rows * cells), torch.arange(columns * cells), indexing="ij")
     whole = torch.stack([x, y], -1).float()
     tiles = whole.view(rows, cells, columns, cells, 2).transpose(1, 2).reshape(rows * columns, cells, cells, 2)

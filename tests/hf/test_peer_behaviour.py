@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_modeling import full_inputs, noisy_inputs
-from tiny import lively_model, make_picture
+from tiny import lively_model, make_image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pdlm_hf import PdlmConfig, PdlmForConditionalGeneration, PdlmModel
@@ -35,7 +35,7 @@ def test_return_dict_false_with_labels(model, processor):
 
 @torch.no_grad()
 def test_image_features_as_transformers_defines_them(model, processor):
-    image, masks = make_picture(0, 130, 64, 2)
+    image, masks = make_image(0, 130, 64, 2)
     inputs = processor(images=image, segmentation_maps=masks)
     visual = (inputs["pixel_values"], inputs["region_masks"])
     output = model.get_image_features(*visual, output_hidden_states=True)

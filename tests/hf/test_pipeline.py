@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import make_picture
+from tiny import make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from pdlm_hf import RegionCaptioner
@@ -15,7 +15,7 @@ def pipe(tiny_checkpoint):
 
 
 def inputs(seed, count):
-    image, masks = make_picture(seed, 100, 64, count)
+    image, masks = make_image(seed, 100, 64, count)
     return {"image": Image.fromarray(image), "regions": masks}
 
 
@@ -24,18 +24,18 @@ def expected(folder, entry):
     return [{"id": c.id, "caption": c.text, "score": c.score, "bbox": c.bbox} for c in captions]
 
 
-def test_one_picture(pipe, tiny_checkpoint):
+def test_one_image(pipe, tiny_checkpoint):
     entry = inputs(1, 2)
     assert pipe(entry, **SETTINGS) == expected(tiny_checkpoint, entry)
 
 
-def test_a_list_of_pictures(pipe, tiny_checkpoint):
+def test_a_list_of_images(pipe, tiny_checkpoint):
     entries = [inputs(1, 2), inputs(2, 3)]
     assert pipe(entries, **SETTINGS) == [expected(tiny_checkpoint, entry) for entry in entries]
 
 
 def test_regions_in_other_forms_and_a_question(pipe, tmp_path):
-    image, _ = make_picture(1, 100, 64, 1)
+    image, _ = make_image(1, 100, 64, 1)
     Image.fromarray(image).save(tmp_path / "a.png")
     entry = {"image": str(tmp_path / "a.png"), "regions": [{"id": "x", "bbox": [1, 2, 30, 40]}]}
     first = pipe(entry, **SETTINGS)
@@ -45,7 +45,7 @@ def test_regions_in_other_forms_and_a_question(pipe, tmp_path):
 
 @pytest.mark.parametrize("entry", [5, {"image": np.zeros((9, 9, 3), np.uint8)}, {"regions": []}])
 def test_wrong_input(pipe, entry):
-    with pytest.raises(ValueError, match='region-captioning takes {"image": picture, "regions"'):
+    with pytest.raises(ValueError, match='region-captioning takes {"image": image, "regions"'):
         pipe(entry)
 
 
@@ -55,7 +55,7 @@ def test_unknown_setting(pipe):
 
 
 def test_stock_image_text_to_text(golden_base):
-    image = Image.fromarray(make_picture(2, 256, 128)[0])
+    image = Image.fromarray(make_image(2, 256, 128)[0])
     content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
     messages = [{"role": "user", "content": content}]
     chat = pipeline("image-text-to-text", model=str(golden_base), device="cpu")

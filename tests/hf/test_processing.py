@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import make_picture
+from tiny import make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmGenerationOutput, PdlmProcessor, RegionCaption
@@ -52,7 +52,7 @@ def test_area_order(areas, order):
 
 
 def test_prompt_with_regions(processor):
-    image, masks = make_picture(0, 64, 64, 2)
+    image, masks = make_image(0, 64, 64, 2)
     batch = processor(images=image, segmentation_maps=masks)
     question = "Describe each masked region in detail."
     regions = "<|reserved_token_0|>\n<|reserved_token_1|>\n"
@@ -68,7 +68,7 @@ def test_prompt_with_regions(processor):
 
 
 def test_text_overrides_the_question(processor):
-    image, masks = make_picture(0, 64, 64, 1)
+    image, masks = make_image(0, 64, 64, 1)
     text = prompts(processor, processor(images=image, segmentation_maps=masks, text="What is this?"))[0]
     assert "\nWhat is this?<|eot_id|>" in text and "Describe" not in text
     images, maps = [image, image], [masks, masks]
@@ -91,8 +91,8 @@ def test_text_overrides_the_question(processor):
     ids=["list", "tuple", "array", "tensor", "single", "PIL", "single PIL", "tensors"],
 )
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_forms_of_the_masks_of_a_picture(processor, change, count, wrapped):
-    image, masks = make_picture(0, 64, 64, 2)
+def test_forms_of_the_masks_of_a_image(processor, change, count, wrapped):
+    image, masks = make_image(0, 64, 64, 2)
     maps = change(masks)
     if wrapped:
         batch = processor(images=[image], segmentation_maps=[maps])
@@ -105,14 +105,14 @@ def test_forms_of_the_masks_of_a_picture(processor, change, count, wrapped):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_one_picture_in_a_list_with_its_masks_flat(processor, count):
-    image, masks = make_picture(0, 64, 64, count)
+def test_one_image_in_a_list_with_its_masks_flat(processor, count):
+    image, masks = make_image(0, 64, 64, count)
     batch = processor(images=[image], segmentation_maps=masks)
     assert torch.equal(batch["region_order"], processor(images=image, segmentation_maps=masks)["region_order"])
 
 
-def test_batch_shapes(processor, pictures):
-    images, maps = [p.image for p in pictures], [p.masks for p in pictures]
+def test_batch_shapes(processor, scenes):
+    images, maps = [p.image for p in scenes], [p.masks for p in scenes]
     batch = processor(images=images, segmentation_maps=maps)
     rows, limit = len(images), processor.image_processor.num_region_prompts
     tiles = [c * r + (c * r > 1) for c, r in batch["image_grids"].tolist()]
@@ -133,7 +133,7 @@ def test_batch_shapes(processor, pictures):
 
 @pytest.mark.parametrize(("count", "passes"), [(6, [6]), (7, [6, 1]), (14, [6, 6, 2])])
 def test_more_regions_than_prompts_are_split_into_passes(processor, count, passes):
-    image, masks = make_picture(3, 120, 130, count)
+    image, masks = make_image(3, 120, 130, count)
     batch = processor(images=[image, image], segmentation_maps=[masks, masks[:1]])
     assert (batch["region_order"] >= 0).sum(1).tolist() == [*passes, 1]
     assert batch["image_index"].tolist() == [0] * len(passes) + [1]
@@ -162,9 +162,9 @@ def test_more_regions_than_prompts_are_split_into_passes(processor, count, passe
         (
             {"segmentation_maps": [[np.ones((64, 64))]] * 3, "images": [0, 0]},
             ValueError,
-            "2 pictures, but masks for 3",
+            "2 images, but masks for 3",
         ),
-        ({"segmentation_maps": [np.ones((64, 64))], "text": ["a", "b"]}, ValueError, "1 pictures, but 2 questions"),
+        ({"segmentation_maps": [np.ones((64, 64))], "text": ["a", "b"]}, ValueError, "1 images, but 2 questions"),
         (
             {"segmentation_maps": [np.ones((64, 64))], "text": 5},
             ValueError,
@@ -194,7 +194,7 @@ def test_special_tokens_in_the_question_are_refused(processor, base, token):
 
 @pytest.mark.parametrize("kind", ["np", None])
 def test_return_tensors(processor, kind):
-    image, masks = make_picture(0, 64, 64, 2)
+    image, masks = make_image(0, 64, 64, 2)
     expected = processor(images=image, segmentation_maps=masks)
     got = processor(images=image, segmentation_maps=masks, return_tensors=kind)
     assert got.keys() == expected.keys()
@@ -260,7 +260,7 @@ def test_plain_and_formatted_text_are_the_same(base):
     assert (plain["input_ids"] == base.image_token_id).sum() == tiles * base.tokens_per_tile
 
 
-def test_chat_template_with_a_picture_in_one_call(base):
+def test_chat_template_with_a_image_in_one_call(base):
     image = Image.new("RGB", (256, 128))
     message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Hi?"}]}
     batch = base.apply_chat_template([message], tokenize=True, return_dict=True, add_generation_prompt=True)
@@ -269,7 +269,7 @@ def test_chat_template_with_a_picture_in_one_call(base):
         assert torch.equal(batch[name], expected[name]), name
 
 
-def test_several_pictures_get_one_tile_each(base):
+def test_several_images_get_one_tile_each(base):
     images = [np.zeros((128, 512, 3), np.uint8), np.full((512, 128, 3), 255, np.uint8)]
     batch = base(images=images, text="Compare.")
     assert batch["pixel_values"].shape[0] == 2
@@ -280,31 +280,31 @@ def test_several_pictures_get_one_tile_each(base):
 
 def test_chat_batch_is_padded_on_the_left(base):
     image = np.zeros((128, 128, 3), np.uint8)
-    batch = base(images=[image, [image, image], []], text=["Hi?", "A much longer question?", "No picture"])
+    batch = base(images=[image, [image, image], []], text=["Hi?", "A much longer question?", "No image"])
     assert batch["pixel_values"].shape[0] == 3
     assert batch["attention_mask"].sum(1).unique().numel() == 3
     assert batch["attention_mask"][:, -1].all()
     padding = batch["input_ids"][~batch["attention_mask"].bool()]
     assert padding.eq(base.tokenizer.convert_tokens_to_ids("<|eot_id|>")).all()
-    assert "pixel_values" not in base(text="No picture")
+    assert "pixel_values" not in base(text="No image")
 
 
 @pytest.mark.parametrize(
     ("text", "images", "message"),
     [
-        (f"{USER}<img><IMG_CONTEXT></img>Hi", 2, "text 0 has 1 image placeholders, but 2 pictures"),
-        (f"{USER}Hi", 1, "text 0 has 0 image placeholders, but 1 pictures"),
-        (f"{USER}<img><IMG_CONTEXT></img>Hi", 0, "text 0 has 1 image placeholders, but 0 pictures"),
-        (["Hi", "Ho"], 1, "2 texts, but pictures for 1"),
+        (f"{USER}<img><IMG_CONTEXT></img>Hi", 2, "text 0 has 1 image placeholders, but 2 images"),
+        (f"{USER}Hi", 1, "text 0 has 0 image placeholders, but 1 images"),
+        (f"{USER}<img><IMG_CONTEXT></img>Hi", 0, "text 0 has 1 image placeholders, but 0 images"),
+        (["Hi", "Ho"], 1, "2 texts, but images for 1"),
         (None, 1, "Pass a question as `text`"),
         (7, 0, "text 0: expected a string, got int"),
         (["Hi", None], 0, "text 1: expected a string, got NoneType"),
     ],
 )
 def test_wrong_chat_calls(base, text, images, message):
-    pictures = [np.zeros((128, 128, 3), np.uint8)] * images
+    given = [np.zeros((128, 128, 3), np.uint8)] * images
     with pytest.raises((ValueError, TypeError), match=message):
-        base(images=pictures or None, text=text)
+        base(images=given or None, text=text)
 
 
 # ---------------------------------------------------------------- settings of a call
@@ -337,7 +337,7 @@ def test_settings_flat_and_by_modality(base, settings):
 
 
 def test_regions_take_the_same_settings(processor):
-    image, masks = make_picture(0, 64, 64, 2)
+    image, masks = make_image(0, 64, 64, 2)
     plain = processor(images=[image, image], segmentation_maps=[masks, masks[:1]])
     length = plain["input_ids"].shape[1]
     batch = processor(
@@ -360,7 +360,7 @@ def test_the_settings_of_the_tokenizer_count(golden_base):
 
 @pytest.mark.parametrize("where", [{}, {"text_kwargs": None}])
 def test_a_prompt_too_long_is_an_error_and_never_cut(base, processor, where):
-    image, masks = make_picture(0, 64, 64, 2)
+    image, masks = make_image(0, 64, 64, 2)
     count = processor(images=image, segmentation_maps=masks)["input_ids"].shape[1]
 
     def settings(limit):
@@ -410,7 +410,7 @@ def test_rows_without_padding_and_mask(base):
 
 
 def test_model_input_names(base, processor):
-    image, masks = make_picture(0, 64, 64, 1)
+    image, masks = make_image(0, 64, 64, 1)
     assert set(base(images=image, text="Hi?")) == set(base.model_input_names)
     assert set(processor(images=image, segmentation_maps=masks)) == set(processor.model_input_names)
 
@@ -607,7 +607,7 @@ def test_saved_processor_gives_the_same_inputs(request, processor, tmp_path, fol
     assert type(loaded) is PdlmProcessor
     assert loaded.chat_template == original.chat_template
     assert (loaded.tokens_per_tile, loaded.tokens_per_region) == (original.tokens_per_tile, original.tokens_per_region)
-    image, masks = make_picture(5, 300, 140, 2)
+    image, masks = make_image(5, 300, 140, 2)
     arguments = {"text": "Hi?"} if folder == "golden_base" else {"segmentation_maps": masks}
     expected, got = original(images=image, **arguments), loaded(images=image, **arguments)
     assert expected.keys() == got.keys()
@@ -626,7 +626,7 @@ def test_an_empty_batch_is_an_error(processor):
 @pytest.mark.parametrize("question", [None, "What is it?"])
 def test_regions_of_a_conversation(processor, question):
     """The masks of `processor_kwargs`, the image and the question of the message."""
-    image, masks = make_picture(0, 96, 64, 2)
+    image, masks = make_image(0, 96, 64, 2)
     content = [{"type": "image", "image": image}, *([{"type": "text", "text": question}] if question else [])]
     given = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     found = processor.apply_chat_template(
@@ -639,7 +639,7 @@ def test_regions_of_a_conversation(processor, question):
 
 
 def test_regions_are_described_in_one_turn(processor):
-    image, masks = make_picture(0, 96, 64, 2)
+    image, masks = make_image(0, 96, 64, 2)
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
         {"role": "user", "content": [{"type": "image", "image": image}]},

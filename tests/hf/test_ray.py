@@ -61,25 +61,25 @@ def batch(folder, out, *options, images=None, data="coco.json", code=0):
 def assert_the_same(rows, expected):
     assert rows.keys() == expected.keys()
     for key, row in rows.items():
-        assert row["score"] == pytest.approx(expected[key]["score"], abs=2e-4)  # other pictures share the batch
+        assert row["score"] == pytest.approx(expected[key]["score"], abs=2e-4)  # other images share the batch
         assert {**row, "score": 0} == {**expected[key], "score": 0}
 
 
 def damage(folder):
-    """A picture that is none, one that is not there, a damaged mask."""
-    (folder / "images" / "1.png").write_bytes(b"no picture")
+    """An image that is none, one that is not there, a damaged mask."""
+    (folder / "images" / "1.png").write_bytes(b"no image")
     (folder / "images" / "3.png").unlink()
     change(folder, lambda data: data["annotations"][0]["segmentation"].update(counts="x"))
 
 
 def test_the_same_as_the_local_engine(tmp_path, monkeypatch):
-    """With one captioner on each of two GPUs, pictures by URL, bad files, and half of the rows there before."""
+    """With one captioner on each of two GPUs, images by URL, bad files, and half of the rows there before."""
     write_coco(tmp_path, 9)
     damage(tmp_path)
     expected, result = batch(tmp_path, "local.jsonl", code=1)
     assert len(expected) == 9 * 3 - 2 * 3 - 1
     lines = (tmp_path / "local.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:7]))  # two pictures and a region of a third
+    (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:7]))  # two images and a region of a third
     (tmp_path / "out.run.json").write_bytes((tmp_path / "local.run.json").read_bytes())
     with cluster(monkeypatch, gpus=1):
         url = f"file://{tmp_path / 'images'}/"
@@ -89,8 +89,8 @@ def test_the_same_as_the_local_engine(tmp_path, monkeypatch):
     assert "--workers 3: the cluster has 2 GPUs" in refused.stderr
     assert_the_same(rows, expected)
     assert len(list(read_rows(tmp_path / "out.jsonl"))) == len(expected)
-    assert "2 pictures cannot be read; 1 region cannot be read" in told.stderr
-    assert f"{len(expected) - 7} regions of 5 pictures captioned" in told.stderr
+    assert "2 images cannot be read; 1 region cannot be read" in told.stderr
+    assert f"{len(expected) - 7} regions of 5 images captioned" in told.stderr
 
     def reasons(name):
         found = {(f["image_id"], f["annotation_id"]): f["reason"] for f in faults_of(tmp_path, name)}
@@ -104,9 +104,9 @@ def test_the_same_as_the_local_engine(tmp_path, monkeypatch):
     assert sum("caption" in annotation for annotation in annotations) == len(expected)
 
 
-def lose_a_machine(folder, monkeypatch, pictures):
+def lose_a_machine(folder, monkeypatch, images):
     """Kill one of two machines, with its captioner, when a third of the answers is there. Gives rows and warnings."""
-    write_coco(folder, pictures, 2)
+    write_coco(folder, images, 2)
     data = open_data(folder / "coco.json", folder / "images")
     with cluster(monkeypatch) as machines:
         from pdlm_hf.batch import ray_engine
@@ -117,17 +117,17 @@ def lose_a_machine(folder, monkeypatch, pictures):
         monkeypatch.setattr(ray_engine.logger, "warning", lambda text, *values: told.append(text % values))
 
         def progress(done, counts):
-            if counts.pictures >= pictures // 3 and not killed:
+            if counts.images >= images // 3 and not killed:
                 killed.append(done)
                 machines.kill()
 
         files = BatchFiles(folder / "out.jsonl", {"model": "shapes"})
         counts = run_batch(data, lambda: engine, files, progress=progress)
-    assert killed and (counts.pictures, counts.regions) == (pictures, 2 * pictures)
-    assert counts.failed == counts.bad_pictures == counts.bad_regions == 0
+    assert killed and (counts.images, counts.regions) == (images, 2 * images)
+    assert counts.failed == counts.bad_images == counts.bad_regions == 0
     rows = list(read_rows(folder / "out.jsonl"))
     keys = [(row["image_id"], row["annotation_id"]) for row in rows]
-    assert len(keys) == len(set(keys)) == 2 * pictures
+    assert len(keys) == len(set(keys)) == 2 * images
     return {key: row for key, row in zip(keys, rows, strict=True)}, told
 
 
@@ -140,7 +140,7 @@ def test_a_machine_is_lost(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_machine_is_lost_of_many_pictures(tmp_path, monkeypatch):
+def test_a_machine_is_lost_of_many_images(tmp_path, monkeypatch):
     rows, told = lose_a_machine(tmp_path, monkeypatch, 600)
     assert len(told) >= 1
     expected, _ = batch(tmp_path, "local.jsonl", code=None)
@@ -148,7 +148,7 @@ def test_a_machine_is_lost_of_many_pictures(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_picture_that_ends_every_captioner(tmp_path, monkeypatch):
+def test_a_image_that_ends_every_captioner(tmp_path, monkeypatch):
     write_coco(tmp_path, 8, 1)
     data = open_data(tmp_path / "coco.json", tmp_path / "images")
     data.entries[4] = replace(data.entries[4], read=os.abort)
@@ -159,7 +159,7 @@ def test_a_picture_that_ends_every_captioner(tmp_path, monkeypatch):
         monkeypatch.setattr(ray_engine, "_BARREN_ROUNDS", 3)
         engine = ray_engine.RayEngine(ray_engine.CaptionerSettings(None, "default", 1, None, SETTINGS))
         files = BatchFiles(tmp_path / "out.jsonl", {"model": "shapes"})
-        with pytest.raises(ConnectionError, match=r"ended 3 times without an answer .* 1 pictures are left, 4\.png"):
+        with pytest.raises(ConnectionError, match=r"ended 3 times without an answer .* 1 images are left, 4\.png"):
             run_batch(data, lambda: engine, files)
     rows = list(read_rows(tmp_path / "out.jsonl"))
     assert {row["image_id"] for row in rows} == set(range(8)) - {4} and len(rows) == 7
@@ -205,7 +205,7 @@ class ObjectStorage(LocalServer):
         self.query = f"scheme=http&region=none&endpoint_override=127.0.0.1:{self.port}"
 
 
-def test_pictures_in_object_storage(monkeypatch):
+def test_images_in_object_storage(monkeypatch):
     from pdlm_hf.batch.ray_engine import open_storage, reader
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -242,7 +242,7 @@ def test_readers_do_not_import_the_model():
         (["--engine", "ray", "--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--images", "s3://user:secret@bucket/images"], "--images s3://bucket/images: from object storage with"),
         (["--images", "nope://bucket/images", "--engine", "ray"], "--images nope://bucket/images: cannot be opened"),
-        (["--images", "file:///nowhere/images", "--engine", "ray"], "there is no such folder of pictures"),
+        (["--images", "file:///nowhere/images", "--engine", "ray"], "there is no such folder of images"),
     ],
 )
 def test_wrong_calls_are_one_line(tmp_path, monkeypatch, options, message):
@@ -254,7 +254,7 @@ def test_wrong_calls_are_one_line(tmp_path, monkeypatch, options, message):
     assert "secret" not in result.stderr and not (tmp_path / "out.jsonl").exists()
 
 
-def test_masks_in_a_folder_need_pictures_in_one(tmp_path):
+def test_masks_in_a_folder_need_images_in_one(tmp_path):
     (tmp_path / "masks").mkdir()
     _, result = batch(tmp_path, "out.jsonl", "--engine", "ray", images="s3://bucket/images", data="masks", code=2)
     assert "the data must be a COCO file, not a folder" in result.stderr
@@ -262,6 +262,6 @@ def test_masks_in_a_folder_need_pictures_in_one(tmp_path):
 
 def test_without_ray(tmp_path, monkeypatch):
     write_coco(tmp_path, 1)
-    monkeypatch.setattr("pdlm_hf.cli.main.find_spec", lambda name: None)
+    monkeypatch.setattr("pdlm_hf.cli.batch.find_spec", lambda name: None)
     _, result = batch(tmp_path, "out.jsonl", "--engine", "ray", code=2)
     assert 'pip install "perceptiondlm[ray]", or ".[ray]" in a clone' in result.stderr

@@ -194,7 +194,7 @@ def test_yolo(tmp_path):
         ("0 0.5 0.5 0.2 0.2\n0 a b c d", "line 2: expected"),
         ("0 0.1 0.2 0.3 0.4 0.5 0.6 0.7", "line 1: expected"),
         ("0 nan 0.2 0.3 0.4", "line 1: expected"),
-        ("0 12 40 30 20", r"line 1: YOLO has fractions of the picture.*pixels"),
+        ("0 12 40 30 20", r"line 1: YOLO has fractions of the image.*pixels"),
     ],
 )
 def test_yolo_that_is_none(tmp_path, text, message):
@@ -218,7 +218,7 @@ def test_label_map(tmp_path, kind):
         image.putpalette([k // 3 for k in range(768)])
     elif kind == "I;16":
         image, ids = Image.fromarray(labels.astype(np.uint16) * 300), [900, 60000]
-    elif kind == "RGB":  # COCO's panoptic pictures
+    elif kind == "RGB":  # COCO's panoptic images
         image, ids = Image.fromarray(np.stack([labels, labels, labels * 0], -1)), [3 * 257, 200 * 257]
     image.save(tmp_path / "a.png")
     check(from_label_map(tmp_path / "a.png"), ids=ids)

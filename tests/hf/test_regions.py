@@ -126,8 +126,8 @@ def damaged(change):
         ({"size": [HEIGHT, WIDTH], "counts": None}, "holds NaN"),
         ([1, 2, 0, 5], "has no area; it is .x, y, width, height., not two corners"),
         ([1, 2, -3, 5], "has no area"),
-        ([100, 100, 5, 5], "lies outside the picture of 30 x 20"),
-        ([-10, 0, 5, 5], "lies outside the picture"),
+        ([100, 100, 5, 5], "lies outside the image of 30 x 20"),
+        ([-10, 0, 5, 5], "lies outside the image"),
         ([1, 2, float("nan"), 5], "holds NaN or infinite"),
         ([1, 2, float("inf"), 5], "holds NaN or infinite"),
         ([1, 2, "a", 5], "expected numbers"),
@@ -137,7 +137,7 @@ def damaged(change):
         ([], "flat list"),
         ([1, 2, 3], "polygon is a flat list"),
         ([[100, 100, 120, 100, 120, 120]], "is empty"),
-        ([[0, 0, 1e12, 0, 1e12, 1e12]], "the polygon lies far outside the picture of 30 x 20 pixels"),
+        ([[0, 0, 1e12, 0, 1e12, 1e12]], "the polygon lies far outside the image of 30 x 20 pixels"),
         ([[float("nan"), 1, 2, 3, 4, 5]], "holds NaN"),
         (BLOB.T, "has size 20 x 30, but its image has 30 x 20"),
         (np.zeros_like(BLOB), "is empty"),
@@ -185,7 +185,7 @@ def test_mask_from_a_file(tmp_path):
     ],
     ids=["mixed", "array", "tensor", "one mask", "one annotation", "one RLE", "generator"],
 )
-def test_regions_of_a_picture(values, ids):
+def test_regions_of_a_image(values, ids):
     assert [region.id for region in parse_regions(values, WIDTH, HEIGHT)] == ids
 
 
@@ -233,9 +233,9 @@ def test_read_regions(tmp_path, content, name, ids):
     [
         (json.dumps(COCO)[:-20], "not valid JSON, perhaps cut short"),
         ("", "not valid JSON"),
-        (COCO | {"images": COCO["images"][1:] * 2}, "has 2 pictures, 0 of them named a.png"),
-        (COCO | {"images": COCO["images"][:1] * 2}, "has 2 pictures, 2 of them named a.png"),
-        (COCO | {"images": []}, "has 0 pictures"),
+        (COCO | {"images": COCO["images"][1:] * 2}, "has 2 images, 0 of them named a.png"),
+        (COCO | {"images": COCO["images"][:1] * 2}, "has 2 images, 2 of them named a.png"),
+        (COCO | {"images": []}, "has 0 images"),
         (COCO | {"annotations": []}, "holds no regions for a.png"),
         (COCO | {"images": [{"file_name": "a.png"}]}, "expected a COCO file or a list of regions"),
         (COCO | {"images": ["a.png"]}, "expected a COCO file or a list of regions"),
@@ -258,7 +258,7 @@ def test_missing_region_file(tmp_path):
         read_regions(tmp_path / "nowhere.json", "a.png")
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def test_load_image_forms(tmp_path):
@@ -289,18 +289,18 @@ def test_exif_orientation(tmp_path, orientation, turned):
         assert np.array_equal(np.asarray(load_image(opened)), array)
 
 
-def test_bad_picture_files(tmp_path):
+def test_bad_image_files(tmp_path):
     whole = tmp_path / "whole.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole)
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:3000])
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty.png").write_bytes(b"")
     for name, message in [
-        ("cut.png", "cut.png: cannot be opened as a picture"),
-        ("text.png", "text.png: cannot be opened as a picture"),
-        ("empty.png", "empty.png: cannot be opened as a picture"),
+        ("cut.png", "cut.png: cannot be opened as an image"),
+        ("text.png", "text.png: cannot be opened as an image"),
+        ("empty.png", "empty.png: cannot be opened as an image"),
         ("nowhere.png", "nowhere.png: no such file"),
-        (".", "is a folder, not a picture"),
+        (".", "is a folder, not an image"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_image(tmp_path / name)
@@ -309,7 +309,7 @@ def test_bad_picture_files(tmp_path):
 def test_a_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.new("L", (64, 64)).save(tmp_path / "large.png")
-    with pytest.raises(ValueError, match="large.png: cannot be opened as a picture"):
+    with pytest.raises(ValueError, match="large.png: cannot be opened as an image"):
         load_image(tmp_path / "large.png")
 
 
@@ -328,7 +328,7 @@ def test_a_mask_with_a_meaningful_alpha_channel_is_refused(tmp_path):
     assert parse_regions([opaque], 30, 20)[0].bbox == [5, 5, 5, 5]
 
 
-def test_a_picture_of_sixteen_bits_is_refused(tmp_path):
+def test_a_image_of_sixteen_bits_is_refused(tmp_path):
     path = tmp_path / "deep.png"
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(path)
     with pytest.raises(ValueError, match="integer values 0..255"):
@@ -336,7 +336,7 @@ def test_a_picture_of_sixteen_bits_is_refused(tmp_path):
 
 
 def test_areas_in_bulk_are_those_of_the_masks():
-    """Every form, of pictures of different sizes, in one call; damaged ones beside good ones change nothing."""
+    """Every form, of images of different sizes, in one call; damaged ones beside good ones change nothing."""
     rng = np.random.default_rng(5)
     annotations, sizes, expected = [], [], []
     for k in range(60):

@@ -24,7 +24,6 @@ from pdlm_hf import (
     PdlmProcessor,
 )
 
-
 MODEL_AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 FOLDERS = ["golden_regions", "golden_base"]
 CONFIGS = {"golden_regions": PdlmConfig, "golden_base": PdlmBaseConfig}

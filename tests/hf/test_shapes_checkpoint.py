@@ -24,9 +24,9 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def six():
-    """A held-out picture with six regions of six areas."""
-    pictures = (picture for picture in held_out(123, 200) if len(picture.masks) == 6)
-    return next(picture for picture in pictures if len({int(mask.sum()) for mask in picture.masks}) == 6)
+    """A held-out image with six regions of six areas."""
+    images = (image for image in held_out(123, 200) if len(image.masks) == 6)
+    return next(image for image in images if len({int(mask.sum()) for mask in image.masks}) == 6)
 
 
 def test_size(shapes):
@@ -53,7 +53,7 @@ def test_the_claim():
     assert RECORD["held_out"]["by_regions"]["6"] >= 0.95
 
 
-def test_accuracy_on_pictures_it_has_not_seen(shapes):
+def test_accuracy_on_images_it_has_not_seen(shapes):
     with torch.inference_mode():
         report = evaluate(*shapes, seed=11, images=24)
     assert report["exact"] >= CLAIMED - SPREAD
@@ -63,7 +63,7 @@ def test_accuracy_on_pictures_it_has_not_seen(shapes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [11, 12])
-def test_accuracy_on_many_pictures(shapes, seed):
+def test_accuracy_on_many_images(shapes, seed):
     with torch.inference_mode():
         report = evaluate(*shapes, seed=seed, images=400)
     assert report["exact"] >= 0.96

@@ -1,4 +1,4 @@
-"""Questions about drawn pictures: every answer is true of what is drawn."""
+"""Questions about drawn images: every answer is true of what is drawn."""
 
 from collections import Counter
 
@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from pdlm_hf.captioning.checkpoints import BASE_CHECKPOINT
 from pdlm_hf.modeling_pdlm import PdlmBaseForConditionalGeneration
 from pdlm_hf.processing_pdlm import PdlmProcessor
-from pdlm_hf.shapes.questions import KINDS, LETTER_PROMPT, Question, ask, draw_scene, is_right
+from pdlm_hf.shapes.questions import KINDS, LETTER_PROMPT, Question, ask, draw_question_scene, is_right
 from pdlm_hf.shapes.scenes import COLOURS, Figure
 from pdlm_hf.training.collator import PdlmCollator
 from tools.shapes.model import build_base_processor
@@ -92,7 +92,7 @@ def test_reasoning_states_what_it_counts():
 def test_scenes_hold_nothing_that_is_not_known(most):
     counts = Counter()
     for seed in range(60):
-        image, figures = draw_scene(np.random.default_rng(seed), most)
+        image, figures = draw_question_scene(np.random.default_rng(seed), most)
         counts[len(figures)] += 1
         assert max(image.size) < 64 * 1.5 * (1 if len(figures) < 3 else 2)
     assert set(counts) == set(range(1, most + 1))
@@ -156,7 +156,7 @@ def test_lists_to_look_up_in_as_options():
         assert {processor.tokenizer.decode(token)[-1].isalpha() for token in row[gaps]} == {True}
 
 
-def test_letters_asked_for_without_a_picture():
+def test_letters_asked_for_without_a_image():
     processor = PdlmProcessor.from_pretrained(BASE_CHECKPOINT)
     ids, hidden = stages(processor)["asked"](np.random.default_rng(0), 16)
     assert hidden.sum(1).tolist() == [1] * 16
@@ -168,7 +168,7 @@ def test_letters_asked_for_without_a_picture():
         assert text.endswith(processor.tokenizer.decode(row[gap]) + processor.tokenizer.eos_token)
 
 
-def test_a_picture_in_words():
+def test_a_image_in_words():
     question = told(Question("open", "What colour is the star?", "Red."), FIGURES[:1])
     figure = FIGURES[0]
     said = f"A {figure.size} {figure.colour} {figure.texture} {figure.shape}."

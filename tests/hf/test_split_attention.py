@@ -17,8 +17,8 @@ RULES = [{}, {"acceptance_threshold": 0.3}, {"prefix_refresh_interval": 3}]
 
 
 @pytest.fixture(scope="module")
-def inputs(processor, pictures):
-    return processor(images=[p.image for p in pictures], segmentation_maps=[p.masks for p in pictures])
+def inputs(processor, scenes):
+    return processor(images=[p.image for p in scenes], segmentation_maps=[p.masks for p in scenes])
 
 
 @pytest.fixture
@@ -100,12 +100,10 @@ def test_split_is_the_region_mask(split, request, inputs, name, rule):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_fixed_shapes_with_new_contents(split, inputs, processor, pictures, monkeypatch, rule):
+def test_fixed_shapes_with_new_contents(split, inputs, processor, scenes, monkeypatch, rule):
     """What a graph replays, replayed without one: buffers of another batch of the same shape are reused."""
     network = split("isolated_model")
-    again = processor(
-        images=[p.image for p in pictures[::-1]], segmentation_maps=[p.masks[::-1] for p in pictures[::-1]]
-    )
+    again = processor(images=[p.image for p in scenes[::-1]], segmentation_maps=[p.masks[::-1] for p in scenes[::-1]])
     settings = {**SETTINGS, **rule}
     expected = [network.generate(**batch, **settings) for batch in (inputs, again)]
     monkeypatch.setattr(pdlm_hf.denoising_pdlm, "graphs_usable", lambda *args: True)

@@ -64,9 +64,9 @@ def test_the_loss_falls(processor, tmp_path):
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
-def test_adapters_on_the_language_model(processor, pictures, tmp_path):
+def test_adapters_on_the_language_model(processor, scenes, tmp_path):
     peft = pytest.importorskip("peft")
-    inputs = processor(images=[p.image for p in pictures], segmentation_maps=[p.masks for p in pictures])
+    inputs = processor(images=[p.image for p in scenes], segmentation_maps=[p.masks for p in scenes])
     plain = {name: value for name, value in inputs.items() if name not in ("region_order", "image_index")}
     config = peft.LoraConfig(r=2, target_modules=LORA_TARGETS, modules_to_save=["region_embedding"])
     adapted = peft.get_peft_model(lively_model(processor), config)

@@ -11,7 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import make_picture
+from tiny import make_image
 from typer.testing import CliRunner
 
 from pdlm_hf import RegionCaption, RegionCaptioner
@@ -113,7 +113,7 @@ def test_contact_sheet():
     assert tuple(pixels[200, 8]) == (221, 221, 221)
     named = contact_sheet(drawings[:2], names=["a.png", "b.png"], width=240)
     assert named.size == (2 * 248 + 8, 24 + 100 + 16)
-    with pytest.raises(ValueError, match="needs pictures"):
+    with pytest.raises(ValueError, match="needs images"):
         contact_sheet([])
 
 
@@ -125,13 +125,13 @@ def images_in(page):
     return [Image.open(io.BytesIO(base64.b64decode(url))) for url in urls]
 
 
-def test_a_notebook_shows_captions_on_the_picture(isolated_model, processor):
-    image, masks = make_picture(0, 96, 64, 2)
+def test_a_notebook_shows_captions_on_the_image(isolated_model, processor):
+    image, masks = make_image(0, 96, 64, 2)
     found = RegionCaptioner(isolated_model, processor).caption(image, masks, max_new_tokens=4, max_denoising_steps=2)
     assert isinstance(found, list) and found == list(found) and len(found) == 2
     shown = found._repr_html_()
-    (picture,) = images_in(shown)
-    assert picture.size == (480, 320)
+    (drawn,) = images_in(shown)
+    assert drawn.size == (480, 320)
     assert [html.escape(caption.text) in shown for caption in found] == [True, True]
     assert f"{found[0].score:.2f}" in shown and "<script" not in shown
 
@@ -146,11 +146,11 @@ def test_texts_are_escaped():
 
 @pytest.fixture
 def rows(tmp_path):
-    """Rows of four pictures, one of them missing, one with a bad name; the scores say their order."""
+    """Rows of four images, one of them missing, one with a bad name; the scores say their order."""
     (tmp_path / "images").mkdir()
     lines = []
     for k, (name, score) in enumerate([("b.png", 0.9), ("a <b>.png", 0.2), ("gone.png", 0.5), ("c.png", 0.7)]):
-        image, masks = make_picture(k, 96, 64, 2)
+        image, masks = make_image(k, 96, 64, 2)
         if name != "gone.png":
             Image.fromarray(image).save(tmp_path / "images" / name)
         for n, region in enumerate(parse_regions(masks, 96, 64)):
@@ -168,8 +168,8 @@ def test_report(tmp_path, rows):
     assert (shown, there) == (4, 4) and len(unread) == 1 and unread[0].endswith("gone.png: no such file.")
     page = out.read_text()
     assert re.findall("<h2>(.*?)</h2>", page) == ["a &lt;b&gt;.png", "b.png", "c.png", "gone.png"]
-    assert [picture.size for picture in images_in(page)] == [(480, 320)] * 3
-    assert f"This picture cannot be read: {html.escape(unread[0])}" in page
+    assert [image.size for image in images_in(page)] == [(480, 320)] * 3
+    assert f"This image cannot be read: {html.escape(unread[0])}" in page
     assert page.count(html.escape(NASTY)) == 2 and NASTY not in page
     assert page.count("<script>") == page.count("</script>") == 1
     assert page.index("region 1 of 0") < page.index("region 0 of 0")  # by annotation id
@@ -185,7 +185,7 @@ def test_report_of_the_lowest_scores(tmp_path, rows):
     out = tmp_path / "report.html"
     assert write_report(tmp_path / "out.jsonl", tmp_path / "images", out, limit=2)[:2] == (2, 4)
     assert re.findall("<h2>(.*?)</h2>", out.read_text()) == ["a &lt;b&gt;.png", "gone.png"]
-    assert "2 of 4 pictures, lowest scores" in out.read_text()
+    assert "2 of 4 images, lowest scores" in out.read_text()
 
 
 def report(tmp_path, *arguments):
@@ -195,17 +195,17 @@ def report(tmp_path, *arguments):
 
 def test_report_command(tmp_path, rows):
     result = report(tmp_path, "--out", tmp_path / "a.html")
-    assert result.exit_code == 1 and "4 of 4 pictures" in result.stderr
-    assert "1 picture cannot be read: " in result.stderr and "gone.png: no such file." in result.stderr
+    assert result.exit_code == 1 and "4 of 4 images" in result.stderr
+    assert "1 image cannot be read: " in result.stderr and "gone.png: no such file." in result.stderr
     assert report(tmp_path, "--out", tmp_path / "sheet.png").exit_code == 1
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width == 3 * 488 + 8
     for arguments, message in (
-        (["--out", tmp_path / "a.foo"], "no picture format"),
+        (["--out", tmp_path / "a.foo"], "no image format"),
         (["--out", tmp_path / "none" / "a.html"], "No such file"),
         (["--out", tmp_path / "a.html", "--limit", 0], "must be positive"),
-        (["--out", tmp_path / "a.png", "--images", tmp_path], "none of the pictures can be read"),
-        (["--out", tmp_path / "a.html", "--images", tmp_path], "none of the pictures can be read"),
+        (["--out", tmp_path / "a.png", "--images", tmp_path], "none of the images can be read"),
+        (["--out", tmp_path / "a.html", "--images", tmp_path], "none of the images can be read"),
     ):
         result = report(tmp_path, *arguments)
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
@@ -249,10 +249,10 @@ def test_recording_as_gif(tmp_path):
 
 @pytest.mark.parametrize("watch", [[], ["--watch"]])
 def test_record_option(tmp_path, tiny_checkpoint, watch):
-    image, masks = make_picture(1, 104, 64, 8)  # more regions than prompts: two passes
-    Image.fromarray(image).save(tmp_path / "picture.png")
+    image, masks = make_image(1, 104, 64, 8)  # more regions than prompts: two passes
+    Image.fromarray(image).save(tmp_path / "image.png")
     boxes = [part for r in parse_regions(masks, 104, 64) for part in ("--box", ",".join(map(str, r.bbox)))]
-    command = ["caption", tmp_path / "picture.png", *boxes, "--model", tiny_checkpoint, "--json", *watch]
+    command = ["caption", tmp_path / "image.png", *boxes, "--model", tiny_checkpoint, "--json", *watch]
     command += ["--steps", 3, "--max-new-tokens", 6, "--record", tmp_path / "a.html"]
     result = CliRunner().invoke(app, [str(part) for part in command])
     assert result.exit_code == 0, result.output
@@ -266,8 +266,8 @@ def test_record_option(tmp_path, tiny_checkpoint, watch):
 )
 def test_a_bad_recording_is_found_before_the_work(tmp_path, monkeypatch, name, message):
     monkeypatch.setattr(RegionCaptioner, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
-    grey(20, 10).save(tmp_path / "picture.png")
-    command = ["caption", tmp_path / "picture.png", "--box", "1,1,5,5", "--record", tmp_path / name]
+    grey(20, 10).save(tmp_path / "image.png")
+    command = ["caption", tmp_path / "image.png", "--box", "1,1,5,5", "--record", tmp_path / name]
     result = CliRunner().invoke(app, [str(part) for part in command])
     assert result.exit_code == 2 and message in result.stderr
 
@@ -301,12 +301,12 @@ def test_search_and_sort_in_a_browser(tmp_path, rows):
     document.title = said.join("|");
     """
     assert after(tmp_path / "a.html", script) == [
-        "8 regions of 4 pictures",
-        "2 regions of 1 pictures",
-        "2 regions of 1 pictures",
-        "2 regions of 1 pictures",
-        "0 regions of 0 pictures",
-        "8 regions of 4 pictures",
+        "8 regions of 4 images",
+        "2 regions of 1 images",
+        "2 regions of 1 images",
+        "2 regions of 1 images",
+        "0 regions of 0 images",
+        "8 regions of 4 images",
         "a <b>.png gone.png c.png b.png",
         "b.png c.png gone.png a <b>.png",
         "a <b>.png b.png c.png gone.png",

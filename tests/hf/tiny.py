@@ -1,4 +1,4 @@
-"""Tiny models with random weights, and noise pictures with masks."""
+"""Tiny models with random weights, and noise images with masks."""
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ def lively_model(processor, prefix_attention: str = "full", seed: int = 0, **ove
     return model
 
 
-def make_picture(seed: int, width: int = 96, height: int = 64, num_masks: int = 2):
-    """A noise picture, and rectangular masks of different areas (not sorted by area)."""
+def make_image(seed: int, width: int = 96, height: int = 64, num_masks: int = 2):
+    """A noise image, and rectangular masks of different areas (not sorted by area)."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     masks = []

@@ -215,7 +215,7 @@ def test_a_run_without_result_does_not_end_with_zero(folder, arguments):
 
 
 def test_paradlc_bench_with_a_judge(folder):
-    """A picture is one request, a question is asked once, and the score is that of our own command."""
+    """An image is one request, a question is asked once, and the score is that of our own command."""
     with JudgeServer() as server:
         judged = run(
             folder / "paradlc", [BIN / "pdlm-eval", "lmms"], "--tasks", "pdlm_paradlc_bench", "--model_args",

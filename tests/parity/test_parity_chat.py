@@ -20,12 +20,12 @@ from parity_golden import (
 from pdlm_hf.diffusion_pdlm import transfer_schedule
 
 CASES = stems("dmllm_case_*.json")
-PICTURES = [name for name in CASES if "image_u8" in tensors(name)]
+IMAGES = [name for name in CASES if "image_u8" in tensors(name)]
 RUNS = [(name, run["tag"]) for name in CASES for run in record(name)["runs"]]
 
 
 def test_found():
-    subset_holds(pictures=PICTURES, texts=set(CASES) - set(PICTURES), runs=RUNS)
+    subset_holds(images=IMAGES, texts=set(CASES) - set(IMAGES), runs=RUNS)
     for option in ("generation_suffix", "stopping_criteria", "cfg_scale"):
         subset_holds(**{option: [run for name in CASES for run in record(name)["runs"] if option in run]})
     assert all(tag in matches(name, r"(.+)\.output") for name, tag in RUNS)
@@ -33,9 +33,9 @@ def test_found():
 
 @functools.cache
 def _inputs(name: str):
-    picture = tensors(name).get("image_u8")
+    image = tensors(name).get("image_u8")
     question = record(name)["question"].removeprefix("<image>\n")
-    return load("dmllm").processor(None if picture is None else picture.numpy(), text=question)
+    return load("dmllm").processor(None if image is None else image.numpy(), text=question)
 
 
 def _run(name: str, tag: str) -> dict:
@@ -64,9 +64,9 @@ def test_ids(name):
     assert _inputs(name)["attention_mask"].all()
 
 
-@each("name", PICTURES)
+@each("name", IMAGES)
 @torch.no_grad()
-def test_picture(name):
+def test_image(name):
     inputs, theirs = _inputs(name), tensors(name)
     if "tiles_u8" in theirs:
         assert torch.equal(inputs["pixel_values"], normalised(theirs["tiles_u8"]))

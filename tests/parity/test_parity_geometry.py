@@ -67,17 +67,17 @@ def _image_processor(image: str) -> PdlmImageProcessorPil:
 
 @each("image", IMAGES)
 def test_tiles(image):
-    theirs, picture = tensors("tiling")[f"{image}.tiles_u8"], tensors("tiling")[f"{image}.image_u8"].numpy()
+    theirs, pixels_u8 = tensors("tiling")[f"{image}.tiles_u8"], tensors("tiling")[f"{image}.image_u8"].numpy()
     size, entry = theirs.shape[1], IMAGE_RECORDS[image]
     processor = _image_processor(image)
-    assert [entry["height"], entry["width"]] == list(picture.shape[:2])
+    assert [entry["height"], entry["width"]] == list(pixels_u8.shape[:2])
     grid = best_grid(entry["width"], entry["height"], size, 1, processor.max_tiles)
     assert list(grid) == entry["grid"]
-    ours = torch.tensor(tile(Image.fromarray(picture), grid, size))
+    ours = torch.tensor(tile(Image.fromarray(pixels_u8), grid, size))
     assert len(ours) == entry["n_tiles"]
     # of some images only the thumbnail is recorded; it comes last
     assert torch.equal(ours[-len(theirs) :], theirs)
-    pixels = processor.preprocess(picture, return_tensors="pt")
+    pixels = processor.preprocess(pixels_u8, return_tensors="pt")
     assert pixels["image_grids"].tolist() == [entry["grid"]]
     assert torch.equal(pixels["pixel_values"], normalised(ours))
     total = pixels["pixel_values"].double()
@@ -89,8 +89,8 @@ def test_tiles(image):
 @each("key", PIXELS)
 def test_pixel_values(key):
     image, kind = key.split(".")
-    picture, theirs = tensors("tiling")[f"{image}.image_u8"].numpy(), tensors("tiling")[key]
-    ours = _image_processor(image).preprocess(picture, return_tensors="pt")["pixel_values"]
+    pixels_u8, theirs = tensors("tiling")[f"{image}.image_u8"].numpy(), tensors("tiling")[key]
+    ours = _image_processor(image).preprocess(pixels_u8, return_tensors="pt")["pixel_values"]
     if kind == "pixel_values_tile0_row0":
         ours = ours[0, :, 0]
     assert_close(ours, theirs, 1e-6)  # one float32 rounding of a value in [-1, 1]

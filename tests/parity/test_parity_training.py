@@ -37,7 +37,7 @@ BATCHES = stems("dmllm_train*.json")
 RUNS = [(name, run) for name in ITEMS + BATCHES for run in record(name)["runs"]]
 CHAT_ITEMS = [(name, int(i)) for name in BATCHES for i in matches(name, r"item(\d+)\.input_ids")]
 TURN = re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n(.*?)<\|eot_id\|>", re.DOTALL)
-PICTURE = "<img><IMG_CONTEXT></img>"
+IMAGE = "<img><IMG_CONTEXT></img>"
 
 
 def test_found():
@@ -91,8 +91,8 @@ def _item(name: str) -> dict:
 def _chat_item(name: str, index: int) -> dict:
     messages = []
     for role, text in TURN.findall(record(name)["rendered_text"][index]):
-        parts = [part for part in re.split(f"({re.escape(PICTURE)})", text) if part]
-        content = [{"type": "image"} if part == PICTURE else {"type": "text", "text": part} for part in parts]
+        parts = [part for part in re.split(f"({re.escape(IMAGE)})", text) if part]
+        content = [{"type": "image"} if part == IMAGE else {"type": "text", "text": part} for part in parts]
         messages.append({"role": role, "content": content})
     row = {"messages": messages}
     if f"item{index}.image_u8" in tensors(name):

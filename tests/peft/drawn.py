@@ -1,4 +1,4 @@
-"""Region data of the drawing world, as files."""
+"""Region data of the domain of drawings, as files."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco
 
-from pdlm_hf.shapes.scenes import describe, draw_picture
+from pdlm_hf.shapes.scenes import describe, draw_scene
 
 
 def rle(mask):
@@ -15,20 +15,20 @@ def rle(mask):
 
 
 def drawn_rows(folder: Path, count: int = 4, seed: int = 0):
-    """Pictures saved into a folder, their rows, and what was drawn."""
-    rows, pictures = [], []
+    """Images saved into a folder, their rows, and what was drawn."""
+    rows, images = [], []
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(count):
         rng = np.random.default_rng((seed, k))
-        picture = draw_picture(rng)
-        picture.image.save(folder / f"{k}.png")
+        image = draw_scene(rng)
+        image.image.save(folder / f"{k}.png")
         regions = [
             {"id": 10 * k + n, "segmentation": rle(mask), "caption": describe(figure, rng)}
-            for n, (mask, figure) in enumerate(zip(picture.masks, picture.figures, strict=True))
+            for n, (mask, figure) in enumerate(zip(image.masks, image.figures, strict=True))
         ]
         rows.append({"image": f"{k}.png", "regions": regions})
-        pictures.append(picture)
-    return rows, pictures
+        images.append(image)
+    return rows, images
 
 
 def write_jsonl(path: Path, rows):
@@ -40,13 +40,13 @@ def read_jsonl(path: Path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def as_coco(rows, pictures):
+def as_coco(rows, scenes):
     """The same as a COCO file; the first annotation as polygons' neighbour, a box."""
     images, annotations = [], []
-    for k, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
-        width, height = picture.image.size
+    for k, (row, scene) in enumerate(zip(rows, scenes, strict=True)):
+        width, height = scene.image.size
         images.append({"id": k + 1, "file_name": row["image"], "width": width, "height": height, "license": 3})
-        for region, figure in zip(row["regions"], picture.figures, strict=True):
+        for region, figure in zip(row["regions"], scene.figures, strict=True):
             category = {"category_id": ["circle", "square", "triangle", "star", "cross"].index(figure.shape)}
             annotations.append({**region, "image_id": k + 1, "iscrowd": 0, **category})
     names = ["circle", "square", "triangle", "star", "cross"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pdlm_hf.shapes.scenes import describe, draw_picture
+from pdlm_hf.shapes.scenes import describe, draw_scene
 from pdlm_peft.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -36,10 +36,10 @@ def region_rows(count=6):
     rows = []
     for seed in range(count):
         rng = np.random.default_rng(seed)
-        picture = draw_picture(rng)
-        pairs = enumerate(zip(picture.masks, picture.figures, strict=True))
+        image = draw_scene(rng)
+        pairs = enumerate(zip(image.masks, image.figures, strict=True))
         regions = [{"id": k, "mask": mask, "caption": describe(figure, rng)} for k, (mask, figure) in pairs]
-        rows.append({"image": picture.image, "regions": regions})
+        rows.append({"image": image.image, "regions": regions})
     return rows
 
 

@@ -36,12 +36,12 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def world(tmp_path):
-    rows, pictures = drawn_rows(tmp_path / "images", 5)
-    for row, picture in zip(rows, pictures, strict=True):
-        for region, figure in zip(row["regions"], picture.figures, strict=True):
+def region_data(tmp_path):
+    rows, images = drawn_rows(tmp_path / "images", 5)
+    for row, image in zip(rows, images, strict=True):
+        for region, figure in zip(row["regions"], image.figures, strict=True):
             region["category"] = figure.shape
-    return tmp_path, rows, pictures
+    return tmp_path, rows, images
 
 
 def bare(rows):
@@ -59,9 +59,9 @@ def regions_of(rows):
     return [region for row in rows for region in row["regions"]]
 
 
-def test_captions_of_any_server(world):
-    """Each region is asked about with two pictures; one that is refused is asked again by the next run."""
-    folder, rows, _ = world
+def test_captions_of_any_server(region_data):
+    """Each region is asked about with two images; one that is refused is asked again by the next run."""
+    folder, rows, _ = region_data
     count = len(regions_of(rows))
     rows = bare(rows)
     rows[0]["regions"][0]["caption"] = "mine"
@@ -91,8 +91,8 @@ def test_captions_of_any_server(world):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_captions_of_our_server(world):
-    folder, rows, _ = world
+def test_captions_of_our_server(region_data):
+    folder, rows, _ = region_data
     data, out = write_jsonl(folder / "images" / "rows.jsonl", bare(rows)), folder / "out.jsonl"
     seen = []
 
@@ -109,8 +109,8 @@ def test_captions_of_our_server(world):
     assert all(set(region) == {"id", "segmentation"} for region in seen)
 
 
-def test_captions_of_another_category_are_dropped(world):
-    folder, rows, _ = world
+def test_captions_of_another_category_are_dropped(region_data):
+    folder, rows, _ = region_data
     wrong = regions_of(rows)[3]["id"]
     data, out = write_jsonl(folder / "rows.jsonl", rows), folder / "checked.jsonl"
 
@@ -134,8 +134,8 @@ def test_captions_of_another_category_are_dropped(world):
     assert result.exit_code == 2 and "row 1: regions[0].category: got None" in result.stderr
 
 
-def test_filter(world):
-    folder, rows, _ = world
+def test_filter(region_data):
+    folder, rows, _ = region_data
     regions = regions_of(rows)[:4]
     texts = ["Red box", "a b c " * 6, " ".join(f"w{k}" for k in range(30)), "One dotted star, small."]
     for region, text in zip(regions, texts, strict=True):
@@ -163,30 +163,30 @@ def sam(tmp_path_factory):
     return tiny_sam(tmp_path_factory.mktemp("sam"))
 
 
-def test_sam_sees_pictures_and_boxes(world, sam):
-    """Masks are those of the model called by hand, in the picture's size."""
+def test_sam_sees_images_and_boxes(region_data, sam):
+    """Masks are those of the model called by hand, in the image's size."""
     import torch
     from transformers import SamModel, SamProcessor
 
-    picture = world[2][0]
-    boxes = [box_around(mask) for mask in picture.masks]
-    found = Segmenter(str(sam)).masks(picture.image, boxes)
-    assert found.shape == (len(boxes), picture.image.height, picture.image.width) and found.dtype == bool
+    image = region_data[2][0]
+    boxes = [box_around(mask) for mask in image.masks]
+    found = Segmenter(str(sam)).masks(image.image, boxes)
+    assert found.shape == (len(boxes), image.image.height, image.image.width) and found.dtype == bool
     processor, model = SamProcessor.from_pretrained(sam), SamModel.from_pretrained(sam).eval()
-    inputs = processor(images=picture.image, input_boxes=[boxes], return_tensors="pt")
+    inputs = processor(images=image.image, input_boxes=[boxes], return_tensors="pt")
     with torch.no_grad():
         low = model(**inputs, multimask_output=False).pred_masks
     masks = processor.image_processor.post_process_masks(low, inputs["original_sizes"], inputs["reshaped_input_sizes"])
     assert np.array_equal(found, masks[0][:, 0].numpy())
 
 
-def test_masks_that_sam_does_not_find_are_dropped(world, sam):
-    folder, rows, pictures = world
+def test_masks_that_sam_does_not_find_are_dropped(region_data, sam):
+    folder, rows, images = region_data
     data = write_jsonl(folder / "images" / "rows.jsonl", rows)
     segmenter, overlaps = Segmenter(str(sam)), {}
-    for row, picture in zip(rows, pictures, strict=True):
-        found = segmenter.masks(picture.image, [box_around(mask) for mask in picture.masks])
-        for region, mask, other in zip(row["regions"], picture.masks, found, strict=True):
+    for row, image in zip(rows, images, strict=True):
+        found = segmenter.masks(image.image, [box_around(mask) for mask in image.masks])
+        for region, mask, other in zip(row["regions"], image.masks, found, strict=True):
             overlaps[region["id"]] = (mask & other).sum() / (mask | other).sum()
     least = float(np.median(list(overlaps.values())))
     out = folder / "out.jsonl"
@@ -202,7 +202,7 @@ def test_masks_that_sam_does_not_find_are_dropped(world, sam):
     assert run("remask", data, folder / "x.jsonl", "--sam", sam, "--min-iou", 2).exit_code == 2
 
 
-def test_a_mask_of_its_own_box(world):
+def test_a_mask_of_its_own_box(region_data):
     """A segmenter that finds the box: IoU is the share of the box that the mask fills."""
 
     class Boxes:
@@ -212,13 +212,13 @@ def test_a_mask_of_its_own_box(world):
                 mask[int(y0) : int(y1), int(x0) : int(x1)] = True
             return found
 
-    folder, rows, pictures = world
+    folder, rows, images = region_data
     tasks = [Task(1, rows[0], k, folder / "images") for k in range(len(rows[0]["regions"]))]
-    for (_, verdict), mask in zip(remask_step(Boxes(), 0.0, True)(tasks), pictures[0].masks, strict=True):
+    for (_, verdict), mask in zip(remask_step(Boxes(), 0.0, True)(tasks), images[0].masks, strict=True):
         x0, y0, x1, y1 = box_around(mask)
         share = mask.sum() / ((x1 - x0) * (y1 - y0))
         assert verdict.region["meta"]["sam_iou"] == pytest.approx(share, abs=1e-4)
-        assert region_areas([verdict.region], [pictures[0].image.size]) == [(x1 - x0) * (y1 - y0)]
+        assert region_areas([verdict.region], [images[0].image.size]) == [(x1 - x0) * (y1 - y0)]
     rows[0]["regions"][0]["meta"], rows[0]["regions"][1]["meta"] = "by hand", {"of": 3}
     metas = [verdict.region["meta"] for _, verdict in remask_step(Boxes(), 0.0)(tasks)]
     assert metas[0] == {"meta": "by hand", "sam_iou": metas[0]["sam_iou"]}
@@ -226,9 +226,9 @@ def test_a_mask_of_its_own_box(world):
     assert iou(mask, mask) == 1
 
 
-def test_a_run_that_was_killed_goes_on(world):
+def test_a_run_that_was_killed_goes_on(region_data):
     """kill -9 half-way: what was answered is not asked again, and the files are as of one run."""
-    folder, rows, _ = world
+    folder, rows, _ = region_data
     data, out = write_jsonl(folder / "images" / "rows.jsonl", bare(rows)), folder / "out.jsonl"
     count = len(regions_of(rows))
     with JudgeServer(lambda body: "A figure.", delay=0.1) as server:
@@ -256,14 +256,14 @@ def test_a_run_that_was_killed_goes_on(world):
     ]
 
 
-def test_what_is_done_is_looked_up_and_not_copied(world):
+def test_what_is_done_is_looked_up_and_not_copied(region_data):
     """A resumed run asks for its own regions only, however many are done."""
 
     class Counted(set):
         def __or__(self, other):
             raise AssertionError("copies all that is done, for every row")
 
-    folder, rows, _ = world
+    folder, rows, _ = region_data
     source = find_source(write_jsonl(folder / "rows.jsonl", rows))
     for _ in range(2):
         run = StepRun(folder / "out.jsonl", {})
@@ -272,14 +272,14 @@ def test_what_is_done_is_looked_up_and_not_copied(world):
     assert counts == {"before": len(regions_of(rows))}
 
 
-def test_rows_that_cannot_be_told_apart(world):
-    folder, rows, _ = world
+def test_rows_that_cannot_be_told_apart(region_data):
+    folder, rows, _ = region_data
     data = write_jsonl(folder / "rows.jsonl", [rows[0], rows[0]])
     result = run("filter", data, folder / "out.jsonl")
     assert result.exit_code == 2 and "row 2: a region with the id of one in an earlier row" in result.stderr
 
 
-def test_a_picture_in_the_row_has_the_same_key_in_every_run():
+def test_a_image_in_the_row_has_the_same_key_in_every_run():
     """Python salts the hash of a text anew in every process."""
     image = "data:image/png;base64," + "A" * 400
     assert region_key({"image": image}, 7) == (hashlib.sha256(image.encode()).hexdigest(), None, 7)

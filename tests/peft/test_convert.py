@@ -1,4 +1,4 @@
-"""Converted files hold what was drawn; a split keeps pictures apart."""
+"""Converted files hold what was drawn; a split keeps images apart."""
 
 import base64
 import csv
@@ -21,8 +21,8 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
+def domain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("domain")
     return folder, *drawn_rows(folder / "images")
 
 
@@ -30,9 +30,9 @@ def masks_of(path, images=None):
     return [{r["id"]: r["mask"] for r in row["regions"]} for row in RegionDataset(path, images)]
 
 
-def test_coco_instances_with_captions_from_a_file(world, tmp_path):
-    root, rows, pictures = world
-    data = as_coco(rows, pictures)
+def test_coco_instances_with_captions_from_a_file(domain, tmp_path):
+    root, rows, images = domain
+    data = as_coco(rows, images)
     data["annotations"][0]["iscrowd"] = 1
     source = tmp_path / "instances.json"
     source.write_text(json.dumps(data))
@@ -59,23 +59,23 @@ def test_coco_instances_with_captions_from_a_file(world, tmp_path):
     found = read_jsonl(out)
     left = {r["id"]: r["caption"] for row in found for r in row["regions"]}
     assert left == {key: text for key, text in texts.items() if key not in (missing, data["annotations"][0]["id"])}
-    assert (found[-1]["width"], found[-1]["height"]) == pictures[-1].image.size
+    assert (found[-1]["width"], found[-1]["height"]) == images[-1].image.size
     masks = {key: mask for row in masks_of(out, root / "images") for key, mask in row.items()}
-    for row, picture in zip(rows, pictures, strict=True):
-        for region, mask in zip(row["regions"], picture.masks, strict=True):
+    for row, image in zip(rows, images, strict=True):
+        for region, mask in zip(row["regions"], image.masks, strict=True):
             assert region["id"] not in masks or np.array_equal(masks[region["id"]], mask)
 
 
-def test_coco_panoptic(world, tmp_path):
+def test_coco_panoptic(domain, tmp_path):
     """Colours of the PNG files are the ids; later figures hide earlier ones, as they do in the drawing."""
-    root, rows, pictures = world
-    data = as_coco(rows, pictures)
+    root, rows, images = domain
+    data = as_coco(rows, images)
     (tmp_path / "panoptic").mkdir()
     annotations = []
-    for k, picture in enumerate(pictures):
-        colours = np.zeros((picture.image.height, picture.image.width, 3), np.uint8)
+    for k, image in enumerate(images):
+        colours = np.zeros((image.image.height, image.image.width, 3), np.uint8)
         segments = []
-        for n, mask in enumerate(picture.masks):
+        for n, mask in enumerate(image.masks):
             colour = (7 + n, 3 * n, n)
             colours[mask] = colour
             segments.append(
@@ -91,10 +91,10 @@ def test_coco_panoptic(world, tmp_path):
         *("--category-captions", "A {}."),
     )
     assert result.exit_code == 0 and f"{len(rows)} segments without a pixel left out" in result.output, result.output
-    for found, row, picture in zip(masks_of(out, root / "images"), read_jsonl(out), pictures, strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(found.values(), picture.masks, strict=True))
+    for found, row, image in zip(masks_of(out, root / "images"), read_jsonl(out), images, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(found.values(), image.masks, strict=True))
         names = [entry["name"] for entry in data["categories"]]
-        assert [r["caption"] for r in row["regions"]] == [f"A {names[n % 5]}." for n in range(len(picture.masks))]
+        assert [r["caption"] for r in row["regions"]] == [f"A {names[n % 5]}." for n in range(len(image.masks))]
     result = run(
         "convert",
         tmp_path / "panoptic.json",
@@ -109,12 +109,12 @@ def test_coco_panoptic(world, tmp_path):
     assert result.exit_code == 2 and "no such folder of panoptic PNG files" in result.stderr
 
 
-def test_describe_anything(world, tmp_path):
-    """Pictures may be named without the leading zeros that the annotations have."""
-    root, rows, pictures = world
+def test_describe_anything(domain, tmp_path):
+    """Images may be named without the leading zeros that the annotations have."""
+    root, rows, images = domain
     data = {}
-    for k, (row, picture) in enumerate(zip(rows, pictures, strict=True), 1):
-        picture.image.save(tmp_path / f"{k}.png")
+    for k, (row, image) in enumerate(zip(rows, images, strict=True), 1):
+        image.image.save(tmp_path / f"{k}.png")
         data[f"img{k}"] = [
             {
                 "ann_id": r["id"],
@@ -131,11 +131,11 @@ def test_describe_anything(world, tmp_path):
     result = run("convert", source, tmp_path / "out.jsonl", "--from", "dam", "--images", tmp_path)
     assert result.exit_code == 0, result.output
     assert [row["regions"] for row in read_jsonl(tmp_path / "out.jsonl")] == [row["regions"] for row in rows]
-    assert np.array_equal(next(iter(masks_of(tmp_path / "out.jsonl", tmp_path)[1].values())), pictures[1].masks[0])
+    assert np.array_equal(next(iter(masks_of(tmp_path / "out.jsonl", tmp_path)[1].values())), images[1].masks[0])
 
 
-def test_grasp_any_region(world, tmp_path):
-    root, rows, pictures = world
+def test_grasp_any_region(domain, tmp_path):
+    root, rows, images = domain
     data = []
     for row in rows[:2]:
         turns = []
@@ -156,13 +156,13 @@ def test_grasp_any_region(world, tmp_path):
     found = list(RegionDataset(out))  # paths were turned to start from the new file
     captions = [[[r["caption"] for r in row["regions"]] for row in side[:2]] for side in (found, rows)]
     assert captions[0] == captions[1]
-    assert np.array_equal(found[0]["regions"][0]["mask"], pictures[0].masks[0])
+    assert np.array_equal(found[0]["regions"][0]["mask"], images[0].masks[0])
     assert found[2]["regions"][0]["mask"].all()
 
 
-def test_tables_bring_their_pictures_along(world, tmp_path):
+def test_tables_bring_their_images_along(domain, tmp_path):
     datasets = pytest.importorskip("datasets")
-    root, rows, pictures = world
+    root, rows, images = domain
     values = [
         {
             "image": {"bytes": (root / "images" / row["image"]).read_bytes(), "path": None},
@@ -174,15 +174,15 @@ def test_tables_bring_their_pictures_along(world, tmp_path):
     table = datasets.Dataset.from_list(values).cast_column("image", datasets.Image())
     table.save_to_disk(tmp_path / "table")
     assert run("convert", tmp_path / "table", tmp_path / "out.jsonl", "--from", "reference").exit_code == 0
-    for row, picture in zip(RegionDataset(tmp_path / "out.jsonl"), pictures, strict=True):
-        assert np.array_equal(np.asarray(row["image"]), np.asarray(picture.image))
-        assert all(np.array_equal(r["mask"], mask) for r, mask in zip(row["regions"], picture.masks, strict=True))
+    for row, image in zip(RegionDataset(tmp_path / "out.jsonl"), images, strict=True):
+        assert np.array_equal(np.asarray(row["image"]), np.asarray(image.image))
+        assert all(np.array_equal(r["mask"], mask) for r, mask in zip(row["regions"], image.masks, strict=True))
 
 
-def test_nothing_is_written_if_something_is_wrong(world, tmp_path):
+def test_nothing_is_written_if_something_is_wrong(domain, tmp_path):
     out = tmp_path / "out.jsonl"
     out.write_text("before")
-    source = write_jsonl(tmp_path / "rows.jsonl", [world[1][0], {"image": "a.png", "regions": [{"caption": "x"}]}])
+    source = write_jsonl(tmp_path / "rows.jsonl", [domain[1][0], {"image": "a.png", "regions": [{"caption": "x"}]}])
     result = run("convert", source, out, "--from", "reference")
     assert result.exit_code == 2 and "row 2: regions[0]: got no shape" in result.stderr
     assert out.read_text() == "before" and sorted(os.listdir(tmp_path)) == ["out.jsonl", "rows.jsonl"]
@@ -198,14 +198,14 @@ def test_nothing_is_written_if_something_is_wrong(world, tmp_path):
         (("--from", "dam"), "not valid JSON"),
     ],
 )
-def test_wrong_calls(world, tmp_path, arguments, message):
+def test_wrong_calls(domain, tmp_path, arguments, message):
     source = write_jsonl(tmp_path / "rows.json", [{"a": 1}, {"a": 2}])
     result = run("convert", source, tmp_path / "out.jsonl", *arguments)
     assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_a_split_keeps_pictures_apart(tmp_path):
-    """Rows of the same picture, however its path is written, stay together; the same seed, the same split."""
+def test_a_split_keeps_images_apart(tmp_path):
+    """Rows of the same image, however its path is written, stay together; the same seed, the same split."""
     region = {"bbox": [0, 0, 5, 5], "caption": "x"}
     rows = [{"image": f"{k % 40}.png", "regions": [region | {"id": k}]} for k in range(100)]
     rows += [{"image": f"./{k}.png", "regions": [region | {"id": 1000 + k}]} for k in range(40)]
@@ -213,7 +213,7 @@ def test_a_split_keeps_pictures_apart(tmp_path):
     train, held = tmp_path / "train.jsonl", tmp_path / "sub" / "held.jsonl"
     held.parent.mkdir()
     result = run("split", source, train, held, "--held-out", "0.1", "--seed", "3")
-    assert result.exit_code == 0 and "4 pictures" in result.output, result.output
+    assert result.exit_code == 0 and "4 images" in result.output, result.output
     sides = [read_jsonl(train), read_jsonl(held)]
     names = [{os.path.basename(row["image"]) for row in side} for side in sides]
     assert len(names[1]) == 4 and len(names[0]) == 36 and not names[0] & names[1]
@@ -223,7 +223,7 @@ def test_a_split_keeps_pictures_apart(tmp_path):
     assert sides[1][0]["image"].startswith("../")
     again = converting.split(write_jsonl(tmp_path / "other.jsonl", rows[::-1]), tmp_path / "a", tmp_path / "b", 0.1, 3)
     assert {os.path.basename(row["image"]) for row in read_jsonl(tmp_path / "b")} == names[1]
-    assert again[1]["pictures"] == 4
+    assert again[1]["images"] == 4
     converting.split(source, tmp_path / "a", tmp_path / "b", 0.1, 4)
     assert {os.path.basename(row["image"]) for row in read_jsonl(tmp_path / "b")} != names[1]
     assert run("split", source, train, train).exit_code == 2

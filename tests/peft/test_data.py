@@ -15,17 +15,17 @@ from pdlm_peft.data import ChatDataset, RegionDataset, stream_rows
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
+def domain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("domain")
     return folder, *drawn_rows(folder / "images")
 
 
-def check(found, rows, pictures):
+def check(found, rows, images):
     assert len(found) == len(rows)
-    for row, expected, picture in zip(found, rows, pictures, strict=True):
-        assert np.array_equal(np.asarray(row["image"]), np.asarray(picture.image))
+    for row, expected, image in zip(found, rows, images, strict=True):
+        assert np.array_equal(np.asarray(row["image"]), np.asarray(image.image))
         assert [r["caption"] for r in row["regions"]] == [r["caption"] for r in expected["regions"]]
-        for region, mask in zip(row["regions"], picture.masks, strict=True):
+        for region, mask in zip(row["regions"], image.masks, strict=True):
             assert region["mask"].dtype == bool and np.array_equal(region["mask"], mask)
 
 
@@ -35,12 +35,12 @@ def data_url(image):
     return "data:base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def reference_rows(rows, pictures):
-    """The reference's two forms, and its three names of a picture."""
+def reference_rows(rows, scenes):
+    """The reference's two forms, and its three names of an image."""
     found = []
-    for k, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
+    for k, (row, scene) in enumerate(zip(rows, scenes, strict=True)):
         name = ("image", "image_file", "image_path")[k % 3]
-        image = data_url(picture.image) if k == 2 else row["image"]
+        image = data_url(scene.image) if k == 2 else row["image"]
         if k % 2:
             regions = [{key: r[key] for key in ("segmentation", "caption")} for r in row["regions"]]
             found.append({name: image, "annotations": regions})
@@ -50,26 +50,26 @@ def reference_rows(rows, pictures):
     return found
 
 
-def files(world, folder):
+def files(domain, folder):
     """The same data in every form of file."""
-    root, rows, pictures = world
+    root, rows, images = domain
     write_jsonl(folder / "rows.jsonl", rows)
     (folder / "rows.json").write_text(json.dumps(rows, indent=1))
-    (folder / "coco.json").write_text(json.dumps(as_coco(rows, pictures)))
-    (folder / "reference.json").write_text(json.dumps(reference_rows(rows, pictures)))
+    (folder / "coco.json").write_text(json.dumps(as_coco(rows, images)))
+    (folder / "reference.json").write_text(json.dumps(reference_rows(rows, images)))
     (folder / "lines.json").write_text((folder / "rows.jsonl").read_text())
     return [folder / name for name in ("rows.jsonl", "rows.json", "coco.json", "reference.json", "lines.json")]
 
 
-def test_every_form_gives_what_was_drawn(world, tmp_path):
-    root, rows, pictures = world
-    for path in files(world, tmp_path):
+def test_every_form_gives_what_was_drawn(domain, tmp_path):
+    root, rows, images = domain
+    for path in files(domain, tmp_path):
         dataset = RegionDataset(path, root / "images")
-        check([dataset[k] for k in range(len(dataset))], rows, pictures)
-        check(list(stream_rows(path, root / "images")), rows, pictures)
+        check([dataset[k] for k in range(len(dataset))], rows, images)
+        check(list(stream_rows(path, root / "images")), rows, images)
         sizes = [
             (*p.image.size, len(p.masks), sum(len(r["caption"]) for r in row["regions"]))
-            for row, p in zip(rows, pictures, strict=True)
+            for row, p in zip(rows, images, strict=True)
         ]
         assert dataset.sizes() == sizes
     assert [r["id"] for r in RegionDataset(tmp_path / "coco.json", root / "images")[1]["regions"]][0] == 10
@@ -78,23 +78,23 @@ def test_every_form_gives_what_was_drawn(world, tmp_path):
         dataset[len(rows)]
 
 
-def test_paths_start_from_the_file(world):
-    root, rows, pictures = world
+def test_paths_start_from_the_file(domain):
+    root, rows, images = domain
     path = write_jsonl(root / "images" / "rows.jsonl", rows)
-    check([RegionDataset(path)[0]], rows[:1], pictures[:1])
+    check([RegionDataset(path)[0]], rows[:1], images[:1])
 
 
-def test_pictures_are_not_opened_before_they_are_needed(world, tmp_path, monkeypatch):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{**row, "image": "missing.png"} for row in world[1]])
+def test_images_are_not_opened_before_they_are_needed(domain, tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{**row, "image": "missing.png"} for row in domain[1]])
     dataset = RegionDataset(path)
-    assert dataset.sizes()[0][:2] == world[2][0].image.size
-    with pytest.raises(ValueError, match=r"^row 1: image: got .*missing.png: no such file, expected a picture"):
+    assert dataset.sizes()[0][:2] == domain[2][0].image.size
+    with pytest.raises(ValueError, match=r"^row 1: image: got .*missing.png: no such file, expected an image"):
         dataset[0]
 
 
-def test_long_lists_are_read_in_pieces(world, tmp_path, monkeypatch):
+def test_long_lists_are_read_in_pieces(domain, tmp_path, monkeypatch):
     """A list cut anywhere by the pieces of reading is the same list."""
-    root, rows, pictures = world
+    root, rows, images = domain
     path = tmp_path / "rows.json"
     for text in (json.dumps(rows), json.dumps(rows, indent=2), "[]", " [ ] ", "[1, 23 , [4]]"):
         path.write_text(text)
@@ -107,7 +107,7 @@ def test_long_lists_are_read_in_pieces(world, tmp_path, monkeypatch):
     assert len(whole) == len(rows) - 1 and number == len(rows) and error.fault.kind == "broken JSON"
 
 
-def test_boxes_polygons_and_whole_pictures(tmp_path):
+def test_boxes_polygons_and_whole_images(tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     regions = [
         {"bbox": [2, 3, 4, 5], "caption": "box"},
@@ -122,9 +122,9 @@ def test_boxes_polygons_and_whole_pictures(tmp_path):
     assert RegionDataset(tmp_path / "reference.json")[0]["regions"][0]["mask"].all()
 
 
-def test_a_table_of_datasets(world, tmp_path):
+def test_a_table_of_datasets(domain, tmp_path):
     datasets = pytest.importorskip("datasets")
-    root, rows, pictures = world
+    root, rows, images = domain
     features = datasets.Features(
         {
             "image": datasets.Image(),
@@ -142,16 +142,16 @@ def test_a_table_of_datasets(world, tmp_path):
     table = datasets.Dataset.from_list(values, features=features)
     table.save_to_disk(tmp_path / "table")
     dataset = RegionDataset(tmp_path / "table")
-    check([dataset[k] for k in range(len(dataset))], rows, pictures)
-    check(list(stream_rows(tmp_path / "table")), rows, pictures)
+    check([dataset[k] for k in range(len(dataset))], rows, images)
+    check(list(stream_rows(tmp_path / "table")), rows, images)
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
     assert len(RegionDataset(tmp_path / "splits", limit=3)) == 3
     iterable = datasets.IterableDataset.from_generator(stream_rows, gen_kwargs={"source": str(tmp_path / "table")})
-    check(list(iterable), rows, pictures)
+    check(list(iterable), rows, images)
 
 
-def test_the_collator_takes_the_rows(world, processor, tmp_path):
-    root, rows, _ = world
+def test_the_collator_takes_the_rows(domain, processor, tmp_path):
+    root, rows, _ = domain
     few = [{**row, "regions": row["regions"][:2]} for row in rows]
     dataset = RegionDataset(write_jsonl(tmp_path / "rows.jsonl", few), root / "images")
     batch = PdlmCollator(processor)([dataset[0], dataset[1]])
@@ -162,7 +162,7 @@ def test_the_collator_takes_the_rows(world, processor, tmp_path):
     "row, message",
     [
         (3, "row 2: row: got int, expected an object"),
-        ({"regions": []}, "row 2: image: got nothing, expected the path of a picture"),
+        ({"regions": []}, "row 2: image: got nothing, expected the path of an image"),
         ({"image": "0.png"}, "row 2: regions: got nothing, expected a list of regions"),
         ({"image": "0.png", "regions": []}, "row 2: regions: got an empty list, expected at least one region"),
         ({"image": "0.png", "regions": [{"caption": "a"}]}, r"row 2: regions\[0\]: got no shape, expected"),
@@ -174,8 +174,8 @@ def test_the_collator_takes_the_rows(world, processor, tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_is_named(world, tmp_path, row, message):
-    root, rows, _ = world
+def test_what_is_wrong_is_named(domain, tmp_path, row, message):
+    root, rows, _ = domain
     path = write_jsonl(tmp_path / "rows.jsonl", [rows[0], row])
     dataset = RegionDataset(path, root / "images")
     dataset[0]
@@ -185,8 +185,8 @@ def test_what_is_wrong_is_named(world, tmp_path, row, message):
         list(stream_rows(path, root / "images"))
 
 
-def test_a_size_that_is_not_the_pictures(tmp_path):
-    """It is that of the picture as it is meant to be seen."""
+def test_a_size_that_is_not_the_images(tmp_path):
+    """It is that of the image as it is meant to be seen."""
     exif = Image.Exif()
     exif[274] = 6  # a quarter turn
     Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
@@ -194,7 +194,7 @@ def test_a_size_that_is_not_the_pictures(tmp_path):
     sized = [row | {"width": w, "height": h} for w, h in ((10, 20), (20, 10))]
     found = RegionDataset(write_jsonl(tmp_path / "rows.jsonl", sized))
     assert found[0]["regions"][0]["mask"].shape == (20, 10)
-    with pytest.raises(ValueError, match="^row 2: width: got 20 x 10, expected 10 x 20, as the picture$"):
+    with pytest.raises(ValueError, match="^row 2: width: got 20 x 10, expected 10 x 20, as the image$"):
         found[1]
 
 
@@ -217,8 +217,8 @@ def test_files_that_cannot_be_used(tmp_path):
         RegionDataset(tmp_path / "cut.jsonl")[1]
 
 
-def test_conversations(world, processor, tmp_path):
-    root = world[0]
+def test_conversations(domain, processor, tmp_path):
+    root = domain[0]
     rows = [
         {
             "image": "0.png",
@@ -260,7 +260,7 @@ def test_conversations(world, processor, tmp_path):
         {"conversations": []},
     ]
     dataset = ChatDataset(write_jsonl(tmp_path / "wrong.jsonl", wrong), root / "images")
-    expected = ["one for each of 1 pictures", "an answer as the last turn", "one of human", "a list of turns"]
+    expected = ["one for each of 1 images", "an answer as the last turn", "one of human", "a list of turns"]
     for k, message in enumerate(expected):
         with pytest.raises(ValueError, match=rf"^row {k + 1}: conversations.*{message}"):
             dataset[k]

@@ -12,13 +12,13 @@ from PIL import Image
 
 
 def write_files(folder):
-    """The files the page speaks of, from drawn pictures."""
-    rows, pictures = drawn_rows(folder / "images", 3)
-    data = as_coco(rows, pictures)
+    """The files the page speaks of, from drawn images."""
+    rows, images = drawn_rows(folder / "images", 3)
+    data = as_coco(rows, images)
     write_jsonl(folder / "regions.jsonl", rows)
     masks = []
-    for row, picture in zip(rows, pictures, strict=True):
-        found = zip(row["regions"], picture.figures, strict=True)
+    for row, image in zip(rows, images, strict=True):
+        found = zip(row["regions"], image.figures, strict=True)
         regions = [{"id": r["id"], "segmentation": r["segmentation"], "category": f.shape} for r, f in found]
         masks.append({**row, "regions": regions})
     write_jsonl(folder / "masks.jsonl", masks)
@@ -30,12 +30,12 @@ def write_files(folder):
     for name in ("out", "panoptic", "dam"):
         (folder / name).mkdir()
     annotations, dam, gar, reference = [], {}, [], []
-    for k, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
-        ids = np.zeros(picture.masks[0].shape, np.uint8)
-        for n, mask in enumerate(picture.masks):
+    for k, (row, image) in enumerate(zip(rows, images, strict=True)):
+        ids = np.zeros(image.masks[0].shape, np.uint8)
+        for n, mask in enumerate(image.masks):
             ids[mask] = n + 1
         Image.fromarray(np.stack([ids, ids * 0, ids * 0], -1)).save(folder / "panoptic" / f"{k}.png")
-        segments = [{"id": n + 1, "category_id": 0} for n in range(len(picture.masks))]
+        segments = [{"id": n + 1, "category_id": 0} for n in range(len(image.masks))]
         annotations.append({"image_id": k + 1, "file_name": f"{k}.png", "segments_info": segments})
         masks, captions = ([r[name] for r in row["regions"]] for name in ("segmentation", "caption"))
         pairs = enumerate(zip(masks, captions, strict=True))

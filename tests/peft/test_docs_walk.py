@@ -21,8 +21,8 @@ ELSEWHERE = {
 
 
 def test_the_walk(here):
-    rows, pictures = drawn_rows(here / "photos", 3)
-    (here / "regions.json").write_text(json.dumps(as_coco(rows, pictures)))
+    rows, images = drawn_rows(here / "photos", 3)
+    (here / "regions.json").write_text(json.dumps(as_coco(rows, images)))
 
     def change(text):
         text = text.replace("MODEL", str(CHECKPOINT))

@@ -97,7 +97,7 @@ def test_overrides():
         ("adapter.new_words=[zebra] adapter.train_embeddings=false", "`adapter.new_words` need"),
         ("data.num_slots=[9,3]", "from low to high"),
         ("freeze=[vision_tower]", "`freeze` is for runs without `adapter`"),
-        ("data.train=x.json", "`data.kind: drawn` draws its pictures"),
+        ("data.train=x.json", "`data.kind: drawn` draws its images"),
         ("generation.acceptance_threshold=2", "`generation`: `acceptance_threshold` must be in"),
         ("generation.treshold=0.9", "unknown key `generation.treshold`"),
         ("data.streaming=true training.max_steps=-1", "needs `training.max_steps`"),

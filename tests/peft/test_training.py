@@ -21,7 +21,7 @@ from pdlm_peft import training
 from pdlm_peft.adapters import base_name
 from pdlm_peft.plan import StreamedRows, TrainingRows, cut, held_out_rows, plan, row_tokens, sizes_of
 from pdlm_peft.recipe import Data, load_recipe, names
-from pdlm_peft.shapes import NEW_WORLD, PATTERNS, WORDS
+from pdlm_peft.shapes import NEW_DOMAIN, PATTERNS, WORDS
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_plan_covers_every_region_once_an_epoch(shapes_processor):
     assert len(order) == 2 * passes
     for epoch, part in enumerate((order[:passes], order[passes:])):
         for index, count in enumerate(counts):
-            groups = [step.regions for step in part if step.picture == index]
+            groups = [step.regions for step in part if step.image == index]
             assert sorted(k for group in groups for k in group) == list(range(count))
             expected = [sorted(group) for group in partition_regions(count, 6, index, epoch)]
             assert sorted(groups) == sorted(expected)
@@ -79,7 +79,7 @@ def test_rows_of_a_batch_have_like_lengths(shapes_processor):
 
     data = Data(train="x", partition="together")
     order = plan(Sized([{}] * 200), data, shapes_processor, 4, -1, 1, 0)
-    lengths = [row_tokens(sizes[step.picture], shapes_processor) for step in order]
+    lengths = [row_tokens(sizes[step.image], shapes_processor) for step in order]
     padded = sum(4 * max(lengths[k : k + 4]) for k in range(0, 200, 4))
     assert padded < 1.06 * sum(lengths)
     assert lengths != sorted(lengths, reverse=True)
@@ -133,16 +133,16 @@ def test_streams_have_one_worker(tmp_path):
         assert training.arguments(recipe).dataloader_num_workers == workers
 
 
-def test_the_new_world_is_new_and_fits_its_slots(shapes_processor):
+def test_the_new_domain_is_new_and_fits_its_slots(shapes_processor):
     from pdlm_hf.shapes import scenes
 
-    assert not set(NEW_WORLD.colours) & set(scenes.COLOURS)
+    assert not set(NEW_DOMAIN.colours) & set(scenes.COLOURS)
     assert not set(WORDS["shape"]) & set(scenes.WORDS["shape"])
     rng = np.random.default_rng(0)
     for _ in range(100):
         figure = scenes.Figure(*(list(WORDS[a])[rng.integers(len(WORDS[a]))] for a in WORDS))
-        caption = scenes.describe(figure, rng, world=NEW_WORLD)
-        assert scenes.read(caption, NEW_WORLD) == figure and scenes.read(caption) is None
+        caption = scenes.describe(figure, rng, domain=NEW_DOMAIN)
+        assert scenes.read(caption, NEW_DOMAIN) == figure and scenes.read(caption) is None
         assert len(shapes_processor.tokenizer(caption)["input_ids"]) <= load_recipe("shapes").data.num_slots[0]
     words = [f" {word}" for values in WORDS.values() for words in values.values() for word in words]
     assert {len(shapes_processor.tokenizer(word)["input_ids"]) for word in words} == {3}
@@ -263,7 +263,7 @@ def test_samples_are_drawn(tmp_path):
     folder = tmp_path / "run" / "samples" / "step_000002"
     assert {path.name for path in folder.iterdir()} == {"0.png", "1.png", "captions.jsonl"}
     lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
-    assert {"picture", "region", "said", "true", "score"} == set(lines[0])
+    assert {"image", "region", "said", "true", "score"} == set(lines[0])
 
 
 def test_samples_of_bf16_weights(tmp_path):
@@ -445,7 +445,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path):
 
 
 def write_rows(folder):
-    """A region file, and a chat file, beside their pictures."""
+    """A region file, and a chat file, beside their images."""
     from pycocotools import mask as coco_mask
 
     regions, chats = [], []

@@ -14,8 +14,8 @@ from pdlm_peft.validate import Validator
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
+def domain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("domain")
     return folder, *drawn_rows(folder)
 
 
@@ -104,11 +104,11 @@ def test_every_kind_of_fault_is_named(tmp_path, processor):
     assert (long.got, long.expected) == (f"{tokens} tokens", "at most 12")
 
 
-def test_summary_is_that_of_what_was_drawn(world, processor, tmp_path):
-    root, rows, pictures = world
+def test_summary_is_that_of_what_was_drawn(domain, processor, tmp_path):
+    root, rows, images = domain
     report = Validator(processor).validate(find_source(write_jsonl(root / "rows.jsonl", rows)))
     assert not report.faults and report.counts == {}
-    shares = [mask.mean() for picture in pictures for mask in picture.masks]
+    shares = [mask.mean() for image in images for mask in image.masks]
     captions = [r["caption"] for row in rows for r in row["regions"]]
     lengths = [len(ids) for ids in processor.tokenizer(captions, add_special_tokens=False)["input_ids"]]
     summary = report.summary
@@ -135,9 +135,9 @@ def test_the_same_region_in_two_rows(tmp_path, processor):
     assert [(fault.row, fault.field, fault.kind) for fault in report.faults] == [(2, "regions[0].id", "duplicate id")]
 
 
-def test_coco_files(world, processor, tmp_path):
-    root, rows, pictures = world
-    data = as_coco(rows, pictures)
+def test_coco_files(domain, processor, tmp_path):
+    root, rows, images = domain
+    data = as_coco(rows, images)
     path = root / "coco.json"
     path.write_text(json.dumps(data))
     assert not Validator(processor).validate(find_source(path)).faults
@@ -146,7 +146,7 @@ def test_coco_files(world, processor, tmp_path):
     data["annotations"][3]["image_id"] = 99
     path.write_text(json.dumps(data))
     report = Validator(processor).validate(find_source(path))
-    assert report.counts == {"missing field": 1, "duplicate id": 1, "unknown picture": 1}
+    assert report.counts == {"missing field": 1, "duplicate id": 1, "unknown image": 1}
     path.write_text(json.dumps(data, indent=1)[:-300])
     (fault,) = [f for f in Validator(processor).validate(find_source(path)).faults if f.kind == "broken JSON"]
     assert "line" in fault.got
@@ -161,9 +161,9 @@ def test_coco_files(world, processor, tmp_path):
         ("categories", "id", [0]),
     ],
 )
-def test_ids_that_are_none(world, processor, tmp_path, part, key, value):
-    folder, rows, pictures = world
-    coco = as_coco(rows, pictures)
+def test_ids_that_are_none(domain, processor, tmp_path, part, key, value):
+    folder, rows, images = domain
+    coco = as_coco(rows, images)
     coco[part][1][key] = value
     (tmp_path / "coco.json").write_text(json.dumps(coco))
     report = Validator(processor).validate(find_source(tmp_path / "coco.json", folder))
@@ -171,8 +171,8 @@ def test_ids_that_are_none(world, processor, tmp_path, part, key, value):
     assert report.faults[0].got == repr(value)
 
 
-def test_command(world, tmp_path):
-    root, rows, pictures = world
+def test_command(domain, tmp_path):
+    root, rows, images = domain
     good = write_jsonl(root / "good.jsonl", rows)
     result = run(good)
     assert result.exit_code == 0 and "faults: none" in result.output, result.output
@@ -203,10 +203,10 @@ def test_wrong_calls_are_one_line(tmp_path):
     assert run(tmp_path / "a.jsonl").exit_code == 1  # no rows are a fault
 
 
-def test_samples_are_drawn(world, tmp_path):
-    root, rows, pictures = world
+def test_samples_are_drawn(domain, tmp_path):
+    root, rows, images = domain
     path = write_jsonl(root / "draw.jsonl", [{"image": "x.png", "regions": []}, *rows])
     result = run(path, "--draw", tmp_path / "out.png", "--samples", "2")
-    assert result.exit_code == 1 and Image.open(tmp_path / "out.png").height > 2 * pictures[0].image.height
+    assert result.exit_code == 1 and Image.open(tmp_path / "out.png").height > 2 * images[0].image.height
     run(path, "--draw", tmp_path, "--samples", "2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.png", "row_2.png", "row_3.png"]

@@ -35,7 +35,7 @@ def test_sound_conversations_are_summed_up(folder):
     assert found["summary"]["turns"] == {"min": 2, "median": 3, "p95": 3.9, "max": 4}
     text = run(path)
     assert text.exit_code == 0
-    assert "2 rows, 1 pictures\n" in text.stdout and "faults: none" in text.stdout and "region" not in text.stdout
+    assert "2 rows, 1 images\n" in text.stdout and "faults: none" in text.stdout and "region" not in text.stdout
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_sound_conversations_are_summed_up(folder):
         ),
         ({"image": "none.png", "conversations": TURNS}, "image", "missing image", "no such file"),
         ({"image": "cut.png", "conversations": TURNS}, "image", "broken image", "cannot be opened"),
-        ({"conversations": TURNS}, "conversations", "conversation", "one for each of 0 pictures"),
+        ({"conversations": TURNS}, "conversations", "conversation", "one for each of 0 images"),
         ({"image": "a.png", "conversations": [{"from": "cat"}]}, "conversations[0]", "conversation", "`from`"),
         (
             {"image": "a.png", "conversations": [TURNS[0], {"from": "gpt", "value": "box " * 30}]},

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from pictures import pictures, texts
+from drawn_images import drawn_images, texts
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
 
@@ -48,7 +48,7 @@ def both(request, captioner, reference_folder):
 def test_another_dtype_than_that_of_the_checkpoint():
     """What a GPU makes of a float32 checkpoint. Rounding differs from transformers', so not every caption is equal."""
     llm, plain = engine(CHECKPOINT, "bfloat16"), RegionCaptioner.from_pretrained(device="cpu", dtype="bfloat16")
-    pairs = pictures(12)
+    pairs = drawn_images(12)
     found, expected = ([text for captions in many for text in texts(captions)] for many in (
         caption_many(llm, pairs), plain.caption_many(pairs)
     ))  # fmt: skip
@@ -60,7 +60,7 @@ def test_another_dtype_than_that_of_the_checkpoint():
 @pytest.mark.parametrize("settings", MODES + FIXED, ids=str)
 def test_captions_are_those_of_transformers(both, settings):
     llm, plain = both
-    pairs = pictures(12)
+    pairs = drawn_images(12)
     expected = list(plain.caption_many(pairs, batch_size=4, **settings))
     found = list(caption_many(llm, pairs, **settings))
     assert [texts(captions) for captions in found] == [texts(captions) for captions in expected]
@@ -76,12 +76,12 @@ def test_captions_are_those_of_transformers(both, settings):
 )
 def test_chat_is_that_of_transformers(both, settings):
     llm, plain = both
-    questions = ["What is this?", "One star, big and", "Which colour has the largest shape in the picture?"]
-    images = [image for image, _ in pictures(3)]
+    questions = ["What is this?", "One star, big and", "Which colour has the largest shape in the image?"]
+    images = [image for image, _ in drawn_images(3)]
     contents = [
         [{"type": "image_pil", "image_pil": images[k]}, {"type": "text", "text": questions[k]}] for k in range(3)
     ]
-    contents.append([{"type": "text", "text": "A sentence without a picture."}])
+    contents.append([{"type": "text", "text": "A sentence without an image."}])
     expected = []
     for k, content in enumerate(contents):
         text = content[-1]["text"]
@@ -95,7 +95,7 @@ def test_chat_is_that_of_transformers(both, settings):
 
 def test_plain_sampling_params_will_do(both):
     llm, plain = both
-    image, regions = pictures(3)[2]
+    image, regions = drawn_images(3)[2]
     boxes = [[2, 2, 30, 30], [10, 5, 20, 25]]
     prompt = {"prompt": "", "multi_modal_data": {"image": image}, "mm_processor_kwargs": {"regions": boxes}}
     output = llm.generate([prompt], SamplingParams(), use_tqdm=False)[0]
@@ -104,10 +104,10 @@ def test_plain_sampling_params_will_do(both):
     assert sorted(blocks) == sorted(texts(expected))
 
 
-def test_a_picture_alone_and_with_another(both):
-    """With several pictures each is one tile: what was computed for one alone is not used."""
+def test_a_image_alone_and_with_another(both):
+    """With several images each is one tile: what was computed for one alone is not used."""
     llm, plain = both
-    images = [image for image, _ in pictures(8)[5:7]]
+    images = [image for image, _ in drawn_images(8)[5:7]]
     for chosen in (images[:1], images, images[:1]):
         inputs = plain.processor(images=chosen if len(chosen) == 1 else [chosen], text=["What is this?"])
         out = plain.model.generate(**inputs, max_new_tokens=8, acceptance_threshold=None)
@@ -147,7 +147,7 @@ def test_nothing_that_gets_past_the_doors_stops_the_engine(both, extra):
 )
 def test_bad_regions_are_refused_before_the_engine(both, regions, message):
     llm, _ = both
-    image = pictures(1)[0][0]
+    image = drawn_images(1)[0][0]
     prompt = {"prompt": "", "multi_modal_data": {"image": image}, "mm_processor_kwargs": {"regions": regions}}
     with pytest.raises(ValueError, match=message):
         llm.generate([prompt], SamplingParams(), use_tqdm=False)
@@ -168,12 +168,12 @@ def test_bad_regions_are_refused_before_the_engine(both, regions, message):
 def test_bad_settings_are_refused(both, settings, message):
     llm, _ = both
     with pytest.raises(ValueError, match=message):
-        list(caption_many(llm, pictures(2), **settings))
+        list(caption_many(llm, drawn_images(2), **settings))
 
 
 def test_regions_of_equal_area_keep_their_captions(both):
     llm, plain = both
-    image, _ = pictures(20)[18]
+    image, _ = drawn_images(20)[18]
     width, height = image.size
     boxes = [[x, 4, 24, 24] for x in range(2, width - 26, (width - 28) // 3)][:4]
     assert texts(next(caption_many(llm, [(image, boxes)]))) == texts(plain.caption(image, boxes))
@@ -181,14 +181,14 @@ def test_regions_of_equal_area_keep_their_captions(both):
 
 def test_temperature_zero_is_greedy(both):
     llm, _ = both
-    pairs = pictures(2)
+    pairs = drawn_images(2)
     assert texts(next(caption_many(llm, pairs, temperature=0))) == texts(next(caption_many(llm, pairs)))
 
 
 def test_preemption_changes_nothing(captioner):
     """A cache for about three requests, and sixteen that want in: some lose their place and start again."""
     llm = engine(CHECKPOINT, num_gpu_blocks_override=180)
-    pairs = pictures(16, seed=5)
+    pairs = drawn_images(16, seed=5)
     found = [texts(captions) for captions in caption_many(llm, pairs)]
     preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
     llm.llm_engine.engine_core.shutdown()
@@ -206,7 +206,7 @@ def test_a_merged_adapter_is_a_checkpoint_like_any_other(captioner, tmp_path):
     for command in commands:
         done = subprocess.run([sys.executable, "-m", "pdlm_peft.cli", *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-    llm, pairs = engine(tmp_path / "merged"), pictures(4)
+    llm, pairs = engine(tmp_path / "merged"), drawn_images(4)
     found = [texts(captions) for captions in caption_many(llm, pairs)]
     llm.llm_engine.engine_core.shutdown()
     merged = RegionCaptioner.from_pretrained(tmp_path / "merged", device="cpu")
@@ -219,7 +219,7 @@ def test_two_ranks_compute_what_one_does(captioner, monkeypatch):
     """Tensor parallelism, over two processes of a core each."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     llm = engine(CHECKPOINT, tensor_parallel_size=2)
-    pairs = pictures(12)
+    pairs = drawn_images(12)
     found = [texts(captions) for captions in caption_many(llm, pairs)]
     llm.llm_engine.engine_core.shutdown()
     assert found == [texts(captions) for captions in captioner.caption_many(pairs)]
@@ -232,14 +232,12 @@ def test_held_out_accuracy_is_that_of_transformers():
     model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT).eval()
     processor = AutoProcessor.from_pretrained(CHECKPOINT)
     mine, theirs = Tally(), Tally()
-    all_pictures = list(held_out(11, 200))
-    for picture, captions in zip(
-        all_pictures, caption_many(llm, ((p.image, p.masks) for p in all_pictures)), strict=True
-    ):
-        mine.add(picture, texts(captions))
+    all_images = list(held_out(11, 200))
+    for image, captions in zip(all_images, caption_many(llm, ((p.image, p.masks) for p in all_images)), strict=True):
+        mine.add(image, texts(captions))
         with torch.inference_mode():
-            output = model.generate(**processor(images=[picture.image], segmentation_maps=[picture.masks]))
-        theirs.add(picture, texts(processor.post_process_region_captions(output)[0]))
+            output = model.generate(**processor(images=[image.image], segmentation_maps=[image.masks]))
+        theirs.add(image, texts(processor.post_process_region_captions(output)[0]))
     llm.llm_engine.engine_core.shutdown()
     assert mine.report() == theirs.report()
     assert mine.report()["exact"] >= 0.96

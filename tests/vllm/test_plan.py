@@ -3,7 +3,7 @@
 import pytest
 
 from pdlm_hf import CHECKPOINT, PdlmConfig, PdlmGenerationConfig
-from pdlm_vllm.plan import ADAPTIVE, BUDGET, CHAT, MAX_TAIL, Agenda, count_regions, defaults_of, make_plan, slot_rows
+from pdlm_vllm.plan import ADAPTIVE, CHAT, FIXED, MAX_TAIL, StepPlan, count_regions, defaults_of, make_plan, slot_rows
 
 CONFIG = PdlmConfig.from_pretrained(CHECKPOINT)
 FULL = PdlmConfig.from_pretrained(CHECKPOINT, prefix_attention="full")
@@ -55,20 +55,20 @@ def test_chat(extra, max_tokens, expected):
 
 def test_the_agenda_of_each_sampler():
     budget = make_plan(CONFIG, NONE, prompt(2), {"max_new_tokens": 4, "max_denoising_steps": 3}, None, 512)
-    assert [budget.agenda(step) for step in range(4)] == [
-        Agenda(BUDGET, False, 5),  # int(8 * (2 / 3))
-        Agenda(BUDGET, False, 2),
-        Agenda(BUDGET, True, 0),
-        Agenda(BUDGET, True, 0),
+    assert [budget.step_plan(step) for step in range(4)] == [
+        StepPlan(FIXED, False, 5),  # int(8 * (2 / 3))
+        StepPlan(FIXED, False, 2),
+        StepPlan(FIXED, True, 0),
+        StepPlan(FIXED, True, 0),
     ]
     adaptive = make_plan(CONFIG, NONE, prompt(2), {"max_denoising_steps": 2, "acceptance_threshold": 0.9}, None, 512)
-    assert [adaptive.agenda(step) for step in range(2)] == [Agenda(ADAPTIVE, False), Agenda(ADAPTIVE, True)]
+    assert [adaptive.step_plan(step) for step in range(2)] == [StepPlan(ADAPTIVE, False), StepPlan(ADAPTIVE, True)]
     chat = make_plan(CONFIG, NONE, [1], {"block_length": 5, "max_denoising_steps": 4}, 10, 512)
-    assert [chat.agenda(step) for step in range(4)] == [
-        Agenda(CHAT, False, 0, 3, 0, 5),
-        Agenda(CHAT, False, 0, 2, 0, 5),
-        Agenda(CHAT, False, 0, 3, 5, 10),
-        Agenda(CHAT, True, 0, 2, 5, 10),
+    assert [chat.step_plan(step) for step in range(4)] == [
+        StepPlan(CHAT, False, 0, 3, 0, 5),
+        StepPlan(CHAT, False, 0, 2, 0, 5),
+        StepPlan(CHAT, False, 0, 3, 5, 10),
+        StepPlan(CHAT, True, 0, 2, 5, 10),
     ]
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+from drawn_images import coco, data_url, drawn_images, texts
 from pages import Page
-from pictures import coco, data_url, pictures, texts
 from PIL import Image
 from server import serve
 
@@ -45,7 +45,7 @@ def chat_body(image, regions, **settings) -> dict:
 
 @pytest.mark.parametrize("settings", MODES, ids=str)
 def test_both_routes_give_the_captions_of_transformers(server, captioner, settings):
-    pairs = pictures(30)
+    pairs = drawn_images(30)
     expected = [texts(captions) for captions in captioner.caption_many(pairs, **settings)]
 
     def one(pair) -> list[str]:
@@ -61,7 +61,7 @@ def test_both_routes_give_the_captions_of_transformers(server, captioner, settin
 
 
 def test_an_answer_says_what_it_cost(server, captioner):
-    image, regions = pictures(8)[5]
+    image, regions = drawn_images(8)[5]
     answer = server.captions(body(image, regions))
     captions, output = captioner.generate([(image, regions)])
     assert [row["id"] for row in answer["regions"]] == [100 + k for k in range(6)]
@@ -77,7 +77,7 @@ def test_an_answer_says_what_it_cost(server, captioner):
 
 
 def test_streaming_shows_every_step(server, captioner):
-    image, regions = pictures(8)[7]  # eight regions: two passes
+    image, regions = drawn_images(8)[7]  # eight regions: two passes
     status, text = server.post("/v1/region_captions", body(image, regions, stream=True))
     assert status == 200
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
@@ -98,7 +98,7 @@ def test_streaming_shows_every_step(server, captioner):
 
 
 def test_base_chat(server, captioner):
-    image = pictures(1)[0][0]
+    image = drawn_images(1)[0][0]
     content = [
         {"type": "image_url", "image_url": {"url": data_url(image)}},
         {"type": "text", "text": "What is this?"},
@@ -115,7 +115,7 @@ def test_base_chat(server, captioner):
 
 @cache
 def refusals() -> list[tuple[str, dict | bytes, int, str]]:
-    image, regions = pictures(2)[1]
+    image, regions = drawn_images(2)[1]
     good = body(image, regions)
     rle = coco(image, regions)[0]["segmentation"]
     question = {"role": "user", "content": "Hi"}
@@ -126,7 +126,7 @@ def refusals() -> list[tuple[str, dict | bytes, int, str]]:
         (region_route, good | {"regions": ["/etc/hostname"]}, 400, "expected a COCO region"),
         (region_route, good | {"regions": [{"segmentation": rle | {"size": [3, 4]}}]}, 400, "the RLE is for size"),
         (region_route, good | {"regions": [{"segmentation": rle | {"counts": "00"}}]}, 400, "the RLE is damaged"),
-        (region_route, good | {"regions": [{"bbox": [9000, 0, 5, 5]}]}, 400, "lies outside the picture"),
+        (region_route, good | {"regions": [{"bbox": [9000, 0, 5, 5]}]}, 400, "lies outside the image"),
         (region_route, good | {"regions": [{"id": 1}]}, 400, "needs `segmentation`"),
         (region_route, good | {"image": "data:image/png;base64,AAAA"}, 400, "cannot be read"),
         (region_route, good | {"image": "file:///etc/hostname"}, 400, "cannot be read"),
@@ -148,7 +148,7 @@ def refusals() -> list[tuple[str, dict | bytes, int, str]]:
         (chat, {"messages": [question], "vllm_xargs": {"block_length": "a"}}, 400, "`block_length` must be"),
         (region_route, good | {"model": "other"}, 404, "does not exist"),
         (region_route, b'{"image": "data', 400, ""),
-        (chat, {"messages": [question], "mm_processor_kwargs": {"regions": [[0, 0, 4, 4]]}}, 400, "got 0 pictures"),
+        (chat, {"messages": [question], "mm_processor_kwargs": {"regions": [[0, 0, 4, 4]]}}, 400, "got 0 images"),
         (chat, {"messages": [question], "temperature": 0.5}, 400, "`temperature` must be 0"),
         (chat, {"messages": [question], "seed": 1}, 400, "`seed` has no meaning"),
         (chat, {"messages": [question], "max_tokens": 5000}, 400, "served canvas"),
@@ -175,7 +175,7 @@ def test_bad_requests_are_refused_with_a_reason(server, number):
 
 def test_metrics_count_regions_and_steps(server):
     before = server.metric("pdlm:regions_total")
-    server.captions(body(*pictures(8)[7]))
+    server.captions(body(*drawn_images(8)[7]))
     assert server.metric("pdlm:regions_total") == before + 8
     assert server.metric("pdlm:denoising_steps_count") > 0
     assert server.metric("pdlm:tokens_per_forward_sum") > 0
@@ -187,9 +187,9 @@ def test_the_log_says_what_is_off(server):
     assert "Endpoint plugin overrides POST /v1/chat/completions" in log
 
 
-def test_a_crowd_of_large_pictures(server, captioner):
-    """More image tokens than fit into one step: a picture waits, it is not cut."""
-    pairs = [(image.resize((192, 128)), [[8 + k, 8, 60, 60]]) for k, (image, _) in enumerate(pictures(32, seed=3))]
+def test_a_crowd_of_large_images(server, captioner):
+    """More image tokens than fit into one step: an image waits, it is not cut."""
+    pairs = [(image.resize((192, 128)), [[8 + k, 8, 60, 60]]) for k, (image, _) in enumerate(drawn_images(32, seed=3))]
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda pair: server.captions(body(*pair)), pairs))
     expected = [texts(captions) for captions in captioner.caption_many(pairs)]
@@ -199,7 +199,9 @@ def test_a_crowd_of_large_pictures(server, captioner):
 def test_a_crowd_of_large_canvases(server, captioner):
     """All places taken by six regions of 64 slots each: no canvas is cut either."""
     settings = {"max_new_tokens": 64, "max_denoising_steps": 4}
-    pairs = [(image, [[2 + k, 2 + r, 20, 20] for r in range(6)]) for k, (image, _) in enumerate(pictures(32, seed=4))]
+    pairs = [
+        (image, [[2 + k, 2 + r, 20, 20] for r in range(6)]) for k, (image, _) in enumerate(drawn_images(32, seed=4))
+    ]
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda pair: server.captions(body(*pair, **settings)), pairs))
     expected = [texts(captions) for captions in captioner.caption_many(pairs, **settings)]
@@ -225,7 +227,7 @@ def test_examples_against_a_server(server, captioner):
 
 
 def test_requests_of_the_pages(server):
-    """What docs/vllm.md sends, with the example picture; the answer has the fields of the page's."""
+    """What docs/vllm.md sends, with the example image; the answer has the fields of the page's."""
     request, answer = (json.loads(f.text) for f in Page("vllm.md").fences if f.language == "json")
     found = server.captions({**request, "image": data_url(Image.open(ROOT / "examples/shapes.png"))})
     assert found.keys() == answer.keys() and found["usage"].keys() == answer["usage"].keys()
@@ -272,7 +274,7 @@ def disconnect(server, request: dict) -> None:
 def mixed_load(server, captioner, count: int, seed: int) -> dict:
     """Requests of all kinds, 16 at a time. Returns what was asked, and what came of it."""
     rng = random.Random(seed)
-    pairs = pictures(16, seed)
+    pairs = drawn_images(16, seed)
     expected = {
         number: [texts(captions) for captions in captioner.caption_many(pairs, **settings)]
         for number, settings in enumerate(MODES)

@@ -14,8 +14,8 @@ from pdlm_hf.generation_config_pdlm import PdlmGenerationConfig
 from pdlm_hf.image_processing_pdlm import PdlmImageProcessorPil
 from pdlm_hf.modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
 from pdlm_hf.processing_pdlm import DEFAULT_QUESTION, PdlmProcessor
-from pdlm_hf.shapes.questions import MOST_FIGURES, ask, draw_scene
-from pdlm_hf.shapes.scenes import MAX_REGIONS, TILE, describe, draw_picture
+from pdlm_hf.shapes.questions import MOST_FIGURES, ask, draw_question_scene
+from pdlm_hf.shapes.scenes import MAX_REGIONS, TILE, describe, draw_scene
 
 _Model = TypeVar("_Model", bound=PdlmForConditionalGeneration)
 
@@ -41,19 +41,19 @@ SPECIAL_TOKENS = [
 
 def _captions() -> list[str]:
     rng = np.random.default_rng(0)
-    figures = [figure for _ in range(600) for figure in draw_picture(rng).figures]
+    figures = [figure for _ in range(600) for figure in draw_scene(rng).figures]
     corpus = [describe(figure, rng) for figure in figures]
     return corpus + [f"system\nYou are a helpful assistant. user\n{DEFAULT_QUESTION} assistant\n"] * 200
 
 
 def _questions() -> list[str]:
     rng = np.random.default_rng(0)
-    asked = [ask(rng, draw_scene(rng, MOST_FIGURES)[1]) for _ in range(3000)]
+    asked = [ask(rng, draw_question_scene(rng, MOST_FIGURES)[1]) for _ in range(3000)]
     return [f"user\n{question.text} assistant\n{question.answer}" for question in asked]
 
 
 def build_tokenizer(vocab_size: int = 512, corpus: list[str] | None = None) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that writes the words of the shapes world as single tokens, and any other text in bytes.
+    """Byte-level BPE that writes the words of the shapes data set as single tokens, and any other text in bytes.
 
     Args:
         vocab_size (`int`): 256 bytes and at most this many tokens in all, special tokens not counted.
@@ -146,7 +146,7 @@ def build_base_model(
 ) -> PdlmBaseForConditionalGeneration:
     """The tiny base model before training: what a region checkpoint sees and says, and two layers more to reason in.
 
-    From random weights it learns to write answers, not to look: the words come first, and the pictures never.
+    From random weights it learns to write answers, not to look: the words come first, and the images never.
 
     Args:
         processor (`PdlmProcessor`): from [`build_base_processor`].

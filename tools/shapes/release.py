@@ -1,4 +1,4 @@
-"""Put a trained run into the package, with its score on held-out pictures beside it.
+"""Put a trained run into the package, with its score on held-out images beside it.
 
 python -m tools.shapes.release runs/isolated --count 1000
 python -m tools.shapes.release runs/full --count 500        # a base checkpoint; as many questions of each kind
@@ -22,7 +22,7 @@ from pdlm_hf.shapes import evaluate, evaluate_base
 
 def main(
     run: Annotated[Path, typer.Argument(help="Folder of a finished training run.")],
-    count: Annotated[int, typer.Option(help="Held-out pictures, or questions of each kind, to score it on.")] = 1000,
+    count: Annotated[int, typer.Option(help="Held-out images, or questions of each kind, to score it on.")] = 1000,
     seed: Annotated[int, typer.Option(help="Which ones.")] = 11,
     threshold: Annotated[float, typer.Option(help="Default acceptance threshold of a region checkpoint.")] = 0.8,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
@@ -53,7 +53,7 @@ def write_shapes_card(folder: Path) -> None:
     if regions := "by_regions" in report:
         exact, formed = (f"{100 * report[name]:.1f} %" for name in ("exact", "well_formed"))
         scores = (
-            f"On {report['images']} held-out pictures, seed {report['seed']}: {exact} of the captions are well formed"
+            f"On {report['images']} held-out images, seed {report['seed']}: {exact} of the captions are well formed"
         )
         scores += f" and true in all four attributes, {formed} are well formed."
     else:
@@ -65,12 +65,12 @@ def write_shapes_card(folder: Path) -> None:
         title="shapes" if regions else "shapes, base",
         summary=f"A tiny model ({record['parameters'] / 1e6:.2f} M parameters) that knows drawn shapes only. It makes "
         "every part of the project run anywhere; it is of no use on photographs.",
-        data=f"Pictures of {'one to six' if regions else 'one or two'} drawn shapes with "
+        data=f"Images of {'one to six' if regions else 'one or two'} drawn shapes with "
         f"{'captions' if regions else 'questions and their answers'}, made by `pdlm_hf.shapes`.",
         scores=scores,
         training=f"On a CPU; `training.json` has every command. The last one:\n\n```\n{record['command']}\n```",
         regions=regions,
-        limits="It knows the words of its world only.",
+        limits="It knows the words of its domain only.",
         licence="Apache-2.0.",
         license="apache-2.0",
     )

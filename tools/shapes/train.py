@@ -2,11 +2,11 @@
 
     train="python -m tools.shapes.train --threads 2"
     $train --out runs/vision --lesson vision --steps 4000 --batch-size 64 --learning-rate 3e-3
-    $train --out runs/pictures --lesson pictures --init runs/vision --steps 2500
-    $train --out runs/words --lesson words --init runs/pictures --steps 800 --batch-size 64 --freeze-vision
+    $train --out runs/images --lesson images --init runs/vision --steps 2500
+    $train --out runs/words --lesson words --init runs/images --steps 800 --batch-size 64 --freeze-vision
     $train --out runs/full --init runs/words --steps 1500 --freeze-vision
-    $train --out runs/linear --lesson pictures --linear-head --init runs/full --steps 700
-    $train --out runs/linear2 --lesson pictures --linear-head --init runs/linear --steps 1200 --learning-rate 2e-3
+    $train --out runs/linear --lesson images --linear-head --init runs/full --steps 700
+    $train --out runs/linear2 --lesson images --linear-head --init runs/linear --steps 1200 --learning-rate 2e-3
     $train --out runs/full2 --init runs/linear2 --steps 700 --freeze-vision
     isolated="--prefix-attention isolated --freeze-vision"
     $train --out runs/isolated --init runs/full2 $isolated --steps 900 --learning-rate 7e-4
@@ -15,7 +15,7 @@
     $train --out runs/isolated4 --init runs/isolated3 $isolated --steps 700 --learning-rate 6e-4 --seed 3
     $train --out runs/isolated5 --init runs/isolated4 $isolated --steps 2400 --learning-rate 6e-4 --seed 5
 
-Started again with the same `--out`, it goes on from the last saved step. Pictures are drawn while it trains, none
+Started again with the same `--out`, it goes on from the last saved step. Images are drawn while it trains, none
 twice in a run; runs of the same lesson with the same seed see the same ones.
 """
 
@@ -109,21 +109,21 @@ def record_of(model, command: str, init: Path | None, steps: int, seed: int, sec
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write; training goes on where it stopped.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
-    batch_size: Annotated[int, typer.Option(help="Pictures a step.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     prefix_attention: Annotated[str, typer.Option(help='"full" or "isolated".')] = "full",
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     lesson: Annotated[
-        Literal["vision", "pictures", "words", "captions"],
-        typer.Option(help="To see: small pictures, then all. To say what is seen: small pictures, then all."),
+        Literal["vision", "images", "words", "captions"],
+        typer.Option(help="To see: small images, then all. To say what is seen: small images, then all."),
     ] = "captions",
     linear_head: Annotated[
-        bool, typer.Option("--linear-head", help="vision, pictures: read the attributes off by one linear layer.")
+        bool, typer.Option("--linear-head", help="vision, images: read the attributes off by one linear layer.")
     ] = False,
     freeze_vision: Annotated[
         bool, typer.Option("--freeze-vision", help="Keep the vision tower and the region prompts as they are.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, images and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """Train, or go on training, and save."""
@@ -140,7 +140,7 @@ def main(
         for part in (model.model.vision_tower, model.model.region_embedding):
             part.requires_grad_(False)
     easy = lesson in ("vision", "words")
-    seeing = lesson in ("vision", "pictures")
+    seeing = lesson in ("vision", "images")
     slots = EASY_SLOTS if easy else SLOTS
     trainer = InOrderTrainer(
         model=RegionClassifier(model, linear_head) if seeing else model,

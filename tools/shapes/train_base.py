@@ -1,4 +1,4 @@
-"""Train the tiny base checkpoint on questions about drawn pictures.
+"""Train the tiny base checkpoint on questions about drawn images.
 
     train="python -m tools.shapes.train_base --threads 2 --freeze-vision --batch-size 48"
     $train --out runs/easy --lesson easy --steps 2500
@@ -43,7 +43,7 @@ from pdlm_hf.shapes.questions import (
     TEXTURES,
     Question,
     ask,
-    draw_scene,
+    draw_question_scene,
     plural,
 )
 from pdlm_hf.shapes.scenes import COLOURS, Figure
@@ -85,12 +85,12 @@ LESSONS: dict[str, dict[str, float]] = {
     },
     "full": MIXED,
 }
-# Of the choices: letter with its text; the text alone; no picture, only which letter a word has. Of all short answers:
-# the picture in words, so that finding an answer and then its letter is learned from what is easy to read.
+# Of the choices: letter with its text; the text alone; no image, only which letter a word has. Of all short answers:
+# the image in words, so that finding an answer and then its letter is learned from what is easy to read.
 WITH_TEXT, TEXT_ONLY, WORDS_ONLY, TOLD = 0.12, 0.12, 0.04, 0.1
 HARD = 0.5  # open questions and choices about size and texture asked again: colour and shape are confused soonest
 COUNTING = ("count", "tally", "reasoning")
-# Pictures to count in drawn again if no two figures are alike, questions asked again if not about what is alike: by
+# Images to count in drawn again if no two figures are alike, questions asked again if not about what is alike: by
 # chance two of a kind are asked for too seldom to learn more of a number than whether there are any.
 ALIKE, ASKED = 0.45, 0.6
 AGAIN = 0.3  # the same within a tally
@@ -104,7 +104,7 @@ OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the bench
 
 
 class QuestionDataset(Dataset):
-    """Drawn pictures with a question, made on demand from (seed, index).
+    """Drawn images with a question, made on demand from (seed, index).
 
     Args:
         seed (`int`)
@@ -124,14 +124,14 @@ class QuestionDataset(Dataset):
             raise IndexError(index)
         rng = np.random.default_rng((TRAINING, self.seed, index))
         most = MOST_FIGURES if self.lesson == "full" else FIGURES
-        image, figures = draw_scene(rng, most)
+        image, figures = draw_question_scene(rng, most)
         while self.lesson in ("bind", "letters", "choose") and len(figures) < 2:
-            image, figures = draw_scene(rng, most)
+            image, figures = draw_question_scene(rng, most)
         shares = LESSONS[self.lesson]
         kind = list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
         counts = kind in COUNTING
         while counts and rng.random() < ALIKE and not several(figures, kind):
-            image, figures = draw_scene(rng, most)
+            image, figures = draw_question_scene(rng, most)
         special = {"tell": tell, "letters": by_letters, "tally": tally}.get(kind)
         question = (special and special(rng, figures)) or ask(rng, figures, "open" if special else kind)
         names = several(figures, kind) if counts else {}
@@ -224,7 +224,7 @@ def with_text(question: Question, letter: bool = True) -> Question:
 
 
 def words_only(question: Question) -> Question:
-    """A choice that needs no picture: which letter a word has."""
+    """A choice that needs no image: which letter a word has."""
     _, options = question.text.split("\n", 1)
     return Question("choice", f"Which is {_options(question)[question.answer]}?\n{options}", question.answer)
 
@@ -301,7 +301,7 @@ class QuestionTrainer(InOrderTrainer):
 
 
 def told(question: Question, figures: list[Figure]) -> Question:
-    """The same question about the picture in words."""
+    """The same question about the image in words."""
     said = " ".join(f"A {figure.size} {figure.colour} {figure.texture} {figure.shape}." for figure in figures)
     return Question(question.kind, f"{said}\n{question.text}", question.answer)
 
@@ -318,7 +318,7 @@ def main(
     lists: Annotated[
         list[str] | None, typer.Option(help=f"Lists to look up in beside the questions: {', '.join(STAGES)}.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, images and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """Train, or go on training, and save."""

@@ -6,7 +6,7 @@ An answer by letter is found by looking a word up among the options. From questi
 letter an answer says little, and training stays at chance. Here a row is a list of pairs, then the same pairs in
 another order with one of each pair to fill in, so that a quarter of the tokens teach it. It is learned late and at
 once, after some 2300 steps, which is why the learning rate stays up. With it learned, other words, the form of
-options, and a question that names the word take a few hundred steps more. Questions about pictures alone make the
+options, and a question that names the word take a few hundred steps more. Questions about images alone make the
 model forget it again, so they are trained with [`lookup_loss`] beside theirs.
 """
 
@@ -85,7 +85,7 @@ def tokens_of(processor: PdlmProcessor, options: bool) -> dict:
 def asked_batch(
     rng: np.random.Generator, rows: int, processor: PdlmProcessor, words: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Questions without picture: which letter a word has among some options.
+    """Questions without image: which letter a word has among some options.
 
     Args:
         rng (`np.random.Generator`), rows (`int`)
@@ -179,8 +179,9 @@ def main(
             typer.echo(name)
             taken += train_stage(model, batch, steps, batch_size, learning_rate, seed)
     command = (
-        f"python -m tools.shapes.train_lookup --steps {steps} --batch-size {batch_size} --learning-rate {learning_rate} "
-        f"--seed {seed} --threads {threads}" + "".join(f" --stage '{name}'" for name in stage)
+        f"python -m tools.shapes.train_lookup --steps {steps} --batch-size {batch_size} "
+        f"--learning-rate {learning_rate} --seed {seed} --threads {threads}"
+        + "".join(f" --stage '{name}'" for name in stage)
     )
     seconds = round(time.perf_counter() - start, 1)
     save(model, processor, out, record_of(model, command, init, taken, seed, seconds))

@@ -1,6 +1,6 @@
 """The vision tower's own lesson: name every attribute of a region from its RoI tokens, without the language model.
 
-The 8B starts from SigLIP2, which has seen the world before it meets a language model. The tiny tower starts from
+The 8B starts from SigLIP2, which has seen the domain before it meets a language model. The tiny tower starts from
 nothing, and through generated words alone it learns shapes very slowly.
 """
 
@@ -19,14 +19,14 @@ from pdlm_hf.shapes.scenes import WORDS, read
 class AttributeCollator:
     """Rows of `ShapesDataset` -> inputs of the vision side, and the values of every region's attributes.
 
-    `attributes` has shape `(regions of all pictures, 4)`: indices into the values of each attribute in `WORDS`.
+    `attributes` has shape `(regions of all images, 4)`: indices into the values of each attribute in `WORDS`.
     """
 
     def __init__(self, processor: PdlmProcessor):
         self.image_processor = processor.image_processor
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Tile the pictures and their masks, and read the captions."""
+        """Tile the images and their masks, and read the captions."""
         inputs = self.image_processor.preprocess(
             [row["image"] for row in rows],
             segmentation_maps=[[region["mask"] for region in row["regions"]] for row in rows],

@@ -8,13 +8,13 @@ import torch
 from pdlm_hf.image_processing_pdlm import best_grid
 from pdlm_hf.shapes.dataset import ShapesDataset
 from pdlm_hf.shapes.evaluate import Tally, evaluate, held_out
-from pdlm_hf.shapes.scenes import MAX_REGIONS, PATTERNS, TILE, WORDS, Figure, Picture, describe, draw_picture, read
+from pdlm_hf.shapes.scenes import MAX_REGIONS, PATTERNS, TILE, WORDS, Figure, Scene, describe, draw_scene, read
 
 FIGURES = [Figure(*values) for values in itertools.product(*WORDS.values())]
 
 
 def drawn(seed):
-    return draw_picture(np.random.default_rng(seed))
+    return draw_scene(np.random.default_rng(seed))
 
 
 @pytest.fixture(scope="module")
@@ -80,43 +80,41 @@ def test_tokenizer_writes_any_text(processor):
         assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def test_masks_are_visible_and_disjoint(many):
-    for picture in many[:80]:
-        assert 1 <= len(picture.figures) == len(picture.masks) <= MAX_REGIONS
-        for mask in picture.masks:
-            assert mask.dtype == bool and mask.shape == (picture.image.height, picture.image.width)
+    for image in many[:80]:
+        assert 1 <= len(image.figures) == len(image.masks) <= MAX_REGIONS
+        for mask in image.masks:
+            assert mask.dtype == bool and mask.shape == (image.image.height, image.image.width)
             assert mask.sum() >= 20
-        assert np.sum(picture.masks, axis=0).max() == 1
+        assert np.sum(image.masks, axis=0).max() == 1
 
 
 def test_numbers_of_regions_and_tiles_all_occur(many):
-    assert {len(picture.figures) for picture in many} == set(range(1, MAX_REGIONS + 1))
-    grids = {best_grid(*picture.image.size, TILE, 1, 6) for picture in many}
+    assert {len(image.figures) for image in many} == set(range(1, MAX_REGIONS + 1))
+    grids = {best_grid(*image.image.size, TILE, 1, 6) for image in many}
     assert {columns * rows for columns, rows in grids} == {1, 2, 3, 4, 5, 6}
     assert any(columns > rows for columns, rows in grids) and any(columns < rows for columns, rows in grids)
 
 
 def test_every_attribute_occurs(many):
     for attribute, values in WORDS.items():
-        seen = Counter(getattr(figure, attribute) for picture in many for figure in picture.figures)
+        seen = Counter(getattr(figure, attribute) for image in many for figure in image.figures)
         assert seen.keys() == values.keys()
         assert min(seen.values()) > 0.5 * sum(seen.values()) / len(values)
 
 
 def test_some_figures_touch(many):
-    def touching(picture):
-        grown = [
-            m | np.roll(m, 2, 0) | np.roll(m, 2, 1) | np.roll(m, -2, 0) | np.roll(m, -2, 1) for m in picture.masks
-        ]
+    def touching(image):
+        grown = [m | np.roll(m, 2, 0) | np.roll(m, 2, 1) | np.roll(m, -2, 0) | np.roll(m, -2, 1) for m in image.masks]
         return any((a & b).any() for a, b in itertools.combinations(grown, 2))
 
     assert sum(map(touching, many)) > 5
 
 
-def same(left: Picture, right: Picture) -> bool:
+def same(left: Scene, right: Scene) -> bool:
     return left.image.tobytes() == right.image.tobytes() and left.figures == right.figures
 
 
@@ -126,11 +124,11 @@ def test_a_seed_decides_everything():
     assert not same(drawn(3), drawn(4))
 
 
-def test_pictures_of_a_layout_have_as_many_figures():
+def test_images_of_a_layout_have_as_many_figures():
     for seed in range(10):
-        pictures = [draw_picture(np.random.default_rng(k), np.random.default_rng(seed)) for k in range(3)]
-        assert len({len(picture.figures) for picture in pictures}) == 1
-        assert not same(pictures[0], pictures[1])
+        images = [draw_scene(np.random.default_rng(k), np.random.default_rng(seed)) for k in range(3)]
+        assert len({len(image.figures) for image in images}) == 1
+        assert not same(images[0], images[1])
 
 
 # ---------------------------------------------------------------- data sets
@@ -159,15 +157,15 @@ def test_dataset_captions_are_true():
 
 
 @pytest.mark.parametrize("easy", [False, True])
-def test_held_out_pictures_are_not_training_pictures(easy):
+def test_held_out_images_are_not_training_images(easy):
     unseen = list(held_out(0, 8, easy))
     assert all(same(a, b) for a, b in zip(unseen, held_out(0, 8, easy), strict=True))
     training = {row["image"].tobytes() for row in ShapesDataset(0, 8, 1)}
-    assert not training & {picture.image.tobytes() for picture in unseen}
+    assert not training & {image.image.tobytes() for image in unseen}
     assert not any(same(a, b) for a, b in zip(unseen, held_out(1, 8, easy), strict=True))
     if easy:
-        assert {best_grid(*picture.image.size, TILE, 1, 6) for picture in unseen} == {(1, 1)}
-        assert max(len(picture.masks) for picture in unseen) <= 2
+        assert {best_grid(*image.image.size, TILE, 1, 6) for image in unseen} == {(1, 1)}
+        assert max(len(image.masks) for image in unseen) <= 2
 
 
 # ---------------------------------------------------------------- score
@@ -177,9 +175,9 @@ def test_tally():
     red = Figure("small", "red", "plain", "circle")
     blue = Figure("large", "blue", "dotted", "star")
     tally = Tally()
-    tally.add(Picture(None, [], [red, blue]), ["A little red solid disc", "A large blue dotted cross"])
-    tally.add(Picture(None, [], [red]), ["A red thing"])
-    tally.add(Picture(None, [], [blue]), ["One spotted star, big and blue."])
+    tally.add(Scene(None, [], [red, blue]), ["A little red solid disc", "A large blue dotted cross"])
+    tally.add(Scene(None, [], [red]), ["A red thing"])
+    tally.add(Scene(None, [], [blue]), ["One spotted star, big and blue."])
     assert tally.report() == {
         "captions": 4,
         "exact": 0.5,
@@ -192,7 +190,7 @@ def test_tally():
 def test_evaluate_reports_what_it_did(model, processor):
     with torch.inference_mode():
         report = evaluate(model, processor, seed=1, images=3, batch_size=2, max_new_tokens=6, max_denoising_steps=2)
-    assert report["captions"] == sum(len(picture.figures) for picture in held_out(1, 3))
+    assert report["captions"] == sum(len(image.figures) for image in held_out(1, 3))
     assert report["exact"] == report["well_formed"] == 0
     assert (report["images"], report["seed"], report["batch_size"], report["num_forwards"]) == (3, 1, 2, 2)
     assert report["tokens_per_forward"] == pytest.approx(report["captions"] * 6 / 4, abs=0.01)

@@ -1,4 +1,4 @@
-"""Pictures of the shapes world with one to eight regions; past six, boxes anywhere."""
+"""Images of the shapes data set with one to eight regions; past six, boxes anywhere."""
 
 import base64
 import io
@@ -12,17 +12,17 @@ from pdlm_hf.shapes.evaluate import held_out
 SEED = 77
 
 
-def pictures(count: int, seed: int = SEED) -> list[tuple]:
-    """(picture, regions) pairs; the k-th has 1 + k % 8 regions, drawn figures first."""
+def drawn_images(count: int, seed: int = SEED) -> list[tuple]:
+    """(image, regions) pairs; the k-th has 1 + k % 8 regions, drawn figures first."""
     pairs = []
-    for k, picture in enumerate(held_out(seed, count)):
-        regions = list(picture.masks)[: 1 + k % 8]
+    for k, image in enumerate(held_out(seed, count)):
+        regions = list(image.masks)[: 1 + k % 8]
         rng = np.random.default_rng((seed, k))
-        width, height = picture.image.size
+        width, height = image.image.size
         while len(regions) < 1 + k % 8:
             w, h = (int(n) for n in rng.integers(12, 30, 2))
             regions.append([int(rng.integers(0, width - w)), int(rng.integers(0, height - h)), w, h])
-        pairs.append((picture.image, regions))
+        pairs.append((image.image, regions))
     return pairs
 
 
@@ -37,7 +37,7 @@ def coco(image, regions) -> list[dict]:
 
 
 def data_url(image) -> str:
-    """The picture as a PNG in a URL."""
+    """The image as a PNG in a URL."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

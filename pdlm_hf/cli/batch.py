@@ -1,0 +1,137 @@
+"""`pdlm batch` and `pdlm report`: caption a data set, and look at what came of it."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors_pdlm import MissingPackageError, SettingError
+from .options import (
+    Fast,
+    KeyEnv,
+    Length,
+    Model,
+    Question,
+    Server,
+    Steps,
+    caption_client,
+    check_positive,
+    exit_on_error,
+    load,
+    load_captioner,
+    note_embedded,
+)
+
+
+@exit_on_error
+def batch(
+    data: Annotated[Path, typer.Argument(help="COCO file, or folder with regions named like the images.")],
+    out: Annotated[Path, typer.Option(help="OUT.jsonl: one row per region.", show_default=False)],
+    images: Annotated[str | None, typer.Option(help="Folder of the images; default: where DATA is.")] = None,
+    model: Model = None,
+    batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 8,
+    engine: Annotated[str, typer.Option(help="local; or ray: a cluster, and --images may be s3://... too.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="Captioners of the cluster; default: one per GPU.")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: only the i-th of n parts, to OUT.i-of-n.jsonl.")] = None,
+    server: Server = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
+    key_env: KeyEnv = None,
+    max_new_tokens: Length = 32,
+    steps: Steps = 32,
+    question: Question = None,
+    fast: Fast = False,
+) -> None:
+    """Describe every region of a data set; the same command continues after any stop."""
+    from ..batch.dataset import open_data
+    from ..batch.run import BatchFiles, BatchProgress, parse_shard, run_batch
+
+    generation = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
+    check_positive({"--max-new-tokens": max_new_tokens, "--steps": steps, "--batch-size": batch_size})
+    check_positive({"--concurrency": concurrency} | ({} if workers is None else {"--workers": workers}))
+    part = parse_shard(shard)
+    _check_engine(engine, workers, server, images)
+    if server is not None and fast:
+        raise SettingError("--server: --fast is not served; leave it out.")
+    found = open_data(data.absolute(), images)
+    asked = None
+    if server is not None:
+        settings = generation if question is None else {**generation, "question": question}
+        asked = caption_client(server, model, key_env, concurrency, settings)
+    name = str(model or "shapes (embedded)") if asked is None else asked.model
+    files = BatchFiles(out, {"model": name, "question": question, "fast": fast, **generation}, part)
+
+    def open_engine():
+        if engine == "ray":
+            return _ray_engine(model, fast, batch_size, question, generation, workers, images)
+        return _engine(asked, model, fast, batch_size, question, generation)
+
+    if asked is None:
+        note_embedded(model)
+    with BatchProgress(len(found.entries[part[0] - 1 :: part[1]] if part else found.entries)) as progress:
+        counts = run_batch(found, open_engine, files, part, progress)
+    typer.echo(f"{counts}. Rows: {files.out}", err=True)
+    if not counts.whole:
+        typer.echo(f"pdlm: not every region has a caption; {files.faults_path} says why", err=True)
+        raise typer.Exit(1)
+
+
+def _engine(client, model, fast, batch_size, question, generation):
+    """The engine that writes the captions of a data set, in this process or through a server."""
+    from ..batch.engines import LocalEngine
+    from ..batch.server_engine import ServerEngine
+
+    if client is not None:
+        return ServerEngine(client)
+    return LocalEngine(load_captioner(model, fast), batch_size, question, **generation)
+
+
+def _check_engine(engine: str, workers: int | None, server: str | None, images: str | None) -> None:
+    """Raises: SettingError for options that exclude each other, MissingPackageError if Ray is not installed."""
+    from ..batch.dataset import is_url
+    from ..client.chat import public_url
+
+    if engine not in ("local", "ray"):
+        raise SettingError(f"--engine {engine}: expected local or ray.")
+    if engine == "ray":
+        if server is not None:
+            raise SettingError("--engine ray and --server exclude each other: give one of them.")
+        if not all(map(find_spec, ("ray", "pyarrow"))):
+            raise MissingPackageError("Ray", "ray")
+    elif workers is not None:
+        raise SettingError("--workers is for --engine ray; give that too.")
+    elif is_url(images):
+        raise SettingError(f"--images {public_url(images)}: object storage is read by --engine ray only.")
+
+
+def _ray_engine(model, fast, batch_size, question, generation, workers, images) -> Any:
+    """The engine that writes the captions of a data set on a Ray cluster."""
+    from ..batch.dataset import is_url
+    from ..batch.ray_engine import CaptionerSettings, RayEngine
+
+    def build(model):
+        settings = CaptionerSettings(model, "fast" if fast else "default", batch_size, question, generation)
+        return RayEngine(settings, workers, images if is_url(images) else None)
+
+    return load(build, model)
+
+
+@exit_on_error
+def report(
+    rows: Annotated[Path, typer.Argument(help="OUT.jsonl of pdlm batch.")],
+    images: Annotated[Path, typer.Option(help="Folder of the images.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Page to write, .html; or a contact sheet, .png.", show_default=False)],
+    limit: Annotated[int | None, typer.Option(help="Images, lowest scores first; default 500, sheets 48.")] = None,
+) -> None:
+    """Show what was captioned: one page to search and sort, or a contact sheet."""
+    from ..render.drawing import check_target
+    from ..render.report import write_report
+    from ..render.text import pluralize
+
+    if out.suffix.lower() != ".html":
+        check_target(out, "--out")
+    shown, total, unread = write_report(rows, images, out, limit)
+    typer.echo(f"{out}: {shown} of {total} images", err=True)
+    if unread:
+        typer.echo(f"pdlm: {pluralize(len(unread), 'image')} cannot be read: {unread[0]}", err=True)
+        raise typer.Exit(1)

@@ -1,0 +1,171 @@
+"""`pdlm caption`: describe regions of an image."""
+
+import json
+import time
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ..errors_pdlm import RegionError, SettingError
+from .options import (
+    EMBEDDED_NOTE,
+    Fast,
+    Length,
+    Model,
+    Question,
+    Steps,
+    check_positive,
+    exit_on_error,
+    load_captioner,
+    note_embedded,
+)
+
+
+class RepeatedOptions(TyperCommand):
+    """A command whose `--mask` takes all files that follow it, as a shell writes them for `--mask *.png`."""
+
+    repeated = ("--mask",)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write the option before each of its files; the image has to come before them."""
+        options = [p for p in self.params if p.param_type_name == "option"]
+        take_value = {name for p in options if not getattr(p, "is_flag", False) for name in p.opts}
+        out: list[str] = []
+        repeat, has_image = "", False
+        tokens = iter(args)
+        for token in tokens:
+            if token in take_value:
+                out += [token, *islice(tokens, 1)]
+                repeat = token if token in self.repeated and has_image else ""
+            elif token.startswith("-"):
+                out.append(token)
+                repeat = ""
+            else:
+                out += [repeat, token] if repeat else [token]
+                has_image = True
+        return super().parse_args(ctx, out)
+
+
+@exit_on_error
+def caption(
+    image: Annotated[Path, typer.Argument(help="The image.")],
+    mask: Annotated[
+        list[Path] | None, typer.Option(help="Mask images, white inside the region: one or several files. Repeatable.")
+    ] = None,
+    box: Annotated[list[str] | None, typer.Option(help="Box X,Y,WIDTH,HEIGHT in pixels. Repeatable.")] = None,
+    regions: Annotated[Path | None, typer.Option(help="COCO, JSON list, LabelMe, YOLO .txt, label map .png.")] = None,
+    model: Model = None,
+    max_new_tokens: Length = 32,
+    steps: Steps = 32,
+    question: Question = None,
+    fast: Fast = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    draw: Annotated[Path | None, typer.Option(help="Write an image of the regions with their captions.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show the captions emerge, step by step.")] = False,
+    record: Annotated[Path | None, typer.Option(help="Record the steps as a page (.html) or a .gif.")] = None,
+) -> None:
+    """Describe regions of an image: masks, boxes, or a file of them."""
+    from ..regions.images import load_image
+    from ..render.drawing import check_target, save_drawing
+    from ..render.recording import check_recording, save_recording
+    from ..render.text import pluralize
+
+    # everything the user can get wrong, before the model is loaded
+    check_positive({"--max-new-tokens": max_new_tokens, "--steps": steps})
+    if not mask and not box and regions is None:
+        raise SettingError("No regions: give --mask, --box or --regions.")
+    opened = load_image(image)
+    found = _read_regions(mask or [], box or [], regions, image.name, *opened.size)
+    if record is not None:
+        check_recording(record)
+    if draw is not None:
+        check_target(draw)
+    note_embedded(model)
+    settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
+    captions, costs, drafts = _run(opened, found, model, question, watch, record is not None, fast, settings)
+    rows: list[dict[str, Any]] = []
+    for c in captions:
+        row = {"id": c.id, "caption": c.text, "score": round(c.score, 4), "bbox": c.bbox}
+        rows.append(row | {"truncated": True} if c.truncated else row)
+    if as_json:
+        note = {} if model else {"note": EMBEDDED_NOTE.removeprefix("pdlm: ")}
+        name = model or "shapes (embedded)"
+        typer.echo(json.dumps({"model": name, "image": str(image), "regions": rows} | costs | note))
+    else:
+        for number, row in enumerate(rows, 1):
+            cut = f" [cut at {max_new_tokens} tokens]" if "truncated" in row else ""
+            typer.echo(f"{number}  {' '.join(row['caption'].split())}{cut}  ({row['score']:.2f})")
+        passes = pluralize(costs["num_forwards"], "forward pass", "es")
+        typer.echo(
+            f"{pluralize(len(rows), 'caption')} in {passes}, {costs['tokens_per_forward']:.1f} tokens per forward "
+            f"pass, {costs['seconds']:.2f} s",
+            err=True,
+        )
+    # last: what was computed is printed, whatever happens to the files
+    if draw is not None:
+        save_drawing(draw, opened, found, captions)
+        typer.echo(f"drawn to {draw}", err=True)
+    if record is not None:
+        save_recording(record, opened, found, drafts)
+        typer.echo(f"recorded to {record}", err=True)
+    if not all(row["caption"] for row in rows):
+        typer.echo("pdlm: a region got no caption", err=True)
+        raise typer.Exit(1)
+
+
+def _read_regions(
+    masks: list[Path], boxes: list[str], file: Path | None, image_name: str, width: int, height: int
+) -> list[Any]:
+    """Regions as the options give them. Raises: RegionError, which names the file or the box."""
+    from ..regions.readers import read_region_file
+    from ..regions.region import parse_region, parse_regions
+
+    found = [parse_region(mask, width, height, k) for k, mask in enumerate(masks)]
+    for text in boxes:
+        try:
+            found.append(parse_region(_box(text), width, height, len(found)))
+        except RegionError as error:
+            raise RegionError(f"--box {text}: {str(error).partition(': ')[2]}") from None
+    if file is not None:
+        values = read_region_file(file, image_name, width, height)
+        try:
+            found += parse_regions([*found, *values], width, height)[len(found) :]
+        except RegionError as error:
+            raise RegionError(f"{file}: {error}") from None
+    return found
+
+
+def _box(text: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 4:
+        raise RegionError("box: expected X,Y,WIDTH,HEIGHT in pixels, for example --box 10,20,100,80.")
+    return numbers
+
+
+def _run(image, found, model, question, watch, record, fast, settings):
+    """Load the model and caption. Returns: captions, what they cost, and the drafts of every step."""
+    from rich.console import Console
+
+    from ..captioning.streaming import LiveView, RegionStreamer
+
+    captioner = load_captioner(model, fast)
+    streamer = RegionStreamer(captioner.processor) if watch or record else None
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        if streamer is not None and watch:
+            names = [str(region.id) for region in found]
+            streamer.on_step = stack.enter_context(LiveView(names, Console(stderr=True))).show
+        captions, output = captioner.generate([(image, found)], question, streamer=streamer, **settings)
+    costs = {
+        "num_forwards": output.num_forwards,
+        "tokens_per_forward": round(output.tokens_per_forward, 3),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    return captions[0], costs, [step[0] for step in streamer.steps] if streamer is not None and record else []

@@ -1,0 +1,68 @@
+"""`pdlm demo`: the web page."""
+
+from typing import Annotated
+
+import typer
+
+from ..errors_pdlm import MissingPackageError
+from .options import (
+    KeyEnv,
+    Length,
+    Model,
+    Server,
+    caption_client,
+    check_positive,
+    exit_on_error,
+    load,
+    load_captioner,
+    note_embedded,
+)
+
+
+@exit_on_error
+def demo(
+    model: Model = None,
+    server: Server = None,
+    key_env: KeyEnv = None,
+    sam: Annotated[str | None, typer.Option(help="SAM 2, folder or hub id: regions by clicking.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: everybody in the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: any free one.")] = 7860,
+    max_new_tokens: Length = 32,
+) -> None:
+    """Open a page: mark regions of an image, press once, watch all captions emerge."""
+    check_positive({"--max-new-tokens": max_new_tokens})
+    try:
+        from ..demo.page import build_page, serve
+    except ImportError as error:
+        raise MissingPackageError(f"Gradio ({error})", "demo") from error
+    backend, threshold = _backend(server, model, key_env, max_new_tokens)
+    segmenter = None if sam is None else _segmenter(sam)
+    page = build_page(backend, segmenter, threshold)
+
+    def started(url: str) -> None:
+        if server is None:
+            note_embedded(model)
+        typer.echo(f"Open {url} (Ctrl-C ends)")
+
+    try:
+        serve(page, host, port, started)
+    except KeyboardInterrupt:  # how it is ended
+        pass
+
+
+def _backend(server, model, key_env, max_new_tokens):
+    """What writes the captions of the page, and the threshold it starts with, if any."""
+    from ..demo.backend import LocalBackend, ServerBackend
+
+    if server is not None:
+        return ServerBackend(caption_client(server, model, key_env, 8, {}), max_new_tokens), None
+    captioner = load_captioner(model)
+    backend = LocalBackend(captioner, model or "shapes (embedded)", max_new_tokens)
+    return backend, captioner.model.generation_config.acceptance_threshold
+
+
+def _segmenter(path: str):
+    """SAM 2 for clicks."""
+    from ..regions.sam import Segmenter
+
+    return load(Segmenter.from_pretrained, path)

@@ -1,0 +1,81 @@
+"""Options that several commands of `pdlm` share, and what they make of them."""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from ..errors_pdlm import CheckpointError, SettingError
+from .errors import exit_on_error as _exit_on_error
+
+exit_on_error = _exit_on_error("pdlm")
+
+Model = Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")]
+Server = Annotated[str | None, typer.Option(help="Ask this server of ours; --model: a name it has.")]
+KeyEnv = Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")]
+Length = Annotated[int, typer.Option("--max-new-tokens", help="Token positions per caption.")]
+Steps = Annotated[int, typer.Option("--steps", help="Denoising steps at most.")]
+Question = Annotated[str | None, typer.Option(help="Instead of the default question.")]
+Fast = Annotated[bool, typer.Option("--fast", help="Accept certain tokens early: fewer forward passes.")]
+
+EMBEDDED_NOTE = (
+    "pdlm: no --model, so this is the embedded checkpoint, which knows drawn shapes only; for photographs: "
+    "--model MSALab/PerceptionDLM"
+)
+
+
+def note_embedded(model: str | None, released: str = "MSALab/PerceptionDLM") -> None:
+    """Say once, on stderr, that the embedded checkpoint is of no use on photographs.
+
+    Args:
+        model (`str`, *optional*): what `--model` names; nothing is said if it names something.
+        released (`str`): the checkpoint to name instead.
+    """
+    if model is None:
+        typer.echo(EMBEDDED_NOTE.replace("MSALab/PerceptionDLM", released), err=True)
+
+
+def check_positive(values: dict[str, int]) -> None:
+    """Raises: SettingError if one of the options, by its name, is not positive."""
+    for name, value in values.items():
+        if value < 1:
+            raise SettingError(f"{name} must be a positive integer, got {value}.")
+
+
+def load(read: Callable, model: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Load a checkpoint. Raises: CheckpointError, whatever a damaged or missing one made the readers raise."""
+    from huggingface_hub.errors import HFValidationError
+    from safetensors import SafetensorError
+
+    try:
+        return read(model, *args, **kwargs)
+    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{model}: the checkpoint cannot be loaded, it may be damaged ({reason[0]}).") from error
+    except (OSError, HFValidationError) as error:
+        if isinstance(error, HFValidationError) or "local folder" in str(error) or "connect" in str(error):
+            raise CheckpointError(
+                f"{model}: there is no such folder here, and no such checkpoint in the hub's cache or on the hub, or "
+                "the hub cannot be reached."
+            ) from error
+        raise
+
+
+def load_captioner(model: str | None, fast: bool = False) -> Any:
+    """A captioner from a checkpoint, without transformers' own progress bar."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..captioning.captioner import RegionCaptioner
+
+    disable_progress_bar()
+    return load(RegionCaptioner.from_pretrained, model, mode="fast" if fast else "default")
+
+
+def caption_client(
+    url: str, model: str | None, key_env: str | None, concurrency: int, settings: dict[str, Any]
+) -> Any:
+    """A client of a server of ours. Raises: ServerError: it cannot be reached, or has no such model."""
+    from ..client.captions import CaptionClient
+    from ..client.chat import key_in
+
+    return CaptionClient(url, model, api_key=key_in(key_env), settings=settings, concurrency=concurrency)
