@@ -148,7 +148,7 @@ test-full:
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --durations=10 --disable-warnings --cov --cov-report=term; \
 	  echo "the wheel with $(OLDEST)"; \
 	  (cd .wheel && OMP_NUM_THREADS=1 ../$(OLDEST_BIN)/python -m pytest -n 2 -q -m "not slow" --durations=10 --disable-warnings --ignore tests/hf/test_ray.py --ignore tests/hf/test_demo_browser.py); \
-	  OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/vllm; \
+	  VLLM_ENABLE_V1_MULTIPROCESSING=1 OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/vllm; \
 	  LMMS_QUESTIONS=400 $(LMMS_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/lmms; \
 	  $(BIN)/python -m pdlm_hf.shapes.evaluate --seed 11 --images 1000 --json; \
 	  $(BIN)/python -m pdlm_hf.shapes.evaluate_base pdlm_hf/shapes/checkpoint_base --seed 11 --questions 500 --json ) 2>&1 | tee benchmarks/results/test-full.log

@@ -60,7 +60,7 @@ def test_another_dtype_than_that_of_the_checkpoint():
 @pytest.mark.parametrize("settings", MODES + FIXED, ids=str)
 def test_captions_are_those_of_transformers(both, settings):
     llm, plain = both
-    pairs = drawn_images(12)
+    pairs = drawn_images(8)
     expected = list(plain.caption_many(pairs, batch_size=4, **settings))
     found = list(caption_many(llm, pairs, **settings))
     assert [texts(captions) for captions in found] == [texts(captions) for captions in expected]

@@ -235,6 +235,7 @@ def test_requests_of_the_pages(server):
     assert [row["id"] for row in found["regions"]] == [row["id"] for row in request["regions"]]
 
 
+@pytest.mark.slow
 def test_the_offline_example(captioner):
     shown = example("examples/vllm_offline.py")
     masks = [f"examples/shapes_mask_{k}.png" for k in range(6)]
