@@ -13,10 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "evalkit"))
-
 import torch
+from harness import call
 from judge_server import JudgeServer
 
 import pdlm_evalkit
@@ -34,8 +32,8 @@ EXAMPLE = Path(pdlm_evalkit.__file__).parent / "paradlc" / "example"
 class Run:
     """A finished run: exit code, printed text, results, samples, what the model was asked."""
 
-    def __init__(self, folder: Path, done: subprocess.CompletedProcess):
-        self.code, self.text = done.returncode, done.stdout + done.stderr
+    def __init__(self, folder: Path, code: int, text: str):
+        self.code, self.text = code, text
         files = sorted(folder.rglob("*_results.json"))
         self.content = json.loads(files[-1].read_text()) if files else {}
         self.samples = {
@@ -52,19 +50,18 @@ class Run:
 
 
 def run(folder: Path, command: list, *arguments: str, **environment: str) -> Run:
+    """Run a command: the harness' own and ours by name, in a prepared process; any other as it is."""
     folder.mkdir(exist_ok=True)
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    env |= {"HF_HOME": str(folder.parent / "hf"), "PDLM_EVAL_LOG": str(folder / "model.log"), "NO_PROXY": "127.0.0.1"}
-    arguments = [*arguments, "--output_path", str(folder), "--log_samples"]
+    environment = {"PDLM_EVAL_LOG": str(folder / "model.log")} | environment
+    arguments = [*map(str, command[1:]), *arguments, "--output_path", str(folder), "--log_samples"]
+    if command[0] in ("lmms-eval", "pdlm-eval"):
+        log = folder / "output.log"
+        code = call(command[0], arguments, environment, log)
+        return Run(folder, code, log.read_text())
     done = subprocess.run(
-        [*map(str, command), *arguments],
-        env=env | environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
+        [str(command[0]), *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=900
     )
-    return Run(folder, done)
+    return Run(folder, done.returncode, done.stdout + done.stderr)
 
 
 def arguments_for(task: str, pretrained: str, **more: str) -> list[str]:
@@ -72,7 +69,7 @@ def arguments_for(task: str, pretrained: str, **more: str) -> list[str]:
     return [part for name, value in (given | more).items() for part in (f"--{name}", value)]
 
 
-LMMS_EVAL = [BIN / "lmms-eval", "--model", "pdlm", "--include_path", pdlm_evalkit.LMMS_TASKS]
+LMMS_EVAL = ["lmms-eval", "--model", "pdlm", "--include_path", pdlm_evalkit.LMMS_TASKS]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +81,8 @@ def folder(tmp_path_factory):
 def regions(folder):
     """lmms-eval's own command, no path of ours on it but that of the tasks."""
     cache = str(folder / "cache")
-    return run(folder / "regions", LMMS_EVAL, *arguments_for("pdlm_shapes_regions", "shapes", use_cache=cache))
+    command = [BIN / LMMS_EVAL[0], *LMMS_EVAL[1:]]
+    return run(folder / "regions", command, *arguments_for("pdlm_shapes_regions", "shapes", use_cache=cache))
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +162,7 @@ def test_what_was_answered_before_a_kill_is_kept(folder):
 
     before = kill()
     assert before
-    again = run(place, command, *arguments)
+    again = run(place, ["pdlm-eval", "lmms"], *arguments)
     assert again.code == 0, again.text
     assert 64 - before - 1 <= sum(call["total_requests"] for call in again.calls) <= 64 - before
 
@@ -208,7 +206,7 @@ def test_model_args_go_before_the_task(folder):
 ])  # fmt: skip
 def test_a_run_without_result_does_not_end_with_zero(folder, arguments):
     stock = run(folder / "stock", LMMS_EVAL, *arguments)
-    ours = run(folder / "ours", [BIN / "pdlm-eval", "lmms"], *arguments)
+    ours = run(folder / "ours", ["pdlm-eval", "lmms"], *arguments)
     assert stock.code == 0  # which is why there is a wrapper
     assert ours.code == 1
     assert "no result was written" in ours.text
@@ -218,7 +216,7 @@ def test_paradlc_bench_with_a_judge(folder):
     """An image is one request, a question is asked once, and the score is that of our own command."""
     with JudgeServer() as server:
         judged = run(
-            folder / "paradlc", [BIN / "pdlm-eval", "lmms"], "--tasks", "pdlm_paradlc_bench", "--model_args",
+            folder / "paradlc", ["pdlm-eval", "lmms"], "--tasks", "pdlm_paradlc_bench", "--model_args",
             "pretrained=shapes", PDLM_PARADLC=str(EXAMPLE), PDLM_JUDGE="m", PDLM_JUDGE_URL=server.url,
             PDLM_JUDGE_CACHE=str(folder / "judge.sqlite"),
         )  # fmt: skip
@@ -231,23 +229,15 @@ def test_paradlc_bench_with_a_judge(folder):
         said = row["filtered_resps"] if isinstance(row["filtered_resps"], str) else row["filtered_resps"][0]
         captions |= dict(zip(row["avg"][0], json.loads(said), strict=True))
     (folder / "captions.json").write_text(json.dumps(captions))
+    log = folder / "paradlc.log"
     with JudgeServer() as server:
-        command = [BIN / "pdlm-eval", "paradlc"]
         options = ["--annotations", EXAMPLE, "--judge", "m", "--base-url", server.url, "--out", folder / "judged"]
-        env = os.environ | {"NO_PROXY": "127.0.0.1"}
-        subprocess.run(
-            [*command, "judge", folder / "captions.json", *options],
-            env=env,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        command = ["paradlc", "judge", folder / "captions.json", *options]
+        assert call("pdlm-eval", list(map(str, command)), {}, log) == 0, log.read_text()
     answers = next((folder / "judged").rglob("answers.json"))
-    scored = subprocess.run(
-        [*command, "score", "--annotations", EXAMPLE, "--answers", answers, "--json"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    own = json.loads(scored.stdout)
+    command = ["paradlc", "score", "--annotations", EXAMPLE, "--answers", answers, "--json"]
+    assert call("pdlm-eval", list(map(str, command)), {}, log) == 0, log.read_text()
+    own = json.loads(log.read_text())
     for metric in ("avg", "avg_pos", "avg_neg", "mean_mask_score", "n_missing"):
         assert judged.score("pdlm_paradlc_bench", metric) == pytest.approx(own[metric], abs=1e-9)
     assert own["avg"] > 0.8
@@ -259,7 +249,7 @@ def test_dlc_bench_has_one_mask_a_request_and_a_judge_that_gives_up_costs_no_cap
     shutil.copytree(EXAMPLE / "images", place / "images")
     cache = folder / "dlc_judge" / "judge.sqlite"
     cache.parent.mkdir()
-    command = [BIN / "pdlm-eval", "lmms"]
+    command = ["pdlm-eval", "lmms"]
     asked = ["--tasks", "pdlm_dlc_bench", "--model_args", "pretrained=shapes"]
     with JudgeServer(faults=lambda number, _: None if number < 5 else "401") as server:
         environment = {"PDLM_DLC": str(place), "PDLM_JUDGE": "m", "PDLM_JUDGE_URL": server.url}
@@ -278,7 +268,7 @@ def test_dlc_bench_has_one_mask_a_request_and_a_judge_that_gives_up_costs_no_cap
 
 def test_without_a_judge_nothing_is_captioned(folder):
     refused = run(
-        folder / "refused", [BIN / "pdlm-eval", "lmms"], "--tasks", "pdlm_paradlc_bench", "--model_args",
+        folder / "refused", ["pdlm-eval", "lmms"], "--tasks", "pdlm_paradlc_bench", "--model_args",
         "pretrained=shapes", PDLM_PARADLC=str(EXAMPLE),
     )  # fmt: skip
     assert refused.code == 1
