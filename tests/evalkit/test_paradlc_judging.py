@@ -318,5 +318,6 @@ def test_stopped_by_the_user(captions, tmp_path):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130 and "What is done is kept" in errors
+        server.delay = 0
         assert judge(captions, server.url).exit_code == 0
     assert len(server.answered) == len(set(server.answered)) == NUM_QUESTIONS

@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_vlmeval import make
+from forked import call
 from judge_server import JudgeServer
 
 from pdlm_evalkit.benchmarks import LETTER, SUFFIX, find
@@ -36,11 +38,18 @@ def checkout(tmp_path_factory):
 
 
 def run(checkout: Path, work: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI")}
-    environment |= {"PYTHONPATH": f"{checkout}{os.pathsep}{Path(__file__).parents[2]}", "OMP_NUM_THREADS": "1"}
+    """`python -m pdlm_evalkit.vlmeval_run`, in a process that has its imports done unless there is a launcher."""
+    environment = {"PYTHONPATH": f"{checkout}{os.pathsep}{Path(__file__).parents[2]}", "OMP_NUM_THREADS": "1"}
     environment |= {"FAKE_ROWS": str(checkout / "rows.json"), "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-m", *launcher, "pdlm_evalkit.vlmeval_run", *arguments, "--work-dir", str(work)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    arguments = (*arguments, "--work-dir", str(work))
+    if not launcher:
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "output.log"
+            code = call("vlmeval", list(arguments), environment, log)
+            return subprocess.CompletedProcess(arguments, code, stderr=log.read_text())
+    command = [sys.executable, "-m", *launcher, "pdlm_evalkit.vlmeval_run", *arguments]
+    without_keys = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI")}
+    return subprocess.run(command, env=without_keys | environment, capture_output=True, text=True, timeout=300)
 
 
 def test_a_run_has_settings_costs_and_exit_code(checkout, tmp_path):

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "evalkit")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "evalkit"))
 # read when the harness is imported
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import call
+from forked import call
 from judge_server import JudgeServer
 
 import pdlm_evalkit

@@ -1,0 +1,68 @@
+"""Commands of the harnesses in processes that have the imports done: those take five seconds, of lmms-eval fifteen."""
+
+import multiprocessing
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+PRELOAD = [
+    "torch",
+    "transformers.models.auto",
+    "pdlm_evalkit.cli",
+    "pdlm_evalkit.lmms_run",
+    "pdlm_evalkit.vlmeval_run",
+]
+if find_spec("lmms_eval") is not None:
+    PRELOAD += ["lmms_eval.__main__", "lmms_eval.evaluator", "pdlm_evalkit.lmms"]
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(PRELOAD)
+
+
+def call(command: str, arguments: list[str], environment: dict[str, str], log: Path, timeout: float = 900) -> int:
+    """Run a command in a fork of the prepared process.
+
+    Args:
+        command (`str`): "lmms-eval", "pdlm-eval", or "vlmeval", which is `python -m pdlm_evalkit.vlmeval_run`.
+        arguments (`list[str]`): its arguments.
+        environment (`dict`): variables to add; those of `PYTHONPATH` are added to the path.
+        log (`Path`): gets what it prints.
+        timeout (`float`): seconds.
+
+    Returns:
+        the exit code.
+    """
+    process = _processes.Process(target=_run, args=(command, arguments, environment, str(log)))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError(f"{command} {arguments}: not finished within {timeout} seconds.")
+    return process.exitcode
+
+
+def _run(command: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+    for name in [name for name in os.environ if name.startswith("OPENAI")]:
+        del os.environ[name]  # keys of whoever runs the tests
+    os.environ.update(environment)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = [command, *arguments]
+    torch.set_num_threads(1)
+    if command == "lmms-eval":
+        from lmms_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+    elif command == "pdlm-eval":
+        from pdlm_evalkit.cli import app
+
+        app()
+    else:
+        from pdlm_evalkit import vlmeval_run
+        from pdlm_evalkit.lmms_run import as_command
+
+        as_command(vlmeval_run.run)
