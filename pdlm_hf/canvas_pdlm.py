@@ -6,9 +6,11 @@ while only the canvases run through the model (`prefix_refresh_interval`).
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_bidirectional_mask
 
 from .caching_pdlm import PrefixCache, SplitCache
@@ -17,15 +19,6 @@ from .masking_pdlm import region_attention
 from .split_attention_pdlm import NAME as REGION_SPLIT
 from .split_attention_pdlm import split_pass
 from .versions_pdlm import CACHE
-
-
-def left_pad(rows: list[torch.Tensor], fill: Any) -> torch.Tensor:
-    """Tensors of different lengths as one batch, padded on the left."""
-    length = max(len(row) for row in rows)
-    out = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), fill)
-    for i, row in enumerate(rows):
-        out[i, length - len(row) :] = row
-    return out
 
 
 def as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -83,8 +76,10 @@ class RegionCanvas:
         config, device = task.config, task.device
         self.mask_id, self.end = config.mask_token_id, config.eot_token_id
         real = task.attention_mask
-        self.prompt_ids = left_pad([ids[keep] for ids, keep in zip(task.input_ids, real, strict=True)], self.end)
-        self.prompt = left_pad([row[keep] for row, keep in zip(prompt, real, strict=True)], 0)
+        left = partial(pad_sequence, batch_first=True, padding_side="left")
+        ids = [row[keep] for row, keep in zip(task.input_ids, real, strict=True)]
+        self.prompt_ids = left(ids, padding_value=self.end)
+        self.prompt = left([row[keep] for row, keep in zip(prompt, real, strict=True)])
         self.lengths = real.sum(1)
         width = self.prompt.shape[1]
         self.prompt_mask = torch.arange(width, device=device) >= width - self.lengths[:, None]

@@ -1,10 +1,10 @@
 """Denoising of chat answers: block after block from left to right, any order within a block."""
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_bidirectional_mask
 
-from .canvas_pdlm import left_pad
-from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, find
+from .denoising_pdlm import DenoisingStep, GenerationTask, find
 from .diffusion_pdlm import lowest_mask, transfer_schedule
 
 
@@ -24,7 +24,9 @@ class ChatCanvas:
         mask_id, real = task.config.mask_token_id, task.attention_mask
         self.tail = torch.tensor([mask_id] * num_slots + suffix, device=task.device)
         tail = self.lookup(self.tail).to(prompt.dtype)
-        self.embeds = left_pad([torch.cat([row[keep], tail]) for row, keep in zip(prompt, real, strict=True)], 0)
+        self.embeds = pad_sequence(
+            [torch.cat([row[keep], tail]) for row, keep in zip(prompt, real, strict=True)], True, padding_side="left"
+        )
         self.first = self.embeds.shape[1] - len(self.tail)
         lengths = real.sum(1, keepdim=True) + len(self.tail)
         columns = torch.arange(self.embeds.shape[1], device=task.device)
@@ -69,10 +71,7 @@ class ChatCanvas:
         """Answers up to their stop, with the suffix, padded on the right with end-of-turn."""
         suffix = self.tail[self.num_slots :]
         rows = [torch.cat([row[:n], suffix]) for row, n in zip(self.tokens, self.end.tolist(), strict=True)]
-        out = self.tokens.new_full((len(rows), max(len(row) for row in rows)), self.task.config.eot_token_id)
-        for i, row in enumerate(rows):
-            out[i, : len(row)] = row
-        return out
+        return pad_sequence(rows, batch_first=True, padding_value=self.task.config.eot_token_id)
 
 
 def denoise_blocks(
@@ -94,8 +93,6 @@ def denoise_blocks(
     schedule = [k for k in transfer_schedule(block_length, num_steps // num_blocks) if k]
     stops = task.stop_ids()
     canvas = ChatCanvas(task, prompt, num_slots, task.token_ids(task.settings.generation_suffix or []))
-    banned = [config.mask_token_id, config.start_header_token_id, config.end_header_token_id, config.bos_token_id]
-    banned = [token for token in [*banned, *as_list(config.eos_token_id)] if token is not None]
     rows = len(canvas.tokens)
     for block in range(num_blocks):
         inside = slice(block * block_length, (block + 1) * block_length)
@@ -104,7 +101,7 @@ def denoise_blocks(
             wanted = (masked & (canvas.position < canvas.end[:, None]))[:, inside]
             if not wanted.any():
                 break
-            draft, log_odds = canvas.forward(inside, banned)
+            draft, log_odds = canvas.forward(inside, config.banned_token_ids)
             if task.history is not None:
                 task.history.append(_chat_step(canvas.tokens, masked, draft, log_odds, inside))
             ranking = task.ranking(log_odds, list(range(rows)), [block_length] * rows)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
 from transformers.utils import cached_file
 
 from .errors_pdlm import CheckpointError, SettingError
+from .prompts_pdlm import CAPTION, REGION
 
 # Reference spelling -> ours, for the keys that are copied as they are.
 _UPSTREAM_KEYS = {
@@ -36,9 +37,12 @@ _TOKEN_NAMES = {
     "eot_token_id": "<|eot_id|>",
     "image_token_id": "<IMG_CONTEXT>",
 }
-_REGION_TOKEN = "<|reserved_token_{}|>"
-_CAPTION_TOKEN = "<|Mask_Cap_{}|>"
 _NEWLINE = "Ċ"  # "\n" as a byte-level tokenizer writes it
+
+
+def as_list(value: Any) -> list:
+    """None, a value or a list, as a list."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def special_token_ids(tokenizer_json: dict[str, Any], num_region_prompts: int) -> dict[str, Any]:
@@ -59,8 +63,8 @@ def special_token_ids(tokenizer_json: dict[str, Any], num_region_prompts: int) -
     names = dict(_TOKEN_NAMES, newline_token_id="\n")
     lists = {}
     if num_region_prompts:
-        lists["region_token_ids"] = [_REGION_TOKEN.format(i) for i in range(num_region_prompts)]
-        lists["caption_token_ids"] = [_CAPTION_TOKEN.format(i) for i in range(num_region_prompts)]
+        lists["region_token_ids"] = [REGION.format(i) for i in range(num_region_prompts)]
+        lists["caption_token_ids"] = [CAPTION.format(i) for i in range(num_region_prompts)]
     missing = [n for n in [*names.values(), *(x for xs in lists.values() for x in xs)] if ids.get(n) is None]
     if missing:
         raise CheckpointError(
@@ -271,6 +275,17 @@ class PdlmConfig(PreTrainedConfig):
         """Rows of the largest canvas a server keeps room for: all regions with 64 slots, or an answer of 512 tokens.
         vLLM knows diffusion models by this name."""
         return max(512, 66 * self.num_region_prompts)
+
+    @property
+    def closing_token_ids(self) -> list[int]:
+        """Tokens that end a caption or an answer: the end of the turn, and of the text."""
+        return [self.eot_token_id, *as_list(self.eos_token_id)]
+
+    @property
+    def banned_token_ids(self) -> list[int]:
+        """Tokens that a chat answer never holds; captions may hold any (docs/quirks.md#q18)."""
+        banned = [self.mask_token_id, self.start_header_token_id, self.end_header_token_id, self.bos_token_id]
+        return [token for token in [*banned, *as_list(self.eos_token_id)] if token is not None]
 
     @property
     def num_roi_tokens(self) -> int:

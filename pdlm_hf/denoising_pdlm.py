@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from .canvas_pdlm import CanvasView, RegionCanvas
+from .configuration_pdlm import as_list
 from .diffusion_pdlm import (
     accept_bounded,
     accept_confident,
@@ -272,11 +273,6 @@ def _commit_accepted(canvas: RegionCanvas, draft, log_odds, accepted) -> None:
 def find(tokens: list[int], pattern: list[int]) -> int | None:
     """First position of `pattern` in `tokens`, None if it does not occur."""
     return next((i for i in range(len(tokens) - len(pattern) + 1) if tokens[i : i + len(pattern)] == pattern), None)
-
-
-def as_list(value: Any) -> list:
-    """None, a value or a list, as a list."""
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def cut_at_stop(tokens: torch.Tensor, stop: list[int], end: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Masked diffusion as pure functions: forward noise, loss, confidence, schedules, acceptance. No model, no state."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -116,6 +117,31 @@ def accept_confident(probability: torch.Tensor, masked: torch.Tensor, threshold:
     open_probability = probability.masked_fill(~masked, -1.0)
     best = torch.zeros_like(masked).scatter(-1, open_probability.argmax(-1, keepdim=True), True)
     return (best | (probability > threshold)) & masked
+
+
+def before_end(tokens: torch.Tensor, closing: Sequence[int]) -> torch.Tensor:
+    """True at the tokens of a caption's text, which ends before its first closing token.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(..., num_slots)`): the last axis is a caption.
+        closing (`Sequence[int]`): tokens that end it.
+    """
+    return torch.isin(tokens, torch.tensor(closing, device=tokens.device)).cumsum(-1) == 0
+
+
+def caption_scores(probability: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Mean probability of the tokens of each caption's text; an empty one is scored by the token that ends it.
+
+    Args:
+        probability (`torch.FloatTensor` of shape `(..., num_slots)`): of the tokens, as of the step that wrote each.
+        text (`torch.BoolTensor` of that shape): see [`before_end`].
+
+    Returns:
+        `torch.FloatTensor` of shape `(...,)`.
+    """
+    scored = text.clone()
+    scored[..., 0] = True
+    return (probability * scored).sum(-1) / scored.sum(-1)
 
 
 def token_entropy(logits: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from .denoising_pdlm import as_list
+from .configuration_pdlm import as_list
 from .errors_pdlm import SettingError
 
 logger = logging.get_logger(__name__)

@@ -4,15 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput
 
-from .canvas_pdlm import left_pad
 from .chat_denoising_pdlm import denoise_blocks
 from .configuration_pdlm import HUB_ARGUMENTS, PdlmConfig
-from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, cut_at_stop, denoise_regions
+from .denoising_pdlm import DenoisingStep, GenerationTask, cut_at_stop, denoise_regions
+from .diffusion_pdlm import before_end, caption_scores
 from .errors_pdlm import RegionError, SettingError
 from .generation_config_pdlm import CAPTIONS_ONLY, PdlmGenerationConfig, our_names
 from .graphs_pdlm import CanvasGraphs
+from .tiling_pdlm import num_tiles
 
 
 @dataclass
@@ -244,10 +246,7 @@ class PdlmGenerationMixin:
         tokens = canvas.tokens
         for stop in stops:
             tokens = cut_at_stop(tokens, stop, canvas.end)
-        closing = torch.tensor([canvas.end, *as_list(self.config.eos_token_id)], device=tokens.device)
-        text = ~(torch.isin(tokens, closing).cumsum(-1) > 0) & canvas.exists[..., None]
-        scored = text.clone()
-        scored[..., 0] = True  # an empty caption is scored by its end token
+        text = before_end(tokens, self.config.closing_token_ids) & canvas.exists[..., None]
         blocks = canvas.blocks(tokens)
         sequences = [
             torch.cat([ids[keep], row[:count].flatten()])
@@ -256,7 +255,7 @@ class PdlmGenerationMixin:
         return {
             "sequences": sequences,
             "tokens": by_image(tokens, -1),
-            "scores": by_image((canvas.written.sigmoid() * scored).sum(-1) / scored.sum(-1), 0.0),
+            "scores": by_image(caption_scores(canvas.written.sigmoid(), text), 0.0),
             "steps": by_image(canvas.steps, 0),
             "text": int(text.sum()),
             "forwards": task.num_forwards,
@@ -271,7 +270,12 @@ class PdlmGenerationMixin:
             streamer.put(tokens.cpu())
             streamer.end()
         return PdlmGenerationOutput(
-            sequences=left_pad([row for part in parts for row in part["sequences"]], self.config.eot_token_id),
+            sequences=pad_sequence(
+                [row for part in parts for row in part["sequences"]],
+                batch_first=True,
+                padding_value=self.config.eot_token_id,
+                padding_side="left",
+            ),
             region_tokens=tokens,
             region_scores=torch.stack([part["scores"] for part in parts]).amax(0),
             num_forwards=forwards,
@@ -336,8 +340,7 @@ def _rows_of(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
     """Some rows of a batch, with their tiles."""
     tiles = slice(None)
     if inputs["image_grids"] is not None:
-        count = inputs["image_grids"].prod(1)
-        ends = (count + (count > 1)).cumsum(0).tolist()
+        ends = num_tiles(*inputs["image_grids"].unbind(-1)).cumsum(0).tolist()
         stop = min(rows.stop, len(ends))
         tiles = slice(0 if rows.start == 0 else ends[rows.start - 1], ends[stop - 1])
     per_tile = ("pixel_values", "region_masks")

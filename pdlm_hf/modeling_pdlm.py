@@ -26,6 +26,7 @@ from .errors_pdlm import CheckpointError, SettingError
 from .generation_config_pdlm import PdlmGenerationConfig
 from .generation_pdlm import PdlmGenerationMixin
 from .masking_pdlm import region_attention, region_layout
+from .tiling_pdlm import num_tiles
 from .versions_pdlm import CACHE, accepts_old_cache_name
 
 register_conversion()
@@ -152,27 +153,27 @@ def roi_align(features: torch.Tensor, boxes: torch.Tensor, output_size: list[int
     return roi_align_tiles(features[None], boxes[None], grid, grid - 1, output_size, scale)[0].to(features.dtype)
 
 
-def tile_places(image_grids: torch.Tensor, num_tiles: int, replay: str) -> tuple[torch.Tensor, torch.Tensor]:
+def tile_places(image_grids: torch.Tensor, all_tiles: int, replay: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Which image every tile belongs to, and its place on the feature map of that image.
 
     Args:
         image_grids (`torch.LongTensor` of shape `(num_images, 2)`): columns, rows.
-        num_tiles (`int`): tiles of all images, each image's thumbnail last.
+        all_tiles (`int`): tiles of all images, each image's thumbnail last.
         replay (`str`): "aligned": the thumbnail has no place. "reference": the first tile has none, every other one
             stands one place too early, and the thumbnail stands in the last place.
 
     Returns:
-        image `(num_tiles,)`, and column and row `(num_tiles, 2)`, -1 for a tile without a place.
+        image `(all_tiles,)`, and column and row `(all_tiles, 2)`, -1 for a tile without a place.
     """
-    count = image_grids.prod(-1)
-    several = count > 1
-    end = (count + several).cumsum(0)
-    tile = torch.arange(num_tiles, device=image_grids.device)
+    columns, rows = image_grids.unbind(-1)
+    count, total = columns * rows, num_tiles(columns, rows)
+    end = total.cumsum(0)
+    tile = torch.arange(all_tiles, device=image_grids.device)
     image = torch.searchsorted(end, tile, right=True)
-    number = tile - (end - count - several.long())[image]  # in its image
+    number = tile - (end - total)[image]  # in its image
     if replay == "reference":
-        number = number - several[image].long()
-    columns = image_grids[image, 0]
+        number = number - (total > 1)[image].long()
+    columns = columns[image]
     place = torch.stack([number % columns, number // columns], -1)
     return image, place.masked_fill(((number < 0) | (number >= count[image]))[:, None], -1)
 

@@ -14,6 +14,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from pdlm_hf.conversion_pdlm import PARAMETER_PREFIXES
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.modeling_pdlm import PdlmVisionMixin
+from pdlm_hf.tiling_pdlm import num_tiles
 
 from .processing import PdlmDummyInputs, PdlmMultiModalProcessor, PdlmProcessingInfo
 
@@ -98,7 +99,7 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
             return []
         grids = inputs["image_grids"].view(-1, 2)
         features = self.get_image_features(inputs["pixel_values"], inputs.get("region_masks")).pooler_output
-        counts = [c * r + (c * r > 1) for c, r in grids.tolist()]
+        counts = [num_tiles(*grid) for grid in grids.tolist()]
         images = [part.flatten(0, 1) for part in features.split(counts)]
         boxes = inputs.get("region_boxes")
         if boxes is None:

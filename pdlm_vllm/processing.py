@@ -17,6 +17,7 @@ from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.image_processing_pdlm import to_rgb
 from pdlm_hf.processing_pdlm import area_order
 from pdlm_hf.regions.region import parse_regions
+from pdlm_hf.tiling_pdlm import num_tiles
 
 from .plan import DEFAULT_SLOTS, MAX_TAIL
 
@@ -85,8 +86,10 @@ class PdlmProcessingInfo(BaseProcessingInfo):
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         """Embeddings of the largest image with all its regions."""
         config = self.get_hf_config()
-        tiles = config.max_tiles + (config.max_tiles > 1)
-        return {"image": tiles * config.feature_grid**2 + config.num_region_prompts * config.num_roi_tokens}
+        return {
+            "image": num_tiles(config.max_tiles, 1) * config.feature_grid**2
+            + config.num_region_prompts * config.num_roi_tokens
+        }
 
 
 class PdlmDummyInputs(BaseDummyInputsBuilder[PdlmProcessingInfo]):
@@ -108,7 +111,7 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
     """One request's images. With `mm_processor_kwargs={"regions": [...]}` the prompt is the question (or empty)."""
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
-        sizes = torch.tensor([c * r + (c * r > 1) for c, r in hf_inputs["image_grids"].tolist()])
+        sizes = torch.tensor([num_tiles(*grid) for grid in hf_inputs["image_grids"].tolist()])
         return {
             name: MultiModalFieldConfig.flat_from_sizes("image", sizes)
             if name in _PER_TILE
@@ -192,7 +195,7 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         visual = processor.image_processor.preprocess(
             images, max_tiles=1 if len(images) > 1 else None, return_tensors="pt"
         )
-        visual, tiles = dict(visual), [c * r + (c * r > 1) for c, r in visual["image_grids"].tolist()]
+        visual, tiles = dict(visual), [num_tiles(*grid) for grid in visual["image_grids"].tolist()]
         places = [i for i, token in enumerate(prompt) if token == config.image_token_id]
         if not places:  # a bare question, or vLLM's memory profile
             prompt, places = [config.image_token_id] * len(images) + prompt, list(range(len(images)))
@@ -220,8 +223,8 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         image = (tokens == config.image_token_id).nonzero()[:, 0].tolist()
         ranges, first = [], 0
         cells = self.info.get_hf_processor().tokens_per_tile
-        for columns, rows in visual["image_grids"].tolist() if visual else []:
-            count = (columns * rows + (columns * rows > 1)) * cells
+        for grid in visual["image_grids"].tolist() if visual else []:
+            count = num_tiles(*grid) * cells
             start, end = image[first], image[first + count - 1] + 1
             first += count
             ranges.append([start, end])

@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from pdlm_hf import PdlmGenerationConfig, Region, RegionCaption
-from pdlm_hf.denoising_pdlm import as_list
+from pdlm_hf.diffusion_pdlm import before_end, caption_scores
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.processing_pdlm import PdlmProcessor, area_order
 from pdlm_hf.regions.images import load_image
@@ -159,11 +159,8 @@ def read_report(report: dict[str, Any], work: Pass, processor: PdlmProcessor, co
     tokens = torch.tensor(report["tokens"]).view(blocks, -1)[:, 1:-1]
     probability = torch.tensor(report["logprobs"]).view(blocks, -1)[:, 1:-1].exp()
     still = torch.tensor(report["open"]).view(blocks, -1)[:, 1:-1].bool()
-    ends = torch.tensor([config.eot_token_id, *as_list(config.eos_token_id)])
-    text = ~(torch.isin(tokens, ends).cumsum(-1) > 0)
-    scored = text.clone()
-    scored[:, 0] = True  # an empty caption is scored by its end token
-    scores = (probability * scored).sum(-1) / scored.sum(-1)
+    text = before_end(tokens, config.closing_token_ids)
+    scores = caption_scores(probability, text)
     captions, closed = {}, {}
     for k, (position, region) in enumerate(zip(work.positions, work.regions, strict=True)):
         caption = processor.read_caption(tokens[k].tolist(), float(scores[k]), region.id)

@@ -12,7 +12,6 @@ from torch.nn.functional import logsigmoid
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from pdlm_hf.denoising_pdlm import as_list
 from pdlm_hf.diffusion_pdlm import accept_confident, lowest_mask, token_log_odds
 
 from .plan import ADAPTIVE, CHAT, FIXED, Plan, slot_rows
@@ -45,10 +44,7 @@ class DenoisingSampler:
         self.written = torch.zeros(shape, device=self.device)  # log odds as of the step that wrote it
         self.steps = torch.zeros(requests, regions, dtype=torch.int32, device=self.device)
         self.plans: dict[int, Plan] = {}
-        config = state.config
-        banned = [config.mask_token_id, config.start_header_token_id, config.end_header_token_id, config.bos_token_id]
-        banned = [token for token in [*banned, *as_list(config.eos_token_id)] if token is not None]
-        self.banned = torch.tensor(banned, device=self.device)
+        self.banned = torch.tensor(state.config.banned_token_ids, device=self.device)
 
     def add_request(self, req_idx: int, sampling_params) -> None:
         """Called by the runner; [`begin`] has done it."""

@@ -13,10 +13,10 @@ from PIL import Image
 
 from ..captioning.captioner import RegionCaptioner
 from ..errors_pdlm import SettingError
-from ..image_processing_pdlm import best_grid
 from ..processing_pdlm import RegionCaption
 from ..regions.images import load_image
 from ..regions.region import MASK_PIXELS, Region, parse_region, probe_image
+from ..tiling_pdlm import best_grid
 from .dataset import Entry, fault, image_size
 
 _WINDOW = 64  # batches among which images are sorted by size

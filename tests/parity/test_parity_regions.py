@@ -26,8 +26,8 @@ from parity_golden import (
 from PIL import Image
 
 from pdlm_hf import modeling_pdlm
-from pdlm_hf.image_processing_pdlm import tile
 from pdlm_hf.masking_pdlm import SHARED, region_layout
+from pdlm_hf.tiling_pdlm import tile
 
 CASES = stems("pdmllm_case_*.json")
 TRAJECTORIES = [(name, run["steps"]) for name in CASES for run in record(name)["trajectories"]]
