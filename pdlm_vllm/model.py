@@ -13,8 +13,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from pdlm_hf.conversion_pdlm import PARAMETER_PREFIXES
 from pdlm_hf.errors_pdlm import SettingError
-from pdlm_hf.modeling_pdlm import PdlmVisionMixin
 from pdlm_hf.tiling_pdlm import num_tiles
+from pdlm_hf.vision_pdlm import PdlmVisionMixin
 
 from .processing import PdlmDummyInputs, PdlmMultiModalProcessor, PdlmProcessingInfo
 
@@ -26,7 +26,7 @@ _PREFIXES = {
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
 }
-_EYES = ("vision_tower.", "multi_modal_projector.", "region_embedding.")
+_VISION = ("vision_tower.", "multi_modal_projector.", "region_embedding.")
 
 
 def parameter_name(name: str) -> str | None:
@@ -70,7 +70,7 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
         self.config = vllm_config.model_config.hf_config
         self.config.vision_config.dtype = vllm_config.model_config.dtype  # else the tower keeps the checkpoint's
         with self._mark_tower_model(vllm_config, {"image"}):
-            self._build_eyes(self.config)
+            self._build_vision(self.config)
             self._build_region_prompts(self.config)
         text = deepcopy(self.config.text_config)
         # To vLLM a Llama without causality is an encoder that keeps no keys and values. Ours keeps them; that its
@@ -166,11 +166,11 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
         def used():
             for name, tensor in weights:
                 here = parameter_name(name)
-                if here is not None and (not here.startswith(_EYES) or here in known):
+                if here is not None and (not here.startswith(_VISION) or here in known):
                     yield here, tensor
 
         loaded = AutoWeightsLoader(self).load_weights(used())
-        if missing := sorted(name for name in known if name.startswith(_EYES) and name not in loaded):
+        if missing := sorted(name for name in known if name.startswith(_VISION) and name not in loaded):
             raise SettingError(f"The checkpoint lacks {len(missing)} parameters: {', '.join(missing[:3])}, ...")
         return loaded
 

@@ -6,9 +6,9 @@ from tiny import lively_model, make_image
 from transformers import AutoModelForImageTextToText
 
 from pdlm_hf.masking_pdlm import caption_canvas
-from pdlm_hf.modeling_pdlm import pixel_unshuffle, roi_align, roi_align_tiles, tile_places
 from pdlm_hf.tiling_pdlm import num_tiles
 from pdlm_hf.versions_pdlm import CHECKPOINTING
+from pdlm_hf.vision_pdlm import pixel_unshuffle, roi_align, roi_align_tiles, tile_places
 
 FORWARD = (
     "input_ids",

@@ -12,7 +12,7 @@ FLAT_FILES = [
     for name in (
         "adapters batching caching canvas captions chat_denoising configuration conversion denoising diffusion errors "
         "generation_config generation graphs image_processing masking modeling processing prompts split_attention "
-        "tiling versions"
+        "tiling versions vision"
     ).split()
 ]
 
