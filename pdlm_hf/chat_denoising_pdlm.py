@@ -75,7 +75,7 @@ class ChatCanvas:
 
 
 def denoise_blocks(
-    task: GenerationTask, prompt: torch.Tensor, num_slots: int, block_length: int, num_steps: int
+    task: GenerationTask, prompt: torch.Tensor, num_slots: int, block_length: int, num_steps: int, suffix: list[int]
 ) -> torch.Tensor:
     """Chat answers: block after block from left to right, any order within a block, every commit final.
 
@@ -84,6 +84,7 @@ def denoise_blocks(
         prompt (`torch.FloatTensor` of shape `(rows, prompt_length, hidden_size)`)
         num_slots, block_length, num_steps (`int`): length of the answer, of a block, and steps in all; block_length
             divides num_slots and the number of blocks divides num_steps.
+        suffix (`list[int]`): fixed tokens behind the answer.
 
     Returns:
         `torch.LongTensor` of shape `(rows, length)`: answers and suffix, padded on the right.
@@ -92,7 +93,7 @@ def denoise_blocks(
     num_blocks = num_slots // block_length
     schedule = [k for k in transfer_schedule(block_length, num_steps // num_blocks) if k]
     stops = task.stop_ids()
-    canvas = ChatCanvas(task, prompt, num_slots, task.token_ids(task.settings.generation_suffix or []))
+    canvas = ChatCanvas(task, prompt, num_slots, suffix)
     rows = len(canvas.tokens)
     for block in range(num_blocks):
         inside = slice(block * block_length, (block + 1) * block_length)

@@ -208,10 +208,10 @@ class PdlmGenerationMixin:
             length + count * (num_slots + 2)
             for length, count in zip(inputs["attention_mask"].sum(1).tolist(), counts, strict=True)
         )
-        self._check_length(longest, f"the prompt and {max(counts)} captions of {num_slots} token positions")
+        self._check_length(longest, f"The prompt and {max(counts)} captions of {num_slots} token positions")
         images, regions = int(image_index.max()) + 1, int(region_order.max()) + 1
         parts, first = [], 0
-        for size in _portions(inputs["attention_mask"].sum(1).tolist(), counts, num_slots, settings.max_batch_tokens):
+        for size in _chunks(inputs["attention_mask"].sum(1).tolist(), counts, num_slots, settings.max_batch_tokens):
             rows = slice(first, first + size)
             order, index = region_order[rows, : max(counts[rows])], image_index[rows]
 
@@ -234,7 +234,7 @@ class PdlmGenerationMixin:
         if length > limit:
             raise SettingError(
                 f"{what} make {length} tokens, more than the {limit} positions of the checkpoint. Lower "
-                "`max_new_tokens`, or describe fewer regions at a time."
+                "`max_new_tokens`, or ask for less at a time: fewer regions, fewer images."
             )
 
     def _caption_rows(self, task: GenerationTask, inputs, counts, by_image) -> dict[str, Any]:
@@ -303,11 +303,12 @@ class PdlmGenerationMixin:
                 f"`max_denoising_steps` ({num_steps}) must be a multiple of the number of blocks ({num_blocks}), "
                 f"so that every block of {block_length} tokens gets as many steps."
             )
-        length = int(inputs["attention_mask"].sum(1).max()) + num_slots
-        self._check_length(length, f"the prompt and an answer of {num_slots} token positions")
         task = GenerationTask(self, settings, inputs["input_ids"], inputs["attention_mask"], streamer, tokenizer)
+        suffix = task.token_ids(settings.generation_suffix or [])
+        length = int(inputs["attention_mask"].sum(1).max()) + num_slots + len(suffix)
+        self._check_length(length, f"The prompt and an answer of {num_slots} token positions")
         prompt = self.model.embed(inputs["input_ids"], inputs["pixel_values"])
-        answers = denoise_blocks(task, prompt, num_slots, block_length, num_steps)
+        answers = denoise_blocks(task, prompt, num_slots, block_length, num_steps, suffix)
         # Padding goes to the left, wherever it was: on the right it would stand between a question and its answer.
         order = inputs["attention_mask"].int().argsort(dim=1, stable=True)
         sequences = torch.cat([inputs["input_ids"].gather(1, order), answers], 1)
@@ -322,7 +323,7 @@ class PdlmGenerationMixin:
         )
 
 
-def _portions(prompts: list[int], counts: list[int], num_slots: int, limit: int | None) -> list[int]:
+def _chunks(prompts: list[int], counts: list[int], num_slots: int, limit: int | None) -> list[int]:
     """How many rows to take at a time, so that rows x longest row stays within `limit` tokens; at least one."""
     if limit is None:
         return [len(prompts)]

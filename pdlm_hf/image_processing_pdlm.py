@@ -247,6 +247,10 @@ class PdlmImageProcessorPil(PilBackend):
             data["original_sizes"] = np.array([image.size[::-1] for image in opened], dtype=np.int64)
         return BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
 
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Columns and rows of tiles into which an image of this size (in pixels) is cut."""
+        return best_grid(width, height, self.size["height"], min(self.min_tiles, self.max_tiles), self.max_tiles)
+
     def _settings(self, kwargs: Any) -> dict[str, Any]:
         """Attributes, and over them what a call gives (None: as the attribute); `size` as the side of a tile."""
         names = self.valid_kwargs.__annotations__

@@ -17,9 +17,10 @@ from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.processing_pdlm import PdlmProcessor, area_order
 from pdlm_hf.regions.images import load_image
 from pdlm_hf.regions.region import parse_regions
+from pdlm_hf.tiling_pdlm import num_tiles
 
 from .plan import DEFAULT_SLOTS, REPORT, STREAM
-from .processing import check_pixels, check_question
+from .processing import check_length, check_pixels, check_question
 
 REGION_SETTINGS = ("max_new_tokens", "max_denoising_steps", "acceptance_threshold", "prefix_refresh_interval")
 _REASONS = {
@@ -115,11 +116,13 @@ def region_requests(
             f"`max_new_tokens` {slots} for {min(len(found), limit)} regions together is more than the served canvas "
             f"of {room} rows; at most {most}, or start the server with a larger --diffusion-config canvas_length."
         )
+    tiles = num_tiles(*processor.image_processor.grid(*image.size))
     passes = []
     for start in range(0, len(found), limit):
         chunk = found[start : start + limit]
         order = area_order([region.mask for region in chunk])
         width = len(chunk) * (slots + 2)
+        check_length(config, len(processor.region_ids(len(chunk), tiles, question)), width)
         params = SamplingParams(
             max_tokens=width,
             detokenize=False,
@@ -130,7 +133,8 @@ def region_requests(
             "prompt": question or "",
             "multi_modal_data": {"image": image},
             # as given: the processor sorts them by area, and twice sorted is not the same where areas are equal
-            "mm_processor_kwargs": {"regions": [region.segmentation for region in chunk]},
+            # Decoded: vLLM runs its multimodal processor in this process, so that masks need no encoding on the way.
+            "mm_processor_kwargs": {"regions": [region.mask for region in chunk]},
         }
         passes.append(Pass(prompt, params, [chunk[k] for k in order], [start + k for k in order]))
     return passes

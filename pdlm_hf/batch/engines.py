@@ -16,7 +16,6 @@ from ..errors_pdlm import SettingError
 from ..processing_pdlm import RegionCaption
 from ..regions.images import load_image
 from ..regions.region import MASK_PIXELS, Region, parse_region, probe_image
-from ..tiling_pdlm import best_grid
 from .dataset import Entry, fault, image_size
 
 _WINDOW = 64  # batches among which images are sorted by size
@@ -237,8 +236,7 @@ def largest_first(
             found = None
         if found is None:
             return 0, 0
-        side = image_processor.size
-        columns, rows = best_grid(*found, side["height"], image_processor.min_tiles, image_processor.max_tiles)
+        columns, rows = image_processor.grid(*found)
         return columns * rows, len(entry.ids or ())
 
     entries = iter(entries)
