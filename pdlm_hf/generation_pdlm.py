@@ -204,11 +204,11 @@ class PdlmGenerationMixin:
         if len(counts) != len(inputs["input_ids"]) or min(counts) == 0:
             raise RegionError(f"Every prompt needs a region; got {counts} for {len(inputs['input_ids'])} prompts.")
         num_slots = settings.max_new_tokens or 32
-        longest = max(
-            length + count * (num_slots + 2)
+        longest, most = max(
+            (length + count * (num_slots + 2), count)
             for length, count in zip(inputs["attention_mask"].sum(1).tolist(), counts, strict=True)
         )
-        self._check_length(longest, f"The prompt and {max(counts)} captions of {num_slots} token positions")
+        self._check_length(longest, f"The prompt and {most} captions of {num_slots} token positions")
         images, regions = int(image_index.max()) + 1, int(region_order.max()) + 1
         parts, first = [], 0
         for size in _chunks(inputs["attention_mask"].sum(1).tolist(), counts, num_slots, settings.max_batch_tokens):

@@ -666,7 +666,7 @@ def test_captions_fit_the_positions_of_the_checkpoint(model, inputs, monkeypatch
     positions(model, monkeypatch, longest - 1)
     most = int(counts[lengths.argmax()])
     message = (
-        rf"The prompt and {most} captions of 8 token positions make {longest} tokens, more than the {longest - 1} "
+        f"The prompt and {most} captions of 8 token positions make {longest} tokens, more than the {longest - 1} "
     )
     with pytest.raises(SettingError, match=message):
         run(model, inputs)
