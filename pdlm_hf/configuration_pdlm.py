@@ -111,7 +111,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "
 
 @strict
 class PdlmTextConfig(LlamaConfig):
-    """LLaDA as a bidirectional Llama. The defaults are LLaDA-8B's (reference-spec 1.1)."""
+    """LLaDA as a bidirectional Llama. The defaults are LLaDA-8B's."""
 
     model_type = "pdmllm_text"
     base_config_key = "text_config"

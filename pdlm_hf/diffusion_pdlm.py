@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-NOISE_FLOOR = 1e-3  # reference-spec 10: p = (1 - 1e-3) t + 1e-3, so that 1 / p stays finite
+NOISE_FLOOR = 1e-3  # LLaDA, as the reference: p = (1 - 1e-3) t + 1e-3, so that 1 / p stays finite
 
 
 def noise_probability(t: torch.Tensor, floor: float = NOISE_FLOOR) -> torch.Tensor:

@@ -108,11 +108,11 @@ class PdlmGenerationMixin:
     ) -> PdlmGenerationOutput | torch.Tensor:
         """Write the captions of all regions together, or a chat answer block by block.
 
-        With regions (paper section 3.3, reference-spec section 8), for all slots of an image together:
+        With regions (paper section 3.3; docs/quirks.md#q17), for all slots of an image together:
             a. draft every slot by the most probable token (or a sample);
             b. fill the open slots with their drafts;
             c. re-open the k slots whose current draft is least certain, k falling linearly over the steps.
-        In chat (reference-spec section 9), within the current block:
+        In chat (docs/quirks.md#q18), within the current block:
             a. draft; b. commit the k most certain open slots for good.
 
         Args:

@@ -368,7 +368,7 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> PdlmOutput:
-        r"""Logits of every position, or with `labels` the masked-diffusion loss (LLaDA; reference-spec section 10).
+        r"""Logits of every position, or with `labels` LLaDA's masked-diffusion loss (docs/quirks.md#q32).
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): with placeholders expanded.

@@ -55,7 +55,7 @@ class PdlmProcessorKwargs(ProcessingKwargs, total=False):
 def area_order(masks: list[np.ndarray]) -> list[int]:
     """Indices of the masks from large to small, as the model was trained; of equal areas the later mask comes first.
 
-    The reference sorts with an unstable algorithm (reference-spec Q6); a stable one gives the same order for the
+    The reference sorts with an unstable algorithm (docs/quirks.md#q6); a stable one gives the same order for the
     region counts that occur, on every machine.
     """
     return np.argsort([int(mask.sum()) for mask in masks], kind="stable")[::-1].tolist()

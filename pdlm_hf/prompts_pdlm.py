@@ -10,7 +10,7 @@ REGION, CAPTION = "<|reserved_token_{}|>", "<|Mask_Cap_{}|>"
 HEADER, HEADER_END, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 
 # The reference formats a conversation in two ways: for training and region captions (`training=True`: a system turn, a
-# newline after every turn of user and system, nothing behind the image) and for chat (reference-spec sections 9, 11).
+# newline after every turn of user and system, nothing behind the image) and for chat (docs/quirks.md#q23).
 # `generation` marks what the model writes, an answer with its end of turn, for `return_assistant_tokens_mask`.
 CHAT_TEMPLATE = """\
 {%- set training = training | default(false) -%}

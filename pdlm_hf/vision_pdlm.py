@@ -13,7 +13,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_pdlm import PdlmConfig
 from .tiling_pdlm import num_tiles
 
-# The reference assumes 32 pixels per feature cell at inference and 28 in its training forward (reference-spec Q13).
+# The reference assumes 32 pixels per feature cell at inference and 28 in its training forward (docs/quirks.md#q13).
 REFERENCE_CELL_INFERENCE = 32
 REFERENCE_CELL_TRAINING = 28
 
@@ -260,9 +260,10 @@ class PdlmVisionMixin:
     ) -> torch.Tensor:
         """RoI tokens of every region, image after image, region after region (paper section 3.2, feature replay).
 
-        With `roi_replay="reference"` the released code's arithmetic is repeated (reference-spec section 6): the box
-        end is the last pixel inside, boxes are scaled twice, and of several tiles the first grid tile is dropped while
-        the thumbnail fills the last cell. With "aligned" boxes are in feature cells and every tile is in its place.
+        With `roi_replay="reference"` the released code's arithmetic is repeated: the box end is the last pixel inside
+        (docs/quirks.md#q10), boxes are scaled twice (#q14), and of several tiles the first grid tile is dropped while
+        the thumbnail fills the last cell (#q12). With "aligned" boxes are in feature cells and every tile is in its
+        place.
 
         Args:
             image_features (`torch.FloatTensor` of shape `(tiles, cells ** 2, hidden_size)`): `pooler_output` of

@@ -41,7 +41,7 @@ def partition_regions(num_regions: int, num_prompts: int, index: int, epoch: int
 
 
 class PdlmCollator:
-    """Turns rows into a batch with labels and noise (reference-spec sections 10 and 11).
+    """Turns rows into a batch with labels and noise as the reference does (docs/quirks.md#q7, docs/quirks.md#q16).
 
     A row is `{"image": image, "regions": [{"mask": (H, W), "caption": str}, ...], "question": str (optional)}` for
     regions, or `{"images": [...], "messages": [{"role", "content"}, ...]}` for the base model.
@@ -220,7 +220,7 @@ class PdlmCollator:
         masked = (uniform < probability[:, None]) & (labels != -100)
         out = {"noise_mask": masked, "mask_probability": probability}
         if self.replacement_noise and self.vocab_size is not None:
-            torch.rand(len(labels), generator=generator)  # drawn and unused in the reference (Q25)
+            torch.rand(len(labels), generator=generator)  # drawn and unused in the reference, docs/quirks.md#q25
             replaced = torch.rand(labels.shape, generator=generator) < probability[:, None]
             ids = torch.randint(0, self.vocab_size, labels.shape, generator=generator)
             out["replacement_ids"] = torch.where(masked & replaced, ids, -1)
