@@ -9,7 +9,7 @@ from .diffusion_pdlm import lowest_mask, transfer_schedule
 
 
 class ChatCanvas:
-    """Prompt, answer and suffix of every row of a chat batch, and the passes that fill the answer.
+    """Prompt, answer and suffix of every row of a chat batch, and the forward passes that fill the answer.
 
     Args:
         task (`GenerationTask`)
@@ -59,7 +59,7 @@ class ChatCanvas:
         outputs = self.language_model(inputs_embeds=embeds, attention_mask=self.mask, position_ids=self.positions)
         return outputs.last_hidden_state[:, window]
 
-    def commit(self, inside: slice, draft: torch.Tensor, chosen: torch.Tensor) -> None:
+    def write(self, inside: slice, draft: torch.Tensor, chosen: torch.Tensor) -> None:
         """Write the chosen drafts of the slots `inside`."""
         self.tokens[:, inside] = torch.where(chosen, draft, self.tokens[:, inside])
         window = slice(self.first + inside.start, self.first + inside.stop)
@@ -77,7 +77,7 @@ class ChatCanvas:
 def denoise_blocks(
     task: GenerationTask, prompt: torch.Tensor, num_slots: int, block_length: int, num_steps: int, suffix: list[int]
 ) -> torch.Tensor:
-    """Chat answers: block after block from left to right, any order within a block, every commit final.
+    """Chat answers: block after block from left to right, any order within a block; a written token is final.
 
     Args:
         task (`GenerationTask`)
@@ -108,7 +108,7 @@ def denoise_blocks(
             ranking = task.ranking(log_odds, list(range(rows)), [block_length] * rows)
             score = ranking.masked_fill(~wanted, -torch.inf)
             chosen = lowest_mask(-score, torch.full((rows,), count, device=task.device)) & wanted
-            canvas.commit(inside, draft, chosen)
+            canvas.write(inside, draft, chosen)
             for i in range(rows if stops else 0):
                 canvas.end[i] = _stop_position(canvas.tokens[i].tolist(), stops, int(canvas.end[i]))
             if task.streamer is not None:

@@ -1,4 +1,4 @@
-"""Configuration of PerceptionDLM: sizes, special token ids and the two overrides switches.
+"""Configuration of PerceptionDLM: sizes, special token ids, and two switches: the reference's behaviour or ours.
 
 The reference's own `config.json` (nested under other names) is translated here and nowhere else.
 """
@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 from .errors_pdlm import CheckpointError, SettingError
 from .prompts_pdlm import CAPTION, REGION
 
-# Reference spelling -> ours, for the keys that are copied as they are.
+# Reference spelling -> ours, for the keys that are copied unchanged.
 _UPSTREAM_KEYS = {
     "architectures": "architectures",
     "image_token_id": "image_token_id",
@@ -68,7 +68,7 @@ def special_token_ids(tokenizer_json: dict[str, Any], num_region_prompts: int) -
     missing = [n for n in [*names.values(), *(x for xs in lists.values() for x in xs)] if ids.get(n) is None]
     if missing:
         raise CheckpointError(
-            f"The tokenizer lacks the special tokens {missing}; without them there are no slots to fill. "
+            f"The tokenizer lacks the special tokens {missing}; without them the prompt cannot be built. "
             "Use the tokenizer that was released with the checkpoint."
         )
     return {key: ids[name] for key, name in names.items()} | {k: [ids[n] for n in v] for k, v in lists.items()}
@@ -209,13 +209,13 @@ class PdlmConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As everywhere; also reads the reference's spelling, whose token ids are in the tokenizer beside it."""
+        """The contents of `config.json`, the reference's spelling translated, with token ids from the tokenizer."""
         config_dict, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return _in_our_spelling(config_dict, pretrained_model_name_or_path, kwargs), unused
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As everywhere; also reads the reference's nested spelling (see [`get_config_dict`])."""
+        """A configuration from a dictionary, also in the reference's nested spelling (see [`get_config_dict`])."""
         return super().from_dict(_in_our_spelling(config_dict, kwargs.get("name_or_path"), kwargs), **kwargs)
 
     def __post_init__(self, **kwargs):

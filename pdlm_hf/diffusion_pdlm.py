@@ -72,7 +72,7 @@ def token_log_odds(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def transfer_schedule(num_masked: int, num_steps: int) -> list[int]:
-    """How many tokens each step commits: equal shares, the remainder to the first steps (block sampler).
+    """How many tokens each step accepts: equal shares, the remainder to the first steps (block sampler).
 
     Args:
         num_masked (`int`): masked tokens at the start of the block.
@@ -107,7 +107,7 @@ def lowest_mask(score: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 
 
 def accept_confident(probability: torch.Tensor, masked: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
-    """Slots to commit in an adaptive step: all above the threshold, and in any case the best one of each region.
+    """Slots to accept in an adaptive step: all above the threshold, and in any case the best one of each region.
 
     Args:
         probability (`torch.FloatTensor` of shape `(..., num_slots)`): of the drafted token; the last axis is a region.
@@ -154,11 +154,11 @@ def token_entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def accept_bounded(entropy: torch.Tensor, masked: torch.Tensor, bound: float) -> torch.Tensor:
-    """Slots to commit in an entropy-bounded step (EB-Sampler, arXiv 2505.24857), region by region.
+    """Slots to accept in an entropy-bounded step (EB-Sampler, arXiv 2505.24857), region by region.
 
     The k slots of lowest entropy, with the largest k for which the sum of their entropies less the largest of them
     stays within the bound: that difference bounds how much the k tokens can tell about each other, so tokens that are
-    committed together are nearly independent. One slot always qualifies.
+    accepted together are nearly independent. One slot always qualifies.
 
     Args:
         entropy (`torch.FloatTensor` of shape `(..., num_slots)`): of the prediction in each slot, in nats.

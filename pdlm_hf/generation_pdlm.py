@@ -23,16 +23,16 @@ class PdlmGenerationOutput(ModelOutput):
     What `generate` returns.
 
     Args:
-        sequences (`torch.LongTensor` of shape `(passes or batch, sequence_length)`):
+        sequences (`torch.LongTensor` of shape `(rows or batch, sequence_length)`):
             Prompt and generated part, padded on the left with regions and on the right in chat.
         region_tokens (`torch.LongTensor` of shape `(batch_size, num_regions, max_new_tokens)`, *optional*):
             Tokens of every caption, regions in the order in which their masks were given; -1 where an image has fewer.
         region_scores (`torch.FloatTensor` of shape `(batch_size, num_regions)`, *optional*):
             Mean probability of a caption's tokens up to its end, each as of the step that wrote it.
         num_forwards (`int`):
-            Passes through the language model.
+            Forward passes through the language model.
         tokens_per_forward (`float`):
-            Generated slots of all regions and images (padding included) per forward.
+            Generated token positions of all regions and images (padding included) per forward pass.
         tokens_per_forward_per_region (`float`):
             The same, per region.
         text_tokens_per_forward (`float`, *optional*):
@@ -84,7 +84,7 @@ class PdlmGenerationMixin:
             self.generation_config = self.generation_config_class()
 
     def canvas_graphs(self) -> CanvasGraphs:
-        """The CUDA graphs of this model's canvas passes."""
+        """The CUDA graphs of this model's forward passes over the canvas."""
         if self._canvas_graphs is None:
             self._canvas_graphs = CanvasGraphs(self.model.language_model)
         return self._canvas_graphs
@@ -113,7 +113,7 @@ class PdlmGenerationMixin:
             b. fill the open slots with their drafts;
             c. re-open the k slots whose current draft is least certain, k falling linearly over the steps.
         In chat (docs/quirks.md#q18), within the current block:
-            a. draft; b. commit the k most certain open slots for good.
+            a. draft; b. write the k most certain drafts, which are final.
 
         Args:
             input_ids, attention_mask: from the processor, as are pixel_values, image_grids, region_masks,
@@ -216,7 +216,7 @@ class PdlmGenerationMixin:
             order, index = region_order[rows, : max(counts[rows])], image_index[rows]
 
             def by_image(values, fill, order=order, index=index):
-                """Passes and area ranks -> images and input order."""
+                """Rows and area ranks -> images and input order."""
                 out = values.new_full((images, regions, *values.shape[2:]), fill)
                 known = order >= 0
                 out[index[:, None].expand_as(order)[known], order[known]] = values[known]
@@ -238,7 +238,7 @@ class PdlmGenerationMixin:
             )
 
     def _caption_rows(self, task: GenerationTask, inputs, counts, by_image) -> dict[str, Any]:
-        """One portion of a batch."""
+        """One chunk of a batch."""
         stops = task.stop_ids()
         visual = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
         prompt = self.model.embed(inputs["input_ids"], **visual)
@@ -263,7 +263,7 @@ class PdlmGenerationMixin:
         }
 
     def _join(self, parts: list[dict[str, Any]], total: int, num_slots: int, streamer) -> PdlmGenerationOutput:
-        """Portions of a batch as one output; each region is in exactly one of them."""
+        """Chunks of a batch as one output; each region is in exactly one of them."""
         forwards = sum(part["forwards"] for part in parts)
         tokens = torch.stack([part["tokens"] for part in parts]).amax(0)
         if streamer is not None:

@@ -186,7 +186,7 @@ class PdlmImageProcessorPil(PilBackend):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
-        """As of every image processor.
+        """Load the settings of a checkpoint.
 
         Raises:
             SettingError: `use_fast=True` or `backend="torchvision"`.

@@ -104,7 +104,7 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PdlmAdapterMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As everywhere, but safetensors only: a pickle can run code. Raises: CheckpointError if told otherwise."""
+        """Load a checkpoint from safetensors. Raises: CheckpointError for a pickle, which can run code."""
         if kwargs.get("use_safetensors") is False:
             raise CheckpointError(
                 "PerceptionDLM loads safetensors only, because a pickle can run code: convert the weights."
@@ -113,7 +113,7 @@ class PdlmPreTrainedModel(_WithoutFlashAttention, PdlmAdapterMixin):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As everywhere, with our parameter names, and with auto_map entries for all Auto classes.
+        """Save under our parameter names, with `auto_map` entries for all Auto classes.
 
         transformers would write the reference's names by default (`save_original_format`). Trainer resumes from a
         checkpoint by our names, and would silently go on from random weights.
@@ -265,7 +265,7 @@ class PdlmModel(PdlmVisionMixin, PdlmPreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """One bidirectional pass. `layout` (see [`region_layout`]) is derived from `input_ids` if left out.
+        """One bidirectional forward pass. `layout` (see [`region_layout`]) is derived from `input_ids` if left out.
 
         Raises:
             SettingError: neither `input_ids` nor `inputs_embeds`.

@@ -1,4 +1,4 @@
-"""What PerceptionDLM sees with: SigLIP2 vision tower with region prompts, projector, RoI feature replay."""
+"""The vision part of PerceptionDLM: SigLIP2 vision tower with region prompts, projector, RoI feature replay."""
 
 import torch
 from torch import nn
@@ -197,7 +197,7 @@ class PdlmVisionModel(SiglipVisionModel):
 
 
 class PdlmVisionMixin:
-    """What PerceptionDLM sees with: vision tower, region prompts, projector, RoI replay. Of any language model."""
+    """Vision tower, region prompts, projector and RoI replay; for any language model."""
 
     config: PdlmConfig
     region_embedding: nn.Embedding | None

@@ -1,4 +1,4 @@
-"""PerceptionDLM as a vLLM model: our eyes, vLLM's Llama."""
+"""PerceptionDLM as a vLLM model: the vision part of `pdlm_hf`, and vLLM's Llama."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -152,7 +152,7 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
         return hidden if scheduled is None else hidden[scheduled]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Nothing yet: the sampler scores the slots alone, a bounded number at a time ([`logits`])."""
+        """The hidden states: the sampler scores the open token positions alone, few at a time ([`logits`])."""
         return hidden_states
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from pdlm_hf.processing_pdlm import area_order
 from pdlm_hf.regions.region import MASK_PIXELS, parse_regions
 from pdlm_hf.tiling_pdlm import num_tiles
 
-from .plan import DEFAULT_SLOTS, MAX_TAIL
+from .plan import DEFAULT_TOKENS, MAX_TAIL
 
 _PER_TILE = ("pixel_values", "region_masks")
 
@@ -159,7 +159,9 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
                 ids, visual = self._regions(images, regions, list(inputs.prompt))
             else:
                 ids, visual = self._chat(images, list(inputs.prompt))
-        check_length(self.info.get_hf_config(), len(ids), 1 if regions is None else len(regions) * (DEFAULT_SLOTS + 2))
+        check_length(
+            self.info.get_hf_config(), len(ids), 1 if regions is None else len(regions) * (DEFAULT_TOKENS + 2)
+        )
         kwargs = MultiModalKwargsItems({})
         if visual:
             data = BatchFeature(visual)

@@ -19,7 +19,7 @@ from pdlm_hf.regions.images import load_image
 from pdlm_hf.regions.region import parse_regions
 from pdlm_hf.tiling_pdlm import num_tiles
 
-from .plan import DEFAULT_SLOTS, REPORT, STREAM
+from .plan import DEFAULT_TOKENS, REPORT, STREAM
 from .processing import check_length, check_pixels, check_question
 
 REGION_SETTINGS = ("max_new_tokens", "max_denoising_steps", "acceptance_threshold", "prefix_refresh_interval")
@@ -109,11 +109,11 @@ def region_requests(
     found = parse_regions(regions, *image.size)
     limit = config.num_region_prompts
     room = room or config.canvas_length
-    slots = settings.get("max_new_tokens") or defaults.max_new_tokens or DEFAULT_SLOTS
-    if min(len(found), limit) * (slots + 2) > room:
+    count = settings.get("max_new_tokens") or defaults.max_new_tokens or DEFAULT_TOKENS
+    if min(len(found), limit) * (count + 2) > room:
         most = room // min(len(found), limit) - 2
         raise SettingError(
-            f"`max_new_tokens` {slots} for {min(len(found), limit)} regions together is more than the served canvas "
+            f"`max_new_tokens` {count} for {min(len(found), limit)} regions together is more than the served canvas "
             f"of {room} rows; at most {most}, or start the server with a larger --diffusion-config canvas_length."
         )
     tiles = num_tiles(*processor.image_processor.grid(*image.size))
@@ -121,7 +121,7 @@ def region_requests(
     for start in range(0, len(found), limit):
         chunk = found[start : start + limit]
         order = area_order([region.mask for region in chunk])
-        width = len(chunk) * (slots + 2)
+        width = len(chunk) * (count + 2)
         check_length(config, len(processor.region_ids(len(chunk), tiles, question)), width)
         params = SamplingParams(
             max_tokens=width,
@@ -142,12 +142,12 @@ def region_requests(
 
 @dataclass
 class Reading:
-    """What a pass has come to.
+    """What an engine request has written so far.
 
     Args:
         captions (`dict[int, RegionCaption]`): by position as given.
         closed (`dict[int, bool]`): whether each is finished.
-        steps (`int`): denoising steps of the pass so far.
+        steps (`int`): denoising steps so far.
         text_tokens (`int`): tokens of the captions before their ends.
     """
 
@@ -158,7 +158,7 @@ class Reading:
 
 
 def read_report(report: dict[str, Any], work: Pass, processor: PdlmProcessor, config) -> Reading:
-    """Captions of a pass, from the report of a step."""
+    """Captions of an engine request, from the report of a step."""
     blocks = len(work.regions)
     tokens = torch.tensor(report["tokens"]).view(blocks, -1)[:, 1:-1]
     probability = torch.tensor(report["logprobs"]).view(blocks, -1)[:, 1:-1].exp()

@@ -1,4 +1,4 @@
-"""The prompt cache, chunks of a batch, and regions that finish early."""
+"""The prefix cache, chunks of a batch, and regions that finish early."""
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ from pycocotools import mask as coco_mask
 from pdlm_hf import CHECKPOINT, PdlmConfig, PdlmProcessor
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions import region as region_module
-from pdlm_vllm.plan import DEFAULT_SLOTS, defaults_of
+from pdlm_vllm.plan import DEFAULT_TOKENS, defaults_of
 from pdlm_vllm.processing import check_length
 from pdlm_vllm.requests import read_report, region_requests
 
@@ -68,9 +68,9 @@ def test_prompt_and_captions_fit_the_positions(processor, image, monkeypatch):
 
 def test_what_is_served_is_counted_together():
     most = CONFIG.text_config.max_position_embeddings
-    check_length(CONFIG, most - 34, DEFAULT_SLOTS + 2)
+    check_length(CONFIG, most - 34, DEFAULT_TOKENS + 2)
     with pytest.raises(SettingError, match=f"The prompt has {most - 33} tokens and its captions or answer 34;"):
-        check_length(CONFIG, most - 33, DEFAULT_SLOTS + 2)
+        check_length(CONFIG, most - 33, DEFAULT_TOKENS + 2)
 
 
 def test_a_report_says_which_captions_were_cut(processor, image):
