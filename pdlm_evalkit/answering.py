@@ -17,8 +17,8 @@ import pdlm_hf
 from pdlm_hf.captioning.captioner import RegionCaptioner, checkpoint_name
 from pdlm_hf.configuration_pdlm import HUB_ARGUMENTS
 from pdlm_hf.errors_pdlm import SettingError
-from pdlm_hf.image_processing_pdlm import resize
 from pdlm_hf.regions.images import load_image
+from pdlm_hf.tiling_pdlm import resize
 
 from .benchmarks import OVERRIDES, Benchmark, find, tiles_for
 

@@ -1,7 +1,7 @@
 """The paper's 16 benchmarks: one table with everything a run needs, and the paper's score beside it.
 
-Settings are those of the reference's harness copy (reference-spec and eval notes: generation by benchmark, prompts by
-kind of question, images by benchmark); scores are Table 1 of the paper.
+Settings are those of the reference's harness copy (generation by benchmark, prompts by kind of question,
+images by benchmark); scores are Table 1 of the paper.
 """
 
 from dataclasses import asdict, dataclass

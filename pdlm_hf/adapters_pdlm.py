@@ -1,4 +1,4 @@
-"""Adapters on a model of ours: what PEFT and transformers' PEFT integration expect, and what they would get wrong."""
+"""Adapters: what PEFT and transformers' PEFT integration expect of a model, and what they would get wrong."""
 
 import json
 import os
@@ -63,7 +63,7 @@ class PdlmAdapterMixin(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As everywhere; the base of an adapter folder is found by [`adapter_base`]."""
+        """Load a checkpoint, or an adapter folder with its base, which [`adapter_base`] finds."""
         folder = pretrained_model_name_or_path
         is_path = isinstance(folder, (str, os.PathLike))
         if is_path and all(os.path.isfile(os.path.join(folder, name)) for name in (BASE_FILE, "adapter_config.json")):
@@ -73,16 +73,17 @@ class PdlmAdapterMixin(PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
-        """As everywhere. Raises: SettingError for methods with virtual tokens."""
+        """Add a fresh adapter. Raises: SettingError for a method with virtual tokens."""
         if (method := getattr(adapter_config, "peft_type", None)) in VIRTUAL_TOKENS:
             refuse_virtual_tokens(f"{method.value} ({type(adapter_config).__name__})")
         super().add_adapter(adapter_config, adapter_name)
 
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
-        """As everywhere; also DoRA's magnitudes, and the switches and generation settings noted beside an adapter.
+        """Load an adapter, DoRA's magnitudes included, and the switches and generation settings noted beside it.
 
         Raises:
-            SettingError: the adapter has virtual tokens, or weights that find no place in the model.
+            SettingError: the adapter has virtual tokens.
+            CheckpointError: the adapter has weights that find no place in the model.
         """
         load_config = kwargs.get("load_config")
         known = load_config.weight_mapping if load_config is not None else None
@@ -118,10 +119,10 @@ class PdlmAdapterMixin(PreTrainedModel):
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     def get_submodule(self, target: str):
-        """As everywhere.
+        """The submodule at a dotted path.
 
         Raises:
-            SettingError when PEFT looks for word embeddings to put virtual tokens before them.
+            SettingError: PEFT looks for word embeddings, to put virtual tokens before them.
         """
         if target == "embeddings.word_embeddings":  # whatever the task type, the first that it asks of a model
             refuse_virtual_tokens(

@@ -1,4 +1,4 @@
-"""What is kept of the prompts while canvases pass: as one cache, or sorted for the attention in two calls."""
+"""The prefix cache: keys and values of the prompts, as one cache or sorted for the attention in two calls."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from .masking_pdlm import SHARED
 
 
 class PrefixCache(DynamicCache):
-    """Keys and values of the prompts, kept while canvases come and go.
+    """Keys and values of the prompts, which stay while canvases come and go.
 
-    The first pass fills it with prompt and canvas. Once frozen at the prompts' width, a canvas is written behind them
-    in place of the last one, and nothing of the prompts is copied.
+    The first forward pass fills it with prompt and canvas. Once frozen at the prompts' width, a canvas is written
+    behind them in place of the last one, and nothing of the prompts is copied.
     """
 
     layers: list[Any]  # transformers' type has kinds of layers without keys and values
@@ -48,7 +48,7 @@ class PrefixCache(DynamicCache):
 
 
 class SplitCache:
-    """Keys and values of the prompts, sorted for `split_attention`; stands in for the prompt cache.
+    """Keys and values of the prompts, sorted for `split_attention`; stands in for [`PrefixCache`].
 
     Args:
         layers (`list`): for each layer the keys and values `(rows, heads, length, head_size)` whose first columns are

@@ -1,14 +1,16 @@
-"""The canvas of regions: all caption blocks of a batch, and the passes through the model that fill them.
+"""The canvas of regions: all caption blocks of a batch, and the forward passes that fill them.
 
-A row is one pass over one image. Its sequence is prompt + canvas, the canvas being all its caption blocks. Prompts
-stand left-padded in the first columns and canvases behind them, so that the keys and values of all prompts can be kept
-while only the canvases run through the model (`prefix_refresh_interval`).
+A row is an image with as many of its regions as the model has prompts for. Its sequence is prompt + canvas, the canvas
+being all its caption blocks. Prompts stand left-padded in the first columns and canvases behind them, so that the keys
+and values of all prompts can be cached while only the canvases run through the model (`prefix_refresh_interval`).
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_bidirectional_mask
 
 from .caching_pdlm import PrefixCache, SplitCache
@@ -17,15 +19,6 @@ from .masking_pdlm import region_attention
 from .split_attention_pdlm import NAME as REGION_SPLIT
 from .split_attention_pdlm import split_pass
 from .versions_pdlm import CACHE
-
-
-def left_pad(rows: list[torch.Tensor], fill: Any) -> torch.Tensor:
-    """Tensors of different lengths as one batch, padded on the left."""
-    length = max(len(row) for row in rows)
-    out = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), fill)
-    for i, row in enumerate(rows):
-        out[i, length - len(row) :] = row
-    return out
 
 
 def as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -44,7 +37,7 @@ def as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass
 class CanvasView:
-    """The blocks that take part in a pass: of some rows, some regions, packed to the left.
+    """The blocks that take part in a forward pass: of some rows, some regions, packed to the left.
 
     Args:
         rows: numbers of the rows, `(R,)`.
@@ -54,7 +47,8 @@ class CanvasView:
             place in `(R * K,)`.
         counts: slots of each row, in Python.
         positions: of the canvas rows in their sequences, `(R, K * block length)`.
-        masks: attention mask of a pass over prompts and canvas (True) and over the canvas alone (False), once built.
+        masks: attention mask of a forward pass over prompts and canvas (True) and over the canvas alone (False), once
+            built.
     """
 
     rows: torch.Tensor
@@ -69,7 +63,7 @@ class CanvasView:
 
 
 class RegionCanvas:
-    """All caption blocks of a batch, and the passes through the model that fill them.
+    """All caption blocks of a batch, and the forward passes that fill them.
 
     Args:
         task (`denoising_pdlm.GenerationTask`)
@@ -83,8 +77,10 @@ class RegionCanvas:
         config, device = task.config, task.device
         self.mask_id, self.end = config.mask_token_id, config.eot_token_id
         real = task.attention_mask
-        self.prompt_ids = left_pad([ids[keep] for ids, keep in zip(task.input_ids, real, strict=True)], self.end)
-        self.prompt = left_pad([row[keep] for row, keep in zip(prompt, real, strict=True)], 0)
+        left = partial(pad_sequence, batch_first=True, padding_side="left")
+        ids = [row[keep] for row, keep in zip(task.input_ids, real, strict=True)]
+        self.prompt_ids = left(ids, padding_value=self.end)
+        self.prompt = left([row[keep] for row, keep in zip(prompt, real, strict=True)])
         self.lengths = real.sum(1)
         width = self.prompt.shape[1]
         self.prompt_mask = torch.arange(width, device=device) >= width - self.lengths[:, None]
@@ -104,7 +100,7 @@ class RegionCanvas:
         layout = self.model.model.region_layout(ids)
         self.prompt_layout = layout[:, :width]
         self.block_layout = layout[:, width:].view(rows, most, num_slots + 2)
-        self.cache: PrefixCache | SplitCache  # of a pass that kept it, and the rows it has
+        self.cache: PrefixCache | SplitCache  # of the forward pass that filled it, and the rows it has
         self.cached_rows: torch.Tensor
         self.shown: CanvasView | None = None  # the view that a split cache has room for
         self.graphs: CanvasGraphs | None = None
@@ -138,12 +134,12 @@ class RegionCanvas:
         )
 
     def forward(self, view: CanvasView, whole: bool, keep: bool = False) -> torch.Tensor:
-        """One pass; hidden states of the slots, `(R, K, num_slots, hidden_size)`.
+        """One forward pass; hidden states of the slots, `(R, K, num_slots, hidden_size)`.
 
         Args:
             view (`CanvasView`): blocks that take part.
             whole (`bool`): prompts and canvas; else the canvas alone, on the cached prompts.
-            keep (`bool`): with `whole`: keep the prompts' keys and values.
+            keep (`bool`): with `whole`: cache the prompts' keys and values.
         """
         self.task.num_forwards += 1
         rows, size = view.rows, self.num_slots + 2
@@ -178,7 +174,7 @@ class RegionCanvas:
         return hidden.view(*view.blocks.shape, size, -1)[:, :, 1:-1]
 
     def _keep(self, cache: PrefixCache, rows: torch.Tensor) -> None:
-        """Keep the prompts' keys and values of a pass over prompts and canvas."""
+        """Cache the prompts' keys and values of a forward pass over prompts and canvas."""
         width = self.prompt.shape[1]
         self.cached_rows, self.shown = rows, None
         if self.model.config.text_config._attn_implementation != REGION_SPLIT:
@@ -196,7 +192,7 @@ class RegionCanvas:
         )
 
     def _split_pass(self, view: CanvasView, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache):
-        """A canvas pass without a mask; replayed from a CUDA graph where there is one."""
+        """A forward pass over the canvas without a mask; replayed from a CUDA graph where there is one."""
         if view is not self.shown:
             cache.show(view.blocks)
             self.shown = view

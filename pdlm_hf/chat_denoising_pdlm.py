@@ -1,15 +1,15 @@
 """Denoising of chat answers: block after block from left to right, any order within a block."""
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_bidirectional_mask
 
-from .canvas_pdlm import left_pad
-from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, find
+from .denoising_pdlm import DenoisingStep, GenerationTask, find
 from .diffusion_pdlm import lowest_mask, transfer_schedule
 
 
 class ChatCanvas:
-    """Prompt, answer and suffix of every row of a chat batch, and the passes that fill the answer.
+    """Prompt, answer and suffix of every row of a chat batch, and the forward passes that fill the answer.
 
     Args:
         task (`GenerationTask`)
@@ -24,7 +24,9 @@ class ChatCanvas:
         mask_id, real = task.config.mask_token_id, task.attention_mask
         self.tail = torch.tensor([mask_id] * num_slots + suffix, device=task.device)
         tail = self.lookup(self.tail).to(prompt.dtype)
-        self.embeds = left_pad([torch.cat([row[keep], tail]) for row, keep in zip(prompt, real, strict=True)], 0)
+        self.embeds = pad_sequence(
+            [torch.cat([row[keep], tail]) for row, keep in zip(prompt, real, strict=True)], True, padding_side="left"
+        )
         self.first = self.embeds.shape[1] - len(self.tail)
         lengths = real.sum(1, keepdim=True) + len(self.tail)
         columns = torch.arange(self.embeds.shape[1], device=task.device)
@@ -57,7 +59,7 @@ class ChatCanvas:
         outputs = self.language_model(inputs_embeds=embeds, attention_mask=self.mask, position_ids=self.positions)
         return outputs.last_hidden_state[:, window]
 
-    def commit(self, inside: slice, draft: torch.Tensor, chosen: torch.Tensor) -> None:
+    def write(self, inside: slice, draft: torch.Tensor, chosen: torch.Tensor) -> None:
         """Write the chosen drafts of the slots `inside`."""
         self.tokens[:, inside] = torch.where(chosen, draft, self.tokens[:, inside])
         window = slice(self.first + inside.start, self.first + inside.stop)
@@ -69,22 +71,20 @@ class ChatCanvas:
         """Answers up to their stop, with the suffix, padded on the right with end-of-turn."""
         suffix = self.tail[self.num_slots :]
         rows = [torch.cat([row[:n], suffix]) for row, n in zip(self.tokens, self.end.tolist(), strict=True)]
-        out = self.tokens.new_full((len(rows), max(len(row) for row in rows)), self.task.config.eot_token_id)
-        for i, row in enumerate(rows):
-            out[i, : len(row)] = row
-        return out
+        return pad_sequence(rows, batch_first=True, padding_value=self.task.config.eot_token_id)
 
 
 def denoise_blocks(
-    task: GenerationTask, prompt: torch.Tensor, num_slots: int, block_length: int, num_steps: int
+    task: GenerationTask, prompt: torch.Tensor, num_slots: int, block_length: int, num_steps: int, suffix: list[int]
 ) -> torch.Tensor:
-    """Chat answers: block after block from left to right, any order within a block, every commit final.
+    """Chat answers: block after block from left to right, any order within a block; a written token is final.
 
     Args:
         task (`GenerationTask`)
         prompt (`torch.FloatTensor` of shape `(rows, prompt_length, hidden_size)`)
         num_slots, block_length, num_steps (`int`): length of the answer, of a block, and steps in all; block_length
             divides num_slots and the number of blocks divides num_steps.
+        suffix (`list[int]`): fixed tokens behind the answer.
 
     Returns:
         `torch.LongTensor` of shape `(rows, length)`: answers and suffix, padded on the right.
@@ -93,9 +93,7 @@ def denoise_blocks(
     num_blocks = num_slots // block_length
     schedule = [k for k in transfer_schedule(block_length, num_steps // num_blocks) if k]
     stops = task.stop_ids()
-    canvas = ChatCanvas(task, prompt, num_slots, task.token_ids(task.settings.generation_suffix or []))
-    banned = [config.mask_token_id, config.start_header_token_id, config.end_header_token_id, config.bos_token_id]
-    banned = [token for token in [*banned, *as_list(config.eos_token_id)] if token is not None]
+    canvas = ChatCanvas(task, prompt, num_slots, suffix)
     rows = len(canvas.tokens)
     for block in range(num_blocks):
         inside = slice(block * block_length, (block + 1) * block_length)
@@ -104,13 +102,13 @@ def denoise_blocks(
             wanted = (masked & (canvas.position < canvas.end[:, None]))[:, inside]
             if not wanted.any():
                 break
-            draft, log_odds = canvas.forward(inside, banned)
+            draft, log_odds = canvas.forward(inside, config.banned_token_ids)
             if task.history is not None:
                 task.history.append(_chat_step(canvas.tokens, masked, draft, log_odds, inside))
             ranking = task.ranking(log_odds, list(range(rows)), [block_length] * rows)
             score = ranking.masked_fill(~wanted, -torch.inf)
             chosen = lowest_mask(-score, torch.full((rows,), count, device=task.device)) & wanted
-            canvas.commit(inside, draft, chosen)
+            canvas.write(inside, draft, chosen)
             for i in range(rows if stops else 0):
                 canvas.end[i] = _stop_position(canvas.tokens[i].tolist(), stops, int(canvas.end[i]))
             if task.streamer is not None:

@@ -1,4 +1,4 @@
-"""Configuration of PerceptionDLM: sizes, special token ids and the two overrides switches.
+"""Configuration of PerceptionDLM: sizes, special token ids, and two switches: the reference's behaviour or ours.
 
 The reference's own `config.json` (nested under other names) is translated here and nowhere else.
 """
@@ -12,8 +12,9 @@ from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
 from transformers.utils import cached_file
 
 from .errors_pdlm import CheckpointError, SettingError
+from .prompts_pdlm import CAPTION, REGION
 
-# Reference spelling -> ours, for the keys that are copied as they are.
+# Reference spelling -> ours, for the keys that are copied unchanged.
 _UPSTREAM_KEYS = {
     "architectures": "architectures",
     "image_token_id": "image_token_id",
@@ -36,9 +37,12 @@ _TOKEN_NAMES = {
     "eot_token_id": "<|eot_id|>",
     "image_token_id": "<IMG_CONTEXT>",
 }
-_REGION_TOKEN = "<|reserved_token_{}|>"
-_CAPTION_TOKEN = "<|Mask_Cap_{}|>"
 _NEWLINE = "Ċ"  # "\n" as a byte-level tokenizer writes it
+
+
+def as_list(value: Any) -> list:
+    """None, a value or a list, as a list."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def special_token_ids(tokenizer_json: dict[str, Any], num_region_prompts: int) -> dict[str, Any]:
@@ -59,12 +63,12 @@ def special_token_ids(tokenizer_json: dict[str, Any], num_region_prompts: int) -
     names = dict(_TOKEN_NAMES, newline_token_id="\n")
     lists = {}
     if num_region_prompts:
-        lists["region_token_ids"] = [_REGION_TOKEN.format(i) for i in range(num_region_prompts)]
-        lists["caption_token_ids"] = [_CAPTION_TOKEN.format(i) for i in range(num_region_prompts)]
+        lists["region_token_ids"] = [REGION.format(i) for i in range(num_region_prompts)]
+        lists["caption_token_ids"] = [CAPTION.format(i) for i in range(num_region_prompts)]
     missing = [n for n in [*names.values(), *(x for xs in lists.values() for x in xs)] if ids.get(n) is None]
     if missing:
         raise CheckpointError(
-            f"The tokenizer lacks the special tokens {missing}; without them there are no slots to fill. "
+            f"The tokenizer lacks the special tokens {missing}; without them the prompt cannot be built. "
             "Use the tokenizer that was released with the checkpoint."
         )
     return {key: ids[name] for key, name in names.items()} | {k: [ids[n] for n in v] for k, v in lists.items()}
@@ -107,7 +111,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "
 
 @strict
 class PdlmTextConfig(LlamaConfig):
-    """LLaDA as a bidirectional Llama. The defaults are LLaDA-8B's (reference-spec 1.1)."""
+    """LLaDA as a bidirectional Llama. The defaults are LLaDA-8B's."""
 
     model_type = "pdmllm_text"
     base_config_key = "text_config"
@@ -205,13 +209,13 @@ class PdlmConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As everywhere; also reads the reference's spelling, whose token ids are in the tokenizer beside it."""
+        """The contents of `config.json`, the reference's spelling translated, with token ids from the tokenizer."""
         config_dict, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return _in_our_spelling(config_dict, pretrained_model_name_or_path, kwargs), unused
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As everywhere; also reads the reference's nested spelling (see [`get_config_dict`])."""
+        """A configuration from a dictionary, also in the reference's nested spelling (see [`get_config_dict`])."""
         return super().from_dict(_in_our_spelling(config_dict, kwargs.get("name_or_path"), kwargs), **kwargs)
 
     def __post_init__(self, **kwargs):
@@ -271,6 +275,17 @@ class PdlmConfig(PreTrainedConfig):
         """Rows of the largest canvas a server keeps room for: all regions with 64 slots, or an answer of 512 tokens.
         vLLM knows diffusion models by this name."""
         return max(512, 66 * self.num_region_prompts)
+
+    @property
+    def closing_token_ids(self) -> list[int]:
+        """Tokens that end a caption or an answer: the end of the turn, and of the text."""
+        return [self.eot_token_id, *as_list(self.eos_token_id)]
+
+    @property
+    def banned_token_ids(self) -> list[int]:
+        """Tokens that a chat answer never holds; captions may hold any (docs/quirks.md#q18)."""
+        banned = [self.mask_token_id, self.start_header_token_id, self.end_header_token_id, self.bos_token_id]
+        return [token for token in [*banned, *as_list(self.eos_token_id)] if token is not None]
 
     @property
     def num_roi_tokens(self) -> int:

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from .canvas_pdlm import CanvasView, RegionCanvas
+from .configuration_pdlm import as_list
 from .diffusion_pdlm import (
     accept_bounded,
     accept_confident,
@@ -191,7 +192,7 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
     masks_after = torch.tensor(schedule, device=task.device)  # one copy, not one a step
     for step in range(num_steps):
         whole = step == 0 or (interval > 0 and step % interval == 0)
-        # Finished regions stay for passes that also compute the prompts, which may see them.
+        # Finished regions stay for forward passes that also compute the prompts, which may see them.
         current = everything if whole else view
         hidden = canvas.forward(current, whole, keep=caching)
         draft, log_odds, ranking, entropy = _score_view(task, canvas, current, hidden)
@@ -207,7 +208,7 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
             )
         canvas.steps += canvas.masked.any(-1)
         if not adaptive:
-            _commit_by_schedule(canvas, draft, log_odds, ranking, masks_after[step])
+            _fill_by_schedule(canvas, draft, log_odds, ranking, masks_after[step])
         else:
             if step == num_steps - 1:
                 accepted = canvas.masked
@@ -215,7 +216,7 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
                 accepted = accept_bounded(entropy, canvas.masked, settings.entropy_bound)
             else:
                 accepted = accept_confident(ranking.sigmoid(), canvas.masked, settings.acceptance_threshold)
-            _commit_accepted(canvas, draft, log_odds, accepted)
+            _fill_accepted(canvas, draft, log_odds, accepted)
         if task.streamer is not None:
             task.stream(by_image(torch.where(canvas.masked, draft, canvas.tokens), -1))
         if adaptive:
@@ -250,7 +251,7 @@ def _score_view(task: GenerationTask, canvas: RegionCanvas, view: CanvasView, hi
     )
 
 
-def _commit_by_schedule(canvas: RegionCanvas, draft, log_odds, ranking, left: torch.Tensor) -> None:
+def _fill_by_schedule(canvas: RegionCanvas, draft, log_odds, ranking, left: torch.Tensor) -> None:
     """The reference's step: fill the open slots, re-open those whose current draft is least certain."""
     canvas.tokens = torch.where(canvas.masked, draft, canvas.tokens)
     canvas.written = torch.where(canvas.masked, log_odds, canvas.written)
@@ -258,8 +259,8 @@ def _commit_by_schedule(canvas: RegionCanvas, draft, log_odds, ranking, left: to
     canvas.masked = lowest_mask(score, left).view_as(canvas.masked)
 
 
-def _commit_accepted(canvas: RegionCanvas, draft, log_odds, accepted) -> None:
-    """An adaptive step: commit what was accepted, for good; an end-of-turn closes the slots behind it."""
+def _fill_accepted(canvas: RegionCanvas, draft, log_odds, accepted) -> None:
+    """An adaptive step: the accepted drafts are final; an end-of-turn closes the slots behind it."""
     canvas.tokens = torch.where(accepted, draft, canvas.tokens)
     canvas.written = torch.where(accepted, log_odds, canvas.written)
     canvas.masked = canvas.masked & ~accepted
@@ -272,11 +273,6 @@ def _commit_accepted(canvas: RegionCanvas, draft, log_odds, accepted) -> None:
 def find(tokens: list[int], pattern: list[int]) -> int | None:
     """First position of `pattern` in `tokens`, None if it does not occur."""
     return next((i for i in range(len(tokens) - len(pattern) + 1) if tokens[i : i + len(pattern)] == pattern), None)
-
-
-def as_list(value: Any) -> list:
-    """None, a value or a list, as a list."""
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def cut_at_stop(tokens: torch.Tensor, stop: list[int], end: int) -> torch.Tensor:

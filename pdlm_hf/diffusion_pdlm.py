@@ -1,11 +1,12 @@
 """Masked diffusion as pure functions: forward noise, loss, confidence, schedules, acceptance. No model, no state."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-NOISE_FLOOR = 1e-3  # reference-spec 10: p = (1 - 1e-3) t + 1e-3, so that 1 / p stays finite
+NOISE_FLOOR = 1e-3  # LLaDA, as the reference: p = (1 - 1e-3) t + 1e-3, so that 1 / p stays finite
 
 
 def noise_probability(t: torch.Tensor, floor: float = NOISE_FLOOR) -> torch.Tensor:
@@ -71,7 +72,7 @@ def token_log_odds(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def transfer_schedule(num_masked: int, num_steps: int) -> list[int]:
-    """How many tokens each step commits: equal shares, the remainder to the first steps (block sampler).
+    """How many tokens each step accepts: equal shares, the remainder to the first steps (block sampler).
 
     Args:
         num_masked (`int`): masked tokens at the start of the block.
@@ -106,7 +107,7 @@ def lowest_mask(score: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 
 
 def accept_confident(probability: torch.Tensor, masked: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
-    """Slots to commit in an adaptive step: all above the threshold, and in any case the best one of each region.
+    """Slots to accept in an adaptive step: all above the threshold, and in any case the best one of each region.
 
     Args:
         probability (`torch.FloatTensor` of shape `(..., num_slots)`): of the drafted token; the last axis is a region.
@@ -116,6 +117,31 @@ def accept_confident(probability: torch.Tensor, masked: torch.Tensor, threshold:
     open_probability = probability.masked_fill(~masked, -1.0)
     best = torch.zeros_like(masked).scatter(-1, open_probability.argmax(-1, keepdim=True), True)
     return (best | (probability > threshold)) & masked
+
+
+def before_end(tokens: torch.Tensor, closing: Sequence[int]) -> torch.Tensor:
+    """True at the tokens of a caption's text, which ends before its first closing token.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(..., num_slots)`): the last axis is a caption.
+        closing (`Sequence[int]`): tokens that end it.
+    """
+    return torch.isin(tokens, torch.tensor(closing, device=tokens.device)).cumsum(-1) == 0
+
+
+def caption_scores(probability: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Mean probability of the tokens of each caption's text; an empty one is scored by the token that ends it.
+
+    Args:
+        probability (`torch.FloatTensor` of shape `(..., num_slots)`): of the tokens, as of the step that wrote each.
+        text (`torch.BoolTensor` of that shape): see [`before_end`].
+
+    Returns:
+        `torch.FloatTensor` of shape `(...,)`.
+    """
+    scored = text.clone()
+    scored[..., 0] = True
+    return (probability * scored).sum(-1) / scored.sum(-1)
 
 
 def token_entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -128,11 +154,11 @@ def token_entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def accept_bounded(entropy: torch.Tensor, masked: torch.Tensor, bound: float) -> torch.Tensor:
-    """Slots to commit in an entropy-bounded step (EB-Sampler, arXiv 2505.24857), region by region.
+    """Slots to accept in an entropy-bounded step (EB-Sampler, arXiv 2505.24857), region by region.
 
     The k slots of lowest entropy, with the largest k for which the sum of their entropies less the largest of them
     stays within the bound: that difference bounds how much the k tokens can tell about each other, so tokens that are
-    committed together are nearly independent. One slot always qualifies.
+    accepted together are nearly independent. One slot always qualifies.
 
     Args:
         entropy (`torch.FloatTensor` of shape `(..., num_slots)`): of the prediction in each slot, in nats.

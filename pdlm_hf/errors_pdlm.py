@@ -1,12 +1,12 @@
-"""The errors this project raises: one base class, and children that say what has to change."""
+"""The errors this project raises: one base class, and one child for each kind of cause."""
 
 
 class PdlmError(ValueError):
-    """Something the caller can mend; the message says what was wrong and what to do."""
+    """The caller can correct the cause: the message says what was wrong, what came and what to do."""
 
 
 class ImageError(PdlmError):
-    """An image cannot be opened, or cannot be used as it is."""
+    """An image cannot be opened, or has a form that the model cannot read."""
 
 
 class RegionError(PdlmError):
@@ -14,7 +14,7 @@ class RegionError(PdlmError):
 
 
 class DataError(PdlmError):
-    """A file of annotations, rows or results cannot be read, or is not what it should be."""
+    """A file of annotations, rows or results cannot be read, or has other contents than expected."""
 
 
 class SettingError(PdlmError):

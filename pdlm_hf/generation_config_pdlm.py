@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from .denoising_pdlm import as_list
+from .configuration_pdlm import as_list
 from .errors_pdlm import SettingError
 
 logger = logging.get_logger(__name__)
@@ -37,23 +37,24 @@ class PdlmGenerationConfig(GenerationConfig):
     """Settings of [`PdlmGenerationMixin.generate`]; saved as `generation_config.json`. Unknown names raise.
 
     Args:
-        max_new_tokens (`int`): slots per caption, or length of a chat answer. Default 32 with regions, 64 in chat.
+        max_new_tokens (`int`): token positions per caption, or length of a chat answer. Default 32 with regions,
+            64 in chat.
         max_denoising_steps (`int`): forward passes at most. Default 32 with regions, one per token in chat.
         block_length (`int`): chat only: the answer is written block by block; 1 = autoregressive order. Default: one
             block.
         temperature (`float`): 0 = greedy (default); otherwise tokens are drawn by Gumbel noise.
         remasking (`str`): which drafted tokens to keep: "low_confidence" keeps the most probable, "random" any.
-        acceptance_threshold (`float`): adaptive decoding: every step commits all tokens more probable than this, and
+        acceptance_threshold (`float`): adaptive decoding: every step accepts all tokens more probable than this, and
             at least one per region. None (default) = the reference's fixed schedule.
-        entropy_bound (`float`): adaptive decoding by another rule: every step commits, per region, as many of the most
+        entropy_bound (`float`): adaptive decoding by another rule: every step accepts, per region, as many of the most
             certain tokens as can tell little about each other, this many nats at most. Not with acceptance_threshold.
         prefix_refresh_interval (`int`): how often the prompt's keys and values are recomputed: 1 = at every step,
             k = every k steps, 0 = never. Default 1 for `prefix_attention` "full", 0 for "isolated", where it is exact;
-            with "full" a kept prompt is an approximation (the first step is still the same).
-        cuda_graphs (`bool`): replay canvas passes as CUDA graphs, which takes the launch of every kernel off the CPU.
-            For a kept prompt on a GPU and `attn_implementation={"text_config": "region_split"}`; ignored elsewhere,
-            with a warning. Default: off.
-        max_batch_tokens (`int`): images are taken through the model in portions of at most this many tokens (prompt
+            with "full" a cached prefix is an approximation (the first step is still the same).
+        cuda_graphs (`bool`): replay forward passes over the canvas as CUDA graphs, which takes the launch of every
+            kernel off the CPU. With a prefix cache on a GPU and `attn_implementation={"text_config": "region_split"}`;
+            ignored elsewhere, with a warning. Default: off.
+        max_batch_tokens (`int`): a batch is split into chunks of at most this many tokens (prompt
             and canvas, padding included), so that a large batch cannot run out of memory. Default: all at once.
         guidance_scale (`float`): classifier-free guidance, chat only; 1 (default) = off. Reference: cfg_scale + 1.
         generation_suffix (`str` or `list[int]`): chat only: text fixed behind the answer, seen while it is written.
@@ -151,8 +152,8 @@ class PdlmGenerationConfig(GenerationConfig):
                 raise SettingError(f"`entropy_bound` must be 0 or positive, got {self.entropy_bound!r}.")
             if self.acceptance_threshold is not None or self.remasking == "random":
                 raise SettingError(
-                    "`entropy_bound` decides alone what is committed: leave out `acceptance_threshold` and random "
-                    "remasking."
+                    "`entropy_bound` decides alone which tokens are accepted: leave out `acceptance_threshold` and "
+                    "random remasking."
                 )
         if self.guidance_scale is not None and not self.guidance_scale >= 1:
             raise SettingError(f"`guidance_scale` must be at least 1 (1 = off), got {self.guidance_scale!r}.")

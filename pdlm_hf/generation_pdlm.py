@@ -4,15 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput
 
-from .canvas_pdlm import left_pad
 from .chat_denoising_pdlm import denoise_blocks
 from .configuration_pdlm import HUB_ARGUMENTS, PdlmConfig
-from .denoising_pdlm import DenoisingStep, GenerationTask, as_list, cut_at_stop, denoise_regions
+from .denoising_pdlm import DenoisingStep, GenerationTask, cut_at_stop, denoise_regions
+from .diffusion_pdlm import before_end, caption_scores
 from .errors_pdlm import RegionError, SettingError
 from .generation_config_pdlm import CAPTIONS_ONLY, PdlmGenerationConfig, our_names
 from .graphs_pdlm import CanvasGraphs
+from .tiling_pdlm import num_tiles
 
 
 @dataclass
@@ -21,16 +23,16 @@ class PdlmGenerationOutput(ModelOutput):
     What `generate` returns.
 
     Args:
-        sequences (`torch.LongTensor` of shape `(passes or batch, sequence_length)`):
+        sequences (`torch.LongTensor` of shape `(rows or batch, sequence_length)`):
             Prompt and generated part, padded on the left with regions and on the right in chat.
         region_tokens (`torch.LongTensor` of shape `(batch_size, num_regions, max_new_tokens)`, *optional*):
             Tokens of every caption, regions in the order in which their masks were given; -1 where an image has fewer.
         region_scores (`torch.FloatTensor` of shape `(batch_size, num_regions)`, *optional*):
             Mean probability of a caption's tokens up to its end, each as of the step that wrote it.
         num_forwards (`int`):
-            Passes through the language model.
+            Forward passes through the language model.
         tokens_per_forward (`float`):
-            Generated slots of all regions and images (padding included) per forward.
+            Generated token positions of all regions and images (padding included) per forward pass.
         tokens_per_forward_per_region (`float`):
             The same, per region.
         text_tokens_per_forward (`float`, *optional*):
@@ -82,7 +84,7 @@ class PdlmGenerationMixin:
             self.generation_config = self.generation_config_class()
 
     def canvas_graphs(self) -> CanvasGraphs:
-        """The CUDA graphs of this model's canvas passes."""
+        """The CUDA graphs of this model's forward passes over the canvas."""
         if self._canvas_graphs is None:
             self._canvas_graphs = CanvasGraphs(self.model.language_model)
         return self._canvas_graphs
@@ -106,12 +108,12 @@ class PdlmGenerationMixin:
     ) -> PdlmGenerationOutput | torch.Tensor:
         """Write the captions of all regions together, or a chat answer block by block.
 
-        With regions (paper section 3.3, reference-spec section 8), for all slots of an image together:
+        With regions (paper section 3.3; docs/quirks.md#q17), for all slots of an image together:
             a. draft every slot by the most probable token (or a sample);
             b. fill the open slots with their drafts;
             c. re-open the k slots whose current draft is least certain, k falling linearly over the steps.
-        In chat (reference-spec section 9), within the current block:
-            a. draft; b. commit the k most certain open slots for good.
+        In chat (docs/quirks.md#q18), within the current block:
+            a. draft; b. write the k most certain drafts, which are final.
 
         Args:
             input_ids, attention_mask: from the processor, as are pixel_values, image_grids, region_masks,
@@ -202,19 +204,19 @@ class PdlmGenerationMixin:
         if len(counts) != len(inputs["input_ids"]) or min(counts) == 0:
             raise RegionError(f"Every prompt needs a region; got {counts} for {len(inputs['input_ids'])} prompts.")
         num_slots = settings.max_new_tokens or 32
-        longest = max(
-            length + count * (num_slots + 2)
+        longest, most = max(
+            (length + count * (num_slots + 2), count)
             for length, count in zip(inputs["attention_mask"].sum(1).tolist(), counts, strict=True)
         )
-        self._check_length(longest, f"the prompt and {max(counts)} captions of {num_slots} token positions")
+        self._check_length(longest, f"The prompt and {most} captions of {num_slots} token positions")
         images, regions = int(image_index.max()) + 1, int(region_order.max()) + 1
         parts, first = [], 0
-        for size in _portions(inputs["attention_mask"].sum(1).tolist(), counts, num_slots, settings.max_batch_tokens):
+        for size in _chunks(inputs["attention_mask"].sum(1).tolist(), counts, num_slots, settings.max_batch_tokens):
             rows = slice(first, first + size)
             order, index = region_order[rows, : max(counts[rows])], image_index[rows]
 
             def by_image(values, fill, order=order, index=index):
-                """Passes and area ranks -> images and input order."""
+                """Rows and area ranks -> images and input order."""
                 out = values.new_full((images, regions, *values.shape[2:]), fill)
                 known = order >= 0
                 out[index[:, None].expand_as(order)[known], order[known]] = values[known]
@@ -232,11 +234,11 @@ class PdlmGenerationMixin:
         if length > limit:
             raise SettingError(
                 f"{what} make {length} tokens, more than the {limit} positions of the checkpoint. Lower "
-                "`max_new_tokens`, or describe fewer regions at a time."
+                "`max_new_tokens`, or ask for less at a time: fewer regions, fewer images."
             )
 
     def _caption_rows(self, task: GenerationTask, inputs, counts, by_image) -> dict[str, Any]:
-        """One portion of a batch."""
+        """One chunk of a batch."""
         stops = task.stop_ids()
         visual = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
         prompt = self.model.embed(inputs["input_ids"], **visual)
@@ -244,10 +246,7 @@ class PdlmGenerationMixin:
         tokens = canvas.tokens
         for stop in stops:
             tokens = cut_at_stop(tokens, stop, canvas.end)
-        closing = torch.tensor([canvas.end, *as_list(self.config.eos_token_id)], device=tokens.device)
-        text = ~(torch.isin(tokens, closing).cumsum(-1) > 0) & canvas.exists[..., None]
-        scored = text.clone()
-        scored[..., 0] = True  # an empty caption is scored by its end token
+        text = before_end(tokens, self.config.closing_token_ids) & canvas.exists[..., None]
         blocks = canvas.blocks(tokens)
         sequences = [
             torch.cat([ids[keep], row[:count].flatten()])
@@ -256,7 +255,7 @@ class PdlmGenerationMixin:
         return {
             "sequences": sequences,
             "tokens": by_image(tokens, -1),
-            "scores": by_image((canvas.written.sigmoid() * scored).sum(-1) / scored.sum(-1), 0.0),
+            "scores": by_image(caption_scores(canvas.written.sigmoid(), text), 0.0),
             "steps": by_image(canvas.steps, 0),
             "text": int(text.sum()),
             "forwards": task.num_forwards,
@@ -264,14 +263,19 @@ class PdlmGenerationMixin:
         }
 
     def _join(self, parts: list[dict[str, Any]], total: int, num_slots: int, streamer) -> PdlmGenerationOutput:
-        """Portions of a batch as one output; each region is in exactly one of them."""
+        """Chunks of a batch as one output; each region is in exactly one of them."""
         forwards = sum(part["forwards"] for part in parts)
         tokens = torch.stack([part["tokens"] for part in parts]).amax(0)
         if streamer is not None:
             streamer.put(tokens.cpu())
             streamer.end()
         return PdlmGenerationOutput(
-            sequences=left_pad([row for part in parts for row in part["sequences"]], self.config.eot_token_id),
+            sequences=pad_sequence(
+                [row for part in parts for row in part["sequences"]],
+                batch_first=True,
+                padding_value=self.config.eot_token_id,
+                padding_side="left",
+            ),
             region_tokens=tokens,
             region_scores=torch.stack([part["scores"] for part in parts]).amax(0),
             num_forwards=forwards,
@@ -299,11 +303,12 @@ class PdlmGenerationMixin:
                 f"`max_denoising_steps` ({num_steps}) must be a multiple of the number of blocks ({num_blocks}), "
                 f"so that every block of {block_length} tokens gets as many steps."
             )
-        length = int(inputs["attention_mask"].sum(1).max()) + num_slots
-        self._check_length(length, f"the prompt and an answer of {num_slots} token positions")
         task = GenerationTask(self, settings, inputs["input_ids"], inputs["attention_mask"], streamer, tokenizer)
+        suffix = task.token_ids(settings.generation_suffix or [])
+        length = int(inputs["attention_mask"].sum(1).max()) + num_slots + len(suffix)
+        self._check_length(length, f"The prompt and an answer of {num_slots} token positions")
         prompt = self.model.embed(inputs["input_ids"], inputs["pixel_values"])
-        answers = denoise_blocks(task, prompt, num_slots, block_length, num_steps)
+        answers = denoise_blocks(task, prompt, num_slots, block_length, num_steps, suffix)
         # Padding goes to the left, wherever it was: on the right it would stand between a question and its answer.
         order = inputs["attention_mask"].int().argsort(dim=1, stable=True)
         sequences = torch.cat([inputs["input_ids"].gather(1, order), answers], 1)
@@ -318,7 +323,7 @@ class PdlmGenerationMixin:
         )
 
 
-def _portions(prompts: list[int], counts: list[int], num_slots: int, limit: int | None) -> list[int]:
+def _chunks(prompts: list[int], counts: list[int], num_slots: int, limit: int | None) -> list[int]:
     """How many rows to take at a time, so that rows x longest row stays within `limit` tokens; at least one."""
     if limit is None:
         return [len(prompts)]
@@ -336,8 +341,7 @@ def _rows_of(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
     """Some rows of a batch, with their tiles."""
     tiles = slice(None)
     if inputs["image_grids"] is not None:
-        count = inputs["image_grids"].prod(1)
-        ends = (count + (count > 1)).cumsum(0).tolist()
+        ends = num_tiles(*inputs["image_grids"].unbind(-1)).cumsum(0).tolist()
         stop = min(rows.stop, len(ends))
         tiles = slice(0 if rows.start == 0 else ends[rows.start - 1], ends[stop - 1])
     per_tile = ("pixel_values", "region_masks")

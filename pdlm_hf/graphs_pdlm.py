@@ -1,7 +1,7 @@
-"""CUDA graphs of the canvas pass.
+"""CUDA graphs of the forward pass over the canvas.
 
-With a prefix cache, a pass over the canvas of an 8B keeps an H100 busy for 12 ms; launching its 1,751 kernels one by
-one takes Python 25 ms and more. A graph is captured once for every shape and replayed with new contents.
+With a prefix cache, a forward pass over the canvas of an 8B keeps an H100 busy for 12 ms; launching its 1,751 kernels
+one by one takes Python 25 ms and more. A graph is captured once for every shape and replayed with new contents.
 """
 
 from collections import Counter, OrderedDict
@@ -20,7 +20,7 @@ MAX_TRIES = 3  # captures of one shape that may fail: the memory of another batc
 
 
 class CanvasGraph:
-    """One canvas pass of fixed shape.
+    """One forward pass over a canvas of fixed shape.
 
     Args:
         language_model (`PdlmTextModel`)
@@ -122,7 +122,7 @@ class CanvasGraphs:
 
 
 def graphs_usable(device: torch.device, caching: bool, implementation: str) -> bool:
-    """Whether canvas passes can be captured here; logs why not."""
+    """Whether forward passes over the canvas can be captured here; logs why not."""
     reason = None
     if device.type != "cuda":
         reason = f"the model is on {device.type}"

@@ -6,7 +6,7 @@ The sequence of one image with N regions is
     | Mask_Cap_0 slots \\n | Mask_Cap_1 slots \\n | ... | Mask_Cap_N-1 slots <|eot_id|>
 
 Every row gets one code; the attention mask is a function of two codes, so that one function serves eager, sdpa and
-flex_attention, and a cache. Paper section 3.2 (structured attention), reference-spec section 7.
+flex_attention, and a cache. Source: paper, section 3.2 (structured attention); docs/quirks.md#q15.
 """
 
 from collections.abc import Callable, Sequence

@@ -6,7 +6,8 @@ results are merged by their log-sum-exp: one over keys that all blocks of an ima
 a region. On a GPU both run as variable-length flash attention, which takes no mask; the dense mask over thousands of
 prompt rows is not needed. Anywhere else the same is computed by matrix products.
 
-Chosen by `attn_implementation={"text_config": "region_split"}`; passes that also compute the prompt go through sdpa.
+Chosen by `attn_implementation={"text_config": "region_split"}`; forward passes that also compute the prompt use
+sdpa.
 """
 
 import inspect

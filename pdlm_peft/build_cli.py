@@ -69,7 +69,7 @@ def caption(
     timeout: Timeout = 300.0,
 ) -> None:
     """Describe regions through a server."""
-    from pdlm_hf.processing_pdlm import DEFAULT_QUESTION
+    from pdlm_hf.prompts_pdlm import DEFAULT_QUESTION
     from pdlm_hf.regions.crops import CROPS_PROMPT
 
     from .build_steps import caption_step

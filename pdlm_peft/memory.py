@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from pdlm_hf import PdlmBaseConfig, PdlmBaseForConditionalGeneration, PdlmConfig, PdlmForConditionalGeneration
 from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.tiling_pdlm import num_tiles
 
 from .adapters import lora_config
 from .recipe import Recipe
@@ -97,7 +98,7 @@ def meta_model(recipe: Recipe, config: PdlmConfig):
 
 def largest_row(config: PdlmConfig, num_slots: int = 48) -> Row:
     """A row of an image with the most tiles and regions, for data that is not there yet."""
-    tiles = config.max_tiles + (config.max_tiles > 1)
+    tiles = num_tiles(config.max_tiles, 1)
     regions = config.num_region_prompts
     answer = max(regions, 4) * num_slots
     tokens = 40 + tiles * config.feature_grid**2 + regions * (config.num_roi_tokens + 2) + answer

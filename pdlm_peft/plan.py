@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pdlm_hf import PdlmProcessor
 from pdlm_hf.errors_pdlm import SettingError
-from pdlm_hf.image_processing_pdlm import best_grid
+from pdlm_hf.tiling_pdlm import num_tiles
 from pdlm_hf.training.collator import partition_regions
 
 from .recipe import Data
@@ -105,9 +105,7 @@ def row_tokens(size: tuple[int, int, int, int], processor: PdlmProcessor, num_sl
         processor (`PdlmProcessor`), num_slots (`int`, *optional*): slots of a caption.
     """
     width, height, regions, characters = size
-    images = processor.image_processor
-    columns, rows = best_grid(width, height, images.size["height"], images.min_tiles, images.max_tiles)
-    tiles = columns * rows + (columns * rows > 1)
+    tiles = num_tiles(*processor.image_processor.grid(width, height))
     answer = regions * (num_slots + 2) if num_slots else characters // CHARACTERS_PER_TOKEN + 2 * regions
     return PROMPT_TOKENS + tiles * processor.tokens_per_tile + regions * (processor.tokens_per_region + 1) + answer
 

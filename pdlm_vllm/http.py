@@ -34,7 +34,7 @@ CHAT_SETTINGS = ("block_length", "max_denoising_steps", "prefix_refresh_interval
 _NEUTRAL = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 
 REGIONS = Counter("pdlm:regions", "Regions captioned.")
-STEPS = Histogram("pdlm:denoising_steps", "Denoising steps of a pass over an image.", buckets=[1, 2, 4, 8, 16, 32, 64])
+STEPS = Histogram("pdlm:denoising_steps", "Denoising steps of an engine request.", buckets=[1, 2, 4, 8, 16, 32, 64])
 PER_FORWARD = Histogram(
     "pdlm:tokens_per_forward", "Caption tokens per forward pass of a request.", buckets=[1, 2, 4, 8, 16, 32, 64, 128]
 )
@@ -121,7 +121,7 @@ class Service:
         )
 
     async def steps(self, passes: list[Pass]) -> AsyncIterator[tuple[int, Reading, int, bool]]:
-        """Readings of all passes as they come: pass, reading, tokens of its prompt, whether it is the last."""
+        """Readings of all engine requests as they come: number, reading, tokens of the prompt, whether finished."""
         queue: asyncio.Queue = asyncio.Queue()
 
         async def follow(number: int, work: Pass) -> None:
@@ -165,13 +165,13 @@ class Service:
 
 
 class Tally:
-    """What a request has cost; goes into `usage` and into the metrics."""
+    """Counts steps and tokens of a request, for its `usage` and for the metrics."""
 
     def __init__(self):
         self.steps = self.written = self.prompt = self.passes = self.regions = 0
 
     def add(self, reading: Reading, prompt: int) -> None:
-        """A pass is finished."""
+        """Count a finished engine request."""
         self.steps += reading.steps
         self.written += reading.text_tokens
         self.prompt += prompt
@@ -254,19 +254,19 @@ def check_chat(request: ChatCompletionRequest, room: int) -> None:
     extra = request.model_extra or {}
     settings = {name: extra[name] for name in CHAT_SETTINGS if extra.get(name) is not None}
     settings = check_settings({**settings, **(request.vllm_xargs or {})}, CHAT_SETTINGS)
-    slots = request.max_completion_tokens or request.max_tokens or DEFAULT_ANSWER
-    if slots > room:
-        raise SettingError(f"`max_tokens` {slots} is more than the served canvas of {room} tokens.")
-    length = settings.get("block_length", slots)
-    if slots % length:
-        raise SettingError(f"`max_tokens` ({slots}) must be a multiple of `block_length` ({length}).")
-    steps = settings.get("max_denoising_steps", slots)
-    if steps % (slots // length):
+    count = request.max_completion_tokens or request.max_tokens or DEFAULT_ANSWER
+    if count > room:
+        raise SettingError(f"`max_tokens` {count} is more than the served canvas of {room} tokens.")
+    length = settings.get("block_length", count)
+    if count % length:
+        raise SettingError(f"`max_tokens` ({count}) must be a multiple of `block_length` ({length}).")
+    steps = settings.get("max_denoising_steps", count)
+    if steps % (count // length):
         raise SettingError(
-            f"`max_denoising_steps` ({steps}) must be a multiple of the number of blocks ({slots // length})."
+            f"`max_denoising_steps` ({steps}) must be a multiple of the number of blocks ({count // length})."
         )
     request.temperature = 1.0  # what vLLM's diffusion path insists on; nothing is drawn
-    request.max_completion_tokens, request.max_tokens = slots, None
+    request.max_completion_tokens, request.max_tokens = count, None
     request.vllm_xargs = settings or None
 
 
@@ -325,7 +325,7 @@ async def region_chat(request: ChatCompletionRequest, raw_request: Request):
     settings["seed"] = request.seed
     for name in ("max_tokens", "max_completion_tokens", "stop", "logprobs", "prompt_logprobs", "top_p", "tools"):
         if getattr(request, name, None):
-            raise SettingError(f"`{name}` has no meaning with regions (slots per caption are `max_new_tokens`).")
+            raise SettingError(f"`{name}` has no meaning with regions; the length of a caption is `max_new_tokens`.")
     if (request.n or 1) != 1:
         raise SettingError("`n` must be 1: decoding is greedy, all answers would be the same.")
     url, question = region_message(request)

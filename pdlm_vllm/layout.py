@@ -93,7 +93,7 @@ class CanvasLayout:
 
 
 def slots(addresses: torch.Tensor, table: torch.Tensor, page: int) -> torch.Tensor:
-    """Addresses as slots of the key-value cache.
+    """Addresses as slots of the key-value cache, in vLLM's sense.
 
     Args:
         addresses (`torch.LongTensor`): any shape.

@@ -1,4 +1,4 @@
-"""PerceptionDLM as a vLLM model: our eyes, vLLM's Llama."""
+"""PerceptionDLM as a vLLM model: the vision part of `pdlm_hf`, and vLLM's Llama."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -13,7 +13,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from pdlm_hf.conversion_pdlm import PARAMETER_PREFIXES
 from pdlm_hf.errors_pdlm import SettingError
-from pdlm_hf.modeling_pdlm import PdlmVisionMixin
+from pdlm_hf.tiling_pdlm import num_tiles
+from pdlm_hf.vision_pdlm import PdlmVisionMixin
 
 from .processing import PdlmDummyInputs, PdlmMultiModalProcessor, PdlmProcessingInfo
 
@@ -25,7 +26,7 @@ _PREFIXES = {
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
 }
-_EYES = ("vision_tower.", "multi_modal_projector.", "region_embedding.")
+_VISION = ("vision_tower.", "multi_modal_projector.", "region_embedding.")
 
 
 def parameter_name(name: str) -> str | None:
@@ -69,7 +70,7 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
         self.config = vllm_config.model_config.hf_config
         self.config.vision_config.dtype = vllm_config.model_config.dtype  # else the tower keeps the checkpoint's
         with self._mark_tower_model(vllm_config, {"image"}):
-            self._build_eyes(self.config)
+            self._build_vision(self.config)
             self._build_region_prompts(self.config)
         text = deepcopy(self.config.text_config)
         # To vLLM a Llama without causality is an encoder that keeps no keys and values. Ours keeps them; that its
@@ -98,7 +99,7 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
             return []
         grids = inputs["image_grids"].view(-1, 2)
         features = self.get_image_features(inputs["pixel_values"], inputs.get("region_masks")).pooler_output
-        counts = [c * r + (c * r > 1) for c, r in grids.tolist()]
+        counts = [num_tiles(*grid) for grid in grids.tolist()]
         images = [part.flatten(0, 1) for part in features.split(counts)]
         boxes = inputs.get("region_boxes")
         if boxes is None:
@@ -151,7 +152,7 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
         return hidden if scheduled is None else hidden[scheduled]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Nothing yet: the sampler scores the slots alone, a bounded number at a time ([`logits`])."""
+        """The hidden states: the sampler scores the open token positions alone, few at a time ([`logits`])."""
         return hidden_states
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -165,11 +166,11 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
         def used():
             for name, tensor in weights:
                 here = parameter_name(name)
-                if here is not None and (not here.startswith(_EYES) or here in known):
+                if here is not None and (not here.startswith(_VISION) or here in known):
                     yield here, tensor
 
         loaded = AutoWeightsLoader(self).load_weights(used())
-        if missing := sorted(name for name in known if name.startswith(_EYES) and name not in loaded):
+        if missing := sorted(name for name in known if name.startswith(_VISION) and name not in loaded):
             raise SettingError(f"The checkpoint lacks {len(missing)} parameters: {', '.join(missing[:3])}, ...")
         return loaded
 

@@ -11,7 +11,7 @@ from pdlm_hf.masking_pdlm import caption_canvas
 
 MAX_TAIL = 192  # shared rows behind the RoI tokens: question and header, at most
 REPORT, STREAM = "pdlm_report", "pdlm_stream"  # extra arguments: hand back scores at the end, drafts at every step
-DEFAULT_SLOTS = 32  # of a caption
+DEFAULT_TOKENS = 32  # of a caption
 DEFAULT_ANSWER = 64  # tokens of a chat answer
 
 _Default = TypeVar("_Default", int, int | None)
@@ -23,8 +23,9 @@ class StepPlan(NamedTuple):
     """What a step may do, as far as the host knows.
 
     Args:
-        kind (`int`): FIXED: all slots but `left`, which are opened again; ADAPTIVE: what is certain; CHAT: the
-            `number` most certain from slot `start` to `stop`.
+        kind (`int`): FIXED: all token positions but `left`, which are opened again; ADAPTIVE: those above the
+            threshold; CHAT: the
+            `number` most certain from token position `start` to `stop`.
         last (`bool`): the request ends with it.
     """
 
@@ -42,7 +43,7 @@ class Plan:
 
     Args:
         num_regions (`int`): caption blocks; 0 in chat.
-        num_slots (`int`): tokens to write per caption, or of the answer.
+        num_tokens (`int`): tokens to write per caption, or of the answer.
         steps (`int`): denoising steps at most.
         threshold (`float`, *optional*): adaptive decoding of regions.
         interval (`int`): recompute the prompt every so many steps, 0 = never.
@@ -51,7 +52,7 @@ class Plan:
     """
 
     num_regions: int
-    num_slots: int
+    num_tokens: int
     steps: int
     threshold: float | None
     interval: int
@@ -65,8 +66,8 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Rows of a block: with regions the caption token, the slots and what closes the caption."""
-        return self.num_slots + 2 * (self.num_regions > 0)
+        """Rows of a block: with regions the caption token, the token positions and what closes the caption."""
+        return self.num_tokens + 2 * (self.num_regions > 0)
 
     @property
     def width(self) -> int:
@@ -78,26 +79,26 @@ class Plan:
         return self.joint and (step == 0 or (self.interval > 0 and step % self.interval == 0))
 
     def step_plan(self, step: int) -> "StepPlan":
-        """What this step (counted from 0) may commit; past the last one, that of the last."""
+        """What this step (counted from 0) may accept; past the last one, that of the last."""
         step = min(step, self.steps - 1)
         last = step == self.steps - 1
         if not self.num_regions:
-            blocks = self.num_slots // self.block_length
+            blocks = self.num_tokens // self.block_length
             block, within = divmod(step, self.steps // blocks)
             number = transfer_schedule(self.block_length, self.steps // blocks)[within]
             return StepPlan(CHAT, last, 0, number, block * self.block_length, (block + 1) * self.block_length)
         if self.threshold is not None:
             return StepPlan(ADAPTIVE, last)
-        left = masks_left(self.num_regions * self.num_slots, step, self.steps)
+        left = masks_left(self.num_regions * self.num_tokens, step, self.steps)
         return StepPlan(FIXED, last or left == 0, left)
 
     def canvas(self, config) -> list[int]:
         """Token ids of the empty canvas."""
         if not self.num_regions:
-            return [config.mask_token_id] * self.num_slots
+            return [config.mask_token_id] * self.num_tokens
         return caption_canvas(
             self.num_regions,
-            self.num_slots,
+            self.num_tokens,
             config.caption_token_ids,
             config.mask_token_id,
             config.newline_token_id,
@@ -139,7 +140,7 @@ def make_plan(
     regions = count_regions(config, prompt)
     interval = whole("prefix_refresh_interval", 0, defaults.prefix_refresh_interval)
     if regions:
-        slots = max(1, min(whole("max_new_tokens", 1, defaults.max_new_tokens or DEFAULT_SLOTS), room // regions - 2))
+        count = max(1, min(whole("max_new_tokens", 1, defaults.max_new_tokens or DEFAULT_TOKENS), room // regions - 2))
         joint = config.prefix_attention == "full"
         threshold = given.get("acceptance_threshold")
         if isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and 0 < threshold <= 1:
@@ -147,17 +148,17 @@ def make_plan(
         else:
             threshold = None if threshold == 0 else defaults.acceptance_threshold
         steps = whole("max_denoising_steps", 1, defaults.max_denoising_steps or 32)
-        length = slots
+        length = count
     else:
-        slots = max(1, min(whole("max_new_tokens", 1, max_tokens or DEFAULT_ANSWER), room))
+        count = max(1, min(whole("max_new_tokens", 1, max_tokens or DEFAULT_ANSWER), room))
         joint, threshold = True, None
-        length = whole("block_length", 1, defaults.block_length or slots)
-        length = length if slots % length == 0 else slots
-        steps = whole("max_denoising_steps", 1, slots)
-        steps = max(1, steps // (slots // length)) * (slots // length)
+        length = whole("block_length", 1, defaults.block_length or count)
+        length = length if count % length == 0 else count
+        steps = whole("max_denoising_steps", 1, count)
+        steps = max(1, steps // (count // length)) * (count // length)
     if interval is None:
         interval = 1 if joint else 0
-    return Plan(regions, slots, steps, threshold, interval, joint, length)
+    return Plan(regions, count, steps, threshold, interval, joint, length)
 
 
 def count_regions(config, prompt: list[int]) -> int:
@@ -176,7 +177,7 @@ def count_regions(config, prompt: list[int]) -> int:
     return regions
 
 
-def slot_rows(plan: Plan) -> torch.Tensor:
-    """Position of every slot in the canvas, `(blocks, num_slots)`."""
+def token_rows(plan: Plan) -> torch.Tensor:
+    """Row in the canvas of every token position, `(blocks, num_tokens)`."""
     first = torch.arange(plan.blocks)[:, None] * plan.rows + (plan.num_regions > 0)
-    return first + torch.arange(plan.num_slots)
+    return first + torch.arange(plan.num_tokens)

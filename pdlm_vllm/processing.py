@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
@@ -12,15 +13,15 @@ from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems,
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
-from pdlm_hf import PdlmProcessor
-from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf import PdlmConfig, PdlmProcessor
+from pdlm_hf.errors_pdlm import RegionError, SettingError
 from pdlm_hf.image_processing_pdlm import to_rgb
 from pdlm_hf.processing_pdlm import area_order
-from pdlm_hf.regions.region import parse_regions
+from pdlm_hf.regions.region import MASK_PIXELS, parse_regions
+from pdlm_hf.tiling_pdlm import num_tiles
 
-from .plan import DEFAULT_SLOTS, MAX_TAIL
+from .plan import DEFAULT_TOKENS, MAX_TAIL
 
-MAX_MASK_PIXELS = 2**29  # a byte each
 _PER_TILE = ("pixel_values", "region_masks")
 
 
@@ -31,16 +32,16 @@ def load_processor(model: str, revision: str | None = None) -> PdlmProcessor:
 
 
 def refuse_paths(regions: Any) -> None:
-    """Regions that come over the wire are dicts and lists; a string would be read as a path of this machine.
+    """Regions of a request are dicts and lists, or decoded masks; a string would be read as a path of this machine.
 
     Raises:
-        SettingError: anything else.
+        RegionError: anything else.
     """
     if not isinstance(regions, (list, tuple)):
-        raise SettingError(f"`regions` must be a list of COCO regions, got {type(regions).__name__}.")
+        raise RegionError(f"`regions` must be a list of COCO regions, got {type(regions).__name__}.")
     for k, region in enumerate(regions):
-        if not isinstance(region, (dict, list, tuple)):
-            raise SettingError(
+        if not isinstance(region, (dict, list, tuple, np.ndarray)):
+            raise RegionError(
                 f"region {k}: expected a COCO region with `segmentation` (RLE or polygons) or `bbox`, got "
                 f"{type(region).__name__}."
             )
@@ -49,7 +50,7 @@ def refuse_paths(regions: Any) -> None:
 def check_pixels(image: Any, regions: Any) -> None:
     """Raises: SettingError if the masks would take more memory than a request should, before any is decoded."""
     pixels = image.width * image.height * len(regions)
-    if pixels > MAX_MASK_PIXELS:
+    if pixels > MASK_PIXELS:
         raise SettingError(
             f"{len(regions)} regions of an image of {image.width} x {image.height} pixels are too many pixels at "
             "once; send fewer regions, or a smaller image."
@@ -65,6 +66,22 @@ def check_question(processor: PdlmProcessor, question: str | None) -> None:
     length = len(processor.tokenizer(question, add_special_tokens=False)["input_ids"])
     if length > most:
         raise SettingError(f"The question has {length} tokens, at most {most} are served with regions. Shorten it.")
+
+
+def check_length(config: PdlmConfig, prompt: int, canvas: int) -> None:
+    """Raises: SettingError if prompt and canvas have more tokens together than are served.
+
+    Args:
+        config (`PdlmConfig`): `served_length` is what [`~config.fit_length`] found; else the checkpoint decides.
+        prompt, canvas (`int`): tokens.
+    """
+    most = getattr(config, "served_length", config.text_config.max_position_embeddings)
+    if prompt + canvas > most:
+        raise SettingError(
+            f"The prompt has {prompt} tokens and its captions or answer {canvas}; this server takes {most} together "
+            "(--max-model-len, at most the positions of the checkpoint). Lower `max_new_tokens`, or ask about fewer "
+            "regions or images at a time."
+        )
 
 
 class PdlmProcessingInfo(BaseProcessingInfo):
@@ -85,8 +102,10 @@ class PdlmProcessingInfo(BaseProcessingInfo):
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         """Embeddings of the largest image with all its regions."""
         config = self.get_hf_config()
-        tiles = config.max_tiles + (config.max_tiles > 1)
-        return {"image": tiles * config.feature_grid**2 + config.num_region_prompts * config.num_roi_tokens}
+        return {
+            "image": num_tiles(config.max_tiles, 1) * config.feature_grid**2
+            + config.num_region_prompts * config.num_roi_tokens
+        }
 
 
 class PdlmDummyInputs(BaseDummyInputsBuilder[PdlmProcessingInfo]):
@@ -108,7 +127,7 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
     """One request's images. With `mm_processor_kwargs={"regions": [...]}` the prompt is the question (or empty)."""
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
-        sizes = torch.tensor([c * r + (c * r > 1) for c, r in hf_inputs["image_grids"].tolist()])
+        sizes = torch.tensor([num_tiles(*grid) for grid in hf_inputs["image_grids"].tolist()])
         return {
             name: MultiModalFieldConfig.flat_from_sizes("image", sizes)
             if name in _PER_TILE
@@ -140,7 +159,9 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
                 ids, visual = self._regions(images, regions, list(inputs.prompt))
             else:
                 ids, visual = self._chat(images, list(inputs.prompt))
-        self._check_length(len(ids), regions)
+        check_length(
+            self.info.get_hf_config(), len(ids), 1 if regions is None else len(regions) * (DEFAULT_TOKENS + 2)
+        )
         kwargs = MultiModalKwargsItems({})
         if visual:
             data = BatchFeature(visual)
@@ -154,16 +175,6 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
             mm_hashes=hashes,
             mm_placeholders={"image": self._placeholders(ids, visual)} if visual else {},
         )
-
-    def _check_length(self, length: int, regions: Any) -> None:
-        config = self.info.get_hf_config()
-        canvas = len(regions) * (DEFAULT_SLOTS + 2) if regions is not None else 1
-        most = getattr(config, "served_length", None)
-        if most is not None and length + canvas > most:
-            raise SettingError(
-                f"The prompt has {length} tokens and its canvas {canvas} rows or more; this server takes {most} "
-                "together (--max-model-len). Ask about fewer regions or images at a time."
-            )
 
     def _regions(self, images: list, regions: Any, prompt: list[int]) -> tuple[list[int], dict[str, torch.Tensor]]:
         processor, config = self.info.get_hf_processor(), self.info.get_hf_config()
@@ -192,7 +203,7 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         visual = processor.image_processor.preprocess(
             images, max_tiles=1 if len(images) > 1 else None, return_tensors="pt"
         )
-        visual, tiles = dict(visual), [c * r + (c * r > 1) for c, r in visual["image_grids"].tolist()]
+        visual, tiles = dict(visual), [num_tiles(*grid) for grid in visual["image_grids"].tolist()]
         places = [i for i, token in enumerate(prompt) if token == config.image_token_id]
         if not places:  # a bare question, or vLLM's memory profile
             prompt, places = [config.image_token_id] * len(images) + prompt, list(range(len(images)))
@@ -220,8 +231,8 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         image = (tokens == config.image_token_id).nonzero()[:, 0].tolist()
         ranges, first = [], 0
         cells = self.info.get_hf_processor().tokens_per_tile
-        for columns, rows in visual["image_grids"].tolist() if visual else []:
-            count = (columns * rows + (columns * rows > 1)) * cells
+        for grid in visual["image_grids"].tolist() if visual else []:
+            count = num_tiles(*grid) * cells
             start, end = image[first], image[first + count - 1] + 1
             first += count
             ranges.append([start, end])

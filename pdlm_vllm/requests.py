@@ -12,14 +12,15 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from pdlm_hf import PdlmGenerationConfig, Region, RegionCaption
-from pdlm_hf.denoising_pdlm import as_list
+from pdlm_hf.diffusion_pdlm import before_end, caption_scores
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.processing_pdlm import PdlmProcessor, area_order
 from pdlm_hf.regions.images import load_image
 from pdlm_hf.regions.region import parse_regions
+from pdlm_hf.tiling_pdlm import num_tiles
 
-from .plan import DEFAULT_SLOTS, REPORT, STREAM
-from .processing import check_pixels, check_question
+from .plan import DEFAULT_TOKENS, REPORT, STREAM
+from .processing import check_length, check_pixels, check_question
 
 REGION_SETTINGS = ("max_new_tokens", "max_denoising_steps", "acceptance_threshold", "prefix_refresh_interval")
 _REASONS = {
@@ -108,18 +109,20 @@ def region_requests(
     found = parse_regions(regions, *image.size)
     limit = config.num_region_prompts
     room = room or config.canvas_length
-    slots = settings.get("max_new_tokens") or defaults.max_new_tokens or DEFAULT_SLOTS
-    if min(len(found), limit) * (slots + 2) > room:
+    count = settings.get("max_new_tokens") or defaults.max_new_tokens or DEFAULT_TOKENS
+    if min(len(found), limit) * (count + 2) > room:
         most = room // min(len(found), limit) - 2
         raise SettingError(
-            f"`max_new_tokens` {slots} for {min(len(found), limit)} regions together is more than the served canvas "
+            f"`max_new_tokens` {count} for {min(len(found), limit)} regions together is more than the served canvas "
             f"of {room} rows; at most {most}, or start the server with a larger --diffusion-config canvas_length."
         )
+    tiles = num_tiles(*processor.image_processor.grid(*image.size))
     passes = []
     for start in range(0, len(found), limit):
         chunk = found[start : start + limit]
         order = area_order([region.mask for region in chunk])
-        width = len(chunk) * (slots + 2)
+        width = len(chunk) * (count + 2)
+        check_length(config, len(processor.region_ids(len(chunk), tiles, question)), width)
         params = SamplingParams(
             max_tokens=width,
             detokenize=False,
@@ -130,7 +133,8 @@ def region_requests(
             "prompt": question or "",
             "multi_modal_data": {"image": image},
             # as given: the processor sorts them by area, and twice sorted is not the same where areas are equal
-            "mm_processor_kwargs": {"regions": [region.segmentation for region in chunk]},
+            # Decoded: vLLM runs its multimodal processor in this process, so that masks need no encoding on the way.
+            "mm_processor_kwargs": {"regions": [region.mask for region in chunk]},
         }
         passes.append(Pass(prompt, params, [chunk[k] for k in order], [start + k for k in order]))
     return passes
@@ -138,12 +142,12 @@ def region_requests(
 
 @dataclass
 class Reading:
-    """What a pass has come to.
+    """What an engine request has written so far.
 
     Args:
         captions (`dict[int, RegionCaption]`): by position as given.
         closed (`dict[int, bool]`): whether each is finished.
-        steps (`int`): denoising steps of the pass so far.
+        steps (`int`): denoising steps so far.
         text_tokens (`int`): tokens of the captions before their ends.
     """
 
@@ -154,16 +158,13 @@ class Reading:
 
 
 def read_report(report: dict[str, Any], work: Pass, processor: PdlmProcessor, config) -> Reading:
-    """Captions of a pass, from the report of a step."""
+    """Captions of an engine request, from the report of a step."""
     blocks = len(work.regions)
     tokens = torch.tensor(report["tokens"]).view(blocks, -1)[:, 1:-1]
     probability = torch.tensor(report["logprobs"]).view(blocks, -1)[:, 1:-1].exp()
     still = torch.tensor(report["open"]).view(blocks, -1)[:, 1:-1].bool()
-    ends = torch.tensor([config.eot_token_id, *as_list(config.eos_token_id)])
-    text = ~(torch.isin(tokens, ends).cumsum(-1) > 0)
-    scored = text.clone()
-    scored[:, 0] = True  # an empty caption is scored by its end token
-    scores = (probability * scored).sum(-1) / scored.sum(-1)
+    text = before_end(tokens, config.closing_token_ids)
+    scores = caption_scores(probability, text)
     captions, closed = {}, {}
     for k, (position, region) in enumerate(zip(work.positions, work.regions, strict=True)):
         caption = processor.read_caption(tokens[k].tolist(), float(scores[k]), region.id)

@@ -12,12 +12,11 @@ from torch.nn.functional import logsigmoid
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from pdlm_hf.denoising_pdlm import as_list
 from pdlm_hf.diffusion_pdlm import accept_confident, lowest_mask, token_log_odds
 
-from .plan import ADAPTIVE, CHAT, FIXED, Plan, slot_rows
+from .plan import ADAPTIVE, CHAT, FIXED, Plan, token_rows
 
-_MAX_LOGITS = 2**27  # slots x vocabulary scored at a time: bounds the float32 logits to 512 MB
+_MAX_LOGITS = 2**27  # token positions x vocabulary scored at a time: bounds the float32 logits to 512 MB
 
 
 class DenoisingSampler:
@@ -38,17 +37,14 @@ class DenoisingSampler:
         self.state, self.model, self.config, self.device = state, state.model, state.config, state.device
         requests, room, regions = state.max_num_reqs, state.room, max(1, state.config.num_region_prompts)
         self.canvas = torch.zeros(requests, room, dtype=torch.int64, device=self.device)
-        shape = (requests, regions, room)  # a slot is (request, block, slot)
+        shape = (requests, regions, room)  # a token position is (request, block, position)
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.masked = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self.exists = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self.written = torch.zeros(shape, device=self.device)  # log odds as of the step that wrote it
         self.steps = torch.zeros(requests, regions, dtype=torch.int32, device=self.device)
         self.plans: dict[int, Plan] = {}
-        config = state.config
-        banned = [config.mask_token_id, config.start_header_token_id, config.end_header_token_id, config.bos_token_id]
-        banned = [token for token in [*banned, *as_list(config.eos_token_id)] if token is not None]
-        self.banned = torch.tensor(banned, device=self.device)
+        self.banned = torch.tensor(state.config.banned_token_ids, device=self.device)
 
     def add_request(self, req_idx: int, sampling_params) -> None:
         """Called by the runner; [`begin`] has done it."""
@@ -63,7 +59,7 @@ class DenoisingSampler:
         self.canvas[index, : plan.width] = empty
         self.tokens[index] = self.config.mask_token_id
         self.exists[index] = False
-        self.exists[index, : plan.blocks, : plan.num_slots] = True
+        self.exists[index, : plan.blocks, : plan.num_tokens] = True
         self.masked[index] = self.exists[index]
         self.written[index] = -torch.inf
         self.steps[index] = 0
@@ -94,7 +90,7 @@ class DenoisingSampler:
         if active:
             index = self._device(places[active].astype(np.int64))
             draft, odds = self._drafts(logits, active, bounds, places)
-            length = self._commit(index, [int(places[i]) for i in active], draft, odds)
+            length = self._step(index, [int(places[i]) for i in active], draft, odds)
             rows = self._device(np.array(active))
             width = max(self.plans[int(places[i])].width for i in active)
             sampled[rows, :width] = self.canvas[index, :width].int()
@@ -116,7 +112,7 @@ class DenoisingSampler:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def _drafts(self, hidden: torch.Tensor, active: list[int], bounds, places) -> tuple[torch.Tensor, torch.Tensor]:
-        """Drafts and log odds of all slots of the active requests, `(active, regions, room)`."""
+        """Drafts and log odds of all token positions of the active requests, `(active, regions, room)`."""
         shape = (len(active), *self.tokens.shape[1:])
         drafts = torch.full(shape, -1, dtype=torch.int64, device=self.device)
         odds = torch.full(shape, torch.inf, device=self.device)
@@ -126,10 +122,10 @@ class DenoisingSampler:
                 plan = self.plans[int(places[i])]
                 if bool(plan.num_regions) == chat:
                     continue
-                slots = slot_rows(plan).numpy()
-                rows.append(int(bounds[i]) + slots.ravel())
-                block, slot = np.indices(slots.shape)
-                where.append(((k * shape[1] + block) * shape[2] + slot).ravel())
+                found = token_rows(plan).numpy()
+                rows.append(int(bounds[i]) + found.ravel())
+                block, position = np.indices(found.shape)
+                where.append(((k * shape[1] + block) * shape[2] + position).ravel())
             if rows:
                 found = self._score(hidden[self._device(np.concatenate(rows))], self.banned if chat else None)
                 target = self._device(np.concatenate(where))
@@ -148,28 +144,28 @@ class DenoisingSampler:
             odds.append(token_log_odds(logits, tokens[-1]))
         return torch.cat(tokens), torch.cat(odds)
 
-    def _commit(self, index: torch.Tensor, requests: list[int], draft, odds) -> torch.Tensor:
+    def _step(self, index: torch.Tensor, requests: list[int], draft, odds) -> torch.Tensor:
         """One step of the samplers; length of what each request is finished with, 0 while it is not."""
         plans = [self.plans[request] for request in requests]
-        agenda = []
+        entries = []
         for plan, request in zip(plans, requests, strict=True):
             state = self.state.running[request]
-            agenda.append(plan.step_plan(state.step))
+            entries.append(plan.step_plan(state.step))
             state.step += 1
-        kinds = {entry.kind for entry in agenda}
-        kind, last, left, count, start, stop = self._device(np.array(agenda, dtype=np.int64)).T[:, :, None, None]
+        kinds = {entry.kind for entry in entries}
+        kind, last, left, count, start, stop = self._device(np.array(entries, dtype=np.int64)).T[:, :, None, None]
         tokens, masked, written = self.tokens[index], self.masked[index], self.written[index]
         exists = self.exists[index]
         self.steps[index] += masked.any(-1).int()
-        accepted = torch.zeros_like(masked)  # committed for good
+        accepted = torch.zeros_like(masked)  # final
         if ADAPTIVE in kinds:
             thresholds = np.array([1.0 if plan.threshold is None else plan.threshold for plan in plans], np.float32)
             threshold = self._device(thresholds)[:, None, None]
-            certain = accept_confident(odds.sigmoid(), masked, threshold) | ((last > 0) & masked)
-            accepted = certain & (kind == ADAPTIVE)
+            confident = accept_confident(odds.sigmoid(), masked, threshold) | ((last > 0) & masked)
+            accepted = confident & (kind == ADAPTIVE)
         if CHAT in kinds:
-            slot = torch.arange(masked.shape[-1], device=self.device)
-            wanted = masked & (slot >= start) & (slot < stop)
+            position = torch.arange(masked.shape[-1], device=self.device)
+            wanted = masked & (position >= start) & (position < stop)
             score = torch.where(wanted, -odds, torch.inf).flatten(1)
             accepted = accepted | (lowest_mask(score, count.flatten()).view_as(masked) & wanted & (kind == CHAT))
         changed = accepted | (masked & (kind == FIXED))
@@ -179,7 +175,7 @@ class DenoisingSampler:
             score = torch.where(exists, odds, torch.inf).flatten(1)
             opened = lowest_mask(score, left.flatten()).view_as(masked) & exists
             masked = torch.where(kind == FIXED, opened, masked)
-        if ADAPTIVE in kinds:  # an end of turn closes the slots behind it
+        if ADAPTIVE in kinds:  # an end of turn closes the token positions behind it
             ended = ((tokens == self.config.eot_token_id) & ~masked & exists).cumsum(-1) > 0
             closed = ended & masked & (kind == ADAPTIVE)
             tokens = torch.where(closed, self.config.eot_token_id, tokens)
@@ -190,21 +186,21 @@ class DenoisingSampler:
         return done.flatten() * self._lengths(index, plans)
 
     def _show(self, index: torch.Tensor, plans: list[Plan], tokens: torch.Tensor, masked: torch.Tensor) -> None:
-        """Write the slots into the canvases that run through the model."""
-        request, column, source = self._slots(plans)
+        """Write the tokens into the canvases that run through the model."""
+        request, column, source = self._places(plans)
         shown = torch.where(masked, self.config.mask_token_id, tokens)
         self.canvas[index[request], column] = shown.view(-1)[source]
 
-    def _slots(self, plans: list[Plan]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of every slot of these requests: request, column in the canvas, place in (requests, blocks, slots)."""
+    def _places(self, plans: list[Plan]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For every token position: request, column in the canvas, place in (requests, blocks, positions)."""
         regions, room = self.tokens.shape[1:]
         request, column, source = [], [], []
         for k, plan in enumerate(plans):
-            slots = slot_rows(plan).numpy()
-            block, slot = np.indices(slots.shape)
-            request.append(np.full(slots.size, k))
-            column.append(slots.ravel())
-            source.append(((k * regions + block) * room + slot).ravel())
+            found = token_rows(plan).numpy()
+            block, position = np.indices(found.shape)
+            request.append(np.full(found.size, k))
+            column.append(found.ravel())
+            source.append(((k * regions + block) * room + position).ravel())
         return (
             self._device(np.concatenate(request)),
             self._device(np.concatenate(column)),
@@ -225,7 +221,7 @@ class DenoisingSampler:
 
     def _report(self, active, index, places, count: int, draft, odds) -> LogprobsTensors:
         plans = [self.plans[int(places[i])] for i in active]
-        request, column, source = self._slots(plans)
+        request, column, source = self._places(plans)
         widths = np.zeros(count, dtype=np.int64)
         widths[active] = [plan.width for plan in plans]
         ends = np.concatenate([[0], np.cumsum(widths)])

@@ -61,7 +61,7 @@ class _PdlmScheduling(Scheduler):
         return found if found[1] == num_new_tokens else ([], 0, budget, [], [])
 
     def update_from_output(self, scheduler_output, model_runner_output) -> dict[int, EngineCoreOutputs]:
-        """As vLLM's, with the reports."""
+        """The outputs of a step, with the reports for requests that asked for them."""
         alive = dict(self.requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         finished = {item.request_id: item for found in outputs.values() for item in found.outputs}

@@ -27,7 +27,7 @@ class Running:
     Args:
         plan (`Plan`), layout (`CanvasLayout`)
         step (`int`): denoising steps done.
-        prompt (`torch.FloatTensor`, *optional*): embedded prompt, kept where steps compute it again.
+        prompt (`torch.FloatTensor`, *optional*): embedded prompt, where steps compute it again.
     """
 
     plan: Plan
@@ -43,7 +43,7 @@ class Rows:
     Args:
         queries, lengths: rows and keys of each virtual sequence; tables: its pages.
         slot_mapping: where the keys of every row go.
-        source: for every row the scheduled row it repeats, or -1 - n for row n of the kept prompts.
+        source: for every row the scheduled row it repeats, or -1 - n for row n of the embedded prompts.
         scheduled: for every scheduled row where it is.
     """
 

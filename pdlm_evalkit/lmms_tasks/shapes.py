@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pdlm_hf.processing_pdlm import DEFAULT_QUESTION
+from pdlm_hf.prompts_pdlm import DEFAULT_QUESTION
 from pdlm_hf.shapes.evaluate import held_out_scene
 from pdlm_hf.shapes.evaluate_base import held_out_question
 from pdlm_hf.shapes.questions import Question, is_right

@@ -13,7 +13,6 @@ from PIL import Image
 
 from ..captioning.captioner import RegionCaptioner
 from ..errors_pdlm import SettingError
-from ..image_processing_pdlm import best_grid
 from ..processing_pdlm import RegionCaption
 from ..regions.images import load_image
 from ..regions.region import MASK_PIXELS, Region, parse_region, probe_image
@@ -237,8 +236,7 @@ def largest_first(
             found = None
         if found is None:
             return 0, 0
-        side = image_processor.size
-        columns, rows = best_grid(*found, side["height"], image_processor.min_tiles, image_processor.max_tiles)
+        columns, rows = image_processor.grid(*found)
         return columns * rows, len(entry.ids or ())
 
     entries = iter(entries)

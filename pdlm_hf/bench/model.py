@@ -129,7 +129,7 @@ class Bench:
         return tokens
 
     def reference(self, num_regions: int, slots: int, steps: int) -> torch.Tensor:
-        """The reference's loop as plainly as it stands (reference-spec section 8): one image, everything recomputed
+        """The reference's loop as plainly as it stands (docs/quirks.md#q34): one image, everything recomputed
         at every step, logits and their float64 softmax at all positions."""
         model, config = self.model, self.model.config
         ids, embeds = self.prompts(num_regions, 1)

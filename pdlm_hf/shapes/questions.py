@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..image_processing_pdlm import best_grid
+from ..tiling_pdlm import best_grid
 from .scenes import COLOURS, TILE, WORDS, Figure, paint
 
 FIGURES = 2  # at most, in the images a base checkpoint is scored on

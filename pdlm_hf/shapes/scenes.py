@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..image_processing_pdlm import best_grid, tile_grids
+from ..tiling_pdlm import best_grid, tile_grids
 
 TILE = 64  # pixels; side of a tile of the tiny checkpoint
 MAX_REGIONS = 6

@@ -11,7 +11,9 @@ import torch
 from ..diffusion_pdlm import NOISE_FLOOR, noise_probability
 from ..errors_pdlm import DataError
 from ..image_processing_pdlm import to_rgb
-from ..processing_pdlm import CAPTION, END_OF_TURN, PdlmProcessor, area_order
+from ..processing_pdlm import PdlmProcessor, area_order
+from ..prompts_pdlm import CAPTION, END_OF_TURN
+from ..tiling_pdlm import num_tiles
 
 
 def partition_regions(num_regions: int, num_prompts: int, index: int, epoch: int) -> list[list[int]]:
@@ -39,7 +41,7 @@ def partition_regions(num_regions: int, num_prompts: int, index: int, epoch: int
 
 
 class PdlmCollator:
-    """Turns rows into a batch with labels and noise (reference-spec sections 10 and 11).
+    """Turns rows into a batch with labels and noise as the reference does (docs/quirks.md#q7, docs/quirks.md#q16).
 
     A row is `{"image": image, "regions": [{"mask": (H, W), "caption": str}, ...], "question": str (optional)}` for
     regions, or `{"images": [...], "messages": [{"role", "content"}, ...]}` for the base model.
@@ -176,11 +178,11 @@ class PdlmCollator:
             visual = processor.image_processor.preprocess(
                 images, max_tiles=1 if len(images) > 1 else None, return_tensors="pt"
             )
-            tiles = [c * r + (c * r > 1) for c, r in visual["image_grids"].tolist()]
+            tiles = [num_tiles(*grid) for grid in visual["image_grids"].tolist()]
         if num_slots is not None:
             *conversation, last = row["messages"]
             prompt = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-            ids = processor._encode(prompt, tiles)
+            ids = processor.encode_prompt(prompt, tiles)
             answer = processor.tokenizer(last["content"] + END_OF_TURN, add_special_tokens=False)["input_ids"]
             answer += answer[-1:] * (num_slots - len(answer))
             return {"input_ids": ids + answer, "labels": [-100] * len(ids) + answer, **visual}
@@ -196,7 +198,7 @@ class PdlmCollator:
                 text = processor.apply_chat_template(part, tokenize=False, add_generation_prompt=header, training=True)
                 piece, done = text[len(done) :], text
                 count = piece.count("<IMG_CONTEXT>")
-                tokens = processor._encode(piece, tiles[used : used + count])
+                tokens = processor.encode_prompt(piece, tiles[used : used + count])
                 used += count
                 ids += tokens
                 labels += tokens if labelled else [-100] * len(tokens)
@@ -218,7 +220,7 @@ class PdlmCollator:
         masked = (uniform < probability[:, None]) & (labels != -100)
         out = {"noise_mask": masked, "mask_probability": probability}
         if self.replacement_noise and self.vocab_size is not None:
-            torch.rand(len(labels), generator=generator)  # drawn and unused in the reference (Q25)
+            torch.rand(len(labels), generator=generator)  # drawn and unused in the reference, docs/quirks.md#q25
             replaced = torch.rand(labels.shape, generator=generator) < probability[:, None]
             ids = torch.randint(0, self.vocab_size, labels.shape, generator=generator)
             out["replacement_ids"] = torch.where(masked & replaced, ids, -1)

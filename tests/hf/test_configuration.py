@@ -103,8 +103,8 @@ def test_invalid_values_raise(values, message):
 
 
 def _shapes_of_the_8b() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of reference-spec 1.2, without what we do not build: the text tower, logit_scale and bias, the
-    pooling head, the last vision layer and post_layernorm."""
+    """Names and shapes of the reference's checkpoint, without what we do not build: the text tower, logit_scale and
+    bias, the pooling head, the last vision layer and post_layernorm."""
     hidden, mlp, vocabulary = 4096, 12288, 126464
     shapes = {
         "language_model.model.embed_tokens.weight": (vocabulary, hidden),

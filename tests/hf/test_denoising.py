@@ -1,9 +1,9 @@
-"""The prompt cache, portions of a batch, and regions that finish early."""
+"""The prefix cache, chunks of a batch, and regions that finish early."""
 
 import pytest
 import torch
 
-from pdlm_hf.generation_pdlm import _portions
+from pdlm_hf.generation_pdlm import _chunks
 
 SETTINGS = {"max_new_tokens": 8, "max_denoising_steps": 8}
 
@@ -100,13 +100,13 @@ def test_finished_regions_and_rows_leave_the_canvas(isolated_model, inputs, monk
 
 @pytest.mark.parametrize("settings", [SETTINGS, {**SETTINGS, "acceptance_threshold": 0.3}], ids=["fixed", "adaptive"])
 @pytest.mark.parametrize("interval", [0, 1])
-def test_portions_change_nothing(isolated_model, inputs, settings, interval):
+def test_chunks_change_nothing(isolated_model, inputs, settings, interval):
     whole = isolated_model.generate(**inputs, prefix_refresh_interval=interval, **settings)
-    portions = isolated_model.generate(**inputs, prefix_refresh_interval=interval, max_batch_tokens=400, **settings)
-    assert portions.num_forwards > whole.num_forwards
-    assert torch.equal(portions.region_tokens, whole.region_tokens)
-    assert torch.equal(portions.sequences, whole.sequences)
-    torch.testing.assert_close(portions.region_scores, whole.region_scores)
+    chunks = isolated_model.generate(**inputs, prefix_refresh_interval=interval, max_batch_tokens=400, **settings)
+    assert chunks.num_forwards > whole.num_forwards
+    assert torch.equal(chunks.region_tokens, whole.region_tokens)
+    assert torch.equal(chunks.sequences, whole.sequences)
+    torch.testing.assert_close(chunks.region_scores, whole.region_scores)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_portions_change_nothing(isolated_model, inputs, settings, interval):
     ],
 )
 def test_portion_sizes(prompts, counts, limit, expected):
-    assert _portions(prompts, counts, 8, limit) == expected
+    assert _chunks(prompts, counts, 8, limit) == expected
 
 
 def test_tokens_per_forward_with_and_without_padding(isolated_model, inputs):

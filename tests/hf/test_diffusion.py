@@ -6,6 +6,8 @@ import torch
 from pdlm_hf.diffusion_pdlm import (
     accept_bounded,
     accept_confident,
+    before_end,
+    caption_scores,
     diffusion_loss,
     gumbel_perturb,
     lowest_mask,
@@ -127,3 +129,12 @@ def test_accept_bounded(entropy, masked, bound, expected):
 def test_token_entropy():
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0], [0.0, 0.0, -torch.inf, -torch.inf]])
     torch.testing.assert_close(token_entropy(logits), torch.tensor([math.log(4), 0.0, math.log(2)]))
+
+
+def test_a_caption_is_scored_up_to_its_end():
+    tokens = torch.tensor([[5, 6, 9, 5], [5, 6, 7, 5], [8, 5, 5, 5]])
+    text = before_end(tokens, [8, 9])
+    assert text.tolist() == [[True, True, False, False], [True] * 4, [False] * 4]
+    probability = torch.tensor([[0.5, 1.0, 0.1, 0.1], [0.2, 0.4, 0.6, 0.8], [0.75, 0.0, 0.0, 0.0]])
+    scores = caption_scores(probability, text)  # an empty caption: the probability of its end
+    torch.testing.assert_close(scores, torch.tensor([0.75, 0.5, 0.75]))

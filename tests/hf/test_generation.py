@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from pdlm_hf import CHECKPOINT, PdlmForConditionalGeneration, PdlmGenerationConfig, PdlmGenerationOutput
 from pdlm_hf.denoising_pdlm import RandomRows
+from pdlm_hf.errors_pdlm import SettingError
 
 SLOTS, STEPS = 8, 4
 
@@ -647,6 +648,63 @@ def test_chat_logits_exist_for_the_block_only(golden_base, question):
     model.lm_head.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[:2]))
     run(model, question, block_length=2)
     assert shapes == [(1, 2)] * STEPS
+
+
+def positions(model, monkeypatch, limit: int):
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", limit)
+
+
+def test_captions_fit_the_positions_of_the_checkpoint(model, inputs, monkeypatch):
+    """The captions of a row stand one behind the other: prompt, and for each region its token, its slots, its end."""
+    counts = (inputs["region_order"] >= 0).sum(1)
+    lengths = inputs["attention_mask"].sum(1) + counts * (SLOTS + 2)
+    longest = int(lengths.max())
+    whole = run(model, inputs)
+    positions(model, monkeypatch, longest)
+    assert torch.equal(run(model, inputs).region_tokens, whole.region_tokens)
+    assert torch.equal(run(model, inputs, max_batch_tokens=1).region_tokens, whole.region_tokens)
+    positions(model, monkeypatch, longest - 1)
+    most = int(counts[lengths.argmax()])
+    message = (
+        f"The prompt and {most} captions of 8 token positions make {longest} tokens, more than the {longest - 1} "
+    )
+    with pytest.raises(SettingError, match=message):
+        run(model, inputs)
+
+
+def test_rows_of_an_image_count_their_own_positions(model, processor, monkeypatch):
+    """More regions than prompts are spread over rows, and every row begins at position 0."""
+    image, masks = make_image(1, num_masks=3)
+    inputs = processor(images=image, segmentation_maps=masks * 3)
+    rows = (inputs["region_order"] >= 0).sum(1)
+    assert rows.tolist() == [6, 3]
+    positions(model, monkeypatch, int((inputs["attention_mask"].sum(1) + rows * (SLOTS + 2)).max()))
+    assert run(model, inputs).region_tokens.shape == (1, 9, SLOTS)
+
+
+@pytest.mark.parametrize("suffix", [[], [5, 6, 7]])
+def test_an_answer_fits_the_positions_of_the_checkpoint(base, question, monkeypatch, suffix):
+    model, _ = base
+    longest = int(question["attention_mask"].sum(1).max()) + SLOTS + len(suffix)
+    positions(model, monkeypatch, longest)
+    settings = {"max_denoising_steps": SLOTS, "generation_suffix": suffix}
+    assert run(model, question, **settings).shape[1] == question["input_ids"].shape[1] + SLOTS + len(suffix)
+    positions(model, monkeypatch, longest - 1)
+    with pytest.raises(SettingError, match=f"an answer of 8 token positions make {longest} tokens, more than the "):
+        run(model, question, **settings)
+
+
+def test_a_caption_without_an_end_is_truncated(model, processor, inputs):
+    output = run(model, inputs)
+    end, plain = model.config.eot_token_id, processor.tokenizer.convert_tokens_to_ids("A")
+    output.region_tokens = torch.full((1, 3, 4), plain)
+    output.region_tokens[0, 1, 3] = end
+    output.region_tokens[0, 2, 0] = end
+    output.region_scores = torch.tensor([[0.5, 0.25, 1.0]])
+    captions = processor.post_process_region_captions(output)[0]
+    assert [caption.truncated for caption in captions] == [True, False, False]
+    assert [len(caption.token_ids) for caption in captions] == [4, 3, 0]
+    assert [caption.score for caption in captions] == [0.5, 0.25, 1.0]
 
 
 def test_numpy_numbers_are_numbers(model, inputs):

@@ -8,7 +8,8 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from pdlm_hf import CHECKPOINT, PdlmImageProcessorPil
-from pdlm_hf.image_processing_pdlm import best_grid, region_patches, tile, tile_grids, to_binary_mask, to_rgb
+from pdlm_hf.image_processing_pdlm import to_binary_mask, to_rgb
+from pdlm_hf.tiling_pdlm import best_grid, num_tiles, region_patches, tile, tile_grids
 
 HEIGHT, WIDTH = 6, 8
 MASK = np.zeros((HEIGHT, WIDTH), dtype=bool)
@@ -176,6 +177,12 @@ def test_one_tile_only_if_asked():
     assert best_grid(5000, 100, 512, 1, 1) == (1, 1)
 
 
+@pytest.mark.parametrize(("columns", "rows", "tiles"), [(1, 1, 1), (2, 1, 3), (1, 2, 3), (3, 2, 7)])
+def test_one_tile_a_cell_and_a_thumbnail(columns, rows, tiles):
+    assert num_tiles(columns, rows) == tiles and isinstance(num_tiles(columns, rows), int)
+    assert num_tiles(*torch.tensor([[columns, rows]] * 2).unbind(-1)).tolist() == [tiles, tiles]
+
+
 @pytest.mark.parametrize(("columns", "rows"), [(1, 1), (2, 1), (1, 2), (3, 2)])
 def test_tiles_row_by_row_thumbnail_last(columns, rows):
     size, count = 8, columns * rows
@@ -184,7 +191,7 @@ def test_tiles_row_by_row_thumbnail_last(columns, rows):
         row, column = divmod(index, columns)
         array[row * size : (row + 1) * size, column * size : (column + 1) * size] = 40 * index
     tiles = tile(Image.fromarray(array), (columns, rows), size)
-    assert tiles.shape == (count + (count > 1), size, size, 3)
+    assert tiles.shape == (num_tiles(columns, rows), size, size, 3)
     for index in range(count):
         assert (tiles[index] == 40 * index).all()
     if count > 1:

@@ -1,4 +1,4 @@
-"""Imports point one way, read from the syntax trees (layout.md)."""
+"""Imports point one way, read from the syntax trees; and links from code to the quirks have their anchors."""
 
 import ast
 import importlib.util
@@ -154,10 +154,23 @@ def test_no_assert_and_no_print(path):
 
 @pytest.mark.parametrize("path", EVERY + PLUGIN_FILES, ids=name_of)
 def test_sizes(path):
-    """layout.md: the modeling file under 900 lines, functions under 60 lines of code (docstring not counted)."""
+    """The modeling file under 900 lines, functions under 60 lines of code (docstring not counted)."""
     assert len(path.read_text(encoding="utf-8").splitlines()) < 900
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
             assert length < 60 or (path.name, node.name) in LONG, f"{node.name} has {length} lines"
+
+
+def test_links_to_the_quirks_have_their_anchors():
+    page = (PACKAGE.parent / "docs" / "quirks.md").read_text(encoding="utf-8")
+    anchors = re.findall(r'<a id="(q\d+)"></a>(Q\d+) ', page)
+    assert sorted(anchors) == sorted((f"q{k}", f"Q{k}") for k in range(1, 39))
+    linked = {}
+    for path in EVERY + PLUGIN_FILES:
+        text = path.read_text(encoding="utf-8")
+        linked |= dict.fromkeys(re.findall(r"#(q\d+)\b", text), name_of(path))
+        assert not re.search(r"reference-spec|[( ]Q\d+\b", text), f"{name_of(path)}: link to docs/quirks.md#qN"
+    assert {"q6", "q10", "q12", "q13", "q14", "q15", "q17", "q18", "q23", "q25"} <= linked.keys()
+    assert linked.keys() <= {anchor for anchor, _ in anchors}, linked

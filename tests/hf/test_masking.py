@@ -24,7 +24,7 @@ def allowed(layout: torch.Tensor, prefix_attention: str) -> torch.Tensor:
 
 
 def allowed_by_the_spec(ids: list[int], isolated: bool) -> list[list[bool]]:
-    """Reference-spec section 7, row by row."""
+    """The region mask of the reference, row by row (docs/quirks.md#q15)."""
     present = [k for k in range(len(CAPTION)) if CAPTION[k] in ids]
     start = {k: ids.index(CAPTION[k]) for k in present}
     end = {k: min([start[m] for m in present if m > k], default=len(ids)) for k in present}

@@ -6,8 +6,9 @@ from tiny import lively_model, make_image
 from transformers import AutoModelForImageTextToText
 
 from pdlm_hf.masking_pdlm import caption_canvas
-from pdlm_hf.modeling_pdlm import pixel_unshuffle, roi_align, roi_align_tiles, tile_places
+from pdlm_hf.tiling_pdlm import num_tiles
 from pdlm_hf.versions_pdlm import CHECKPOINTING
+from pdlm_hf.vision_pdlm import pixel_unshuffle, roi_align, roi_align_tiles, tile_places
 
 FORWARD = (
     "input_ids",
@@ -149,7 +150,7 @@ def test_batch_equals_single(model, processor):
     with torch.no_grad():
         batched = answers(model(**inputs).logits, slots)
         for k, count in enumerate((3, 1, 2)):
-            tiles = [c * r + (c * r > 1) for c, r in inputs["image_grids"].tolist()]
+            tiles = [num_tiles(*grid) for grid in inputs["image_grids"].tolist()]
             first = slice(sum(tiles[:k]), sum(tiles[: k + 1]))
             single = {n: inputs[n][k : k + 1] for n in ("image_grids", "region_boxes", "original_sizes")}
             single |= {n: inputs[n][first] for n in ("pixel_values", "region_masks")}

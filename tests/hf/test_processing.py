@@ -6,7 +6,9 @@ from tiny import make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmGenerationOutput, PdlmProcessor, RegionCaption
-from pdlm_hf.processing_pdlm import CHAT_TEMPLATE, area_order
+from pdlm_hf.processing_pdlm import area_order
+from pdlm_hf.prompts_pdlm import CHAT_TEMPLATE
+from pdlm_hf.tiling_pdlm import num_tiles
 
 SYSTEM = "<|start_header_id|>system<|end_header_id|>\nYou are a helpful assistant.<|eot_id|>\n"
 USER = "<|start_header_id|>user<|end_header_id|>\n"
@@ -115,7 +117,7 @@ def test_batch_shapes(processor, scenes):
     images, maps = [p.image for p in scenes], [p.masks for p in scenes]
     batch = processor(images=images, segmentation_maps=maps)
     rows, limit = len(images), processor.image_processor.num_region_prompts
-    tiles = [c * r + (c * r > 1) for c, r in batch["image_grids"].tolist()]
+    tiles = [num_tiles(*grid) for grid in batch["image_grids"].tolist()]
     size, side = processor.image_processor.size["height"], 64 // processor.image_processor.patch_size
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     assert batch["pixel_values"].shape == (sum(tiles), 3, size, size)

@@ -13,7 +13,7 @@ import PIL
 import pytest
 from PIL import Image
 
-from pdlm_hf.image_processing_pdlm import best_grid, region_patches, resize, tile
+from pdlm_hf.tiling_pdlm import best_grid, region_patches, resize, tile
 
 FILE = Path(__file__).with_name("resizing.json")
 TILE, PATCH = 64, 8

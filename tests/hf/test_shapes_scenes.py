@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from pdlm_hf.image_processing_pdlm import best_grid
 from pdlm_hf.shapes.dataset import ShapesDataset
 from pdlm_hf.shapes.evaluate import Tally, evaluate, held_out
 from pdlm_hf.shapes.scenes import MAX_REGIONS, PATTERNS, TILE, WORDS, Figure, Scene, describe, draw_scene, read
+from pdlm_hf.tiling_pdlm import best_grid
 
 FIGURES = [Figure(*values) for values in itertools.product(*WORDS.values())]
 

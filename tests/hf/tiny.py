@@ -10,8 +10,9 @@ from tools.shapes.model import build_model
 FLAT_FILES = [
     f"{name}_pdlm.py"
     for name in (
-        "adapters caching canvas chat_denoising configuration conversion denoising diffusion errors generation_config "
-        "generation graphs image_processing masking modeling processing split_attention versions"
+        "adapters batching caching canvas captions chat_denoising configuration conversion denoising diffusion errors "
+        "generation_config generation graphs image_processing masking modeling processing prompts split_attention "
+        "tiling versions vision"
     ).split()
 ]
 

@@ -20,9 +20,9 @@ from parity_golden import (
 from PIL import Image
 
 from pdlm_hf import PdlmConfig, PdlmImageProcessorPil, PdlmModel
-from pdlm_hf.image_processing_pdlm import best_grid, tile, tile_grids
 from pdlm_hf.masking_pdlm import region_layout
-from pdlm_hf.modeling_pdlm import pixel_unshuffle, roi_align, tile_places
+from pdlm_hf.tiling_pdlm import best_grid, tile, tile_grids
+from pdlm_hf.vision_pdlm import pixel_unshuffle, roi_align, tile_places
 
 GRIDS = [key for key in record("tiling_grids") if re.fullmatch(r"S\d+_max\d+", key)]
 CANDIDATES = [key for key in record("tiling_grids") if re.fullmatch(r"target_ratios_max\d+", key)]

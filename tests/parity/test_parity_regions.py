@@ -25,9 +25,9 @@ from parity_golden import (
 )
 from PIL import Image
 
-from pdlm_hf import modeling_pdlm
-from pdlm_hf.image_processing_pdlm import tile
+from pdlm_hf import vision_pdlm
 from pdlm_hf.masking_pdlm import SHARED, region_layout
+from pdlm_hf.tiling_pdlm import tile
 
 CASES = stems("pdmllm_case_*.json")
 TRAJECTORIES = [(name, run["steps"]) for name in CASES for run in record(name)["trajectories"]]
@@ -162,8 +162,8 @@ def test_roi_replay(name, monkeypatch):
         calls.append((put_together(features, places), boxes[0], scale))
         return original(features, boxes, grids, places, output_size, scale)
 
-    original = modeling_pdlm.roi_align_tiles
-    monkeypatch.setattr(modeling_pdlm, "roi_align_tiles", roi_align_tiles)
+    original = vision_pdlm.roi_align_tiles
+    monkeypatch.setattr(vision_pdlm, "roi_align_tiles", roi_align_tiles)
     model, visual = case.model.model, case.visual
     features = model.get_image_features(visual["pixel_values"], visual["region_masks"]).pooler_output
     tokens = model.get_region_features(

@@ -27,9 +27,9 @@ from parity_golden import (
 )
 from PIL import Image
 
-from pdlm_hf.image_processing_pdlm import OUTSIDE, tile
 from pdlm_hf.processing_pdlm import area_order
 from pdlm_hf.regions.region import parse_region
+from pdlm_hf.tiling_pdlm import OUTSIDE, tile
 from pdlm_hf.training.collator import PdlmCollator, region_rows
 
 ITEMS = stems("pdmllm_train*.json")

@@ -3,7 +3,7 @@
 import pytest
 
 from pdlm_hf import CHECKPOINT, PdlmConfig, PdlmGenerationConfig
-from pdlm_vllm.plan import ADAPTIVE, CHAT, FIXED, MAX_TAIL, StepPlan, count_regions, defaults_of, make_plan, slot_rows
+from pdlm_vllm.plan import ADAPTIVE, CHAT, FIXED, MAX_TAIL, StepPlan, count_regions, defaults_of, make_plan, token_rows
 
 CONFIG = PdlmConfig.from_pretrained(CHECKPOINT)
 FULL = PdlmConfig.from_pretrained(CHECKPOINT, prefix_attention="full")
@@ -18,18 +18,18 @@ def prompt(regions: int) -> list[int]:
 
 def test_regions_with_the_defaults():
     plan = make_plan(CONFIG, defaults_of(str(CHECKPOINT)), prompt(3), None, 16, 512)
-    assert (plan.num_regions, plan.num_slots, plan.steps, plan.threshold) == (3, 32, 32, 0.8)
+    assert (plan.num_regions, plan.num_tokens, plan.steps, plan.threshold) == (3, 32, 32, 0.8)
     assert (plan.width, plan.interval, plan.joint) == (3 * 34, 0, False)
 
 
 def test_a_request_goes_before_the_checkpoint():
     extra = {"max_new_tokens": 20, "max_denoising_steps": 8, "acceptance_threshold": 0.5, "prefix_refresh_interval": 4}
     plan = make_plan(FULL, defaults_of(str(CHECKPOINT)), prompt(2), extra, None, 512)
-    assert (plan.num_slots, plan.steps, plan.threshold, plan.interval, plan.joint) == (20, 8, 0.5, 4, True)
+    assert (plan.num_tokens, plan.steps, plan.threshold, plan.interval, plan.joint) == (20, 8, 0.5, 4, True)
     assert [step for step in range(9) if plan.whole(step)] == [0, 4, 8]
 
 
-def test_a_kept_prompt_is_computed_once_with_the_canvas_where_it_sees_it():
+def test_a_cached_prompt_is_computed_once_with_the_canvas_where_it_sees_it():
     extra = {"prefix_refresh_interval": 0}
     assert [s for s in range(5) if make_plan(FULL, NONE, prompt(1), extra, None, 512).whole(s)] == [0]
     assert not any(
@@ -49,11 +49,11 @@ def test_a_kept_prompt_is_computed_once_with_the_canvas_where_it_sees_it():
 )
 def test_chat(extra, max_tokens, expected):
     plan = make_plan(CONFIG, NONE, [1, 2, 3], extra, max_tokens, 512)
-    assert (plan.num_slots, plan.steps, plan.block_length) == expected
+    assert (plan.num_tokens, plan.steps, plan.block_length) == expected
     assert plan.num_regions == 0 and plan.width == expected[0] and plan.whole(3)
 
 
-def test_the_agenda_of_each_sampler():
+def test_the_step_plans_of_each_sampler():
     budget = make_plan(CONFIG, NONE, prompt(2), {"max_new_tokens": 4, "max_denoising_steps": 3}, None, 512)
     assert [budget.step_plan(step) for step in range(4)] == [
         StepPlan(FIXED, False, 5),  # int(8 * (2 / 3))
@@ -96,7 +96,7 @@ def test_settings_that_are_none_are_the_defaults():
     }
     assert make_plan(FULL, NONE, prompt(2), bad, None, 512) == make_plan(FULL, NONE, prompt(2), {}, None, 512)
     assert make_plan(CONFIG, NONE, [1], {"block_length": -4}, 8, 512).block_length == 8
-    assert make_plan(CONFIG, NONE, [1], "nonsense", 8, 512).num_slots == 8
+    assert make_plan(CONFIG, NONE, [1], "nonsense", 8, 512).num_tokens == 8
     fixed = make_plan(CONFIG, defaults_of(str(CHECKPOINT)), prompt(1), {"acceptance_threshold": 0}, None, 512)
     assert fixed.threshold is None
 
@@ -111,9 +111,9 @@ def test_the_empty_canvas():
     mask, end = CONFIG.mask_token_id, CONFIG.eot_token_id
     first, second = CONFIG.caption_token_ids[:2]
     assert plan.canvas(CONFIG) == [first, mask, mask, mask, CONFIG.newline_token_id, second, mask, mask, mask, end]
-    assert slot_rows(plan).tolist() == [[1, 2, 3], [6, 7, 8]]
+    assert token_rows(plan).tolist() == [[1, 2, 3], [6, 7, 8]]
     chat = make_plan(CONFIG, NONE, [1], {}, 4, 512)
-    assert chat.canvas(CONFIG) == [mask] * 4 and slot_rows(chat).tolist() == [[0, 1, 2, 3]]
+    assert chat.canvas(CONFIG) == [mask] * 4 and token_rows(chat).tolist() == [[0, 1, 2, 3]]
 
 
 def test_a_folder_without_generation_settings(tmp_path):

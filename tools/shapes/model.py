@@ -13,7 +13,8 @@ from pdlm_hf.configuration_pdlm import PdlmBaseConfig, PdlmConfig, special_token
 from pdlm_hf.generation_config_pdlm import PdlmGenerationConfig
 from pdlm_hf.image_processing_pdlm import PdlmImageProcessorPil
 from pdlm_hf.modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
-from pdlm_hf.processing_pdlm import DEFAULT_QUESTION, PdlmProcessor
+from pdlm_hf.processing_pdlm import PdlmProcessor
+from pdlm_hf.prompts_pdlm import DEFAULT_QUESTION
 from pdlm_hf.shapes.questions import MOST_FIGURES, ask, draw_question_scene
 from pdlm_hf.shapes.scenes import MAX_REGIONS, TILE, describe, draw_scene
 
