@@ -7,7 +7,7 @@ from PIL import Image
 from ..errors_pdlm import SettingError
 from ..regions.region import Region
 from .drawing import draw_regions, with_legend
-from .html import jpeg_url, render_template
+from .html import TEMPLATES, jpeg_url, render_template
 from .report import thumbnail_size
 
 _STEP = 250  # milliseconds of a step
@@ -40,8 +40,8 @@ def save_recording(path: Path, image: Image.Image, regions: list[Region], steps:
     steps = [drafts + [""] * (len(regions) - len(drafts)) for drafts in steps]  # of passes that came later
     drawn = draw_regions(image, regions, thumbnail_size(image))
     if path.suffix.lower() == ".html":
-        size = {"width": drawn.width, "height": drawn.height}
-        page = render_template("recording.html", url=jpeg_url(drawn), steps=steps, step_ms=_STEP, **size)
+        shown = {"url": jpeg_url(drawn), "width": drawn.width, "height": drawn.height}
+        page = render_template("recording.html", TEMPLATES, steps=steps, step_ms=_STEP, **shown)
         path.write_text(page, encoding="utf-8", errors="replace")
         return
     height = max(with_legend(drawn, drafts).height for drafts in steps)
