@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from ..errors_pdlm import ServerError
 from ..regions.region import Region, parse_regions
 from ..render.drawing import draw_regions
-from ..render.report import jpeg_url
+from ..render.html import jpeg_url
 from ..shapes.scenes import draw_scene
 from .backend import Backend, Draft, follow, settings_of
 from .limits import IDLE, MAX_BYTES, SESSIONS, Guard, read_uploads
@@ -146,7 +146,7 @@ class Handlers:
             else:
                 together.texts, together.forwards = [caption.text for caption in news.captions], news.forwards
                 together.done = True
-            yield compare_html([together, alone])
+            yield compare_html(together, alone)
         for k, region in enumerate(regions):
             before = sum(alone.times)
             for news in follow(self.writer, image, [region], settings):
@@ -159,7 +159,7 @@ class Handlers:
                     if news.forwards is not None:
                         alone.forwards = (alone.forwards or 0) + news.forwards
                     alone.done = k + 1 == len(regions)
-                yield compare_html([together, alone])
+                yield compare_html(together, alone)
 
     def export_coco(self, sheet: Session) -> Any:
         """The COCO file, for the page's script to hand over."""

@@ -18,7 +18,7 @@ from ..regions.crops import png_url
 from ..regions.readers import from_label_map, read_region_file
 from ..regions.region import Region, parse_region, parse_regions
 from ..render.drawing import colour_of, draw_captions, draw_regions, ink_on
-from ..render.report import jpeg_url
+from ..render.html import jpeg_url
 from .limits import MAX_MASK_PIXELS, MAX_REGIONS, open_upload
 
 _SHOWN = 1000  # pixels of the longer side on the page

@@ -1,4 +1,4 @@
-"""Images of regions with their captions: numbered masks, a legend, contact sheets."""
+"""Images of regions with their captions: outlines, numbers, a legend, contact sheets."""
 
 import math
 import textwrap
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from ..errors_pdlm import SettingError
 from ..processing_pdlm import RegionCaption, area_order
@@ -27,7 +27,6 @@ COLOURS = (
 )
 _MIN_SIDE = 480
 _CROWDED = 12  # regions; from here on the image is larger, and the legend has columns
-_OPACITY = 0.25
 _LINE = 24  # pixels of a line of the legend
 _COLUMN = 400  # pixels of a column of the legend, at least
 
@@ -38,7 +37,7 @@ def colour_of(number: int) -> str:
 
 
 def draw_captions(image: Image.Image, regions: list[Region], captions: list[RegionCaption]) -> Image.Image:
-    """The image with coloured, numbered masks, and the captions as a numbered legend below.
+    """The image with outlined, numbered regions, and the captions as a numbered legend below.
 
     Args:
         image (`PIL.Image.Image`): RGB.
@@ -51,7 +50,8 @@ def draw_captions(image: Image.Image, regions: list[Region], captions: list[Regi
 
 
 def draw_regions(image: Image.Image, regions: Sequence[Region], size: tuple[int, int] | None = None) -> Image.Image:
-    """The image with coloured, numbered masks; small ones lie on large ones.
+    """The image with every region outlined in its colour and numbered. The outline lies outside the region, whose own
+    pixels keep their colours except under the number; outlines of small regions lie on those of large ones.
 
     Args:
         image (`PIL.Image.Image`): RGB.
@@ -62,26 +62,51 @@ def draw_regions(image: Image.Image, regions: Sequence[Region], size: tuple[int,
     way = Image.Resampling.NEAREST if size[0] >= image.width else Image.Resampling.BICUBIC
     canvas = np.array(image.resize(size, way))
     for k in area_order([region.mask for region in regions]):
-        _paint(canvas, regions[k], colour_of(k))
+        _outline(canvas, regions[k], _rgb(colour_of(k)))
     drawn = Image.fromarray(canvas)
     _write_numbers(drawn, regions)
     return drawn
 
 
-def _paint(canvas: np.ndarray, region: Region, colour: str) -> None:
-    """Tint a mask and draw its outline, inside of it."""
+def _outline(canvas: np.ndarray, region: Region, colour: tuple[int, ...]) -> None:
+    """Draw a coloured line around a mask, and a white one around that, which shows where the colour does not.
+
+    Args:
+        canvas (`np.ndarray` of shape `(height, width, 3)`): changed in place; may have another size than the mask.
+        region (`Region`)
+        colour (`tuple[int, ...]`): red, green and blue.
+    """
+    unit = _unit(canvas.shape[1], canvas.shape[0])
+    line, edge = round(2 * unit), round(unit)
+    margin = line + edge
     height, width = region.mask.shape
     x, y, w, h = region.bbox
     x0, x1 = x * canvas.shape[1] // width, -(-(x + w) * canvas.shape[1] // width)
     y0, y1 = y * canvas.shape[0] // height, -(-(y + h) * canvas.shape[0] // height)
     mask = Image.fromarray(region.mask[y : y + h, x : x + w]).convert("L").resize((x1 - x0, y1 - y0))
-    frame = Image.new("L", (mask.width + 4, mask.height + 4))  # what is beyond the box is outside
-    frame.paste(mask.point(lambda value: 255 if value > 127 else 0), (2, 2))
-    inner = np.asarray(frame.filter(ImageFilter.MinFilter(5)))[2:-2, 2:-2] > 0
-    inside = np.asarray(frame)[2:-2, 2:-2] > 0
-    part, paint = canvas[y0:y1, x0:x1], np.array(_rgb(colour))
-    part[inner] = np.round(part[inner] * (1 - _OPACITY) + paint * _OPACITY)
-    part[inside & ~inner] = paint
+    inside = np.pad(np.asarray(mask) > 127, margin)
+    lined = _grown(inside, line)
+    edged = _grown(lined, edge)
+    part = canvas[max(y0 - margin, 0) : y1 + margin, max(x0 - margin, 0) : x1 + margin]
+    top, left = max(margin - y0, 0), max(margin - x0, 0)  # what of the margin lies outside the canvas
+    visible = slice(top, top + part.shape[0]), slice(left, left + part.shape[1])
+    part[(edged & ~lined)[visible]] = 255
+    part[(lined & ~inside)[visible]] = colour
+
+
+def _grown(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """A mask and everything within so many rows and columns of it."""
+    mask = mask.copy()
+    for _ in range(pixels):
+        for grown in (mask, mask.T):
+            grown[1:] |= grown[:-1].copy()
+            grown[:-1] |= grown[1:].copy()
+    return mask
+
+
+def _unit(width: int, height: int) -> float:
+    """How much thicker lines and labels are than on an image of up to 1000 pixels, so that they can be seen."""
+    return max(1.0, max(width, height) / 1000)
 
 
 def ink_on(colour: str) -> str:
@@ -96,13 +121,14 @@ def _rgb(colour: str) -> tuple[int, ...]:
 
 def _write_numbers(image: Image.Image, regions: Sequence[Region]) -> None:
     """A label on every region, small regions first; one that would hide another moves aside."""
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    unit = _unit(*image.size)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14 * unit)
     taken: list[tuple[float, ...]] = []
     for k in reversed(area_order([region.mask for region in regions])):
         text, mask = str(k + 1), regions[k].mask
         y, x = (float(places.mean()) + 0.5 for places in mask.nonzero())
         x, y = x * image.width / mask.shape[1], y * image.height / mask.shape[0]
-        half = draw.textlength(text, font) / 2 + 4, 9
+        half = draw.textlength(text, font) / 2 + 4 * unit, 9 * unit
         box = next((box for box in _places(x, y, half, image.size) if not _hits(box, taken)), None)
         box = box or next(_places(x, y, half, image.size))
         taken.append(box)

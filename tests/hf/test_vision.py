@@ -10,6 +10,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from PIL import Image
 from tiny import make_image
 from typer.testing import CliRunner
@@ -37,24 +38,61 @@ def grey(width=600, height=500):
 # ---------------------------------------------------------------- drawings
 
 
-def test_masks_are_tinted_outlined_and_numbered():
-    image = grey()
-    drawn = np.asarray(draw_regions(image, parse_regions([[100, 50, 200, 150]], 600, 500)))
+def noise(width=600, height=500):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def test_regions_are_outlined_and_numbered():
+    drawn = np.asarray(draw_regions(grey(), parse_regions([[100, 50, 200, 150]], 600, 500)))
     red = np.array(rgb(COLOURS[0]))
-    assert (drawn[50:52, 100:300] == red).all() and (drawn[60:198, 100:102] == red).all()
-    assert (drawn[60, 110:290] == np.round(0.75 * 200 + 0.25 * red)).all()
+    assert (drawn[48:50, 98:302] == red).all() and (drawn[48:202, 98:100] == red).all()
+    assert (drawn[47, 97:303] == 255).all() and (drawn[47:203, 302] == 255).all()
     label = drawn[115:135, 190:210].reshape(-1, 3)
     assert (label == red).all(1).sum() > 100 and (label > 240).all(1).any()  # white on red
     outside = np.ones((500, 600), bool)
-    outside[50:200, 100:300] = False
+    outside[47:203, 97:303] = False
     assert (drawn[outside] == 200).all()
+
+
+@pytest.mark.parametrize("ground", [0, 255, *map(rgb, COLOURS)])
+def test_an_outline_is_seen_on_any_ground(ground):
+    """Coloured line or white edge: one of them differs from what lies around the region."""
+    image = Image.new("RGB", (600, 500), ground if isinstance(ground, tuple) else (ground,) * 3)
+    for k, colour in enumerate(COLOURS):
+        regions = parse_regions([[0, 0, 9, 9]] * k + [[100, 50, 200, 150]], 600, 500)
+        line, edge = (np.asarray(draw_regions(image, regions))[y, 200].astype(int) for y in (49, 47))
+        assert tuple(line) == rgb(colour) and tuple(edge) == (255, 255, 255)
+        around = np.array(image.getpixel((0, 499)))
+        assert max(np.abs(line - around).max(), np.abs(edge - around).max()) > 60
+
+
+def test_the_pixels_of_a_region_keep_their_colours():
+    """An L that touches two borders of the image, drawn at its own size: only the number lies on it."""
+    mask = np.zeros((500, 600), bool)
+    mask[300:, :200] = mask[340:, :300] = True
+    image, region = noise(), parse_regions([mask], 600, 500)
+    drawn = np.asarray(draw_regions(image, region))
+    changed = (drawn != np.asarray(image)).any(-1)
+    assert 200 < (changed & mask).sum() <= 20 * 20
+    rows, columns = np.nonzero(changed & mask)
+    assert np.ptp(rows) < 20 and np.ptp(columns) < 20  # the label
+    grown = np.zeros_like(mask)
+    grown[297:, :203] = grown[337:, :303] = True
+    assert (changed & ~mask & ~grown).sum() == 0 and (changed | mask)[grown].mean() > 0.99
+
+
+def test_outlines_and_numbers_of_large_images_are_larger():
+    drawn = np.asarray(draw_regions(grey(3000, 2000), parse_regions([[1000, 500, 900, 900]], 3000, 2000)))
+    assert (drawn[494:500, 1400] == rgb(COLOURS[0])).all() and (drawn[491:494, 1400] == 255).all()
+    assert tuple(drawn[950, 1430]) == tuple(drawn[926, 1450]) == rgb(COLOURS[0])  # a label of 54 rows
+    assert (drawn[600:650, 1100:1200] == 200).all()
 
 
 def test_small_masks_lie_on_large_ones_whatever_the_order():
     boxes = [[100, 100, 40, 40], [50, 50, 300, 300]]
     for order in ([0, 1], [1, 0]):
         drawn = np.asarray(draw_regions(grey(), parse_regions([boxes[k] for k in order], 600, 500)))
-        assert tuple(drawn[100, 120]) == rgb(colour_of(order.index(0)))
+        assert tuple(drawn[99, 120]) == rgb(colour_of(order.index(0)))
 
 
 @pytest.mark.parametrize("size", [(300, 250), (1200, 1000), (37, 31)])
@@ -62,8 +100,8 @@ def test_other_sizes(size):
     regions = parse_regions([[100, 50, 200, 150], [599, 499, 1, 1], [0, 0, 600, 500]], 600, 500)
     drawn = draw_regions(grey(), regions, size)
     assert drawn.size == size
-    x, y = 100 * size[0] // 600, 130 * size[1] // 500
-    assert tuple(np.asarray(drawn)[y, x]) == rgb(COLOURS[0])
+    x, y = 100 * size[0] // 600, 70 * size[1] // 500
+    assert tuple(np.asarray(drawn)[y, x - 1]) == rgb(COLOURS[0])
 
 
 def labels_in(drawn, count):
@@ -132,14 +170,14 @@ def test_a_notebook_shows_captions_on_the_image(isolated_model, processor):
     shown = found._repr_html_()
     (drawn,) = images_in(shown)
     assert drawn.size == (480, 320)
-    assert [html.escape(caption.text) in shown for caption in found] == [True, True]
+    assert [escape(caption.text) in shown for caption in found] == [True, True]
     assert f"{found[0].score:.2f}" in shown and "<script" not in shown
 
 
 def test_texts_are_escaped():
     regions = parse_regions([[0, 0, 9, 9]], 20, 10)
     shown = RegionCaptions([RegionCaption(NASTY, 0.5, id=NASTY)], grey(20, 10), regions)._repr_html_()
-    assert NASTY not in shown and html.escape(NASTY) in shown
+    assert NASTY not in shown and escape(NASTY) in shown
     assert shown.count("<img") == 1 and "<!--" not in shown
     assert "(empty)" in image_html(grey(20, 10), regions, [RegionCaption("", 0.5)])
 
@@ -169,8 +207,8 @@ def test_report(tmp_path, rows):
     page = out.read_text()
     assert re.findall("<h2>(.*?)</h2>", page) == ["a &lt;b&gt;.png", "b.png", "c.png", "gone.png"]
     assert [image.size for image in images_in(page)] == [(480, 320)] * 3
-    assert f"This image cannot be read: {html.escape(unread[0])}" in page
-    assert page.count(html.escape(NASTY)) == 2 and NASTY not in page
+    assert f"This image cannot be read: {escape(unread[0])}" in page
+    assert page.count(escape(NASTY)) == 2 and NASTY not in page
     assert page.count("<script>") == page.count("</script>") == 1
     assert page.index("region 1 of 0") < page.index("region 0 of 0")  # by annotation id
     assert 'data-low="0.1000" data-high="0.2000"' in page
@@ -302,9 +340,9 @@ def test_search_and_sort_in_a_browser(tmp_path, rows):
     """
     assert after(tmp_path / "a.html", script) == [
         "8 regions of 4 images",
-        "2 regions of 1 images",
-        "2 regions of 1 images",
-        "2 regions of 1 images",
+        "2 regions of 1 image",
+        "2 regions of 1 image",
+        "2 regions of 1 image",
         "0 regions of 0 images",
         "8 regions of 4 images",
         "a <b>.png gone.png c.png b.png",

@@ -27,6 +27,8 @@ def test_the_packages_and_nothing_beside_them():
         "pdlm_hf/shapes/checkpoint/model.safetensors",
         "pdlm_hf/shapes/checkpoint_base/model.safetensors",
         "pdlm_hf/captioning/model_card.md",
+        "pdlm_hf/render/templates/report.html",
+        "pdlm_hf/demo/templates/compare.html",
         "pdlm_evalkit/lmms_tasks/pdlm_shapes_regions.yaml",
         "pdlm_evalkit/paradlc/example/annotations.json",
         "pdlm_peft/recipes/shapes.yaml",

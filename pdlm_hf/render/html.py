@@ -1,0 +1,50 @@
+"""HTML from Jinja templates, in which every value is escaped, and images in it."""
+
+import base64
+import io
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from .drawing import colour_of, ink_on
+from .text import pluralize
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+@cache
+def _environment(folder: Path) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader([folder, TEMPLATES]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"colour_of": colour_of, "ink_on": ink_on, "pluralize": pluralize}
+    return environment
+
+
+def render_template(name: str, folder: Path = TEMPLATES, **values: Any) -> Markup:
+    """A template with its values, as HTML that other templates do not escape again.
+
+    Args:
+        name (`str`): file name of the template.
+        folder (`Path`): where it is; the templates of this package (`macros.html`, `page.html`) can be used in it too.
+        **values: all that the template names.
+
+    Raises:
+        jinja2.UndefinedError: a value is missing.
+    """
+    return Markup(_environment(folder).get_template(name).render(values))
+
+
+def jpeg_url(image: Image.Image) -> str:
+    """An image as a small data URL."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
