@@ -16,7 +16,7 @@ from typing import Any
 from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.files import append_rows, read_rows
 
-from .convert import relocated
+from .conversion import relocated
 from .rows import open_row_image, sound_row
 from .sources import Source, raw_rows
 

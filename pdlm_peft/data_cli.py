@@ -35,9 +35,9 @@ def validate(
 
     from pdlm_hf.captioning.checkpoints import BASE_CHECKPOINT, CHECKPOINT
 
+    from .chat_validation import validate_chat
     from .sources import find_source
-    from .validate import Validator, draw_samples
-    from .validate_chat import validate_chat
+    from .validation import Validator, draw_samples
 
     if max_caption_tokens < 0 or max_faults < 0 or samples < 1:
         raise SettingError("--max-caption-tokens and --max-faults must not be negative, --samples must be positive.")
@@ -135,7 +135,7 @@ def split(
     images: Images = None,
 ) -> None:
     """Split region data by image: none is on both sides."""
-    from .convert import split as split_rows
+    from .conversion import split as split_rows
 
     for out, counts in zip((train, held_out), split_rows(data, train, held_out, share, seed, images), strict=True):
         _say_counts(out, counts)

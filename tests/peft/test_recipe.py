@@ -1,6 +1,6 @@
 import pytest
 
-from pdlm_peft.recipe import RECIPES, known_keys, load_recipe, names
+from pdlm_peft.recipe import RECIPES, known_keys, load_recipe, recipe_names
 
 NAMES = [
     "aligned_8b",
@@ -17,7 +17,7 @@ NAMES = [
 
 
 def test_the_packaged_recipes():
-    assert names() == NAMES
+    assert recipe_names() == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,8 +117,8 @@ def test_bad_files(tmp_path):
         load_recipe("shape")
     path = tmp_path / "mine.yaml"
     for text, message in (
-        ("model: [", "is no YAML"),
-        ("- 1", "expected keys and values, got list"),
+        ("model: [", "not valid YAML"),
+        ("- 1", "expected a mapping of keys to values, got list"),
         ("model: shapes", "`output` is missing"),
         ("model: shapes\noutput: x\nadaptor: null", "unknown key `adaptor`; did you mean `adapter`?"),
         ("model: shapes\noutput: x\ntraining: {lr: 1}", "unknown key `training.lr`"),
