@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from pdlm_hf import CHECKPOINT, PdlmForConditionalGeneration
 from pdlm_hf.adapters_pdlm import adapter_base
+from pdlm_hf.errors_pdlm import CheckpointError
 from pdlm_hf.shapes.dataset import ShapesDataset
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_peft import training
@@ -134,12 +135,12 @@ def test_fingerprint_does_not_depend_on_the_format(golden_regions, tmp_path):
 
 
 def test_another_base_is_refused(adapter, tiny_checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="was trained on other weights than those of"):
+    with pytest.raises(CheckpointError, match="was trained on other weights than those of"):
         check_base(adapter, tiny_checkpoint)
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(CheckpointError, match="other weights"):
         merge(adapter, tmp_path / "merged", base=tiny_checkpoint)
     assert not (tmp_path / "merged").exists()
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(CheckpointError, match="other weights"):
         load_adapter(adapter, tiny_checkpoint)
 
 
@@ -178,7 +179,7 @@ def test_a_missing_base_is_named(tiny_checkpoint, tmp_path):
     assert refused.exit_code == 2
     assert "The base of the adapter" in refused.stderr and "is not at ../base" in refused.stderr
     assert f"`pdlm-peft merge {tmp_path / 'run'} OUT --base BASE`" in refused.stderr.replace("\n", " ")
-    with pytest.raises(ValueError, match=r"is not at \.\./base.* --base BASE"):
+    with pytest.raises(CheckpointError, match=r"is not at \.\./base.* --base BASE"):
         AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
     wrong = CliRunner().invoke(app, [*merging, "--base", "no/such"])
     assert wrong.exit_code == 2 and "no/such" in wrong.stderr and "--base BASE" in wrong.stderr

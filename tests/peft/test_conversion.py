@@ -230,6 +230,6 @@ def test_a_split_keeps_images_apart(tmp_path):
     before = source.read_bytes()
     for outputs in ((source, held), (train, tmp_path / "sub" / ".." / "rows.jsonl")):
         result = run("split", source, *outputs)
-        assert result.exit_code == 2 and "would read what it writes" in result.stderr
+        assert result.exit_code == 2 and "would read the file that it writes" in result.stderr
     assert source.read_bytes() == before
     assert run("split", source, train, held, "--held-out", "1").exit_code == 2

@@ -3,6 +3,7 @@ import torch
 from small import small
 from typer.testing import CliRunner
 
+from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.shapes.dataset import ShapesDataset
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_peft.adapters import add_adapter
@@ -82,7 +83,7 @@ def test_what_a_choice_costs():
 
 def test_refusal_says_what_helps():
     recipe = load_recipe("lora_8b_80gb")
-    with pytest.raises(ValueError, match=r"needs about \d+\.\d GB .* 24 GB .*batch_size=1 .*qlora_8b_24gb"):
+    with pytest.raises(SettingError, match=r"needs about \d+\.\d GB .* 24 GB .*batch_size=1 .*qlora_8b_24gb"):
         refuse(estimate(recipe, load_config(recipe)), 24)
 
 

@@ -15,6 +15,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import pdlm_hf
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmBaseConfig, PdlmConfig
+from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.training.collator import PdlmCollator, partition_regions
 from pdlm_peft import plan as plan_module
 from pdlm_peft import training
@@ -65,7 +66,7 @@ def test_plan_covers_every_region_once_an_epoch(shapes_processor):
 
 @pytest.mark.parametrize(("train", "message"), [(None, "`data.train` is missing"), ("none.jsonl", "there is no file")])
 def test_a_stream_without_its_file_is_refused_at_once(shapes_processor, train, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SettingError, match=message):
         StreamedRows(Data(train=train, streaming=True), shapes_processor, 0)
 
 
@@ -205,7 +206,7 @@ def test_new_words(own_rows, tmp_path):
     tokenizer = AutoProcessor.from_pretrained(tmp_path / "run").tokenizer
     assert tokenizer.tokenize("zebra") == ["zebra"]
     many = ",".join(f"word{k}" for k in range(20))
-    with pytest.raises(ValueError, match="20 are too many: with them the tokenizer has"):
+    with pytest.raises(SettingError, match="20 are too many: with them the tokenizer has"):
         training.load(small("shapes", tmp_path / "y", f"adapter.new_words=[{many}]"))
 
 
@@ -352,13 +353,13 @@ def test_a_resumed_run_has_the_same_curve(tmp_path, monkeypatch):
 
 def test_other_settings_do_not_go_on(tmp_path):
     training.train(small("shapes", tmp_path / "a"))
-    with pytest.raises(ValueError, match="holds a run with `adapter.rank` 16, now it is 4"):
+    with pytest.raises(SettingError, match="holds a run with `adapter.rank` 16, now it is 4"):
         training.train(small("shapes", tmp_path / "a", "adapter.rank=4"))
     again = training.train(small("shapes", tmp_path / "a", "samples.images=1"))
     assert again["steps"] == 2 and again["resumed_from"] == 2
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
+    with pytest.raises(SettingError, match="is not empty and holds no run"):
         training.train(small("shapes", tmp_path / "full"))
 
 
@@ -369,7 +370,9 @@ def test_a_run_of_the_older_name_goes_on(tmp_path):
     written = tmp_path / "run/recipe.yaml"
     written.write_text(written.read_text().replace("activation_checkpointing", "gradient_checkpointing"))
     assert training.train(small("shapes", tmp_path / "run", *settings))["resumed_from"] == 2
-    with pytest.raises(ValueError, match="holds a run with `training.activation_checkpointing` True, now it is None"):
+    with pytest.raises(
+        SettingError, match="holds a run with `training.activation_checkpointing` True, now it is None"
+    ):
         training.train(small("shapes", tmp_path / "run"))
 
 
@@ -386,7 +389,7 @@ def test_another_number_of_processes_does_not_go_on(tmp_path):
     path = tmp_path / "a" / "run.json"
     assert json.loads(path.read_text()) == {"processes": 1}
     path.write_text('{"processes": 2}')
-    with pytest.raises(ValueError, match="holds a run of 2 processes, now there are 1"):
+    with pytest.raises(SettingError, match="holds a run of 2 processes, now there are 1"):
         training.train(small("shapes", tmp_path / "a"))
     path.unlink()  # as of a run before this was noted
     assert training.train(small("shapes", tmp_path / "a"))["resumed_from"] == 2
@@ -416,7 +419,7 @@ def test_another_base_does_not_go_on(tmp_path, tiny_checkpoint):
     path = tmp_path / "a" / "pdlm_base.json"
     noted = json.loads(path.read_text())
     path.write_text(json.dumps(noted | {"fingerprint": "0" * 32}))
-    with pytest.raises(ValueError, match="on other weights"):
+    with pytest.raises(SettingError, match="on other weights"):
         training.train(small("shapes", tmp_path / "a"))
 
 
