@@ -18,12 +18,12 @@ import torch
 import typer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import pdlm_peft
 from pdlm_hf.shapes.evaluate import evaluate
 from pdlm_hf.shapes.scenes import SHAPES_DOMAIN, Domain
 from pdlm_peft.adapters import load_adapter, merge
 from pdlm_peft.recipe import load_recipe
 from pdlm_peft.shapes import NEW_DOMAIN
-from pdlm_peft.training import run
 
 PARTS = {
     "rank 16": [],
@@ -60,7 +60,7 @@ def score(folder: str | Path, domains: dict[str, Domain], images: int, seed: int
 
 def train(recipe: str, out: Path, *overrides: str) -> dict:
     """Run a recipe; its record without the log."""
-    record = run(load_recipe(recipe, [f"output={out}", *overrides]))
+    record = pdlm_peft.train(load_recipe(recipe, [f"output={out}", *overrides]))
     return {name: value for name, value in record.items() if name != "log"}
 
 

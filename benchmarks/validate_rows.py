@@ -22,7 +22,7 @@ from transformers import AutoProcessor
 import pdlm_hf
 from pdlm_hf.shapes.scenes import describe, draw_scene
 from pdlm_peft.sources import find_source
-from pdlm_peft.validate import Validator
+from pdlm_peft.validation import Validator
 
 
 def write_rows(path: Path, count: int, distinct: int = 200) -> int:

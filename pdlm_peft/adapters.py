@@ -1,4 +1,4 @@
-"""Adapters: LoRA where a recipe wants it, the fingerprint of the base they belong to, loading, merging."""
+"""LoRA adapters of a recipe: adding, saving, loading and merging them, and the fingerprint of their base."""
 
 import hashlib
 import json
@@ -17,44 +17,50 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from pdlm_hf import PdlmBaseConfig, PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
 from pdlm_hf.adapters_pdlm import BASE_FILE, adapter_base
 from pdlm_hf.conversion_pdlm import PARAMETER_PREFIXES
-from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.errors_pdlm import CheckpointError, SettingError
+from pdlm_hf.regions.files import write_json
 
 from .recipe import EMBEDDED, Adapter, Recipe
 
-LANGUAGE = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-VISION = r"vision_tower\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+# regular expressions for PEFT's `target_modules`
+LANGUAGE_LAYERS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+VISION_LAYERS = r"model\.vision_tower\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 EMBEDDINGS = ["embed_tokens", "lm_head"]
-_SAMPLE = 64  # values of every tensor in a fingerprint
+_SAMPLE = 64  # values of each tensor that enter a fingerprint
 
 
 def lora_config(adapter: Adapter, has_regions: bool = True) -> LoraConfig:
-    """PEFT's configuration of a recipe's adapter.
+    """PEFT's configuration for the adapter of a recipe.
 
     Args:
         adapter ([`~recipe.Adapter`])
-        has_regions (`bool`): the base model has region prompts to train.
+        has_regions (`bool`): whether the base model has region prompts to train.
     """
     full = [name for name in adapter.train_in_full if has_regions or name != "region_embedding"]
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha or 2 * adapter.rank,
         lora_dropout=adapter.dropout,
-        target_modules=rf"model\.({LANGUAGE}|{VISION})" if adapter.vision else rf"model\.{LANGUAGE}",
+        target_modules=f"{LANGUAGE_LAYERS}|{VISION_LAYERS}" if adapter.vision else LANGUAGE_LAYERS,
         modules_to_save=full + EMBEDDINGS * adapter.train_embeddings,
-        # said here, or PEFT asks the hub whether the vocabulary has changed
+        # set explicitly, or PEFT asks the hub whether the vocabulary has changed
         ensure_weight_tying=False,
     )
 
 
 def add_adapter(model, processor, adapter: Adapter) -> PeftModel:
-    """The model with a new adapter; everything that is trained is float32.
+    """Add a new adapter to a model; all trained parameters become float32.
 
     Args:
-        model ([`PdlmForConditionalGeneration`]), processor (`PdlmProcessor`): gets the new words.
+        model ([`PdlmForConditionalGeneration`])
+        processor (`PdlmProcessor`): its tokenizer gets the adapter's new words.
         adapter ([`~recipe.Adapter`])
 
+    Returns:
+        the model, wrapped by PEFT.
+
     Raises:
-        SettingError: more new words than free rows in the embedding.
+        SettingError: there are more new words than free rows in the embedding.
     """
     if adapter.new_words:
         processor.tokenizer.add_tokens(adapter.new_words)
@@ -62,7 +68,7 @@ def add_adapter(model, processor, adapter: Adapter) -> PeftModel:
         if len(processor.tokenizer) > rows:
             raise SettingError(
                 f"`adapter.new_words`: {len(adapter.new_words)} are too many: with them the tokenizer has "
-                f"{len(processor.tokenizer)} tokens, the embedding {rows} rows."
+                f"{len(processor.tokenizer)} tokens, but the embedding has {rows} rows."
             )
     wrapped = get_peft_model(model, lora_config(adapter, bool(model.config.num_region_prompts)))
     for parameter in wrapped.parameters():
@@ -75,16 +81,16 @@ def add_adapter(model, processor, adapter: Adapter) -> PeftModel:
 
 
 def fingerprint(base: str | Path) -> str:
-    """Tells base checkpoints apart: a hash over names, shapes and the first values of all weights the model uses.
+    """Hash the names, shapes and first values of all weights that the model uses.
 
-    The same for a checkpoint in the reference's format and in ours, in one file or many, in bfloat16 or float32
-    (values are compared in bfloat16).
+    It identifies a base checkpoint, whether in the reference's format or in ours, in one file or many, in bfloat16 or
+    float32 (values are compared in bfloat16).
 
     Args:
         base (`str` or `Path`): folder or hub id.
 
     Raises:
-        SettingError: there are no safetensors.
+        CheckpointError: there are no safetensors files.
     """
     config = AutoConfig.from_pretrained(base)
     with torch.device("meta"):
@@ -118,84 +124,92 @@ def _empty(config):
 
 
 def _weight_files(base: str) -> list[str]:
-    """Local paths of the safetensors of a checkpoint."""
+    """Local paths of the safetensors files of a checkpoint."""
     index = cached_file(base, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index:
         return get_checkpoint_shard_files(base, index)[0]
     single = cached_file(base, "model.safetensors", _raise_exceptions_for_missing_entries=False)
     if not single:
-        raise SettingError(f"{base}: there is no model.safetensors; is this a checkpoint folder or hub id?")
+        raise CheckpointError(f"{base}: there is no model.safetensors; give a checkpoint folder or hub id.")
     return [single]
 
 
 def base_name(base: str, folder: Path) -> str:
-    """How files in `folder` name a base checkpoint: its hub id, or the path from the folder, so that both can move."""
+    """How files in `folder` refer to a base checkpoint: by hub id, or by relative path, so that both can be moved."""
     if not Path(base).is_dir():
         return base
     path = Path(os.path.relpath(base, folder)).as_posix()
     return path if path.startswith(".") else f"./{path}"
 
 
-def write_base(folder: Path, recipe: Recipe, mark: str) -> None:
-    """Note in a run's folder which base it belongs to, its switches and its settings of `generate`."""
-    noted = {"base": base_name(recipe.base, folder), "fingerprint": mark, **overrides(recipe)}
+def write_base(folder: Path, recipe: Recipe, base_fingerprint: str) -> None:
+    """Record the base of a run in its folder, with the recipe's switches and settings of `generate`."""
+    record = {"base": base_name(recipe.base, folder), "fingerprint": base_fingerprint, **overrides(recipe)}
     if recipe.model in EMBEDDED:
-        noted["embedded"] = EMBEDDED[recipe.model].name
-    (folder / BASE_FILE).write_text(json.dumps(noted, indent=1) + "\n")
+        record["embedded"] = EMBEDDED[recipe.model].name
+    write_json(folder / BASE_FILE, record)
 
 
 def finish_adapter(folder: Path, recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Make what PEFT saved an adapter folder of ours; nothing happens if `folder` holds no adapter.
+    """Complete the adapter that PEFT saved in `folder`, if it saved one.
 
-    With the model's `config.json` beside it, transformers leaves it to our class to find the base.
+    The model's `config.json` beside it makes transformers call our class, which finds the base.
 
     Args:
         folder (`Path`), recipe ([`~recipe.Recipe`])
-        config ([`PdlmConfig`]): of the model, with the recipe's switches.
+        config ([`PdlmConfig`]): configuration of the model, with the recipe's switches.
     """
     path = folder / "adapter_config.json"
     if not path.is_file():
         return
     settings = json.loads(path.read_text()) | {"base_model_name_or_path": base_name(recipe.base, folder)}
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    write_json(path, settings)
     config.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card, with this machine's path of the base
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card, which has the absolute path of the base
 
 
 def overrides(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What a recipe changes of the model besides its weights."""
+    """The configuration switches and settings of `generate` that a recipe sets."""
     return {"switches": recipe.switches.model_dump(exclude_none=True), "generation": recipe.generation}
 
 
-def apply_overrides(model, noted: dict[str, dict[str, Any]]) -> None:
-    """Set what [`overrides`] says."""
-    for name, value in noted["switches"].items():
+def apply_overrides(model, values: dict[str, dict[str, Any]]) -> None:
+    """Set the values of [`overrides`] in the configurations of a model."""
+    for name, value in values["switches"].items():
         setattr(model.config, name, value)
-    model.generation_config.update(**noted["generation"])
+    model.generation_config.update(**values["generation"])
 
 
 def read_base(folder: str | Path) -> dict[str, Any]:
-    """What [`write_base`] wrote. Raises: SettingError if the folder is no adapter of ours."""
+    """Read the record of [`write_base`].
+
+    Raises:
+        CheckpointError: pdlm-peft did not write this adapter folder.
+    """
     path = Path(folder) / BASE_FILE
     if not path.is_file():
-        raise SettingError(f"{folder}: there is no {BASE_FILE}; is this an adapter folder that pdlm-peft wrote?")
+        raise CheckpointError(f"{folder}: there is no {BASE_FILE}; give an adapter folder that pdlm-peft wrote.")
     return json.loads(path.read_text())
 
 
 def check_base(folder: str | Path, base: str | Path) -> None:
-    """Raises: SettingError if the adapter belongs to other weights, or `base` cannot be loaded."""
-    noted = read_base(folder)
+    """Check that an adapter belongs to a base checkpoint.
+
+    Raises:
+        CheckpointError: the adapter was trained on other weights, or the base cannot be loaded.
+    """
+    record = read_base(folder)
     try:
         found = fingerprint(base)
     except OSError as error:
-        raise SettingError(
+        raise CheckpointError(
             f"The base {base} of the adapter {folder} cannot be loaded. Give its folder or hub id: --base BASE, or "
             "`base` of `load_adapter` and `merge`."
         ) from error
-    if noted["fingerprint"] != found:
-        raise SettingError(
+    if record["fingerprint"] != found:
+        raise CheckpointError(
             f"The adapter {folder} was trained on other weights than those of {base} (fingerprint "
-            f"{noted['fingerprint']}, got {found}): it was {noted['base']}. Give that checkpoint."
+            f"{record['fingerprint']}, got {found}). Give the checkpoint that it was trained on, {record['base']}."
         )
 
 
@@ -203,41 +217,45 @@ def check_base(folder: str | Path, base: str | Path) -> None:
 
 
 def load_adapter(folder: str | Path, base: str | Path | None = None, **kwargs: Any) -> tuple[PeftModel, Any]:
-    """Base and adapter, checked to belong together, with the switches and settings of the recipe.
+    """Load an adapter on its base, with the switches and settings of its recipe.
 
     Args:
         folder (`str` or `Path`): adapter folder.
-        base (`str` or `Path`, *optional*): its base, if it has moved.
+        base (`str` or `Path`, *optional*): folder or hub id of its base, if that has moved.
         **kwargs: for `AutoModelForImageTextToText.from_pretrained`, `dtype` for example.
 
     Returns:
         the model and its processor.
 
     Raises:
-        SettingError: no adapter of ours, or another base.
+        CheckpointError: pdlm-peft did not write the adapter, or it was trained on another base.
     """
-    noted = read_base(folder)
+    record = read_base(folder)
     base = str(base or adapter_base(folder))
     check_base(folder, base)
     model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
-    apply_overrides(model, noted)
+    apply_overrides(model, record)
     return PeftModel.from_pretrained(model, folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
 def merge(folder: str | Path, out: str | Path, base: str | Path | None = None, dtype: str = "auto") -> Path:
-    """A checkpoint folder like any other: weights with the adapter in them, processor, generation settings.
+    """Merge an adapter into its base and save the checkpoint: weights, processor and generation settings.
 
-    A base that was trained on in 4 bits is loaded in `dtype` here: merging into 4-bit weights would round the adapter
+    After training in 4 bits, the base is loaded in `dtype` here: merging into 4-bit weights would round the adapter
     away.
 
     Args:
         folder (`str` or `Path`): adapter folder.
         out (`str` or `Path`): new folder.
-        base (`str` or `Path`, *optional*): its base, if it has moved.
-        dtype (`str`): of the merged weights; "auto": that of the base.
+        base (`str` or `Path`, *optional*): folder or hub id of its base, if that has moved.
+        dtype (`str`): type of the merged weights; "auto": that of the base.
+
+    Returns:
+        `out`.
 
     Raises:
-        SettingError: another base, no adapter, or `out` exists.
+        CheckpointError: pdlm-peft did not write the adapter, or it was trained on another base.
+        SettingError: `out` exists and is not empty.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -1,8 +1,8 @@
-"""Building captioned region data as ParaCaption was made (paper, 3.4), step by step, each one able to go on.
+"""Steps that build captioned region data as ParaCaption was made (paper, section 3.4). Each step can be resumed.
 
-A step reads rows and appends rows to OUT as their last region is decided; regions that are dropped go to
-OUT.dropped.jsonl with the reason. A region is known by its image (and question) and its id; what is in either file
-is not done again, so that a run that was killed loses at most what was under way.
+A step reads rows and appends each row to OUT when its last region is decided; dropped regions go to
+OUT.dropped.jsonl with the reason. A region is identified by its image, question and id. Regions in either file are
+not decided again, so that a killed run loses at most the regions in progress.
 """
 
 import hashlib
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.errors_pdlm import DataError, ImageError, SettingError
 from pdlm_hf.regions.files import append_rows, read_rows
 
-from .convert import relocated
+from .conversion import relocated
 from .rows import open_row_image, sound_row
 from .sources import Source, raw_rows
 
@@ -26,10 +26,10 @@ class Task:
     """One region to decide about.
 
     Args:
-        number (`int`): of its row.
-        row (`dict`): in the one form, every region with an id.
-        k (`int`): place of the region in the row.
-        folder (`Path`, *optional*): what the image's path starts from.
+        number (`int`): number of its row, from 1.
+        row (`dict`): the row in the one form, every region with an id.
+        k (`int`): position of the region in the row.
+        folder (`Path`, *optional*): folder that the image's path starts from.
     """
 
     number: int
@@ -39,45 +39,55 @@ class Task:
 
     @property
     def region(self) -> dict:
-        """The region itself."""
+        """The region, as in its row."""
         return self.row["regions"][self.k]
 
     def open_image(self) -> Any:
-        """Its image. Raises: DataError with the row."""
+        """Open the image.
+
+        Raises:
+            DataError: the image cannot be opened; the message has the row.
+        """
         try:
             return open_row_image(self.row["image"], self.folder)
-        except ValueError as error:
+        except ImageError as error:
             raise DataError(f"row {self.number}: image: {error}") from None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a region: it stays (`region`, perhaps changed), is dropped (`reason`), or could not be decided
-    this time (`error`)."""
+    """The decision about a region; one of the three is set.
+
+    Args:
+        region (`dict`, *optional*): the region to keep, perhaps changed.
+        reason (`str`, *optional*): why the region is dropped.
+        error (`str`, *optional*): why the region could not be decided in this run.
+    """
 
     region: dict | None = None
     reason: str | None = None
     error: str | None = None
 
 
-# A step: takes tasks as it can work on them, gives each one's verdict, in any order.
+# A step takes tasks when it can work on them, and gives a verdict for each, in any order.
 Decide = Callable[[Iterable[Task]], Iterator[tuple[Task, Verdict]]]
 
 
 class StepRun:
-    """OUT, OUT.dropped.jsonl and OUT.run.json of a step.
+    """The files of a step: OUT, OUT.dropped.jsonl and OUT.run.json.
 
     Args:
         out (`Path`): JSONL file.
-        settings (`dict`): what the verdicts depend on; a run goes on only with the same.
+        settings (`dict`): settings that the verdicts depend on; a run is resumed only with the same ones.
 
     Raises:
-        DataError: there is no such folder, a file is damaged, or it was made with other settings.
+        SettingError: the folder does not exist, or the files were made with other settings.
+        DataError: a file is damaged.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]):
         if not out.parent.is_dir():
-            raise DataError(f"{out}: there is no folder {out.parent}.")
+            raise SettingError(f"{out}: there is no folder {out.parent}.")
         self.out, self.dropped = out, out.with_suffix(".dropped.jsonl")
         record = out.with_suffix(".run.json")
         kept, dropped = (list(read_rows(path, repair=True)) for path in (self.out, self.dropped))
@@ -94,7 +104,7 @@ class StepRun:
         self.lost = {region_key(line, line["id"]) for line in dropped}
 
     def finish_row(self, row: dict, verdicts: dict[int, Verdict]) -> None:
-        """Write what came of a row. The dropped ones first: the row's own line says that it is whole."""
+        """Write the verdicts about a row, dropped regions first: the line in OUT marks the row as complete."""
         lines, kept = [], []
         for k, region in enumerate(row["regions"]):
             verdict = verdicts[k]
@@ -112,16 +122,16 @@ def run_step(source: Source, run: StepRun, decide: Decide, captions: bool = True
     """Decide about all regions that are not decided yet.
 
     Args:
-        source ([`~sources.Source`]): the rows.
-        run ([`StepRun`]): where they go.
+        source ([`~sources.Source`]): the rows to read.
+        run ([`StepRun`]): the files to write.
         decide: the step.
-        captions (`bool`): the rows need captions.
+        captions (`bool`): whether every region needs a caption.
 
     Returns:
-        numbers of "kept", "dropped", "failed" regions, of those there "before", and of each reason.
+        numbers of regions: "kept", "dropped", "failed", decided by an earlier run ("before"), and by reason.
 
     Raises:
-        DataError: a row that cannot be used; what came before it is written.
+        DataError: a row cannot be used; the rows before it are written.
     """
     counts: Counter = Counter()
     waiting: dict[int, dict[int, Verdict]] = {}
@@ -144,9 +154,9 @@ def run_step(source: Source, run: StepRun, decide: Decide, captions: bool = True
 
 
 def region_key(row: dict, identifier: Any) -> tuple:
-    """What tells a region from all others."""
+    """A key that identifies a region among all rows."""
     image = row["image"]
-    # images in the rows themselves are long; Python's own hash differs from run to run
+    # an image inside its row is long; Python's own hash differs between runs
     key = image if len(image) < 300 else hashlib.sha256(image.encode()).hexdigest()
     return (key, row.get("question"), identifier)
 
@@ -159,7 +169,7 @@ def _tasks(source: Source, run: StepRun, counts: Counter, captions: bool) -> Ite
         written = relocated(row, source.own_folder, run.out.parent)
         keys = {region_key(written, region["id"]) for region in row["regions"]}
         if keys & seen:
-            raise DataError(f"row {number}: a region with the id of one in an earlier row; see `pdlm-peft validate`.")
+            raise DataError(f"row {number}: a region has the id of one in an earlier row; see `pdlm-peft validate`.")
         seen |= keys
         if all(key in run.done or key in run.lost for key in keys):
             counts["before"] += len(keys)

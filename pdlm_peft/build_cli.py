@@ -11,39 +11,43 @@ from pdlm_hf.errors_pdlm import SettingError
 from .options import Data, Images, exit_on_error, fail
 
 app = typer.Typer(
-    help="Build captioned region data: caption, check, remask, filter. Each step reads rows and writes rows.",
+    help="Build captioned region data in steps, each of which reads rows and writes rows.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
-Out = Annotated[Path, typer.Argument(help="JSONL file; a step that was stopped goes on.")]
-Server = Annotated[str, typer.Option(help="OpenAI-compatible server, its address with /v1.", show_default=False)]
-ServerModel = Annotated[str, typer.Option(help="Name of the model there.", show_default=False)]
-KeyEnv = Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")]
-Concurrency = Annotated[int, typer.Option(help="Requests at a time.")]
-Retries = Annotated[int, typer.Option(help="Further attempts for a request.")]
-Timeout = Annotated[float, typer.Option(help="Seconds to wait for the server.")]
-MaxTokens = Annotated[int, typer.Option(help="Length of a reply at most.")]
+Out = Annotated[Path, typer.Argument(help="JSONL file to write; the same command resumes a step that was stopped.")]
+Server = Annotated[str, typer.Option(help="Address of an OpenAI-compatible server, with /v1.", show_default=False)]
+ServerModel = Annotated[str, typer.Option(help="Name of the model on the server.", show_default=False)]
+KeyEnv = Annotated[str | None, typer.Option(help="Environment variable with the API key of the server.")]
+Concurrency = Annotated[int, typer.Option(help="Number of simultaneous requests.")]
+Retries = Annotated[int, typer.Option(help="Number of further attempts if a request fails.")]
+Timeout = Annotated[float, typer.Option(help="Seconds to wait for a reply.")]
+MaxTokens = Annotated[int, typer.Option(help="Largest number of tokens in a reply.")]
 
 
 def _server(out: Path, url: str, model: str, key_env: str | None, settings: dict, **options: Any) -> ChatClient:
-    """The server, with its replies beside `out`. Raises: SettingError if the key is not there."""
+    """A client of the server, which caches replies beside `out`.
+
+    Raises:
+        SettingError: the environment variable of the key is not set.
+    """
     key = key_in(key_env)
     return ChatClient(model, url, key, settings, cache=out.with_suffix(".replies.sqlite"), **options)
 
 
 def _run(data: str, images: Path | None, out: Path, decide: Any, settings: dict, captions: bool = True) -> None:
-    """Run a step and say what came of it; exit code 1 if some regions could not be decided."""
+    """Run a step and print its counts; exit code 1 if some regions could not be decided."""
     from .build import StepRun, run_step
     from .sources import find_source
 
     source = find_source(data, images)
     if source.path is not None and source.path.resolve() == out.resolve():
-        raise SettingError(f"{out}: the step would read what it writes; choose another file.")
+        raise SettingError(f"{out}: the step would read the file that it writes; choose another file.")
     counts = run_step(source, StepRun(out, settings), decide, captions)
     known = ("kept", "dropped", "failed", "before")
     reasons = ", ".join(f"{count} {name}" for name, count in counts.most_common() if name not in known)
-    before = f", {counts['before']} done before" * bool(counts["before"])
+    before = f", {counts['before']} decided by an earlier run" * bool(counts["before"])
     typer.echo(
         f"{out}: {counts['kept']} regions kept, {counts['dropped']} dropped{f' ({reasons})' * bool(reasons)}{before}"
     )
@@ -59,16 +63,16 @@ def caption(
     server: Server,
     server_model: ServerModel,
     images: Images = None,
-    server_style: Annotated[str, typer.Option(help="crops: any model. regions: our server.")] = "crops",
-    prompt: Annotated[str | None, typer.Option(help="Question; default: one that suits the style.")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Also describe regions that have a caption.")] = False,
+    server_style: Annotated[str, typer.Option(help="crops (any model) or regions (our own server).")] = "crops",
+    prompt: Annotated[str | None, typer.Option(help="Question; default: one for the style.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Also caption regions that have a caption.")] = False,
     max_tokens: MaxTokens = 512,
     api_key_env: KeyEnv = None,
     concurrency: Concurrency = 8,
     retries: Retries = 4,
     timeout: Timeout = 300.0,
 ) -> None:
-    """Describe regions through a server."""
+    """Caption regions by a vision-language model on a server."""
     from pdlm_hf.prompts_pdlm import DEFAULT_QUESTION
     from pdlm_hf.regions.crops import CROPS_PROMPT
 
@@ -97,7 +101,7 @@ def check(
     retries: Retries = 4,
     timeout: Timeout = 120.0,
 ) -> None:
-    """Drop regions whose caption does not agree with their `category`, asking a language model."""
+    """Drop regions whose caption does not agree with their `category`, according to a language model on a server."""
     from .build_steps import check_step
 
     request = {"temperature": 0, "max_tokens": max_tokens}
@@ -114,11 +118,11 @@ def remask(
     out: Out,
     sam: Annotated[str, typer.Option(help="Folder or hub id of a SAM model for transformers.", show_default=False)],
     images: Images = None,
-    min_iou: Annotated[float, typer.Option(help="Least overlap of the two masks.")] = 0.5,
-    replace: Annotated[bool, typer.Option("--replace", help="Keep SAM's mask instead of the region's own.")] = False,
+    min_iou: Annotated[float, typer.Option(help="Least intersection over union of the two masks.")] = 0.5,
+    replace: Annotated[bool, typer.Option("--replace", help="Write SAM's mask instead of the region's own.")] = False,
     device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
 ) -> None:
-    """Drop regions whose mask SAM does not find again from its box."""
+    """Drop regions whose mask does not agree with the one that SAM finds in its box."""
     from .build_steps import Segmenter, remask_step
 
     step = remask_step(Segmenter(sam, device), min_iou, replace)
@@ -135,9 +139,9 @@ def filter_captions(
     images: Images = None,
     min_words: Annotated[int, typer.Option(help="A shorter caption is dropped.")] = 3,
     max_words: Annotated[int, typer.Option(help="A longer caption is dropped.")] = 200,
-    max_repetition: Annotated[float, typer.Option(help="Share of repeated groups of three words, at most.")] = 0.2,
+    max_repetition: Annotated[float, typer.Option(help="Largest share of repeated groups of three words.")] = 0.2,
 ) -> None:
-    """Drop captions that are too short, too long, or that repeat themselves."""
+    """Drop regions whose caption is too short, too long or repetitive."""
     from .build_steps import filter_step
 
     settings = {"min_words": min_words, "max_words": max_words, "max_repetition": max_repetition}

@@ -1,4 +1,4 @@
-"""The steps of building: caption, check the category, compare with SAM's mask, filter."""
+"""The steps of `pdlm-peft build`: caption regions, check categories, compare masks with SAM's, filter captions."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pdlm_hf.client.chat import ChatClient, Request
-from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.errors_pdlm import DataError, RegionError, SettingError
 from pdlm_hf.regions.crops import crops_message, images_message
 from pdlm_hf.regions.region import Region, parse_region
 
@@ -27,10 +27,14 @@ _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 def mask_of(task: Task, image: Image.Image) -> np.ndarray:
-    """The mask of a region, bool (H, W). Raises: DataError with the row."""
+    """Decode the mask of a region, bool (H, W).
+
+    Raises:
+        DataError: the region cannot be decoded; the message has the row.
+    """
     try:
         return parse_region(task.region, *image.size, task.k).mask
-    except ValueError as error:
+    except RegionError as error:
         raise DataError(f"row {task.number}: regions[{task.k}]: {error}") from None
 
 
@@ -40,13 +44,13 @@ def ask(
     request: Callable[[Task], Request | None],
     read: Callable[[Task, str], Verdict],
 ) -> Iterator[tuple[Task, Verdict]]:
-    """Ask a server about each region; several requests at a time, images opened as they are sent.
+    """Ask a server about each region, with several requests at a time. An image is opened when it is sent.
 
     Args:
-        server (`ChatClient`): keeps its replies, so that nothing is asked twice, also after kill -9.
+        server (`ChatClient`): caches its replies, so that no question is sent twice, even after kill -9.
         tasks: the regions.
-        request: what to ask; None if the region stays as it is.
-        read: what a reply means.
+        request: makes the request for a region; None keeps the region unchanged.
+        read: turns a reply into a verdict.
     """
     waiting: dict[int, Task] = {}
     settled: list[Task] = []
@@ -72,23 +76,26 @@ def ask(
 
 
 def caption_step(server: ChatClient, prompt: str, style: str = "crops", replace: bool = False) -> Decide:
-    """Describe regions.
+    """Make a step that captions regions.
 
     Args:
         server (`ChatClient`): any vision-language model, or our own server.
         prompt (`str`): the question.
-        style (`str`): "crops" shows the image with the region outlined and the part around it; "regions" sends the
-            region itself, as our own server takes it.
-        replace (`bool`): also describe regions that have a caption.
+        style (`str`): "crops" sends the image with the region outlined, and a crop around the region; "regions" sends
+            the region itself, as our own server takes it.
+        replace (`bool`): also caption regions that have a caption.
+
+    Raises:
+        SettingError: there is no such style.
     """
     if style not in STYLES:
-        raise DataError(f"The style must be one of {', '.join(STYLES)}, got {style!r}.")
+        raise SettingError(f"The style must be one of {', '.join(STYLES)}, got {style!r}.")
 
     def request(task: Task) -> Request | None:
         if task.region.get("caption") and not replace:
             return None
         image = task.open_image()
-        mask = mask_of(task, image)  # also checks the region for our own server
+        mask = mask_of(task, image)  # checks the region for our own server, too
         if style == "crops":
             return {"messages": [crops_message(image, mask, prompt)]}
         shape = {key: task.region[key] for key in ("id", "segmentation", "bbox") if key in task.region}
@@ -109,19 +116,22 @@ def caption_step(server: ChatClient, prompt: str, style: str = "crops", replace:
 
 
 def check_step(server: ChatClient, prompt: str = CHECK_PROMPT) -> Decide:
-    """Keep regions whose caption agrees with their `category`, as a language model sees it.
+    """Make a step that keeps the regions whose caption agrees with their `category`, according to a language model.
 
     Args:
         server (`ChatClient`): the language model.
-        prompt (`str`): with {category} and {caption}.
+        prompt (`str`): the question, with {category} and {caption} in it.
+
+    Raises:
+        SettingError: the prompt lacks one of them.
     """
     if "{category}" not in prompt or "{caption}" not in prompt:
-        raise DataError("The prompt needs {category} and {caption}.")
+        raise SettingError("The prompt needs {category} and {caption}.")
 
     def request(task: Task) -> Request:
         category = task.region.get("category")
         if not isinstance(category, str) or not category.strip():
-            expected = "the name of its category (COCO files have it; leave this step out for others)"
+            expected = "the name of its category (COCO files have it; leave out this step for other data)"
             raise RowError(Fault(task.number, f"regions[{task.k}].category", "category", f"{category!r}", expected))
         text = prompt.replace("{category}", category).replace("{caption}", task.region["caption"])
         return [{"role": "user", "content": text}]
@@ -180,15 +190,18 @@ class Segmenter:
 
 
 def remask_step(segmenter: Segmenter, min_iou: float, replace: bool = False) -> Decide:
-    """Keep regions whose mask SAM finds again from its box.
+    """Make a step that keeps the regions whose mask agrees with the one that SAM finds in its box.
 
     Args:
-        segmenter (`Segmenter`): all regions of an image go through it together.
-        min_iou (`float`): intersection over union of the two masks, at least.
-        replace (`bool`): keep SAM's mask instead of the region's own.
+        segmenter (`Segmenter`): gets all regions of an image together.
+        min_iou (`float`): least intersection over union of the two masks.
+        replace (`bool`): write SAM's mask instead of the region's own.
+
+    Raises:
+        SettingError: `min_iou` is not between 0 and 1.
     """
     if not 0 <= min_iou <= 1:
-        raise DataError(f"The least IoU must be between 0 and 1, got {min_iou}.")
+        raise SettingError(f"The least IoU must be between 0 and 1, got {min_iou}.")
 
     def decide(tasks: Iterable[Task]) -> Iterator[tuple[Task, Verdict]]:
         for _, group in groupby(tasks, key=lambda task: task.number):
@@ -202,7 +215,7 @@ def remask_step(segmenter: Segmenter, min_iou: float, replace: bool = False) -> 
                     yield task, Verdict(reason=f"low overlap: IoU {overlap:.3f}")
                     continue
                 meta = task.region.get("meta") or {}
-                meta = meta if isinstance(meta, dict) else {"meta": meta}  # whatever its owner keeps there
+                meta = meta if isinstance(meta, dict) else {"meta": meta}  # users may keep any value there
                 region = {**task.region, "meta": {**meta, "sam_iou": round(overlap, 4)}}
                 if replace:
                     region["segmentation"] = Region(None, other).segmentation
@@ -212,25 +225,28 @@ def remask_step(segmenter: Segmenter, min_iou: float, replace: bool = False) -> 
 
 
 def box_around(mask: np.ndarray) -> list[float]:
-    """x, y, x, y of a mask, the last two outside."""
+    """The box around a mask: x, y of its first pixel, and x, y behind its last one."""
     y, x = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
     return [float(x[0]), float(y[0]), float(x[-1] + 1), float(y[-1] + 1)]
 
 
 def iou(mask: np.ndarray, other: np.ndarray) -> float:
-    """Intersection over union of two masks, one of them not empty."""
+    """Intersection over union of two masks, of which at least one is not empty."""
     return float((mask & other).sum() / (mask | other).sum())
 
 
 def filter_step(min_words: int, max_words: int, max_repetition: float) -> Decide:
-    """Keep captions of a length between two numbers of words that do not repeat themselves.
+    """Make a step that keeps captions of moderate length without repetition.
 
     Args:
-        min_words, max_words (`int`): both still good.
-        max_repetition (`float`): most [`repetition`] that is good.
+        min_words, max_words (`int`): least and largest number of words.
+        max_repetition (`float`): largest [`repetition`].
+
+    Raises:
+        SettingError: a limit is not possible.
     """
     if not 0 < min_words <= max_words or not 0 <= max_repetition <= 1:
-        raise DataError("--min-words must be positive, --max-words not below it, --max-repetition between 0 and 1.")
+        raise SettingError("--min-words must be positive, --max-words at least as large, --max-repetition in [0, 1].")
 
     def decide(tasks: Iterable[Task]) -> Iterator[tuple[Task, Verdict]]:
         for task in tasks:
@@ -248,7 +264,7 @@ def filter_step(min_words: int, max_words: int, max_repetition: float) -> Decide
 
 
 def repetition(text: str, length: int = 3) -> float:
-    """Share of the groups of `length` words in a row that were there before; 0 for a text without loops."""
+    """Share of the groups of `length` consecutive words that occurred before in the text; 0 without repetition."""
     words = re.findall(r"\w+", text.lower())
     groups = [tuple(words[k : k + length]) for k in range(len(words) - length + 1)]
     return 1 - len(set(groups)) / len(groups) if groups else 0.0

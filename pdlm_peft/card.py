@@ -1,4 +1,4 @@
-"""The model card of a finished run: what it is, how it was made, how well it does, how to use it."""
+"""The model card of a finished run: its base, data, settings, scores and use."""
 
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ _MERGE = "For vLLM, or without PEFT: `pdlm-peft merge {folder} MERGED`, then `vl
 
 
 def write_run_card(recipe: Recipe, record: dict[str, Any], folder: Path) -> None:
-    """Write the card of a run, see [`~pdlm_hf.captioning.write_card`].
+    """Write the model card of a run, see [`~pdlm_hf.captioning.write_card`].
 
     Args:
-        recipe ([`~recipe.Recipe`]): what was asked for.
-        record (`dict`): of [`~training.run`].
-        folder (`Path`): of the adapter or checkpoint.
+        recipe ([`~recipe.Recipe`]): settings of the run.
+        record (`dict`): the record that [`~training.train`] returns.
+        folder (`Path`): folder of the adapter or checkpoint.
     """
     data, hardware = recipe.data, record["hardware"]
     kind = "LoRA adapter" if recipe.adapter else "fine-tuned checkpoint"
@@ -50,13 +50,13 @@ def _drawn(kind: str) -> str:
 
 
 def _scores(scores: dict[str, dict[str, float]]) -> str:
-    """A table of what was measured before and after."""
+    """A table of the losses before and after training."""
     if not scores:
-        return "Nothing was held out, so nothing was measured."
+        return "No data was held out, so no scores were measured."
     rows = ["| | " + " | ".join(scores) + " |", "|---|" + "---|" * len(scores)]
     names = sorted({name for values in scores.values() for name in values if "loss" in name})
     for name in names:
         cells = [f"{values[name]:.4f}" if name in values else "" for values in scores.values()]
         rows.append(f"| {name} | {' | '.join(cells)} |")
-    text = "Diffusion loss on held-out rows, in all and by masking probability (`_t0.2`: from 0.2 to 0.4):\n\n"
+    text = "Diffusion loss on held-out rows, over all rows and by masking probability (`_t0.2`: from 0.2 to 0.4):\n\n"
     return text + "\n".join(rows)

@@ -1,4 +1,4 @@
-"""Data sets of captioned regions and of conversations, decoded when they are asked for."""
+"""Data sets of captioned regions and of conversations, whose rows are decoded on access."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ IMAGE = "<image>"
 
 
 class _RowDataset(Dataset):
-    """Rows of a source by position."""
+    """Rows of a source by position, decoded on access."""
 
     def __init__(self, source: str | Path, images: str | Path | None = None, limit: int | None = None):
         self.source = find_source(source, images)
@@ -31,27 +31,33 @@ class _RowDataset(Dataset):
 
 
 class RegionDataset(_RowDataset):
-    """Images with captioned regions, as [`~pdlm_hf.training.PdlmCollator`] takes them.
+    """Images with captioned regions, in the form that [`~pdlm_hf.training.PdlmCollator`] takes.
 
-    A JSONL file is read line by line when a row is asked for, so that only positions are in memory; a JSON list and a
-    COCO file are held as read; images and masks are decoded when asked for.
+    Images and masks are decoded on access. Of a JSONL file only the positions of the lines are kept in memory; a JSON
+    list and a COCO file are kept as they were read.
 
     Args:
         source (`str` or `Path`): COCO json, JSONL, the reference's training json, a saved `datasets` folder, or
             `hf:NAME[:CONFIG][@SPLIT]`.
-        images (`str` or `Path`, *optional*): folder of the images; default: that of the file.
-        limit (`int`, *optional*): only so many rows, the first ones.
+        images (`str` or `Path`, *optional*): folder of the images; default: the folder of the file.
+        limit (`int`, *optional*): use only so many of the first rows.
 
     Raises:
-        DataError: no such data; on access "row N: field: got ..., expected ...", rows counting from 1.
+        DataError: the source does not exist, cannot be read or has no rows; on access, the row has a fault: "row N:
+            field: got ..., expected ...", with rows counted from 1.
     """
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return decode_row(*self._rows[index], self.source.folder)
 
     def sizes(self) -> list[tuple[int, int, int, int]]:
-        """Width and height of the image, regions and characters of all captions of every row. An image is opened
-        only where neither the row nor an RLE says its size. Raises: DataError as on access."""
+        """Width, height, number of regions and of caption characters of every row.
+
+        An image is opened only if neither the row nor an RLE has its size.
+
+        Raises:
+            DataError: a row has a fault.
+        """
         sizes = []
         for index in range(len(self)):
             number, raw = self._rows[index]
@@ -63,13 +69,16 @@ class RegionDataset(_RowDataset):
 
 
 class ChatDataset(_RowDataset):
-    """Conversations about images, as [`~pdlm_hf.training.PdlmCollator`] takes them.
+    """Conversations about images, in the form that [`~pdlm_hf.training.PdlmCollator`] takes.
 
     Rows are LLaVA's `{"image": path or list (optional), "conversations": [{"from": "human" | "gpt", "value"}]}`, with
     `<image>` where an image belongs, or `{"images", "messages": [{"role", "content"}]}`.
 
     Args:
-        source, images, limit: as in [`RegionDataset`], COCO excepted.
+        source, images, limit: as in [`RegionDataset`], except COCO files.
+
+    Raises:
+        DataError: as in [`RegionDataset`].
     """
 
     def __init__(self, source: str | Path, images: str | Path | None = None, limit: int | None = None):
@@ -83,12 +92,15 @@ class ChatDataset(_RowDataset):
 
 
 def stream_rows(source: str | Path, images: str | Path | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of [`RegionDataset`] one after the other, nothing kept in memory (a COCO file excepted).
+    """Read the rows of [`RegionDataset`] one after the other; only a COCO file is kept in memory.
 
-    `datasets.IterableDataset.from_generator(stream_rows, gen_kwargs={"source": ...})` makes a table of it.
+    `datasets.IterableDataset.from_generator(stream_rows, gen_kwargs={"source": ...})` makes a table of them.
+
+    Args:
+        source, images: as in [`RegionDataset`].
 
     Raises:
-        DataError: as [`RegionDataset`], at the row that is at fault.
+        DataError: as in [`RegionDataset`], when the faulty row is reached.
     """
     found = find_source(source, images)
     for number, raw in raw_rows(found):
@@ -99,19 +111,19 @@ def decode_row(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
     """Open the image and decode the masks of a row.
 
     Args:
-        number (`int`): of the row, from 1.
-        raw: the row as read.
-        folder (`Path`, *optional*): what relative paths start from.
+        number (`int`): number of the row, from 1.
+        raw: the row as it was read.
+        folder (`Path`, *optional*): folder that relative paths start from.
 
     Returns:
         `{"image": PIL.Image (RGB), "regions": [{"id", "mask": bool (H, W), "caption"}], "question"?}`
 
     Raises:
-        DataError: "row N: field: got ..., expected ...".
+        RowError: the row has a fault: "row N: field: got ..., expected ...".
     """
     row = sound_row(raw, number)
     image = _open(row, number, folder)
-    if fault := size_fault(row, number, image.size):  # polygons and boxes would land elsewhere
+    if fault := size_fault(row, number, image.size):  # polygons and boxes would be in the wrong place
         raise RowError(fault)
     regions = []
     for k, region in enumerate(row["regions"]):
@@ -125,23 +137,29 @@ def decode_row(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
 
 
 def decode_chat(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
-    """Open the images of a conversation and bring it into one form.
+    """Open the images of a conversation and convert it into the form of messages.
+
+    Args:
+        number, raw, folder: as in [`decode_row`].
 
     Returns:
         `{"images": [PIL.Image], "messages": [{"role", "content"}]}`
 
     Raises:
-        DataError: "row N: field: got ..., expected ...".
+        RowError: as in [`decode_row`].
     """
     paths, messages = chat_messages(number, raw)
     return {"images": [_open({"image": path}, number, folder) for path in paths], "messages": messages}
 
 
 def chat_messages(number: int, raw: Any) -> tuple[list[Any], list[dict[str, Any]]]:
-    """Paths of the images and the messages of a conversation; no image is opened.
+    """Convert a conversation into paths of images and messages, without opening the images.
+
+    Args:
+        number, raw: as in [`decode_row`].
 
     Raises:
-        DataError: as [`decode_chat`].
+        RowError: as in [`decode_row`].
     """
     if isinstance(raw, RowError):
         raise raw
@@ -168,7 +186,7 @@ def chat_messages(number: int, raw: Any) -> tuple[list[Any], list[dict[str, Any]
     if messages[-1]["role"] != "assistant":
         raise fail(name, messages[-1]["role"], "an answer as the last turn")
     found = sum(part["type"] == "image" for message in messages for part in _parts(message))
-    if not found and paths:  # as is usual: the images come first
+    if not found and paths:  # without <image> the images come first, as is usual
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
             raise fail(name, "no question", "a turn of the user")
@@ -179,7 +197,7 @@ def chat_messages(number: int, raw: Any) -> tuple[list[Any], list[dict[str, Any]
 
 
 def _content(value: Any, role: str) -> Any:
-    """Content of a message: text of the assistant and the system, parts of the user. None if it is neither."""
+    """Content of a message: a text for assistant and system, a list of parts for the user; None if it has a fault."""
     if isinstance(value, str) and role != "user":
         return value.strip() or None
     if isinstance(value, str):
@@ -210,7 +228,7 @@ def _open(row: dict, number: int, folder: Path | None) -> Image.Image:
 
 
 class _Rows:
-    """Raw rows with their numbers, by position."""
+    """Rows as they were read, with their numbers, by position."""
 
     def __init__(self, source: Source, limit: int | None):
         self.source = source
@@ -233,7 +251,7 @@ class _Rows:
                 self.rows.append((number, row))
 
     def _find_lines(self, limit: int | None) -> list[tuple[int, int]]:
-        """Number and position in the file of every row."""
+        """Number of every row and its position in the file."""
         places: list[tuple[int, int]] = []
         position = 0
         with open(self.source.file, "rb") as file:
@@ -256,6 +274,8 @@ class _Rows:
         if self.places is None:
             return index % len(self) + 1, self.table[index]
         number, position = self.places[index]
-        with open(self.source.file, "rb") as file:  # opened anew: workers of a loader must not share a position
+        with open(
+            self.source.file, "rb"
+        ) as file:  # opened every time: workers of a data loader must not share a position
             file.seek(position)
             return number, parse_line(file.readline(), number)

@@ -18,26 +18,26 @@ SAMPLES = 4
 def validate(
     data: Data,
     images: Images = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Conversations in LLaVA's format, for the base model.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Check conversations in LLaVA's format.")] = False,
     model: Annotated[str | None, typer.Option(help="Checkpoint to train; default: the embedded one.")] = None,
-    max_caption_tokens: Annotated[int, typer.Option(help="A longer caption or answer is a fault; 0: none is.")] = 512,
+    max_caption_tokens: Annotated[int, typer.Option(help="A longer caption or answer is a fault; 0: no limit.")] = 512,
     max_regions: Annotated[int | None, typer.Option(help="More regions in a row are a fault.")] = None,
     open_images: Annotated[
-        bool, typer.Option("--open-images/--no-images", help="Decode every image, or believe the sizes in the file.")
+        bool, typer.Option("--open-images/--no-images", help="Decode every image, or trust the sizes in the file.")
     ] = True,
-    max_faults: Annotated[int, typer.Option(help="Faults to print; 0: all. All are counted.")] = SHOWN,
-    draw: Annotated[Path | None, typer.Option(help="Draw the first samples, into a .png or a folder.")] = None,
-    samples: Annotated[int, typer.Option(help="Samples to draw.")] = SAMPLES,
+    max_faults: Annotated[int, typer.Option(help="Number of faults to print; 0: all. All are counted.")] = SHOWN,
+    draw: Annotated[Path | None, typer.Option(help="Draw the first sound rows into a .png file or a folder.")] = None,
+    samples: Annotated[int, typer.Option(help="Number of rows to draw.")] = SAMPLES,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check region data or conversations: every fault with its row, and a summary. Exit code 1 if there are faults."""
+    """Check region data or conversations. Prints all faults and a summary; the exit code is 1 if there are faults."""
     from transformers import AutoProcessor
 
     from pdlm_hf.captioning.checkpoints import BASE_CHECKPOINT, CHECKPOINT
 
+    from .chat_validation import validate_chat
     from .sources import find_source
-    from .validate import Validator, draw_samples
-    from .validate_chat import validate_chat
+    from .validation import Validator, draw_samples
 
     if max_caption_tokens < 0 or max_faults < 0 or samples < 1:
         raise SettingError("--max-caption-tokens and --max-faults must not be negative, --samples must be positive.")
@@ -63,7 +63,7 @@ def validate(
             typer.echo(str(fault))
         if hidden := len(report.faults) - len(shown):
             typer.echo(f"... and {hidden} more (--max-faults 0 prints all)")
-        _say_summary(report)
+        _print_summary(report)
     if draw is not None and report.samples:
         paths = draw_samples(report.samples, source.folder, draw)
         typer.echo(f"drawn: {', '.join(map(str, paths))}", err=True)
@@ -71,17 +71,17 @@ def validate(
         raise typer.Exit(1)
 
 
-def _say_summary(report: Any) -> None:
+def _print_summary(report: Any) -> None:
     summary = report.summary
     regions = f", {summary['regions']} regions" if "regions" in summary else ""
     typer.echo(f"{summary['rows']} rows, {summary['images']} images{regions}")
     names = {
-        "regions_per_row": ("regions a row", "{:g}"),
-        "area_share": ("share of the image", "{:.2%}"),
-        "caption_tokens": ("tokens a caption", "{:g}"),
-        "images_per_row": ("images a row", "{:g}"),
-        "turns": ("turns a row", "{:g}"),
-        "answer_tokens": ("tokens an answer", "{:g}"),
+        "regions_per_row": ("regions per row", "{:g}"),
+        "area_share": ("area of a region", "{:.2%}"),
+        "caption_tokens": ("tokens per caption", "{:g}"),
+        "images_per_row": ("images per row", "{:g}"),
+        "turns": ("turns per row", "{:g}"),
+        "answer_tokens": ("tokens per answer", "{:g}"),
     }
     for name, (label, form) in names.items():
         if spread := summary.get(name):
@@ -89,7 +89,7 @@ def _say_summary(report: Any) -> None:
             typer.echo(f"{label}: {values}")
     if "regions" in summary:
         groups, prompts = summary["rows_in_several_groups"], summary["region_prompts"]
-        typer.echo(f"{groups} rows need several groups for {prompts} region prompts")
+        typer.echo(f"{groups} rows have more regions than region prompts ({prompts}); training splits them")
     counts = ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
     typer.echo(f"faults: {counts or 'none'}")
 
@@ -101,28 +101,29 @@ def convert(
     form: Annotated[str, typer.Option("--from", help="coco-instances, coco-panoptic, dam, gar or reference.")],
     images: Images = None,
     captions: Annotated[
-        Path | None, typer.Option(help="COCO: CSV or JSONL with id (or annotation_id), caption, perhaps image_id.")
+        Path | None,
+        typer.Option(help="COCO: CSV or JSONL with id (or annotation_id), caption, optionally image_id."),
     ] = None,
     category_captions: Annotated[
-        str | None, typer.Option(help="COCO: a caption with the category's name for {}; '{}' for the name alone.")
+        str | None, typer.Option(help="COCO: caption with {} in place of the category's name.")
     ] = None,
-    masks: Annotated[Path | None, typer.Option(help="COCO panoptic: folder of its PNG files.")] = None,
-    crowds: Annotated[bool, typer.Option("--crowds", help="COCO: also take crowd regions.")] = False,
+    masks: Annotated[Path | None, typer.Option(help="COCO panoptic: folder of the PNG files.")] = None,
+    crowds: Annotated[bool, typer.Option("--crowds", help="COCO: also convert crowd regions.")] = False,
 ) -> None:
-    """Write other annotation files as region data (JSONL)."""
-    from . import convert as converting
+    """Convert other annotation files into region data (JSONL)."""
+    from . import conversion
 
     if captions is not None and category_captions is not None:
-        raise SettingError("Give one of --captions and --category-captions.")
+        raise SettingError("Give only one of --captions and --category-captions.")
     texts = None
     if captions is not None:
-        texts = converting.read_captions(captions)
+        texts = conversion.read_captions(captions)
     elif category_captions is not None:
-        texts = converting.category_captions(category_captions)
-    counts = converting.convert(source, out, form, images, texts, masks, crowds)
-    _say_counts(out, counts)
+        texts = conversion.category_captions(category_captions)
+    counts = conversion.convert(source, out, form, images, texts, masks, crowds)
+    _print_counts(out, counts)
     if not counts["rows"]:
-        raise fail("no row was written", 1)
+        raise fail("No row was written.", 1)
 
 
 @exit_on_error
@@ -131,17 +132,17 @@ def split(
     train: Annotated[Path, typer.Argument(help="JSONL file to write, for training.")],
     held_out: Annotated[Path, typer.Argument(help="JSONL file to write, held out.")],
     share: Annotated[float, typer.Option("--held-out", help="Share of the images to hold out.")] = 0.05,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same split.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed and images give the same split.")] = 0,
     images: Images = None,
 ) -> None:
-    """Split region data by image: none is on both sides."""
-    from .convert import split as split_rows
+    """Split region data into two files without a common image."""
+    from .conversion import split as split_rows
 
     for out, counts in zip((train, held_out), split_rows(data, train, held_out, share, seed, images), strict=True):
-        _say_counts(out, counts)
+        _print_counts(out, counts)
 
 
-def _say_counts(out: Path, counts: Any) -> None:
+def _print_counts(out: Path, counts: Any) -> None:
     left = [f"{count} {name} left out" for name, count in counts.items() if name not in ("rows", "regions", "images")]
     images = [f"{counts['images']} images"] * ("images" in counts)
     typer.echo("; ".join([f"{out}: {counts['rows']} rows", f"{counts['regions']} regions", *images, *left]))

@@ -1,43 +1,47 @@
-"""What a recipe needs, before anything is loaded: parameters, memory by part, steps, time.
+"""Estimate what a recipe needs before its weights are loaded: parameters, memory by part, steps, time.
 
-The model is built without memory (on the "meta" device) from the configuration alone, so that the 8B is estimated on
-any machine. Activations follow from the sizes; the tests compare them with what a model really keeps.
+The model is built on the "meta" device from the configuration alone, so that any machine can estimate the 8B.
+Activations are computed from the sizes; the tests compare them with the tensors that autograd keeps.
 """
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor
 
 from pdlm_hf import PdlmBaseConfig, PdlmBaseForConditionalGeneration, PdlmConfig, PdlmForConditionalGeneration
-from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.errors_pdlm import CheckpointError, SettingError
 from pdlm_hf.tiling_pdlm import num_tiles
 
 from .adapters import lora_config
+from .plan import RowSize, measure_run
 from .recipe import Recipe
 
-SHAPES = {"8b": PdlmConfig, "8b_base": PdlmBaseConfig}  # their defaults are the paper's model
+SHAPES = {"8b": PdlmConfig, "8b_base": PdlmBaseConfig}  # the defaults are the sizes of the paper's model
 GB = 1e9
-TRAINED, ADAM, GRADIENT = 4, 8, 4  # bytes a trained parameter: float32 weight, two moments, gradient
-FOUR_BIT = 0.5 + 0.016  # NF4 with doubly quantized scales
-OVERHEAD = 1.5 * GB  # CUDA context, kernels' workspaces, fragments
-# Values that one layer keeps for the backward pass, per token: times the width, and times that of the MLP. In bfloat16
-# the norms keep float32 copies beside them.
+TRAINED, ADAM, GRADIENT = 4, 8, 4  # bytes per trained parameter: float32 weight, two moments, gradient
+FOUR_BIT = 0.5 + 0.016  # bytes per parameter: NF4 with doubly quantized scales
+OVERHEAD = 1.5 * GB  # CUDA context, workspaces of kernels, fragmentation
+# Values that one layer keeps per token for the backward pass: this many times its hidden size, and this many times
+# the hidden size of its MLP. In bfloat16 the norms keep float32 copies in addition.
 KEPT_WIDTH, KEPT_MLP, KEPT_NORMS = 10, 4, 4
-LOGIT_BYTES = 14  # per masked token and word of the vocabulary: logits, their float32 copy, softmax, gradient
+LOGIT_BYTES = 14  # per masked token and vocabulary entry: logits, their float32 copy, softmax, gradient
 
 
 @dataclass
 class Estimate:
-    """What a run needs.
+    """The estimated needs of a run.
 
     Args:
-        parameters, trainable (`dict[str, int]`): by part of the model.
+        parameters, trainable (`dict[str, int]`): numbers of parameters by part of the model.
         memory (`dict[str, float]`): bytes on each device, by use.
-        steps (`int`, *optional*): optimizer steps; None if the data is not there yet.
-        rows (`int`): rows of an optimizer step on one device.
-        tokens (`int`): of the longest row.
-        flops (`float`): of one optimizer step, on one device.
+        steps (`int`, *optional*): optimizer steps; None if they are not known without the data.
+        rows (`int`): rows per optimizer step on one device.
+        tokens (`int`): tokens of the longest row.
+        flops (`float`): floating point operations of one optimizer step on one device.
+        advice (`list[str]`): settings that would reduce the memory.
     """
 
     parameters: dict[str, int]
@@ -55,35 +59,28 @@ class Estimate:
         return sum(self.memory.values())
 
     def hours(self, tflops: float) -> float | None:
-        """Time of the run at so many achieved TFLOP/s a device."""
+        """Duration of the run if each device achieves so many TFLOP/s; None if the steps are not known."""
         return None if self.steps is None else self.steps * self.flops / (tflops * 1e12) / 3600
 
 
-@dataclass(frozen=True)
-class Row:
-    """Sizes of a training row.
-
-    Args:
-        tiles, tokens, answer (`int`): image tiles, tokens in all, tokens of the captions.
-    """
-
-    tiles: int
-    tokens: int
-    answer: int
-
-
 def load_config(recipe: Recipe) -> PdlmConfig:
-    """Configuration of the recipe's model, or that of a named shape. Raises: SettingError if there is none."""
+    """Load the configuration of a recipe's model, or of one of [`SHAPES`].
+
+    Raises:
+        CheckpointError: there is no such folder or hub id.
+    """
     if recipe.model in SHAPES:
         return SHAPES[recipe.model]()
     try:
         return AutoConfig.from_pretrained(recipe.base)
     except OSError as error:
-        raise SettingError(f"`model`: {recipe.model} has no configuration; give a folder, a hub id or 8b.") from error
+        raise CheckpointError(
+            f"`model`: {recipe.model} has no configuration; give a folder, a hub id or 8b."
+        ) from error
 
 
 def meta_model(recipe: Recipe, config: PdlmConfig):
-    """The recipe's model without memory, its adapter and frozen parts in place."""
+    """The recipe's model on the "meta" device, with its adapter or its frozen parts."""
     from peft import get_peft_model
 
     is_base = isinstance(config, PdlmBaseConfig)
@@ -96,22 +93,27 @@ def meta_model(recipe: Recipe, config: PdlmConfig):
     return model
 
 
-def largest_row(config: PdlmConfig, num_slots: int = 48) -> Row:
-    """A row of an image with the most tiles and regions, for data that is not there yet."""
+def largest_row(config: PdlmConfig, num_slots: int = 48) -> RowSize:
+    """Size of a row with as many tiles and regions as the model takes, for estimates without the data.
+
+    Args:
+        config ([`PdlmConfig`])
+        num_slots (`int`): token positions per caption.
+    """
     tiles = num_tiles(config.max_tiles, 1)
     regions = config.num_region_prompts
     answer = max(regions, 4) * num_slots
     tokens = 40 + tiles * config.feature_grid**2 + regions * (config.num_roi_tokens + 2) + answer
-    return Row(tiles, tokens, answer)
+    return RowSize(tiles, tokens, answer)
 
 
-def activations(config: PdlmConfig, row: Row, rows: int, width: int, checkpointing: bool) -> float:
-    """Bytes kept for the backward pass of `rows` rows.
+def activations(config: PdlmConfig, row: RowSize, rows: int, width: int, checkpointing: bool) -> float:
+    """Bytes that the forward pass of `rows` rows keeps for the backward pass.
 
     Args:
-        config ([`PdlmConfig`]), row ([`Row`]), rows (`int`)
-        width (`int`): bytes of a value: 2 for bfloat16, 4 for float32.
-        checkpointing (`bool`): keep the input of each layer only, and what one layer needs.
+        config ([`PdlmConfig`]), row ([`~plan.RowSize`]), rows (`int`)
+        width (`int`): bytes per value: 2 for bfloat16, 4 for float32.
+        checkpointing (`bool`): keep the input of each layer only, and the activations of one layer.
     """
     text, vision = config.text_config, config.vision_config
     total = 0.0
@@ -133,20 +135,52 @@ def activations(config: PdlmConfig, row: Row, rows: int, width: int, checkpointi
     return total + attention + logits
 
 
+def estimate_recipe(recipe: Recipe, dry_run: bool = False) -> Estimate:
+    """Estimate a recipe, with the steps and row lengths of its data if that is a file of regions.
+
+    Args:
+        recipe ([`~recipe.Recipe`])
+        dry_run (`bool`): the data file may be missing, and `model` may be one of [`SHAPES`].
+
+    Raises:
+        SettingError: `model` is one of [`SHAPES`], or the data file is missing, and it is no dry run.
+        CheckpointError: there is no such model.
+        DataError: the data cannot be used.
+    """
+    if recipe.model in SHAPES and not dry_run:
+        raise SettingError(f"`model: {recipe.model}` is a shape for --dry-run; give a folder or hub id, model=DIR.")
+    config, data, steps = load_config(recipe), recipe.data, recipe.training.get("max_steps", -1)
+    is_there = data.train is not None and (data.train.startswith("hf:") or Path(data.train).exists())
+    if recipe.model in SHAPES or data.kind != "regions" or data.streaming or dry_run and not is_there:
+        return estimate(recipe, config, steps=steps if steps > 0 else None)
+    processes = int(os.environ.get("WORLD_SIZE", recipe.hardware.devices))
+    longest, mean_tokens, steps = measure_run(recipe, AutoProcessor.from_pretrained(recipe.base), processes)
+    return estimate(recipe, config, longest, steps, mean_tokens)
+
+
+def device_memory(recipe: Recipe, dry_run: bool = False) -> float | None:
+    """GB of the device that this process trains on, or in a dry run of the recipe's hardware; None without a GPU."""
+    if dry_run and recipe.hardware.memory:
+        return recipe.hardware.memory
+    if torch.cuda.is_available() and not recipe.training.get("use_cpu"):
+        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[1] / GB
+    return None
+
+
 def estimate(
     recipe: Recipe,
     config: PdlmConfig,
-    row: Row | None = None,
+    row: RowSize | None = None,
     steps: int | None = None,
     mean_tokens: int | None = None,
 ) -> Estimate:
-    """Parameters, memory and work of a recipe.
+    """Estimate parameters, memory and work of a recipe for rows of known size.
 
     Args:
         recipe ([`~recipe.Recipe`]), config ([`PdlmConfig`])
-        row ([`Row`], *optional*): the longest of the data; default: the largest there can be.
+        row ([`~plan.RowSize`], *optional*): the longest row of the data; default: [`largest_row`].
         steps (`int`, *optional*): optimizer steps, if known.
-        mean_tokens (`int`, *optional*): of a row, for the time; default: as the longest.
+        mean_tokens (`int`, *optional*): mean tokens per row, for the duration; default: those of `row`.
     """
     row = row or largest_row(config)
     training, hardware = recipe.training, recipe.hardware
@@ -175,9 +209,9 @@ def estimate(
         "activations": activations(config, row, batch, 2 if bf16 else 4, checkpointing),
         "overhead": OVERHEAD,
     }
-    if shared > 1:  # two layers' weights are there as a whole
+    if shared > 1:  # the whole weights of two layers are gathered on each device
         memory["gathered"] = 2 * 4 * _largest_block(config) * (1 if recipe.adapter else 2)
-    passes = 2 * (2 if recipe.adapter else 3) + 2 * checkpointing  # forward, backward, forward again
+    passes = 2 * (2 if recipe.adapter else 3) + 2 * checkpointing  # forward, backward, recomputed forward
     tokens = mean_tokens or row.tokens
     vision = parameters.get("vision tower", 0) * row.tiles * config.patch_grid**2
     language = (sum(parameters.values()) - parameters.get("vision tower", 0)) * tokens
@@ -188,7 +222,7 @@ def estimate(
 
 
 def advice(recipe: Recipe, batch: int, checkpointing: bool) -> list[str]:
-    """What could make it fit, the least loss first."""
+    """Settings that reduce the memory, those that cost least first."""
     tips = []
     if not checkpointing:
         tips.append("training.activation_checkpointing=true")
@@ -207,11 +241,19 @@ def advice(recipe: Recipe, batch: int, checkpointing: bool) -> list[str]:
 
 
 def refuse(found: Estimate, memory: float) -> None:
-    """Raises: SettingError with advice if the run needs more than `memory` GB."""
+    """Refuse a run that does not fit the device.
+
+    Args:
+        found ([`Estimate`])
+        memory (`float`): GB per device.
+
+    Raises:
+        SettingError: the run needs more; the message has the parts and advice.
+    """
     if found.total > memory * GB:
         parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in found.memory.items())
         raise SettingError(
-            f"needs about {found.total / GB:.1f} GB a device, more than the {memory:g} GB there are ({parts}). "
+            f"The run needs about {found.total / GB:.1f} GB per device, which has {memory:g} GB ({parts}). "
             f"Try {'; or '.join(found.advice)}."
         )
 

@@ -1,4 +1,4 @@
-"""What the commands of `pdlm-peft` share: arguments, and how errors reach a person."""
+"""Arguments and error messages that the commands of `pdlm-peft` share."""
 
 from functools import partial
 from pathlib import Path
@@ -10,5 +10,7 @@ from pdlm_hf.cli import errors
 
 fail, exit_on_error = partial(errors.fail, "pdlm-peft"), errors.exit_on_error("pdlm-peft")
 
-Data = Annotated[str, typer.Argument(help="COCO json, JSONL, the reference's json, a saved table, or hf:NAME@SPLIT.")]
-Images = Annotated[Path | None, typer.Option(help="Folder of the images; default: that of the file.")]
+Data = Annotated[
+    str, typer.Argument(help="COCO json, JSONL, the reference's json, a `datasets` folder, or hf:NAME@SPLIT.")
+]
+Images = Annotated[Path | None, typer.Option(help="Folder of the images; default: the folder of the file.")]

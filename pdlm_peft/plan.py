@@ -1,7 +1,7 @@
-"""From a data set to training rows: which rows, in which order, cut how, with which seed. All of it decided before.
+"""The order of training rows, decided before the first step: which images, which of their regions, which noise.
 
-The order of a whole run is a list, made from the seed. A resumed run skips what was done and goes on in the same list;
-several processes take turns in it, so that they see what one process with all their rows sees.
+The order of a whole run is a list made from the seed. A resumed run skips the rows that were trained on and continues
+in the same list. Several processes take turns in it, so that together they see the rows that one process would see.
 """
 
 import math
@@ -15,22 +15,30 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pdlm_hf import PdlmProcessor
-from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.tiling_pdlm import num_tiles
 from pdlm_hf.training.collator import partition_regions
 
-from .recipe import Data
+from .recipe import Data, Recipe
 
-CHARACTERS_PER_TOKEN = 4  # of English captions; only to sort rows by length
-PROMPT_TOKENS = 40  # of the template and the question
-_HELD_OUT_SEED = 2**62  # noise of held-out rows, away from that of training
+CHARACTERS_PER_TOKEN = 4  # of English captions; only used to sort rows by length
+PROMPT_TOKENS = 40  # the chat template and the question
+_HELD_OUT_SEED = 2**62  # far from the seeds of training rows
 
 
 class Step(NamedTuple):
-    """One row of the run: which image, and which of its regions (None: all)."""
+    """One training row: the position of its image in the data set, and of its regions in the image (None: all)."""
 
     image: int
     regions: list[int] | None
+
+
+class RowSize(NamedTuple):
+    """How large a training row is: image tiles, tokens in total, and tokens of the captions."""
+
+    tiles: int
+    tokens: int
+    answer: int
 
 
 class Rows(Protocol):
@@ -54,14 +62,19 @@ def open_dataset(
 
 
 def open_dataset(data: Data, held_out: bool = False, length: int = 0, group: int = 1, seed: int = 0) -> Rows | None:
-    """The data set of a recipe; None if there is no held-out part.
+    """Open the training rows of a recipe, or its held-out rows.
 
     Args:
-        data ([`~recipe.Data`]), held_out (`bool`)
-        length, group, seed (`int`): of drawn images: how many, how many a batch, which.
+        data ([`~recipe.Data`])
+        held_out (`bool`): open the held-out rows.
+        length, group, seed (`int`): for drawn images: their number, the number per batch, and the seed.
+
+    Returns:
+        the data set; None if the recipe holds nothing out.
 
     Raises:
-        SettingError: no file given, or bad rows.
+        SettingError: no file is given, or it does not exist.
+        DataError: the file cannot be read, or holds no rows.
     """
     limit = data.held_out_limit if held_out else data.limit
     if data.kind == "drawn":
@@ -78,7 +91,11 @@ def open_dataset(data: Data, held_out: bool = False, length: int = 0, group: int
 
 
 def _file_of(data: Data, name: Literal["train", "held_out"]) -> str:
-    """The file of a recipe with its rows. Raises: SettingError if it is not given, or not there."""
+    """The data file that a recipe names.
+
+    Raises:
+        SettingError: the recipe names none, or it does not exist.
+    """
     source: str | None = getattr(data, name)
     if source is None:
         raise SettingError(f"`data.{name}` is missing: give the file with your {data.kind}, data.{name}=FILE.")
@@ -88,7 +105,10 @@ def _file_of(data: Data, name: Literal["train", "held_out"]) -> str:
 
 
 def sizes_of(dataset: Rows, data: Data) -> list[tuple[int, int, int, int]] | None:
-    """(width, height, regions, caption characters) of every image; None where order and cut do not need them."""
+    """Width, height, number of regions and of caption characters of every image.
+
+    None for conversations and for data sets with an order of their own: their rows are neither sorted nor split.
+    """
     if getattr(dataset, "in_order", False) or data.kind == "chat":
         return None
     if hasattr(dataset, "sizes"):
@@ -97,21 +117,29 @@ def sizes_of(dataset: Rows, data: Data) -> list[tuple[int, int, int, int]] | Non
     return [(*r["image"].size, len(r["regions"]), sum(len(x["caption"]) for x in r["regions"])) for r in rows]
 
 
-def row_tokens(size: tuple[int, int, int, int], processor: PdlmProcessor, num_slots: int | None = None) -> int:
-    """About how many tokens a row has.
+def measure_row(size: tuple[int, int, int, int], processor: PdlmProcessor, num_slots: int | None = None) -> RowSize:
+    """Estimate the size of a training row before its captions are tokenized.
 
     Args:
-        size: (width, height, regions, caption characters).
-        processor (`PdlmProcessor`), num_slots (`int`, *optional*): slots of a caption.
+        size: width, height, number of regions and of caption characters.
+        processor (`PdlmProcessor`)
+        num_slots (`int`, *optional*): token positions per caption; None: captions have their own length.
     """
     width, height, regions, characters = size
     tiles = num_tiles(*processor.image_processor.grid(width, height))
     answer = regions * (num_slots + 2) if num_slots else characters // CHARACTERS_PER_TOKEN + 2 * regions
-    return PROMPT_TOKENS + tiles * processor.tokens_per_tile + regions * (processor.tokens_per_region + 1) + answer
+    prompt = PROMPT_TOKENS + tiles * processor.tokens_per_tile + regions * (processor.tokens_per_region + 1)
+    return RowSize(tiles, prompt + answer, answer)
 
 
 def cut(num_regions: int, num_prompts: int, index: int, epoch: int, partition: str) -> list[list[int]]:
-    """Groups of regions that fit one pass each; see [`~recipe.Data`]."""
+    """Split the regions of an image into groups of at most `num_prompts`, one training row each.
+
+    Args:
+        num_regions, num_prompts (`int`)
+        index, epoch (`int`): position of the image and number of the epoch, which decide the random groups.
+        partition (`str`): "shuffle" or "together", see [`~recipe.Data`].
+    """
     if partition == "shuffle":
         return [sorted(group) for group in partition_regions(num_regions, num_prompts, index, epoch)]
     return [list(range(num_regions))[start : start + num_prompts] for start in range(0, num_regions, num_prompts)]
@@ -120,59 +148,93 @@ def cut(num_regions: int, num_prompts: int, index: int, epoch: int, partition: s
 def plan(
     dataset: Rows, data: Data, processor: PdlmProcessor, batch: int, steps: int, epochs: float, seed: int
 ) -> list[Step]:
-    """All rows of a run, in order: a multiple of `batch`, epoch after epoch, rows of like length together.
+    """Decide the rows of a run and their order: epoch after epoch, rows of similar length in the same batch.
 
     Args:
         dataset: map-style.
         data ([`~recipe.Data`]), processor (`PdlmProcessor`)
-        batch (`int`): rows of an optimizer step, over all processes.
+        batch (`int`): rows per optimizer step, over all processes.
         steps (`int`): optimizer steps, or -1 for `epochs`.
         epochs (`float`), seed (`int`)
 
+    Returns:
+        a multiple of `batch` rows.
+
     Raises:
-        SettingError: an empty data set.
+        DataError: the data set is empty, or none of its images has a region.
     """
     if not len(dataset):
-        raise SettingError("The training data has no rows.")
-    sizes, slots = sizes_of(dataset, data), data.num_slots
-    slots = max(slots) if isinstance(slots, tuple) else slots
+        raise DataError("The training data has no rows.")
+    sizes = sizes_of(dataset, data)
     order: list[Step] = []
     epoch, wanted = 0, steps * batch if steps > 0 else None
     while wanted is None or len(order) < wanted:
-        rows, lengths = _epoch(len(dataset), sizes, data, processor, slots, epoch)
-        if not rows:
-            raise SettingError("No image in the training data has a region.")
+        rows, measured = _epoch(len(dataset), sizes, data, processor, epoch)
         if wanted is None:
-            wanted = batch * max(1, math.ceil(epochs * len(rows) / batch))
+            wanted = batch * num_steps(len(rows), batch, epochs)
         if not getattr(dataset, "in_order", False):
             generator = torch.Generator().manual_seed(seed * 1000003 + epoch)
+            lengths = [size.tokens for size in measured]
             rows = [rows[k] for k in get_length_grouped_indices(lengths, batch, generator=generator)]
         order += rows
         epoch += 1
     return order[:wanted]
 
 
+def num_steps(rows: int, batch: int, epochs: float) -> int:
+    """Optimizer steps of `epochs` passes over so many rows."""
+    return max(1, math.ceil(epochs * rows / batch))
+
+
+def measure_run(recipe: Recipe, processor: PdlmProcessor, processes: int) -> tuple[RowSize, int, int]:
+    """Measure a run on a file of regions before the model is loaded.
+
+    Args:
+        recipe ([`~recipe.Recipe`]): with `data.kind` "regions".
+        processor (`PdlmProcessor`), processes (`int`)
+
+    Returns:
+        the longest row, the mean number of tokens of a row, and the number of optimizer steps.
+
+    Raises:
+        SettingError: the recipe names no file, or it does not exist.
+        DataError: a row cannot be used.
+    """
+    dataset, training = open_dataset(recipe.data), recipe.training
+    _, measured = _epoch(len(dataset), sizes_of(dataset, recipe.data), recipe.data, processor, 0)
+    batch = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1) * processes
+    steps = training.get("max_steps", -1)
+    if steps < 1:
+        steps = num_steps(len(measured), batch, training.get("num_train_epochs", 3.0))
+    tokens = [size.tokens for size in measured]
+    return max(measured, key=lambda size: size.tokens), sum(tokens) // len(tokens), steps
+
+
 def _epoch(
-    count: int, sizes: list | None, data: Data, processor: PdlmProcessor, slots: int | None, epoch: int
-) -> tuple[list[Step], list[int]]:
-    """Rows of an epoch with their lengths, before they are shuffled."""
+    count: int, sizes: list | None, data: Data, processor: PdlmProcessor, epoch: int, held_out: bool = False
+) -> tuple[list[Step], list[RowSize]]:
+    """Rows of an epoch with their sizes, before they are shuffled. Raises: DataError if there are none."""
     if sizes is None:
-        return [Step(index, None) for index in range(count)], [0] * count
-    rows, lengths = [], []
+        return [Step(index, None) for index in range(count)], [RowSize(0, 0, 0)] * count
+    partition, slots = ("together", None) if held_out else (data.partition, data.num_slots)
+    slots = max(slots) if isinstance(slots, tuple) else slots
+    rows, measured = [], []
     prompts = processor.image_processor.num_region_prompts
     for index, (width, height, regions, characters) in enumerate(sizes):
-        for group in cut(regions, prompts, index, epoch, data.partition) if regions else ():
+        for group in cut(regions, prompts, index, epoch, partition) if regions else ():
             rows.append(Step(index, group))
             size = (width, height, len(group), characters * len(group) // regions)
-            lengths.append(row_tokens(size, processor, slots))
-    return rows, lengths
+            measured.append(measure_row(size, processor, slots))
+    if not rows and not held_out:
+        raise DataError("No image in the training data has a region.")
+    return rows, measured
 
 
 class TrainingRows(Dataset):
-    """Rows of a [`plan`], each with its regions and the seed of its noise.
+    """The rows of a [`plan`], each with its regions and the seed of its noise.
 
     Args:
-        dataset: map-style; rows as [`~pdlm_hf.training.PdlmCollator`] wants them.
+        dataset: map-style, with rows for [`~pdlm_hf.training.PdlmCollator`].
         steps (`list[Step]`), seed (`int`)
     """
 
@@ -188,7 +250,7 @@ class TrainingRows(Dataset):
 
 
 def with_seed(row: dict[str, Any], regions: list[int] | None, seed: int) -> dict[str, Any]:
-    """A copy of the row with some of its regions, and the seed of its noise."""
+    """A copy of the row with the chosen regions (None: all) and the seed of its noise."""
     row = {**row, "seed": seed}
     if regions is not None:
         row["regions"] = [row["regions"][k] for k in regions]
@@ -196,20 +258,20 @@ def with_seed(row: dict[str, Any], regions: list[int] | None, seed: int) -> dict
 
 
 def held_out_rows(dataset: Rows, data: Data, processor: PdlmProcessor) -> TrainingRows:
-    """All held-out images, whole where they fit, always with the same noise."""
-    together = data.model_copy(update={"partition": "together"})
-    rows, _ = _epoch(len(dataset), sizes_of(dataset, data), together, processor, None, 0)
+    """All held-out images with the same noise at every evaluation; regions are split only where they do not fit."""
+    rows, _ = _epoch(len(dataset), sizes_of(dataset, data), data, processor, 0, held_out=True)
     return TrainingRows(dataset, rows, _HELD_OUT_SEED // 2**40)
 
 
 class StreamedRows(IterableDataset):
-    """Rows read one after the other, again from the start when they end; nothing is kept in memory.
+    """Training rows read from a file in order, again from its start when it ends, without keeping it in memory.
 
     Args:
         data ([`~recipe.Data`]), processor (`PdlmProcessor`), seed (`int`)
 
     Raises:
-        SettingError: no file is given, or it is not there.
+        SettingError: no file is given, or it does not exist.
+        DataError: on iteration, the file has no rows, or a row cannot be used.
     """
 
     def __init__(self, data: Data, processor: PdlmProcessor, seed: int):
@@ -229,5 +291,5 @@ class StreamedRows(IterableDataset):
                     yield with_seed(row, group, self.seed * 2**40 + position)
                     position += 1
             if position == before:
-                raise SettingError(f"{self.source} has no rows.")
+                raise DataError(f"{self.source} has no rows.")
             epoch += 1

@@ -1,4 +1,4 @@
-"""Recipes: what to train, on what, how. YAML files, checked before anything is loaded."""
+"""Recipes: YAML files that say what to train on which data and how. They are checked before anything is loaded."""
 
 import dataclasses
 import difflib
@@ -16,16 +16,16 @@ from pdlm_hf.errors_pdlm import SettingError
 
 RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED = {"shapes": CHECKPOINT, "shapes_base": BASE_CHECKPOINT}
-# transformers' older names -> those of recipes; see `versions_pdlm.CHECKPOINTING`
+# older names of transformers -> names in recipes; see `versions_pdlm.CHECKPOINTING`
 ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
 TRAINING_KEYS = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} | {*ALIASES.values()}
-# set elsewhere in a recipe, or needed as they are
+# arguments that a recipe sets by another key, or that must keep their value
 _OWN_KEYS = {
     "output_dir": "set `output`",
     "seed": "set `seed`",
     "data_seed": "set `seed`",
     "remove_unused_columns": "the collator needs every column",
-    "resume_from_checkpoint": "a run with the same `output` goes on by itself",
+    "resume_from_checkpoint": "a run with the same `output` resumes by itself",
     "push_to_hub": "push the finished folder with `hf upload`",
 }
 _FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -37,22 +37,23 @@ class _Part(BaseModel):
 
 
 class Data(_Part):
-    """What to train on.
+    """The data to train on.
 
     Args:
-        kind (`str`): "regions": images with captioned regions; "chat": conversations in LLaVA's format; "drawn": the
-            shapes of `domain`, drawn on demand.
-        domain (`str`): "new": [`~shapes.NEW_DOMAIN`]; "shapes": the one that the embedded checkpoint knows.
-        train, held_out (`str`, *optional*): data file; nothing for "drawn".
-        images (`str`, *optional*): folder of the images; default: that of the data file.
-        limit, held_out_limit (`int`, *optional*): take so many images only.
-        partition (`str`): how the regions of an image are cut into passes. "shuffle": into random, nearly equal
-            groups, in every epoch others, as the reference does; "together": as many as there are region prompts.
-        num_slots (`int` or pair, *optional*): slots of a caption, or a range to draw from, filled up with end-of-turn.
-            None: captions at their own length, as the reference trains.
+        kind (`str`): "regions": images with captioned regions; "chat": conversations in LLaVA's format; "drawn":
+            synthetic scenes of `domain`, drawn on demand.
+        domain (`str`): "new": [`~shapes.NEW_DOMAIN`]; "shapes": the domain of the embedded checkpoint.
+        train, held_out (`str`, *optional*): data files; not for "drawn".
+        images (`str`, *optional*): folder of the images; default: the folder of the data file.
+        limit, held_out_limit (`int`, *optional*): use only so many of the first images.
+        partition (`str`): how the regions of an image are split into rows. "shuffle": into random, nearly equal
+            groups, different ones in each epoch, as the reference does; "together": as many as there are region
+            prompts.
+        num_slots (`int` or pair, *optional*): token positions per caption, or a range to draw them from; the rest is
+            filled with end-of-turn tokens. None: captions have their own length, as the reference trains.
         noise_floor (`float`): lowest masking probability.
-        prompt_ids (`str`): "random" as the reference trains, or "ordered" as at inference.
-        streaming (`bool`): read the file on and on instead of indexing it; needs `training.max_steps`.
+        prompt_ids (`str`): region prompts, "random" as the reference trains, or "ordered" as at inference.
+        streaming (`bool`): read the file again and again instead of indexing it; needs `training.max_steps`.
     """
 
     kind: Literal["regions", "chat", "drawn"] = "regions"
@@ -70,13 +71,13 @@ class Data(_Part):
 
 
 class Adapter(_Part):
-    """LoRA on the language model, and what is trained in full beside it.
+    """LoRA on the language model, and the modules that are trained in full beside it.
 
     Args:
         rank, alpha, dropout: PEFT's `r`, `lora_alpha` (default: twice the rank), `lora_dropout`.
-        vision (`bool`): LoRA on the vision tower, too.
-        train_in_full (`list[str]`): modules that are trained as they are.
-        train_embeddings (`bool`): also train the token embeddings and the head.
+        vision (`bool`): whether the vision tower gets LoRA, too.
+        train_in_full (`list[str]`): modules whose own weights are trained.
+        train_embeddings (`bool`): whether to train the token embeddings and the head as well.
         new_words (`list[str]`): tokens to add; needs `train_embeddings` and free rows in the embedding.
     """
 
@@ -94,36 +95,43 @@ class Adapter(_Part):
     @model_validator(mode="before")
     @classmethod
     def _only_lora(cls, settings: Any) -> Any:
-        """Refuses PEFT's other methods, with the reason where they cannot work at all."""
+        """Refuse PEFT's other methods, with the reason where they cannot work at all."""
         if isinstance(settings, dict) and (method := settings.get("peft_type")):
             if str(method).upper() in VIRTUAL_TOKENS:
                 refuse_virtual_tokens(method)
-            raise SettingError("recipes train LoRA; remove `peft_type`, other methods of PEFT need a script of yours")
+            raise SettingError(
+                "recipes train LoRA; remove `peft_type`. Other methods of PEFT need a script of your own"
+            )
         return settings
 
 
 class Switches(_Part):
-    """Behaviour to adapt the weights to; None: as the checkpoint has it (see `PdlmConfig`)."""
+    """Configuration switches to adapt the weights to (see `PdlmConfig`); None: as in the checkpoint."""
 
     prefix_attention: Literal["full", "isolated"] | None = None
     roi_replay: Literal["reference", "aligned"] | None = None
 
 
 class Samples(_Part):
-    """Captions of held-out images while it trains: of how many, and every how many steps (0: none)."""
+    """Captions of held-out images during training.
+
+    Args:
+        images (`int`): number of images.
+        every (`int`): steps between them; 0: no captions.
+    """
 
     images: Annotated[int, Field(ge=0)] = 4
     every: Annotated[int, Field(ge=0)] = 0
 
 
 class Hardware(_Part):
-    """What the recipe is meant for; the estimate before the start uses it.
+    """The hardware a recipe is meant for, used by the estimate before the start.
 
     Args:
-        devices (`int`): GPUs.
-        memory (`float`, *optional*): GB of one.
-        shard (`str`): what the devices share: "none", "optimizer" (ZeRO-1/2), "full" (FSDP, ZeRO-3).
-        tflops (`float`, *optional*): what one device achieves (not its peak), for the estimate of time.
+        devices (`int`): number of GPUs.
+        memory (`float`, *optional*): GB per GPU.
+        shard (`str`): what is sharded over the devices: "none", "optimizer" (ZeRO-1/2), "full" (FSDP, ZeRO-3).
+        tflops (`float`, *optional*): TFLOP/s that one device achieves (not its peak), to estimate the duration.
     """
 
     devices: Count = 1
@@ -133,19 +141,19 @@ class Hardware(_Part):
 
 
 class Recipe(_Part):
-    """Everything about a run.
+    """All settings of a run.
 
     Args:
         model (`str`): folder, hub id, "shapes" or "shapes_base"; for a dry run also "8b" or "8b_base".
-        output (`str`): folder for the adapter (or checkpoint), its card, samples and logs.
-        seed (`int`): decides order, noise and new weights.
-        dtype (`str`): of the frozen weights. What is trained is float32.
+        output (`str`): folder for the adapter (or checkpoint), its model card, samples and logs.
+        seed (`int`): decides the order of rows, the noise and the new weights.
+        dtype (`str`): type of the frozen weights; trained weights are float32.
         quantize (`str`, *optional*): "4bit": the language model's frozen weights in NF4 (bitsandbytes, CUDA).
         attention (`str`, *optional*): `attn_implementation` of the language model.
         adapter ([`Adapter`], *optional*): None trains all weights.
-        freeze (`list[str]`): without an adapter, parts to keep.
-        generation (`dict`): settings of `generate` that the model has by default afterwards.
-        data, switches, samples, hardware: see there.
+        freeze (`list[str]`): without an adapter, parts of the model that are not trained.
+        generation (`dict`): settings of `generate` that the trained model has by default.
+        data, switches, samples, hardware: see [`Data`], [`Switches`], [`Samples`], [`Hardware`].
         training (`dict`): transformers' `TrainingArguments`, by their newest names.
     """
 
@@ -167,9 +175,9 @@ class Recipe(_Part):
     @field_validator("training")
     @classmethod
     def _newest_names(cls, training: dict[str, Any]) -> dict[str, Any]:
-        """Older names become new ones, and `eval_strategy: no` is no longer the false that YAML 1.1 reads."""
+        """Replace older names by new ones, and the false that YAML 1.1 reads in `eval_strategy: no` by "no"."""
         if both := [old for old, new in ALIASES.items() if old in training and new in training]:
-            raise SettingError(f"`{both[0]}` is the older name of `{ALIASES[both[0]]}`: give one of them")
+            raise SettingError(f"`{both[0]}` is the older name of `{ALIASES[both[0]]}`: give only one of them")
         training = {ALIASES.get(k, k): v for k, v in training.items()}
         return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in training.items()}
 
@@ -180,38 +188,47 @@ class Recipe(_Part):
 
 
 def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe.
+    """Read and check a recipe.
 
     Args:
-        name (`str`): a packaged name (see [`names`]) or a file.
-        overrides (`list[str]`): "key=value" with dotted keys, `adapter.rank=4`; values are YAML.
+        name (`str`): one of [`recipe_names`], or the path of a YAML file.
+        overrides (`list[str]`): "key=value" with dotted keys, `adapter.rank=4` for example; values are YAML.
 
     Raises:
-        SettingError: no such recipe, an unknown key (with the nearest known one), or a value that does not fit.
+        SettingError: there is no such recipe, a key is unknown (the message has the nearest known key), or a value
+            does not fit.
     """
     path = Path(name)
     if not path.suffix:
         path = RECIPES / f"{name}.yaml"
     if not path.is_file():
-        raise SettingError(f"There is no recipe {name!r}. Give a YAML file or one of: {', '.join(names())}.")
+        raise SettingError(f"There is no recipe {name!r}. Give a YAML file or one of: {', '.join(recipe_names())}.")
     try:
         settings = _floats(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
-        raise SettingError(f"{path}: is no YAML ({error}).") from error
+        raise SettingError(f"{path}: not valid YAML ({error}).") from error
     if not isinstance(settings, dict):
-        raise SettingError(f"{path}: expected keys and values, got {type(settings).__name__}.")
+        raise SettingError(f"{path}: expected a mapping of keys to values, got {type(settings).__name__}.")
     for override in overrides:
         _override(settings, override)
     return parse_recipe(settings, str(path))
 
 
-def names() -> list[str]:
-    """The packaged recipes."""
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def parse_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:
-    """A checked recipe from plain settings. Raises: SettingError, see [`load_recipe`]."""
+    """Check plain settings and make a recipe of them.
+
+    Args:
+        settings (`dict`): keys and values as in the YAML file.
+        where (`str`): name of the recipe in error messages.
+
+    Raises:
+        SettingError: see [`load_recipe`].
+    """
     try:
         recipe = Recipe.model_validate(settings)
     except ValidationError as error:
@@ -221,7 +238,7 @@ def parse_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def known_keys() -> list[str]:
-    """All keys of a recipe, dotted."""
+    """All keys of a recipe, with dots."""
     found = []
     for name, field in Recipe.model_fields.items():
         found.append(name)
@@ -234,7 +251,7 @@ def known_keys() -> list[str]:
 
 
 def nearest(key: str) -> str:
-    """'; did you mean ...' or nothing."""
+    """The ending "; did you mean `KEY`?" of a message about an unknown key, or nothing if no known key is similar."""
     known = known_keys()
     last = {name.rpartition(".")[2]: name for name in reversed(known)}
     close = difflib.get_close_matches(key, known, 1) or [
@@ -254,7 +271,7 @@ def _first(error: ValidationError) -> str:
 
 
 def _check(recipe: Recipe, where: str) -> None:
-    """What single fields cannot know."""
+    """Check combinations of settings."""
     data, training, adapter = recipe.data, recipe.training, recipe.adapter
     for key in training:
         if key in _OWN_KEYS:
@@ -266,20 +283,26 @@ def _check(recipe: Recipe, where: str) -> None:
     if training.get("save_strategy") != "no" and (not all(counts) or saving % logging):
         raise SettingError(
             f"{where}: `training.save_steps` ({saving}) must be a multiple of `training.logging_steps` ({logging}), "
-            "both at least 1, or the curve of a resumed run would differ from that of an undisturbed one."
+            "both at least 1, or the loss curve of a resumed run would differ from that of an uninterrupted one."
         )
     if recipe.dtype == "bfloat16" and not training.get("bf16"):
         raise SettingError(
             f"{where}: `dtype: bfloat16` needs `training.bf16: true`, or dtype=float32: adapters are float32."
         )
     if adapter is None and recipe.dtype == "bfloat16":
-        raise SettingError(f"{where}: without an adapter the weights are trained; set dtype=float32 (bf16 computes).")
+        raise SettingError(
+            f"{where}: without an adapter all weights are trained; set dtype=float32 (`bf16` still computes in bf16)."
+        )
     if adapter is None and recipe.quantize:
-        raise SettingError(f"{where}: 4-bit weights cannot be trained; set `adapter` or drop `quantize`.")
+        raise SettingError(f"{where}: 4-bit weights cannot be trained; set `adapter` or remove `quantize`.")
     if adapter is not None and recipe.freeze:
-        raise SettingError(f"{where}: `freeze` is for runs without `adapter`; there only what it names is trained.")
+        raise SettingError(
+            f"{where}: `freeze` is for runs without `adapter`: an adapter freezes the model; remove one of them."
+        )
     if adapter is not None and adapter.new_words and not adapter.train_embeddings:
-        raise SettingError(f"{where}: `adapter.new_words` need `adapter.train_embeddings: true`, or stay random.")
+        raise SettingError(
+            f"{where}: `adapter.new_words` need `adapter.train_embeddings: true`, or their embeddings stay random."
+        )
     try:
         PdlmGenerationConfig(**recipe.generation).validate()
     except (ValueError, TypeError) as error:
@@ -289,15 +312,17 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{where}: `data.kind: drawn` draws its images; remove `data.train` or set `kind: regions`."
         )
     if isinstance(data.num_slots, tuple) and data.num_slots[0] > data.num_slots[1]:
-        raise SettingError(f"{where}: `data.num_slots` is a range from low to high, got {list(data.num_slots)}.")
+        raise SettingError(f"{where}: `data.num_slots` must be a range from low to high, got {list(data.num_slots)}.")
     if data.streaming and training.get("max_steps", -1) < 1:
-        raise SettingError(f"{where}: `data.streaming` needs `training.max_steps`, since the length is not known.")
+        raise SettingError(
+            f"{where}: `data.streaming` needs `training.max_steps`, since the number of rows is not known."
+        )
     if data.streaming and data.kind != "regions":
         raise SettingError(f"{where}: `data.streaming` is for `data.kind: regions`, got {data.kind}.")
 
 
 def _floats(value: Any) -> Any:
-    """YAML 1.1 reads 4e-5 as a text; nobody means that."""
+    """Turn texts such as 4e-5 into numbers: YAML 1.1 needs a dot in them."""
     if isinstance(value, dict):
         return {key: _floats(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -314,9 +339,9 @@ def _override(settings: dict[str, Any], override: str) -> None:
     try:
         value = _floats(yaml.safe_load(text))
     except yaml.YAMLError:
-        raise SettingError(f"{override!r}: the value is no YAML.") from None
+        raise SettingError(f"{override!r}: the value is not valid YAML.") from None
     *parents, last = key.split(".")
-    if parents == ["training"]:  # takes the place of either name
+    if parents == ["training"]:  # the older and the newer name are one setting
         former = {old for old, new in ALIASES.items() if new == ALIASES.get(last, last)}
         settings["training"] = {k: v for k, v in (settings.get("training") or {}).items() if k not in former}
         last = ALIASES.get(last, last)

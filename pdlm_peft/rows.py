@@ -1,7 +1,7 @@
-"""One row of region data in one form (COCO's field names), and what can be wrong with it.
+"""Rows of region data: their one form, with COCO's field names, and the faults they can have.
 
-The form: `{"image": path, "regions": [{"id", "segmentation" | "bbox", "caption"}, ...], "question"?, "width"?,
-"height"?}`. Images and masks stay encoded here.
+A row is `{"image": path, "regions": [{"id", "segmentation" | "bbox", "caption"}, ...], "question"?, "width"?,
+"height"?}`. Images and masks stay encoded in it.
 """
 
 import base64
@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.errors_pdlm import DataError, ImageError
 from pdlm_hf.regions.images import load_image, open_image
 
 ROW_KEYS = {"image", "regions", "question", "width", "height", "id", "meta"}
@@ -30,20 +30,21 @@ REGION_KEYS = {
     "iscrowd",
     "meta",
 }
-IMAGE_NAMES = ("image", "image_file", "image_path")  # the reference knows all three
-# A box is cut off at the edges of its image: this one is any whole image.
+IMAGE_NAMES = ("image", "image_file", "image_path")  # the reference accepts all three
+# A box is clipped to its image, so that this one covers any image.
 WHOLE = [0, 0, 2**31, 2**31]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with the data.
+    """One fault of the data.
 
     Args:
-        row (`int`): from 1; the line of a JSONL file, the position in a list, in COCO that of the image.
-        field (`str`): where in the row.
-        kind (`str`): by which faults are counted.
-        got, expected (`str`): in a few words.
+        row (`int`): number of the row, from 1: the line of a JSONL file, the position in a list, or the position of
+            the image in a COCO file.
+        field (`str`): path of the field in the row, `regions[0].caption` for example.
+        kind (`str`): kind of fault, "missing field" for example; reports count faults by kind.
+        got, expected (`str`): what the field holds, and what it should hold.
     """
 
     row: int
@@ -57,7 +58,7 @@ class Fault:
 
 
 class RowError(DataError):
-    """A row that cannot be used; `fault` says why."""
+    """A row cannot be used; `fault` is the reason."""
 
     def __init__(self, fault: Fault):
         super().__init__(str(fault))
@@ -68,14 +69,14 @@ class RowError(DataError):
 
 
 def normal_row(raw: Any) -> Any:
-    """A row in the one form, whatever form it came in; what is not understood is left for [`check_row`].
+    """Convert a row of any known form into the one form; unknown values are left unchanged for [`check_row`].
 
-    The reference's training rows have `image`, `image_file` or `image_path`, and `mask_rles` with `captions`, or
-    `annotations` whose `segmentation` is an RLE or null for the whole image.
+    Rows of the reference's training files have `image`, `image_file` or `image_path`, and either `mask_rles` with
+    `captions`, or `annotations` whose `segmentation` is an RLE, or null for the whole image.
     """
     if not isinstance(raw, dict):
         return raw
-    # a column of a `datasets` table is there in every row, with null where a row has no such field
+    # a row of a `datasets` table has every column of the table, with null where it has no value
     row = {name: value for name, value in raw.items() if value is not None}
     for name in IMAGE_NAMES[1:]:
         if name in row:
@@ -104,7 +105,11 @@ def _reference_region(region: Any) -> Any:
 
 
 def sound_row(raw: Any, number: int, captions: bool = True) -> dict:
-    """A row in the one form, nothing wrong with it. Raises: RowError with its first fault."""
+    """Convert a row into the one form and check it.
+
+    Raises:
+        RowError: the row has a fault; the error has the first one.
+    """
     if isinstance(raw, RowError):
         raise raw
     row = normal_row(raw)
@@ -114,13 +119,15 @@ def sound_row(raw: Any, number: int, captions: bool = True) -> dict:
 
 
 def check_row(row: Any, number: int, captions: bool = True) -> Iterator[Fault]:
-    """Everything that is wrong with the form of a row; images and masks are not decoded.
+    """Find all faults in the form of a row, without decoding images and masks.
 
     Args:
         row: from [`normal_row`].
-        number (`int`): of the row, from 1.
-        captions (`bool`): every region needs one.
+        number (`int`): number of the row, from 1.
+        captions (`bool`): whether every region needs a caption.
     """
+    # By hand, not by pydantic: it skips a list's own checks (ids that occur twice, an empty list) as soon as one item
+    # has a fault, so that faults would go uncounted, and each message would have to be mapped to kind, got, expected.
     if not isinstance(row, dict):
         yield Fault(number, "row", "wrong type", type(row).__name__, "an object with `image` and `regions`")
         return
@@ -130,19 +137,19 @@ def check_row(row: Any, number: int, captions: bool = True) -> Iterator[Fault]:
     if "image" not in row:
         yield Fault(number, "image", "missing field", "nothing", "the path of an image")
     elif not (isinstance(row["image"], (str, dict, Image.Image)) and row["image"]):
-        yield Fault(number, "image", "wrong type", _said(row["image"]), "the path of an image")
+        yield Fault(number, "image", "wrong type", _shown(row["image"]), "the path of an image")
     if "question" in row and not (isinstance(row["question"], str) and row["question"].strip()):
-        yield Fault(number, "question", "wrong type", _said(row["question"]), "a text")
+        yield Fault(number, "question", "wrong type", _shown(row["question"]), "a text")
     for name in ("width", "height"):
         if name in row and not (_is_whole(row[name]) and row[name] > 0):
-            yield Fault(number, name, "wrong type", _said(row[name]), "a number of pixels")
+            yield Fault(number, name, "wrong type", _shown(row[name]), "a number of pixels")
     if "mask_rles" in row:
         got = " and ".join(f"{_count(row.get(name))} {name}" for name in ("mask_rles", "captions"))
         yield Fault(number, "captions", "wrong length", got, "one caption for each mask")
     elif "regions" not in row:
         yield Fault(number, "regions", "missing field", "nothing", "a list of regions")
     elif not isinstance(row["regions"], list):
-        yield Fault(number, "regions", "wrong type", _said(row["regions"]), "a list of regions")
+        yield Fault(number, "regions", "wrong type", _shown(row["regions"]), "a list of regions")
     elif not row["regions"]:
         yield Fault(number, "regions", "no regions", "an empty list", "at least one region")
     else:
@@ -154,14 +161,14 @@ def _check_regions(regions: list, number: int, captions: bool) -> Iterator[Fault
     for k, region in enumerate(regions):
         field = f"regions[{k}]"
         if not isinstance(region, dict):
-            yield Fault(number, field, "wrong type", _said(region), "an object with a shape and `caption`")
+            yield Fault(number, field, "wrong type", _shown(region), "an object with a shape and `caption`")
             continue
         for name in region.keys() - REGION_KEYS:
             expected = f"one of {', '.join(sorted(REGION_KEYS))}"
             yield Fault(number, f"{field}.{name}", "unknown key", "an unknown key", expected)
         identifier = region.get("id", k)
         if not isinstance(identifier, (int, str)) or isinstance(identifier, bool):
-            yield Fault(number, f"{field}.id", "wrong type", _said(identifier), "a number or a text")
+            yield Fault(number, f"{field}.id", "wrong type", _shown(identifier), "a number or a text")
         elif identifier in seen:
             yield Fault(number, f"{field}.id", "duplicate id", repr(identifier) + " again", "an id for each region")
         else:
@@ -175,11 +182,11 @@ def _check_shape(region: dict, field: str, number: int) -> Iterator[Fault]:
     shape, box = region.get("segmentation"), region.get("bbox")
     if shape is not None and shape != [] and shape != {}:
         if not isinstance(shape, (dict, list)):
-            yield Fault(number, f"{field}.segmentation", "wrong type", _said(shape), "an RLE or polygons")
+            yield Fault(number, f"{field}.segmentation", "wrong type", _shown(shape), "an RLE or polygons")
     elif box is None:
         yield Fault(number, field, "missing field", "no shape", "`segmentation` (RLE or polygons) or `bbox`")
     elif not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
-        yield Fault(number, f"{field}.bbox", "wrong type", _said(box), "[x, y, width, height] in pixels")
+        yield Fault(number, f"{field}.bbox", "wrong type", _shown(box), "[x, y, width, height] in pixels")
 
 
 def _check_caption(region: dict, field: str, number: int) -> Iterator[Fault]:
@@ -187,12 +194,12 @@ def _check_caption(region: dict, field: str, number: int) -> Iterator[Fault]:
     if caption is None:
         yield Fault(number, field, "missing field", "nothing", "a text")
     elif not isinstance(caption, str):
-        yield Fault(number, field, "wrong type", _said(caption), "a text")
+        yield Fault(number, field, "wrong type", _shown(caption), "a text")
     elif not caption.strip():
         yield Fault(number, field, "empty caption", repr(caption), "a text")
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     return f"{value!r:.60} ({type(value).__name__})"
 
 
@@ -209,7 +216,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def row_size(row: dict) -> tuple[int, int] | None:
-    """Width and height of the image as the row says them: in so many words, or by an RLE; None if it does not."""
+    """Width and height of the image, from the row's fields or the size of an RLE; None if the row has neither."""
     if _is_whole(row.get("width")) and _is_whole(row.get("height")):
         return row["width"], row["height"]
     regions = row["regions"] if isinstance(row.get("regions"), list) else []
@@ -222,7 +229,7 @@ def row_size(row: dict) -> tuple[int, int] | None:
 
 
 def size_fault(row: dict, number: int, size: tuple[int, int]) -> Fault | None:
-    """Whether the row says another width and height than its image has."""
+    """The fault of a row whose `width` and `height` differ from the size of its image; None if they do not."""
     if "width" not in row or "height" not in row or (row["width"], row["height"]) == size:
         return None
     got, expected = (f"{w} x {h}" for w, h in ((row["width"], row["height"]), size))
@@ -230,14 +237,14 @@ def size_fault(row: dict, number: int, size: tuple[int, int]) -> Fault | None:
 
 
 def open_row_image(image: Any, folder: Path | None) -> Image.Image:
-    """The image of a row, RGB, turned the way it is meant to be seen.
+    """Open the image of a row, as RGB, rotated according to its EXIF data.
 
     Args:
-        image: path, `data:...;base64,...`, an image, or the `{"bytes", "path"}` of a `datasets` column.
-        folder (`Path`, *optional*): what relative paths start from.
+        image: a path, `data:...;base64,...`, an image, or the `{"bytes", "path"}` of a `datasets` column.
+        folder (`Path`, *optional*): folder that relative paths start from.
 
     Raises:
-        DataError: missing, or not to be decoded.
+        ImageError: there is no such file, or it cannot be decoded.
     """
     if isinstance(image, str) and not image.startswith("data:"):
         return load_image(Path(folder or "", image))
@@ -252,4 +259,4 @@ def open_row_image(image: Any, folder: Path | None) -> Image.Image:
             data = image["bytes"]
         return load_image(open_image(io.BytesIO(data)))
     except (binascii.Error, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"the image in the row cannot be decoded ({error}).") from None
+        raise ImageError(f"the image in the row cannot be decoded ({error}).") from None

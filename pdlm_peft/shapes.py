@@ -1,8 +1,8 @@
-"""A second domain of drawn figures, which the embedded checkpoint has never seen: something to fine-tune it on.
+"""A second domain of synthetic scenes, which the embedded checkpoint has never seen, to fine-tune it on.
 
-Shapes, colours, textures, words and sentences are new; sizes and image formats are those of the first domain.
-The tokenizer knows none of the new words and writes each in three pieces, so that what follows a word is always in the
-same place: slots that are written at once cannot disagree about where it is.
+Shapes, colours, textures, words and sentences are new; sizes and image formats are those of the first domain. The
+tokenizer splits each of the new words into three tokens, so that the words that follow keep their positions: tokens
+that are accepted in the same denoising step cannot disagree about them.
 """
 
 import math
@@ -46,7 +46,7 @@ def _outline(shape: str, cx: float, cy: float, r: float) -> list[list[tuple[floa
 def _texture(
     draw: ImageDraw.ImageDraw, texture: str, width: int, height: int, period: float, phase: float, accent: tuple
 ) -> None:
-    """Upright bars, a net of thin lines, or nothing."""
+    """Draw upright bars, a net of thin lines, or nothing."""
     share = {"blank": 0.0, "bars": 0.36, "net": 0.2}[texture]
     for k in range(int(width / period) + 2):
         x = (k + phase) * period
@@ -65,11 +65,12 @@ DOMAINS = {"new": NEW_DOMAIN, "shapes": SHAPES_DOMAIN}
 
 
 def drawn_scenes(domain: str, seed: int, length: int, group: int) -> ShapesDataset:
-    """Images for training, drawn on demand.
+    """Scenes for training, drawn on demand.
 
     Args:
         domain (`str`): "new" or "shapes".
-        seed, length (`int`): which images, and how many.
-        group (`int`): images of a batch, which are drawn to fit well together.
+        seed (`int`): decides the images.
+        length (`int`): number of images.
+        group (`int`): images per batch, which share their number of regions and their tile grid.
     """
     return ShapesDataset(seed, length, group, domain=DOMAINS[domain])

@@ -1,4 +1,4 @@
-"""All rows of a file or table, one after the other, whatever kind it is of."""
+"""The rows of any data source, one after the other: COCO, JSONL, JSON lists, `datasets` folders, the hub."""
 
 import json
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ _CHUNK = 1 << 20  # characters read at a time
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from.
+    """A data source, as [`find_source`] recognized it.
 
     Args:
         kind (`str`): "jsonl", "list" (a JSON list), "coco", "table" (a saved `datasets` folder) or "hub".
-        path (`Path`, *optional*): of the file or folder.
-        name (`str`): as the user wrote it.
-        images (`Path`, *optional*): the folder of images that the user gave.
+        path (`Path`, *optional*): file or folder; None for data on the hub.
+        name (`str`): the source as the user wrote it.
+        images (`Path`, *optional*): folder of images that the user gave.
     """
 
     kind: str
@@ -31,32 +31,36 @@ class Source:
 
     @property
     def file(self) -> Path:
-        """The file or folder on this machine. Raises: DataError for data of the hub."""
+        """The file or folder on this machine.
+
+        Raises:
+            DataError: the data is on the hub.
+        """
         if self.path is None:
-            raise DataError(f"{self.name}: is on the hub, not a file.")
+            raise DataError(f"{self.name}: the data is on the hub, not in a file.")
         return self.path
 
     @property
     def own_folder(self) -> Path | None:
-        """What relative paths start from if no folder was given; files written elsewhere must say another path."""
+        """The source's own folder if relative paths start from it; None if the user gave a folder of images."""
         return None if self.images is not None or self.path is None else self.path.parent
 
     @property
     def folder(self) -> Path | None:
-        """What relative paths of images start from."""
+        """Folder that relative paths of images start from."""
         return self.images if self.images is not None else self.own_folder
 
 
 def find_source(source: str | Path, images: str | Path | None = None) -> Source:
-    """What kind of data this is, by its first character.
+    """Recognize the kind of a data source, by its ending and its first character.
 
     Args:
         source (`str` or `Path`): COCO json, JSONL, a JSON list of rows, a folder written by `save_to_disk` of
             `datasets`, or `hf:NAME[:CONFIG][@SPLIT]`.
-        images (`str` or `Path`, *optional*): folder of the images; default: that of the file.
+        images (`str` or `Path`, *optional*): folder of the images; default: the folder of the file.
 
     Raises:
-        DataError: there is no such thing, or it is of no known kind.
+        DataError: the source does not exist, or is of no known kind.
     """
     name = str(source)
     folder = None if images is None else Path(images)
@@ -67,7 +71,7 @@ def find_source(source: str | Path, images: str | Path | None = None) -> Source:
     path = Path(source)
     if path.is_dir():
         if not any((path / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
-            raise DataError(f"{path}: is a folder, but none that `save_to_disk` of `datasets` has written.")
+            raise DataError(f"{path}: a folder, but not one that `save_to_disk` of `datasets` wrote.")
         return Source("table", path, name, folder)
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
@@ -79,11 +83,11 @@ def find_source(source: str | Path, images: str | Path | None = None) -> Source:
         return Source("list", path, name, folder)
     if start[:1] == b"{":
         return Source("coco" if _is_one_object(path) else "jsonl", path, name, folder)
-    raise DataError(f"{path}: expected a COCO json, a JSON list of rows, or JSONL (one row a line).")
+    raise DataError(f"{path}: expected a COCO json, a JSON list of rows, or JSONL (one row per line).")
 
 
 def _is_one_object(path: Path) -> bool:
-    """Whether a file that starts with { is one JSON object, not one a line."""
+    """Whether a file that starts with { is one JSON object, not one per line."""
     with open(path, encoding="utf-8", errors="replace") as file:
         first, second = file.readline(), file.readline()
     try:
@@ -93,13 +97,13 @@ def _is_one_object(path: Path) -> bool:
 
 
 def raw_rows(source: Source) -> Iterator[tuple[int, Any]]:
-    """Rows as they are, with their numbers from 1, one after the other; nothing is kept of JSONL, lists and hub data.
+    """Read the rows unchanged, one after the other. Of JSONL, lists and hub data nothing is kept in memory.
 
     Yields:
-        number and row; instead of a row that is no JSON, the [`RowError`] that says so.
+        number (from 1) and row; in place of a row that is not JSON, a [`RowError`].
 
     Raises:
-        DataError: the source as a whole is of no use.
+        DataError: the source as a whole cannot be read.
     """
     if source.kind == "jsonl":
         with open(source.file, "rb") as file:
@@ -116,7 +120,7 @@ def raw_rows(source: Source) -> Iterator[tuple[int, Any]]:
 
 
 def parse_line(line: bytes, number: int) -> Any:
-    """The row in a line of a JSONL file, or the [`RowError`] that says why there is none."""
+    """Parse a line of a JSONL file; a [`RowError`] is returned if it is not JSON."""
     try:
         return json.loads(line)
     except ValueError as error:
@@ -125,14 +129,14 @@ def parse_line(line: bytes, number: int) -> Any:
             if isinstance(error, json.JSONDecodeError)
             else f"{error}"
         )
-        return RowError(Fault(number, "row", "broken JSON", where, "one whole JSON object a line"))
+        return RowError(Fault(number, "row", "broken JSON", where, "one whole JSON object per line"))
 
 
 def _list_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows of a JSON list, which is read piece by piece."""
+    """Read the rows of a JSON list chunk by chunk."""
     decoder, number, text, more = json.JSONDecoder(), 0, "", True
     with open(path, encoding="utf-8-sig") as file:
-        while file.read(1) != "[":  # which is there: that made it a list
+        while file.read(1) != "[":  # `find_source` has seen it
             pass
         while True:
             text = text.lstrip().removeprefix(",").lstrip() if number else text.lstrip()
@@ -140,11 +144,11 @@ def _list_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 return
             try:
                 row, end = decoder.raw_decode(text)
-                if end == len(text) and more:  # a number may go on in the next piece
+                if end == len(text) and more:  # a number may continue in the next chunk
                     raise json.JSONDecodeError("cut", text, end)
             except json.JSONDecodeError as error:
-                piece = file.read(max(_CHUNK, len(text)))
-                text, more = text + piece, bool(piece)
+                chunk = file.read(max(_CHUNK, len(text)))
+                text, more = text + chunk, bool(chunk)
                 if more:
                     continue
                 got = f"{error.msg}, after {number} whole rows"
@@ -226,7 +230,12 @@ def _coco_region(annotation: dict, names: dict) -> dict:
 
 
 def open_table(source: Source, streaming: bool = False) -> Any:
-    """A `datasets` table with its images left encoded. Raises: ImportError, or ValueError if it cannot be had."""
+    """Open a `datasets` table, with its images left encoded.
+
+    Raises:
+        DataError: `datasets` cannot read it, or it has splits and none is called "train".
+        MissingPackageError: `datasets` is not installed.
+    """
     try:
         import datasets
     except ImportError:
@@ -238,12 +247,12 @@ def open_table(source: Source, streaming: bool = False) -> Any:
             name, _, split = source.name.removeprefix("hf:").partition("@")
             name, _, config = name.partition(":")
             table = datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
-    except Exception as error:  # whatever its readers raise; all of it means the same to the user
+    except Exception as error:  # its readers raise errors of many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{source.name}: `datasets` cannot read it ({reason}).") from None
     if isinstance(table, datasets.DatasetDict):
         if "train" not in table:
-            raise DataError(f"{source.name}: has the splits {', '.join(table)}; give the folder of one of them.")
+            raise DataError(f"{source.name}: the splits are {', '.join(table)}; give the folder of one of them.")
         table = table["train"]
     for name, feature in (table.features or {}).items():
         if isinstance(feature, datasets.Image):

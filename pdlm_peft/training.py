@@ -1,4 +1,4 @@
-"""Training by recipe: transformers' Trainer, PEFT, the project's collator."""
+"""Training by a recipe, with transformers' Trainer, PEFT and the project's collator."""
 
 import json
 import platform
@@ -31,9 +31,9 @@ from .plan import StreamedRows, TrainingRows, held_out_rows, open_dataset, plan
 from .recipe import ALIASES, Recipe
 from .samples import CaptionSamples
 
-RUN_FILE = "run.json"  # what the order of the rows depends on, besides the recipe
-LEVELS = 5  # bins of the noise level in the log
-# settings that a run may change when it goes on
+RUN_FILE = "run.json"  # the number of processes, on which the order of the rows depends
+LEVELS = 5  # bins of the masking probability in the log
+# settings that may differ when a run is resumed
 _FREE = {
     ("output",),
     ("samples",),
@@ -47,18 +47,20 @@ _FREE = {
 
 
 class RegionTrainer(InOrderTrainer):
-    """Trainer that keeps the order of its rows and logs the loss by noise level.
+    """Trainer that keeps the order of its rows and logs the loss by masking probability.
 
-    `loss_t0.2` is the mean over the samples with a masking probability in [0.2, 0.4) since the last log: the cross
-    entropy of a masked token, roughly.
+    `loss_t0.2` is the mean over the samples with a masking probability in [0.2, 0.4) since the last log. It is
+    roughly the cross entropy of a masked token.
     """
+
+    base_fingerprint = ""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._levels = {mode: torch.zeros(2, LEVELS, dtype=torch.float64) for mode in (True, False)}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As everywhere; also sums the samples' losses by level."""
+        """Compute the loss, and sum the losses of the samples by masking probability."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if outputs.sample_losses is not None:
             level = (inputs["mask_probability"].cpu() * LEVELS).long().clamp_max(LEVELS - 1)
@@ -68,7 +70,7 @@ class RegionTrainer(InOrderTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the losses by level to those of training and of evaluation."""
+        """Add the losses by masking probability to the log of training and of evaluation."""
         for training, key in ((True, "loss"), (False, "eval_loss")):
             if key in logs:
                 sums = self._levels[training].to(self.args.device, torch.float32)
@@ -81,32 +83,32 @@ class RegionTrainer(InOrderTrainer):
 
 
 class _AdapterFiles(TrainerCallback):
-    """What makes a saved step a complete adapter folder."""
+    """Completes the adapter folder of every saved step."""
 
-    def __init__(self, recipe: Recipe, mark: str):
-        self.recipe, self.mark = recipe, mark
+    def __init__(self, recipe: Recipe, base_fingerprint: str):
+        self.recipe, self.base_fingerprint = recipe, base_fingerprint
 
     def on_save(self, args, state, control, model=None, **kwargs):
-        """Note the base beside the adapter."""
+        """Record the base beside the adapter."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            write_base(folder, self.recipe, self.mark)
+            write_base(folder, self.recipe, self.base_fingerprint)
             finish_adapter(folder, self.recipe, model.config)
 
 
 def arguments(recipe: Recipe) -> TrainingArguments:
-    """transformers' arguments of a recipe.
+    """The `TrainingArguments` of a recipe.
 
     Raises:
-        SettingError: they refuse a value.
-        ImportError: `report_to` names something that is not installed.
+        SettingError: transformers refuses a value.
+        ImportError: `report_to` names a package that is not installed.
     """
     given = {k.replace("activation_checkpointing", CHECKPOINTING): v for k, v in recipe.training.items()}
     settings: dict[str, Any] = {"report_to": "none", "use_cpu": not torch.cuda.is_available()} | given
     if recipe.data.streaming:
-        # dispatching would cut every tensor to the number of rows, and images have several tiles each
+        # dispatching would cut every tensor to the number of rows, but an image has several tiles
         settings["accelerator_config"] = {"dispatch_batches": False}
-        # every worker would read the whole file, and every row would be trained once for each of them
+        # each of several workers would read the whole file and repeat every row
         settings["dataloader_num_workers"] = min(settings.get("dataloader_num_workers", 0), 1)
     try:
         found = TrainingArguments(
@@ -123,16 +125,16 @@ def arguments(recipe: Recipe) -> TrainingArguments:
     for name in (name for name in found.report_to or () if name not in available):
         if name == "tensorboard":
             raise MissingPackageError(name, name)
-        raise ImportError(f"`training.report_to`: {name} is not known or not installed, perhaps: pip install {name}")
+        raise ImportError(f"`training.report_to`: {name} is unknown or not installed; try: pip install {name}")
     return found
 
 
-# what stays as it is beside a language model in 4 bits; transformers compares full names from their start, and ends
+# modules that are not quantized; transformers compares the start and the end of full names
 SKIPPED = ["model.vision_tower", "model.multi_modal_projector", "model.region_embedding", "lm_head"]
 
 
 def quantization(recipe: Recipe):
-    """bitsandbytes' configuration for 4-bit weights of the language model, or None.
+    """The bitsandbytes configuration for a language model in 4 bits; None if the recipe does not quantize.
 
     Raises:
         ImportError: bitsandbytes or a CUDA device is missing.
@@ -145,7 +147,7 @@ def quantization(recipe: Recipe):
     if not torch.cuda.is_available() or not is_bitsandbytes_available():
         raise ImportError(
             "`quantize: 4bit` needs a CUDA device and bitsandbytes: pip install bitsandbytes. "
-            "Without: quantize=null, which needs 80 GB for the 8B."
+            "Or set quantize=null, which needs 80 GB for the 8B."
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -157,7 +159,12 @@ def quantization(recipe: Recipe):
 
 
 def load(recipe: Recipe) -> tuple[Any, Any]:
-    """Model and processor, ready to train: switched, with an adapter or frozen parts."""
+    """Load model and processor of a recipe, with its switches and its adapter or frozen parts.
+
+    Raises:
+        SettingError: region data for a checkpoint without region prompts.
+        ImportError: see [`quantization`].
+    """
     adapter = recipe.adapter
     processor = AutoProcessor.from_pretrained(recipe.base)
     model = AutoModelForImageTextToText.from_pretrained(
@@ -186,7 +193,7 @@ def collator(recipe: Recipe, processor) -> PdlmCollator:
 
 
 def training_rows(recipe: Recipe, args: TrainingArguments, processor) -> tuple[Any, int]:
-    """The training rows and the number of optimizer steps."""
+    """Open the training rows and count the optimizer steps."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if recipe.data.streaming:
         return StreamedRows(recipe.data, processor, recipe.seed), args.max_steps
@@ -197,14 +204,21 @@ def training_rows(recipe: Recipe, args: TrainingArguments, processor) -> tuple[A
 
 
 def build(recipe: Recipe) -> RegionTrainer:
-    """A trainer for the recipe, before its first step. Raises: SettingError, ImportError."""
+    """Make the trainer of a recipe, before its first step.
+
+    Raises:
+        SettingError: the settings do not fit, or `output` holds another run.
+        DataError: the data cannot be used.
+        CheckpointError: there is no such base checkpoint.
+        ImportError: an optional package is missing.
+    """
     out = Path(recipe.output)
-    mark = fingerprint(recipe.base)
+    base_fingerprint = fingerprint(recipe.base)
     args = arguments(recipe)
-    check_folder(recipe, out, mark, args.world_size)
+    check_folder(recipe, out, base_fingerprint, args.world_size)
     set_seed(recipe.seed)
     processor = AutoProcessor.from_pretrained(recipe.base)
-    rows, args.max_steps = training_rows(recipe, args, processor)  # bad data is found before the model is loaded
+    rows, args.max_steps = training_rows(recipe, args, processor)  # before the model is loaded, to find bad data early
     held_out = open_dataset(recipe.data, held_out=True, length=64, seed=recipe.seed)
     samples, images = recipe.samples, []
     if samples.every and held_out is not None and recipe.data.kind != "chat":
@@ -217,14 +231,15 @@ def build(recipe: Recipe) -> RegionTrainer:
         eval_dataset=held_out_rows(held_out, recipe.data, processor) if held_out is not None else None,
         data_collator=collator(recipe, processor),
         processing_class=processor,
-        callbacks=[Clock(), _AdapterFiles(recipe, mark)],
+        callbacks=[Clock(), _AdapterFiles(recipe, base_fingerprint)],
     )
+    trainer.base_fingerprint = base_fingerprint
     if images:
         trainer.add_callback(CaptionSamples(trainer, processor, images, samples.every, out / "samples"))
     return trainer
 
 
-def check_folder(recipe: Recipe, out: Path, mark: str, processes: int) -> None:
+def check_folder(recipe: Recipe, out: Path, base_fingerprint: str, processes: int) -> None:
     """Whether a run may start, or go on, in this folder. Raises: SettingError."""
     if not (out / "recipe.yaml").is_file():
         # a start that failed before its first step leaves an empty folder for the steps
@@ -244,7 +259,7 @@ def check_folder(recipe: Recipe, out: Path, mark: str, processes: int) -> None:
                     f"{out} holds a run with `{'.'.join(key)}` {a!r}, now it is {b!r}. Go on with the same settings, "
                     "or give another `output`."
                 )
-    if (out / BASE_FILE).is_file() and read_base(out)["fingerprint"] != mark:
+    if (out / BASE_FILE).is_file() and read_base(out)["fingerprint"] != base_fingerprint:
         raise SettingError(f"{out} holds a run on other weights than those of {recipe.base}; give another `output`.")
     before = json.loads((out / RUN_FILE).read_text())["processes"] if (out / RUN_FILE).is_file() else processes
     if before != processes:  # another batch, so other steps and another order
@@ -255,7 +270,7 @@ def check_folder(recipe: Recipe, out: Path, mark: str, processes: int) -> None:
 
 
 def last_complete(folder: Path) -> str | None:
-    """The last saved step that was written to its end; a killed run may leave half of one."""
+    """Folder of the last saved step that is complete; a killed run may leave an incomplete one."""
     steps = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for step in steps:
         try:
@@ -266,20 +281,28 @@ def last_complete(folder: Path) -> str | None:
     return None
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
-    """Train, or go on where a run with the same output stopped, and write the finished folder.
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Train by a recipe, or resume the run in its `output`, and write the finished folder.
+
+    Args:
+        recipe ([`~recipe.Recipe`])
 
     Returns:
-        the record that is also in `training.json`.
+        the record that `training.json` holds as well: steps, seconds, hardware, scores and the log.
+
+    Raises:
+        SettingError: the settings do not fit, or `output` holds another run.
+        DataError: the data cannot be used.
+        CheckpointError: there is no such base checkpoint.
+        ImportError: an optional package is missing.
     """
     trainer = build(recipe)
     out, main = Path(recipe.output), trainer.is_world_process_zero()
-    mark = next(c.mark for c in trainer.callback_handler.callbacks if isinstance(c, _AdapterFiles))
     if main:
         out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         (out / RUN_FILE).write_text(json.dumps({"processes": trainer.args.world_size}) + "\n")
-        write_base(out, recipe, mark)
+        write_base(out, recipe, trainer.base_fingerprint)
     last = last_complete(out / "checkpoints")
     has_eval = trainer.eval_dataset is not None and trainer.args.eval_strategy != "no"
     trainer.args.eval_on_start = has_eval and last is None
@@ -298,8 +321,12 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
 
 def save(trainer: RegionTrainer, out: Path) -> None:
-    """Write the finished adapter or checkpoint. Raises: OSError if there is none afterwards."""
-    if trainer.is_fsdp_enabled:  # of shards, as saved steps are, `save_model` writes nothing
+    """Write the finished adapter or checkpoint.
+
+    Raises:
+        OSError: no weights were written.
+    """
+    if trainer.is_fsdp_enabled:  # `save_model` writes nothing if the weights are sharded, as in saved steps
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(out))
     if trainer.is_world_process_zero() and not any(out.glob("*.safetensors")):

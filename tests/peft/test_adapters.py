@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from pdlm_hf import CHECKPOINT, PdlmForConditionalGeneration
 from pdlm_hf.adapters_pdlm import adapter_base
+from pdlm_hf.errors_pdlm import CheckpointError
 from pdlm_hf.shapes.dataset import ShapesDataset
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_peft import training
-from pdlm_peft.adapters import LANGUAGE, add_adapter, base_name, check_base, fingerprint, load_adapter, merge
+from pdlm_peft.adapters import LANGUAGE_LAYERS, add_adapter, base_name, check_base, fingerprint, load_adapter, merge
 from pdlm_peft.cli import app
 from pdlm_peft.recipe import Adapter
 
@@ -23,7 +24,7 @@ from pdlm_peft.recipe import Adapter
 def adapter(tmp_path_factory):
     """Trained with a high learning rate, so that it says something else than its base."""
     out = tmp_path_factory.mktemp("adapter") / "run"
-    record = training.run(small("shapes", out, "training.max_steps=4", "training.learning_rate=2e-2"))
+    record = training.train(small("shapes", out, "training.max_steps=4", "training.learning_rate=2e-2"))
     assert len(losses(record["log"])) == 4
     return out
 
@@ -94,7 +95,7 @@ def test_switches_travel(tiny_checkpoint, tmp_path):
     """A checkpoint trained "full" is adapted to "isolated": the adapter and the merged checkpoint know."""
     recipe = small("shapes_isolated", tmp_path / "run", f"model={tiny_checkpoint}")
     assert AutoModelForImageTextToText.from_pretrained(tiny_checkpoint).config.prefix_attention == "full"
-    training.run(recipe)
+    training.train(recipe)
     assert load_adapter(tmp_path / "run")[0].config.prefix_attention == "isolated"
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "run").config.prefix_attention == "isolated"
     merge(tmp_path / "run", tmp_path / "merged")
@@ -134,12 +135,12 @@ def test_fingerprint_does_not_depend_on_the_format(golden_regions, tmp_path):
 
 
 def test_another_base_is_refused(adapter, tiny_checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="was trained on other weights than those of"):
+    with pytest.raises(CheckpointError, match="was trained on other weights than those of"):
         check_base(adapter, tiny_checkpoint)
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(CheckpointError, match="other weights"):
         merge(adapter, tmp_path / "merged", base=tiny_checkpoint)
     assert not (tmp_path / "merged").exists()
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(CheckpointError, match="other weights"):
         load_adapter(adapter, tiny_checkpoint)
 
 
@@ -147,7 +148,7 @@ def test_adapter_and_base_move_together(tiny_checkpoint, inputs, tmp_path):
     """The files name the base from where they are, and nothing of this machine."""
     here, there = tmp_path / "here", tmp_path / "there"
     shutil.copytree(tiny_checkpoint, here / "base")
-    training.run(small("shapes", here / "run", f"model={here / 'base'}", "training.learning_rate=1e-2"))
+    training.train(small("shapes", here / "run", f"model={here / 'base'}", "training.learning_rate=1e-2"))
     for folder, base in ((here / "run", "../base"), (here / "run/checkpoints/checkpoint-2", "../../../base")):
         assert json.loads((folder / "pdlm_base.json").read_text())["base"] == base
         assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base
@@ -171,14 +172,14 @@ def test_adapter_and_base_move_together(tiny_checkpoint, inputs, tmp_path):
 
 def test_a_missing_base_is_named(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, tmp_path / "base")
-    training.run(small("shapes", tmp_path / "run", f"model={tmp_path / 'base'}"))
+    training.train(small("shapes", tmp_path / "run", f"model={tmp_path / 'base'}"))
     (tmp_path / "base").rename(tmp_path / "moved")
     merging = ["merge", str(tmp_path / "run"), str(tmp_path / "merged")]
     refused = CliRunner().invoke(app, merging)
     assert refused.exit_code == 2
     assert "The base of the adapter" in refused.stderr and "is not at ../base" in refused.stderr
     assert f"`pdlm-peft merge {tmp_path / 'run'} OUT --base BASE`" in refused.stderr.replace("\n", " ")
-    with pytest.raises(ValueError, match=r"is not at \.\./base.* --base BASE"):
+    with pytest.raises(CheckpointError, match=r"is not at \.\./base.* --base BASE"):
         AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
     wrong = CliRunner().invoke(app, [*merging, "--base", "no/such"])
     assert wrong.exit_code == 2 and "no/such" in wrong.stderr and "--base BASE" in wrong.stderr
@@ -229,4 +230,4 @@ def test_lora_starts_as_the_base_does(processor, model):
             compared += 1
     assert compared == 1 + 4 + 2  # region prompts, projector, embeddings and head
     assert sum("lora_B" in name for name, _ in wrapped.named_parameters()) == 7 * 4
-    assert LANGUAGE in wrapped.peft_config["default"].target_modules
+    assert wrapped.peft_config["default"].target_modules == LANGUAGE_LAYERS

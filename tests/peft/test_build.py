@@ -276,7 +276,7 @@ def test_rows_that_cannot_be_told_apart(region_data):
     folder, rows, _ = region_data
     data = write_jsonl(folder / "rows.jsonl", [rows[0], rows[0]])
     result = run("filter", data, folder / "out.jsonl")
-    assert result.exit_code == 2 and "row 2: a region with the id of one in an earlier row" in result.stderr
+    assert result.exit_code == 2 and "row 2: a region has the id of one in an earlier row" in result.stderr
 
 
 def test_a_image_in_the_row_has_the_same_key_in_every_run():

@@ -9,6 +9,7 @@ import pytest
 from drawn import as_coco, drawn_rows, rle, write_jsonl
 from PIL import Image
 
+from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_peft import sources
 from pdlm_peft.data import ChatDataset, RegionDataset, stream_rows
@@ -88,7 +89,7 @@ def test_images_are_not_opened_before_they_are_needed(domain, tmp_path, monkeypa
     path = write_jsonl(tmp_path / "rows.jsonl", [{**row, "image": "missing.png"} for row in domain[1]])
     dataset = RegionDataset(path)
     assert dataset.sizes()[0][:2] == domain[2][0].image.size
-    with pytest.raises(ValueError, match=r"^row 1: image: got .*missing.png: no such file, expected an image"):
+    with pytest.raises(DataError, match=r"^row 1: image: got .*missing.png: no such file, expected an image"):
         dataset[0]
 
 
@@ -179,9 +180,9 @@ def test_what_is_wrong_is_named(domain, tmp_path, row, message):
     path = write_jsonl(tmp_path / "rows.jsonl", [rows[0], row])
     dataset = RegionDataset(path, root / "images")
     dataset[0]
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises(DataError, match=f"^{message}"):
         dataset[1]
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises(DataError, match=f"^{message}"):
         list(stream_rows(path, root / "images"))
 
 
@@ -194,26 +195,26 @@ def test_a_size_that_is_not_the_images(tmp_path):
     sized = [row | {"width": w, "height": h} for w, h in ((10, 20), (20, 10))]
     found = RegionDataset(write_jsonl(tmp_path / "rows.jsonl", sized))
     assert found[0]["regions"][0]["mask"].shape == (20, 10)
-    with pytest.raises(ValueError, match="^row 2: width: got 20 x 10, expected 10 x 20, as the image$"):
+    with pytest.raises(DataError, match="^row 2: width: got 20 x 10, expected 10 x 20, as the image$"):
         found[1]
 
 
 def test_files_that_cannot_be_used(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(DataError, match="no such file"):
         RegionDataset(tmp_path / "none.json")
     (tmp_path / "a.txt").write_text("hello")
-    with pytest.raises(ValueError, match="expected a COCO json"):
+    with pytest.raises(DataError, match="expected a COCO json"):
         RegionDataset(tmp_path / "a.txt")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="holds no rows"):
+    with pytest.raises(DataError, match="holds no rows"):
         RegionDataset(tmp_path / "empty.jsonl")
-    with pytest.raises(ValueError, match="none that `save_to_disk`"):
+    with pytest.raises(DataError, match="not one that `save_to_disk`"):
         RegionDataset(tmp_path)
     (tmp_path / "coco.json").write_text('{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 2}]}')
-    with pytest.raises(ValueError, match=r"row 1: annotations\[0\].image_id: got 2, expected the id of one"):
+    with pytest.raises(DataError, match=r"row 1: annotations\[0\].image_id: got 2, expected the id of one"):
         RegionDataset(tmp_path / "coco.json")
     (tmp_path / "cut.jsonl").write_text('{"image": "a.png"}\n{"image": \n')
-    with pytest.raises(ValueError, match="row 2: row: got line 2, column"):
+    with pytest.raises(DataError, match="row 2: row: got line 2, column"):
         RegionDataset(tmp_path / "cut.jsonl")[1]
 
 
@@ -262,7 +263,7 @@ def test_conversations(domain, processor, tmp_path):
     dataset = ChatDataset(write_jsonl(tmp_path / "wrong.jsonl", wrong), root / "images")
     expected = ["one for each of 1 images", "an answer as the last turn", "one of human", "a list of turns"]
     for k, message in enumerate(expected):
-        with pytest.raises(ValueError, match=rf"^row {k + 1}: conversations.*{message}"):
+        with pytest.raises(DataError, match=rf"^row {k + 1}: conversations.*{message}"):
             dataset[k]
 
 

@@ -9,7 +9,7 @@ from pages import DOCS, Page
 from small import SMALL
 
 from pdlm_hf import CHECKPOINT
-from pdlm_peft.recipe import known_keys, load_recipe, names
+from pdlm_peft.recipe import known_keys, load_recipe, recipe_names
 
 TEXT = (DOCS / "fine-tuning.md").read_text(encoding="utf-8")
 ELSEWHERE = {
@@ -30,7 +30,10 @@ def test_the_walk(here):
 
     ran = Page("fine-tuning.md", ELSEWHERE).run(change)
     assert "lora_8b_80gb" in next(r.stdout for r in ran if "--list" in r.command)
-    assert ran[-1].command.startswith("import pdlm_hf")
+    assert [r.command.split("\n")[0] for r in ran[-2:]] == [
+        "import pdlm_hf",
+        "from pdlm_peft import estimate_recipe, load_recipe",
+    ]
 
 
 def test_every_command_names_a_recipe_and_known_keys():
@@ -42,7 +45,7 @@ def test_every_command_names_a_recipe_and_known_keys():
 
 def test_the_table_has_every_recipe():
     table = TEXT.split("## Recipes")[1].split("## Before")[0]
-    assert set(names()) <= set(re.findall(r"`(\w+)`", table))
+    assert set(recipe_names()) <= set(re.findall(r"`(\w+)`", table))
 
 
 @pytest.mark.parametrize("key", re.findall(r"`((?:data|adapter|samples|hardware|switches)\.\w+)`", TEXT))

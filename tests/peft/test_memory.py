@@ -3,13 +3,14 @@ import torch
 from small import small
 from typer.testing import CliRunner
 
+from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.shapes.dataset import ShapesDataset
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_peft.adapters import add_adapter
 from pdlm_peft.cli import app
-from pdlm_peft.memory import GB, Row, activations, estimate, load_config, refuse
-from pdlm_peft.recipe import Adapter, load_recipe, names
-from pdlm_peft.train_cli import _device_memory
+from pdlm_peft.memory import GB, activations, device_memory, estimate, load_config, refuse
+from pdlm_peft.plan import RowSize
+from pdlm_peft.recipe import Adapter, load_recipe, recipe_names
 from pdlm_peft.training import load
 from tools.shapes.model import build_model
 
@@ -39,7 +40,7 @@ def test_activations_are_what_autograd_keeps(processor, hidden, mlp, layers):
     dataset = ShapesDataset(3, 8, 8)
     batch = PdlmCollator(processor, num_slots=24, noise_floor=0.99)([dataset[k] for k in range(8)])
     rows, tokens = batch["input_ids"].shape
-    row = Row(len(batch["pixel_values"]) // rows, tokens, int((batch["labels"] != -100).sum()) // rows)
+    row = RowSize(len(batch["pixel_values"]) // rows, tokens, int((batch["labels"] != -100).sum()) // rows)
     ratio = activations(model.config, row, rows, 4, False) / kept_bytes(model, batch)
     assert 1.0 < ratio < 1.35
 
@@ -57,7 +58,7 @@ def test_parameters_of_the_8b():
     assert found.steps is None and found.hours(100) is None
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_fits_its_hardware(name):
     recipe = load_recipe(name)
     refuse(estimate(recipe, load_config(recipe)), recipe.hardware.memory or 16)
@@ -82,7 +83,7 @@ def test_what_a_choice_costs():
 
 def test_refusal_says_what_helps():
     recipe = load_recipe("lora_8b_80gb")
-    with pytest.raises(ValueError, match=r"needs about \d+\.\d GB .* 24 GB .*batch_size=1 .*qlora_8b_24gb"):
+    with pytest.raises(SettingError, match=r"needs about \d+\.\d GB .* 24 GB .*batch_size=1 .*qlora_8b_24gb"):
         refuse(estimate(recipe, load_config(recipe)), 24)
 
 
@@ -90,9 +91,9 @@ def test_each_process_asks_its_own_device(monkeypatch):
     sizes = {0: 24e9, 1: 80e9}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, sizes[device]))
-    assert _device_memory(load_recipe("lora_8b_80gb"), False) == 24
+    assert device_memory(load_recipe("lora_8b_80gb"), False) == 24
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert _device_memory(load_recipe("lora_8b_80gb"), False) == 80
+    assert device_memory(load_recipe("lora_8b_80gb"), False) == 80
 
 
 def test_parameters_are_those_of_the_model(tmp_path):
@@ -109,9 +110,9 @@ def test_the_command(tmp_path):
     dry = CliRunner().invoke(app, ["train", "lora_8b_80gb", "--dry-run"])
     assert dry.exit_code == 0 and "77,609,728" in dry.stderr
     refused = CliRunner().invoke(app, ["train", "lora_8b_80gb", "--dry-run", "--memory", "20"])
-    assert refused.exit_code == 2 and refused.stderr.splitlines()[-1].startswith("pdlm-peft: needs about")
+    assert refused.exit_code == 2 and refused.stderr.splitlines()[-1].startswith("pdlm-peft: The run needs about")
     shape = CliRunner().invoke(app, ["train", "lora_8b_80gb"])
     assert shape.exit_code == 2 and "is a shape for --dry-run" in shape.stderr
     missing = CliRunner().invoke(app, ["train", "lora_8b_80gb", "model=shapes", f"output={tmp_path}/x"])
     assert missing.exit_code == 2 and "there is no file train.json" in missing.stderr
-    assert CliRunner().invoke(app, ["train", "--list"]).stdout.count("\n") == len(names())
+    assert CliRunner().invoke(app, ["train", "--list"]).stdout.count("\n") == len(recipe_names())

@@ -1,6 +1,7 @@
 import pytest
 
-from pdlm_peft.recipe import RECIPES, known_keys, load_recipe, names
+from pdlm_hf.errors_pdlm import SettingError
+from pdlm_peft.recipe import RECIPES, known_keys, load_recipe, recipe_names
 
 NAMES = [
     "aligned_8b",
@@ -17,7 +18,7 @@ NAMES = [
 
 
 def test_the_packaged_recipes():
-    assert names() == NAMES
+    assert recipe_names() == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,7 +59,7 @@ def test_checkpointing_under_either_name(tmp_path):
     mine.write_text("model: shapes\noutput: x\ndtype: float32\ntraining: {gradient_checkpointing: true}\n")
     assert load_recipe(str(mine)).training == {"activation_checkpointing": True}
     mine.write_text(mine.read_text().replace("{", "{activation_checkpointing: false, "))
-    with pytest.raises(ValueError, match="`gradient_checkpointing` is the older name of `activation_checkpointing`"):
+    with pytest.raises(SettingError, match="`gradient_checkpointing` is the older name of `activation_checkpointing`"):
         load_recipe(str(mine))
 
 
@@ -106,25 +107,25 @@ def test_overrides():
     ],
 )
 def test_bad_overrides(override, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(SettingError) as error:
         load_recipe("shapes", override.split(" "))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(ValueError, match="no recipe 'shape'. Give a YAML file or one of: aligned_8b"):
+    with pytest.raises(SettingError, match="no recipe 'shape'. Give a YAML file or one of: aligned_8b"):
         load_recipe("shape")
     path = tmp_path / "mine.yaml"
     for text, message in (
-        ("model: [", "is no YAML"),
-        ("- 1", "expected keys and values, got list"),
+        ("model: [", "not valid YAML"),
+        ("- 1", "expected a mapping of keys to values, got list"),
         ("model: shapes", "`output` is missing"),
         ("model: shapes\noutput: x\nadaptor: null", "unknown key `adaptor`; did you mean `adapter`?"),
         ("model: shapes\noutput: x\ntraining: {lr: 1}", "unknown key `training.lr`"),
     ):
         path.write_text(text)
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(SettingError) as error:
             load_recipe(str(path))
         assert message in str(error.value)
 

@@ -15,12 +15,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import pdlm_hf
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmBaseConfig, PdlmConfig
+from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.training.collator import PdlmCollator, partition_regions
 from pdlm_peft import plan as plan_module
 from pdlm_peft import training
 from pdlm_peft.adapters import base_name
-from pdlm_peft.plan import StreamedRows, TrainingRows, cut, held_out_rows, plan, row_tokens, sizes_of
-from pdlm_peft.recipe import Data, load_recipe, names
+from pdlm_peft.plan import StreamedRows, TrainingRows, cut, held_out_rows, measure_row, plan, sizes_of
+from pdlm_peft.recipe import Data, load_recipe, recipe_names
 from pdlm_peft.shapes import NEW_DOMAIN, PATTERNS, WORDS
 
 
@@ -65,7 +66,7 @@ def test_plan_covers_every_region_once_an_epoch(shapes_processor):
 
 @pytest.mark.parametrize(("train", "message"), [(None, "`data.train` is missing"), ("none.jsonl", "there is no file")])
 def test_a_stream_without_its_file_is_refused_at_once(shapes_processor, train, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SettingError, match=message):
         StreamedRows(Data(train=train, streaming=True), shapes_processor, 0)
 
 
@@ -79,7 +80,7 @@ def test_rows_of_a_batch_have_like_lengths(shapes_processor):
 
     data = Data(train="x", partition="together")
     order = plan(Sized([{}] * 200), data, shapes_processor, 4, -1, 1, 0)
-    lengths = [row_tokens(sizes[step.image], shapes_processor) for step in order]
+    lengths = [measure_row(sizes[step.image], shapes_processor).tokens for step in order]
     padded = sum(4 * max(lengths[k : k + 4]) for k in range(0, 200, 4))
     assert padded < 1.06 * sum(lengths)
     assert lengths != sorted(lengths, reverse=True)
@@ -90,7 +91,7 @@ def test_row_tokens_are_nearly_those_of_the_collator(shapes_processor):
         collator = PdlmCollator(shapes_processor, num_slots=slots)
         for row in region_rows():
             size = sizes_of([row], Data(train="x"))[0]
-            found, real = row_tokens(size, shapes_processor, slots), collator([row])["input_ids"].shape[1]
+            found, real = measure_row(size, shapes_processor, slots).tokens, collator([row])["input_ids"].shape[1]
             assert abs(found - real) <= 0.25 * real
 
 
@@ -152,13 +153,13 @@ def test_the_new_domain_is_new_and_fits_its_slots(shapes_processor):
 # ---------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_in_miniature(name, own_rows, tmp_path):
     """The same YAML with a tiny model; 4 bits and several devices left out."""
     model = str(BASE_CHECKPOINT if name == "chat_8b" else CHECKPOINT)
     extra = ["quantize=null", "training.activation_checkpointing=true", "training.eval_strategy=steps"]
     recipe = small(name, tmp_path / "run", f"model={model}", *extra, "training.eval_steps=2")
-    record = training.run(recipe)
+    record = training.train(recipe)
     assert [step for step, _ in losses(record["log"])] == [1, 2]
     assert all(np.isfinite(loss) for _, loss in losses(record["log"]))
     files = {path.name for path in (tmp_path / "run").iterdir()}
@@ -193,19 +194,19 @@ def test_bf16_weights_train_in_float32(tmp_path):
     model, _ = training.load(small("shapes", tmp_path / "x", *bf16))
     dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    record = training.run(small("shapes", tmp_path / "run", *bf16, "training.activation_checkpointing=true"))
-    exact = training.run(small("shapes", tmp_path / "exact"))
+    record = training.train(small("shapes", tmp_path / "run", *bf16, "training.activation_checkpointing=true"))
+    exact = training.train(small("shapes", tmp_path / "exact"))
     assert dict(losses(record["log"])) == pytest.approx(dict(losses(exact["log"])), rel=0.05)
 
 
 def test_new_words(own_rows, tmp_path):
     words = "adapter.new_words=[zebra, giraffe]"
-    record = training.run(small("shapes", tmp_path / "run", words, "adapter.train_embeddings=true"))
+    record = training.train(small("shapes", tmp_path / "run", words, "adapter.train_embeddings=true"))
     assert record["steps"] == 2
     tokenizer = AutoProcessor.from_pretrained(tmp_path / "run").tokenizer
     assert tokenizer.tokenize("zebra") == ["zebra"]
     many = ",".join(f"word{k}" for k in range(20))
-    with pytest.raises(ValueError, match="20 are too many: with them the tokenizer has"):
+    with pytest.raises(SettingError, match="20 are too many: with them the tokenizer has"):
         training.load(small("shapes", tmp_path / "y", f"adapter.new_words=[{many}]"))
 
 
@@ -241,7 +242,7 @@ def test_reporters_are_asked_for_before_the_start(tmp_path, monkeypatch):
             training.build(small("shapes", tmp_path / "run", f"training.report_to={name}"))
     assert training.arguments(small("shapes", tmp_path, "training.report_to=trackio")).report_to == ["trackio"]
     assert not any(tmp_path.iterdir())
-    assert {load_recipe(name).training["report_to"] for name in names()} == {"none"}
+    assert {load_recipe(name).training["report_to"] for name in recipe_names()} == {"none"}
 
 
 def test_losses_by_level(tmp_path):
@@ -259,20 +260,20 @@ def test_losses_by_level(tmp_path):
 
 
 def test_samples_are_drawn(tmp_path):
-    training.run(small("shapes", tmp_path / "run", "samples.every=2", "samples.images=2"))
+    training.train(small("shapes", tmp_path / "run", "samples.every=2", "samples.images=2"))
     folder = tmp_path / "run" / "samples" / "step_000002"
     assert {path.name for path in folder.iterdir()} == {"0.png", "1.png", "captions.jsonl"}
     lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
-    assert {"image", "region", "said", "true", "score"} == set(lines[0])
+    assert {"image", "region", "caption", "expected", "score"} == set(lines[0])
 
 
 def test_samples_of_bf16_weights(tmp_path):
     """The projector is trained in float32, the vision tower before it stays bf16."""
     bf16 = ["dtype=bfloat16", "training.bf16=true", "samples.images=1"]
-    record = training.run(small("shapes", tmp_path / "run", *bf16, "samples.every=1"))
+    record = training.train(small("shapes", tmp_path / "run", *bf16, "samples.every=1"))
     lines = (tmp_path / "run" / "samples" / "step_000002" / "captions.jsonl").read_text().splitlines()
-    assert lines and all(json.loads(line)["said"] for line in lines)
-    without = training.run(small("shapes", tmp_path / "without", *bf16))
+    assert lines and all(json.loads(line)["caption"] for line in lines)
+    without = training.train(small("shapes", tmp_path / "without", *bf16))
     assert losses(record["log"]) == losses(without["log"])
 
 
@@ -281,7 +282,7 @@ def test_samples_that_fail_do_not_end_a_run(tmp_path, monkeypatch, caplog):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(training.CaptionSamples, "write", fail)
-    assert training.run(small("shapes", tmp_path / "run", "samples.every=2"))["steps"] == 2
+    assert training.train(small("shapes", tmp_path / "run", "samples.every=2"))["steps"] == 2
     said = [record.getMessage() for record in caplog.records if record.name == "pdlm_peft.samples"]
     assert said == ["No samples at step 2 (RuntimeError: out of memory)."]
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
@@ -309,7 +310,7 @@ def test_shards_are_gathered_for_the_finished_folder(tmp_path):
 
 def test_the_card(own_rows, tmp_path):
     extra = ["training.eval_strategy=steps", "training.eval_steps=2"]
-    record = training.run(small("shapes", tmp_path / "run", *extra))
+    record = training.train(small("shapes", tmp_path / "run", *extra))
     card = (tmp_path / "run" / "README.md").read_text()
     assert f"base_model: {base_name(CHECKPOINT, tmp_path / 'run')}\n" in card and "rank: 16" in card
     assert "for the embedded checkpoint `shapes`, trained" in card and "model: shapes\n" in card
@@ -323,7 +324,7 @@ LONG = ["training.max_steps=6", "training.save_steps=2", "training.eval_strategy
 
 
 def test_a_resumed_run_has_the_same_curve(tmp_path, monkeypatch):
-    straight = training.run(small("shapes", tmp_path / "a", *LONG, "adapter.dropout=0.1"))
+    straight = training.train(small("shapes", tmp_path / "a", *LONG, "adapter.dropout=0.1"))
 
     class Stop(Exception):
         pass
@@ -339,11 +340,11 @@ def test_a_resumed_run_has_the_same_curve(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training.RegionTrainer, "training_step", stopping)
     with pytest.raises(Stop):
-        training.run(small("shapes", tmp_path / "b", *LONG, "adapter.dropout=0.1"))
+        training.train(small("shapes", tmp_path / "b", *LONG, "adapter.dropout=0.1"))
     broken = tmp_path / "b" / "checkpoints" / "checkpoint-5"
     broken.mkdir()
     (broken / "trainer_state.json").write_text('{"half')
-    resumed = training.run(small("shapes", tmp_path / "b", *LONG, "adapter.dropout=0.1"))
+    resumed = training.train(small("shapes", tmp_path / "b", *LONG, "adapter.dropout=0.1"))
     assert resumed["resumed_from"] == 4
     for key in ("loss", "eval_loss", "learning_rate"):
         assert losses(resumed["log"], key) == losses(straight["log"], key)
@@ -351,45 +352,47 @@ def test_a_resumed_run_has_the_same_curve(tmp_path, monkeypatch):
 
 
 def test_other_settings_do_not_go_on(tmp_path):
-    training.run(small("shapes", tmp_path / "a"))
-    with pytest.raises(ValueError, match="holds a run with `adapter.rank` 16, now it is 4"):
-        training.run(small("shapes", tmp_path / "a", "adapter.rank=4"))
-    again = training.run(small("shapes", tmp_path / "a", "samples.images=1"))
+    training.train(small("shapes", tmp_path / "a"))
+    with pytest.raises(SettingError, match="holds a run with `adapter.rank` 16, now it is 4"):
+        training.train(small("shapes", tmp_path / "a", "adapter.rank=4"))
+    again = training.train(small("shapes", tmp_path / "a", "samples.images=1"))
     assert again["steps"] == 2 and again["resumed_from"] == 2
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
-        training.run(small("shapes", tmp_path / "full"))
+    with pytest.raises(SettingError, match="is not empty and holds no run"):
+        training.train(small("shapes", tmp_path / "full"))
 
 
 def test_a_run_of_the_older_name_goes_on(tmp_path):
     """`gradient_checkpointing` in the recipe.yaml of a run that another version of transformers began."""
     settings = ["training.activation_checkpointing=true"]
-    training.run(small("shapes", tmp_path / "run", *settings))
+    training.train(small("shapes", tmp_path / "run", *settings))
     written = tmp_path / "run/recipe.yaml"
     written.write_text(written.read_text().replace("activation_checkpointing", "gradient_checkpointing"))
-    assert training.run(small("shapes", tmp_path / "run", *settings))["resumed_from"] == 2
-    with pytest.raises(ValueError, match="holds a run with `training.activation_checkpointing` True, now it is None"):
-        training.run(small("shapes", tmp_path / "run"))
+    assert training.train(small("shapes", tmp_path / "run", *settings))["resumed_from"] == 2
+    with pytest.raises(
+        SettingError, match="holds a run with `training.activation_checkpointing` True, now it is None"
+    ):
+        training.train(small("shapes", tmp_path / "run"))
 
 
 def test_a_moved_run_goes_on(tmp_path, monkeypatch):
     """Its folder is its own, by whatever name."""
-    training.run(small("shapes", tmp_path / "a"))
+    training.train(small("shapes", tmp_path / "a"))
     (tmp_path / "a").rename(tmp_path / "b")
     monkeypatch.chdir(tmp_path)
-    assert training.run(small("shapes", "./b"))["resumed_from"] == 2
+    assert training.train(small("shapes", "./b"))["resumed_from"] == 2
 
 
 def test_another_number_of_processes_does_not_go_on(tmp_path):
-    training.run(small("shapes", tmp_path / "a"))
+    training.train(small("shapes", tmp_path / "a"))
     path = tmp_path / "a" / "run.json"
     assert json.loads(path.read_text()) == {"processes": 1}
     path.write_text('{"processes": 2}')
-    with pytest.raises(ValueError, match="holds a run of 2 processes, now there are 1"):
-        training.run(small("shapes", tmp_path / "a"))
+    with pytest.raises(SettingError, match="holds a run of 2 processes, now there are 1"):
+        training.train(small("shapes", tmp_path / "a"))
     path.unlink()  # as of a run before this was noted
-    assert training.run(small("shapes", tmp_path / "a"))["resumed_from"] == 2
+    assert training.train(small("shapes", tmp_path / "a"))["resumed_from"] == 2
 
 
 def test_a_failed_start_does_not_stand_in_the_way(tmp_path, monkeypatch):
@@ -408,16 +411,16 @@ def test_a_failed_start_does_not_stand_in_the_way(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not (tmp_path / "run").exists()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # as Trainer makes it
-    assert training.run(small("shapes", tmp_path / "run"))["steps"] == 2
+    assert training.train(small("shapes", tmp_path / "run"))["steps"] == 2
 
 
 def test_another_base_does_not_go_on(tmp_path, tiny_checkpoint):
-    training.run(small("shapes", tmp_path / "a"))
+    training.train(small("shapes", tmp_path / "a"))
     path = tmp_path / "a" / "pdlm_base.json"
     noted = json.loads(path.read_text())
     path.write_text(json.dumps(noted | {"fingerprint": "0" * 32}))
-    with pytest.raises(ValueError, match="on other weights"):
-        training.run(small("shapes", tmp_path / "a"))
+    with pytest.raises(SettingError, match="on other weights"):
+        training.train(small("shapes", tmp_path / "a"))
 
 
 @pytest.mark.slow
@@ -468,10 +471,10 @@ def test_from_a_file(tmp_path, streaming, own_rows, monkeypatch):
     """The same rows from a file and from memory give the same losses."""
     pytest.importorskip("pdlm_peft.data")
     write_rows(tmp_path)
-    expected = training.run(small("lora_8b_80gb", tmp_path / "memory", "model=shapes"))
+    expected = training.train(small("lora_8b_80gb", tmp_path / "memory", "model=shapes"))
     monkeypatch.undo()
     source = [f"data.train={tmp_path}/regions.jsonl", "data.held_out=null", f"data.streaming={streaming}"]
-    record = training.run(small("lora_8b_80gb", tmp_path / "file", "model=shapes", *source))
+    record = training.train(small("lora_8b_80gb", tmp_path / "file", "model=shapes", *source))
     if not streaming:
         assert losses(record["log"]) == losses(expected["log"])
     assert len(losses(record["log"])) == 2
@@ -480,7 +483,9 @@ def test_from_a_file(tmp_path, streaming, own_rows, monkeypatch):
 def test_chat_from_a_file(tmp_path):
     pytest.importorskip("pdlm_peft.data")
     write_rows(tmp_path)
-    record = training.run(small("chat_8b", tmp_path / "run", "model=shapes_base", f"data.train={tmp_path}/chat.jsonl"))
+    record = training.train(
+        small("chat_8b", tmp_path / "run", "model=shapes_base", f"data.train={tmp_path}/chat.jsonl")
+    )
     assert len(losses(record["log"])) == 2
 
 
@@ -500,7 +505,7 @@ def test_the_command_says_steps_and_time(tmp_path):
     result = run(["-m", "pdlm_peft.cli", "train", "lora_8b_80gb", "--dry-run", *SMALL, *source])
     assert result.returncode == 0, result.stderr
     passes = sum(len(partition_regions(len(row["regions"]), 6, k, 0)) for k, row in enumerate(region_rows()))
-    assert f"{-(-passes // 2)} steps of 2 rows a device" in result.stderr
+    assert f"{-(-passes // 2)} steps of 2 rows per device" in result.stderr
     (tmp_path / "regions.jsonl").write_text('{"image": "0.png", "regions": [{"bbox": [0, 0, 9, 9]}]}\n')
     bad = run(["-m", "pdlm_peft.cli", "train", "lora_8b_80gb", *SMALL, *source, f"output={tmp_path}/x"])
     assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith("pdlm-peft: row 1: ")

@@ -1,4 +1,4 @@
-"""Other people's annotation files as region data (JSONL), and a split by image."""
+"""Conversion of other annotation files into region data (JSONL), and a split by image."""
 
 import base64
 import csv
@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.errors_pdlm import DataError, SettingError
 
 from .rows import WHOLE, Fault, RowError, check_row, sound_row
 from .sources import Source, find_source, raw_rows
 
 FORMS = ("coco-instances", "coco-panoptic", "dam", "gar", "reference")
 
-# Caption of a region, from the id of its image, its own id, and its category's name; None: it has none.
+# Gives the caption of a region for the id of its image, its own id and the name of its category; None: no caption.
 Captions = Callable[[Any, Any, str | None], str | None]
 _PROMPT = re.compile(r"<Prompt\d+>")
 
@@ -34,31 +34,32 @@ def convert(
     masks: Path | None = None,
     crowds: bool = False,
 ) -> Counter:
-    """Write region data in our form. Nothing is written if something goes wrong.
+    """Convert annotations into region data. If anything fails, no file is written.
 
     Args:
         source (`str` or `Path`): the annotation file, or for "gar" and "reference" also a saved `datasets` folder.
         out (`Path`): JSONL file.
         form (`str`): one of [`FORMS`].
-        images (`Path`, *optional*): folder the images' paths start from, then and later; default: that of the file,
-            and paths are written so that they start from that of `out`.
-        captions (*optional*): of COCO annotations; see [`read_captions`] and [`category_captions`].
+        images (`Path`, *optional*): folder that the images' paths start from, and will start from later; default: the
+            folder of the file, and the written paths start from the folder of `out`.
+        captions (*optional*): captions of COCO annotations, see [`read_captions`] and [`category_captions`].
         masks (`Path`, *optional*): folder of the PNG files of COCO panoptic; default: the file's name without .json.
-        crowds (`bool`): also take COCO's crowd regions.
+        crowds (`bool`): also convert COCO's crowd regions.
 
     Returns:
-        numbers of "rows", "regions", and what was left out, by reason.
+        numbers of "rows" and "regions", and of everything left out, by reason.
 
     Raises:
-        DataError: a file that cannot be read as this form.
+        DataError: the file cannot be read as this form.
+        SettingError: there is no such form, or COCO annotations come without `captions`.
     """
     if form not in FORMS:
-        raise DataError(f"The form must be one of {', '.join(FORMS)}, got {form!r}.")
+        raise SettingError(f"The form must be one of {', '.join(FORMS)}, got {form!r}.")
     counts: Counter = Counter()
     folder: Path | None = Path(source).parent
     if form.startswith("coco"):
         if captions is None:
-            raise DataError("COCO annotations have no captions: give a file of captions, or use the category names.")
+            raise SettingError("COCO annotations have no captions: give --captions or --category-captions.")
         png_folder = _png_folder(source, masks) if form == "coco-panoptic" else None
         rows = coco_rows(Path(source), captions, counts, crowds, png_folder)
     elif form == "dam":
@@ -72,7 +73,11 @@ def convert(
 
 
 def count_rows(rows: Iterable[dict], counts: Counter) -> Iterator[dict]:
-    """Rows that have regions, counted. Raises: RowError for one of another form."""
+    """Check and count rows, and leave out those without regions.
+
+    Raises:
+        RowError: a row has a fault.
+    """
     for number, row in enumerate(rows, 1):
         if not row["regions"]:
             counts["rows without regions"] += 1
@@ -85,9 +90,13 @@ def count_rows(rows: Iterable[dict], counts: Counter) -> Iterator[dict]:
 
 
 def write_rows(out: Path, rows: Iterable[dict]) -> None:
-    """Write a JSONL file row by row; it is there whole, or as it was before."""
+    """Write a JSONL file in one piece: if writing fails, an earlier file is unchanged.
+
+    Raises:
+        SettingError: the folder does not exist.
+    """
     if not out.parent.is_dir():
-        raise DataError(f"{out}: there is no folder {out.parent}.")
+        raise SettingError(f"{out}: there is no folder {out.parent}.")
     part = out.with_name(f"{out.name}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
@@ -99,11 +108,12 @@ def write_rows(out: Path, rows: Iterable[dict]) -> None:
 
 
 def relocated(row: dict, start: Path | None, folder: Path) -> dict:
-    """The row with its image as text: a path that starts from `folder` instead of `start`, or the image itself.
+    """Copy a row for a file in another folder: relative paths are adapted, and an image is encoded as text.
 
     Args:
         row (`dict`): in the one form.
-        start, folder (`Path`): None leaves paths as they are.
+        start (`Path`, *optional*): folder that the path starts from now; None leaves paths unchanged.
+        folder (`Path`): folder that it shall start from.
     """
     image = row.get("image")
     if isinstance(image, dict) and image.get("bytes") is not None:
@@ -120,11 +130,13 @@ def relocated(row: dict, start: Path | None, folder: Path) -> dict:
 
 
 def read_captions(path: Path) -> Captions:
-    """Captions from a CSV with the columns `id` (or `annotation_id`), `caption` and perhaps `image_id`, or from JSONL
-    with the same fields; `pdlm batch` writes such. Ids of panoptic segments need `image_id`.
+    """Read captions from a CSV file or from JSONL, which `pdlm batch` writes.
+
+    The columns or fields are `id` (or `annotation_id`), `caption` and optionally `image_id`. Panoptic segments need
+    `image_id`, since their ids are not unique.
 
     Raises:
-        DataError: no such file or columns, or an id that is there twice.
+        DataError: the file does not exist, lacks a column, or has an id twice.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
@@ -140,7 +152,7 @@ def read_captions(path: Path) -> Captions:
                     raise DataError(f"row {number} needs `id` (or `annotation_id`) and `caption`.")
                 key = (str(row.get("image_id", "")), str(identifier))
                 if key in found:
-                    raise DataError(f"row {number}: the id {identifier!r} is there twice.")
+                    raise DataError(f"row {number}: the id {identifier!r} occurs twice.")
                 found[key] = row["caption"].strip()
         except (ValueError, csv.Error, AttributeError) as error:
             raise DataError(f"{path}: {error}") from None
@@ -152,16 +164,23 @@ def read_captions(path: Path) -> Captions:
 
 
 def category_captions(template: str = "{}") -> Captions:
-    """The category's name as caption, in a sentence if `template` is one. Raises: DataError without {} in it."""
+    """Use the name of the category as caption.
+
+    Args:
+        template (`str`): caption with {} in place of the name.
+
+    Raises:
+        SettingError: the template has no {}.
+    """
     if "{}" not in template:
-        raise DataError(f"The template needs {{}} where the category's name belongs, got {template!r}.")
+        raise SettingError(f"The template needs {{}} in place of the category's name, got {template!r}.")
     return lambda image_id, annotation_id, category: None if category is None else template.replace("{}", category)
 
 
 def _png_folder(source: str | Path, masks: Path | None) -> Path:
     folder = masks if masks is not None else Path(source).with_suffix("")
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of panoptic PNG files; give --masks.")
+        raise SettingError(f"{folder}: no such folder of panoptic PNG files; give --masks.")
     return folder
 
 
@@ -220,11 +239,11 @@ def _panoptic_segments(annotations: list[dict], folder: Path, counts: Counter) -
 
 
 def dam_rows(path: Path, images: Path | None) -> Iterator[dict]:
-    """A row for each image of an `annotations.json` of the Describe Anything data set.
+    """Read an `annotations.json` of the Describe Anything data set, one row per image.
 
-    `{img_id: [{"ann_id", "image", "mask_rle", "caption", ...}]}`, one file for each of its subsets; the images are
-    those of the tar files beside it, unpacked. Where `images` has no image of the full name, its last part and, for
-    numbers, the name without leading zeros are tried.
+    The file is `{img_id: [{"ann_id", "image", "mask_rle", "caption", ...}]}`. Its images are in the tar files beside
+    it. If the folder `images` has no file of the full name, the last part of the name and the name without leading
+    zeros are tried.
     """
     data = _read_json(path)
     if not all(isinstance(regions, list) for regions in data.values()):
@@ -249,9 +268,12 @@ def _find_image(name: str, images: Path | None) -> str:
 
 
 def gar_rows(source: Source, counts: Counter) -> Iterator[dict]:
-    """A row for each of the Grasp Any Region data set: `{"image", "mask_rle", "conversations"}`, where the k-th answer
-    describes the k-th mask, and no mask means the whole image. Questions about relations (with <Prompt0>) are left
-    out: they are no captions."""
+    """Read rows of the Grasp Any Region data set.
+
+    They are `{"image", "mask_rle", "conversations"}`; the k-th answer describes the k-th mask, and a row without masks
+    is about the whole image. Questions about relations (with <Prompt0>) are left out, since their answers are no
+    captions.
+    """
     for number, raw in raw_rows(source):
         if isinstance(raw, RowError):
             raise raw
@@ -277,7 +299,7 @@ def gar_rows(source: Source, counts: Counter) -> Iterator[dict]:
 
 
 def reference_rows(source: Source) -> Iterator[dict]:
-    """Rows of the reference's training json, or of any source that [`~data.RegionDataset`] reads."""
+    """Read rows of the reference's training json, or of any source that [`~data.RegionDataset`] reads."""
     for number, raw in raw_rows(source):
         yield sound_row(raw, number)
 
@@ -305,33 +327,34 @@ def _read_json(path: Path) -> dict:
 def split(
     source: str | Path, train: Path, held_out: Path, share: float = 0.05, seed: int = 0, images: Path | None = None
 ) -> tuple[Counter, Counter]:
-    """Split region data so that no image is on both sides, however many rows it has. Reads the rows twice.
+    """Split region data into two files without a common image. The rows are read twice.
 
     Args:
         source (`str` or `Path`): any data that [`~data.RegionDataset`] reads.
         train, held_out (`Path`): JSONL files to write.
-        share (`float`): of the images to hold out; at least one, and not all.
-        seed (`int`): the same images with the same seed give the same split, in whatever order they come.
+        share (`float`): share of the images to hold out; at least one image, and not all of them.
+        seed (`int`): the same images and seed give the same split, in whatever order the rows are.
         images (`Path`, *optional*): see [`convert`].
 
     Returns:
-        numbers of "rows", "regions" and "images" of both sides.
+        numbers of "rows", "regions" and "images" in the two files.
 
     Raises:
-        DataError: the three files are not three, or there are too few images.
+        SettingError: the share is not possible, or two of the three files are the same.
+        DataError: a row cannot be used, or there are fewer than two images.
     """
     if not 0 < share < 1:
-        raise DataError(f"The share to hold out must be between 0 and 1, got {share}.")
+        raise SettingError(f"The share to hold out must be between 0 and 1, got {share}.")
     found = find_source(source, images)
     if train.resolve() == held_out.resolve():
-        raise DataError(f"{train}: the two files must differ.")
+        raise SettingError(f"{train}: the two files must differ.")
     for out in (train, held_out):
         if found.path is not None and found.path.resolve() == out.resolve():
-            raise DataError(f"{out}: the split would read what it writes; choose another file.")
+            raise SettingError(f"{out}: the split would read the file that it writes; choose another file.")
     counts: tuple[Counter, Counter] = (Counter(), Counter())
     keys = sorted({_image_key(row, found.folder) for row in reference_rows(found)})
     if len(keys) < 2:
-        raise DataError(f"{source}: has {len(keys)} images; a split needs two.")
+        raise DataError(f"{source}: has {len(keys)} images; a split needs at least two.")
     random.Random(seed).shuffle(keys)
     number = min(max(1, round(share * len(keys))), len(keys) - 1)
     chosen = set(keys[:number])
@@ -344,7 +367,7 @@ def split(
 
 
 def _image_key(row: dict, folder: Path | None) -> str:
-    """The same for every way to write the same path."""
+    """A key of the image that does not depend on how its path is written."""
     image = row["image"]
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else base64.b64encode(image["bytes"]).decode()

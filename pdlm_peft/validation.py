@@ -1,4 +1,4 @@
-"""The check of region data before any GPU minute: every fault with its row, and what the data are like."""
+"""Validation of region data before training: all faults with their rows, and a summary of the data."""
 
 import gc
 import hashlib
@@ -11,24 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions.region import region_areas
 
 from .data import decode_row
 from .rows import WHOLE, Fault, RowError, check_row, normal_row, open_row_image, row_size, size_fault
 from .sources import Source, raw_rows
 
-_BATCH = 512  # rows whose masks and captions are looked at together
+_BATCH = 512  # rows whose masks and captions are checked together
 
 
 @dataclass
 class Report:
-    """What the check found.
+    """The result of a validation.
 
     Args:
-        faults (`list[Fault]`): all of them, row after row.
-        summary (`dict`): numbers about the rows that could be read.
-        samples: number and raw row of the first sound rows.
+        faults (`list[Fault]`): all faults, in the order of the rows.
+        summary (`dict`): counts and distributions over the rows that could be read.
+        samples: number and row, as read, of the first rows without a fault.
     """
 
     faults: list[Fault]
@@ -37,20 +37,23 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Faults of every kind, the most frequent first."""
+        """Number of faults by kind, the most frequent first."""
         return dict(Counter(fault.kind for fault in self.faults).most_common())
 
 
 class Validator:
-    """Checks region data; nothing is kept in memory but ids, areas, lengths and faults.
+    """Checks region data. Only ids, areas, lengths and faults are kept in memory.
 
     Args:
-        processor (`PdlmProcessor`): counts tokens and region prompts.
-        open_images (`bool`): decode every image; otherwise sizes are those of the rows and RLEs.
+        processor (`PdlmProcessor`): tokenizes captions; the summary uses its number of region prompts.
+        open_images (`bool`): decode every image; otherwise sizes are taken from the rows and RLEs.
         max_caption_tokens (`int`, *optional*): a longer caption is a fault.
-        max_regions (`int`, *optional*): more regions in a row are a fault. More than the region prompts of the
-            checkpoint are none: training splits them into groups.
-        samples (`int`): sound rows to keep for drawing.
+        max_regions (`int`, *optional*): more regions in a row are a fault. More regions than the checkpoint has
+            region prompts are not: training splits them into groups.
+        samples (`int`): number of rows without a fault to keep for drawing.
+
+    Raises:
+        SettingError: a limit is not positive.
     """
 
     def __init__(
@@ -63,13 +66,20 @@ class Validator:
     ):
         for name, value in (("max_caption_tokens", max_caption_tokens), ("max_regions", max_regions)):
             if value is not None and value < 1:
-                raise DataError(f"`{name}` must be positive, got {value}.")
+                raise SettingError(f"`{name}` must be positive, got {value}.")
         self.processor, self.open_images, self.num_samples = processor, open_images, samples
         self.max_caption_tokens, self.max_regions = max_caption_tokens, max_regions
         self._special_ids = frozenset(processor.tokenizer.added_tokens_decoder)
 
     def validate(self, source: Source) -> Report:
-        """Check all rows. Raises: DataError if there is no such data at all."""
+        """Check all rows.
+
+        Args:
+            source ([`~sources.Source`])
+
+        Raises:
+            DataError: the source as a whole cannot be read.
+        """
         self.faults: list[Fault] = []
         self.samples: list[tuple[int, Any]] = []
         self.images: set[bytes] = set()
@@ -80,7 +90,7 @@ class Validator:
         self.rows = 0
         rows = readable_rows(source)
         collecting = gc.isenabled()
-        gc.disable()  # rows have no cycles; walking them again and again takes a quarter of the time
+        gc.disable()  # rows have no reference cycles; traversing them takes a quarter of the time
         try:
             while batch := list(islice(rows, _BATCH)):
                 self._check_batch(batch, source.folder)
@@ -132,7 +142,7 @@ class Validator:
             self.samples += good[: self.num_samples - len(self.samples)]
 
     def _size(self, row: dict, number: int, folder: Path | None, found: list[Fault]) -> tuple[int, int] | None:
-        """Width and height of the image, None if they are not known."""
+        """Width and height of the image; None if they are not known."""
         if any(fault.field in ("image", "width", "height") for fault in found):
             return None
         self.images.add(_digest(row["image"]))
@@ -148,7 +158,7 @@ class Validator:
         return size
 
     def _check_ids(self, row: dict, number: int) -> None:
-        """The same region of the same image in two rows, unless they ask different questions."""
+        """Find ids that another row with the same image and question has, too."""
         if not isinstance(row.get("regions"), list) or "image" not in row:
             return
         place = _digest(row["image"], row.get("question"))
@@ -190,7 +200,7 @@ class Validator:
         if not captions:
             return
         texts = [text for *_, text in captions]
-        # without positions in the text, which the tokenizer's own call also computes
+        # the tokenizer's own call would also compute positions in the text
         encoded = self.processor.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for (number, k, text), ids in zip(captions, (encoding.ids for encoding in encoded), strict=True):
             self.lengths.append(len(ids))
@@ -219,7 +229,7 @@ class Validator:
 
 
 def readable_rows(source: Source) -> Iterator[tuple[int, Any]]:
-    """Number and raw row, as far as the file is text; where it is not, a [`RowError`] is the last one."""
+    """Rows of a source; if the file is not UTF-8 text, a [`RowError`] is the last one."""
     number = 0
     try:
         for number, row in raw_rows(source):
@@ -229,18 +239,18 @@ def readable_rows(source: Source) -> Iterator[tuple[int, Any]]:
 
 
 def image_fault(number: int, error: ValueError) -> Fault:
-    """An image that could not be opened."""
+    """The fault of a row whose image could not be opened."""
     kind = "missing image" if "no such file" in str(error) else "broken image"
     return Fault(number, "image", kind, str(error).rstrip("."), "an image that can be decoded")
 
 
 def _digest(*values: Any) -> bytes:
-    """A short stand-in for long values, so that millions fit."""
+    """A short hash of long values, so that millions of them fit into memory."""
     return hashlib.blake2b(repr(values).encode(), digest_size=12).digest()
 
 
 def spread(values: list) -> dict[str, float] | None:
-    """Least, median, 95th percentile and most; None of nothing."""
+    """Minimum, median, 95th percentile and maximum; None for an empty list."""
     if not values:
         return None
     array = np.asarray(values, dtype=np.float64)
@@ -252,9 +262,12 @@ def draw_samples(samples: list[tuple[int, Any]], folder: Path | None, out: Path)
     """Draw rows with their regions and captions.
 
     Args:
-        samples: of a [`Report`].
-        folder (`Path`, *optional*): what relative paths of images start from.
-        out (`Path`): an image for all of them, one below the other, or a folder for one image each.
+        samples: those of a [`Report`].
+        folder (`Path`, *optional*): folder that relative paths of images start from.
+        out (`Path`): image file for all rows, one below the other, or a folder for one file per row.
+
+    Returns:
+        the files.
 
     Raises:
         DataError: an image cannot be opened.

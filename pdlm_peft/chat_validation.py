@@ -1,4 +1,4 @@
-"""The check of conversations (LLaVA's format) before any GPU minute."""
+"""Validation of conversations (LLaVA's format) before training."""
 
 from typing import Any
 
@@ -7,22 +7,22 @@ from pdlm_hf.errors_pdlm import DataError
 from .data import chat_messages
 from .rows import Fault, RowError, open_row_image
 from .sources import Source
-from .validate import Report, image_fault, readable_rows, spread
+from .validation import Report, image_fault, readable_rows, spread
 
 
 def validate_chat(
     source: Source, processor: Any, open_images: bool = True, max_answer_tokens: int | None = 512
 ) -> Report:
-    """Check all conversations; of each the first fault of its form, and every fault of images and answers.
+    """Check all conversations: the first fault in the form of each, and all faults of its images and answers.
 
     Args:
         source ([`~sources.Source`])
-        processor (`PdlmProcessor`): counts tokens.
+        processor (`PdlmProcessor`): tokenizes answers.
         open_images (`bool`): decode every image.
         max_answer_tokens (`int`, *optional*): a longer answer is a fault.
 
     Raises:
-        DataError: there is no such data at all, or it is a COCO file.
+        DataError: the source as a whole cannot be read, or is a COCO file.
     """
     if source.kind == "coco":
         raise DataError(f"{source.name}: expected a JSON list or JSONL of conversations.")

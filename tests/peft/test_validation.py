@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from pdlm_peft.cli import app
 from pdlm_peft.sources import find_source
-from pdlm_peft.validate import Validator
+from pdlm_peft.validation import Validator
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from drawn import as_coco, drawn_rows, read_jsonl, write_jsonl
 from PIL import Image
 from typer.testing import CliRunner
 
-from pdlm_peft import convert as converting
+from pdlm_peft import conversion
 from pdlm_peft.cli import app
 from pdlm_peft.data import RegionDataset
 
@@ -221,15 +221,15 @@ def test_a_split_keeps_images_apart(tmp_path):
         r["id"] for row in rows for r in row["regions"]
     )
     assert sides[1][0]["image"].startswith("../")
-    again = converting.split(write_jsonl(tmp_path / "other.jsonl", rows[::-1]), tmp_path / "a", tmp_path / "b", 0.1, 3)
+    again = conversion.split(write_jsonl(tmp_path / "other.jsonl", rows[::-1]), tmp_path / "a", tmp_path / "b", 0.1, 3)
     assert {os.path.basename(row["image"]) for row in read_jsonl(tmp_path / "b")} == names[1]
     assert again[1]["images"] == 4
-    converting.split(source, tmp_path / "a", tmp_path / "b", 0.1, 4)
+    conversion.split(source, tmp_path / "a", tmp_path / "b", 0.1, 4)
     assert {os.path.basename(row["image"]) for row in read_jsonl(tmp_path / "b")} != names[1]
     assert run("split", source, train, train).exit_code == 2
     before = source.read_bytes()
     for outputs in ((source, held), (train, tmp_path / "sub" / ".." / "rows.jsonl")):
         result = run("split", source, *outputs)
-        assert result.exit_code == 2 and "would read what it writes" in result.stderr
+        assert result.exit_code == 2 and "would read the file that it writes" in result.stderr
     assert source.read_bytes() == before
     assert run("split", source, train, held, "--held-out", "1").exit_code == 2
