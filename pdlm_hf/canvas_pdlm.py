@@ -96,8 +96,8 @@ class RegionCanvas:
         self.opening = torch.tensor(config.caption_token_ids, device=device)[:most].expand(rows, -1)
         last = region == torch.tensor(counts, device=device)[:, None] - 1
         self.closing = torch.where(last, self.end, config.newline_token_id)
-        ids = torch.cat([self.prompt_ids, self.blocks(self.tokens).flatten(1)], 1)
-        layout = self.model.model.region_layout(ids)
+        sequence = torch.cat([self.prompt_ids, self.blocks(self.tokens).flatten(1)], 1)
+        layout = self.model.model.region_layout(sequence)
         self.prompt_layout = layout[:, :width]
         self.block_layout = layout[:, width:].view(rows, most, num_slots + 2)
         self.cache: PrefixCache | SplitCache  # of the forward pass that filled it, and the rows it has

@@ -127,9 +127,9 @@ class DenoisingSampler:
                 block, position = np.indices(found.shape)
                 where.append(((k * shape[1] + block) * shape[2] + position).ravel())
             if rows:
-                found = self._score(hidden[self._device(np.concatenate(rows))], self.banned if chat else None)
+                scored = self._score(hidden[self._device(np.concatenate(rows))], self.banned if chat else None)
                 target = self._device(np.concatenate(where))
-                drafts.view(-1)[target], odds.view(-1)[target] = found
+                drafts.view(-1)[target], odds.view(-1)[target] = scored
         return drafts, odds
 
     def _score(self, hidden: torch.Tensor, banned: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

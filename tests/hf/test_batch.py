@@ -377,7 +377,7 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         (str(tmp_path / "nowhere" / "out.jsonl"), "there is no folder"),
         (str(tmp_path / "out.json"), "must end with .jsonl"),
         ("out.jsonl --batch-size 0", "--batch-size must be a positive integer, got 0"),
-        ("out.jsonl --steps 0", "max_denoising_steps"),
+        ("out.jsonl --steps 0", "--steps must be a positive integer, got 0"),
         ("out.jsonl --shard 3/2", "--shard 3/2: expected i/n"),
         ("out.jsonl --server http://127.0.0.1:1 --fast", "--fast is not served"),
     ):

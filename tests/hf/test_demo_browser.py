@@ -25,7 +25,7 @@ from pdlm_hf.regions.region import parse_regions
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = os.environ.get("PDLM_SCREENSHOTS")
-WAIT = 30_000  # milliseconds; for busy machines
+WAIT = 120_000  # milliseconds; for busy machines
 # Keeps what every row of the list has said, each time that any of them changes.
 WATCH = """() => {
   window.seen = [];

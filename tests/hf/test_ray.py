@@ -235,12 +235,12 @@ def test_readers_do_not_import_the_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--engine", "dask"], "--engine dask: there are local and ray"),
-        (["--engine", "ray", "--workers", "0"], "--workers must be positive, got 0"),
-        (["--workers", "2"], "--workers: of --engine ray"),
-        (["--engine", "ray", "--server", "http://127.0.0.1:1"], "--engine ray and --server: give one"),
+        (["--engine", "dask"], "--engine dask: expected local or ray"),
+        (["--engine", "ray", "--workers", "0"], "--workers must be a positive integer, got 0"),
+        (["--workers", "2"], "--workers is for --engine ray"),
+        (["--engine", "ray", "--server", "http://127.0.0.1:1"], "--engine ray and --server exclude each other"),
         (["--engine", "ray", "--model", "nowhere/at/all"], "nowhere/at/all"),
-        (["--images", "s3://user:secret@bucket/images"], "--images s3://bucket/images: from object storage with"),
+        (["--images", "s3://user:secret@bucket/images"], "--images s3://bucket/images: object storage is read by"),
         (["--images", "nope://bucket/images", "--engine", "ray"], "--images nope://bucket/images: cannot be opened"),
         (["--images", "file:///nowhere/images", "--engine", "ray"], "there is no such folder of images"),
     ],
