@@ -95,6 +95,10 @@ class _AdapterFiles(TrainerCallback):
             write_base(folder, self.recipe, self.base_fingerprint)
             finish_adapter(folder, self.recipe, model.config)
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Complete the step that a run resumes from, too: the run may have been killed in `on_save`."""
+        self.on_save(args, state, control, **kwargs)
+
 
 def arguments(recipe: Recipe) -> TrainingArguments:
     """The `TrainingArguments` of a recipe.
@@ -304,6 +308,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
         (out / RUN_FILE).write_text(json.dumps({"processes": trainer.args.world_size}) + "\n")
         write_base(out, recipe, trainer.base_fingerprint)
     last = last_complete(out / "checkpoints")
+    if last and main and recipe.adapter is not None:
+        # written after Trainer's files, so a killed run may have left half of it; Trainer reads it only if it exists
+        (Path(last) / "config.json").unlink(missing_ok=True)
+    trainer.accelerator.wait_for_everyone()
     has_eval = trainer.eval_dataset is not None and trainer.args.eval_strategy != "no"
     trainer.args.eval_on_start = has_eval and last is None
     trainer.train(resume_from_checkpoint=last)

@@ -384,6 +384,17 @@ def test_a_moved_run_goes_on(tmp_path, monkeypatch):
     assert training.train(small("shapes", "./b"))["resumed_from"] == 2
 
 
+def test_a_run_killed_before_our_files_goes_on(tmp_path):
+    """Trainer's own files are complete, those that make an adapter folder of the step are not."""
+    training.train(small("shapes", tmp_path / "run"))
+    step = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    config = (step / "config.json").read_text()
+    (step / "config.json").write_text("")
+    (step / "pdlm_base.json").unlink()
+    assert training.train(small("shapes", tmp_path / "run"))["resumed_from"] == 2
+    assert (step / "config.json").read_text() == config and (step / "pdlm_base.json").is_file()
+
+
 def test_another_number_of_processes_does_not_go_on(tmp_path):
     training.train(small("shapes", tmp_path / "a"))
     path = tmp_path / "a" / "run.json"
