@@ -291,6 +291,50 @@ def gpu_lora(record: dict) -> str:
     return table(*rows)
 
 
+# Rows of the decode tables that stand in the README, in its words.
+DECODES = {
+    "exact": "the reference's computation",
+    "cached": "prefix cache",
+    "cached, region_split": "prefix cache, region split without CUDA graphs",
+    "cached, region_split, graphs": "prefix cache, region split with CUDA graphs",
+    "cached, 11 steps": "prefix cache, 11 of 32 steps",
+    "cached, 11 steps, region_split, graphs": "prefix cache, 11 of 32 steps, region split with CUDA graphs",
+}
+
+
+def headlines(held: dict, cpu: dict, gpu: dict, served: dict, tuned: dict) -> str:
+    """The README's table: what every part gains and loses, with a link to the conditions."""
+    page = "docs/performance.md"
+    rows = [
+        ["what", "how", "result", "same tokens"],
+        [
+            f"[Embedded checkpoint]({page}#accuracy-of-the-embedded-checkpoint)",
+            "captions of held-out drawings in which all is right",
+            percent(held["held_out"]["exact"]),
+            "",
+        ],
+    ]
+    on_cpu = f"[Decoding on a CPU]({page}#decoding-speed), 4 regions"
+    on_gpu = f"[Decoding on an H100]({page}#a-decode-beside-the-references-loop), 6 regions"
+    for name, found in ((on_cpu, cpu["tables"][0]["rows"]), (on_gpu, gpu_rows(gpu, "table6"))):
+        for loop, row in ((loop, found[loop]) for loop in DECODES if loop in found):
+            same = f"{100 * row['tokens_as_exact']:.0f} %"
+            rows.append([name, DECODES[loop], f"{row['ratio_to_reference']:.1f} times", same])
+    passes = [gpu_rows(gpu, "fp8")[f"{dtype}: split, captured, 3 regions, batch 1"] for dtype in ("bfloat16", "FP8")]
+    ratio = passes[0]["canvas_ms"] / passes[1]["canvas_ms"]
+    rows.append(
+        [f"[A pass on an H100]({page}#a-forward-pass)", "FP8, beside bfloat16, CUDA graphs", f"{ratio:.1f} times", ""]
+    )
+    ratios = [row["ratio_to_transformers"] for name, row in served["rows"].items() if name.startswith("vLLM")]
+    same = "100 %" if served["same_captions"] else "not all"
+    spread = f"{min(ratios):.1f} to {max(ratios):.1f} times"
+    rows.append([f"[Serving on a CPU]({page}#serving)", "vLLM, beside the transformers loop", spread, same])
+    for domain in ("new", "old"):
+        change = " → ".join(percent(tuned[stage][domain]["exact"]) for stage in ("before", "after"))
+        rows.append(["[Fine-tuning](docs/fine-tuning.md#measured)", f"captions right, {domain} domain", change, ""])
+    return table(*rows)
+
+
 def gpu_tables(records: dict[int, dict]) -> dict[str, str]:
     """Tables of three calls of `benchmarks/gpu`, by name; each of the newest call that measured it rightly."""
     decodes = {1: gpu_rows(records[2], "table1"), 3: gpu_rows(records[1], "table3"), 6: gpu_rows(records[2], "table6")}
@@ -316,6 +360,9 @@ def tables() -> dict[str, str]:
     checkpoint, speed = json.loads((CHECKPOINT / "training.json").read_text()), load("decode_cpu_small.json")
     kept = ("32 steps, recomputed", "32 steps, prompt every 8", "32 steps", "threshold 0.8", "threshold 0.9")
     return {
+        "headlines": headlines(
+            checkpoint, speed, load("gpu_h100_2.json"), load("serving_cpu_small.json"), load("lora_shapes.json")
+        ),
         "held_out": held_out(checkpoint),
         "by_regions": by_regions(checkpoint),
         "quality": quality(load("shapes_quality.json")),

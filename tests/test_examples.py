@@ -1,17 +1,18 @@
-"""Every example and every Python block of the README runs, and says something true."""
+"""Every example, and every command and Python block of the README, runs and says something true."""
 
-import os
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
+import yaml
+from pages import Page, run_command
 
+from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT
 from pdlm_hf.shapes.scenes import read
 
 ROOT = Path(__file__).parent.parent
-# What the imaged regions are, by position of the mask.
+# The figures in the regions of the example image, in the order of its masks.
 FIGURES = [
     ("large", "blue", "dotted", "cross"),
     ("small", "white", "plain", "square"),
@@ -22,17 +23,10 @@ FIGURES = [
 ]
 
 
-def run(arguments, **kwargs):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **kwargs
-    )
-
-
-def figures(lines):
-    """Figures stated by the captions among these lines."""
+def figures(text):
+    """Figures stated by the captions among the lines of a text."""
     found = []
-    for line in lines:
+    for line in text.splitlines():
         match = re.search(r"(A|One|This|The|Here|In|What) .*", line)
         figure = match and read(re.sub(r"\s+\(\d\.\d+\)$", "", match.group(0)))
         if figure:
@@ -40,29 +34,57 @@ def figures(lines):
     return found
 
 
-# those of vLLM run in its environment: tests/vllm/test_server.py
-EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if not path.name.startswith("vllm_")]
+def test_there_are_examples():
+    # those of vLLM run in its environment: tests/vllm/test_server.py
+    ours = {path.name for path in (ROOT / "examples").glob("*.py") if not path.name.startswith("vllm_")}
+    assert ours == {"caption_regions.py", "coco_regions.py", "many_images.py", "watch_steps.py"}
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_example(path):
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("caption_regions.py", lambda out: figures(out) == FIGURES and "12 forward passes for 6 captions" in out),
+        ("coco_regions.py", lambda out: figures(out)[:6] == FIGURES),
+        ("many_images.py", lambda out: [line.split()[0] for line in out.splitlines()] == list("01234567")),
+        ("watch_steps.py", lambda out: [line.split(":")[0] for line in out.splitlines()][7:] == ["step 8", "final"]),
+    ],
+)
+def test_example(name, said, capsys):
+    path = ROOT / "examples" / name
     assert len(path.read_text().splitlines()) < 80
-    result = run([str(path)])
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
+    runpy.run_path(str(path), run_name="__main__")
+    out = capsys.readouterr().out
+    assert said(out), out
 
 
-def test_captions_of_the_example_image_are_true():
-    assert figures(run(["examples/caption_regions.py"]).stdout.splitlines()) == FIGURES
-    masks = [part for k in range(6) for part in ("--mask", f"examples/shapes_mask_{k}.png")]
-    for extra in ([], ["--fast"]):
-        command = ["-m", "pdlm_hf.cli.main", "caption", "examples/shapes.png", *masks, *extra]
-        assert figures(run(command).stdout.splitlines()) == FIGURES
+@pytest.mark.parametrize("mode", ["", "--fast"])
+def test_captions_of_the_example_image_are_true(here, mode):
+    masks = " ".join(f"--mask examples/shapes_mask_{k}.png" for k in range(6))
+    assert figures(run_command(f"pdlm caption examples/shapes.png {masks} {mode}").stdout) == FIGURES
 
 
-def test_readme_blocks_run():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        result = run(["-c", block])
-        assert result.returncode == 0, block + result.stderr
+def test_the_readme(here):
+    """With the embedded checkpoints and the example image in place of the released ones and of a photo."""
+    readme = Page("../README.md")
+    assert len(readme.text.splitlines()) <= 140
+    places = {
+        "MSALab/PerceptionDLM-Base": str(BASE_CHECKPOINT),
+        "MSALab/PerceptionDLM": str(CHECKPOINT),
+        "photo.jpg": "examples/shapes.png",
+        "person.png": "examples/shapes_mask_0.png",
+        "dog.png": "examples/shapes_mask_5.png",
+    }
+
+    def change(text):
+        for name, place in places.items():
+            text = text.replace(name, place)
+        return text
+
+    ran = {r.command.split("\n")[0][:12]: r.stdout for r in readme.run(change)}
+    assert figures(ran["pdlm caption"]) == [FIGURES[0], FIGURES[5]]
+    assert (here / "captions.png").stat().st_size > 1000
+    names = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    (bibtex,) = (fence.text for fence in readme.fences if fence.language == "bibtex")
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in names["authors"])
+    for fact in (names["title"], authors, str(names["year"]), names["journal"]):
+        assert fact in " ".join(bibtex.split()), fact

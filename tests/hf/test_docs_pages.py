@@ -58,7 +58,11 @@ def test_vllm():
 
 
 def test_pages_without_commands():
-    assert Page("api.md").run() == Page("quirks.md").run() == []
+    assert Page("api.md").run() == Page("quirks.md").run() == Page("choosing.md").run() == []
+
+
+def test_installation():
+    assert all(r.command.startswith("pip install") for r in Page("installation.md").run())
 
 
 def test_all_quirks_are_there():
