@@ -33,7 +33,7 @@ def lora_config(adapter: Adapter, has_regions: bool = True) -> LoraConfig:
     """PEFT's configuration for the adapter of a recipe.
 
     Args:
-        adapter ([`~recipe.Adapter`])
+        adapter ([`~recipe.Adapter`]): its kind, size and layers.
         has_regions (`bool`): whether the base model has region prompts to train.
     """
     full = [name for name in adapter.train_in_full if has_regions or name != "region_embedding"]
@@ -52,9 +52,9 @@ def add_adapter(model, processor, adapter: Adapter) -> PeftModel:
     """Add a new adapter to a model; all trained parameters become float32.
 
     Args:
-        model ([`PdlmForConditionalGeneration`])
+        model ([`PdlmForConditionalGeneration`]): the base, which is changed.
         processor (`PdlmProcessor`): its tokenizer gets the adapter's new words.
-        adapter ([`~recipe.Adapter`])
+        adapter ([`~recipe.Adapter`]): its kind, size and layers.
 
     Returns:
         the model, wrapped by PEFT.

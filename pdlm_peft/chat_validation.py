@@ -16,7 +16,7 @@ def validate_chat(
     """Check all conversations: the first fault in the form of each, and all faults of its images and answers.
 
     Args:
-        source ([`~sources.Source`])
+        source ([`~sources.Source`]): where the conversations are.
         processor (`PdlmProcessor`): tokenizes answers.
         open_images (`bool`): decode every image.
         max_answer_tokens (`int`, *optional*): a longer answer is a fault.

@@ -139,7 +139,7 @@ def estimate_recipe(recipe: Recipe, dry_run: bool = False) -> Estimate:
     """Estimate a recipe, with the steps and row lengths of its data if that is a file of regions.
 
     Args:
-        recipe ([`~recipe.Recipe`])
+        recipe ([`~recipe.Recipe`]): model, data and training settings.
         dry_run (`bool`): the data file may be missing, and `model` may be one of [`SHAPES`].
 
     Raises:

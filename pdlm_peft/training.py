@@ -289,10 +289,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """Train by a recipe, or resume the run in its `output`, and write the finished folder.
 
     Args:
-        recipe ([`~recipe.Recipe`])
+        recipe ([`~recipe.Recipe`]): model, data, adapter and training settings.
 
     Returns:
-        the record that `training.json` holds as well: steps, seconds, hardware, scores and the log.
+        the content of `training.json`, with steps, seconds, hardware, scores and the log.
 
     Raises:
         SettingError: the settings do not fit, or `output` holds another run.

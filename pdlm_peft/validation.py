@@ -75,7 +75,7 @@ class Validator:
         """Check all rows.
 
         Args:
-            source ([`~sources.Source`])
+            source ([`~sources.Source`]): where the rows are.
 
         Raises:
             DataError: the source as a whole cannot be read.

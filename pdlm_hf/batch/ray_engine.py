@@ -71,7 +71,7 @@ class RayEngine:
     of this machine alone, which ends with the run.
 
     Args:
-        settings ([`CaptionerSettings`])
+        settings ([`CaptionerSettings`]): of every captioner.
         workers (`int`, *optional*): captioners; default: one a GPU of the cluster, or one where there is none.
         images (`str`, *optional*): URL of the folder of images, where they are in object storage.
 

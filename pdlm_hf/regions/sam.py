@@ -18,7 +18,7 @@ class Segmenter:
     """SAM 2 of transformers.
 
     Args:
-        model (`transformers.Sam2Model`)
+        model (`transformers.Sam2Model`): it is put into evaluation mode.
     """
 
     def __init__(self, model):

@@ -208,7 +208,7 @@ class PdlmCollator:
         """Draw a noise level per row and mask labelled tokens with its probability.
 
         Args:
-            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 where nothing is learned.
             generator (`torch.Generator`, *optional*): default: the collator's.
 
         Returns:

@@ -4,6 +4,7 @@ Fences must say what they are. `python` is executed, page by page in one namespa
 process; `text` is what the one before it prints (fractions aside); `json` and `yaml` must parse; `bibtex` is left to
 the page's test. What cannot run here is named by that test, with the test that runs it and the reason. Anything else
 fails.
+"""
 
 import contextlib
 import io

@@ -3,7 +3,7 @@
 import json
 import re
 
-from pages import Page
+from pages import DOCS, Page
 
 from pdlm_hf.regions.files import read_rows
 
@@ -18,8 +18,13 @@ def test_quick_start(here):
 def test_concepts(here):
     printed = Page("concepts.md").run()[-1].stdout.splitlines()
     steps = printed[:-1]
-    assert printed[-1] == f"{len(steps)} passes for 2 captions"
-    assert steps[-1].count("|") == 2 and "circle" in steps[-1] and "circle" not in steps[0]
+    assert printed[-1] == f"{len(steps)} forward passes for 2 captions"
+    # the drawing shows the first region of this run
+    drawn = re.findall(r">([^<]*)</text>", (DOCS / "denoising.svg").read_text(encoding="utf-8"))
+    assert [words for words in drawn if words.startswith("step ")] == [f"step {k + 1}" for k in range(len(steps))]
+    last = [words for words in drawn[drawn.index(f"step {len(steps)}") + 1 :] if not re.match(r"\d", words)][:8]
+    caption = steps[-1].split(" | ")[1]
+    assert "".join(last) == caption.replace(" ", "") == "Onedottedcross,bigandblue."
 
 
 def test_transformers(here):
