@@ -3,7 +3,7 @@
     python benchmarks/shapes_ablation.py --init runs/vision --out runs/ablation \
         --json benchmarks/results/shapes_ablation.json
 
-Every variant starts from the same vision lesson (pdlm_hf/shapes/train.py) and learns the second one, words, with the
+Every variant starts from the same vision lesson (tools/shapes/train.py) and learns the second one, words, with the
 same seed, images and number of steps: one tile, one or two figures, one wording. It is scored on held-out images
 of that lesson. Variants already trained are not trained again.
 """

@@ -14,7 +14,7 @@ import urllib.request
 
 
 def stream(server: str, image: str, boxes: list[list[float]], **settings):
-    """Events of `/v1/region_captions`: one a denoising step, the last with all captions and the usage."""
+    """Events of `/v1/region_captions`: one per denoising step, the last with all captions and the usage."""
     with open(image, "rb") as file:
         data = base64.b64encode(file.read()).decode()
     kind = mimetypes.guess_type(image)[0] or "image/png"
