@@ -9,8 +9,7 @@ from typing import Any, TypeGuard
 from PIL import Image
 
 from ..errors_pdlm import DataError
-from ..regions.coco import is_coco
-from ..regions.files import load_json
+from ..regions.coco import CocoFault, CocoIndex
 from ..regions.images import orientation_of
 from ..regions.readers import read_region_file
 from ..regions.region import Region
@@ -67,12 +66,12 @@ class DataSet:
             rows: as in [`batch`].
         """
         if self.coco is not None:
-            said: dict[Key | None, dict[str, Any]] = {
+            said = {
                 (row["image_id"], row["annotation_id"]): {"caption": row["caption"], "score": row["score"]}
                 for row in rows
             }
-            annotations = self.coco["annotations"]  # of two with one id the first was captioned
-            return {**self.coco, "annotations": [_with(a, said.pop(_key_of(a), None)) for a in annotations]}
+            annotations = self.coco["annotations"]
+            return {**self.coco, "annotations": [_captioned(annotation, said) for annotation in annotations]}
         shown: dict[Any, dict] = {}
         annotations = []
         for row in rows:
@@ -84,8 +83,12 @@ class DataSet:
         return {"images": list(shown.values()), "annotations": annotations, "categories": []}
 
 
-def _with(annotation: Any, fields: dict[str, Any] | None) -> Any:
-    return annotation if fields is None else {**annotation, **fields}
+def _captioned(annotation: Any, said: dict[Key, dict[str, Any]]) -> Any:
+    """The annotation with its caption; of two with the same ids only the first was captioned."""
+    try:
+        return {**annotation, **said.pop((annotation["image_id"], annotation["id"]))}
+    except (TypeError, LookupError):  # its ids are a fault, or it has no caption
+        return annotation
 
 
 def is_url(images: str | Path | None) -> TypeGuard[str]:
@@ -137,53 +140,32 @@ def image_size(path: Path) -> tuple[int, int]:
         raise DataError(f"{path}: cannot be opened as an image ({error}).") from None
 
 
-def _key_of(annotation: Any) -> Key | None:
-    """What a region is known by; None if it does not say."""
-    if not isinstance(annotation, dict):
-        return None
-    image_id, own = annotation.get("image_id"), annotation.get("id")
-    return (image_id, own) if isinstance(image_id, (int, str)) and isinstance(own, (int, str)) else None
-
-
 def _open_coco(path: Path, folder: Path) -> DataSet:
-    data = load_json(path)
-    if not is_coco(data):
-        raise DataError(f'{path}: expected a COCO file, {{"images": [...], "annotations": [...]}}.')
-    named = {}
-    for number, image in enumerate(data["images"]):
-        if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)) or image["id"] in named:
-            raise DataError(
-                f"{path}: images[{number}]: needs an `id` of its own, a whole number or text; got {image!r:.80}."
-            )
-        named[image["id"]] = image
-    faults, seen = [], set()
-    regions: dict[Any, list] = {}
-    for number, annotation in enumerate(data["annotations"]):
-        key, reason = _key_of(annotation), None
-        if key is None:
-            reason = f"annotations[{number}]: needs `id` and `image_id`, whole numbers or text."
-        elif key[0] not in named:
-            reason = f"annotations[{number}]: there is no image with the id {key[0]!r}."
-        elif key in seen:
-            reason = f"annotations[{number}]: has the id of an earlier one, {key[1]!r}."
-        else:
-            seen.add(key)
-            regions.setdefault(key[0], []).append((key[1], annotation))
-        if reason is not None:
-            file_name = named[key[0]].get("file_name") if key and key[0] in named else None
-            image_id, own = key or (None, None)
-            faults.append(fault(image_id, own, file_name, reason))
+    index = CocoIndex.read(path, needed=("id",))
+    faults = []
+    for found in index.faults:
+        if found.part == "images" and found.key != "file_name":
+            raise DataError(f"{path}: {found}.")  # without its id an image has no annotations
+        if found.part != "categories":  # which no caption depends on
+            faults.append(_coco_fault(found, index))
     entries = []
-    for number, (image_id, image) in enumerate(named.items()):
-        if image_id not in regions:
-            continue
-        name, found = image.get("file_name"), regions[image_id]
-        if not isinstance(name, str) or not name:
-            faults.append(fault(image_id, None, None, f"images[{number}]: has no `file_name`."))
-            continue
-        ids = tuple(annotation_id for annotation_id, _ in found)
-        entries.append(Entry(image_id, name, folder / name, partial(list, found), ids, _size_of(image)))
-    return DataSet(entries, faults, data)
+    for image_id, image in index.images.items():
+        name, annotations = image.get("file_name"), index.annotations[image_id]
+        if annotations and isinstance(name, str) and name:
+            regions = [(annotation["id"], annotation) for annotation in annotations]
+            ids = tuple(annotation_id for annotation_id, _ in regions)
+            entries.append(Entry(image_id, name, folder / name, partial(list, regions), ids, _size_of(image)))
+    return DataSet(entries, faults, index.data)
+
+
+def _coco_fault(found: CocoFault, index: CocoIndex) -> dict[str, Any]:
+    entry = found.entry if isinstance(found.entry, dict) else {}
+    if found.part == "images":
+        return fault(entry["id"], None, None, found)
+    image_id, own = entry.get("image_id"), entry.get("id")
+    if not isinstance(image_id, (int, str)) or not isinstance(own, (int, str)):
+        return fault(None, None, None, found)  # an image's id without a region's means the whole image
+    return fault(image_id, own, index.images.get(image_id, {}).get("file_name"), found)
 
 
 def _size_of(image: dict[str, Any]) -> tuple[int, int] | None:

@@ -214,8 +214,10 @@ def test_bad_images_and_regions_are_listed_and_the_rest_goes_on(tmp_path):
     found = {(f["image_id"], f["annotation_id"]): f["reason"] for f in faults_of(tmp_path)}
     assert "is damaged" in found[0, 0] and "lies outside" in found[0, 2]
     assert "cannot be opened as an image" in found[1, None]
-    assert "no image with the id 77" in found[77, 90] and "id of an earlier one, 20" in found[2, 20]
-    assert "images[3]: has no `file_name`" in found[3, None]
+    assert "annotations[15].image_id: got 77, expected the id of one of `images`" == found[77, 90]
+    assert "annotations[16].id: got 20, expected an id that no earlier entry has" == found[2, 20]
+    assert "annotations[19].image_id: got 7, expected a number or a text" == found[None, None]
+    assert "images[3].file_name: got None, expected the name" in found[3, None]
     assert "needs `segmentation`" in found[4, 91]
     # repaired: only what is missing is written
     change(tmp_path, lambda data: data["images"][3].update(file_name="3.png"))
@@ -231,8 +233,11 @@ def test_bad_images_and_regions_are_listed_and_the_rest_goes_on(tmp_path):
         (None, "no such file"),
         ("{", "perhaps cut short"),
         ("[]", "expected a COCO file"),
-        ('{"images": [{"id": [1]}], "annotations": []}', "images[0]: needs an `id`"),
-        ('{"images": [{"id": 1}, {"id": 1}], "annotations": []}', "images[1]: needs an `id` of its own"),
+        ('{"images": [{"id": [1]}], "annotations": []}', "images[0].id: got [1], expected a number or a text"),
+        (
+            '{"images": [{"id": 1}, {"id": 1}], "annotations": []}',
+            "images[1].id: got 1, expected an id that no earlier",
+        ),
         ('{"images": [], "annotations": []}', "no image"),
         (
             '{"images": [{"id": 1, "file_name": "x.png"}], "annotations": [{"id": 1, "image_id": 1}]}',

@@ -8,8 +8,10 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from pdlm_hf import Region
-from pdlm_hf.regions.coco import read_regions
+from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.regions.coco import CocoIndex
 from pdlm_hf.regions.images import load_image
+from pdlm_hf.regions.readers import read_region_file
 from pdlm_hf.regions.region import parse_region, parse_regions, region_areas
 
 WIDTH, HEIGHT = 30, 20
@@ -225,7 +227,7 @@ def written(tmp_path, content):
     ],
 )
 def test_read_regions(tmp_path, content, name, ids):
-    assert [region["id"] for region in read_regions(written(tmp_path, content), name)] == ids
+    assert [region["id"] for region in read_region_file(written(tmp_path, content), name, 9, 9)] == ids
 
 
 @pytest.mark.parametrize(
@@ -233,14 +235,18 @@ def test_read_regions(tmp_path, content, name, ids):
     [
         (json.dumps(COCO)[:-20], "not valid JSON, perhaps cut short"),
         ("", "not valid JSON"),
-        (COCO | {"images": COCO["images"][1:] * 2}, "has 2 images, 0 of them named a.png"),
-        (COCO | {"images": COCO["images"][:1] * 2}, "has 2 images, 2 of them named a.png"),
+        (COCO | {"images": [COCO["images"][1], COCO["images"][1] | {"id": 9}]}, "has 2 images, 0 of them named a.png"),
+        (COCO | {"images": [COCO["images"][0], COCO["images"][0] | {"id": 9}]}, "has 2 images, 2 of them named a.png"),
         (COCO | {"images": []}, "has 0 images"),
         (COCO | {"annotations": []}, "holds no regions for a.png"),
-        (COCO | {"images": [{"file_name": "a.png"}]}, "expected a COCO file or a list of regions"),
-        (COCO | {"images": ["a.png"]}, "expected a COCO file or a list of regions"),
+        (
+            COCO | {"images": [{"file_name": "a.png"}]},
+            r"0 of them named a.png \(images\[0\].id: got .*, expected a number",
+        ),
+        (COCO | {"images": ["a.png"]}, r"images\[0\].id: got 'a.png', expected a number"),
         (COCO | {"annotations": {"id": 1}}, "expected a COCO file or a list of regions"),
-        (COCO | {"annotations": [1]}, "expected a COCO file or a list of regions"),
+        (COCO | {"annotations": [1]}, "holds no regions for a.png"),
+        (COCO | {"annotations": COCO["annotations"][:1] * 2}, r"annotations\[1\].id: got .*, expected an id that no"),
         ([], "holds no regions"),
         ([1, 2], "expected a COCO file or a list of regions"),
         ({"regions": "all"}, "expected a COCO file or a list of regions"),
@@ -250,12 +256,52 @@ def test_read_regions(tmp_path, content, name, ids):
 )
 def test_bad_region_files(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
-        read_regions(written(tmp_path, content), "a.png")
+        read_region_file(written(tmp_path, content), "a.png", 9, 9)
+
+
+def test_coco_index():
+    images = [{"id": 1, "file_name": "a.png"}, {"id": "b"}, {"id": 1, "file_name": "c.png"}, {"id": [2]}, 7]
+    annotations = [
+        {"id": 5, "image_id": 1},
+        {"id": 5, "image_id": "b"},  # ids begin anew in each image
+        {"id": 5, "image_id": 1},
+        {"image_id": 1},
+        {"image_id": 1},
+        {"id": 6, "image_id": 2},
+        {"id": 7},
+        {"id": 8, "image_id": 1, "category_id": [3]},
+    ]
+    categories = [{"id": 3, "name": "box"}, {"name": "star"}]
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    index = CocoIndex(data, "x.json")
+    assert list(index.images) == [1, "b"] and index.categories == {3: "box"} and index.data is data
+    assert index.annotations == {1: [annotations[k] for k in (0, 3, 4)], "b": [annotations[1]]}
+    assert [(fault.place, fault.kind, fault.got) for fault in index.faults] == [
+        ("images[1].file_name", "missing field", "{'id': 'b'}"),
+        ("images[2].id", "duplicate id", "1"),
+        ("images[3].id", "wrong type", "[2]"),
+        ("images[4].id", "missing field", "7"),
+        ("annotations[2].id", "duplicate id", "5"),
+        ("annotations[5].image_id", "unknown image", "2"),
+        ("annotations[6].image_id", "missing field", "{'id': 7}"),
+        ("annotations[7].category_id", "wrong type", "[3]"),
+        ("categories[1].id", "missing field", "{'name': 'star'}"),
+    ]
+    assert str(index.faults[1]) == "images[2].id: got 1, expected an id that no earlier entry has"
+    with pytest.raises(DataError, match=r"x.json: images\[1\].file_name: got .*, expected the name"):
+        index.check()
+    strict = CocoIndex(data, needed=("id",))
+    assert {fault.place for fault in strict.faults} - {fault.place for fault in index.faults} == {
+        "annotations[3].id",
+        "annotations[4].id",
+    }
+    with pytest.raises(DataError, match="x.json: expected a COCO file"):
+        CocoIndex([], "x.json")
 
 
 def test_missing_region_file(tmp_path):
     with pytest.raises(ValueError, match="nowhere.json: no such file"):
-        read_regions(tmp_path / "nowhere.json", "a.png")
+        read_region_file(tmp_path / "nowhere.json", "a.png", 9, 9)
 
 
 # ---------------------------------------------------------------- images
