@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors_pdlm import DataError
-from ..regions.files import append_rows, load_json, read_rows, write_json
+from ..regions.files import append_rows, check_same_settings, load_json, read_rows, write_json
 from ..render.text import pluralize
 from .dataset import DataSet, Entry
 from .engines import Answer, Engine
@@ -96,11 +96,7 @@ def _read(out: Path, settings: dict[str, Any], repair: bool = False) -> Iterator
     """Rows of an earlier run. Raises: DataError, see [`BatchFiles`]."""
     for number, row in enumerate(read_rows(out, repair)):
         if number == 0:
-            before = load_json(out.with_suffix(".run.json"))
-            before = before if isinstance(before, dict) else {}
-            if changed := [name for name in settings if before.get(name) != settings[name]]:
-                was = ", ".join(f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
-                raise DataError(f"{out}: was begun with other settings ({was}). Choose another file.")
+            check_same_settings(load_json(out.with_suffix(".run.json")), settings, out)
         if not _FIELDS <= row.keys():
             raise DataError(f"{out}: has rows without {', '.join(sorted(_FIELDS))}; choose another file.")
         yield row

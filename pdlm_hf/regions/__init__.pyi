@@ -1,9 +1,12 @@
+from .coco import CocoFault as CocoFault
+from .coco import CocoIndex as CocoIndex
 from .crops import crop_box as crop_box
 from .crops import crops_message as crops_message
 from .crops import draw_outline as draw_outline
 from .crops import images_message as images_message
 from .crops import png_url as png_url
 from .files import append_rows as append_rows
+from .files import check_same_settings as check_same_settings
 from .files import load_json as load_json
 from .files import read_rows as read_rows
 from .files import write_json as write_json
@@ -11,6 +14,7 @@ from .images import load_image as load_image
 from .images import open_image as open_image
 from .readers import from_label_map as from_label_map
 from .readers import from_labelme as from_labelme
+from .readers import from_panoptic as from_panoptic
 from .readers import from_sam as from_sam
 from .readers import from_supervision as from_supervision
 from .readers import from_yolo as from_yolo

@@ -61,7 +61,8 @@ class CocoIndex:
     def __init__(self, data: Any, name: Any = "COCO", needed: Collection[str] = ()):
         if not is_coco(data):
             raise DataError(f'{name}: expected a COCO file, {{"images": [...], "annotations": [...]}}.')
-        self.data, self.name, self.faults = data, name, []
+        self.data, self.name = data, name
+        self.faults: list[CocoFault] = []
         self.images: dict[Any, dict[str, Any]] = {}
         for number, image in self._sound("images", ("id",)):
             self.images[image["id"]] = image
@@ -112,7 +113,8 @@ class CocoIndex:
 
     def _sound(self, part: str, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Number and entry of those whose ids are usable; the others become faults."""
-        entries, seen = self.data.get(part), set()
+        entries = self.data.get(part)
+        seen: set[tuple] = set()
         for number, entry in enumerate(entries if isinstance(entries, list) else []):
             fields = entry if isinstance(entry, dict) else {}
             ids = {key: fields.get(key) for key in (*needed, "id", "category_id")}

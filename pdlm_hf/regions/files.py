@@ -1,4 +1,4 @@
-"""Files of rows that grow while a run goes on, and are whole whatever stopped it."""
+"""JSON files, files of rows that survive a crash of the run that writes them, and the check of a resumed run."""
 
 import json
 import os
@@ -7,11 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors_pdlm import DataError
+from ..errors_pdlm import DataError, SettingError
 
 
 def load_json(path: Path) -> Any:
-    """What a JSON file holds. Raises: DataError if there is no such file, or it is not JSON or cut short."""
+    """Read a JSON file.
+
+    Raises:
+        DataError: the file does not exist, cannot be read, is not valid JSON, or is cut short.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -20,17 +24,19 @@ def load_json(path: Path) -> Any:
         raise DataError(f"{path}: is a folder, not a file.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON, perhaps cut short ({error}).") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
 
 
 def read_rows(path: Path, repair: bool = False) -> Iterator[dict[str, Any]]:
-    """Rows of a JSONL file, one by one. A last line that was cut short is left out.
+    """Read a JSONL file row by row. A last line that was cut short is skipped.
 
     Args:
-        path (`Path`): need not be there.
-        repair (`bool`): also take that line off the file, so that rows can be added.
+        path (`Path`): the file; a file that does not exist has no rows.
+        repair (`bool`): also remove the line that was cut short from the file, so that rows can be appended.
 
     Raises:
-        DataError: a line is no JSON object.
+        DataError: a line is not a JSON object.
     """
     if not path.exists():
         return
@@ -47,18 +53,22 @@ def read_rows(path: Path, repair: bool = False) -> Iterator[dict[str, Any]]:
                     f"{path}: line {number} is damaged ({error}); delete the file to start again."
                 ) from None
             if not isinstance(row, dict):
-                raise DataError(f"{path}: line {number} is no JSON object; this is not a file of rows.")
+                raise DataError(f"{path}: line {number} is not a JSON object; this is not a file of rows.")
             yield row
     if repair and size < path.stat().st_size:
         os.truncate(path, size)
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows to a file, all or none of them. Raises: OSError if it cannot be written, a full disk say."""
+    """Append rows to a JSONL file, all of them or none.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full.
+    """
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if not text:
         return
-    data = memoryview(text.encode(errors="backslashreplace"))  # of file names that are no Unicode
+    data = memoryview(text.encode(errors="backslashreplace"))  # file names may be no valid Unicode
     with open(path, "ab", buffering=0) as file:
         start = file.tell()
         try:
@@ -71,7 +81,11 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file in one piece: it is there whole, or as it was before. Raises: OSError."""
+    """Write a JSON file atomically: afterwards it is complete, or unchanged if writing failed.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
@@ -80,3 +94,21 @@ def write_json(path: Path, value: Any) -> None:
         with suppress(OSError):
             part.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def check_same_settings(before: Any, now: dict[str, Any], name: Any, otherwise: str = "choose another file") -> None:
+    """Check that a run is resumed with the settings it was begun with.
+
+    Args:
+        before: the recorded settings; anything but a dict counts as none.
+        now (`dict`): the settings of this call. A setting that is missing equals None.
+        name: the file or folder of the run, for messages.
+        otherwise (`str`): what a user with other settings can do, for messages.
+
+    Raises:
+        SettingError: settings differ; the message has each of them with both values.
+    """
+    before = before if isinstance(before, dict) else {}
+    if changed := [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]:
+        was = ", ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
+        raise SettingError(f"{name}: was begun with other settings ({was}). Use the same settings, or {otherwise}.")

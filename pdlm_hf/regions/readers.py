@@ -233,8 +233,41 @@ def from_label_map(source: Any) -> list[Region]:
         RegionError: it cannot be opened, has transparency or fractions, or no region.
     """
     name = str(source) if isinstance(source, (str, Path)) else "label map"
-    image = open_image(source) if isinstance(source, (str, Path)) else source
-    labels = np.asarray(image)
+    labels = _labels(source, name)
+    regions = [Region(int(value), labels == value) for value in np.unique(labels) if value]
+    if not regions:
+        raise RegionError(f"{name}: holds no regions; every pixel is 0.")
+    return regions
+
+
+def from_panoptic(path: str | Path, segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Read the regions of one image of a COCO panoptic file.
+
+    Args:
+        path: the PNG file of the annotation, whose colours are the ids of the segments.
+        segments (`list[dict]`): `segments_info` of the annotation.
+
+    Returns:
+        the segments with their RLE as "segmentation", without those that have no pixel.
+
+    Raises:
+        ImageError: the PNG file cannot be opened.
+        RegionError: the PNG file has transparency, or a segment has no id.
+    """
+    labels = _labels(path, str(path))
+    if not all(isinstance(segment, dict) and "id" in segment for segment in segments):
+        raise RegionError(f"{path}: each of `segments_info` must be an object with an `id`.")
+    masks = [labels == segment["id"] for segment in segments]
+    return [
+        {**segment, "segmentation": Region(segment["id"], mask).segmentation}
+        for segment, mask in zip(segments, masks, strict=True)
+        if mask.any()
+    ]
+
+
+def _labels(source: Any, name: str) -> np.ndarray:
+    """Labels (H, W) of an image or array; colours as R + 256 G + 65536 B."""
+    labels = np.asarray(open_image(source) if isinstance(source, (str, Path)) else source)
     if labels.ndim == 3 and labels.shape[2] == 3:
         labels = labels.astype(np.int64) @ [1, 256, 65536]
     if labels.ndim != 2 or labels.dtype.kind not in "biu":
@@ -242,7 +275,4 @@ def from_label_map(source: Any) -> list[Region]:
             f"{name}: a label map has integers of shape (H, W) or colours (H, W, 3), got {labels.dtype} "
             f"{labels.shape}."
         )
-    regions = [Region(int(value), labels == value) for value in np.unique(labels) if value]
-    if not regions:
-        raise RegionError(f"{name}: holds no regions; every pixel is 0.")
-    return regions
+    return labels

@@ -20,7 +20,7 @@ from pdlm_hf.batch.dataset import open_data
 from pdlm_hf.batch.engines import ImageEngine, LocalEngine, Outcome, prefetch
 from pdlm_hf.batch.run import BatchFiles, BatchProgress, Counts, parse_shard, run_batch
 from pdlm_hf.cli.main import app
-from pdlm_hf.regions.files import append_rows, read_rows, write_json
+from pdlm_hf.regions.files import read_rows
 from pdlm_hf.regions.region import Region
 
 ROOT = Path(__file__).parents[2]
@@ -390,28 +390,6 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2 and message in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("pdlm: ")
-
-
-def test_rows_are_added_all_or_none(tmp_path, monkeypatch):
-    path = tmp_path / "rows.jsonl"
-    append_rows(path, [{"a": "ü", "b": "\udcff"}])
-    assert list(read_rows(path)) == [{"a": "ü", "b": "\udcff"}] and "ü".encode() in path.read_bytes()
-    path.write_bytes(path.read_bytes() + b'{"a": 1')
-    assert len(list(read_rows(path))) == 1 and not path.read_bytes().endswith(b"\n")
-    assert len(list(read_rows(path, repair=True))) == 1 and path.read_bytes().endswith(b"\n")
-    for line, message in ((b"[1]\n", "line 2 is no JSON object"), (b"{]\n", "line 2 is damaged")):
-        damaged = tmp_path / "damaged.jsonl"
-        damaged.write_bytes(b'{"a": 1}\n' + line)
-        with pytest.raises(ValueError, match=message):
-            list(read_rows(damaged))
-
-
-def test_json_is_written_in_one_piece(tmp_path):
-    write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"a": object()})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 # ---------------------------------------------------------------- settings, parts

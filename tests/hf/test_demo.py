@@ -529,11 +529,6 @@ def test_a_click_on_nothing_is_told(sam, monkeypatch):
         segmenter.mask(grey(), 5, 5)
 
 
-def test_other_models_are_refused_as_sam(tiny_checkpoint):
-    with pytest.raises(ValueError, match="a pdmllm model; expected SAM 2"):
-        Segmenter.from_pretrained(str(tiny_checkpoint))
-
-
 # ---------------------------------------------------------------- the page over HTTP
 
 

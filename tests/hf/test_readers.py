@@ -12,9 +12,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pdlm_hf.cli.main import app
+from pdlm_hf.errors_pdlm import RegionError
 from pdlm_hf.regions.readers import (
     from_label_map,
     from_labelme,
+    from_panoptic,
     from_sam,
     from_supervision,
     from_yolo,
@@ -237,6 +239,19 @@ def test_label_map_that_is_none(tmp_path):
         read_region_file(tmp_path / "a.jpg", "a.jpg", WIDTH, HEIGHT)
     with pytest.raises(ValueError, match="no such file"):
         read_region_file(tmp_path / "a.png", "a.jpg", WIDTH, HEIGHT)
+
+
+def test_panoptic(tmp_path):
+    ids = [7, 70000, 9]  # the last one has no pixel
+    labels = 7 * MASKS[0].astype(int) + 70000 * MASKS[1]
+    colours = np.stack([labels % 256, labels // 256 % 256, labels // 65536], -1)
+    Image.fromarray(colours.astype(np.uint8)).save(tmp_path / "a.png")
+    segments = [{"id": k, "category_id": 2} for k in ids]
+    found = from_panoptic(tmp_path / "a.png", segments)
+    assert [(segment["id"], segment["category_id"]) for segment in found] == [(7, 2), (70000, 2)]
+    check(found, ids=ids[:2])
+    with pytest.raises(RegionError, match="a.png: each of `segments_info` must be an object with an `id`"):
+        from_panoptic(tmp_path / "a.png", [{}])
 
 
 # ---------------------------------------------------------------- the command
