@@ -7,7 +7,8 @@ from pathlib import Path
 
 import typer
 
-from pdlm_hf.client.chat import ChatClient, public_url
+from pdlm_hf.client.chat import ChatClient
+from pdlm_hf.client.server import public_url
 from pdlm_hf.errors_pdlm import ServerError, SettingError
 
 from .benchmarks import Benchmark, find

@@ -13,7 +13,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from pdlm_hf.cli import errors
-from pdlm_hf.client.chat import ChatClient, key_in, public_url
+from pdlm_hf.client.chat import ChatClient
+from pdlm_hf.client.server import key_in, public_url
 from pdlm_hf.errors_pdlm import ServerError, SettingError
 
 from . import LMMS_TASKS

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.client.chat import ChatClient, Reply, Request
+from pdlm_hf.client.cache import Reply
+from pdlm_hf.client.chat import ChatClient, Request
 from pdlm_hf.errors_pdlm import DataError
 
 from .report import read_lines

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pdlm_hf.client.chat import ChatClient, key_in, public_url
+from pdlm_hf.client.chat import ChatClient
+from pdlm_hf.client.server import key_in, public_url
 from pdlm_hf.errors_pdlm import SettingError
 
 from .options import Data, Images, exit_on_error, fail

@@ -20,7 +20,8 @@ import numpy as np
 from loguru import logger
 from PIL import Image
 
-from pdlm_hf.client.chat import ChatClient, key_in
+from pdlm_hf.client.chat import ChatClient
+from pdlm_hf.client.server import key_in
 from pdlm_hf.errors_pdlm import ServerError, SettingError
 
 from ..paradlc.captioning import MASKS_PER_PASS, PROMPTS, masks_of, passes_of

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pdlm_hf.cli.errors import exit_on_error
-from pdlm_hf.client.chat import ChatClient, key_in, public_url
+from pdlm_hf.client.chat import ChatClient
+from pdlm_hf.client.server import key_in, public_url
 from pdlm_hf.errors_pdlm import SettingError
 
 from .data import check_images, load_benchmark, load_questions, read_captions, read_json, write_json

@@ -10,7 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.client.chat import ChatClient, Reply, Request, public_url
+from pdlm_hf.client.cache import Reply
+from pdlm_hf.client.chat import ChatClient, Request
+from pdlm_hf.client.server import public_url
 from pdlm_hf.errors_pdlm import DataError, MissingPackageError
 from pdlm_hf.regions.crops import crop_box, png_url
 

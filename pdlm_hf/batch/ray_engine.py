@@ -34,7 +34,7 @@ from ray.exceptions import NodeDiedError, RayError, RayTaskError
 from transformers import AutoProcessor
 
 from ..captioning.checkpoints import CHECKPOINT, checkpoint_name
-from ..client.chat import public_url
+from ..client.server import public_url
 from ..errors_pdlm import SettingError
 from .dataset import Entry
 from .engines import Answer, LocalEngine, largest_first

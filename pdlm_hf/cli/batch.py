@@ -89,7 +89,7 @@ def _engine(client, model, fast, batch_size, question, generation):
 def _check_engine(engine: str, workers: int | None, server: str | None, images: str | None) -> None:
     """Raises: SettingError for options that exclude each other, MissingPackageError if Ray is not installed."""
     from ..batch.dataset import is_url
-    from ..client.chat import public_url
+    from ..client.server import public_url
 
     if engine not in ("local", "ray"):
         raise SettingError(f"--engine {engine}: expected local or ray.")

@@ -76,6 +76,6 @@ def caption_client(
 ) -> Any:
     """A client of a server of ours. Raises: ServerError: it cannot be reached, or has no such model."""
     from ..client.captions import CaptionClient
-    from ..client.chat import key_in
+    from ..client.server import key_in
 
     return CaptionClient(url, model, api_key=key_in(key_env), settings=settings, concurrency=concurrency)

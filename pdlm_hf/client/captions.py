@@ -1,113 +1,149 @@
-"""Captions of a data set from our server's route `/v1/region_captions`, many requests in flight."""
+"""A client for our own server's route `/v1/region_captions`."""
 
 import base64
 import json
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from PIL import Image
+from PIL import ExifTags, Image
 
-from ..client.chat import ChatClient, NoReply, Reply, public_url
 from ..errors_pdlm import ServerError
 from ..regions.crops import png_url
 from ..regions.region import Region, probe_image
+from .cache import Reply
+from .server import NoReplyError, ServerClient
 
-MAX_REGIONS = 60  # a request: servers take 64, and 60 is whole passes for 1 to 6 region prompts
-_SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
-_ORIENTATION = 0x0112  # EXIF
+MAX_REGIONS = 60  # per request: servers take 64, and 60 fills the prompts of models with 1 to 6 of them
+_SENT_UNCHANGED = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 
 
-class CaptionClient(ChatClient):
-    """A server of ours; asked with `{"image", "regions"}`, it replies with a JSON list of captions.
+class CaptionClient:
+    """A client for a server that runs our model.
 
     Args:
-        base_url (`str`): its address, with or without `/v1`.
-        model (`str`, *optional*): its name there; default: the first one the server has.
-        **options: see [`~pdlm_hf.client.ChatClient`].
+        base_url (`str`): address of the server, with or without `/v1`.
+        model (`str`, *optional*): name of the model at the server; default: the first one.
+        **options: see [`~pdlm_hf.client.server.ServerClient`].
 
     Raises:
-        ServerError: it cannot be reached, or has no such model.
+        ServerError: the server cannot be reached, or has no such model.
     """
-
-    keeps_replies = False  # what is captioned is in the rows
 
     def __init__(self, base_url: str, model: str | None = None, **options: Any):
         if urlsplit(base_url).path in ("", "/"):
             base_url = f"{base_url.rstrip('/')}/v1"
-        super().__init__(model or "", base_url, **options)
-        where = f"The server at {public_url(self.base_url)}"
-        try:
-            names = [known.id for known in self._client.models.list()]
-        except self._api.OpenAIError as error:
-            raise ServerError(f"{where} does not answer: {self._why(error)}") from error
-        self.model = model or next(iter(names), "")
-        if self.model not in names:
-            raise ServerError(f"{where} has no model {self.model!r}, but {', '.join(names) or 'none at all'}.")
-
-    def probe(self, chat: bool = False) -> None:
-        """Caption a small grey image. Raises: ServerError if the server does not, for settings it refuses too."""
         image, regions = probe_image()
-        reply = self._attempt(self._body(request_of(png_url(image), regions)), threading.Event(), min(self.retries, 2))
-        if reply.text is None:
-            raise ServerError(f"The server at {public_url(self.base_url)} writes no captions: {reply.error}")
-        self._probed = True
+        trial = request_of(png_url(image), regions)
+        # without a cache: captions are kept in the rows that are written
+        self.server = ServerClient(model or "", base_url, send=_send, trial=trial, **options)
+        self.server.check_model()
+
+    @property
+    def model(self) -> str:
+        """Name of the model at the server."""
+        return self.server.model
+
+    @property
+    def concurrency(self) -> int:
+        """Number of requests at a time."""
+        return self.server.concurrency
+
+    def probe(self) -> None:
+        """Caption a small grey image.
+
+        Raises:
+            ServerError: the server does not work, or refuses the settings.
+        """
+        self.server.probe()
+
+    def ask_many(self, requests: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Reply]]:
+        """Send requests, several at a time.
+
+        Args:
+            requests: see [`request_of`]; read as needed.
+
+        Yields:
+            (position of the request, [`Reply`] with a JSON list of captions as text), in the order of arrival.
+
+        Raises:
+            ServerError: the server cannot be used any more.
+        """
+        return self.server.ask_many(requests)
 
     def stream(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Ask once, and follow the denoising.
+        """Send one request and follow the denoising.
 
         Args:
             request (`dict`): see [`request_of`], and settings.
 
         Yields:
-            the server's events: `{"regions": [{"id", "caption", "score"}]}` for every step; the last has all regions
-            and "usage".
+            the server's events: `{"regions": [{"id", "caption", "score"}]}` for every step; the last one has all
+            regions and "usage".
 
         Raises:
-            ServerError: it fails, refuses, or stops before the end.
+            ServerError: the server fails, refuses the request, or stops before the end.
         """
-        where, event = f"The server at {public_url(self.base_url)}", {}
-        options = {"cast_to": object, "stream": True, "stream_cls": self._api.Stream[object]}
+        from openai import OpenAIError, Stream
+
+        event: dict[str, Any] = {}
+        body = {"model": self.model, **self.server.settings, **request, "stream": True}
+        connection: Any = self.server.connection  # its stream is typed without the events
         try:
-            body = {**self._body(request), "stream": True}
-            with self._client.post("/region_captions", body=body, **options) as events:
+            with connection.post(
+                "/region_captions", body=body, cast_to=object, stream=True, stream_cls=Stream[object]
+            ) as events:
                 for event in events:
                     yield event
-        except self._api.OpenAIError as error:
-            raise ServerError(f"{where} writes no captions: {self._why(error)}") from error
+        except OpenAIError as error:
+            raise self.server.error("writes no captions", error) from error
         if "usage" not in event or len(event.get("regions", [])) != len(request["regions"]):
-            raise ServerError(f"{where} stopped before all captions were written.")
+            raise ServerError(f"{self.server.name} stopped before all captions were written.")
 
-    def _send(self, body: dict[str, Any]) -> Reply:
-        data: Any = None
-        try:
-            data = self._client.post("/region_captions", body=body, cast_to=object)
-            rows = data["regions"]
-            whole = [row["id"] for row in rows] == [region["id"] for region in body["regions"]]
-            whole = whole and all(isinstance(row["caption"], str) and 0 <= row["score"] <= 1 for row in rows)
-        except (LookupError, TypeError, ValueError):
-            whole = False
-        if not whole:
-            raise NoReply(f"the server's answer is not one caption for each region: {str(data)[:80]!r}.")
-        return Reply(json.dumps(rows), usage=data.get("usage") or {})
+    def close(self) -> None:
+        """Close the connections."""
+        self.server.close()
+
+
+def _send(connection: Any, body: dict[str, Any]) -> Reply:
+    data: Any = None
+    try:
+        data = connection.post("/region_captions", body=body, cast_to=object)
+        rows = data["regions"]
+        complete = [row["id"] for row in rows] == [region["id"] for region in body["regions"]]
+        complete = complete and all(isinstance(row["caption"], str) and 0 <= row["score"] <= 1 for row in rows)
+    except (LookupError, TypeError, ValueError):
+        complete = False
+    if not complete:
+        raise NoReplyError(f"the server's answer is not one caption for each region: {str(data)[:80]!r}.")
+    return Reply(json.dumps(rows), usage=data.get("usage") or {})
 
 
 def request_of(url: str, regions: list[Region]) -> dict[str, Any]:
-    """Body of a request, without model and settings; ids are positions."""
+    """Make the body of a request, without model and settings; the ids of the regions are their positions.
+
+    Args:
+        url (`str`): the image, as a data URL.
+        regions (`list[Region]`): at most [`MAX_REGIONS`].
+    """
     shapes = [{"id": k, "segmentation": region.segmentation} for k, region in enumerate(regions)]
     return {"image": url, "regions": shapes}
 
 
-def image_url(path: Path | None, read: Image.Image) -> str:
-    """An image as a data URL: its file where every reader sees the same in it, else what was read from it, as PNG."""
+def image_url(path: Path | None, image: Image.Image) -> str:
+    """Make a data URL of an image: of its file if every reader sees the same in it, else of its pixels as PNG.
+
+    Args:
+        path (`Path`, *optional*): the file.
+        image (`PIL.Image.Image`): the image as it was read from the file.
+    """
     try:
-        with Image.open(path or "") as image:
-            kind = _SENT_AS_THEY_ARE.get(image.format or "")
-            plain = image.mode == "RGB" and image.getexif().get(_ORIENTATION, 1) == 1
+        with Image.open(path or "") as file:
+            kind = _SENT_UNCHANGED.get(file.format or "")
+            plain = file.mode == "RGB" and file.getexif().get(ExifTags.Base.Orientation, 1) == 1
         if path is not None and kind is not None and plain:
             return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    except OSError:  # moved since; what was read then is in memory
+    except OSError:  # the file has moved since; its pixels are in memory
         pass
-    return png_url(read)
+    return png_url(image)

@@ -21,7 +21,7 @@ from pdlm_evalkit.paradlc import captioning  # noqa: E402
 from pdlm_evalkit.paradlc.cli import app  # noqa: E402
 from pdlm_evalkit.paradlc.data import load_benchmark  # noqa: E402
 from pdlm_hf import RegionCaptioner  # noqa: E402
-from pdlm_hf.client import chat as client  # noqa: E402
+from pdlm_hf.client import server as client  # noqa: E402
 from pdlm_hf.regions.crops import OUTLINE, draw_outline  # noqa: E402
 
 EXAMPLE = Path(package.__file__).parent / "example"

@@ -24,7 +24,7 @@ from pdlm_evalkit.paradlc import judging  # noqa: E402
 from pdlm_evalkit.paradlc.cli import app  # noqa: E402
 from pdlm_evalkit.paradlc.data import Question, decode_masks, load_benchmark, open_image  # noqa: E402
 from pdlm_evalkit.paradlc.make_example import draw_scenes  # noqa: E402
-from pdlm_hf.client import chat as client  # noqa: E402
+from pdlm_hf.client import server as client  # noqa: E402
 from pdlm_hf.shapes.scenes import describe  # noqa: E402
 
 EXAMPLE = Path(package.__file__).parent / "example"

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from pdlm_evalkit.cli import app
 from pdlm_evalkit.strict import SETTINGS, SYSTEM_PROMPT, Row, read_results, request_for
-from pdlm_hf.client import chat as client
+from pdlm_hf.client import server as client
 
 ROWS = [
     {"index": 1, "answer": "12:30", "prediction": "It is 12.30"},

@@ -476,7 +476,7 @@ def serve(folder, server, *arguments, code=0):
 def near(monkeypatch):
     pytest.importorskip("openai")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("pdlm_hf.client.chat._BACKOFF", 0.001)
+    monkeypatch.setattr("pdlm_hf.client.server._BACKOFF", 0.001)
 
 
 def test_a_image_of_another_size_and_one_with_odd_exif(tmp_path):
@@ -548,8 +548,8 @@ def test_a_server_that_gives_up_and_one_that_refuses(tmp_path, near):
     (tmp_path / "out.jsonl").unlink()
     with RegionCaptionServer(lambda number, body: 400 if number > 4 else None) as server:
         result, rows = serve(tmp_path, server, code=2)
-        assert "run again to go on" in result.stderr and len(rows) >= 4
-    for fault, message in ((404, "does not know"), (401, "wants a key"), (400, "writes no captions: ")):
+        assert "run again to resume" in result.stderr and len(rows) >= 4
+    for fault, message in ((404, "does not know"), (401, "wants a key"), (400, "refuses even a small request: Error code: 400")):
         with RegionCaptionServer(lambda number, body, fault=fault: fault) as server:
             result, _ = serve(tmp_path, server, code=2)
             assert message in result.stderr and "Traceback" not in result.output

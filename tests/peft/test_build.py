@@ -15,7 +15,7 @@ from drawn import drawn_rows, read_jsonl, tiny_sam, write_jsonl
 from judge_server import JudgeServer, text_of
 from typer.testing import CliRunner
 
-from pdlm_hf.client import chat as replies
+from pdlm_hf.client import server as replies
 from pdlm_hf.regions.region import region_areas
 from pdlm_peft.build import StepRun, Task, Verdict, region_key, run_step
 from pdlm_peft.build_steps import Segmenter, box_around, iou, remask_step, repetition

@@ -1,17 +1,22 @@
-"""The judge's client: what is paid for is kept, what failed is no reply, and it always comes to an end."""
+"""The clients of servers: replies are kept, failures are no replies, and every run comes to an end."""
 
-import sys
-from pathlib import Path
+import base64
+import io
+import json
 
+import numpy as np
 import pytest
+from judge_server import JudgeServer, text_of
+from PIL import ExifTags, Image
+from region_server import RegionCaptionServer
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from judge_server import JudgeServer, text_of  # noqa: E402
-
-from pdlm_hf.client import chat as client  # noqa: E402
-from pdlm_hf.client.chat import ChatClient, ReplyCache, public_url  # noqa: E402
-from pdlm_hf.errors_pdlm import ServerError  # noqa: E402
+from pdlm_hf.client import server as client
+from pdlm_hf.client.cache import Reply, ReplyCache
+from pdlm_hf.client.captions import CaptionClient, image_url, request_of
+from pdlm_hf.client.chat import ChatClient
+from pdlm_hf.client.server import public_url
+from pdlm_hf.errors_pdlm import ServerError, SettingError
+from pdlm_hf.regions.region import Region
 
 KEY = "sk-very-secret-key"
 
@@ -262,3 +267,63 @@ def test_a_file_that_is_no_cache(tmp_path):
 
 def test_addresses_are_shown_without_secrets():
     assert public_url("http://me:pw@host:8000/v1?key=abc") == "http://host:8000/v1"
+
+
+def test_replies_that_cannot_be_kept_stop_the_run(tmp_path):
+    cache = ReplyCache(tmp_path / "c")
+    cache.put("key", "m", Reply("text", usage={"prompt_tokens": 3}))
+    found = cache.get("key")
+    assert (found.text, found.cached, found.prompt_tokens, found.completion_tokens) == ("text", True, 3, None)
+    assert cache.get("other") is None
+    cache._rows.execute("PRAGMA query_only = 1")  # as a disk without space
+    with pytest.raises(SettingError, match="c: the cache of replies cannot be written"):
+        cache.put("other", "m", Reply("text"))
+
+
+# ---------------------------------------------------------------- our own server
+
+
+def test_captions_of_our_server():
+    region = Region("mine", np.ones((6, 8), dtype=bool))
+    request = request_of(image_url(None, Image.new("RGB", (8, 6))), [region, region])
+    with RegionCaptionServer() as server:
+        captions = CaptionClient(server.url, settings={"max_new_tokens": 4})
+        assert (captions.model, captions.concurrency) == ("served", 10) and server.bodies == []
+        captions.probe()
+        ((index, reply),) = captions.ask_many([request])
+        events = list(captions.stream(request))
+        captions.close()
+    assert index == 0 and reply.usage["num_forwards"] == 2
+    assert [(row["id"], row["caption"]) for row in json.loads(reply.text)] == [(0, "48 pixels"), (1, "48 pixels")]
+    assert [row["caption"] for event in events for row in event["regions"]] == ["4"] * 2 + ["48"] * 2 + [
+        "48 pixels"
+    ] * 2
+    assert [body["max_new_tokens"] for body in server.bodies] == [4] * 3  # also of the small grey image
+    with RegionCaptionServer() as server:
+        with pytest.raises(ServerError, match="has no model 'other', but served"):
+            CaptionClient(server.url, "other")
+
+
+def test_captions_are_checked_and_asked_again():
+    lacking = b'{"regions": [{"id": 0, "caption": "a", "score": 2}], "usage": {}}'
+    region = Region(0, np.ones((6, 8), dtype=bool))
+    request = request_of(image_url(None, Image.new("RGB", (8, 6))), [region])
+    with RegionCaptionServer(lambda number, body: lacking if number in (1, 2) else None) as server:
+        captions = CaptionClient(server.url, retries=1)
+        replies = [next(captions.ask_many([request]))[1] for _ in range(2)]
+    assert replies[0].text is None and "is not one caption for each region" in replies[0].error
+    assert json.loads(replies[1].text)[0]["caption"] == "48 pixels" and len(server.bodies) == 4
+
+
+def test_files_are_sent_unchanged_where_every_reader_sees_the_same(tmp_path):
+    image = Image.new("RGB", (8, 6), "red")
+    image.save(tmp_path / "plain.jpg")
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / "turned.jpg", exif=turned)
+    plain = image_url(tmp_path / "plain.jpg", image)
+    assert plain == "data:image/jpeg;base64," + base64.b64encode((tmp_path / "plain.jpg").read_bytes()).decode()
+    for path in (tmp_path / "turned.jpg", tmp_path / "none.jpg", None):
+        url = image_url(path, image)
+        pixels = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+        assert pixels.size == (8, 6) and pixels.getpixel((0, 0)) == (255, 0, 0)
