@@ -1,1 +1,1 @@
-"""Tools of the repository; not in the wheel."""
+"""Tools of the repository; they are not in the wheel."""

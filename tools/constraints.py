@@ -14,16 +14,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = {"core": ".venv", "oldest": ".venv-oldest", "vllm": ".venv-vllm", "lmms": ".venv-lmms"}
-# The project itself, the installer, and what only a torch that is built for GPUs brings.
+# The project itself, the installer, and packages that only a torch built for GPUs installs.
 LEFT_OUT = re.compile("perceptiondlm|pip|triton|nvidia-.*|cuda-.*", re.IGNORECASE)
 
 
 def constraints(packages: list[dict], today: str) -> str:
-    """The text of a constraints file.
+    """Make the text of a constraints file.
 
     Args:
-        packages: what `pip list --format json` prints, parsed.
-        today: date for the first line.
+        packages: the parsed output of `pip list --format json`.
+        today: the date in the first line.
     """
     kept = [package for package in packages if not LEFT_OUT.fullmatch(package["name"])]
     # without the local part: ==2.13.0 takes 2.13.0+cpu too
@@ -33,7 +33,11 @@ def constraints(packages: list[dict], today: str) -> str:
 
 
 def installed(environment: Path) -> list[dict]:
-    """The packages of a virtual environment. Raises: FileNotFoundError if it does not exist."""
+    """List the packages of a virtual environment.
+
+    Raises:
+        FileNotFoundError: the environment does not exist.
+    """
     listed = [str(environment / "bin" / "python"), "-m", "pip", "list", "--format", "json"]
     return json.loads(subprocess.run(listed, check=True, capture_output=True, text=True).stdout)
 

@@ -19,10 +19,10 @@ LINE = re.compile(r"(?P<name>[\w.-]+)(\[(?P<extras>[\w,.-]+)\])?(?P<bounds>[^;]*
 
 
 def without_upper_bounds(lines: list[str], extra: str) -> dict[str, str]:
-    """What a distribution needs with one of its extras: name of a package -> requirement, lower bounds only.
+    """Map the packages that a distribution needs with one of its extras to requirements with lower bounds only.
 
     Args:
-        lines: the distribution's `Requires-Dist`; extras of its own in them are followed.
+        lines: the distribution's `Requires-Dist`; its own extras in them are resolved.
         extra: name of the extra.
     """
     found = {}
@@ -42,12 +42,12 @@ def without_upper_bounds(lines: list[str], extra: str) -> dict[str, str]:
 
 
 def result(report: Path, packages: list[str], version_of: Callable[[str], str] = metadata.version) -> dict:
-    """What became of the tests.
+    """Summarise the results of the tests.
 
     Args:
         report: JUnit XML of pytest.
-        packages: names whose versions are told.
-        version_of: name of a package -> its version.
+        packages: names of the packages whose versions are recorded.
+        version_of: returns the version of a package.
     """
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]

@@ -1,4 +1,4 @@
-"""Captions for data sets: rows in, rows out, and a run that was stopped continues."""
+"""Caption whole data sets into JSONL, by this process, a server or Ray; a stopped run is resumed."""
 
 import lazy_loader
 

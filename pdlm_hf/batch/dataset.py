@@ -1,4 +1,4 @@
-"""Data sets of regions: a COCO file, or a folder with the regions of every image beside or below it."""
+"""Data sets of regions: a COCO file, or a folder with a file of regions for each image."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -8,16 +8,16 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
-from ..errors_pdlm import DataError
+from ..errors_pdlm import DataError, ImageError
 from ..regions.coco import CocoFault, CocoIndex
 from ..regions.images import orientation_of
 from ..regions.readers import read_region_file
 from ..regions.region import Region
 
-# Endings of region files, in the order in which they are looked for.
+# Endings of region files, in the order of preference.
 _REGION_FILES = (".json", ".txt", ".png", ".bmp", ".tif", ".tiff")
 
-# What tells a region of a data set: the id of its image, and its own.
+# Identifies a region in a data set: the id of its image and its own id.
 Key = tuple[int | str, int | str]
 
 
@@ -26,14 +26,14 @@ class Entry:
     """An image of a data set.
 
     Args:
-        id: its id in the data set.
-        file_name (`str`): below the folder of images.
-        path (`Path`, *optional*): of the file; None: it is in object storage.
-        read: returns the regions as (id, what [`~pdlm_hf.regions.parse_region`] reads); raises DataError if they
-            cannot be read.
-        ids (`tuple`, *optional*): of its regions, where known without reading them.
-        size (`tuple[int, int]`, *optional*): width and height in pixels, where the data set says so.
-        data (`bytes`, *optional*): what the file holds, once it has been read.
+        id: id of the image in the data set.
+        file_name (`str`): path of the image below the folder of images.
+        path (`Path`, *optional*): path of the file; None for an image in object storage.
+        read: returns the regions as pairs of id and a value for [`~pdlm_hf.regions.parse_region`]; raises PdlmError
+            if they cannot be read.
+        ids (`tuple`, *optional*): ids of the regions, if they are known without reading the regions.
+        size (`tuple[int, int]`, *optional*): width and height in pixels, if the data set has them.
+        data (`bytes`, *optional*): content of the file, once it has been read.
     """
 
     id: int | str
@@ -50,9 +50,9 @@ class DataSet:
     """Images with regions.
 
     Args:
-        entries (`list[Entry]`): images that have regions.
-        faults (`list[dict]`): what is wrong in the file: `image_id`, `annotation_id`, `file_name`, `reason`.
-        coco (`dict`, *optional*): the COCO file, if it is one.
+        entries (`list[Entry]`): the images that have regions.
+        faults (`list[dict]`): faults of the file, see [`fault`].
+        coco (`dict`, *optional*): content of the COCO file, if it is one.
     """
 
     entries: list[Entry]
@@ -60,10 +60,11 @@ class DataSet:
     coco: dict[str, Any] | None = None
 
     def with_captions(self, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        """A COCO file with `caption` and `score` on every annotation that has a row; of a folder, with these only.
+        """Make a COCO file with `caption` and `score` on every annotation that has a row. The COCO file of a folder
+        has only these annotations.
 
         Args:
-            rows: as in [`batch`].
+            rows: rows of captions, as [`run_batch`] writes them.
         """
         if self.coco is not None:
             said = {
@@ -92,21 +93,21 @@ def _captioned(annotation: Any, said: dict[Key, dict[str, Any]]) -> Any:
 
 
 def is_url(images: str | Path | None) -> TypeGuard[str]:
-    """Whether images are in object storage, `s3://bucket/folder` for example."""
+    """Whether images are in object storage, for example `s3://bucket/folder`."""
     return isinstance(images, str) and "://" in images
 
 
 def open_data(data: Path, images: Path | str | None = None) -> DataSet:
-    """Read what a data set has, without opening images.
+    """Read a data set, without opening its images.
 
     Args:
         data (`Path`): a COCO file, or a folder that has for an image `a/b.jpg` one of: a file `a/b.json` (regions,
             LabelMe, COCO), `a/b.txt` (YOLO) or `a/b.png` (label map); or mask images `a/b/*`.
-        images (`Path` or `str`, *optional*): folder of the images, or the URL of one in object storage (the data is
-            a COCO file then, and it is not looked whether there are any); default: the folder of the data.
+        images (`Path` or `str`, *optional*): folder of the images, or the URL of a folder in object storage (only
+            with a COCO file; the images are not looked for). Default: the folder of the data.
 
     Raises:
-        DataError: no such file or folder, not a COCO file, or no image with regions.
+        DataError: a file or folder does not exist, the file is not a COCO file, or no image has regions.
     """
     if is_url(images):
         return _open_stored(data, images)
@@ -132,12 +133,16 @@ def _open_stored(data: Path, images: str) -> DataSet:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file as it is meant to be seen, from its head. Raises: DataError."""
+    """Read width and height of an image file from its header, with the EXIF orientation applied.
+
+    Raises:
+        ImageError: the file cannot be opened.
+    """
     try:
         with Image.open(path) as image:
             return image.size[::-1] if orientation_of(image) >= 5 else image.size
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be opened as an image ({error}).") from None
+        raise ImageError(f"{path}: cannot be opened as an image ({error}).") from None
 
 
 def _open_coco(path: Path, folder: Path) -> DataSet:
@@ -169,7 +174,7 @@ def _coco_fault(found: CocoFault, index: CocoIndex) -> dict[str, Any]:
 
 
 def _size_of(image: dict[str, Any]) -> tuple[int, int] | None:
-    """Width and height, if the data set says them."""
+    """Width and height of an image, if the data set has them."""
     width, height = image.get("width"), image.get("height")
     if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
         return width, height
@@ -177,7 +182,7 @@ def _size_of(image: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def fault(image_id: Any, annotation_id: Any, file_name: str | None, reason: Any) -> dict[str, Any]:
-    """A line about a region, or with `annotation_id` None about a whole image, that got no caption."""
+    """Make a row about a region without caption, or with `annotation_id` None about a whole image."""
     return {"image_id": image_id, "annotation_id": annotation_id, "file_name": file_name, "reason": str(reason)}
 
 
@@ -195,7 +200,7 @@ def _open_folder(data: Path, folder: Path) -> DataSet:
 
 
 def _region_source(place: Path, image: Path) -> Path | None:
-    """The file or folder with the regions of an image."""
+    """Find the file or folder with the regions of an image."""
     for ending in _REGION_FILES:
         path = place.with_suffix(ending)
         if path != image and path.is_file():
@@ -209,11 +214,11 @@ def _read_source(source: Path, image: Path, name: Path) -> list[tuple[int | str,
         masks = sorted(path for path in source.iterdir() if path.is_file())
         values: list[tuple[int | str, Any]] = [(path.stem, path) for path in masks]
     else:
-        # only YOLO's lines are relative to the image
+        # only the coordinates of YOLO are relative to the size of the image
         size = image_size(image) if source.suffix.lower() == ".txt" else (0, 0)
         found = read_region_file(source, image.name, *size)
         values = [(_own_id(value, k), value) for k, value in enumerate(found)]
-    # here ids are a region's own within its image; COCO's are within the data set
+    # here an id is unique within its image, COCO's ids are unique within the data set
     values = [(f"{name.as_posix()}#{own}", value) for own, value in values]
     if len({own for own, _ in values}) < len(values):
         raise DataError(f"{source}: two regions have the same id.")

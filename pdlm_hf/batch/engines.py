@@ -1,4 +1,4 @@
-"""What captions a data set: images with regions in, captions out. The model in this process is one such engine."""
+"""Engines caption the images of a data set; one of them is the model in this process."""
 
 from abc import ABC, abstractmethod
 from collections import deque
@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from ..captioning.captioner import RegionCaptioner
-from ..errors_pdlm import SettingError
+from ..errors_pdlm import DataError, SettingError
 from ..processing_pdlm import RegionCaption
 from ..regions.images import load_image
 from ..regions.region import MASK_PIXELS, Region, parse_region, probe_image
 from .dataset import Entry, fault, image_size
 
-_WINDOW = 64  # batches among which images are sorted by size
+_WINDOW = 64  # number of batches whose images are sorted by size together
 _LOADERS = 4  # threads
 
 _T = TypeVar("_T")
@@ -30,10 +30,10 @@ class Work:
     """An image to caption.
 
     Args:
-        entry (`Entry`): where it comes from.
-        image (`PIL.Image.Image`, *optional*): RGB; None: there is nothing to caption.
-        regions (`list[Region]`): all that can be read, with their ids in the data set.
-        faults (`list[dict]`): the others.
+        entry (`Entry`): its entry in the data set.
+        image (`PIL.Image.Image`, *optional*): RGB; None if there is nothing to caption.
+        regions (`list[Region]`): the regions that can be read, with their ids in the data set.
+        faults (`list[dict]`): rows about regions that cannot be read, see [`~pdlm_hf.batch.dataset.fault`].
     """
 
     entry: Entry
@@ -44,12 +44,12 @@ class Work:
 
 @dataclass
 class Outcome:
-    """What came of an image, or of some of its regions.
+    """The captions of an image, or of some of its regions.
 
     Args:
-        work (`Work`), regions (`list[Region]`): which.
-        captions (`list[RegionCaption]`, *optional*): one for each of the regions.
-        error (`str`, *optional*): why there are none.
+        work (`Work`), regions (`list[Region]`): the image and its regions.
+        captions (`list[RegionCaption]`, *optional*): one for each region.
+        error (`str`, *optional*): the reason if there are no captions.
     """
 
     work: Work
@@ -60,14 +60,14 @@ class Outcome:
 
 @dataclass
 class Answer:
-    """What is to be written of an image, or of some of its regions.
+    """The rows to write about an image, or about some of its regions.
 
     Args:
-        image_id: the image's id in the data set.
+        image_id: id of the image in the data set.
         rows (`list[dict]`): regions with captions.
-        faults (`list[dict]`): what cannot be read, see [`~pdlm_hf.batch.fault`].
-        failed (`list[dict]`): regions that could be read, and got no caption.
-        last (`bool`): nothing more comes of this image.
+        faults (`list[dict]`): images and regions that cannot be read, see [`~pdlm_hf.batch.dataset.fault`].
+        failed (`list[dict]`): regions that could be read, but got no caption.
+        last (`bool`): no further answer about this image follows.
     """
 
     image_id: Any
@@ -78,48 +78,48 @@ class Answer:
 
 
 class Engine(Protocol):
-    """Writes captions for a data set."""
+    """Captions the images of a data set."""
 
     def caption(
         self, entries: list[Entry], done: Callable[[Entry], Collection[Any]], take: Callable[[Answer], None]
     ) -> None:
-        """Caption what has no caption yet.
+        """Caption the regions that have no caption yet.
 
         Args:
-            entries (`list[Entry]`): images.
-            done: gives the ids of the regions of an image that have theirs.
-            take: called with every answer, in any order, as soon as there is one.
+            entries (`list[Entry]`): the images.
+            done: returns the ids of the regions of an image that have a caption.
+            take: called with every answer as soon as it is known, in any order.
         """
 
 
 class ImageEngine(ABC):
-    """An engine that is given images, opened by this process."""
+    """An engine whose images are opened by this process."""
 
-    ahead: int  # images to open while it works
+    ahead: int  # number of images to open in advance
 
     def order(self, entries: Iterable[Entry]) -> Iterable[Entry]:
-        """The order in which it likes to have them."""
+        """Return the images in the order that suits the engine."""
         return entries
 
     @abstractmethod
     def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
-        """Caption images, read as needed; outcomes come in any order."""
+        """Caption images, taken as needed; outcomes come in any order."""
 
     def caption(
         self, entries: list[Entry], done: Callable[[Entry], Collection[Any]], take: Callable[[Answer], None]
     ) -> None:
         """See [`Engine`]."""
-        left: dict[Any, int] = {}  # regions of an image whose outcome is awaited
+        left: dict[Any, int] = {}  # number of regions of an image without outcome
 
         def load(entry: Entry) -> Work:
             return load_work(entry, done(entry))
 
         def ready() -> Iterator[Work]:
             for work in prefetch(load, self.order(entries), self.ahead):
-                there_is_work = work.image is not None
-                if work.faults or not there_is_work:
-                    take(Answer(work.entry.id, faults=work.faults, last=not there_is_work))
-                if there_is_work:
+                to_do = work.image is not None
+                if work.faults or not to_do:
+                    take(Answer(work.entry.id, faults=work.faults, last=not to_do))
+                if to_do:
                     left[work.entry.id] = len(work.regions)
                     yield work
 
@@ -150,17 +150,17 @@ def _row(entry: Entry, region: Region, caption: RegionCaption) -> dict[str, Any]
 
 
 class LocalEngine(ImageEngine):
-    """The model in this process, several images of about the same size a forward.
+    """The model in this process, several images of about the same size in a batch.
 
     Args:
-        captioner ([`~pdlm_hf.captioning.RegionCaptioner`]): what captions.
-        batch_size (`int`): images a forward at most; one with more regions than the checkpoint has region prompts
-            counts several times.
+        captioner ([`~pdlm_hf.captioning.RegionCaptioner`]): the model.
+        batch_size (`int`): images in a batch at most; an image with more regions than the checkpoint has region
+            prompts counts several times.
         question (`str`, *optional*): as in [`~pdlm_hf.captioning.RegionCaptioner.caption`].
         **generation: settings of `generate`.
 
     Raises:
-        SettingError: a setting that cannot be used; found out on a small grey image.
+        SettingError: a setting cannot be used, according to a test with a small grey image.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class LocalEngine(ImageEngine):
         return largest_first(entries, self.captioner.processor.image_processor, self.batch_size)
 
     def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
-        """Caption images in the order given; one with very many regions in several parts."""
+        """Caption images in the given order; an image with very many regions is captioned in several parts."""
         prompts = self.captioner.model.config.num_region_prompts
         batch: list[Outcome] = []
         passes = pixels = 0
@@ -196,7 +196,7 @@ class LocalEngine(ImageEngine):
         yield from self._caption(batch)
 
     def _caption(self, batch: list[Outcome]) -> Iterator[Outcome]:
-        """Caption a batch; one that fails, for want of memory say, is halved until it is known which image it is."""
+        """Caption a batch. A batch that fails, for example for lack of memory, is halved until one image is left."""
         if not batch:
             return
         try:
@@ -209,7 +209,7 @@ class LocalEngine(ImageEngine):
         else:
             yield from (replace(part, captions=captions) for part, captions in zip(batch, found, strict=True))
             return
-        half = len(batch) // 2  # not above: the traceback would keep the batch's tensors alive
+        half = len(batch) // 2  # outside of `except`, whose traceback keeps the tensors of the batch alive
         yield from self._caption(batch[:half])
         yield from self._caption(batch[half:])
 
@@ -217,14 +217,14 @@ class LocalEngine(ImageEngine):
 def largest_first(
     entries: Iterable[Entry], image_processor: Any, batch_size: int, look: bool = True
 ) -> Iterator[Entry]:
-    """Largest first among the next few batches: rows are padded to the longest of a batch, and what does not fit into
-    memory fails early.
+    """Sort images by size within the next few batches, the largest first. Images of one size need little padding, and
+    images that do not fit into memory fail early.
 
     Args:
-        entries: images.
-        image_processor: of the checkpoint; knows how many tiles an image has.
-        batch_size (`int`): images a batch.
-        look (`bool`): look into the files of images whose size the data set does not say; else they come last.
+        entries: the images.
+        image_processor: the checkpoint's, which computes the number of tiles of an image.
+        batch_size (`int`): images in a batch.
+        look (`bool`): read the size from the file if the data set does not have it; otherwise such images come last.
     """
 
     def size(entry: Entry) -> tuple[int, int]:
@@ -232,7 +232,7 @@ def largest_first(
         try:
             look_into = entry.path if look and entry.data is None else None
             found = entry.size or (image_size(look_into) if look_into is not None else None)
-        except ValueError:  # is told when it is opened
+        except ValueError:  # reported when the image is opened
             found = None
         if found is None:
             return 0, 0
@@ -245,12 +245,12 @@ def largest_first(
 
 
 def load_work(entry: Entry, done: Collection[Any]) -> Work:
-    """Open an image and read its regions, as far as any of them is to be captioned. Never raises for bad files.
+    """Open an image and read its regions, if any region has no caption yet. Files that cannot be read become faults.
 
     Args:
         entry (`Entry`): the image.
-        done: ids of the regions that have their caption. They are captioned again with the others of their image,
-            so that a run that was stopped gives what one that was not does.
+        done: ids of the regions that have a caption. They are captioned again with the others of their image, so that
+            a resumed run writes the same captions as one that was never stopped.
     """
     work = Work(entry)
     try:
@@ -259,11 +259,11 @@ def load_work(entry: Entry, done: Collection[Any]) -> Work:
             return work
         image = load_image(entry.path or entry.file_name, entry.data)
         if entry.size is not None and tuple(entry.size) != image.size:
-            raise SettingError(
+            raise DataError(
                 f"the data set says {entry.size[0]} x {entry.size[1]} pixels, the image has {image.size[0]} x "
                 f"{image.size[1]} (EXIF orientation applied); its regions would lie elsewhere."
             )
-    except Exception as error:  # readers of images raise what they like; one image must not end a run
+    except Exception as error:  # image readers raise errors of many kinds, and one image must not end the run
         work.faults.append(fault(entry.id, None, entry.file_name, error))
         return work
     for own, value in values:
@@ -277,7 +277,7 @@ def load_work(entry: Entry, done: Collection[Any]) -> Work:
 
 
 def prefetch(function: Callable[[_T], _R], items: Iterable[_T], ahead: int) -> Iterator[_R]:
-    """`map`, computed by a few threads, some items ahead of the one that is asked for."""
+    """`map` by a few threads, computed some items in advance."""
     with ThreadPoolExecutor(_LOADERS) as pool:
         pending: deque = deque()
         try:

@@ -1,14 +1,13 @@
-"""Captions for a data set on a Ray cluster, one captioner an accelerator, or on CPUs as many as wanted.
+"""Caption a data set on a Ray cluster, with one captioner per GPU, or any number of captioners on CPUs.
 
-Images go through Ray Data in blocks of a batch: tasks read their files (local, in a folder that all machines see, or
-in object storage), captioners make lines of them, and this process, the driver, writes the lines. It alone writes. The
-lines of a region take some hundred bytes, so one writer is far from being busy, no folder has to be shared, object
-storage need not append, and the rows are at any moment what a run without Ray would have left: it can be stopped, and
-gone on with by either.
+Images go through Ray Data in blocks of a batch: tasks read the files (local, in a folder that all machines share, or
+in object storage), captioners turn them into rows, and only this process, the driver, writes the rows. A row has a few
+hundred bytes, so one writer is enough, no folder must be shared, and object storage need not append. The files are at
+any moment those of a run without Ray, so that a stopped run can be resumed with or without Ray.
 
-An image is done when its answer was taken, so nothing is lost, and a second answer is not taken, so nothing comes
-twice. A machine that is lost ends the round, and another round goes over the images that are left, on the machines
-that are left: Ray Data's pools of actors wait for one that finds no place any more, and for what it had to do
+An image is done when its answer was taken, so no image is lost, and a second answer about it is ignored, so no row is
+written twice. A lost machine ends the round, and the next round captions the remaining images on the remaining
+machines: Ray Data's actor pools wait forever for an actor that finds no place any more, and for its tasks
 (ray-project/ray, issue 62746).
 """
 
@@ -35,26 +34,26 @@ from transformers import AutoProcessor
 
 from ..captioning.checkpoints import CHECKPOINT, checkpoint_name
 from ..client.server import public_url
-from ..errors_pdlm import SettingError
+from ..errors_pdlm import ImageError, ServerError, SettingError
 from .dataset import Entry
 from .engines import Answer, LocalEngine, largest_first
 
 logger = logging.getLogger(__name__)
 
-# CPUs that Ray counts for a task that reads and for a captioner: together one, so that both find a place anywhere.
+# CPUs that Ray reserves for a reading task and for a captioner: together one, so that both fit on any machine.
 _READER_CPUS, _CAPTIONER_CPUS = 0.25, 0.75
-_FILES_AT_A_TIME = 8  # by a task; storage is far away
-_BARREN_ROUNDS = 4  # rounds without an answer, after which it is no use
-_PAUSE = 2.0  # seconds before a round after n of them: n times
-_LOOK = 5.0  # seconds between looks at the machines
+_FILES_AT_A_TIME = 8  # per task, since storage may be slow to answer
+_BARREN_ROUNDS = 4  # rounds without an answer in a row, after which the run ends
+_PAUSE = 2.0  # seconds before a round, times one more than the barren rounds in a row
+_LOOK = 5.0  # seconds between checks of the machines
 
 
 @dataclass(frozen=True)
 class CaptionerSettings:
-    """What a captioner is made from, on any machine.
+    """The settings from which a captioner is made on any machine.
 
     Args:
-        model (`str`, *optional*): folder that every machine has, or hub id; default: the embedded checkpoint.
+        model (`str`, *optional*): folder that exists on every machine, or hub id; default: the embedded checkpoint.
         mode (`str`), batch_size (`int`), question (`str`, *optional*), generation (`dict`): as in
             [`~pdlm_hf.batch.LocalEngine`].
     """
@@ -67,16 +66,17 @@ class CaptionerSettings:
 
 
 class RayEngine:
-    """An engine of [`batch`] on a Ray cluster: the one that `RAY_ADDRESS` names, or that runs on this machine, or one
-    of this machine alone, which ends with the run.
+    """An engine on a Ray cluster: the one that `RAY_ADDRESS` names, the one that runs on this machine, or else a new
+    one of this machine alone, which ends with the run.
 
     Args:
-        settings ([`CaptionerSettings`]): of every captioner.
-        workers (`int`, *optional*): captioners; default: one a GPU of the cluster, or one where there is none.
-        images (`str`, *optional*): URL of the folder of images, where they are in object storage.
+        settings ([`CaptionerSettings`]): the settings of the captioners.
+        workers (`int`, *optional*): number of captioners; default: one per GPU of the cluster, or one without GPUs.
+        images (`str`, *optional*): URL of the folder of images in object storage.
 
     Raises:
-        SettingError: no such folder of images, or a checkpoint that cannot be read.
+        CheckpointError: the checkpoint does not exist.
+        SettingError: the folder of images cannot be opened.
     """
 
     def __init__(self, settings: CaptionerSettings, workers: int | None = None, images: str | None = None):
@@ -93,8 +93,8 @@ class RayEngine:
         """See [`~pdlm_hf.batch.Engine`].
 
         Raises:
-            SettingError: the cluster has too few places, or a captioner cannot be made.
-            ConnectionError: there is no cluster, or captioners end again and again.
+            SettingError: the cluster has too few GPUs or CPUs, or a captioner cannot be made.
+            ServerError: the cluster cannot be reached, or captioners end again and again.
         """
         ordered = largest_first(entries, self.image_processor, self.settings.batch_size, look=False)
         left = {entry.id: entry for entry in ordered}
@@ -103,7 +103,7 @@ class RayEngine:
             kind, workers = self._places()
             while left:
                 before, reason = len(left), "captions were lost on the way"
-                # After a round without an answer, only what is captioned at once: the rest may be at fault.
+                # After a round without an answer only so many images as are captioned at once: one may be the cause.
                 some = list(left.values())[: workers * self.settings.batch_size if barren else None]
                 try:
                     with closing(self._round(some, done, kind, workers)) as answers:
@@ -120,20 +120,20 @@ class RayEngine:
                 barren = barren + 1 if len(left) == before else 0
                 first = next(iter(left.values())).file_name
                 if barren == _BARREN_ROUNDS:
-                    raise ConnectionError(
+                    raise ServerError(
                         f"Ray: captioners ended {barren} times without an answer ({reason}). {len(left)} images are "
-                        f"left, {first} for example; run again to go on."
+                        f"left, for example {first}; run again to resume."
                     )
-                logger.warning("pdlm: %s; going on with the %d images that are left", reason, len(left))
+                logger.warning("pdlm: %s; continuing with the remaining %d images", reason, len(left))
                 for key in list(left)[: workers * self.settings.batch_size]:
-                    left[key] = left.pop(key)  # to the end: one of them may be what ends captioners
+                    left[key] = left.pop(key)  # to the end: one of them may be the cause
                 time.sleep(_PAUSE * (1 + barren))
 
     def _places(self) -> tuple[str, int]:
-        """What a captioner needs, GPU or CPU, and how many there are to be.
+        """Whether captioners run on a "GPU" or "CPU" each, and the number of captioners.
 
         Raises:
-            SettingError if there are fewer.
+            SettingError: the cluster has fewer of them.
         """
         found = ray.cluster_resources()
         kind = "GPU" if found.get("GPU") else "CPU"
@@ -146,7 +146,11 @@ class RayEngine:
     def _round(
         self, entries: list[Entry], done: Callable[[Entry], Collection[Any]], kind: str, workers: int
     ) -> Generator[Answer, None, None]:
-        """Caption what is left, on as many places as are left. Raises: RayError or _Lost if anything is lost."""
+        """Caption images on the GPUs or CPUs that the cluster still has.
+
+        Raises:
+            RayError, _Lost: answers were lost.
+        """
         size = self.settings.batch_size
         blocks = [self._block(entries[start : start + size], done) for start in range(0, len(entries), size)]
         workers = min(workers, len(blocks), int(ray.cluster_resources().get(kind, 0)))
@@ -167,7 +171,7 @@ class RayEngine:
             .map_batches(
                 _Captioner,
                 fn_constructor_args=(self.settings,),
-                batch_size=size,  # of a block; Ray wants to be told for GPUs
+                batch_size=size,  # size of a block, which Ray requires for GPUs
                 batch_format="pyarrow",
                 num_cpus=_CAPTIONER_CPUS,
                 num_gpus=float(kind == "GPU"),
@@ -185,7 +189,7 @@ class RayEngine:
                 yield Answer(**fields)
 
     def _block(self, entries: list[Entry], done: Callable[[Entry], Collection[Any]]) -> pa.Table:
-        """Images of a batch, with the ids of their regions that have their caption."""
+        """The images of a batch, with the ids of the regions that have a caption."""
         sent = [pickle.dumps((entry, list(done(entry)))) for entry in entries]
         return pa.table({"path": [self._path(entry) for entry in entries], "entry": sent})
 
@@ -195,8 +199,17 @@ class RayEngine:
 
 
 def open_storage(images: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a folder of images by its URL (`s3://`, `gs://`, `file://`; pyarrow has the list), and its
-    path there. Raises: SettingError if it cannot be opened, or there is no such folder."""
+    """Open the file system of a folder of images.
+
+    Args:
+        images (`str`): URL of the folder: `s3://`, `gs://`, `file://` or any other that pyarrow knows.
+
+    Returns:
+        the file system, and the path of the folder in it.
+
+    Raises:
+        SettingError: the folder cannot be opened, or does not exist.
+    """
     try:
         storage, folder = fs.FileSystem.from_uri(images)
         there = storage.get_file_info(folder).type == fs.FileType.Directory
@@ -208,9 +221,11 @@ def open_storage(images: str) -> tuple[fs.FileSystem, str]:
 
 
 def reader(storage: fs.FileSystem) -> Callable[[pa.Table], pa.Table]:
-    """What Ray's tasks read images with: gives a block its files' `data`, or the `reason` there is none.
+    """Make the function with which Ray's tasks read images: it adds to a block the `data` of the files, or the
+    `reason` why a file has no data.
 
-    Made here, so that Ray sends the function itself: one of a module would make every reader import the model.
+    It is a local function, so that Ray sends the function itself: for a function of a module every task would import
+    this module, and with it the model.
     """
 
     def read(path: bytes) -> tuple[bytes | None, str | None]:
@@ -234,7 +249,7 @@ def reader(storage: fs.FileSystem) -> Callable[[pa.Table], pa.Table]:
 
 
 class _Captioner:
-    """The model on one machine. What goes wrong when it is made is told by its answers: it is the driver's to say."""
+    """The model on one machine. An error while it is loaded becomes its answer, and the driver reports it."""
 
     def __init__(self, settings: CaptionerSettings):
         from transformers.utils.logging import disable_progress_bar
@@ -245,18 +260,18 @@ class _Captioner:
         self.trouble: dict[str, str] | None = None
         where = ray.util.get_node_ip_address()
         if ray.get_runtime_context().was_current_actor_reconstructed:
-            # by Ray, which would do so for ever with an image that ends the process
-            self.trouble = {"ended": f"a captioner ended; it was begun again on {where}"}
+            # Ray would restart captioners for ever if an image ends their process
+            self.trouble = {"ended": f"a captioner ended and was restarted on {where}"}
             return
         disable_progress_bar()
         try:
             captioner = RegionCaptioner.from_pretrained(settings.model, mode=settings.mode)
             self.engine = LocalEngine(captioner, settings.batch_size, settings.question, **settings.generation)
-        except Exception as error:  # whatever a damaged checkpoint or a full GPU makes the libraries raise
+        except Exception as error:  # a damaged checkpoint or a full GPU raises errors of many kinds
             self.trouble = {"no_captioner": f"{where}: {error}"}
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Answers to a block of images, as JSON."""
+        """Caption a block of images; returns the answers as JSON."""
         if self.engine is None:
             return pa.table({"answer": [json.dumps(self.trouble)]})
         found: dict[Any, Answer] = {}
@@ -278,24 +293,24 @@ class _Captioner:
 
 
 def _cannot_be_read(reason: str) -> None:
-    raise SettingError(reason)
+    raise ImageError(reason)
 
 
 def _why(error: Exception) -> str:
-    """One line of what Ray tells in many."""
+    """Shorten one of Ray's errors to one line."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return lines[-1] if "creation task" in lines[0] else lines[0]  # there the last line names the cause
+    return lines[-1] if "creation task" in lines[0] else lines[0]  # the last line names the cause
 
 
 class _Lost(RuntimeError):
-    """A captioner of this round is not there any more, or none ever was."""
+    """A captioner of this round was lost, or none could be started."""
 
 
 def watch() -> type[ExecutionCallback]:
-    """What ends a round when a machine is lost, also where no captioner had anything to do just then.
+    """Make the callback that ends a round when a machine is lost, even if its captioners were idle.
 
-    Made here for the reason of [`reader`]: Ray sends it with everything.
+    It is a local class for the same reason as in [`reader`]: Ray sends it with everything.
     """
 
     def machines() -> set[str]:
@@ -316,16 +331,20 @@ def watch() -> type[ExecutionCallback]:
 
 @contextmanager
 def _cluster() -> Iterator[None]:
-    """A connection to Ray. Raises: ConnectionError."""
+    """Connect to Ray.
+
+    Raises:
+        ServerError: the cluster cannot be reached.
+    """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what is lost is told here
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # losses are reported by this engine
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConnectionError(f"Ray: {error}") from None
+        raise ServerError(f"Ray: {error}") from None
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         yield

@@ -1,7 +1,8 @@
-"""Captions for a data set: rows in, rows out, and a run that was stopped goes on.
+"""Caption a data set into files; a stopped run is resumed.
 
-OUT.jsonl gets a row for every region as soon as its image is done, OUT.faults.jsonl what got no caption and why,
-OUT.run.json says what the captions depend on, and OUT.coco.json, at the end, is the data set with captions.
+OUT.jsonl gets a row for every region as soon as its image is done, OUT.faults.jsonl a row for every region or image
+without caption, with the reason. OUT.run.json has the settings that the captions depend on. At the end OUT.coco.json
+is the data set with captions.
 """
 
 import re
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..errors_pdlm import DataError
+from ..errors_pdlm import DataError, SettingError
 from ..regions.files import append_rows, check_same_settings, load_json, read_rows, write_json
 from ..render.text import pluralize
 from .dataset import DataSet, Entry
@@ -28,20 +29,21 @@ class BatchFiles:
 
     Args:
         out (`Path`): OUT.jsonl; a shard writes OUT.i-of-n.jsonl.
-        settings (`dict`): what the captions depend on; a run goes on only with the same.
-        shard (`tuple[int, int]`, *optional*): number of this part of the data set, from 1, and how many there are. A
-            run without it takes over what parts have written.
+        settings (`dict`): settings that the captions depend on; a run is resumed only with the same ones.
+        shard (`tuple[int, int]`, *optional*): number of this shard of the data set, from 1, and number of shards. A
+            run without it takes over the rows of all shards.
 
     Raises:
-        DataError: there is no such folder, a file is damaged, or it was made with other settings.
+        DataError: a file is damaged, or has other rows.
+        SettingError: the name or folder cannot be used, or the files were made with other settings.
         OSError: a file cannot be written.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], shard: tuple[int, int] | None = None):
         if out.suffix != ".jsonl":
-            raise DataError(f"{out}: the name of the results must end with .jsonl.")
+            raise SettingError(f"{out}: the name of the results must end with .jsonl.")
         if not out.parent.is_dir():
-            raise DataError(f"{out}: there is no folder {out.parent}.")
+            raise SettingError(f"{out}: there is no folder {out.parent}.")
         part_name = re.compile(re.escape(out.stem) + r"\.\d+-of-\d+\.jsonl")
         parts = [] if shard else sorted(path for path in out.parent.iterdir() if part_name.fullmatch(path.name))
         self.out = out if shard is None else out.with_suffix(".{}-of-{}.jsonl".format(*shard))
@@ -50,7 +52,7 @@ class BatchFiles:
         for row in _read(self.out, settings, repair=True):
             self._keep(row)
         write_json(self.out.with_suffix(".run.json"), settings)
-        self.faults_path.unlink(missing_ok=True)  # they are tried again
+        self.faults_path.unlink(missing_ok=True)  # these regions are tried again
         for path in parts:
             self.add(row for row in _read(path, settings) if not self.has(row))
 
@@ -59,18 +61,22 @@ class BatchFiles:
         self.rows.setdefault(row["image_id"], {})[row["annotation_id"]] = said
 
     def has(self, row: dict[str, Any]) -> bool:
-        """Whether there is a row of this region."""
+        """Whether the region of this row has a row already."""
         return row["annotation_id"] in self.rows.get(row["image_id"], ())
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Write rows; they are in the file when this returns."""
+        """Append rows; they are in the file when this returns."""
         rows = list(rows)
         append_rows(self.out, rows)
         for row in rows:
             self._keep(row)
 
     def check(self, data: DataSet) -> None:
-        """Whether the rows that are there are of this data set. Raises: DataError if an image has another name."""
+        """Check that the rows of an earlier run are of this data set.
+
+        Raises:
+            DataError: an image of the rows has another name in the data set.
+        """
         names = {entry.id: entry.file_name for entry in data.entries}
         for image_id, regions in self.rows.items():
             was = next(iter(regions.values())).file_name
@@ -81,19 +87,19 @@ class BatchFiles:
                 )
 
     def done(self, entry: Entry) -> Collection[Any]:
-        """Ids of the regions of an image that have their row."""
+        """Return the ids of the regions of an image that have a row."""
         return self.rows.get(entry.id, ())
 
 
 class Said(NamedTuple):
-    """What is kept in memory of a row; a data set has many."""
+    """The part of a row that is kept in memory."""
 
     file_name: str
     empty: bool
 
 
 def _read(out: Path, settings: dict[str, Any], repair: bool = False) -> Iterator[dict[str, Any]]:
-    """Rows of an earlier run. Raises: DataError, see [`BatchFiles`]."""
+    """Read the rows of an earlier run, which must have been made with the same settings."""
     for number, row in enumerate(read_rows(out, repair)):
         if number == 0:
             check_same_settings(load_json(out.with_suffix(".run.json")), settings, out)
@@ -103,26 +109,30 @@ def _read(out: Path, settings: dict[str, Any], repair: bool = False) -> Iterator
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:
-    """Number and count in `i/n`. Raises: DataError if it is no such thing."""
+    """Parse the shard `i/n`.
+
+    Raises:
+        SettingError: the text is not of this form, or i is not between 1 and n.
+    """
     if text is None:
         return None
     match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise DataError(f"--shard {text}: expected i/n with 1 <= i <= n, for example 1/4.")
+        raise SettingError(f"--shard {text}: expected i/n with 1 <= i <= n, for example 1/4.")
     return int(match[1]), int(match[2])
 
 
 @dataclass
 class Counts:
-    """What a run has come to.
+    """The numbers of a run.
 
     Args:
-        images, regions (`int`): captioned now.
-        before (`int`): regions that had a caption when it began.
-        bad_images, bad_regions (`int`): that cannot be read.
-        failed (`int`): regions that could be read, and got no caption.
-        empty (`int`): regions whose caption is empty, those of before included.
-        seconds (`float`): since it began.
+        images, regions (`int`): captioned in this run.
+        before (`int`): regions that had a caption before.
+        bad_images, bad_regions (`int`): images and regions that cannot be read.
+        failed (`int`): regions that could be read, but got no caption.
+        empty (`int`): regions with an empty caption, including those of earlier runs.
+        seconds (`float`): since the start.
     """
 
     images: int = 0
@@ -136,20 +146,20 @@ class Counts:
 
     @property
     def speed(self) -> str:
-        """Images and regions a second."""
+        """Images and regions per second, as text."""
         seconds = max(self.seconds, 1e-9)
         return f"{self.images / seconds:.2f} images/s, {self.regions / seconds:.2f} regions/s"
 
     @property
     def whole(self) -> bool:
-        """Whether every region has its caption."""
+        """Whether every region has a caption."""
         return not (self.bad_images or self.bad_regions or self.failed or self.empty)
 
     def __str__(self) -> str:
-        """One line for people."""
+        """One line for a person."""
         done = f"{pluralize(self.regions, 'region')} of {pluralize(self.images, 'image')} captioned ({self.speed})"
         parts = [
-            (self.before, "region", " there before"),
+            (self.before, "region", " captioned before"),
             (self.bad_images, "image", " cannot be read"),
             (self.bad_regions, "region", " cannot be read"),
             (self.failed, "region", " failed"),
@@ -165,20 +175,20 @@ def run_batch(
     shard: tuple[int, int] | None = None,
     progress: Callable[[int, Counts], None] | None = None,
 ) -> Counts:
-    """Caption all regions of a data set that have no caption yet.
+    """Caption the regions of a data set that have no caption yet.
 
     Args:
         data (`DataSet`): see [`~pdlm_hf.batch.open_data`].
-        open_engine: returns the [`~pdlm_hf.batch.Engine`] that writes the captions; called if there is something to
-            write.
-        files (`BatchFiles`): where they go.
-        shard (`tuple[int, int]`, *optional*): every n-th image only, from the i-th (from 1) on.
-        progress (*optional*): called with the number of images that are finished, and the counts.
+        open_engine: returns the [`~pdlm_hf.batch.Engine`] that writes the captions; called only if captions are
+            missing.
+        files (`BatchFiles`): the files to write.
+        shard (`tuple[int, int]`, *optional*): (i, n): only every n-th image, starting with the i-th (from 1).
+        progress (*optional*): called with the number of images that are done, and the counts.
 
     Raises:
-        DataError: the rows that are there are of another data set.
-        OSError: a file cannot be written; what was written before is whole.
-        ServerError: the server is of no use any more.
+        DataError: the rows of an earlier run are of another data set.
+        OSError: a file cannot be written; the rows written before are complete.
+        ServerError: the server cannot be used any more.
     """
     files.check(data)
     number, parts = shard or (1, 1)
@@ -204,13 +214,13 @@ class _Run:
         self.start = time.perf_counter()
 
     def todo(self, entries: list[Entry]) -> list[Entry]:
-        """Images that may have regions without a row."""
+        """The images that may have regions without a row."""
         left = [e for e in entries if e.ids is None or not set(e.ids) <= set(self.files.done(e))]
         self.finish(len(entries) - len(left))
         return left
 
     def take(self, answer: Answer) -> None:
-        """Write what came of an image; regions that have their row already are left out."""
+        """Write the answer about an image; regions that have a row already are left out."""
         self.add_faults(answer.faults)
         rows, failed = ([row for row in found if not self.files.has(row)] for found in (answer.rows, answer.failed))
         append_rows(self.files.faults_path, failed)
@@ -222,25 +232,25 @@ class _Run:
             self.finish(1)
 
     def add_faults(self, faults: list[dict[str, Any]]) -> None:
-        """Write what cannot be read."""
+        """Write the rows about images and regions that cannot be read."""
         append_rows(self.files.faults_path, faults)
         images = sum(row["annotation_id"] is None and row["image_id"] is not None for row in faults)
         self.counts.bad_images += images
         self.counts.bad_regions += len(faults) - images
 
     def finish(self, images: int) -> None:
-        """So many images more are done with."""
+        """Count images as done and report the progress."""
         self.done += images
         self.counts.seconds = time.perf_counter() - self.start
         self.progress(self.done, self.counts)
 
 
 class BatchProgress:
-    """A progress bar in the terminal, to be used in a `with` block and as `progress` of [`run_batch`].
+    """A progress bar in the terminal: a context manager, and the `progress` of [`run_batch`].
 
     Args:
-        total (`int`): images.
-        console (`rich.console.Console`, *optional*): where to show it; default stderr.
+        total (`int`): number of images.
+        console (`rich.console.Console`, *optional*): default: stderr.
     """
 
     def __init__(self, total: int, console: Console | None = None):
@@ -261,6 +271,6 @@ class BatchProgress:
         self.bar.stop()
 
     def __call__(self, done: int, counts: Counts) -> None:
-        """Show how far it is."""
+        """Update the bar."""
         bad = counts.bad_images + counts.bad_regions + counts.failed
         self.bar.update(self.task, completed=done, speed=counts.speed, faults=f"[red]{bad} faults[/]" if bad else "")

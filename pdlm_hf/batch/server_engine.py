@@ -1,4 +1,4 @@
-"""Captions of a data set from our server's route `/v1/region_captions`, many requests in flight."""
+"""Caption a data set by a server's route `/v1/region_captions`, many requests at a time."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -12,13 +12,13 @@ from .engines import ImageEngine, Outcome, Work
 
 
 class ServerEngine(ImageEngine):
-    """An engine of [`batch`] that asks a server.
+    """An engine that sends requests to a server.
 
     Args:
-        server (`CaptionClient`): with the settings of every request.
+        server (`CaptionClient`): the client, with the settings of every request.
 
     Raises:
-        ServerError: it writes no captions; found out on a small grey image.
+        ServerError: the server does not caption a small grey image.
     """
 
     def __init__(self, server: CaptionClient):
@@ -26,7 +26,11 @@ class ServerEngine(ImageEngine):
         server.probe()
 
     def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
-        """Caption images; outcomes come as the server replies. Raises: ServerError if it is of no use any more."""
+        """Caption images; outcomes come in the order of the replies.
+
+        Raises:
+            ServerError: the server cannot be used any more.
+        """
         sent: dict[int, tuple[Work, list[Region]]] = {}
         numbers = count()
 
@@ -42,7 +46,7 @@ class ServerEngine(ImageEngine):
                     yield request_of(url, regions)
 
         for index, reply in self.server.ask_many(requests()):
-            work, regions = sent.pop(index)  # images are large
+            work, regions = sent.pop(index)  # do not hold on to images: they are large
             captions = None
             if reply.text is not None:
                 captions = [RegionCaption(row["caption"], row["score"]) for row in json.loads(reply.text)]

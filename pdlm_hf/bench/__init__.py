@@ -1,4 +1,4 @@
-"""`pdlm bench`: decoding speed of the reference's loop and ours, side by side."""
+"""Measure the decoding speed of the reference's loop and ours side by side (`pdlm bench`)."""
 
 import lazy_loader
 

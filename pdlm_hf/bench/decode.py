@@ -1,4 +1,4 @@
-"""The decode benchmark: the reference's loop and ours, side by side in one run, on random weights of a given shape."""
+"""The decode benchmark: the reference's loop and ours side by side, with random weights of a given shape."""
 
 import platform
 import resource
@@ -18,15 +18,15 @@ from ..regions.files import write_json
 from ..split_attention_pdlm import NAME as REGION_SPLIT
 from .model import SHAPES, Bench, bound, flops
 
-# Arithmetic and memory limits of known devices, FLOP/s in bf16 and bytes/s, and where they are from. Measured: the
-# best of three runs of a product of two 8192 x 8192 matrices and of a large copy (benchmarks/results/gpu_h100_*.json).
+# Arithmetic and memory limits of known devices, FLOP/s in bf16 and bytes/s, with their origin. "measured" is the best
+# of three runs of a product of two 8192 x 8192 matrices and of a large copy (benchmarks/results/gpu_h100_*.json).
 LIMITS = {
     "H200": ((790e12, 4.3e12), "not measured by this project"),
     "H100 80GB HBM3": ((772e12, 2.99e12), "measured"),
 }
 FEW_STEPS = 11
-MAX_REGIONS = 16  # of the caption tokens a checkpoint has
-TILES = 7  # of the image that the prompt stands for
+MAX_REGIONS = 16  # a checkpoint has caption tokens for so many regions
+TILES = 7  # tiles of the image in the prompt
 
 
 def interleaved(
@@ -35,7 +35,7 @@ def interleaved(
     """Run all jobs in turn, `repeats` times after a warm-up.
 
     Yields:
-        after each measured turn: seconds of each job so far, and its last result.
+        after each measured turn the seconds of each job so far, and its last result.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     results = {}
@@ -51,7 +51,7 @@ def interleaved(
 
 
 def _jobs(bench: Bench, num_regions: int, batches: list[int], slots: int, steps: int, few: int):
-    """What is compared, by name, and the images each takes."""
+    """The loops to compare, by name, and the batch size of each."""
     jobs: dict[str, Callable[[], Any]] = {
         "reference": lambda: bench.reference(num_regions, slots, steps),
         "exact": lambda: bench.ours(num_regions, 1, slots, steps, 1),
@@ -81,12 +81,17 @@ def compare(
     repeats: int,
     keep: Callable[[dict], None] = lambda table: None,
 ) -> dict:
-    """One table: the reference's loop and ours at this number of regions.
+    """Time the reference's loop and ours with one number of regions.
 
     Args:
-        bench (`Bench`), num_regions, slots, steps (`int`), batches (`list[int]`)
+        bench (`Bench`): model and prompts.
+        num_regions, slots, steps (`int`): regions, token positions per caption, denoising steps.
+        batches (`list[int]`): batch sizes.
         repeats (`int`): measured turns.
-        keep: gets the table after every turn.
+        keep: called with the table after every turn.
+
+    Returns:
+        the table, ready for JSON.
     """
     few = min(FEW_STEPS, steps)
     jobs, size = _jobs(bench, num_regions, batches, slots, steps, few)
@@ -115,7 +120,7 @@ def compare(
 def _row(
     bench: Bench, name: str, times, tokens, exact, size: int, base: float, limits, steps: tuple[int, int]
 ) -> dict:
-    """One loop's line of a table; `base` is the reference's seconds, `size` the images of a decode."""
+    """The row of one loop in a table; `base`: seconds of the reference's loop, `size`: images in a batch."""
     num_regions, slots = tokens.shape[1:]
     image = statistics.median(times) / size
     count = steps[1] if "steps" in name else steps[0]
@@ -141,14 +146,14 @@ def _row(
 
 
 def _peak_memory(bench: Bench) -> int:
-    """Bytes."""
+    """Peak memory in bytes."""
     if bench.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _limits(bench: Bench) -> tuple[tuple[float, float], str]:
-    """Arithmetic and memory limit of the device: known, or measured by a large matrix product and a large sum."""
+    """Arithmetic and memory limit of the device, known or measured by a large matrix product and a large sum."""
     if bench.device.type == "cuda":
         name = torch.cuda.get_device_name()
         for key, (limits, origin) in LIMITS.items():
@@ -171,11 +176,20 @@ def _limits(bench: Bench) -> tuple[tuple[float, float], str]:
 
 
 def scaling(bench: Bench, slots: int, steps: int, repeats: int, batches: list[int]) -> dict:
-    """How a decode grows: with regions, with regions a pass at 4 regions (Figure 1c of the paper), with the tiles of
-    the image, with the batch."""
+    """Measure how the time of a decode grows with the number of regions, the regions per pass of 4 regions (Figure 1c
+    of the paper), the tiles of the image and the batch size.
+
+    Args:
+        bench (`Bench`): model and prompts.
+        slots, steps, repeats (`int`): token positions per caption, denoising steps, measured turns.
+        batches (`list[int]`): batch sizes.
+
+    Returns:
+        milliseconds by name, and ratios.
+    """
 
     def in_passes(regions: int, interval: int) -> None:
-        """4 regions, so many a pass."""
+        """Decode 4 regions in passes of fewer regions."""
         for _ in range(4 // regions):
             bench.ours(regions, 1, slots, steps, interval)
 
@@ -224,7 +238,7 @@ def _pyplot():
 
 
 def _plot(record: dict, path: Path) -> None:
-    """The scaling run as four panels of seconds a decode."""
+    """Plot the scaling run as four panels of seconds per decode."""
     times = record["scaling"]["ms"]
     panels = {
         "regions": {"cached": "regions {}"},
@@ -240,7 +254,7 @@ def _plot(record: dict, path: Path) -> None:
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
         axis.set(xlabel=label, ylim=(0, None))
         axis.legend()
-    axes[0].set_ylabel("seconds a decode")
+    axes[0].set_ylabel("seconds per decode")
     figure.suptitle(f"{record['shape']} shape, {record['dtype']}, {record['hardware']}")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -271,8 +285,8 @@ def decode(
         json_file, plot (`Path`, *optional*): files to write; the JSON after every table.
 
     Raises:
-        SettingError: no such shape or device, too many regions, or no such folder.
-        MissingPackageError: matplotlib is not installed, and `plot` is given.
+        SettingError: the shape, device or folder does not exist, or there are too many regions.
+        MissingPackageError: `plot` is given, and matplotlib is not installed.
     """
     if shape not in SHAPES:
         raise SettingError(f"--shape: expected one of {', '.join(SHAPES)}, got {shape!r}.")
@@ -305,7 +319,7 @@ def decode(
         for count in counts:
             record["tables"].append(compare(bench, count, batches, slots, steps, repeats))
             _show(record["tables"][-1])
-            if json_file:  # after every table: whoever stops the run keeps what was measured
+            if json_file:  # after every table, so that a stopped run leaves its results
                 write_json(json_file, record)
         if with_scaling:
             record["scaling"] = scaling(bench, slots, steps, max(1, repeats // 2), batches)

@@ -1,4 +1,4 @@
-"""What the decode benchmark runs: a model of random weights, the reference's loop and ours, their least cost."""
+"""The parts of the decode benchmark: a model with random weights, the reference's loop and ours, their least cost."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ from ..modeling_pdlm import PdlmForConditionalGeneration
 
 @dataclass(frozen=True)
 class Shape:
-    """What is built: language model sizes, and the prompt that stands for an image."""
+    """Sizes of a language model, and of the prompt for an image."""
 
     hidden: int
     layers: int
@@ -30,7 +30,7 @@ class Shape:
     dtype: torch.dtype
 
     def config(self, max_regions: int) -> PdlmConfig:
-        """Model configuration; the vision tower is the smallest that is valid, unless this is the 8B."""
+        """Make the model's configuration; except for the 8B the vision tower is the smallest that is valid."""
         vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
         vision |= {"image_size": 32, "patch_size": 8}
         first = self.vocab - 64
@@ -65,10 +65,13 @@ SHAPES = {
 
 
 class Bench:
-    """A model of random weights and prompts of random features.
+    """A model with random weights, and prompts with random features.
 
     Args:
-        shape (`Shape`), device (`str`), max_regions (`int`), seed (`int`)
+        shape (`Shape`): sizes of the model.
+        device (`str`): "cpu" or "cuda".
+        max_regions (`int`): number of region prompts.
+        seed (`int`): seed of the weights.
     """
 
     def __init__(self, shape: Shape, device: str, max_regions: int, seed: int = 0):
@@ -80,14 +83,14 @@ class Bench:
         with self.device:
             self.model = PdlmForConditionalGeneration(config).eval()
         torch.set_default_dtype(default)
-        # Unit scale everywhere: with the usual small weights every slot drafts the same token, and agreement of two
-        # loops would say nothing.
+        # Unit scale everywhere: with the usual small weights all positions draft the same token, and the agreement of
+        # two loops would mean nothing.
         for name, weight in self.model.named_parameters():
             if weight.ndim == 2:
                 weight.data.normal_(0, 1 if "embed_tokens" in name else weight.shape[1] ** -0.5)
 
     def prompt_ids(self, num_regions: int, image_tokens: int | None = None) -> torch.Tensor:
-        """Image, RoI groups with newlines between, text; `(1, image + text + 17 N - 1)`."""
+        """Ids of a prompt, `(1, image + text + 17 N - 1)`: image, RoI groups with newlines between them, text."""
         config, shape = self.model.config, self.shape
         ids = [1] * (image_tokens or shape.image_tokens)
         for k in range(num_regions):
@@ -114,7 +117,7 @@ class Bench:
         attention: str = "sdpa",
         graphs: bool = False,
     ) -> torch.Tensor:
-        """Our loop; tokens `(batch, regions, slots)`."""
+        """Decode by our loop; returns tokens `(batch, regions, slots)`."""
         ids, embeds = self.prompts(num_regions, batch, image_tokens)
         settings = PdlmGenerationConfig(
             max_new_tokens=slots,
@@ -129,8 +132,8 @@ class Bench:
         return tokens
 
     def reference(self, num_regions: int, slots: int, steps: int) -> torch.Tensor:
-        """The reference's loop as plainly as it stands (docs/quirks.md#q34): one image, everything recomputed
-        at every step, logits and their float64 softmax at all positions."""
+        """Decode one image by the reference's loop (docs/quirks.md#q34): every step recomputes everything, with logits
+        and their float64 softmax at all positions. Returns tokens `(1, regions, slots)`."""
         model, config = self.model, self.model.config
         ids, embeds = self.prompts(num_regions, 1)
         canvas = caption_canvas(
@@ -142,8 +145,8 @@ class Bench:
             config.eot_token_id,
         )
         tokens = torch.cat([ids, torch.tensor([canvas], device=self.device)], 1)
-        lookup = model.get_input_embeddings()
-        embeds = torch.cat([embeds, lookup(tokens[:, ids.shape[1] :])], 1)
+        embed = model.get_input_embeddings()
+        embeds = torch.cat([embeds, embed(tokens[:, ids.shape[1] :])], 1)
         layout = region_layout(tokens, config.region_token_ids, config.caption_token_ids)
         row = torch.arange(tokens.shape[1], device=self.device)
         allowed = region_attention(layout, "full")(0, 0, row[:, None], row[None, :])
@@ -166,7 +169,7 @@ class Bench:
             masked = torch.zeros_like(masked)
             masked[0, confidence[0].topk(left, largest=False).indices] = True
             shown = torch.where(masked, config.mask_token_id, tokens)
-            embeds = torch.where(slots_of_all[..., None], lookup(shown), embeds)
+            embeds = torch.where(slots_of_all[..., None], embed(shown), embeds)
         return tokens[slots_of_all].view(1, num_regions, slots)
 
     def synchronise(self) -> None:
@@ -175,8 +178,8 @@ class Bench:
             torch.cuda.synchronize()
 
     def phases(self, num_regions: int, slots: int) -> dict[str, float]:
-        """Milliseconds of the parts of a cached decode: first pass over prompt and canvas, a canvas pass, scoring, and
-        for the 8B the vision tower."""
+        """Measure the parts of a cached decode in milliseconds: the forward pass over prompt and canvas, one over the
+        canvas alone, scoring, and for the 8B the vision tower."""
         ids, embeds = self.prompts(num_regions, 1)
         settings = PdlmGenerationConfig(max_new_tokens=slots)
         task = GenerationTask(self.model, settings, ids, torch.ones_like(ids, dtype=torch.bool))
@@ -203,13 +206,18 @@ class Bench:
         return {name: round(1000 * statistics.median(times[1:]), 3) for name, times in found.items()}
 
     def clock(self) -> float:
-        """Seconds, once the device has finished."""
+        """Wait for the device, and return the time in seconds."""
         self.synchronise()
         return time.perf_counter()
 
 
 def flops(bench: Bench, num_regions: int, slots: int, kind: str, steps: int) -> float:
-    """Arithmetic of one image's decode: matrix products and attention, multiply and add counted as two."""
+    """Compute the arithmetic of a decode of one image: matrix products and attention, 2 FLOP per multiply and add.
+
+    Args:
+        bench (`Bench`), num_regions, slots, steps (`int`): the decode.
+        kind (`str`): "reference", "exact" or "cached".
+    """
     shape = bench.shape
     canvas = num_regions * (slots + 2)
     prompt = bench.prompt_ids(num_regions).shape[1]
@@ -228,11 +236,12 @@ def flops(bench: Bench, num_regions: int, slots: int, kind: str, steps: int) -> 
 
 
 def bound(bench: Bench, num_regions: int, slots: int, kind: str, steps: int, batch: int, limits) -> float:
-    """Least seconds a decode of `batch` images can take: every pass at the device's arithmetic or memory limit.
+    """Compute the least seconds of a decode: every forward pass at the device's arithmetic or memory limit.
 
-    Memory: the weights once a pass, and the kept keys and values of every image; activations are not counted.
+    A forward pass reads the weights once, and the cached keys and values of every image; activations do not count.
 
     Args:
+        bench (`Bench`), num_regions, slots, steps, batch (`int`): the decode of a batch of images.
         kind (`str`): "reference", "exact" or "cached".
         limits: FLOP/s and bytes/s.
     """

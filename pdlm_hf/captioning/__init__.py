@@ -1,4 +1,4 @@
-"""Captions of regions: the captioner, streaming, the pipeline, registration and export."""
+"""Caption regions in one line of Python; also streaming, the pipeline, registration and export."""
 
 import lazy_loader
 

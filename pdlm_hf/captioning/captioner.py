@@ -1,4 +1,4 @@
-"""`RegionCaptioner`: load once, caption regions given in any form."""
+"""`RegionCaptioner` loads a checkpoint once and captions regions in any form."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..configuration_pdlm import HUB_ARGUMENTS
-from ..errors_pdlm import SettingError
+from ..errors_pdlm import CheckpointError, SettingError
 from ..generation_pdlm import PdlmGenerationOutput
 from ..processing_pdlm import RegionCaption
 from ..regions.images import load_image
@@ -18,9 +18,9 @@ from ..regions.region import Region, parse_regions
 from ..render.report import image_html
 from .checkpoints import CHECKPOINT, checkpoint_name
 
-# Settings of `generate` behind each mode. "default" is the checkpoint's own: what the reference computes, or for
-# "isolated" checkpoints the same with a kept prompt, which is exact there. "fast" commits what tells little about the
-# rest; benchmarks/results/shapes_quality.json has what each rule and value costs.
+# Settings of `generate` for each mode. "default" are the checkpoint's own settings, which compute what the reference
+# computes ("isolated" checkpoints with a cached prefix, which is exact there). "fast" accepts several tokens per step
+# by their entropy; benchmarks/results/shapes_quality.json has the accuracy of each rule and value.
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {"entropy_bound": 0.1, "acceptance_threshold": None, "prefix_refresh_interval": 0},
@@ -28,12 +28,12 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class RegionCaptions(list[RegionCaption]):
-    """Captions of one image, a list that shows itself in a notebook.
+    """Captions of one image: a list that shows the captions on the image in a notebook.
 
     Args:
-        captions: as the list has them.
+        captions: the captions.
         image (`PIL.Image.Image`): RGB.
-        regions (`list[Region]`): in the same order.
+        regions (`list[Region]`): their regions, in the same order.
     """
 
     def __init__(self, captions: Iterable[RegionCaption], image: Image.Image, regions: list[Region]):
@@ -45,22 +45,23 @@ class RegionCaptions(list[RegionCaption]):
 
 
 class RegionCaptioner:
-    """Writes captions for regions of images, all regions of an image together.
+    """Captions regions of images, all regions of an image together.
 
     Args:
         model: a PerceptionDLM with region prompts.
         processor: its processor.
-        mode (`str`): "default" or "fast"; settings given in a call go before it.
+        mode (`str`): "default" or "fast"; settings given in a call take precedence.
 
     Raises:
-        SettingError: the model is a base (chat) model, or there is no such mode.
+        CheckpointError: the model is a base (chat) model.
+        SettingError: the mode does not exist.
     """
 
     def __init__(self, model, processor, mode: str = "default"):
         if mode not in MODES:
             raise SettingError(f"`mode` must be one of {sorted(MODES)}, got {mode!r}.")
         if not model.config.num_region_prompts:
-            raise SettingError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
+            raise CheckpointError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
         self.model = model.eval()
         self.processor = processor
         self.mode = mode
@@ -81,11 +82,12 @@ class RegionCaptioner:
             device (`str`, *optional*): default: the GPU if there is one.
             dtype: as in `AutoModel.from_pretrained`.
             mode (`str`): "default" or "fast".
-            **kwargs: passed to `AutoModelForImageTextToText.from_pretrained`, `device_map` for example.
+            **kwargs: passed to `AutoModelForImageTextToText.from_pretrained`, for example `device_map`.
 
         Raises:
-            SettingError: there is no such folder.
-            OSError: no such checkpoint, or the hub cannot be reached.
+            CheckpointError: the folder does not exist, or the model cannot caption regions.
+            SettingError: the mode does not exist.
+            OSError: the hub has no such checkpoint, or cannot be reached.
         """
         path = checkpoint_name(model or CHECKPOINT)
         network = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
@@ -96,17 +98,22 @@ class RegionCaptioner:
         return cls(network, AutoProcessor.from_pretrained(path, **source), mode)
 
     def caption(self, image: Any, regions: Any, question: str | None = None, **generation: Any) -> list[RegionCaption]:
-        """Captions of the regions of one image, in their order; in a notebook the list shows them on the image.
+        """Caption the regions of one image.
 
         Args:
             image: path, PIL image, array or tensor.
             regions: masks, boxes `[x, y, width, height]`, polygons, RLE or COCO annotations, see
                 [`~pdlm_hf.regions.parse_region`].
-            question (`str`, *optional*): instead of "Describe each masked region in detail."
+            question (`str`, *optional*): default: "Describe each masked region in detail."
             **generation: settings of `generate`.
 
+        Returns:
+            the captions in the order of the regions; in a notebook the list shows them on the image.
+
         Raises:
-            SettingError: an image or region that cannot be used, or an unknown setting.
+            ImageError: the image cannot be read.
+            RegionError: a region cannot be parsed, or does not fit the image.
+            SettingError: a setting is unknown or out of range.
         """
         image = load_image(image)
         found = parse_regions(regions, *image.size)
@@ -115,12 +122,18 @@ class RegionCaptioner:
     def caption_many(
         self, pairs: Iterable[tuple[Any, Any]], batch_size: int = 8, question: str | None = None, **generation: Any
     ) -> Iterator[list[RegionCaption]]:
-        """Captions for many images, several a forward; yields one list per image, in order.
+        """Caption many images in batches.
 
         Args:
-            pairs: (image, regions), see [`caption`]; read as needed, so that it may be endless.
-            batch_size (`int`): images a forward.
+            pairs: (image, regions), see [`caption`]; read as needed, so that there may be any number.
+            batch_size (`int`): images in a batch.
             question, **generation: see [`caption`].
+
+        Yields:
+            the captions of each image, in order.
+
+        Raises:
+            ImageError, RegionError, SettingError: see [`caption`].
         """
         if batch_size < 1:
             raise SettingError(f"`batch_size` must be positive, got {batch_size}.")
@@ -131,19 +144,22 @@ class RegionCaptioner:
     def generate(
         self, pairs: list[tuple[Any, Any]], question: str | None = None, **generation: Any
     ) -> tuple[list[list[RegionCaption]], PdlmGenerationOutput]:
-        """One batch, with what `generate` reports about it.
+        """Caption one batch, and return the output of `generate` too.
 
         Args:
-            pairs: (image, regions) of every image.
+            pairs: (image, regions) for every image.
             question, **generation: see [`caption`].
 
         Returns:
-            captions of every image in the order of its regions, and the [`PdlmGenerationOutput`].
+            for every image its captions in the order of its regions, and the [`PdlmGenerationOutput`].
+
+        Raises:
+            ImageError, RegionError, SettingError: see [`caption`].
         """
         if not pairs:
             raise SettingError("No images given: pass at least one (image, regions) pair.")
         settings = {**MODES[self.mode], **generation}
-        # A rule of adaptive decoding takes the place of the mode's or the checkpoint's other one.
+        # A rule of adaptive decoding replaces the other rule of the mode or the checkpoint.
         rules = {"entropy_bound": "acceptance_threshold", "acceptance_threshold": "entropy_bound"}
         for rule, other in rules.items():
             if generation.get(rule) is not None and other not in generation:

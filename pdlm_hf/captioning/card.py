@@ -1,4 +1,4 @@
-"""The model card of a checkpoint, from the one template of this project."""
+"""Write the model card of a checkpoint from this project's template."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ def write_card(
     summary: str,
     training: str,
     scores: str,
-    data: str = "Not said.",
+    data: str = "Not given.",
     regions: bool = True,
     limits: str = "Other languages than English are untested.",
     licence: str = "The licence is that of the weights it was made from.",
@@ -24,17 +24,17 @@ def write_card(
     """Write `README.md` into a checkpoint folder.
 
     Args:
-        folder (`Path`): of the checkpoint; its name is what the example loads.
-        title (`str`): heading.
-        summary (`str`): what it is, in a sentence or two.
-        training (`str`): how it was made.
-        scores (`str`): what was measured, or that nothing was.
-        data (`str`): what it has learned from.
-        regions (`bool`): captions of regions; False: chat.
-        limits (`str`): what it is not made for, beside what holds for all checkpoints.
-        licence (`str`): of the weights.
-        note (`str`): more about its use.
-        **metadata: of `huggingface_hub.ModelCardData`, `base_model` or `license` for example.
+        folder (`Path`): folder of the checkpoint; the example loads it by its name.
+        title (`str`): the heading.
+        summary (`str`): one or two sentences about the checkpoint.
+        training (`str`): how it was trained.
+        scores (`str`): its scores, or that it was not scored.
+        data (`str`): the training data.
+        regions (`bool`): True for a region model, False for a chat model.
+        limits (`str`): limits beside those of all checkpoints.
+        licence (`str`): a sentence about the licence of the weights.
+        note (`str`): a note about its use.
+        **metadata: fields of `huggingface_hub.ModelCardData`, for example `base_model` or `license`.
     """
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     head |= {"tags": ["perceptiondlm", "diffusion-language-model"]} | metadata

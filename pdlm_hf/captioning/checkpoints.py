@@ -1,4 +1,4 @@
-"""The embedded checkpoints, and how a checkpoint is named."""
+"""The folders of the embedded checkpoints, and names of checkpoints."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ BASE_CHECKPOINT = _SHAPES / "checkpoint_base"
 
 
 def checkpoint_name(model: str | Path) -> str:
-    """A folder or hub id for `from_pretrained`.
+    """Check a folder or hub id and return it as text, for `from_pretrained`.
 
     Raises:
-        CheckpointError: the name can only be a folder, and the folder does not exist.
+        CheckpointError: the folder does not exist; names like owner/name may be hub ids and are not checked.
     """
     name = str(model)
     as_folder = isinstance(model, Path) or name.startswith((".", "~", "/")) or name.count("/") > 1

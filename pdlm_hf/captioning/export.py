@@ -1,4 +1,4 @@
-"""A self-contained checkpoint folder: weights, tokenizer and the code that runs them."""
+"""Export a self-contained checkpoint folder: weights, tokenizer and the code of the model."""
 
 from pathlib import Path
 
@@ -9,20 +9,21 @@ from .checkpoints import checkpoint_name
 
 
 def export_checkpoint(model: str | Path, out: Path) -> list[str]:
-    """Write a checkpoint in this package's format, with its code, for users who do not have the package.
+    """Write a checkpoint in this package's format, with its code, for users without this package.
 
-    They load it with `AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)`. Reference checkpoints
-    are converted on the way: only the weights that are used are kept.
+    They load it with `AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)`. A checkpoint of the
+    reference is converted; weights that the model does not use are left out.
 
     Args:
-        model (`str` or `Path`): folder or hub id, ours or the reference's.
-        out (`Path`): folder to write; must not exist or be empty.
-
-    Raises:
-        SettingError: the folder holds something already, or there is no such checkpoint.
+        model (`str` or `Path`): folder or hub id of a checkpoint, ours or the reference's.
+        out (`Path`): folder to write; must not exist, or be empty.
 
     Returns:
         `list[str]`: names of the files written.
+
+    Raises:
+        CheckpointError: the checkpoint does not exist.
+        SettingError: the folder is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise SettingError(

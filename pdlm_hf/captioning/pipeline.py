@@ -15,26 +15,30 @@ TASK = "region-captioning"
 
 
 class RegionCaptioningPipeline(Pipeline):
-    """Captions of the regions of an image: `pipe({"image": image, "regions": [...]})`, or a list of such dicts.
+    """Captions the regions of an image: `pipe({"image": image, "regions": [...]})`, or a list of such dicts.
 
-    A region is whatever [`~pdlm_hf.regions.parse_region`] reads. Settings of `generate` are keyword arguments. Returns
-    a list of `{"id", "caption", "score", "bbox"}` per image, in the order of the regions.
+    [`~pdlm_hf.regions.parse_region`] has the forms of a region. Settings of `generate` are keyword arguments. The
+    pipeline returns for each image a list of `{"id", "caption", "score", "bbox"}` in the order of the regions.
     """
 
     model: PdlmForConditionalGeneration
     processor: PdlmProcessor
 
-    # transformers types these four None, and every setting of the three steps below `dict`
+    # transformers declares these four as None, and the settings of the three steps below as `dict`
     _load_processor = True  # type: ignore[assignment]
     _load_image_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = False  # type: ignore[assignment]
 
     def get_iterator(self, inputs, num_workers: int, batch_size: int, *args: Any):
-        """As everywhere, one image a pass. Raises: SettingError for a larger batch."""
+        """See `Pipeline.get_iterator`.
+
+        Raises:
+            SettingError: the batch size is larger than 1.
+        """
         if batch_size > 1:
             raise SettingError(
-                f"region-captioning takes one image a pass, got batch_size={batch_size}. For several at once use "
+                f"region-captioning takes one image at a time, got batch_size={batch_size}. For batches use "
                 "`RegionCaptioner.caption_many(pairs, batch_size=...)`."
             )
         return super().get_iterator(inputs, num_workers, batch_size, *args)
@@ -43,7 +47,13 @@ class RegionCaptioningPipeline(Pipeline):
         return ({} if question is None else {"question": question}), generation, {}
 
     def preprocess(self, inputs: dict[str, Any], question: str | None = None):  # type: ignore[override]
-        """An image and its regions as model inputs."""
+        """Make the model inputs of an image and its regions.
+
+        Raises:
+            ImageError: the image cannot be read.
+            RegionError: a region cannot be parsed, or does not fit the image.
+            SettingError: the inputs have no "image" or no "regions".
+        """
         if not isinstance(inputs, dict) or not {"image", "regions"} <= inputs.keys():
             raise SettingError('region-captioning takes {"image": image, "regions": [...]}.')
         image = load_image(inputs["image"])
@@ -56,7 +66,7 @@ class RegionCaptioningPipeline(Pipeline):
         return {"output": self.model.generate(**model_inputs, **generation), "regions": regions}
 
     def postprocess(self, model_outputs):  # type: ignore[override]
-        """Captions as dictionaries, in the order of the regions."""
+        """Return the captions as dicts, in the order of the regions."""
         captions = self.processor.post_process_region_captions(model_outputs["output"])[0]
         return [
             {"id": region.id, "caption": caption.text, "score": caption.score, "bbox": region.bbox}

@@ -1,8 +1,8 @@
-"""Registration with transformers' Auto classes, at no cost before one of them is used.
+"""Register our classes with transformers' Auto classes, without importing any of them before they are used.
 
 Our classes and transformers' Auto classes take seconds to import, and transformers imports its Auto modules while it
-defines model classes, ours among them. So `announce` only leaves names in the mappings, as transformers does for its
-own models; whoever looks one up gets the class, and `register` has been called by then.
+defines model classes, ours among them. Therefore `announce` only puts names into the mappings, as transformers does
+for its own models; `register` runs when a name is first resolved to its class.
 """
 
 import importlib
@@ -14,14 +14,14 @@ from typing import Any
 import wrapt
 
 CONFIGS = {"pdmllm": "PdlmConfig", "dmllm": "PdlmBaseConfig"}
-# A reference checkpoint names the reference's classes in its `processor_config.json`.
+# Checkpoints of the reference have the reference's class names in `processor_config.json`.
 PROCESSORS = ("PdlmProcessor", "PDMLLMProcessor", "DMLLMProcessor")
 
 _registered = False
 
 
 def announce() -> None:
-    """Leave our names in transformers' Auto modules, each as soon as it is imported."""
+    """Put our names into each of transformers' Auto modules as soon as it is imported."""
     auto = "transformers.models.auto"
     hooks: dict[str, Callable[[ModuleType], None]] = {
         f"{auto}.configuration_auto": _announce_configs,
@@ -47,12 +47,12 @@ def _announce_image_processor(module: ModuleType) -> None:
     if not _registered:
         key, name = type("PdlmImageProcessorKey", (), {}), "PdlmImageProcessorPil"
         module.IMAGE_PROCESSOR_MAPPING.register(key, {"pil": _stand_in(name, name)})
-        # A processor must find the class itself.
+        # Later a processor must find the class, not this stand-in.
         _after_registration.append(lambda: module.IMAGE_PROCESSOR_MAPPING._extra_content.pop(key))
 
 
 def _import_pipeline(module: ModuleType) -> None:
-    """The pipeline registers itself at its end, also where its own import is what led here."""
+    """Import our pipeline, which registers itself; harmless if its own import caused this call."""
     importlib.import_module(f"{__package__}.pipeline")
 
 
@@ -60,7 +60,7 @@ _after_registration: list[Callable[[], Any]] = []
 
 
 def _stand_in(name: str, target: str) -> type:
-    """A class that transformers finds by its name, and that loads with ours."""
+    """Make a class that transformers finds by its name, and whose `from_pretrained` is that of our class."""
 
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         return getattr(sys.modules[__package__.partition(".")[0]], target).from_pretrained(*args, **kwargs)
@@ -69,7 +69,7 @@ def _stand_in(name: str, target: str) -> type:
 
 
 def register() -> None:
-    """Register "pdmllm" (regions) and "dmllm" (base) with all Auto classes now. Harmless when repeated."""
+    """Register "pdmllm" (regions) and "dmllm" (base) with all Auto classes now; a second call does nothing."""
     global _registered
     if _registered:
         return
@@ -94,7 +94,7 @@ def register() -> None:
         (PdlmBaseConfig, PdlmBaseForConditionalGeneration),
     ):
         AutoConfig.register(config.model_type, config, exist_ok=True)
-        # Each gives the class that generates: that is what users of the reference call.
+        # All give the class that generates: users of the reference call any of them.
         for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM):
             auto_class.register(config, model, exist_ok=True)
         AutoImageProcessor.register(config, image_processor_classes={"pil": PdlmImageProcessorPil}, exist_ok=True)

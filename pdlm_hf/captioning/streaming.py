@@ -1,4 +1,4 @@
-"""Streamers: follow the captions while they sharpen."""
+"""Follow the captions while they are denoised."""
 
 from collections.abc import Callable
 from itertools import zip_longest
@@ -12,12 +12,12 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class RegionStreamer(BaseStreamer):
-    """Turns every step's draft into texts: several images, several regions.
+    """Decodes the draft of every step, for any number of images and regions.
 
     Args:
-        processor (`PdlmProcessor`): decodes.
-        on_step (*optional*): called after each step with the step number (from 1) and the texts, a list per image of
-            one draft per region.
+        processor (`PdlmProcessor`): decodes the tokens.
+        on_step (*optional*): called after each step with its number (from 1) and for each image the list of its
+            drafts, one per region.
     """
 
     def __init__(self, processor: Any, on_step: Callable[[int, list[list[str]]], None] | None = None):
@@ -28,12 +28,12 @@ class RegionStreamer(BaseStreamer):
         self.captions: list[list[str]] | None = None
 
     def put_draft(self, value: torch.LongTensor, **kwargs: Any) -> None:
-        """A step's draft, `(batch_size, num_regions, max_new_tokens)`; regions that are not in it, -1, keep theirs."""
+        """Take the draft of a step, `(batch_size, num_regions, max_new_tokens)`; -1 marks regions that keep theirs."""
         present = value[..., 0] >= 0
         texts = self.processor.decode_captions(value)
         self.latest += [[] for _ in range(len(texts) - len(self.latest))]
         for known, drafts, regions in zip(self.latest, texts, present.tolist(), strict=True):
-            places = [k for k, there in enumerate(regions) if there]
+            places = [k for k, is_present in enumerate(regions) if is_present]
             known += [""] * (max(places, default=-1) + 1 - len(known))
             for k, draft in zip(places, drafts, strict=True):
                 known[k] = draft
@@ -42,20 +42,20 @@ class RegionStreamer(BaseStreamer):
             self.on_step(len(self.steps), self.steps[-1])
 
     def put(self, value: torch.LongTensor) -> None:
-        """The final captions."""
+        """Take the final captions."""
         self.captions = self.processor.decode_captions(value)
 
     def end(self) -> None:
-        """The next call has other images."""
+        """Forget the drafts: the next call has other images."""
         self.latest = []
 
 
 class LiveView:
-    """A table in the terminal that shows the draft of every region of one image, step by step.
+    """A table in the terminal with the draft of every region of one image, updated after every step.
 
     Args:
-        names (`list[str]`): of the regions.
-        console (`rich.console.Console`, *optional*): where to show it; default stderr.
+        names (`list[str]`): names of the regions.
+        console (`rich.console.Console`, *optional*): default: stderr.
     """
 
     def __init__(self, names: list[str], console: Console | None = None):
@@ -70,7 +70,7 @@ class LiveView:
         self.live.stop()
 
     def show(self, step: int, drafts: list[list[str]]) -> None:
-        """Callback for [`RegionStreamer`]."""
+        """Show the drafts of a step; the `on_step` of [`RegionStreamer`]."""
         table = Table(title=f"denoising step {step}", title_justify="left", expand=True)
         table.add_column("region", no_wrap=True)
         table.add_column("draft", ratio=1)

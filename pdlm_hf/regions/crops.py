@@ -1,4 +1,4 @@
-"""A region shown to a model that knows images only: an outline, and the part of the image around it."""
+"""Regions for models that take whole images only: the region outlined, and a crop around it."""
 
 import base64
 import io
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
-LEAST_SIDE = 56  # pixels of the box around a mask, before it is grown to three times its side
+LEAST_SIDE = 56  # pixels; smaller boxes around a mask are enlarged to this before the margins are added
 OUTLINE = (255, 0, 0)
 CROPS_PROMPT = (
     "The first image has one region outlined in red; the second shows this region larger, with what surrounds it. "
@@ -16,7 +16,7 @@ CROPS_PROMPT = (
 
 
 def crops_message(image: Image.Image, mask: np.ndarray, prompt: str) -> dict[str, Any]:
-    """A chat message with two images: the whole with the region outlined, and the part around it.
+    """Make a chat message with two images: the whole image with the region outlined, and a crop around the region.
 
     Args:
         image (`PIL.Image.Image`): RGB.
@@ -29,19 +29,19 @@ def crops_message(image: Image.Image, mask: np.ndarray, prompt: str) -> dict[str
 
 
 def images_message(images: list[Image.Image], prompt: str) -> dict[str, Any]:
-    """A chat message with images and a question about them."""
+    """Make a chat message of images and a question about them."""
     parts = [{"type": "image_url", "image_url": {"url": png_url(image)}} for image in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
 
 
 def crop_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The part of an image around a mask: its box grown by its own size on every side.
+    """Compute the crop around a mask: its bounding box with margins of its own size on every side.
 
     Args:
         mask (`np.ndarray` of shape `(H, W)`): bool, not empty.
 
     Returns:
-        top, bottom, left and right in pixels, within the image.
+        top, bottom, left and right edge in pixels, within the image.
     """
     bounds = []
     for length, used in zip(mask.shape, (mask.any(1), mask.any(0)), strict=True):
@@ -54,7 +54,7 @@ def crop_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def draw_outline(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """The image with a line around the mask, outside of it, so that the region's own pixels stay.
+    """Draw a line around a mask. The line lies outside, so that the pixels of the region do not change.
 
     Args:
         image (`PIL.Image.Image`): RGB.
@@ -67,7 +67,7 @@ def draw_outline(image: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def png_url(image: Image.Image) -> str:
-    """An image (`PIL.Image.Image`) as a data URL, without loss."""
+    """Encode an image as a data URL of a PNG file, without loss."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""Opening images."""
+"""Reading images."""
 
 import io
 from collections.abc import Callable
@@ -23,16 +23,16 @@ _ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # whe
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 where it cannot be read, since an image is of use without it."""
+    """Return the EXIF orientation of an image, 1 to 8; 1 if it is missing or damaged."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow raises what it likes on damaged EXIF
+    except Exception:  # Pillow raises errors of many kinds for damaged EXIF
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """The image as it is meant to be seen. Not Pillow's `exif_transpose`, which fails on tags of a wrong type."""
+    """Apply the EXIF orientation. Pillow's `exif_transpose` fails on tags of a wrong type."""
     turn = _TURNS.get(orientation_of(image))
     if turn is None:
         return image.copy()
@@ -43,15 +43,15 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 def load_image(source: Any, data: bytes | None = None) -> Image.Image:
-    """An image as RGB. A file is turned the way it is meant to be seen (EXIF orientation applied), as by
-    transformers' own `load_image`; what is in memory is taken as it is, as by the processor.
+    """Read an image as RGB. As in transformers' `load_image`, the EXIF orientation of a file is applied; as in the
+    processor, that of an image in memory is not.
 
     Args:
         source: path, PIL image, or uint8 array or tensor.
-        data (`bytes`, *optional*): what the file holds, if it has been read already.
+        data (`bytes`, *optional*): the content of the file, if it was read before.
 
     Raises:
-        ImageError: no such file, not an image, cut short, or too large to be opened safely.
+        ImageError: the file does not exist, is not an image, is cut short, or is too large to be opened safely.
     """
     if isinstance(source, (str, Path)):
         return to_rgb(open_image(source if data is None else io.BytesIO(data), str(source)), str(source))
@@ -64,20 +64,20 @@ def open_image(
     check: Callable[[Image.Image], None] | None = None,
     formats: list[str] | tuple[str, ...] | None = None,
 ) -> Image.Image:
-    """An image file in its own mode, turned the way it is meant to be seen.
+    """Read an image file in its own mode, with its EXIF orientation applied.
 
     Args:
         source: path, or a file in memory.
-        name (`str`, *optional*): for messages; default: the path.
-        check (*optional*): called before the image is decoded; raises what is to be raised.
-        formats (*optional*): names of the formats to try, as Pillow has them; default: all it knows.
+        name (`str`, *optional*): the name in messages; default: the path.
+        check (*optional*): called with the image before it is decoded; may raise an error to refuse it.
+        formats (*optional*): Pillow's names of the formats to try; default: all.
 
     Raises:
-        ImageError: as [`load_image`].
+        ImageError: as for [`load_image`].
     """
     name = str(source) if name is None else name
     if name.startswith(("http://", "https://")) and not isinstance(source, io.IOBase):
-        raise ImageError(f"{name}: is an address, and images are read from files only; download it first.")
+        raise ImageError(f"{name}: images are read from files only; download this one first.")
     try:
         with Image.open(source, formats=formats) as image:
             if check is not None:
@@ -89,7 +89,7 @@ def open_image(
     except IsADirectoryError:
         raise ImageError(f"{name}: is a folder, not an image.") from None
     except UnidentifiedImageError as error:
-        reason = error if formats is None else f"known are {', '.join(formats)}"
+        reason = error if formats is None else f"the formats are {', '.join(formats)}"
         raise ImageError(f"{name}: cannot be opened as an image ({reason}).") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: cannot be opened as an image ({error}).") from error

@@ -1,7 +1,7 @@
-"""Regions as other tools have them, in a form that [`~pdlm_hf.regions.parse_regions`] reads.
+"""Convert regions of other tools to a form that [`~pdlm_hf.regions.parse_regions`] reads.
 
 `captioner.caption(image, from_supervision(detections))`, and likewise [`from_sam`], [`from_labelme`], [`from_yolo`],
-[`from_label_map`]. Files of all kinds: [`read_region_file`].
+[`from_label_map`] and [`from_panoptic`]. [`read_region_file`] reads the files of all of them.
 """
 
 import base64
@@ -20,20 +20,23 @@ from .files import load_json
 from .images import open_image
 from .region import Region, parse_region
 
-_IMAGES = {".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}  # without loss, so that they can hold labels
-_CIRCLE = 64  # corners of the polygon that stands for a circle
+_IMAGES = {".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}  # lossless formats, which keep labels intact
+_CIRCLE = 64  # corners of the polygon that replaces a circle
 
 
 def read_region_file(path: Path, image_name: str, width: int, height: int) -> list[Any]:
-    """Regions of one image from a file: COCO, a list of regions, LabelMe (.json), YOLO (.txt), a label map (.png).
+    """Read the regions of one image from a file: COCO, a list of regions, LabelMe (.json), YOLO (.txt), a label map
+    (.png).
 
     Args:
-        path (`Path`): the file; its ending says what it is.
-        image_name (`str`): image to look up in a COCO file.
+        path (`Path`): the file; its ending decides how it is read.
+        image_name (`str`): name of the image in a COCO file.
         width, height (`int`): of the image, in pixels.
 
     Raises:
-        RegionError: the file cannot be read, or holds no regions.
+        DataError: the file does not exist or is not valid JSON.
+        ImageError: the label map cannot be opened.
+        RegionError: the file is of no known form, or holds no regions for the image.
     """
     ending = path.suffix.lower()
     if ending == ".txt":
@@ -41,7 +44,7 @@ def read_region_file(path: Path, image_name: str, width: int, height: int) -> li
     if ending in _IMAGES:
         return from_label_map(path)
     if ending in (".jpg", ".jpeg"):
-        raise RegionError(f"{path}: JPEG changes labels; save the label map as PNG (or give a mask with --mask).")
+        raise RegionError(f"{path}: JPEG changes the labels; save the label map as PNG, or give a mask with --mask.")
     data = load_json(path)
     if isinstance(data, dict) and isinstance(data.get("shapes"), list):
         return from_labelme(data, str(path))
@@ -49,11 +52,11 @@ def read_region_file(path: Path, image_name: str, width: int, height: int) -> li
 
 
 def from_supervision(detections: Any) -> list[Any]:
-    """Regions of `supervision.Detections`: the masks, or the boxes where there are none. Ids are the tracker's, if
-    there is one, or the positions.
+    """Convert `supervision.Detections`: their masks, or their boxes if they have no masks. The ids are the tracker's
+    ids, or else the positions.
 
     Args:
-        detections (`supervision.Detections`): of any number.
+        detections (`supervision.Detections`): any number of detections.
     """
     ids = range(len(detections)) if detections.tracker_id is None else [int(k) for k in detections.tracker_id]
     if detections.mask is not None:
@@ -63,14 +66,14 @@ def from_supervision(detections: Any) -> list[Any]:
 
 
 def from_sam(masks: Any) -> list[Any]:
-    """Regions of a SAM model, of any version.
+    """Convert the output of a SAM model of any version.
 
     Args:
-        masks: the dicts of its automatic generator ("segmentation" is a mask or RLE); or masks, as an array or tensor
-            `(N, H, W)` or `(N, 1, H, W)`, bool or logits (above 0 is inside).
+        masks: the dicts of the automatic mask generator ("segmentation" is a mask or RLE); or masks as an array or
+            tensor of shape `(N, H, W)` or `(N, 1, H, W)`, bool or logits (above 0 is inside).
 
     Raises:
-        RegionError: several masks for each prompt, or another shape.
+        RegionError: there are several masks for each prompt, or the array has another shape.
     """
     if isinstance(masks, (list, tuple)) and masks and isinstance(masks[0], dict):
         shapes = [mask.get("segmentation") for mask in masks]
@@ -90,15 +93,16 @@ def from_sam(masks: Any) -> list[Any]:
 
 
 def from_labelme(source: str | Path | dict[str, Any], name: str | None = None) -> list[Any]:
-    """Regions of a LabelMe file: polygons, rectangles, circles and masks. Shapes of one label and group are one
-    region. Ids are positions, "category" is the label (of polygons).
+    """Convert a LabelMe file: polygons, rectangles, circles and masks. Shapes of the same label and group become one
+    region. The ids are positions; "category" is the label (not for masks).
 
     Args:
-        source: the file, or what it holds.
-        name (`str`, *optional*): how to call it in messages.
+        source: path of the file, or its content.
+        name (`str`, *optional*): the name in messages.
 
     Raises:
-        RegionError: not such a file, or a shape without area (points, lines).
+        DataError: the file does not exist or is not valid JSON.
+        RegionError: it is not a LabelMe file, or a shape has no area (points, lines).
     """
     data = source if isinstance(source, dict) else load_json(Path(source))
     name = name or ("LabelMe" if isinstance(source, dict) else str(source))
@@ -129,7 +133,7 @@ def from_labelme(source: str | Path | dict[str, Any], name: str | None = None) -
 
 
 def _joined(first: Any, second: Any, data: dict) -> Any:
-    """Two parts of a region as one: polygons side by side, or the mask of both."""
+    """Join two parts of a region: their polygons, or the union of their masks."""
     if isinstance(first, dict) and isinstance(second, dict):
         return {**first, "segmentation": first["segmentation"] + second["segmentation"]}
     size = int(data["imageWidth"]), int(data["imageHeight"])
@@ -138,7 +142,7 @@ def _joined(first: Any, second: Any, data: dict) -> Any:
 
 
 def _points(shape: dict, where: str) -> np.ndarray:
-    """Points of a shape, `(N, 2)`."""
+    """The points of a shape, `(N, 2)`."""
     try:
         points = np.asarray(shape["points"], dtype=float)
     except (KeyError, TypeError, ValueError):
@@ -165,7 +169,7 @@ def _labelme_polygon(shape: dict, where: str) -> list[float]:
 
 
 def _labelme_mask(shape: dict, data: dict, where: str) -> np.ndarray:
-    """The mask of the whole image from the part that LabelMe keeps, at the first of two points."""
+    """The mask `(H, W)` of the whole image. LabelMe stores a crop, whose corner is the first of two points."""
     points = _points(shape, where)
     try:
         size = (int(data["imageHeight"]), int(data["imageWidth"]))
@@ -179,16 +183,16 @@ def _labelme_mask(shape: dict, data: dict, where: str) -> np.ndarray:
 
 
 def from_yolo(path: str | Path, width: int, height: int) -> list[dict[str, Any]]:
-    """Regions of a YOLO label file, in fractions of the image: a line is `class x y w h` with the centre of a box
-    (and perhaps its confidence), or `class x0 y0 x1 y1 x2 y2 ...` with a polygon. Ids are positions, "category" is
-    the class.
+    """Read a YOLO label file. A line is `class x y w h` with the centre of a box (and perhaps a confidence), or
+    `class x0 y0 x1 y1 x2 y2 ...` with a polygon, in fractions of the image. The ids are positions; "category" is the
+    class.
 
     Args:
-        path: of the file.
-        width, height (`int`): of the image, in pixels.
+        path: the file.
+        width, height (`int`): size of the image in pixels.
 
     Raises:
-        RegionError: no such file, or a line that is neither, by its number.
+        RegionError: the file does not exist, or a line is neither a box nor a polygon; the message has its number.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -209,7 +213,7 @@ def from_yolo(path: str | Path, width: int, height: int) -> list[dict[str, Any]]
         if not np.isfinite(numbers).all() or count < 4 or (count > 5 and count % 2):
             raise RegionError(f"{path}: line {number}: expected `class x y w h` or a polygon, got {line!r:.60}.")
         if numbers[:4].max() > 1.5:
-            raise RegionError(f"{path}: line {number}: YOLO has fractions of the image, got {line!r:.60} (pixels?).")
+            raise RegionError(f"{path}: line {number}: expected fractions of the image, got {line!r:.60} (pixels?).")
         region: dict[str, Any] = {"id": len(regions), "category": kind}
         if count <= 5:
             x, y, w, h = (numbers[:4] * [width, height, width, height]).tolist()
@@ -223,14 +227,15 @@ def from_yolo(path: str | Path, width: int, height: int) -> list[dict[str, Any]]
 
 
 def from_label_map(source: Any) -> list[Region]:
-    """Regions of an image in which every region has its own value, and 0 is none of them. Ids are the values; of
-    colours they are R + 256 G + 65536 B, as in COCO's panoptic images.
+    """Convert a label map: an image in which every region has its own value, and 0 is no region. The ids are the
+    values; of colours they are R + 256 G + 65536 B, as in COCO's panoptic images.
 
     Args:
         source: path, PIL image, or array of integers `(H, W)` or `(H, W, 3)`.
 
     Raises:
-        RegionError: it cannot be opened, has transparency or fractions, or no region.
+        ImageError: the file cannot be opened.
+        RegionError: the map has transparency or fractions, or no region.
     """
     name = str(source) if isinstance(source, (str, Path)) else "label map"
     labels = _labels(source, name)

@@ -1,4 +1,4 @@
-"""Regions in every form people have them: masks, boxes, polygons, RLE, COCO annotations. COCO's field names."""
+"""Parse regions in any form: masks, boxes, polygons, RLE, COCO annotations. Field names are those of COCO."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from ..errors_pdlm import RegionError
 from ..image_processing_pdlm import to_binary_mask
 from .images import open_image
 
-MASK_PIXELS = 2**29  # of the masks of a batch or request together
+MASK_PIXELS = 2**29  # limit for all masks of a batch or request together
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Region:
     """One region of an image.
 
     Args:
-        id: the caller's own, or the position among the regions.
+        id: the id that the caller gave, or the position among the regions.
         mask (`np.ndarray` of shape `(H, W)`): bool, not empty.
     """
 
@@ -32,26 +32,27 @@ class Region:
 
     @property
     def bbox(self) -> list[int]:
-        """x, y, width, height in pixels, around the mask."""
+        """The bounding box of the mask: x, y, width, height in pixels."""
         y, x = self.mask.any(1).nonzero()[0], self.mask.any(0).nonzero()[0]
         return [int(x[0]), int(y[0]), int(x[-1] - x[0] + 1), int(y[-1] - y[0] + 1)]
 
     @property
     def segmentation(self) -> dict[str, Any]:
-        """COCO's RLE of the mask, with text as counts, as JSON has it."""
+        """The mask as COCO's compressed RLE, with counts as text, ready for JSON."""
         rle = coco_mask.encode(np.asfortranarray(self.mask, dtype=np.uint8))
         return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
 
 
 def parse_regions(values: Any, width: int, height: int) -> list[Region]:
-    """Regions of one image; see [`parse_region`] for the forms.
+    """Parse the regions of one image; [`parse_region`] has the forms.
 
     Args:
         values: list of regions, or an array of masks (N, H, W).
-        width, height (`int`): of the image, in pixels.
+        width, height (`int`): size of the image in pixels.
 
     Raises:
-        RegionError: no region, or one that cannot be read; the message names it.
+        ImageError: the image file of a mask cannot be opened.
+        RegionError: there is no region, or a region cannot be parsed; the message names it.
     """
     if isinstance(values, (np.ndarray, torch.Tensor)) and values.ndim == 2:
         values = [values]
@@ -68,17 +69,18 @@ def parse_regions(values: Any, width: int, height: int) -> list[Region]:
 
 
 def parse_region(value: Any, width: int, height: int, index: int | str = 0) -> Region:
-    """One region.
+    """Parse one region.
 
     Args:
         value: a [`Region`]; a mask (array, tensor, PIL image, or path of an image); a box `[x, y, width, height]` in
             pixels; a polygon `[[x0, y0, x1, y1, ...], ...]`; an RLE `{"size", "counts"}`; or a COCO annotation with
             "segmentation" or "bbox", whose "id" is kept.
-        width, height (`int`): of the image, in pixels.
-        index (`int` or `str`): its position, or another name; its id unless it brings one.
+        width, height (`int`): size of the image in pixels.
+        index (`int` or `str`): position or name of the region; its id unless it has one.
 
     Raises:
-        RegionError: it cannot be read, lies outside the image, is empty, or has another size.
+        ImageError: the image file of a mask cannot be opened.
+        RegionError: the region cannot be parsed, lies outside the image, is empty, or has another size.
     """
     name = f"region {index}"
     mask: np.ndarray | torch.Tensor | Image.Image
@@ -105,15 +107,15 @@ def parse_region(value: Any, width: int, height: int, index: int | str = 0) -> R
 
 
 def region_areas(annotations: Sequence[dict], sizes: Sequence[tuple[int, int]]) -> list[int | RegionError]:
-    """Areas of many regions at once, without their masks: the check of a large data set.
+    """Compute the areas of many regions at once, without decoding their masks: a fast check of a large data set.
 
     Args:
-        annotations: dicts with "segmentation" (RLE or polygons) or "bbox", of any images.
-        sizes: width and height of the image of each, in pixels.
+        annotations: dicts with "segmentation" (RLE or polygons) or "bbox", from any images.
+        sizes: for each annotation the width and height of its image in pixels.
 
     Returns:
-        pixels inside each region, which may be 0; or in its place the RegionError of [`parse_region`] for one that
-        cannot be read.
+        for each region the number of pixels inside, possibly 0, or the RegionError of [`parse_region`] if it cannot
+        be parsed.
     """
     areas: list[int | RegionError] = [0] * len(annotations)
     texts: dict[int, bytes] = {}
@@ -149,7 +151,7 @@ def region_areas(annotations: Sequence[dict], sizes: Sequence[tuple[int, int]]) 
 
 
 def _shape_of(annotation: dict, index: int | str) -> tuple[str, str, Any]:
-    """Name for messages, kind ("rle", "polygons" or "bbox") and value of a COCO annotation's shape."""
+    """The name for messages, the kind ("rle", "polygons" or "bbox") and the value of a COCO annotation's shape."""
     name = f"region {annotation.get('id', index)}"
     shape = annotation.get("segmentation")
     if shape is not None and shape != [] and shape != {}:
@@ -179,7 +181,7 @@ def _numbers(values: Any, name: str) -> np.ndarray:
 
 
 def _box_pixels(box: Any, width: int, height: int, name: str) -> tuple[int, int, int, int]:
-    """First and end column and row of the pixels the box touches; parts outside the image are cut off."""
+    """Columns and rows x0, y0, x1, y1 (x1, y1 excluded) of the pixels that the box touches inside the image."""
     array = _numbers(box, name)
     if array.shape != (4,):
         raise RegionError(f"{name}: a box is [x, y, width, height], got {box!r:.60}.")
@@ -204,7 +206,7 @@ def _polygon_rle(polygons: Any, width: int, height: int, name: str) -> dict:
     rings = [_numbers(ring, name) for ring in polygons]
     if not rings or any(ring.ndim != 1 or len(ring) < 6 or len(ring) % 2 for ring in rings):
         raise RegionError(f"{name}: a polygon is a flat list [x0, y0, x1, y1, ...] of at least three points.")
-    # pycocotools allocates memory for every pixel on the way, also far outside
+    # pycocotools allocates memory for every pixel along the outline, also far outside
     if max(np.abs(ring).max() for ring in rings) > 16 * max(width, height):
         raise RegionError(f"{name}: the polygon lies far outside the image of {width} x {height} pixels.")
     return coco_mask.merge(coco_mask.frPyObjects([ring.tolist() for ring in rings], height, width))
@@ -215,7 +217,7 @@ def _from_polygons(polygons: Any, width: int, height: int, name: str) -> np.ndar
 
 
 def _from_rle(rle: dict, width: int, height: int, name: str) -> np.ndarray:
-    """COCO run lengths, compressed or not. Checked first: pycocotools reads past the end of a damaged one."""
+    """Decode COCO's run lengths, compressed or not. Not by pycocotools, which reads past the end of a damaged RLE."""
     runs = _rle_counts(rle, width, height, name)
     if isinstance(runs, bytes):
         runs, _, damaged = _run_lengths([runs])
@@ -226,7 +228,11 @@ def _from_rle(rle: dict, width: int, height: int, name: str) -> np.ndarray:
 
 
 def _rle_counts(rle: dict, width: int, height: int, name: str) -> bytes | np.ndarray:
-    """Compressed counts, or the run lengths themselves. Raises: RegionError for another size, or what is no RLE."""
+    """Check the size of an RLE and return its compressed counts, or the run lengths of an uncompressed one.
+
+    Raises:
+        RegionError: it is no RLE, or for another size.
+    """
     if "counts" not in rle:
         raise RegionError(f"{name}: the RLE has no `counts`.")
     size = list(rle["size"]) if isinstance(rle.get("size"), (list, tuple)) else []
@@ -254,19 +260,19 @@ def _damaged(name: str, width: int, height: int) -> RegionError:
 
 
 def _run_lengths(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """COCO's compressed counts: 5 bits a character, from the third run on relative to the one before last.
+    """Decode COCO's compressed counts: 5 bits per character, from the third run on relative to the one before last.
 
     Args:
-        texts: of any number of masks, so that a data set is read by array operations.
+        texts: counts of any number of masks, so that array operations decode a whole data set.
 
     Returns:
-        the runs of all texts one after the other, their number in each text, and which texts are damaged.
+        the runs of all texts in one array, the number of runs in each text, and which texts are damaged.
     """
     sizes = np.array([len(text) for text in texts], dtype=np.int64)
-    owner = np.repeat(np.arange(len(texts)), sizes)  # text of a character
+    owner = np.repeat(np.arange(len(texts)), sizes)  # the text of each character
     digits = np.frombuffer(b"".join(texts), dtype=np.uint8).astype(np.int64) - 48
     damaged = np.bincount(owner, (digits < 0) | (digits > 63), len(texts)) > 0
-    last = (digits & 32) == 0  # of its run
+    last = (digits & 32) == 0  # the last character of its run
     text_ends = np.cumsum(sizes)[sizes > 0] - 1
     damaged |= np.bincount(owner[text_ends], ~last[text_ends], len(texts)) > 0
     damaged |= sizes == 0
@@ -275,14 +281,14 @@ def _run_lengths(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     if not len(ends):
         return np.zeros(0, np.int64), np.zeros(len(texts), np.int64), damaged
     starts = np.concatenate([[0], ends[:-1] + 1])
-    owner = owner[ends]  # text of a run
-    damaged |= np.bincount(owner, ends - starts >= 12, len(texts)) > 0  # more bits than a number has
+    owner = owner[ends]  # the text of each run
+    damaged |= np.bincount(owner, ends - starts >= 12, len(texts)) > 0  # more bits than an integer has
     place = np.minimum(np.arange(len(digits)) - np.repeat(starts, ends - starts + 1), 12)
     runs = np.add.reduceat((digits & 31) << (5 * place), starts)
     runs -= np.where(digits[ends] & 16, 1 << (5 * (place[ends] + 1)), 0)
     lengths = np.bincount(owner, minlength=len(texts))
-    number = np.arange(len(runs)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # of a run in its text
-    # sums over every second run of a text; the first run stands alone
+    number = np.arange(len(runs)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # of each run in its text
+    # sums over every second run of a text; the first run is not part of them
     for parity in (0, 1):
         chosen = np.flatnonzero((number % 2 == parity) & (number > 0))
         sums = np.cumsum(runs[chosen])
@@ -293,6 +299,6 @@ def _run_lengths(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def probe_image() -> tuple[Image.Image, list[Region]]:
-    """A small grey image with one region, to try an engine and its settings on before the work."""
+    """Return a small grey image with one region, to test an engine and its settings before the work."""
     image = Image.new("RGB", (32, 32), (128, 128, 128))
     return image, [parse_region([4, 4, 24, 24], *image.size)]

@@ -1,4 +1,4 @@
-"""Drawn images with captions, as a data set to train on."""
+"""Synthetic scenes with captions, as a training set."""
 
 from typing import Any
 
@@ -8,22 +8,23 @@ from torch.utils.data import Dataset
 from ..training.collator import region_rows
 from .scenes import SHAPES_DOMAIN, Domain, describe, draw_scene
 
-TRAINING, HELD_OUT = 0, 1  # first part of every image's seed: the two never meet
+TRAINING, HELD_OUT = 0, 1  # first part of the seed of every image, so that the two sets are disjoint
 
 
 class ShapesDataset(Dataset):
-    """Drawn images with captions, made on demand from (seed, index).
+    """Synthetic scenes with captions, drawn on demand from (seed, index).
 
     Args:
-        seed (`int`)
+        seed (`int`): seed of the set.
         length (`int`): number of images.
-        group (`int`): images of one batch share the number of regions and the grid, so that little is padded.
-        easy (`bool`): one tile, one or two figures, one wording. On those the model learns in minutes to look at its
-            region at all; on the whole domain it first writes well-formed sentences about nothing for very long.
-        domain (`Domain`): what there is to draw.
+        group (`int`): so many images in a row have the same number of regions and the same grid of tiles, so that a
+            batch of them needs little padding.
+        easy (`bool`): one tile, one or two figures, one wording. With such images the model learns in minutes to use
+            its region at all; with the whole domain it long writes well-formed sentences that ignore the image.
+        domain (`Domain`): the figures and words.
     """
 
-    in_order = True  # drawn at random already; the order makes the groups
+    in_order = True  # the images are random, and their order makes the groups
 
     def __init__(self, seed: int, length: int, group: int, easy: bool = False, domain: Domain = SHAPES_DOMAIN):
         self.seed, self.length, self.group, self.easy, self.domain = seed, length, group, easy, domain

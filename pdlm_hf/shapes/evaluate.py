@@ -1,8 +1,8 @@
-"""Accuracy of a checkpoint on held-out images of the shapes data set.
+"""Score a region checkpoint on held-out images of the shapes data set.
 
     python -m pdlm_hf.shapes.evaluate --seed 7 --images 200 --json
 
-A caption is exact if it is a sentence of the domain and every attribute in it is its region's.
+A caption is exact if it is a sentence of the domain, and every attribute in it is that of its region.
 """
 
 import json
@@ -25,25 +25,25 @@ from .scenes import SHAPES_DOMAIN, WORDS, Domain, Scene, draw_scene, read
 
 
 def held_out(seed: int, count: int, easy: bool = False, domain: Domain = SHAPES_DOMAIN) -> Iterator[Scene]:
-    """Images that training never draws.
+    """Draw images that training never draws.
 
     Args:
-        seed (`int`)
+        seed (`int`): seed of the images.
         count (`int`): number of images.
-        easy (`bool`): images of the first lesson: one tile, one or two figures.
-        domain (`Domain`): what there is to draw.
+        easy (`bool`): one tile, one or two figures, as at the start of training.
+        domain (`Domain`): the figures and words.
     """
     for index in range(count):
         yield held_out_scene(seed, index, easy, domain)
 
 
 def held_out_scene(seed: int, index: int, easy: bool = False, domain: Domain = SHAPES_DOMAIN) -> Scene:
-    """One of [`held_out`]."""
+    """Draw one image of [`held_out`]."""
     return draw_scene(np.random.default_rng((HELD_OUT, seed, index)), easy=easy, domain=domain)
 
 
 class Tally:
-    """Counts right captions, in all and by attribute and number of regions."""
+    """Counts right captions: all, by attribute and by number of regions."""
 
     def __init__(self, domain: Domain = SHAPES_DOMAIN):
         self.domain = domain
@@ -67,7 +67,7 @@ class Tally:
                 )
 
     def report(self) -> dict[str, Any]:
-        """Shares, rounded to four digits."""
+        """Return the shares, rounded to four digits."""
 
         def share(count: int, of: int) -> float:
             return round(count / of, 4)
@@ -92,15 +92,15 @@ def evaluate(
     domain: Domain = SHAPES_DOMAIN,
     **generation,
 ) -> dict:
-    """Caption held-out images and count.
+    """Caption held-out images and count the right captions.
 
     Args:
         model, processor: a region checkpoint.
-        seed, images (`int`): which images, and how many.
-        batch_size (`int`): images a forward.
-        show (`bool`): progress bar on stderr.
-        easy (`bool`): score on the images of the first lesson.
-        domain (`Domain`): what there is to draw, and to say.
+        seed, images (`int`): seed and number of the images.
+        batch_size (`int`): images in a batch.
+        show (`bool`): show a progress bar on stderr.
+        easy (`bool`): one tile, one or two figures, as at the start of training.
+        domain (`Domain`): the figures and words.
         **generation: settings of `generate`.
 
     Returns:
@@ -108,7 +108,7 @@ def evaluate(
         batches) and steps_per_region (mean).
     """
     tally, forwards, slots, batches, steps = Tally(domain), 0, 0, 0, 0
-    # alike images share a batch, so that little is padded
+    # images of similar size share a batch, which then needs little padding
     scenes = sorted(held_out(seed, images, easy, domain), key=lambda p: (len(p.masks), p.image.width * p.image.height))
     start = time.perf_counter()
     chunks = [scenes[i : i + batch_size] for i in range(0, images, batch_size)]
@@ -133,11 +133,11 @@ def evaluate(
 
 
 def main(
-    seed: Annotated[int, typer.Option(help="Which images.")] = 0,
-    images: Annotated[int, typer.Option(help="How many.", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
+    images: Annotated[int, typer.Option(help="Number of images.", min=1)] = 200,
     model: Annotated[Path, typer.Option(help="Checkpoint folder.")] = CHECKPOINT,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    max_new_tokens: Annotated[int | None, typer.Option()] = None,
+    batch_size: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = 8,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Token positions per caption.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Acceptance threshold of adaptive decoding.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -1,9 +1,9 @@
-"""Accuracy of a base checkpoint on held-out questions about drawn images.
+"""Score a base checkpoint on held-out questions about synthetic scenes.
 
     python -m pdlm_hf.shapes.evaluate_base RUN --seed 7 --questions 500 --json
 
-Answers are asked for as the benchmarks do: letters and yes or no in 2 slots, longer answers in more (`SLOTS`),
-reasoning in autoregressive order (`BLOCKS`).
+Questions are asked as in the benchmarks: letters and yes or no get 2 token positions, longer answers more (`SLOTS`),
+and reasoning is decoded in autoregressive order (`BLOCKS`).
 """
 
 import json
@@ -25,11 +25,11 @@ from .questions import BLOCKS, FIGURES, KINDS, SLOTS, Question, draw_question_sc
 
 
 def held_out_question(seed: int, index: int, kind: str, figures: int = FIGURES) -> tuple[Image.Image, Question]:
-    """An image that training never draws, and a question of this kind about it."""
+    """Draw an image that training never draws, and ask a question of this kind about it."""
     rng = np.random.default_rng((HELD_OUT, seed, index))
     while True:
-        image, there = draw_question_scene(rng, figures)
-        if question := KINDS[kind](rng, there):
+        image, drawn = draw_question_scene(rng, figures)
+        if question := KINDS[kind](rng, drawn):
             return image, question
 
 
@@ -43,15 +43,15 @@ def evaluate(
     kinds: Iterable[str] = tuple(KINDS),
     **generation: Any,
 ) -> dict[str, Any]:
-    """Answer held-out questions and count.
+    """Answer held-out questions and count the right answers.
 
     Args:
         model, processor: a base checkpoint.
-        seed, count (`int`): which questions, and how many of each kind.
-        batch_size (`int`): questions a forward.
-        figures (`int`): at most so many in an image.
-        kinds (`Iterable[str]`): of questions, keys of [`KINDS`].
-        **generation: settings of `generate`; `max_new_tokens` is by kind, and `block_length` too if not given.
+        seed, count (`int`): seed of the questions, and number of questions of each kind.
+        batch_size (`int`): questions in a batch.
+        figures (`int`): figures in an image at most.
+        kinds (`Iterable[str]`): kinds of questions, keys of [`KINDS`].
+        **generation: settings of `generate`; `max_new_tokens` and the default of `block_length` depend on the kind.
 
     Returns:
         `dict` with right (share), by_kind (shares), num_forwards (mean of the batches) and seconds.
@@ -78,9 +78,9 @@ def evaluate(
 
 def main(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
-    seed: Annotated[int, typer.Option(help="Which questions.")] = 11,
-    questions: Annotated[int, typer.Option(help="How many of each kind.", min=1)] = 200,
-    figures: Annotated[int, typer.Option(help="At most so many in an image.", min=1)] = FIGURES,
+    seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 11,
+    questions: Annotated[int, typer.Option(help="Number of questions of each kind.", min=1)] = 200,
+    figures: Annotated[int, typer.Option(help="Figures in an image at most.", min=1)] = FIGURES,
     block_length: Annotated[int | None, typer.Option(help="1 = autoregressive order.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -1,6 +1,6 @@
-"""Questions about drawn images, with answers: open, yes or no, counting, multiple choice, reasoning, description.
+"""Questions about synthetic scenes, with answers: open, yes or no, counting, multiple choice, reasoning, description.
 
-For the base model, which looks at whole images. Everything that is drawn is known, so that every answer is true.
+They are for the base model, which takes whole images. All figures of a scene are known, so every answer is true.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from PIL import Image
 from ..tiling_pdlm import best_grid
 from .scenes import COLOURS, TILE, WORDS, Figure, paint
 
-FIGURES = 2  # at most, in the images a base checkpoint is scored on
-MOST_FIGURES = 4  # for which there are words and room
+FIGURES = 2  # figures at most in the images on which a base checkpoint is scored
+MOST_FIGURES = 4  # figures at most: there are no words and no room for more
 LETTERS = "ABCD"
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."  # as VLMEvalKit and lmms-eval ask
 YES_NO_PROMPT = "Please answer yes or no."
@@ -31,8 +31,8 @@ class Question:
 
     Args:
         kind (`str`): a key of [`KINDS`].
-        text (`str`): as it is asked.
-        answer (`str`): the only right one.
+        text (`str`): the question, as the model gets it.
+        answer (`str`): the only right answer.
     """
 
     kind: str
@@ -41,11 +41,14 @@ class Question:
 
 
 def draw_question_scene(rng: np.random.Generator, figures: int = FIGURES) -> tuple[Image.Image, list[Figure]]:
-    """An image and all figures in it: one or two on one tile, more on two tiles.
+    """Draw an image: one or two figures on one tile, more figures on two tiles.
 
     Args:
         rng (`np.random.Generator`): decides everything.
-        figures (`int`): at most so many.
+        figures (`int`): figures at most.
+
+    Returns:
+        the image, and all figures in it.
     """
     while True:
         count = int(rng.integers(1, figures + 1))
@@ -66,13 +69,13 @@ def _pick(rng: np.random.Generator, values):
 
 
 def _unique(figures: list[Figure], attribute: str) -> list[Figure]:
-    """Figures that nobody shares this attribute with."""
+    """The figures whose value of this attribute no other figure has."""
     values = [getattr(figure, attribute) for figure in figures]
     return [figure for figure, value in zip(figures, values, strict=True) if values.count(value) == 1]
 
 
 def _about_one(rng: np.random.Generator, figures: list[Figure]) -> tuple[str, str, str] | None:
-    """A question about one figure, named by an attribute it alone has: text, asked attribute, its value."""
+    """A question about one figure, named by an attribute only it has: text, attribute asked for, its value."""
     named = _pick(rng, ("shape", "colour"))
     candidates = _unique(figures, named)
     if not candidates:
@@ -110,12 +113,12 @@ def _yes_no(rng: np.random.Generator, figures: list[Figure]) -> Question:
     if rng.random() < 0.4:
         figure = _pick(rng, figures)
         colour, shape = figure.colour, figure.shape
-    else:  # as often no: half of these share one attribute with what is there
+    else:  # mostly "no"; half of these colours or shapes are those of a figure
         figure = _pick(rng, figures)
         colour = figure.colour if rng.random() < 0.4 else _pick(rng, COLOURS)
         shape = figure.shape if rng.random() < 0.4 else _pick(rng, SHAPES)
-    there = any(figure.colour == colour and figure.shape == shape for figure in figures)
-    return Question("yes_no", f"Is there a {colour} {shape}? {YES_NO_PROMPT}", "Yes" if there else "No")
+    exists = any(figure.colour == colour and figure.shape == shape for figure in figures)
+    return Question("yes_no", f"Is there a {colour} {shape}? {YES_NO_PROMPT}", "Yes" if exists else "No")
 
 
 def _count(rng: np.random.Generator, figures: list[Figure]) -> Question:
@@ -132,16 +135,16 @@ def _number(figures: list[Figure], attribute: str, value: str) -> int:
 
 
 def plural(shape: str) -> str:
-    """Several of a shape."""
+    """Return the plural of a shape."""
     return shape + ("es" if shape == "cross" else "s")
 
 
 def _reason(rng: np.random.Generator, figures: list[Figure]) -> Question:
-    there = sorted({figure.shape for figure in figures})
-    first = _pick(rng, there) if rng.random() < 0.8 else _pick(rng, SHAPES)
+    drawn = sorted({figure.shape for figure in figures})
+    first = _pick(rng, drawn) if rng.random() < 0.8 else _pick(rng, SHAPES)
     second = _pick(rng, [shape for shape in SHAPES if shape != first])
-    if len(there) > 1 and rng.random() < 0.6:
-        second = _pick(rng, [shape for shape in there if shape != first] or [second])
+    if len(drawn) > 1 and rng.random() < 0.6:
+        second = _pick(rng, [shape for shape in drawn if shape != first] or [second])
     if rng.random() < 0.5:
         first, second = second, first
     a, b = (_number(figures, "shape", shape) for shape in (first, second))
@@ -158,8 +161,8 @@ def _describe(rng: np.random.Generator, figures: list[Figure]) -> Question:
         values = (figure.colour, figure.shape, figure.texture, figure.size)
         return [known.index(value) for known, value in zip(order, values, strict=True)]
 
-    told = [f"a {f.size} {f.colour} {f.texture} {f.shape}" for f in sorted(figures, key=place)]
-    answer = ", ".join(told) + "."
+    parts = [f"a {f.size} {f.colour} {f.texture} {f.shape}" for f in sorted(figures, key=place)]
+    answer = ", ".join(parts) + "."
     return Question("describe", DESCRIBE_PROMPT, answer[0].upper() + answer[1:])
 
 
@@ -171,18 +174,19 @@ KINDS: dict[str, Callable[[np.random.Generator, list[Figure]], Question | None]]
     "reasoning": _reason,
     "describe": _describe,
 }
-# Length of the answer that is asked for, in tokens: letters and yes or no as in the paper's settings.
+# Token positions for an answer: for letters and yes or no as in the paper's settings.
 SLOTS = {"choice": 2, "yes_no": 2, "count": 4, "open": 8, "reasoning": 32, "describe": 32}
-BLOCKS = {"reasoning": 1}  # block length, likewise: steps are said one after the other; other answers are one block
+BLOCKS = {"reasoning": 1}  # block length: reasoning is decoded token by token, other answers are one block
 
 
 def ask(rng: np.random.Generator, figures: list[Figure], kind: str | None = None) -> Question:
-    """A question about these figures, of this kind or any.
+    """Ask a question about the figures of an image.
 
     Args:
         rng (`np.random.Generator`): decides everything.
-        figures (`list[Figure]`): all of the image.
-        kind (`str`, *optional*): a key of [`KINDS`]; another is asked if it cannot be.
+        figures (`list[Figure]`): all figures of the image.
+        kind (`str`, *optional*): a key of [`KINDS`]; default: any kind. If the figures allow no question of this kind,
+            the question is of another kind.
     """
     while True:
         question = KINDS[kind or _pick(rng, KINDS)](rng, figures)
@@ -192,7 +196,7 @@ def ask(rng: np.random.Generator, figures: list[Figure], kind: str | None = None
 
 
 def is_right(question: Question, said: str) -> bool:
-    """Whether an answer is right: the letter, word or number and nothing else; of a reasoned answer its last word."""
+    """Whether an answer is right: exactly the letter, word or number; for a reasoned answer only its last word."""
     answers = [text.strip().rstrip(".").lower() for text in (said, question.answer)]
     if question.kind == "reasoning":
         answers = [text.split()[-1] if text else "" for text in answers]

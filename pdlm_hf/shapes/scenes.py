@@ -1,9 +1,9 @@
-"""Drawn images with region masks, and captions worded in many ways.
+"""Synthetic scenes with region masks, and captions in many wordings.
 
-An image holds up to six figures, each with a size, a colour, a texture and a shape; they may touch and overlap. Its
-size and aspect ratio vary, so that it is cut into 1 to 6 tiles. A caption is true if it is a sentence of this domain
-and all four attributes are the region's. Sentences differ in pattern, order and synonyms, so that the words of one
-caption depend on each other: writing all of them in a single step mixes sentences and fails.
+An image has up to six figures, each with a size, a colour, a texture and a shape; they may touch and overlap. Size and
+aspect ratio of the images vary, so that they have 1 to 6 tiles. A caption is true if it is a sentence of this domain
+and all four attributes are those of the region. Sentences differ in pattern, order and synonyms, so that the words of
+a caption depend on each other: a model that writes all of them in a single step mixes sentences and fails.
 """
 
 import math
@@ -30,9 +30,9 @@ COLOURS = {
     "white": (245, 245, 245),
     "black": (22, 22, 22),
 }
-# colour of stripes and dots, where it is not nearly black; grey on black and white, so that they stay told apart
+# colour of stripes and dots that are not nearly black; grey on black and white, so that these stay distinct
 ACCENTS = {"black": (150, 150, 150), "white": (120, 120, 120), "blue": (235, 235, 235), "purple": (235, 235, 235)}
-# attribute -> value -> words that may express it
+# attribute -> value -> words for it
 WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "size": {"small": ("small", "little"), "large": ("large", "big")},
     "colour": {name: (name,) for name in COLOURS},
@@ -85,13 +85,13 @@ class Scene:
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """What can be drawn, and how it is called.
+    """The figures that can be drawn, and the words for them.
 
     Args:
-        words (`dict`): attribute ("size", "colour", "texture", "shape") -> value -> words that may express it. The
+        words (`dict`): attribute ("size", "colour", "texture", "shape") -> value -> words for it. The
             sizes are "small" and "large".
         patterns (`tuple[str, ...]`): sentences with a place for every attribute.
-        colours, accents (`dict`): RGB of every colour, and of its stripes and dots where they are not nearly black.
+        colours, accents (`dict`): RGB of every colour, and of its stripes and dots if these are not nearly black.
         outline (`Callable`): (shape, x, y, radius) -> polygons.
         texture (`Callable`): (drawing, texture, width, height, period, phase, accent) draws stripes, dots and so on.
     """
@@ -105,7 +105,7 @@ class Domain:
 
 
 def describe(figure: Figure, rng: np.random.Generator, easy: bool = False, domain: Domain | None = None) -> str:
-    """A true caption, worded at random; `easy`: always in the same words."""
+    """Write a true caption in random words; `easy`: always in the same words."""
     domain = domain or SHAPES_DOMAIN
     if easy:
         return domain.patterns[0].format(**vars(figure))
@@ -129,7 +129,7 @@ def _grammar(domain: Domain) -> list[tuple[re.Pattern, dict[str, dict[str, str]]
 
 
 def read(caption: str, domain: Domain | None = None) -> Figure | None:
-    """The attributes a caption states, or None if it is no sentence of this domain."""
+    """Return the attributes that a caption states, or None if it is no sentence of this domain."""
     for pattern, value_of in _grammar(domain or SHAPES_DOMAIN):
         if match := pattern.fullmatch(caption):
             return Figure(**{attribute: value_of[attribute][word] for attribute, word in match.groupdict().items()})
@@ -199,14 +199,14 @@ def draw_scene(
     easy: bool = False,
     domain: Domain = SHAPES_DOMAIN,
 ) -> Scene:
-    """A random image with 1 to 6 described figures, possibly beside others that are not.
+    """Draw a random image with 1 to 6 described figures, and perhaps others that are not described.
 
     Args:
         rng (`np.random.Generator`): decides everything.
-        layout_rng (`np.random.Generator`, *optional*): decides number of figures and grid instead; images that
-            share its state fit well into one batch.
+        layout_rng (`np.random.Generator`, *optional*): decides the number of figures and the grid instead; images
+            drawn from the same state fit well into one batch.
         easy (`bool`): one tile, one or two described figures.
-        domain (`Domain`): what there is to draw.
+        domain (`Domain`): the figures and words.
     """
     while True:
         count, (columns, rows) = _choose_layout(layout_rng or rng, easy)
@@ -226,14 +226,14 @@ def draw_scene(
 def paint(
     rng: np.random.Generator, width: int, height: int, scale: float, count: int, domain: Domain = SHAPES_DOMAIN
 ) -> Scene:
-    """At most `count` figures on a plain ground; fewer where there is no room.
+    """Draw figures on a plain background.
 
     Args:
         rng (`np.random.Generator`): decides everything.
-        width, height (`int`): of the image, in pixels.
+        width, height (`int`): size of the image in pixels.
         scale (`float`): pixels per pixel of a tile.
-        count (`int`): figures to draw.
-        domain (`Domain`): what there is to draw.
+        count (`int`): number of figures; fewer are drawn if there is no room.
+        domain (`Domain`): the figures and words.
     """
     grey = rng.integers(105, 175)
     background = tuple(int(x) for x in np.clip(grey + rng.integers(-14, 15, 3), 0, 255))
@@ -260,7 +260,7 @@ def paint(
         mask = np.asarray(stencil) > 0
         visible = [old & ~mask for old in masks]
         if any(v.sum() < 0.8 * area for v, area in zip(visible, areas, strict=True)):
-            continue  # would hide too much of an earlier figure
+            continue  # it would hide too much of an earlier figure
         image.paste(_fill(figure, width, height, scale, rng.random(), domain), (0, 0), stencil)
         masks = [*visible, mask]
         areas.append(int(mask.sum()))

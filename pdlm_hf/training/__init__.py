@@ -1,4 +1,4 @@
-"""What a transformers `Trainer` needs to train this model on regions or conversations."""
+"""Train this model with a transformers `Trainer`: batches with noise from regions or conversations."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Rows of images, regions and captions (or conversations) -> training batches with their noise."""
+"""Make training batches with noise from images with captioned regions, or from conversations."""
 
 import math
 import random
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..diffusion_pdlm import NOISE_FLOOR, noise_probability
-from ..errors_pdlm import DataError
+from ..errors_pdlm import DataError, SettingError
 from ..image_processing_pdlm import to_rgb
 from ..processing_pdlm import PdlmProcessor, area_order
 from ..prompts_pdlm import CAPTION, END_OF_TURN
@@ -17,16 +17,17 @@ from ..tiling_pdlm import num_tiles
 
 
 def partition_regions(num_regions: int, num_prompts: int, index: int, epoch: int) -> list[list[int]]:
-    """Split the regions of an image into groups that fit one pass, as the reference does: shuffled, nearly equal.
+    """Split the regions of an image into groups that fit one forward pass, as the reference does: shuffled, of nearly
+    equal size.
 
     Args:
-        num_regions (`int`): regions of the image.
-        num_prompts (`int`): region prompts P; groups hold about (1 + P) / 2 regions.
-        index (`int`): number of the image in the data set.
-        epoch (`int`): the grouping changes with it.
+        num_regions (`int`): number of regions of the image.
+        num_prompts (`int`): number P of region prompts; groups hold about (1 + P) / 2 regions.
+        index (`int`): position of the image in the data set.
+        epoch (`int`): number of the epoch; the groups change with it.
 
     Returns:
-        `list[list[int]]`: region indices of every group.
+        `list[list[int]]`: positions of the regions of every group.
     """
     num_groups = max(1, math.ceil(num_regions / ((1 + num_prompts) / 2)))
     order = list(range(num_regions))
@@ -41,28 +42,31 @@ def partition_regions(num_regions: int, num_prompts: int, index: int, epoch: int
 
 
 class PdlmCollator:
-    """Turns rows into a batch with labels and noise as the reference does (docs/quirks.md#q7, docs/quirks.md#q16).
+    """Makes a batch with labels and noise from rows, as the reference does (docs/quirks.md#q7, docs/quirks.md#q16).
 
     A row is `{"image": image, "regions": [{"mask": (H, W), "caption": str}, ...], "question": str (optional)}` for
     regions, or `{"images": [...], "messages": [{"role", "content"}, ...]}` for the base model.
 
-    Random numbers are drawn in the reference's order: t per sample, then one uniform number per token (and the same
-    again plus the replacement tokens in replacement mode). Where every row brings a "seed", each draws its own noise,
-    slots and prompt ids from it, whatever was drawn before and whichever rows share its batch: a resumed run repeats
-    itself, and several processes compute what one does with all their rows.
+    Random numbers are drawn in the reference's order: t per sample, then one uniform number per token (in replacement
+    mode the same again, and the replacement tokens). If every row has a "seed", the noise, slots and prompt ids of a
+    row depend on its seed only, not on earlier batches or on the other rows of its batch: a resumed run draws the same
+    numbers, and so do several processes that share the rows of one.
 
     Args:
-        processor (`PdlmProcessor`): of the checkpoint.
-        num_slots (`int` or `tuple[int, int]`, *optional*): write every caption into this many slots, padded with
-            end-of-turn, which is the layout at inference; only the slots are labelled. A pair is a range to draw from
-            for every batch, or for every row where rows have seeds. None: the reference's layout, captions at their
-            own length, everything behind the assistant header labelled.
+        processor (`PdlmProcessor`): the checkpoint's processor.
+        num_slots (`int` or `tuple[int, int]`, *optional*): write every caption into this many token positions (slots),
+            padded with end-of-turn, as at inference; only the slots are labelled. A pair is a range, from which every
+            batch draws, or every row if rows have seeds. None: the reference's layout, in which captions have their
+            own length and everything behind the assistant header is labelled.
         noise_floor (`float`): lowest masking probability; 1e-3 in the reference.
         prompt_ids (`str`): "random": any of the P region prompts, as the reference trains; "ordered": 0, 1, 2, ... as
             at inference.
         replacement_noise (`bool`): also draw `replacement_ids` (for `replacement_noise_mode`).
         vocab_size (`int`, *optional*): rows of the embedding; needed for replacement noise.
         generator (`torch.Generator`, *optional*): for repeatable noise.
+
+    Raises:
+        SettingError: `prompt_ids` has another value, or replacement noise is asked for without `vocab_size`.
     """
 
     def __init__(
@@ -76,9 +80,9 @@ class PdlmCollator:
         generator: torch.Generator | None = None,
     ):
         if prompt_ids not in ("random", "ordered"):
-            raise DataError(f'`prompt_ids` must be "random" or "ordered", got {prompt_ids!r}.')
+            raise SettingError(f'`prompt_ids` must be "random" or "ordered", got {prompt_ids!r}.')
         if replacement_noise and vocab_size is None:
-            raise DataError("`replacement_noise` needs `vocab_size`.")
+            raise SettingError("`replacement_noise` needs `vocab_size`.")
         self.processor = processor
         self.num_slots = num_slots
         self.noise_floor = noise_floor
@@ -88,7 +92,13 @@ class PdlmCollator:
         self.generator = generator
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Encode the rows, pad them on the right and draw their noise."""
+        """Encode rows, pad them on the right and draw their noise.
+
+        Raises:
+            DataError: a row has too many regions, or a caption does not fit.
+            RegionError: a mask is empty or has another size than its image.
+            SettingError: a caption has special tokens.
+        """
         generators = None
         if all("seed" in row for row in rows):
             generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
@@ -99,7 +109,7 @@ class PdlmCollator:
         return batch | (self._row_noise(encoded, generators) if generators else self.noise(batch["labels"]))
 
     def _row_noise(self, encoded: list[dict[str, Any]], generators: list[torch.Generator]) -> dict[str, torch.Tensor]:
-        """[`noise`] of every row by itself, over its own length, so that padding does not shift what it draws."""
+        """Draw the [`noise`] of each row separately, over its own length, so that it does not depend on padding."""
         labels = [torch.tensor([row["labels"]]) for row in encoded]
         drawn = [self.noise(row, generator) for row, generator in zip(labels, generators, strict=True)]
         noise = {"mask_probability": torch.cat([row["mask_probability"] for row in drawn])}
@@ -110,14 +120,24 @@ class PdlmCollator:
         return noise
 
     def slots(self, generator: torch.Generator | None) -> int | None:
-        """Slots of a caption: the setting, or drawn from its range."""
+        """Return the number of token positions of a caption: the setting, or a number drawn from its range."""
         if not isinstance(self.num_slots, tuple):
             return self.num_slots
         low, high = self.num_slots
         return int(torch.randint(low, high + 1, (), generator=generator))
 
     def encode_regions(self, row: dict[str, Any], num_slots: int | None = None) -> dict[str, Any]:
-        """One image with captioned regions, without noise. Raises: DataError on a bad mask or caption."""
+        """Encode one image with captioned regions, without noise.
+
+        Args:
+            row (`dict`): see [`PdlmCollator`].
+            num_slots (`int`, *optional*): token positions per caption.
+
+        Raises:
+            DataError: there are too many regions, or a caption does not fit.
+            RegionError: a mask is empty or has another size than the image.
+            SettingError: a caption has special tokens.
+        """
         image = to_rgb(row["image"])
         masks = self.processor.binary_masks(image, [region["mask"] for region in row["regions"]])
         limit = self.processor.image_processor.num_region_prompts
@@ -139,7 +159,19 @@ class PdlmCollator:
         return encoded
 
     def answer(self, captions: list[str], num_slots: int | None) -> tuple[list[int], list[int]]:
-        """Ids and labels of the caption blocks, in the order of the regions."""
+        """Encode captions, in the order of the regions.
+
+        Args:
+            captions (`list[str]`): the captions.
+            num_slots (`int`, *optional*): token positions per caption.
+
+        Returns:
+            ids and labels of the caption blocks.
+
+        Raises:
+            DataError: a caption has more tokens than positions.
+            SettingError: a caption has special tokens.
+        """
         tokenizer = self.processor.tokenizer
         for k, caption in enumerate(captions):
             self.processor.refuse_specials(caption, f"caption of region {k}")
@@ -156,8 +188,8 @@ class PdlmCollator:
             tokens = tokenizer(caption, add_special_tokens=False)["input_ids"]
             if len(tokens) > num_slots:
                 raise DataError(
-                    f"caption of region {k} has {len(tokens)} tokens, more than the {num_slots} slots. Shorten it or "
-                    f"raise `num_slots`: {caption[:60]!r}"
+                    f"caption of region {k} has {len(tokens)} tokens, more than the {num_slots} positions. Shorten it "
+                    f"or raise `num_slots`: {caption[:60]!r}"
                 )
             slots = tokens + [end] * (num_slots - len(tokens))
             close = [end] if k == len(captions) - 1 else newline
@@ -166,10 +198,12 @@ class PdlmCollator:
         return ids, labels
 
     def encode_chat(self, row: dict[str, Any], num_slots: int | None = None) -> dict[str, Any]:
-        """One conversation, without noise; the assistant's turns and their end-of-turn are labelled.
+        """Encode one conversation, without noise. The assistant's turns and their end-of-turn tokens are labelled.
 
-        With `num_slots` the prompt is that of inference, and the last answer is written into so many slots (or more,
-        if it needs them), padded with end-of-turn.
+        Args:
+            row (`dict`): see [`PdlmCollator`].
+            num_slots (`int`, *optional*): the prompt is then that of inference, and the last answer takes at least
+                this many token positions, padded with end-of-turn.
         """
         processor = self.processor
         images = [to_rgb(image) for image in row.get("images", [])]
@@ -208,7 +242,7 @@ class PdlmCollator:
         """Draw a noise level per row and mask labelled tokens with its probability.
 
         Args:
-            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 where nothing is learned.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 for tokens without label.
             generator (`torch.Generator`, *optional*): default: the collator's.
 
         Returns:
@@ -228,6 +262,12 @@ class PdlmCollator:
 
 
 def region_rows(image: Any, masks: list[np.ndarray], captions: list[str]) -> dict[str, Any]:
-    """A row for [`PdlmCollator`]."""
+    """Make a row for [`PdlmCollator`].
+
+    Args:
+        image: PIL image, array or tensor.
+        masks (`list[np.ndarray]`): masks of shape (H, W).
+        captions (`list[str]`): the captions, in the same order.
+    """
     regions = [{"mask": mask, "caption": caption} for mask, caption in zip(masks, captions, strict=True)]
     return {"image": image, "regions": regions}

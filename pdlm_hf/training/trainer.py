@@ -1,4 +1,4 @@
-"""What a transformers `Trainer` needs to train this model."""
+"""Additions to transformers' `Trainer`."""
 
 import time
 from collections.abc import Sized
@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerCallback
 
 
 class InOrderTrainer(Trainer):
-    """Keeps the order of the data set, which is drawn at random or planned already."""
+    """A Trainer that keeps the order of the data set, for data sets that are drawn at random or planned."""
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -16,7 +16,7 @@ class InOrderTrainer(Trainer):
 
 
 class Clock(TrainerCallback):
-    """Seconds of training so far, kept with the state so that they add up over restarts."""
+    """Logs the seconds of training as `elapsed`, which add up over restarts."""
 
     def __init__(self):
         self.start = time.perf_counter()
@@ -27,5 +27,5 @@ class Clock(TrainerCallback):
         self.start = time.perf_counter() - (before[-1] if before else 0)
 
     def on_log(self, args, state, control, **kwargs):
-        """Note the seconds beside the loss."""
+        """Add the seconds to the log entry."""
         state.log_history[-1]["elapsed"] = round(time.perf_counter() - self.start, 1)

@@ -442,7 +442,7 @@ def test_progress(capsys):
     assert "2/4 images" in said and "0.50 images/s, 1.50 regions/s" in said and "1 faults" in said
     line = str(Counts(2, 6, 3, 1, 0, 0, 2, 4.0))
     assert line == (
-        "6 regions of 2 images captioned (0.50 images/s, 1.50 regions/s); 3 regions there before; "
+        "6 regions of 2 images captioned (0.50 images/s, 1.50 regions/s); 3 regions captioned before; "
         "1 image cannot be read; 2 empty captions"
     )
 
@@ -549,7 +549,11 @@ def test_a_server_that_gives_up_and_one_that_refuses(tmp_path, near):
     with RegionCaptionServer(lambda number, body: 400 if number > 4 else None) as server:
         result, rows = serve(tmp_path, server, code=2)
         assert "run again to resume" in result.stderr and len(rows) >= 4
-    for fault, message in ((404, "does not know"), (401, "wants a key"), (400, "refuses even a small request: Error code: 400")):
+    for fault, message in (
+        (404, "does not know"),
+        (401, "wants a key"),
+        (400, "refuses even a small request: Error code: 400"),
+    ):
         with RegionCaptionServer(lambda number, body, fault=fault: fault) as server:
             result, _ = serve(tmp_path, server, code=2)
             assert message in result.stderr and "Traceback" not in result.output

@@ -20,7 +20,7 @@ def test_metadata_and_text(tmp_path):
     for part in (
         "# A title",
         "What it is.",
-        "## Data\n\nNot said.",
+        "## Data\n\nNot given.",
         "## Scores\n\nScored.",
         "## Training\n\nTrained.",
     ):

@@ -75,7 +75,7 @@ def test_range_of_slots(processor, rows):
 
 def test_too_long_a_caption_is_refused(processor):
     with pytest.raises(
-        ValueError, match=r"caption of region 0 has \d+ tokens, more than the 3 slots. .*'far too long"
+        ValueError, match=r"caption of region 0 has \d+ tokens, more than the 3 positions. .*'far too long"
     ):
         PdlmCollator(processor, num_slots=3)([row(0, ["far too long for three slots"])])
 

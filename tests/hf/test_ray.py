@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from pdlm_hf.batch.dataset import open_data
 from pdlm_hf.batch.run import BatchFiles, run_batch
 from pdlm_hf.cli.main import app
+from pdlm_hf.errors_pdlm import ServerError
 from pdlm_hf.regions.files import read_rows
 
 # Before Ray is imported: everything on 127.0.0.1, nothing told to anybody, no log of what is killed on purpose.
@@ -134,7 +135,7 @@ def lose_a_machine(folder, monkeypatch, images):
 @pytest.mark.slow
 def test_a_machine_is_lost(tmp_path, monkeypatch):
     rows, told = lose_a_machine(tmp_path, monkeypatch, 45)
-    assert len(told) >= 1 and "going on with the" in told[0]
+    assert len(told) >= 1 and "continuing with the remaining" in told[0]
     expected, _ = batch(tmp_path, "local.jsonl", code=None)
     assert_the_same(rows, expected)
 
@@ -159,7 +160,7 @@ def test_a_image_that_ends_every_captioner(tmp_path, monkeypatch):
         monkeypatch.setattr(ray_engine, "_BARREN_ROUNDS", 3)
         engine = ray_engine.RayEngine(ray_engine.CaptionerSettings(None, "default", 1, None, SETTINGS))
         files = BatchFiles(tmp_path / "out.jsonl", {"model": "shapes"})
-        with pytest.raises(ConnectionError, match=r"ended 3 times without an answer .* 1 images are left, 4\.png"):
+        with pytest.raises(ServerError, match=r"ended 3 times without an answer .* 1 images are left, 4\.png"):
             run_batch(data, lambda: engine, files)
     rows = list(read_rows(tmp_path / "out.jsonl"))
     assert {row["image_id"] for row in rows} == set(range(8)) - {4} and len(rows) == 7

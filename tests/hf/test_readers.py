@@ -196,7 +196,7 @@ def test_yolo(tmp_path):
         ("0 0.5 0.5 0.2 0.2\n0 a b c d", "line 2: expected"),
         ("0 0.1 0.2 0.3 0.4 0.5 0.6 0.7", "line 1: expected"),
         ("0 nan 0.2 0.3 0.4", "line 1: expected"),
-        ("0 12 40 30 20", r"line 1: YOLO has fractions of the image.*pixels"),
+        ("0 12 40 30 20", r"line 1: expected fractions of the image.*pixels"),
     ],
 )
 def test_yolo_that_is_none(tmp_path, text, message):
@@ -235,7 +235,7 @@ def test_label_map_that_is_none(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             from_label_map(value)
-    with pytest.raises(ValueError, match="JPEG changes labels"):
+    with pytest.raises(ValueError, match="JPEG changes the labels"):
         read_region_file(tmp_path / "a.jpg", "a.jpg", WIDTH, HEIGHT)
     with pytest.raises(ValueError, match="no such file"):
         read_region_file(tmp_path / "a.png", "a.jpg", WIDTH, HEIGHT)

@@ -1,1 +1,1 @@
-"""How the embedded checkpoints were trained."""
+"""Train and release the embedded checkpoints."""

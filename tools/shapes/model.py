@@ -1,4 +1,4 @@
-"""The tiny checkpoint's tokenizer, processor and model, before training. Same classes as the 8B, other sizes."""
+"""Build the tiny checkpoints' tokenizer, processor and model before training: classes of the 8B, other sizes."""
 
 import json
 from typing import TypeVar
@@ -54,11 +54,11 @@ def _questions() -> list[str]:
 
 
 def build_tokenizer(vocab_size: int = 512, corpus: list[str] | None = None) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that writes the words of the shapes data set as single tokens, and any other text in bytes.
+    """Train a byte-level BPE in which words of the shapes data set are single tokens, and other text is bytes.
 
     Args:
-        vocab_size (`int`): 256 bytes and at most this many tokens in all, special tokens not counted.
-        corpus (`list[str]`, *optional*): what it learns its words from; default: captions.
+        vocab_size (`int`): tokens at most, including the 256 bytes, but not the special tokens.
+        corpus (`list[str]`, *optional*): texts to learn the words from; default: captions.
     """
     corpus = _captions() if corpus is None else corpus
     tokenizer = Tokenizer(models.BPE())
@@ -83,7 +83,7 @@ def build_tokenizer(vocab_size: int = 512, corpus: list[str] | None = None) -> P
 
 
 def build_processor() -> PdlmProcessor:
-    """Processor of the tiny checkpoint: tiles of 64 pixels, 16 image tokens each, 16 RoI tokens a region."""
+    """Build the processor of the region checkpoint: tiles of 64 pixels, 16 tokens per tile and per region."""
     image_processor = PdlmImageProcessorPil(
         size={"height": TILE, "width": TILE}, patch_size=PATCH, num_region_prompts=MAX_REGIONS
     )
@@ -93,7 +93,7 @@ def build_processor() -> PdlmProcessor:
 
 
 def build_base_processor() -> PdlmProcessor:
-    """Processor of the tiny base checkpoint: the same tiles, no regions, the words of the questions."""
+    """Build the processor of the base checkpoint: the same tiles, no regions, the words of the questions."""
     image_processor = PdlmImageProcessorPil(
         size={"height": TILE, "width": TILE}, patch_size=PATCH, num_region_prompts=0
     )
@@ -102,7 +102,7 @@ def build_base_processor() -> PdlmProcessor:
 
 
 def build_config(processor: PdlmProcessor, prefix_attention: str = "full", **overrides) -> PdlmConfig:
-    """Sizes of the tiny checkpoint; head size 32 in both towers."""
+    """Make the configuration of the tiny checkpoint; the head size is 32 in both towers."""
     ids = special_token_ids(json.loads(processor.tokenizer.backend_tokenizer.to_str()), MAX_REGIONS)
     return PdlmConfig(
         **{
@@ -135,9 +135,9 @@ def build_config(processor: PdlmProcessor, prefix_attention: str = "full", **ove
 
 
 def build_model(processor: PdlmProcessor, prefix_attention: str = "full", **overrides) -> PdlmForConditionalGeneration:
-    """The tiny model with random weights."""
+    """Build the tiny region model with random weights."""
     model = _unit_scale(PdlmForConditionalGeneration(build_config(processor, prefix_attention, **overrides)))
-    init.normal_(model.model.region_embedding.weight, std=0.3)  # less than what a patch looks like
+    init.normal_(model.model.region_embedding.weight, std=0.3)  # less than the scale of a patch's embedding
     model.generation_config = PdlmGenerationConfig(max_new_tokens=32, max_denoising_steps=32)
     return model
 
@@ -145,14 +145,14 @@ def build_model(processor: PdlmProcessor, prefix_attention: str = "full", **over
 def build_base_model(
     processor: PdlmProcessor, start: PdlmForConditionalGeneration, vocabulary: dict[str, int]
 ) -> PdlmBaseForConditionalGeneration:
-    """The tiny base model before training: what a region checkpoint sees and says, and two layers more to reason in.
+    """Build the tiny base model from a region checkpoint, with two more layers for reasoning.
 
-    From random weights it learns to write answers, not to look: the words come first, and the images never.
+    From random weights the model learns to write answers, but never to look at the images.
 
     Args:
         processor (`PdlmProcessor`): from [`build_base_processor`].
-        start (`PdlmForConditionalGeneration`): region checkpoint; its vision tower, projector and layers are copied.
-        vocabulary (`dict[str, int]`): of its tokenizer; words that both know keep their embedding.
+        start (`PdlmForConditionalGeneration`): region checkpoint whose vision tower, projector and layers are copied.
+        vocabulary (`dict[str, int]`): vocabulary of its tokenizer; words of both vocabularies keep their embedding.
     """
     config = build_config(processor, num_region_prompts=0, region_token_ids=[], caption_token_ids=[])
     config.text_config.num_hidden_layers = start.config.text_config.num_hidden_layers + 2
@@ -171,15 +171,15 @@ def build_base_model(
     ):
         mine.weight.data[ours] = other.weight.data[theirs]
     for layer in model.model.language_model.layers[start.config.text_config.num_hidden_layers :]:
-        layer.self_attn.o_proj.weight.data.zero_()  # new layers begin by changing nothing
+        layer.self_attn.o_proj.weight.data.zero_()  # new layers change nothing at first
         layer.mlp.down_proj.weight.data.zero_()
     model.generation_config = PdlmGenerationConfig(max_new_tokens=32)
     return model
 
 
 def _unit_scale(model: _Model) -> _Model:
-    # At this width the usual small embeddings (0.02 to 0.05) are a fraction of what the first layer adds to them: give
-    # tokens and image features unit scale.
+    # At this width the usual small embeddings (0.02 to 0.05) are small beside the output of the first layer: tokens
+    # and image features get unit scale.
     for weight in (model.get_input_embeddings().weight, model.model.multi_modal_projector.linear_2.weight):
         init.normal_(weight, std=1.0 if weight.shape[0] == model.config.text_config.vocab_size else 0.06)
     init.normal_(model.model.multi_modal_projector.linear_1.weight, std=0.05)

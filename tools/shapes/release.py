@@ -1,4 +1,4 @@
-"""Put a trained run into the package, with its score on held-out images beside it.
+"""Copy a trained run into the package, with its score on held-out images.
 
 python -m tools.shapes.release runs/isolated --count 1000
 python -m tools.shapes.release runs/full --count 500        # a base checkpoint; as many questions of each kind
@@ -47,7 +47,7 @@ def main(
 
 
 def write_shapes_card(folder: Path) -> None:
-    """Write the model card of a shipped checkpoint, from its `training.json`."""
+    """Write the model card of a released checkpoint from its `training.json`."""
     record = json.loads((folder / "training.json").read_text())
     report = record["held_out"]
     if regions := "by_regions" in report:
@@ -78,7 +78,7 @@ def write_shapes_card(folder: Path) -> None:
 
 def _regions(folder: Path, processor: PdlmProcessor, threshold: float) -> Any:
     model = PdlmForConditionalGeneration.from_pretrained(folder).eval()
-    # Its default is adaptive: a fixed schedule has to commit so many slots a step, certain or not.
+    # The default is adaptive decoding: a fixed schedule accepts a number of tokens per step, however uncertain.
     model.generation_config.acceptance_threshold = threshold
     model.generation_config.save_pretrained(folder)
     return lambda seed, count: evaluate.evaluate(model, processor, seed, count, show=True)

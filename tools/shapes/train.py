@@ -1,4 +1,4 @@
-"""Train the tiny checkpoint on drawn shapes.
+"""Train the tiny region checkpoint on synthetic scenes.
 
     train="python -m tools.shapes.train --threads 2"
     $train --out runs/vision --lesson vision --steps 4000 --batch-size 64 --learning-rate 3e-3
@@ -15,8 +15,8 @@
     $train --out runs/isolated4 --init runs/isolated3 $isolated --steps 700 --learning-rate 6e-4 --seed 3
     $train --out runs/isolated5 --init runs/isolated4 $isolated --steps 2400 --learning-rate 6e-4 --seed 5
 
-Started again with the same `--out`, it goes on from the last saved step. Images are drawn while it trains, none
-twice in a run; runs of the same lesson with the same seed see the same ones.
+With the same `--out` a stopped training is resumed from the last saved step. Images are drawn during training, none
+twice in a run; runs of the same lesson with the same seed draw the same images.
 """
 
 import json
@@ -41,7 +41,7 @@ SLOTS, EASY_SLOTS = (20, 32), (5, 9)  # caption lengths to train for
 
 
 def arguments(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int) -> TrainingArguments:
-    """Settings shared by training and ablations."""
+    """Make the arguments that training and ablations share."""
     return TrainingArguments(
         output_dir=str(out / "trainer"),
         per_device_train_batch_size=batch_size,
@@ -64,7 +64,7 @@ def arguments(out: Path, steps: int, batch_size: int, learning_rate: float, seed
 
 
 def save(model: PdlmForConditionalGeneration, processor: PdlmProcessor, out: Path, record: dict[str, Any]) -> None:
-    """Write the checkpoint folder and what made it; without the code, which the package has."""
+    """Write the checkpoint folder and its training record, without the code, which is in the package."""
     model.save_pretrained(out)
     processor.save_pretrained(out)
     for code in out.glob("*_pdlm.py"):
@@ -79,12 +79,12 @@ def save(model: PdlmForConditionalGeneration, processor: PdlmProcessor, out: Pat
 
 
 def run(trainer: Trainer, model, processor, out: Path, init: Path | None, command: str, steps: int, seed: int) -> None:
-    """Train from the last saved step on, and save with a record of how it was made.
+    """Train from the last saved step on, and save the checkpoint with a record of its training.
 
     Args:
-        trainer (`Trainer`), model, processor: ready to go.
-        out, init (`Path`): folder to write, and the checkpoint it started from.
-        command, steps, seed: for the record.
+        trainer (`Trainer`), model, processor: the trainer and its parts.
+        out, init (`Path`): the folder to write, and the checkpoint to start from.
+        command, steps, seed: values of the record.
     """
     trainer.add_callback(Clock())
     last = get_last_checkpoint(out / "trainer") if (out / "trainer").is_dir() else None
@@ -95,7 +95,7 @@ def run(trainer: Trainer, model, processor, out: Path, init: Path | None, comman
 
 
 def record_of(model, command: str, init: Path | None, steps: int, seed: int, seconds: float | None) -> dict[str, Any]:
-    """How a checkpoint was made, and how the one it started from."""
+    """Make the record of a checkpoint's training, including that of the checkpoint it started from."""
     return {
         "command": command + (f" --init {init.name}" if init else ""),
         "steps": steps,
@@ -107,26 +107,26 @@ def record_of(model, command: str, init: Path | None, steps: int, seed: int, sec
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write; training goes on where it stopped.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; a stopped training is resumed.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     prefix_attention: Annotated[str, typer.Option(help='"full" or "isolated".')] = "full",
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     lesson: Annotated[
         Literal["vision", "images", "words", "captions"],
-        typer.Option(help="To see: small images, then all. To say what is seen: small images, then all."),
+        typer.Option(help="vision, images: attributes of small, then all images. words, captions: their captions."),
     ] = "captions",
     linear_head: Annotated[
-        bool, typer.Option("--linear-head", help="vision, images: read the attributes off by one linear layer.")
+        bool, typer.Option("--linear-head", help="vision, images: classify attributes by one linear layer.")
     ] = False,
     freeze_vision: Annotated[
-        bool, typer.Option("--freeze-vision", help="Keep the vision tower and the region prompts as they are.")
+        bool, typer.Option("--freeze-vision", help="Do not train the vision tower and the region prompts.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, images and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
-    """Train, or go on training, and save."""
+    """Train, or resume training, and save."""
     torch.set_num_threads(threads)
     set_seed(seed)
     if init is None:

@@ -1,4 +1,4 @@
-"""Train the tiny base checkpoint on questions about drawn images.
+"""Train the tiny base checkpoint on questions about synthetic scenes.
 
     train="python -m tools.shapes.train_base --threads 2 --freeze-vision --batch-size 48"
     $train --out runs/easy --lesson easy --steps 2500
@@ -11,10 +11,11 @@
     $train --out runs/count --lesson count --init runs/longer --steps 3600 --seed 6 --learning-rate 8e-4
     $train --out runs/reason --lesson count --init runs/count --steps 3200 --seed 7 --learning-rate 6e-4
 
-To see, to say what is seen, to look up in lists, and then all of it at once: an answer by letter needs the word before
-the letter, and a letter that is wrong does not say which of the two was. The embedded checkpoint took a longer way,
-which its `training.json` has in full; these commands keep what helped, and have not been run from end to end. Started
-again with the same `--out`, a run goes on from its last saved step.
+The model learns to see, to name what it sees, to look words up in lists, and then all of it at once: to answer by
+letter it must find the word and then its letter, and a wrong letter does not tell which of the two failed. The
+training of the embedded checkpoint took more steps, which its `training.json` lists; these commands are the steps that
+helped, and have not been run from end to end. With the same `--out` a stopped training is resumed from the last saved
+step.
 """
 
 from collections import Counter
@@ -55,9 +56,9 @@ from .train import arguments, run
 from .train_lookup import LETTERS as OPTION_LETTERS
 from .train_lookup import STAGES, Batch, lookup_loss, stages
 
-# How often each kind is asked in a lesson. To look at what a question names is learned from whole descriptions of one
-# of two figures; a letter or a yes says too little about where to look, and is learned when that is there, sooner from
-# questions with several answers in one ("letters", "tally").
+# Share of each kind of question in a lesson. The model learns to look at the figure that a question names from whole
+# descriptions of one of two figures. A letter or a yes tells too little about where to look; these are learned later,
+# and sooner from questions with several answers in one ("letters", "tally").
 MIXED = {
     "choice": 0.24,
     "letters": 0.08,
@@ -85,29 +86,30 @@ LESSONS: dict[str, dict[str, float]] = {
     },
     "full": MIXED,
 }
-# Of the choices: letter with its text; the text alone; no image, only which letter a word has. Of all short answers:
-# the image in words, so that finding an answer and then its letter is learned from what is easy to read.
+# Shares of the choices that are answered by letter and text, by the text alone, or without image (which letter has
+# this word?). Share of all short answers with the image described in words, from which the model learns to find an
+# answer and its letter in text that is easy to read.
 WITH_TEXT, TEXT_ONLY, WORDS_ONLY, TOLD = 0.12, 0.12, 0.04, 0.1
-HARD = 0.5  # open questions and choices about size and texture asked again: colour and shape are confused soonest
+HARD = 0.5  # share of questions about size and texture drawn again: colour and shape are confused more often
 COUNTING = ("count", "tally", "reasoning")
-# Images to count in drawn again if no two figures are alike, questions asked again if not about what is alike: by
-# chance two of a kind are asked for too seldom to learn more of a number than whether there are any.
+# Share of images to count in that are drawn again if no two figures are alike, and of questions that are drawn again
+# if they are not about figures that are alike: otherwise the model rarely has to count beyond one.
 ALIKE, ASKED = 0.45, 0.6
-AGAIN = 0.3  # the same within a tally
+AGAIN = 0.3  # share of the same within a tally
 SHORT = ("choice", "yes_no", "open")
 Lesson = Literal["bind", "letters", "choose", "easy", "count", "full"]
 BY_LETTERS = (0.45, 0.2, 0.35)  # letters, words, both
 TALLY = 5  # kinds to count
-LISTS = 24  # rows a step
-LONGEST = 32  # slots
-OTHER_LENGTHS = 0.3  # share of questions trained with more slots than the benchmarks ask for
+LISTS = 24  # rows of lists per step
+LONGEST = 32  # token positions
+OTHER_LENGTHS = 0.3  # share of questions trained with more token positions than the benchmarks use
 
 
 class QuestionDataset(Dataset):
-    """Drawn images with a question, made on demand from (seed, index).
+    """Synthetic scenes with a question, drawn on demand from (seed, index).
 
     Args:
-        seed (`int`)
+        seed (`int`): seed of the set.
         length (`int`): number of questions.
         lesson (`str`): a key of [`LESSONS`]. "easy", "count": one or two figures on one tile; "full": up to four on
             two tiles; others: two.
@@ -155,14 +157,14 @@ class QuestionDataset(Dataset):
 
 
 def several(figures: list[Figure], kind: str) -> dict[str, int]:
-    """What there are several of, as a question of this kind names it, and how many: {"red figures": 2}."""
+    """Count the figures that are alike, under the names that a question of this kind uses: {"red figures": 2}."""
     shapes = Counter(plural(figure.shape) for figure in figures)
-    colours = Counter(f"{figure.colour} figures" for figure in figures if kind != "reasoning")  # it compares shapes
+    colours = Counter(f"{figure.colour} figures" for figure in figures if kind != "reasoning")  # compares shapes
     return {name: number for name, number in (shapes + colours).items() if number > 1}
 
 
 def tell(rng: np.random.Generator, figures: list[Figure]) -> Question | None:
-    """All about one figure, named by an attribute it alone has; None if there is no such figure."""
+    """Ask to describe one figure, named by an attribute that only it has; None if there is no such figure."""
     named = ("shape", "colour")[int(rng.integers(2))]
     values = [getattr(figure, named) for figure in figures]
     alone = [figure for figure in figures if values.count(getattr(figure, named)) == 1]
@@ -175,15 +177,15 @@ def tell(rng: np.random.Generator, figures: list[Figure]) -> Question | None:
 
 
 def by_letters(rng: np.random.Generator, figures: list[Figure]) -> Question | None:
-    """The same, answered from a list of words: by their letters, the words, or both. Four answers in one."""
+    """Ask the same, to be answered from a list of words by their letters, the words, or both: four answers in one."""
     question = tell(rng, figures)
     if question is None:
         return None
-    there = question.answer[2:-1].split()
-    others = [word for word in (*COLOURS, *SHAPES, *TEXTURES, *SIZES) if word not in there]
-    options = rng.permutation([*there, *rng.permutation(others)[: len(OPTION_LETTERS) - len(there)]]).tolist()
+    true = question.answer[2:-1].split()
+    others = [word for word in (*COLOURS, *SHAPES, *TEXTURES, *SIZES) if word not in true]
+    options = rng.permutation([*true, *rng.permutation(others)[: len(OPTION_LETTERS) - len(true)]]).tolist()
     lines = [f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, options, strict=True)]
-    right = [lines[options.index(word)] for word in there]
+    right = [lines[options.index(word)] for word in true]
     form, answer = (
         ("letters", "\n".join(line[0] for line in right)),
         ("words", question.answer),
@@ -194,11 +196,11 @@ def by_letters(rng: np.random.Generator, figures: list[Figure]) -> Question | No
 
 
 def tally(rng: np.random.Generator, figures: list[Figure]) -> Question:
-    """How many there are of some kinds: what counting and yes or no ask, several answers in one."""
-    names, numbers, there = [], [], list(several(figures, "tally").items())
+    """Ask for the numbers of several kinds of figures: several questions of counting or yes and no in one."""
+    names, numbers, alike = [], [], list(several(figures, "tally").items())
     for _ in range(TALLY):
-        if there and rng.random() < AGAIN:
-            name, number = there[int(rng.integers(len(there)))]
+        if alike and rng.random() < AGAIN:
+            name, number = alike[int(rng.integers(len(alike)))]
             names.append(name)
             numbers.append(number)
             continue
@@ -217,20 +219,20 @@ def _options(question: Question) -> dict[str, str]:
 
 
 def with_text(question: Question, letter: bool = True) -> Question:
-    """A choice that is answered by letter and text, what is seen and which letter it has side by side, or by text."""
+    """Change a choice so that its answer is letter and text, or the text alone."""
     text = question.text.replace(LETTER_PROMPT, f"Answer with the option's {'letter and ' * letter}text.")
     said = _options(question)[question.answer]
     return Question("choice", text, f"{question.answer}. {said}" if letter else said.capitalize() + ".")
 
 
 def words_only(question: Question) -> Question:
-    """A choice that needs no image: which letter a word has."""
+    """Change a choice so that it needs no image: which letter has this word?"""
     _, options = question.text.split("\n", 1)
     return Question("choice", f"Which is {_options(question)[question.answer]}?\n{options}", question.answer)
 
 
 def words_of(question: str, answer: str) -> list[tuple[int, str]]:
-    """The words that an answer's letters stand for, each with the place of its letter in the answer, in tokens."""
+    """Find the words behind the letters of an answer, each with the position of its letter in tokens."""
     options = {line[0]: line[3:] for line in question.split("\n") if line[1:3] == ". "}
     lines = answer.split("\n")
     if not all(line in options or line in (f"{letter}. {word}" for letter, word in options.items()) for line in lines):
@@ -240,10 +242,10 @@ def words_of(question: str, answer: str) -> list[tuple[int, str]]:
 
 
 class QuestionCollator(PdlmCollator):
-    """Adds `words`: at the place of each letter of an answer the id of the word it stands for, elsewhere -100."""
+    """Adds `words`: at the position of each letter of an answer the id of the word behind it, elsewhere -100."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Batch of [`PdlmCollator`], and its words."""
+        """Make the batch of [`PdlmCollator`], and its words."""
         batch = super().__call__(rows)
         words = torch.full_like(batch["labels"], -100)
         for row, out, labels in zip(rows, words, batch["labels"], strict=True):
@@ -257,11 +259,12 @@ class QuestionCollator(PdlmCollator):
 class QuestionTrainer(InOrderTrainer):
     """Adds two losses that letters need.
 
-    Before its last layer, which looks letters up, the model must know the word: a letter that is wrong says nothing
-    about how to find it. And lists to look up in keep that from being forgotten.
+    The first one trains the layer before the last to predict the word, since the last layer looks up its letter and a
+    wrong letter tells nothing about the word. The second one is that of lists, without which the model forgets how to
+    look a word up.
 
     Args:
-        batches (`list`): kinds of lists, of [`~lookup.stages`].
+        batches (`list`): kinds of lists, from [`~train_lookup.stages`].
     """
 
     def __init__(self, batches: list[Batch], **kwargs: Any):
@@ -270,7 +273,7 @@ class QuestionTrainer(InOrderTrainer):
         self.right: list[list[float]] = [[] for _ in batches]
 
     def compute_loss(self, model, inputs, *args: Any, **kwargs: Any):
-        """Loss of the questions; while training also that of the words of letters, and of the lists."""
+        """Compute the loss of the questions, in training with those of the words and of the lists."""
         inputs = dict(inputs)
         words, known = inputs.pop("words"), []
         language_model = model.model.language_model
@@ -293,7 +296,7 @@ class QuestionTrainer(InOrderTrainer):
         return out
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """What is right of the lists, beside the loss."""
+        """Log the share of right answers in the lists beside the loss."""
         if "loss" in logs and self.batches:
             logs["lists"] = " ".join(f"{np.mean(right):.3f}" for right in self.right)
             self.right = [[] for _ in self.batches]
@@ -301,27 +304,27 @@ class QuestionTrainer(InOrderTrainer):
 
 
 def told(question: Question, figures: list[Figure]) -> Question:
-    """The same question about the image in words."""
+    """Ask the same question with the image described in words."""
     said = " ".join(f"A {figure.size} {figure.colour} {figure.texture} {figure.shape}." for figure in figures)
     return Question(question.kind, f"{said}\n{question.text}", question.answer)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write; training goes on where it stopped.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; a stopped training is resumed.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 6000,
-    batch_size: Annotated[int, typer.Option(help="Questions a step.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Questions per step.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
-    start: Annotated[Path, typer.Option(help="Region checkpoint it starts from.")] = CHECKPOINT,
-    lesson: Annotated[Lesson, typer.Option(help="What is drawn and asked.")] = "easy",
-    freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="Keep the vision tower.")] = False,
+    start: Annotated[Path, typer.Option(help="Region checkpoint to start from, without --init.")] = CHECKPOINT,
+    lesson: Annotated[Lesson, typer.Option(help="Kinds of images and questions.")] = "easy",
+    freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="Do not train the vision tower.")] = False,
     lists: Annotated[
-        list[str] | None, typer.Option(help=f"Lists to look up in beside the questions: {', '.join(STAGES)}.")
+        list[str] | None, typer.Option(help=f"Lists to train on beside the questions: {', '.join(STAGES)}.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, images and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
-    """Train, or go on training, and save."""
+    """Train, or resume training, and save."""
     torch.set_num_threads(threads)
     set_seed(seed)
     if init is None:

@@ -1,13 +1,13 @@
-"""Teach the tiny base checkpoint to look things up in a list, before it is asked for letters.
+"""Train the tiny base checkpoint to look words up in a list, before the questions with letters.
 
     python -m tools.shapes.train_lookup --init runs/easy --out runs/lookup
 
-An answer by letter is found by looking a word up among the options. From questions this is learned too slowly: one
-letter an answer says little, and training stays at chance. Here a row is a list of pairs, then the same pairs in
-another order with one of each pair to fill in, so that a quarter of the tokens teach it. It is learned late and at
-once, after some 2300 steps, which is why the learning rate stays up. With it learned, other words, the form of
-options, and a question that names the word take a few hundred steps more. Questions about images alone make the
-model forget it again, so they are trained with [`lookup_loss`] beside theirs.
+To answer by letter, the model looks a word up among the options. Questions train this too slowly: they give one letter
+per answer, and training stays at chance. Here a row is a list of pairs, followed by the same pairs in another order
+with one of each pair hidden, so that a quarter of the tokens train it. The model learns it late and suddenly, after
+some 2300 steps; therefore the learning rate does not decay. Other words, the form of options, and a question that
+names the word then take a few hundred steps more. With questions about images alone the model forgets it again;
+therefore their training adds [`lookup_loss`].
 """
 
 import time
@@ -33,7 +33,7 @@ LETTERS = "ABCDEFGH"
 STAGES = ["words", "own words", "options", "asked"]
 Batch = Callable[[np.random.Generator, int], tuple[torch.Tensor, torch.Tensor]]
 WARMUP = 100  # steps of each stage
-ENOUGH = 0.92  # right of the last 100 steps; then the next stage begins
+ENOUGH = 0.92  # share of right answers in the last 100 steps that ends a stage
 
 
 def lookup_batch(
@@ -43,16 +43,16 @@ def lookup_batch(
     words: list[int],
     between: tuple[list[int], list[int]] = ([], []),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists to fill in.
+    """Draw lists with hidden words and letters.
 
     Args:
-        rng (`np.random.Generator`): decides the lists; what is hidden comes from torch's own.
-        rows (`int`)
-        letters, words (`list[int]`): ids.
-        between: ids between the two of a pair, and after a pair.
+        rng (`np.random.Generator`): decides the lists; torch's own generator decides which tokens are hidden.
+        rows (`int`): number of lists.
+        letters, words (`list[int]`): ids of letters and words.
+        between: ids between letter and word of a pair, and ids after a pair.
 
     Returns:
-        ids and what is hidden of them, `(rows, 2 * PAIRS * length of a pair)`.
+        ids, and which of them are hidden, `(rows, 2 * PAIRS * length of a pair)`.
     """
     middle, end = (np.tile(ids, (PAIRS, 1)).astype(int) for ids in between)
     lists = []
@@ -69,7 +69,7 @@ def lookup_batch(
 
 
 def tokens_of(processor: PdlmProcessor, options: bool) -> dict:
-    """Letters and words of the questions, and what is between them: nothing, or what is in a list of options."""
+    """Ids of the letters and words of the questions, and of what stands between them in a list (of options)."""
 
     def ids(text: str) -> list[int]:
         return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -85,15 +85,15 @@ def tokens_of(processor: PdlmProcessor, options: bool) -> dict:
 def asked_batch(
     rng: np.random.Generator, rows: int, processor: PdlmProcessor, words: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Questions without image: which letter a word has among some options.
+    """Draw questions without image: which letter has this word among some options?
 
     Args:
-        rng (`np.random.Generator`), rows (`int`)
-        processor (`PdlmProcessor`): writes the prompts.
-        words (`list[str]`): each one token.
+        rng (`np.random.Generator`), rows (`int`): decides everything; number of questions.
+        processor (`PdlmProcessor`): makes the prompts.
+        words (`list[str]`): words of one token.
 
     Returns:
-        as [`lookup_batch`]; the letter is hidden.
+        see [`lookup_batch`]; the letter is hidden.
     """
     tokenizer, number = processor.tokenizer, int(rng.integers(2, 7))
     texts, letters = [], []
@@ -113,7 +113,7 @@ def asked_batch(
 
 
 def lookup_loss(model: PdlmBaseForConditionalGeneration, ids: torch.Tensor, hidden: torch.Tensor):
-    """Cross entropy of what is hidden, and the share that is right."""
+    """Compute the cross entropy of the hidden tokens, and the share of right predictions."""
     shown = torch.where(hidden, model.config.mask_token_id, ids)
     logits = model(input_ids=shown, attention_mask=torch.ones_like(shown)).logits[hidden]
     return cross_entropy(logits, ids[hidden]), (logits.argmax(-1) == ids[hidden]).float().mean().item()
@@ -127,7 +127,11 @@ def train_stage(
     learning_rate: float,
     seed: int,
 ) -> int:
-    """Train on lists until enough is right. Returns: steps taken, at most `steps`."""
+    """Train on lists until the share of right answers is high enough.
+
+    Returns:
+        the number of steps taken, at most `steps`.
+    """
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     rng, right = np.random.default_rng(seed), []
@@ -148,11 +152,11 @@ def train_stage(
 
 
 def stages(processor: PdlmProcessor) -> dict[str, Batch]:
-    """The lists of each stage."""
+    """Make the functions that draw the lists of each stage."""
     options = tokens_of(processor, options=True)
     words = [processor.tokenizer.decode(token).strip() for token in options["words"]]
     return {
-        "words": partial(lookup_batch, letters=list(range(33, 41)), words=list(range(300, 320))),  # any will do
+        "words": partial(lookup_batch, letters=list(range(33, 41)), words=list(range(300, 320))),  # any ids
         "own words": partial(lookup_batch, **tokens_of(processor, options=False)),
         "options": partial(lookup_batch, **options),
         "asked": partial(asked_batch, processor=processor, words=words),
@@ -162,11 +166,11 @@ def stages(processor: PdlmProcessor) -> dict[str, Batch]:
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     init: Annotated[Path, typer.Option(help="Base checkpoint to start from.")],
-    stage: Annotated[list[str], typer.Option(help="Only these: words, own words, options, asked.")] = STAGES,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of a stage, at most.")] = 3000,
-    batch_size: Annotated[int, typer.Option(help="Lists a step.")] = 48,
+    stage: Annotated[list[str], typer.Option(help="Stages to train: words, own words, options, asked.")] = STAGES,
+    steps: Annotated[int, typer.Option(help="Optimiser steps per stage at most.")] = 3000,
+    batch_size: Annotated[int, typer.Option(help="Lists per step.")] = 48,
     learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of lists and gaps.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the lists and of the hidden tokens.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """Train, and save."""

@@ -1,7 +1,7 @@
-"""The vision tower's own lesson: name every attribute of a region from its RoI tokens, without the language model.
+"""Pretrain the vision tower: classify every attribute of a region from its RoI tokens, without the language model.
 
-The 8B starts from SigLIP2, which has seen the domain before it meets a language model. The tiny tower starts from
-nothing, and through generated words alone it learns shapes very slowly.
+The 8B starts from the pretrained SigLIP2. The tiny tower starts from random weights, and from captions alone it learns
+shapes very slowly.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from pdlm_hf.shapes.scenes import WORDS, read
 
 
 class AttributeCollator:
-    """Rows of `ShapesDataset` -> inputs of the vision side, and the values of every region's attributes.
+    """Makes the inputs of the vision tower and the attributes of every region from rows of `ShapesDataset`.
 
     `attributes` has shape `(regions of all images, 4)`: indices into the values of each attribute in `WORDS`.
     """
@@ -26,7 +26,7 @@ class AttributeCollator:
         self.image_processor = processor.image_processor
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Tile the images and their masks, and read the captions."""
+        """Cut images and masks into tiles, and parse the captions."""
         inputs = self.image_processor.preprocess(
             [row["image"] for row in rows],
             segmentation_maps=[[region["mask"] for region in row["regions"]] for row in rows],
@@ -39,13 +39,13 @@ class AttributeCollator:
 
 
 class RegionClassifier(nn.Module):
-    """Attributes of regions from their RoI tokens.
+    """Classifies attributes of regions from their RoI tokens.
 
     Args:
         model (`PdlmForConditionalGeneration`): its vision tower, projector and region embeddings are trained.
-        linear (`bool`): from the plain mean of the normalised tokens, which is what an evenly attending head of the
-            language model gets; else through a small network, which learns faster and leaves the answer where the
-            language model has to dig for it.
+        linear (`bool`): classify the plain mean of the normalised tokens, which a head of the language model with even
+            attention sees; otherwise a small network of the tokens, which learns faster, but with features that are
+            harder to use for the language model.
     """
 
     def __init__(self, model: PdlmForConditionalGeneration, linear: bool = False):
