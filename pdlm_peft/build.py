@@ -6,7 +6,6 @@ not decided again, so that a killed run loses at most the regions in progress.
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pdlm_hf.errors_pdlm import DataError, ImageError, SettingError
-from pdlm_hf.regions.files import append_rows, read_rows
+from pdlm_hf.regions.files import append_rows, check_same_settings, load_json, read_rows, write_json
 
 from .conversion import relocated
 from .rows import open_row_image, sound_row
@@ -94,12 +93,9 @@ class StepRun:
         if (kept or dropped) and not record.is_file():
             raise DataError(f"{out}: is there, but no {record.name} that says how it was made; choose another file.")
         if kept or dropped:
-            before = json.loads(record.read_text(encoding="utf-8"))
-            if changed := [name for name in settings if before.get(name) != settings[name]]:
-                was = ", ".join(f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
-                raise DataError(f"{out}: was begun with other settings ({was}); choose another file.")
+            check_same_settings(load_json(record), settings, out)
         else:
-            record.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            write_json(record, settings)
         self.done = {region_key(row, region["id"]) for row in kept for region in row["regions"]}
         self.lost = {region_key(line, line["id"]) for line in dropped}
 

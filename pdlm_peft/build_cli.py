@@ -124,9 +124,11 @@ def remask(
     device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
 ) -> None:
     """Drop regions whose mask does not agree with the one that SAM finds in its box."""
-    from .build_steps import Segmenter, remask_step
+    from pdlm_hf.regions.sam import Segmenter
 
-    step = remask_step(Segmenter(sam, device), min_iou, replace)
+    from .build_steps import remask_step
+
+    step = remask_step(Segmenter.from_pretrained(sam, device), min_iou, replace)
     _run(
         data, images, out, step, {"step": "remask", "sam": sam, "min_iou": min_iou, "replace": replace}, captions=False
     )

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,6 +12,7 @@ from pdlm_hf.client.chat import ChatClient, Request
 from pdlm_hf.errors_pdlm import DataError, RegionError, SettingError
 from pdlm_hf.regions.crops import crops_message, images_message
 from pdlm_hf.regions.region import Region, parse_region
+from pdlm_hf.regions.sam import Segmenter
 
 from .build import Decide, Task, Verdict
 from .rows import Fault, RowError
@@ -145,48 +145,6 @@ def check_step(server: ChatClient, prompt: str = CHECK_PROMPT) -> Decide:
         return Verdict(reason=f"other category: {task.region['category']}")
 
     return lambda tasks: ask(server, tasks, request, read)
-
-
-class Segmenter:
-    """A SAM model of transformers that gives the mask of a box.
-
-    Args:
-        model (`str`): folder or hub id of a Sam, Sam2 or similar model.
-        device (`str`, *optional*): default: the GPU if there is one.
-
-    Raises:
-        DataError: it cannot be loaded.
-    """
-
-    def __init__(self, model: str, device: str | None = None):
-        import torch
-        from transformers import AutoModelForMaskGeneration, AutoProcessor
-
-        try:
-            self.processor = AutoProcessor.from_pretrained(model)
-            self.model = AutoModelForMaskGeneration.from_pretrained(model).eval()
-        except (OSError, ImportError, RuntimeError, KeyError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{model}: cannot be loaded as a SAM model ({reason}).") from None
-        self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-    def masks(self, image: Any, boxes: list[list[float]]) -> np.ndarray:
-        """Masks of objects in boxes.
-
-        Args:
-            image (`PIL.Image.Image`): RGB.
-            boxes: x, y, x, y in pixels, the last two outside.
-
-        Returns:
-            bool (boxes, H, W)
-        """
-        import torch
-
-        inputs = self.processor(images=image, input_boxes=[boxes], return_tensors="pt")
-        with torch.no_grad():
-            masks = self.model(**inputs.to(self.model.device), multimask_output=False).pred_masks
-        sizes = [inputs[name].cpu() for name in ("original_sizes", "reshaped_input_sizes") if name in inputs]
-        return self.processor.post_process_masks(masks.cpu(), *sizes)[0][:, 0].numpy() > 0
 
 
 def remask_step(segmenter: Segmenter, min_iou: float, replace: bool = False) -> Decide:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pdlm_hf.errors_pdlm import DataError, SettingError
+from pdlm_hf.regions.coco import CocoIndex
+from pdlm_hf.regions.files import load_json
 
 from .rows import WHOLE, Fault, RowError, check_row, sound_row
 from .sources import Source, find_source, raw_rows
@@ -187,52 +187,39 @@ def _png_folder(source: str | Path, masks: Path | None) -> Path:
 def coco_rows(
     path: Path, captions: Captions, counts: Counter, crowds: bool = False, png_folder: Path | None = None
 ) -> Iterator[dict]:
-    """A row for each image of a COCO instances or, with a folder of PNG files, panoptic file."""
-    data = _read_json(path)
-    try:
-        names = {entry["id"]: entry["name"] for entry in data.get("categories", [])}
-        images = {image["id"]: image for image in data["images"]}
-        of_image: dict[Any, list] = {}
-        for annotation in data["annotations"]:
-            if annotation["image_id"] not in images:
-                raise DataError(f"{path}: the image {annotation['image_id']!r} of an annotation is not in `images`.")
-            of_image.setdefault(annotation["image_id"], []).append(annotation)
-        for image_id, own in of_image.items():
-            image = images[image_id]
-            segments = own if png_folder is None else _panoptic_segments(own, png_folder, counts)
-            regions = []
-            for segment in segments:
-                category = names.get(segment["category_id"]) if "category_id" in segment else None
-                caption = captions(image_id, segment["id"], category)
-                if segment.get("iscrowd") and not crowds:
-                    counts["crowd regions"] += 1
-                elif caption is None:
-                    counts["regions without a caption"] += 1
-                else:
-                    shape = {key: segment[key] for key in ("segmentation", "bbox") if segment.get(key)}
-                    extra = {} if category is None else {"category": category}
-                    regions.append({"id": segment["id"], **shape, "caption": caption, **extra})
+    """Yield a row for each image of a COCO instances file or, with a folder of PNG files, of a panoptic file."""
+    index = CocoIndex.read(path, needed=("id",) if png_folder is None else ())
+    index.check()
+    for image_id, own in index.annotations.items():
+        regions = []
+        for segment in own if png_folder is None else _panoptic_segments(path, own, png_folder, counts):
+            category = index.categories.get(segment.get("category_id"))
+            caption = captions(image_id, segment["id"], category)
+            if segment.get("iscrowd") and not crowds:
+                counts["crowd regions"] += 1
+            elif caption is None:
+                counts["regions without a caption"] += 1
+            else:
+                shape = {key: segment[key] for key in ("segmentation", "bbox") if segment.get(key)}
+                extra = {} if category is None else {"category": category}
+                regions.append({"id": segment["id"], **shape, "caption": caption, **extra})
+        if own:
+            image = index.images[image_id]
             size = {key: image[key] for key in ("width", "height") if key in image}
             yield {"image": image["file_name"], "regions": regions, **size}
-    except (KeyError, TypeError, AttributeError) as error:
-        form = "instances" if png_folder is None else "panoptic"
-        raise DataError(f"{path}: is no COCO {form} file ({type(error).__name__}: {error}).") from None
 
 
-def _panoptic_segments(annotations: list[dict], folder: Path, counts: Counter) -> Iterator[dict]:
-    """The segments of an image with their RLE, read from the colours of its PNG (R + 256 G + 256^2 B is the id)."""
-    from pdlm_hf.regions.images import load_image
-    from pdlm_hf.regions.region import Region
+def _panoptic_segments(path: Path, annotations: list[dict], folder: Path, counts: Counter) -> Iterator[dict]:
+    """Yield the segments of an image with their RLE instead of their box."""
+    from pdlm_hf.regions.readers import from_panoptic
 
     for annotation in annotations:
-        pixels = np.asarray(load_image(folder / Path(annotation["file_name"]).name), dtype=np.uint32)
-        ids = pixels @ np.array([1, 256, 65536], dtype=np.uint32)
-        for segment in annotation["segments_info"]:
-            mask = ids == segment["id"]
-            if not mask.any():
-                counts["segments without a pixel"] += 1
-                continue
-            yield {**segment, "bbox": None, "segmentation": Region(segment["id"], mask).segmentation}
+        name, segments = annotation.get("file_name"), annotation.get("segments_info")
+        if not isinstance(name, str) or not isinstance(segments, list):
+            raise DataError(f"{path}: is no COCO panoptic file: an annotation lacks `file_name` or `segments_info`.")
+        found = from_panoptic(folder / Path(name).name, segments)
+        counts["segments without a pixel"] += len(segments) - len(found)
+        yield from ({**segment, "bbox": None} for segment in found)
 
 
 # ---------------------------------------------------------------------------------------------------- others
@@ -310,12 +297,7 @@ def _text_rle(rle: dict) -> dict:
 
 
 def _read_json(path: Path) -> dict:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON, perhaps cut short ({error}).") from None
+    data = load_json(path)
     if not isinstance(data, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(data).__name__}.")
     return data

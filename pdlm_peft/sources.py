@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pdlm_hf.errors_pdlm import DataError, MissingPackageError
+from pdlm_hf.regions.coco import CocoIndex, is_coco
+from pdlm_hf.regions.files import load_json
 
 from .rows import REGION_KEYS, Fault, RowError
 
@@ -160,65 +162,26 @@ def _list_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _coco_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """A row for each image of a COCO file that has annotations, numbered by its place among the images."""
+    """Yield a row for each image of a COCO file that has annotations, numbered by its position among the images."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        data = load_json(path)
+    except DataError as error:
         yield 1, RowError(Fault(1, "file", "broken JSON", str(error), "one whole JSON object"))
         return
-    images, annotations = data.get("images"), data.get("annotations")
-    if not isinstance(images, list) or not isinstance(annotations, list):
+    if not is_coco(data):
         got = f"an object with {', '.join(sorted(data)[:5])}"
         yield 1, RowError(Fault(1, "file", "wrong type", got, "COCO's lists `images` and `annotations`"))
         return
-    rows: dict[Any, tuple[int, dict, list]] = {}
-    for k, image in enumerate(images):
-        if fault := _coco_fault(image, ("id", "file_name"), k, "images", rows):
-            yield k + 1, RowError(fault)
-        else:
-            rows[image["id"]] = (k + 1, image, [])
-    ids: set = set()
-    for k, annotation in enumerate(annotations):
-        if fault := _coco_fault(annotation, ("image_id",), k, "annotations", ids):
-            yield k + 1, RowError(fault)
-        elif annotation["image_id"] not in rows:
-            got = f"{annotation['image_id']!r}"
-            field = f"annotations[{k}].image_id"
-            yield k + 1, RowError(Fault(k + 1, field, "unknown image", got, "the id of one of `images`"))
-        else:
-            ids.add(annotation.get("id"))
-            rows[annotation["image_id"]][2].append(annotation)
-    names = {}
-    for k, entry in enumerate(data.get("categories") or []):
-        if fault := _wrong_id(entry, k, "categories"):
-            yield k + 1, RowError(fault)
-        elif isinstance(entry, dict):
-            names[entry.get("id")] = entry.get("name")
-    for number, image, own in rows.values():
-        if own:
-            row = {"image": image["file_name"], "regions": [_coco_region(annotation, names) for annotation in own]}
-            yield number, row | {name: image[name] for name in ("width", "height") if name in image}
-
-
-def _coco_fault(entry: Any, needed: tuple[str, ...], k: int, name: str, ids: Any) -> Fault | None:
-    """What is wrong with the k-th entry of one of COCO's lists."""
-    for key in needed:
-        if not isinstance(entry, dict) or not isinstance(entry.get(key), (int, str)):
-            return Fault(k + 1, f"{name}[{k}].{key}", "missing field", f"{entry!r:.60}", f"`{key}`")
-    if fault := _wrong_id(entry, k, name):
-        return fault
-    if entry.get("id") is not None and entry["id"] in ids:
-        return Fault(k + 1, f"{name}[{k}].id", "duplicate id", f"{entry['id']!r} again", "an id for each")
-    return None
-
-
-def _wrong_id(entry: Any, k: int, name: str) -> Fault | None:
-    """An id of the k-th entry that cannot be one."""
-    for key in ("id", "category_id"):
-        value = entry.get(key) if isinstance(entry, dict) else None
-        if isinstance(value, (list, dict)):
-            return Fault(k + 1, f"{name}[{k}].{key}", "wrong type", f"{value!r:.60}", "a number or a text")
-    return None
+    index = CocoIndex(data, path)
+    for fault in index.faults:
+        number = fault.number + 1
+        yield number, RowError(Fault(number, fault.place, fault.kind, fault.got, fault.expected))
+    for image_id, image in index.images.items():
+        own = index.annotations[image_id]
+        if own and "file_name" in image:
+            row = {"image": image["file_name"], "regions": [_coco_region(entry, index.categories) for entry in own]}
+            size = {name: image[name] for name in ("width", "height") if name in image}
+            yield index.positions[image_id] + 1, row | size
 
 
 def _coco_region(annotation: dict, names: dict) -> dict:

@@ -12,6 +12,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import TrainerCallback
 
 from pdlm_hf.errors_pdlm import MissingPackageError, SettingError
+from pdlm_hf.regions.files import check_same_settings, load_json
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_hf.training.trainer import Clock, InOrderTrainer
 from pdlm_hf.versions_pdlm import CHECKPOINTING
@@ -244,7 +245,11 @@ def build(recipe: Recipe) -> RegionTrainer:
 
 
 def check_folder(recipe: Recipe, out: Path, base_fingerprint: str, processes: int) -> None:
-    """Whether a run may start, or go on, in this folder. Raises: SettingError."""
+    """Check that a run may start or be resumed in a folder.
+
+    Raises:
+        SettingError: the folder holds other files, or a run with other settings or weights.
+    """
     if not (out / "recipe.yaml").is_file():
         # a start that failed before its first step leaves an empty folder for the steps
         if out.exists() and any(path.name != "checkpoints" or any(path.iterdir()) for path in out.iterdir()):
@@ -252,25 +257,19 @@ def check_folder(recipe: Recipe, out: Path, base_fingerprint: str, processes: in
         return
     old, new = yaml.safe_load((out / "recipe.yaml").read_text()), recipe.model_dump(mode="json")
     old["training"] = {ALIASES.get(k, k): v for k, v in old["training"].items()}
-    for name in sorted({*old, *new}):
-        before, now = old.get(name), new.get(name)
-        pairs: dict[tuple[str, ...], tuple[Any, Any]] = {(name,): (before, now)}
-        if isinstance(before, dict) and isinstance(now, dict):
-            pairs = {(name, k): (before.get(k), now.get(k)) for k in {*before, *now}}
-        for key, (a, b) in sorted(pairs.items()):
-            if a != b and key not in _FREE and key[:1] not in _FREE:
-                raise SettingError(
-                    f"{out} holds a run with `{'.'.join(key)}` {a!r}, now it is {b!r}. Go on with the same settings, "
-                    "or give another `output`."
-                )
     if (out / BASE_FILE).is_file() and read_base(out)["fingerprint"] != base_fingerprint:
         raise SettingError(f"{out} holds a run on other weights than those of {recipe.base}; give another `output`.")
-    before = json.loads((out / RUN_FILE).read_text())["processes"] if (out / RUN_FILE).is_file() else processes
-    if before != processes:  # another batch, so other steps and another order
-        raise SettingError(
-            f"{out} holds a run of {before} processes, now there are {processes}. Go on with as many, or give another "
-            "`output`."
-        )
+    # another number of processes makes other batches
+    before = load_json(out / RUN_FILE) if (out / RUN_FILE).is_file() else {"processes": processes}
+    now = {"processes": processes}
+    check_same_settings(_fixed(old) | before, _fixed(new) | now, out, "give another `output`")
+
+
+def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings that must not change when a run is resumed, by names like `training.learning_rate`."""
+    parts = {name: values if isinstance(values, dict) else {"": values} for name, values in recipe.items()}
+    flat = {(name, key) if key else (name,): v for name, values in parts.items() for key, v in values.items()}
+    return {".".join(key): value for key, value in flat.items() if not {key, key[:1]} & _FREE}
 
 
 def last_complete(folder: Path) -> str | None:

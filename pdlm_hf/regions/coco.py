@@ -50,6 +50,7 @@ class CocoIndex:
     Attributes:
         data (`dict`): the whole content.
         images (`dict`): images by id, in the order of the file.
+        positions (`dict`): positions of these images in the file, from 0, by id.
         annotations (`dict`): for the id of every image the list of its annotations, possibly empty.
         categories (`dict`): names by id.
         faults (`list[CocoFault]`): in the order images, annotations, categories.
@@ -64,8 +65,9 @@ class CocoIndex:
         self.data, self.name = data, name
         self.faults: list[CocoFault] = []
         self.images: dict[Any, dict[str, Any]] = {}
+        self.positions: dict[Any, int] = {}
         for number, image in self._sound("images", ("id",)):
-            self.images[image["id"]] = image
+            self.images[image["id"]], self.positions[image["id"]] = image, number
             if not isinstance(image.get("file_name"), str) or not image["file_name"]:
                 self._fault("images", number, "file_name", "missing field", "the name of the image file")
         self.annotations: dict[Any, list[dict[str, Any]]] = {key: [] for key in self.images}

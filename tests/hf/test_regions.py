@@ -274,7 +274,8 @@ def test_coco_index():
     categories = [{"id": 3, "name": "box"}, {"name": "star"}]
     data = {"images": images, "annotations": annotations, "categories": categories}
     index = CocoIndex(data, "x.json")
-    assert list(index.images) == [1, "b"] and index.categories == {3: "box"} and index.data is data
+    assert list(index.images) == [1, "b"] and index.positions == {1: 0, "b": 1}
+    assert index.categories == {3: "box"} and index.data is data
     assert index.annotations == {1: [annotations[k] for k in (0, 3, 4)], "b": [annotations[1]]}
     assert [(fault.place, fault.kind, fault.got) for fault in index.faults] == [
         ("images[1].file_name", "missing field", "{'id': 'b'}"),

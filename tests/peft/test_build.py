@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from pdlm_hf.client import server as replies
 from pdlm_hf.regions.region import region_areas
+from pdlm_hf.regions.sam import Segmenter
 from pdlm_peft.build import StepRun, Task, Verdict, region_key, run_step
-from pdlm_peft.build_steps import Segmenter, box_around, iou, remask_step, repetition
+from pdlm_peft.build_steps import box_around, iou, remask_step, repetition
 from pdlm_peft.cli import app
 from pdlm_peft.sources import find_source
 
@@ -163,27 +164,10 @@ def sam(tmp_path_factory):
     return tiny_sam(tmp_path_factory.mktemp("sam"))
 
 
-def test_sam_sees_images_and_boxes(region_data, sam):
-    """Masks are those of the model called by hand, in the image's size."""
-    import torch
-    from transformers import SamModel, SamProcessor
-
-    image = region_data[2][0]
-    boxes = [box_around(mask) for mask in image.masks]
-    found = Segmenter(str(sam)).masks(image.image, boxes)
-    assert found.shape == (len(boxes), image.image.height, image.image.width) and found.dtype == bool
-    processor, model = SamProcessor.from_pretrained(sam), SamModel.from_pretrained(sam).eval()
-    inputs = processor(images=image.image, input_boxes=[boxes], return_tensors="pt")
-    with torch.no_grad():
-        low = model(**inputs, multimask_output=False).pred_masks
-    masks = processor.image_processor.post_process_masks(low, inputs["original_sizes"], inputs["reshaped_input_sizes"])
-    assert np.array_equal(found, masks[0][:, 0].numpy())
-
-
 def test_masks_that_sam_does_not_find_are_dropped(region_data, sam):
     folder, rows, images = region_data
     data = write_jsonl(folder / "images" / "rows.jsonl", rows)
-    segmenter, overlaps = Segmenter(str(sam)), {}
+    segmenter, overlaps = Segmenter.from_pretrained(str(sam)), {}
     for row, image in zip(rows, images, strict=True):
         found = segmenter.masks(image.image, [box_around(mask) for mask in image.masks])
         for region, mask, other in zip(row["regions"], image.masks, found, strict=True):
