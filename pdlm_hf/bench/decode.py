@@ -242,9 +242,9 @@ def _plot(record: dict, path: Path) -> None:
     times = record["scaling"]["ms"]
     panels = {
         "regions": {"cached": "regions {}"},
-        "regions a pass, 4 regions": {"cached": "4 regions, {} a pass", "exact": "exact, 4 regions, {} a pass"},
+        "regions per pass, 4 regions": {"cached": "4 regions, {} a pass", "exact": "exact, 4 regions, {} a pass"},
         "tiles, 4 regions": {"cached": "tiles {}"},
-        "images a batch, 4 regions": {"cached": "batch {}"},
+        "images per batch, 4 regions": {"cached": "batch {}"},
     }
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 3.2), layout="constrained")

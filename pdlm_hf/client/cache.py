@@ -78,7 +78,7 @@ class ReplyCache:
         try:
             with self._lock, self._rows:
                 self._rows.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", values)
-        except sqlite3.Error as error:  # whoever went on would pay for replies that are lost
+        except sqlite3.Error as error:  # a run that continued would pay for replies that are lost
             raise SettingError(f"{self._path}: the cache of replies cannot be written ({error}).") from error
 
     def __len__(self) -> int:

@@ -195,7 +195,7 @@ class ServerClient:
         """Make a ServerError from an exception of `openai`, without the key.
 
         Args:
-            what (`str`): what the server does or does not, as the message goes on after its address.
+            what (`str`): what the server does or does not, the part of the message after its address.
             error: the exception.
         """
         return ServerError(f"{self.name} {what}: {self._reason(error)}")
