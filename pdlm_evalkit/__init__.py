@@ -1,17 +1,5 @@
 """Evaluation of PerceptionDLM: the paper's 16 benchmarks in VLMEvalKit and lmms-eval, ParaDLC-Bench and DLC-Bench."""
 
-from pathlib import Path
+import lazy_loader
 
-LMMS_TASKS = Path(__file__).parent / "lmms_tasks"
-
-
-def lmms_manifest():
-    """Entry point `lmms_eval.models`: names and classes of the model, as lmms-eval's `ModelManifest`."""
-    from lmms_eval.models.registry_v2 import ModelManifest
-
-    return ModelManifest(
-        model_id="pdlm",
-        chat_class_path="pdlm_evalkit.lmms.PdlmChat",
-        simple_class_path="pdlm_evalkit.lmms.PdlmSimple",
-        aliases=("perceptiondlm",),
-    )
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

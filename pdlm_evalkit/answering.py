@@ -20,24 +20,9 @@ from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions.images import load_image
 from pdlm_hf.tiling_pdlm import resize
 
-from .benchmarks import OVERRIDES, Benchmark, find, tiles_for
+from .benchmarks import OVERRIDES, Benchmark, find_benchmark, tiles_for
+from .settings import DEFAULT_GENERATION, our_settings
 
-# The reference's settings for a data set it has no special ones for.
-DEFAULT_GENERATION: dict[str, Any] = {"max_new_tokens": 64, "block_length": 64, "max_denoising_steps": 64}
-SETTINGS = (
-    "max_new_tokens",
-    "block_length",
-    "max_denoising_steps",
-    "temperature",
-    "remasking",
-    "guidance_scale",
-    "prefix_refresh_interval",
-    "acceptance_threshold",
-    "entropy_bound",
-    "generation_suffix",
-    "seed",
-)
-REFERENCE_NAMES = {"steps": "max_denoising_steps", "gen_length": "max_new_tokens"}
 _CHAT_ONLY = ("block_length", "generation_suffix", "guidance_scale")
 
 
@@ -131,7 +116,7 @@ class Answerer:
 
     def benchmark(self, name: str | None) -> Benchmark | None:
         """The paper's benchmark of this name with what was overridden; None if it is another, or presets are off."""
-        found = find(name) if name and self.presets == "paper" else None
+        found = find_benchmark(name) if name and self.presets == "paper" else None
         return found and replace(found, **self.overrides)
 
     def settings_of(self, question: Question) -> dict[str, Any]:
@@ -253,21 +238,6 @@ class Answerer:
             "settings": self.settings | self.overrides,
             "version": pdlm_hf.__version__,
         }
-
-
-def our_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of `generate` under our names; also takes the reference's names, cfg_scale included.
-
-    Raises:
-        SettingError: a setting that does not exist.
-    """
-    ours = {REFERENCE_NAMES.get(name, name): value for name, value in settings.items()}
-    if "cfg_scale" in ours:
-        ours["guidance_scale"] = ours.pop("cfg_scale") + 1
-    unknown = sorted(set(ours) - set(SETTINGS))
-    if unknown:
-        raise SettingError(f"Unknown settings {unknown}. Known: {', '.join((*SETTINGS, *OVERRIDES))}.")
-    return ours
 
 
 def shorten(answer: str) -> str:

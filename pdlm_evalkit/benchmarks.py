@@ -159,7 +159,7 @@ def tiles_for(images: int, max_tiles: int = 6) -> int:
     return max(1, min(max_tiles, TOTAL_TILES // max(1, images)))
 
 
-def find(name: str) -> Benchmark | None:
+def find_benchmark(name: str) -> Benchmark | None:
     """The benchmark of this name, in the paper's, VLMEvalKit's or lmms-eval's spelling; None if it is another.
 
     Relatives of a harness's data set have its settings, as in the reference: `MMBench_DEV_EN_V11`, `blink_counting`;
@@ -176,11 +176,11 @@ def find(name: str) -> Benchmark | None:
     return None
 
 
-def choose(names: list[str] | None) -> list[Benchmark]:
+def choose_benchmarks(names: list[str] | None) -> list[Benchmark]:
     """Benchmarks of these names; all without any. Raises: SettingError naming those that are none."""
     if not names:
         return list(BENCHMARKS)
-    found = {name: find(name) for name in names}
+    found = {name: find_benchmark(name) for name in names}
     if unknown := [name for name, benchmark in found.items() if benchmark is None]:
         raise SettingError(
             f"No benchmark of the paper: {', '.join(unknown)}. Known: {', '.join(b.name for b in BENCHMARKS)}."

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import typer
+from rich.table import Table
 
 from pdlm_hf.client.chat import ChatClient
 from pdlm_hf.client.server import public_url
 from pdlm_hf.errors_pdlm import ServerError, SettingError
 
-from .benchmarks import Benchmark, find
+from .benchmarks import Benchmark, find_benchmark
 
 RULES = "exact_matching"  # VLMEvalKit's name for scoring without a language model
 OPENAI_URL = "https://api.openai.com/v1"
@@ -32,6 +33,46 @@ class Finding:
     what: str
     problem: str | None = None
     note: str = ""
+
+
+def check_all(
+    benchmarks: list[Benchmark],
+    harness: str,
+    pretrained: str | None = None,
+    judge: str | None = None,
+    base_url: str | None = None,
+    key_env: str = "OPENAI_API_KEY",
+    data: bool = True,
+) -> list[Finding]:
+    """Check the data and the judge of each benchmark, and a checkpoint.
+
+    Args:
+        benchmarks (`list[Benchmark]`): the benchmarks of the run.
+        harness (`str`): "vlmeval" or "lmms".
+        pretrained (`str`, *optional*): checkpoint to load, see [`check_model`].
+        judge, base_url (`str`, *optional*): see [`check_judge`].
+        key_env (`str`): environment variable that holds the judge's key; the `.env` of VLMEvalKit may set it.
+        data (`bool`): whether to look for the data.
+    """
+    findings: list[Finding] = []
+    if harness == "vlmeval":
+        load_vlmeval_environment()
+    for benchmark in benchmarks:
+        if data:
+            findings.append(check_data(benchmark, harness))
+        findings.append(check_judge(benchmark, judge, base_url, os.environ.get(key_env), harness))
+    if pretrained:
+        findings.append(check_model(pretrained))
+    return findings
+
+
+def findings_table(findings: list[Finding]) -> Table:
+    """The findings as a table for the terminal."""
+    table = Table("", "what", "subject", "finding")
+    for finding in findings:
+        state = "FAIL" if finding.problem else "ok"
+        table.add_row(state, finding.what, finding.subject, finding.problem or finding.note)
+    return table
 
 
 def check_data(benchmark: Benchmark, harness: str) -> Finding:
@@ -251,7 +292,7 @@ def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None
     problems = []
     load_vlmeval_environment()
     for name in data:
-        benchmark = find(name)
+        benchmark = find_benchmark(name)
         if benchmark is None:
             if judge is None and _environment_key() is None:
                 typer.echo(
@@ -269,7 +310,9 @@ def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None
 
 def check_lmms_judge(tasks: list[str]) -> None:
     """The same for tasks of lmms-eval."""
-    found = {benchmark.name: benchmark for name in tasks if (benchmark := find(name)) and "static" not in name}
+    found = {
+        benchmark.name: benchmark for name in tasks if (benchmark := find_benchmark(name)) and "static" not in name
+    }
     findings = [check_judge(benchmark, None, harness="lmms") for benchmark in found.values()]
     problems = [f"{finding.subject}: {finding.problem}" for finding in findings if finding.problem]
     if problems:

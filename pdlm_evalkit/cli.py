@@ -1,51 +1,48 @@
 """The command `pdlm-eval`."""
 
 import json
-import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from pdlm_hf.cli import errors
-from pdlm_hf.client.chat import ChatClient
-from pdlm_hf.client.server import key_in, public_url
-from pdlm_hf.errors_pdlm import ServerError, SettingError
+from pdlm_hf.client.chat import ChatClient, key_in, public_url
+from pdlm_hf.errors_pdlm import PdlmError, ServerError, SettingError
+from pdlm_hf.regions.files import write_json
 
-from . import LMMS_TASKS
-from .benchmarks import BENCHMARKS, choose
+from .benchmarks import BENCHMARKS, choose_benchmarks
+from .manifest import LMMS_TASKS
 from .paradlc.cli import app as paradlc
-from .paradlc.data import write_json
 from .strict import BASE_URL, MODEL, SETTINGS, judge_results, read_results
+from .terminal import progress, show_table
 
-app = errors.make_app("pdlm-eval", "Evaluation of PerceptionDLM.")
+app = errors.make_app("pdlm-eval", "Evaluate PerceptionDLM on the paper's benchmarks and compare with its scores.")
 app.add_typer(paradlc, name="paradlc")
 
 _fail = partial(errors.fail, "pdlm-eval")
-_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+_exit_on_error = errors.exit_on_error("pdlm-eval")
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command("list")
+@_exit_on_error
 def list_benchmarks(
-    names: Annotated[list[str] | None, typer.Argument(help="Only these.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list, prompt suffixes included.")] = False,
+    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks to show; default: all 16.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Show the paper's benchmarks with both harness names, settings, judge and score."""
+    """Show the benchmarks with their names in both harnesses, settings, judges and the paper's scores."""
     from .report import list_table
 
-    try:
-        chosen = choose(names)
-    except ValueError as error:
-        raise _fail(error) from None
+    chosen = choose_benchmarks(names)
     if as_json:
-        typer.echo(json.dumps([b.as_dict() for b in chosen], indent=1))
+        typer.echo(json.dumps([benchmark.as_dict() for benchmark in chosen], indent=1))
     else:
-        Console(width=None if Console().is_terminal else 160).print(list_table(chosen))
+        show_table(list_table(chosen))
 
 
 @app.command()
@@ -56,122 +53,138 @@ def tasks() -> None:
 
 @app.command(context_settings=_PASSED_ON)
 def lmms(context: typer.Context) -> None:
-    """Run lmms-eval with PerceptionDLM and our tasks; options are lmms-eval's. Exit code 1: a result is missing."""
-    from .lmms_run import run
+    """Run lmms-eval with PerceptionDLM as the model.
 
-    _run_harness(run, context.args)
+    All options are passed to lmms-eval, for example --tasks, --model_args, --batch_size, --limit, --use_cache; its
+    own help, `lmms-eval --help`, lists them. Our tasks are included, samples are logged, and the results go to
+    outputs/lmms unless --output_path says otherwise.
+
+    \b
+    Ours:
+      --no-check  start without asking the judge first
+
+    The exit code is 1 if a task has no result.
+    """
+
+    def run(arguments: list[str]) -> int:
+        from .lmms_run import run
+
+        return run(arguments)
+
+    _run_harness(context, run)
 
 
 @app.command(context_settings=_PASSED_ON)
 def vlmeval(context: typer.Context) -> None:
-    """Run VLMEvalKit. Ours: --pretrained, --device, --dtype, --presets, --settings, --no-check; the rest: run.py's."""
-    from .vlmeval_run import run
+    """Run VLMEvalKit with PerceptionDLM as the model.
 
-    _run_harness(run, context.args)
+    All options but ours are passed to VLMEvalKit's run.py, for example --data, --model, --judge, --work-dir; its own
+    help, `python run.py --help` in the checkout of VLMEvalKit, lists them.
+
+    \b
+    Ours:
+      --pretrained NAME         checkpoint folder, hub id, shapes or shapes_base
+      --device, --dtype         where and in which precision the model runs
+      --presets paper|none      none: the reference's general settings
+      --settings KEY=VALUE,...  settings of `generate`, before the paper's
+      --no-check                start without asking the judge first
+
+    The exit code is 1 if a data set has no result.
+    """
+
+    def run(arguments: list[str]) -> int:
+        from .vlmeval_run import run
+
+        return run(arguments)
+
+    _run_harness(context, run)
 
 
-def _run_harness(run, arguments: list[str]) -> None:
+def _run_harness(context: typer.Context, run: Callable[[list[str]], int]) -> None:
+    """Run a harness with the arguments of a command; without arguments, show the help of the command."""
+    if not context.args:
+        typer.echo(context.get_help())
+        raise typer.Exit()
     try:
-        code = run(arguments)
-    except (ValueError, ImportError) as error:
+        code = run(context.args)
+    except (PdlmError, ImportError) as error:  # other errors are the harness' own, and keep their traceback
         raise _fail(error) from None
     raise typer.Exit(code)
 
 
 @app.command()
+@_exit_on_error
 def check(
-    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks; default: all 16.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks to check; default: all 16.")] = None,
     harness: Annotated[str, typer.Option(help="vlmeval or lmms.")] = "vlmeval",
     pretrained: Annotated[str | None, typer.Option(help="Also load this checkpoint.")] = None,
-    judge: Annotated[str | None, typer.Option(help="Model; exact_matching for VLMEvalKit's rules only.")] = None,
-    judge_base_url: Annotated[str | None, typer.Option(help="Default: OPENAI_API_BASE, or _URL for lmms.")] = None,
-    judge_key_env: Annotated[str, typer.Option(help="Variable with the judge's key.")] = "OPENAI_API_KEY",
+    judge: Annotated[
+        str | None, typer.Option(help="Model that scores; exact_matching: the rules of VLMEvalKit only.")
+    ] = None,
+    judge_base_url: Annotated[
+        str | None, typer.Option(help="Server of the judge; default: OPENAI_API_BASE, for lmms OPENAI_API_URL.")
+    ] = None,
+    judge_key_env: Annotated[
+        str, typer.Option(help="Environment variable that holds the judge's key.")
+    ] = "OPENAI_API_KEY",
     data: Annotated[bool, typer.Option(help="Look for the data.")] = True,
 ) -> None:
-    """Before any GPU minute: is the data there, is a judge needed and does it answer, does the model load."""
-    from .check import Finding, check_data, check_judge, check_model, load_vlmeval_environment
+    """Check before a run: is the data on this machine, does the judge answer, does the model load."""
+    from .check import check_all, findings_table
 
-    try:
-        if harness not in ("vlmeval", "lmms"):
-            raise SettingError(f"--harness must be vlmeval or lmms, got {harness}.")
-        chosen = choose(names)
-    except ValueError as error:
-        raise _fail(error) from None
-    findings: list[Finding] = []
-    if harness == "vlmeval":
-        load_vlmeval_environment()
-    for benchmark in chosen:
-        if data:
-            findings.append(check_data(benchmark, harness))
-        findings.append(check_judge(benchmark, judge, judge_base_url, os.environ.get(judge_key_env), harness))
-    if pretrained:
-        findings.append(check_model(pretrained))
-    table = Table("", "what", "subject", "finding")
-    for finding in findings:
-        table.add_row(
-            "FAIL" if finding.problem else "ok", finding.what, finding.subject, finding.problem or finding.note
-        )
-    Console(width=None if Console().is_terminal else 160).print(table)
-    failed = [finding for finding in findings if finding.problem]
-    if failed:
-        raise _fail(f"{len(failed)} of {len(findings)} checks failed", 1)
+    if harness not in ("vlmeval", "lmms"):
+        raise SettingError(f"--harness must be vlmeval or lmms, got {harness}.")
+    chosen = choose_benchmarks(names)
+    findings = check_all(chosen, harness, pretrained, judge, judge_base_url, judge_key_env, data)
+    show_table(findings_table(findings))
+    if failed := sum(finding.problem is not None for finding in findings):
+        raise _fail(f"{failed} of {len(findings)} checks failed", 1)
 
 
 @app.command()
+@_exit_on_error
 def report(
     results: Annotated[list[Path], typer.Argument(help="Result files or folders of either harness.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Put measured scores beside the paper's."""
+    """Compare measured scores with the paper's."""
     from .report import as_rows, as_table, collect
 
-    try:
-        measured = collect(results)
-    except ValueError as error:
-        raise _fail(error) from None
+    measured = collect(results)
     if as_json:
         typer.echo(json.dumps(as_rows(measured), indent=1))
     else:
-        Console(width=None if Console().is_terminal else 160).print(as_table(measured))
+        show_table(as_table(measured))
 
 
 @app.command()
-@errors.exit_on_error("pdlm-eval")
+@_exit_on_error
 def strict(
     results: Annotated[Path, typer.Argument(help="Predictions of VLMEvalKit or samples of lmms-eval.")],
-    benchmark: Annotated[str | None, typer.Option(help="Default: the one in the file's name.")] = None,
-    judge: Annotated[str, typer.Option(help="Model name at the server.")] = MODEL,
-    base_url: Annotated[str, typer.Option(help="Any OpenAI-compatible server.")] = BASE_URL,
-    api_key_env: Annotated[str | None, typer.Option(help="Variable with the key, if one is needed.")] = None,
+    benchmark: Annotated[str | None, typer.Option(help="Default: the benchmark named in the file name.")] = None,
+    judge: Annotated[str, typer.Option(help="Name of the judge model at the server.")] = MODEL,
+    base_url: Annotated[str, typer.Option(help="OpenAI-compatible server.")] = BASE_URL,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
-    retries: Annotated[int, typer.Option(help="Further attempts of a failed call.")] = 4,
+    retries: Annotated[int, typer.Option(help="Further attempts of a failed request.")] = 4,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a reply.")] = 120.0,
     out: Annotated[Path | None, typer.Option(help="Default: beside the results, *_strict.json.")] = None,
 ) -> None:
-    """Score ChartQA, DocVQA or InfoVQA as the paper does: Qwen3-8B as a strict judge. Goes on where it stopped."""
+    """Score ChartQA, DocVQA or InfoVQA as the paper does, by Qwen3-8B; the same command continues after a stop."""
     rows = read_results(results)
     name = benchmark or _benchmark_in(results.name)
     out = out or results.with_name(f"{results.stem}_strict.json")
     if out.suffix != ".json":
-        raise SettingError(f"--out {out}: must end in .json; the verdicts go beside it, in .jsonl.")
-    server = ChatClient(
-        judge,
-        base_url,
-        key_in(api_key_env),
-        SETTINGS,
-        cache=out.with_suffix(".sqlite"),
-        concurrency=concurrency,
-        retries=retries,
-        timeout=timeout,
-    )
+        raise SettingError(f"--out {out}: the name must end in .json; the verdicts go beside it, in .jsonl.")
+    options: dict[str, Any] = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
+    client = ChatClient(judge, base_url, key_in(api_key_env), SETTINGS, cache=out.with_suffix(".sqlite"), **options)
     try:
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task("judging", total=len(rows))
-            score, verdicts = judge_results(rows, server, lambda done, _: bar.update(task, completed=done))
+        with progress("verdicts") as show:
+            score, verdicts = judge_results(rows, client, lambda done, _: show(done, len(rows)))
     except ServerError as error:
         raise _fail(error, 1) from None
     finally:
-        server.close()
+        client.close()
     score |= {"benchmark": name, "judge": judge, "base_url": public_url(base_url), "settings": SETTINGS}
     score |= {"results": results.name, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
     lines = [json.dumps(row, ensure_ascii=False) for row in verdicts]
@@ -183,11 +196,18 @@ def strict(
 
 
 def _benchmark_in(name: str) -> str:
-    """The paper's benchmark a result file's name speaks of. Raises: SettingError if it speaks of none."""
+    """The paper's benchmark that is named in a file name.
+
+    Raises:
+        SettingError: the file name has no benchmark in it.
+    """
     for benchmark in BENCHMARKS:
         if benchmark.vlmeval in name or benchmark.lmms in name:
             return benchmark.name
-    raise SettingError(f"{name}: which benchmark is it of? Give --benchmark, for example --benchmark ChartQA.")
+    raise SettingError(
+        f"{name}: the file name does not say which benchmark this is; give --benchmark, for example "
+        "--benchmark ChartQA."
+    )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from lmms_eval.protocol import ChatMessages
 
 from pdlm_hf.errors_pdlm import SettingError
 
-from .answering import REFERENCE_NAMES, SETTINGS, Answer, Answerer, Question
+from .answering import Answer, Answerer, Question
 from .benchmarks import Benchmark, ask_like_paper
+from .settings import REFERENCE_NAMES, SETTINGS
 
 logger = logging.getLogger(__name__)
 

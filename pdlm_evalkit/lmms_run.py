@@ -15,16 +15,24 @@ import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
 from pdlm_hf.errors_pdlm import SettingError
 
-from . import LMMS_TASKS
-from .answering import REFERENCE_NAMES, SETTINGS
+from .manifest import LMMS_TASKS
+from .settings import REFERENCE_NAMES, SETTINGS
 
 RUN_NAMES = ("LMMS_CACHE_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")  # where lmms-eval has a run's name from
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser whose errors are ours: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises: SettingError."""
+        raise SettingError(f"{message}.")
 
 
 def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
@@ -33,7 +41,7 @@ def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
     Raises:
         SettingError: no task, or settings its response cache would overlook.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = OptionParser(add_help=False, allow_abbrev=False)
     for name in ("--tasks", "--model", "--output_path", "--include_path", "--gen_kwargs"):
         parser.add_argument(name)
     parser.add_argument("--use_cache", "-c")

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pdlm_hf.errors_pdlm import DataError
 
-from .benchmarks import BENCHMARKS, TOTAL_TILES, Benchmark, find
+from .benchmarks import BENCHMARKS, TOTAL_TILES, Benchmark, find_benchmark
 
 
 @dataclass
@@ -100,7 +100,7 @@ def score_in(metrics: dict[str, Any], wanted: str, percents: bool) -> float | No
 
 
 def _from_vlmeval(row: dict[str, Any]) -> Measured | None:
-    benchmark = find(row["benchmark"])
+    benchmark = find_benchmark(row["benchmark"])
     if benchmark is None:
         return None
     metric, value = row.get("primary_metric"), row.get("primary_metric_value")
@@ -135,7 +135,7 @@ def _from_vlmeval(row: dict[str, Any]) -> Measured | None:
 
 
 def _from_strict(content: dict[str, Any]) -> Measured | None:
-    benchmark = find(content.get("benchmark") or "")
+    benchmark = find_benchmark(content.get("benchmark") or "")
     if benchmark is None:
         return None
     lost = content.get("n_failed", 0) + content.get("n_unparsed", 0)
@@ -155,7 +155,7 @@ def _from_lmms(content: dict[str, Any], file: Path) -> list[Measured]:
     found = []
     rows = {**content.get("results", {}), **content.get("groups", {})}
     for task, metrics in rows.items():
-        benchmark = find(task)
+        benchmark = find_benchmark(task)
         if benchmark is None or (task != benchmark.lmms and benchmark.lmms in rows):
             continue  # a part of one that is there as a whole
         scores = {key.split(",")[0]: value for key, value in metrics.items() if "," in key and "_stderr" not in key}

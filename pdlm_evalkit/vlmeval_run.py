@@ -19,10 +19,10 @@ from typing import Any
 import typer
 
 from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.regions.files import write_json
 
-from .benchmarks import find
-from .lmms_run import as_command
-from .paradlc.data import write_json
+from .benchmarks import find_benchmark
+from .lmms_run import OptionParser, as_command
 from .report import read_lines
 
 HUB = {"PerceptionDLM-Base": "MSALab/PerceptionDLM-Base", "PerceptionDLM": "MSALab/PerceptionDLM"}
@@ -135,16 +135,23 @@ def problem_of(row: dict[str, Any], mode: str = "all") -> str | None:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our options, what we must know of run.py's, and everything that goes to run.py."""
-    parser = argparse.ArgumentParser(prog="pdlm-eval vlmeval", allow_abbrev=False)
-    parser.add_argument("--pretrained", help="Checkpoint folder, hub id, shapes or shapes_base.")
+    """Separate our options from those of run.py.
+
+    Returns:
+        the values of our options and of those of run.py that this module needs; and all arguments for run.py.
+
+    Raises:
+        SettingError: an option has no value, or an impossible one.
+    """
+    parser = OptionParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--pretrained")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--presets", default="paper", choices=["paper", "none"])
-    parser.add_argument("--settings", help="key=value,... of generate; before the paper's.")
-    parser.add_argument("--no-check", action="store_true", help="Do not ask for a working judge before the start.")
+    parser.add_argument("--settings")
+    parser.add_argument("--no-check", action="store_true")
     ours, rest = parser.parse_known_args(argv)
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known = OptionParser(add_help=False, allow_abbrev=False)
     known.add_argument("--data", nargs="+", default=[])
     known.add_argument("--model", nargs="+", default=[])
     known.add_argument("--config")
@@ -240,7 +247,7 @@ def finish(config: dict[str, Any], own: dict[str, Any], files: set[Path], mode: 
             status = json.loads(path.read_text(encoding="utf-8")).get("datasets", {})
             found = {row["benchmark"]: row for row in collect_run_benchmark_report(path.parent)}
             for name, row in found.items():
-                benchmark = find(name) if presets == "paper" and _is_ours(model, given) else None
+                benchmark = find_benchmark(name) if presets == "paper" and _is_ours(model, given) else None
                 row |= {"paper_settings": benchmark and benchmark.as_dict(), "settings": settings}
                 row |= {"pretrained": pretrained, "metrics": status.get(name, {}).get("metrics")}
                 row |= {"answers": answer_costs(path, model, name, started)}

@@ -8,3 +8,7 @@ the caption (in ParaDLC-Bench it sees the region too) and chooses; every choice 
 adds up, `report` shows. `make_example` writes the small made-up benchmark in `example/` and is the description of the
 file formats.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pdlm_evalkit.answering import Answerer, Question, our_settings, shorten
-from pdlm_evalkit.benchmarks import find
+from pdlm_evalkit.answering import Answerer, Question, shorten
+from pdlm_evalkit.benchmarks import find_benchmark as find
+from pdlm_evalkit.settings import our_settings
 from pdlm_hf.shapes.evaluate import held_out_scene
 from pdlm_hf.shapes.evaluate_base import held_out_question
 from pdlm_hf.shapes.questions import SLOTS

@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from pdlm_evalkit.benchmarks import BENCHMARKS, LETTER, SUFFIX, ask_like_paper, choose, find, tiles_for
+from pdlm_evalkit.benchmarks import (
+    BENCHMARKS,
+    LETTER,
+    SUFFIX,
+    ask_like_paper,
+    choose_benchmarks,
+    tiles_for,
+)
+from pdlm_evalkit.benchmarks import (
+    find_benchmark as find,
+)
 
 # name, VLMEvalKit, lmms-eval, slots, block, steps, paper's Table 1
 EXPECTED = [
@@ -84,10 +94,10 @@ def test_another_suffix():
 
 
 def test_choose_names_what_it_does_not_know():
-    assert [b.name for b in choose(["V*", "mmmu_val"])] == ["V*", "MMMU"]
-    assert len(choose(None)) == 16
+    assert [b.name for b in choose_benchmarks(["V*", "mmmu_val"])] == ["V*", "MMMU"]
+    assert len(choose_benchmarks(None)) == 16
     with pytest.raises(ValueError, match="MMStarr.*Known: MMStar, SeedBench"):
-        choose(["MMStar", "MMStarr"])
+        choose_benchmarks(["MMStar", "MMStarr"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from judge_server import JudgeServer
 from typer.testing import CliRunner
 
 from pdlm_evalkit import LMMS_TASKS, check
-from pdlm_evalkit.benchmarks import find
+from pdlm_evalkit.benchmarks import find_benchmark as find
 from pdlm_evalkit.cli import app
 from pdlm_evalkit.report import collect, score_in
 

@@ -148,5 +148,5 @@ def test_which_benchmark_a_file_is_of(tmp_path):
     with JudgeServer(verdict) as server:
         done = judge(tmp_path / "x.json", server)
         assert done.exit_code == 2
-        assert "Give --benchmark" in done.stderr
+        assert "give --benchmark" in done.stderr
         assert not server.bodies

@@ -14,7 +14,8 @@ from fake_vlmeval import make
 from forked import call
 from judge_server import JudgeServer
 
-from pdlm_evalkit.benchmarks import LETTER, SUFFIX, find
+from pdlm_evalkit.benchmarks import LETTER, SUFFIX
+from pdlm_evalkit.benchmarks import find_benchmark as find
 from pdlm_evalkit.report import collect
 from pdlm_evalkit.vlmeval_run import answer_costs, find_run_py, log_of, parse, problem_of, settings_from
 from pdlm_hf.shapes.evaluate_base import held_out_question
