@@ -23,9 +23,10 @@ from PIL import Image
 from pdlm_hf.client.chat import ChatClient
 from pdlm_hf.client.server import key_in
 from pdlm_hf.errors_pdlm import ServerError, SettingError
+from pdlm_hf.regions.files import write_json
 
-from ..paradlc.captioning import MASKS_PER_PASS, PROMPTS, masks_of, passes_of
-from ..paradlc.data import Benchmark, check_images, load_benchmark, open_image, write_json
+from ..paradlc.captioning import MASKS_PER_PASS, PROMPTS, passes_of
+from ..paradlc.data import Benchmark, check_images, decode_masks, load_benchmark, open_image
 from ..paradlc.judging import captions_hash, judge_captions, preset_of
 from ..paradlc.scoring import score_answers, totals
 
@@ -86,9 +87,8 @@ def _documents(name: str) -> datasets.Dataset:
 
 def _visual(name: str, doc: dict[str, Any]) -> list[Image.Image]:
     image = benchmark_of(name).images[doc["image"]]
-    chosen = tuple(mask for mask in image.masks if mask.id in doc["masks"])
-    masks = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks_of((image, chosen))]
-    return [open_image(image), *masks]
+    masks = decode_masks(image, [mask for mask in image.masks if mask.id in doc["masks"]])
+    return [open_image(image), *(Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks)]
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, tuple]:

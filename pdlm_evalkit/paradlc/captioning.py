@@ -5,7 +5,6 @@ call of the server, written as it ends) and, at the end, captions.json in the re
 """
 
 import hashlib
-import json
 import os
 import platform
 import time
@@ -14,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.errors_pdlm import DataError, SettingError
+from pdlm_hf.regions.files import append_rows, load_json, read_rows, write_json
 
-from .data import Benchmark, BenchmarkImage, Mask, decode_masks, open_image, read_captions, read_json, write_json
+from .data import Benchmark, BenchmarkImage, Mask, decode_masks, open_image
 
 # The reference's: its README for ParaDLC-Bench, its script for DLC-Bench.
 PROMPTS = {
@@ -80,29 +80,15 @@ class CaptionRun:
             "settings": settings,
             "finished": False,
         }
-        self.lines = self._read_lines()
-        if self.lines and not self.run_path.exists():
-            raise SettingError(f"{folder}: has captions.jsonl, but no run.json that says how they were made.")
-        if self.lines:
-            before = read_json(self.run_path)["settings"]
-            if changed := sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)):
-                was = ", ".join(f"{k} was {before.get(k)!r}, now {settings.get(k)!r}" for k in changed)
-                raise SettingError(f"{folder}: holds a run with other settings ({was}). Choose another folder.")
-
-    def _read_lines(self) -> list[dict[str, Any]]:
-        """What was done before; a last line that was cut short is taken off."""
-        if not self.lines_path.exists():
-            return []
-        text = self.lines_path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            with open(self.lines_path, "r+b") as file:
-                file.truncate(len(whole))
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise SettingError(f"{self.lines_path}: damaged ({error}); delete the folder to start again.") from None
-        return lines
+        self.lines = list(read_rows(self.lines_path, repair=True))
+        if not self.lines:
+            return
+        if not self.run_path.exists():
+            raise DataError(f"{folder}: has captions.jsonl, but no run.json that says how they were made.")
+        before = load_json(self.run_path)["settings"]
+        if changed := sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)):
+            was = ", ".join(f"{k} was {before.get(k)!r}, now {settings.get(k)!r}" for k in changed)
+            raise SettingError(f"{folder}: holds a run with other settings ({was}). Choose another folder.")
 
     @property
     def captions(self) -> dict[str, str]:
@@ -111,21 +97,24 @@ class CaptionRun:
         return {key: found[key] for key in self.benchmark.order if key in found}
 
     def append(self, line: dict[str, Any]) -> None:
-        """Write one line; it is there when this returns. What it was made with is written before the first."""
+        """Write one line; it is in the file when this returns. The settings are written before the first line."""
         if not self.lines:
-            write_json(self.run_path, self.record)
-        with open(self.lines_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._write_record()
+        append_rows(self.lines_path, [line])
         self.lines.append(line)
 
     def finish(self, hardware: dict[str, Any]) -> dict[str, Any]:
         """Write captions.json and run.json. Returns: what is in run.json."""
         captions = self.captions
-        write_json(self.folder / "captions.json", captions)
         complete = len(captions) == len(self.benchmark.order) or self.record["settings"].get("allow_missing", False)
         self.record |= {"finished": complete, "hardware": hardware, "totals": totals(self.lines)}
-        write_json(self.run_path, self.record)
+        self._write_record()
+        write_json(self.folder / "captions.json", captions)
         return self.record
+
+    def _write_record(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.run_path, self.record)
 
 
 def totals(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -166,18 +155,6 @@ def passes_of(benchmark: Benchmark, limit: int | None) -> list[Pass]:
         for image in benchmark.images
         for start in range(0, len(image.masks), limit or len(image.masks))
     ]
-
-
-def masks_of(work: Pass) -> list[Any]:
-    """The masks of a pass as bool arrays (H, W)."""
-    image, masks = work
-    decoded = dict(zip((mask.id for mask in image.masks), decode_masks(image), strict=True))
-    return [decoded[mask.id] for mask in masks]
-
-
-def areas_of(work: Pass, masks: list[Any]) -> dict[str, float]:
-    """Share of the image each mask covers."""
-    return {mask.id: round(float(array.mean()), 6) for mask, array in zip(work[1], masks, strict=True)}
 
 
 # -------------------------------------------------------------------- our model
@@ -239,17 +216,13 @@ def model_lines(
             batch = passes[start : start + batch_size]
             if all(mask.id in known for _, masks in batch for mask in masks):
                 continue
-            arrays = [masks_of(work) for work in batch]
-            pairs = [(open_image(image), found) for (image, _), found in zip(batch, arrays, strict=True)]
+            pairs = [(open_image(image), decode_masks(image, masks)) for image, masks in batch]
             captions, output = captioner.generate(pairs, prompt, **generation)
             said: dict[str, str] = {}
-            areas: dict[str, float] = {}
-            for work, found, texts in zip(batch, arrays, captions, strict=True):
-                areas |= areas_of(work, found)
-                said |= {mask.id: text.text for mask, text in zip(work[1], texts, strict=True)}
+            for (_, masks), texts in zip(batch, captions, strict=True):
+                said |= {mask.id: text.text for mask, text in zip(masks, texts, strict=True)}
             yield {
                 "captions": said,
-                "areas": areas,
                 "seconds": round(timed.seconds, 6),
                 "num_forwards": output.num_forwards,
                 "slots": len(said) * output.region_tokens.shape[-1],
@@ -312,16 +285,7 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-# -------------------------------------------------------------------- captions of another system
-
-
-def imported_line(path: Path, benchmark: Benchmark, allow_missing: bool) -> dict[str, Any]:
-    """Captions of another system as one line of a run. Raises: SettingError, see [`data.read_captions`]."""
-    captions = read_captions(path, benchmark.order, allow_missing)
-    areas: dict[str, float] = {}
-    for work in passes_of(benchmark, None):
-        areas |= areas_of(work, masks_of(work))
-    return {"captions": captions, "areas": areas}
+# -------------------------------------------------------------------- any source
 
 
 def caption_into(
@@ -331,7 +295,7 @@ def caption_into(
 
     Args:
         run (`CaptionRun`): where to.
-        lines: from [`model_lines`], [`server.server_lines`] or [`imported_line`].
+        lines: from [`model_lines`] or [`server.server_lines`]; or one with the captions of another system.
         progress (*optional*): called with the number of captions so far and of all.
     """
     if progress is not None:

@@ -1,22 +1,20 @@
 """The commands `pdlm-eval paradlc caption | judge | score | report`."""
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pdlm_hf.cli.errors import exit_on_error
 from pdlm_hf.client.chat import ChatClient
 from pdlm_hf.client.server import key_in, public_url
 from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.regions.files import load_json, write_json
 
-from .data import check_images, load_benchmark, load_questions, read_captions, read_json, write_json
+from ..terminal import progress
+from .data import check_images, load_benchmark, load_questions, read_captions
 
 app = typer.Typer(
     help="ParaDLC-Bench and DLC-Bench: caption, judge, score, report.", no_args_is_help=True, rich_markup_mode=None
@@ -35,15 +33,6 @@ Extra = Annotated[
 ]
 Retries = Annotated[int, typer.Option(help="Further attempts for a request.")]
 Timeout = Annotated[float, typer.Option(help="Seconds to wait for the server.")]
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, if that is a terminal; yields the function to call with (done, of all)."""
-    columns = (TextColumn(what), *Progress.get_default_columns()[1:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(what)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _settings(base: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
@@ -128,8 +117,8 @@ def caption(
         run, lines, hardware = _from_server(job, server, server_model, server_style, setting, options, failed)
     else:
         run, lines, hardware = _from_model(job, model, "fast" if fast else "default", device, dtype, batch_size)
-    with _progress("captions") as progress:
-        caption_into(run, lines, progress)
+    with progress("captions") as show:
+        caption_into(run, lines, show)
     record = run.finish(hardware)
     _say_captioned(out, record["totals"], len(data.order))
     if not record["finished"]:
@@ -140,13 +129,12 @@ def caption(
 
 def _from_file(job: Any, path: Path, allow_missing: bool) -> tuple:
     """Run, lines and hardware of an import."""
-    from .captioning import imported_line
     from .judging import captions_hash
 
-    line = imported_line(path, job.benchmark, allow_missing)
-    settings = {"source": "file", "captions": captions_hash(line["captions"]), "allow_missing": allow_missing}
+    captions = read_captions(path, job.benchmark.order, allow_missing)
+    settings = {"source": "file", "captions": captions_hash(captions), "allow_missing": allow_missing}
     run = job.run(settings | {"name": job.name or path.stem})
-    return run, iter([] if run.lines else [line]), {}
+    return run, iter([] if run.lines else [{"captions": captions}]), {}
 
 
 def _from_model(job: Any, model: str | None, mode: str, device: str | None, dtype: str, batch_size: int) -> tuple:
@@ -265,8 +253,8 @@ def judge(
         max_calls=max_calls,
     )
     number = judging.count_requests(data, texts)
-    with _progress("replies") as progress:
-        answers, counts = judging.judge_captions(client, data, texts, shown, lambda done, _: progress(done, number))
+    with progress("replies") as show:
+        answers, counts = judging.judge_captions(client, data, texts, shown, lambda done, _: show(done, number))
     judging.write_answers(folder, run, judge, client, data, texts, shown, answers, counts)
     client.close()
     typer.echo(
@@ -297,10 +285,11 @@ def score(
     questions = load_questions(annotations)
     path = annotations / "annotations.json"
     if benchmark is None and path.exists():
-        benchmark = form_of(read_json(path), path)
+        benchmark = form_of(load_json(path), path)
     scores = scoring.score_answers(questions, scoring.read_answers(answers, questions), parser, benchmark or "paradlc")
     totals = scoring.totals(scores)
     if per_mask is not None:
+        per_mask.parent.mkdir(parents=True, exist_ok=True)
         write_json(per_mask, {found.id: found.as_dict() for found in scores})
     if as_json:
         typer.echo(json.dumps(totals))

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.errors_pdlm import DataError, ImageError, RegionError
+from pdlm_hf.regions.files import load_json
 
 BENCHMARKS = ("paradlc", "dlc")
 TYPES = ("positive", "negative")
@@ -103,7 +103,7 @@ def load_benchmark(folder: str | Path, images: str | Path | None = None, name: s
         DataError: a file that is missing, cut short or of another form, a question without its annotation.
     """
     folder = Path(folder)
-    annotations, qa, names = (read_json(folder / f"{file}.json") for file in ("annotations", "qa", "class_names"))
+    annotations, qa, names = (load_json(folder / f"{file}.json") for file in ("annotations", "qa", "class_names"))
     questions = parse_questions(qa, folder / "qa.json")
     if not isinstance(names, dict):
         raise DataError(f"{folder / 'class_names.json'}: expected an object of mask ids and class names.")
@@ -142,27 +142,7 @@ def load_benchmark(folder: str | Path, images: str | Path | None = None, name: s
 def load_questions(folder: str | Path) -> dict[str, tuple[Question, ...]]:
     """Only the questions of a benchmark folder, by mask id: all that scoring needs. Raises: DataError."""
     path = Path(folder) / "qa.json"
-    return parse_questions(read_json(path), path)
-
-
-def read_json(path: Path) -> Any:
-    """Raises: DataError if the file is missing or no JSON; the message has the position."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON, perhaps cut short ({error}).") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file in one piece: it is there whole, or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    return parse_questions(load_json(path), path)
 
 
 def form_of(annotations: Any, path: Path) -> str:
@@ -233,10 +213,10 @@ def _image(image: dict, identifier: Any) -> dict[str, Any]:
 
 
 def open_image(entry: BenchmarkImage) -> Any:
-    """The image as RGB (`PIL.Image`), its pixels as stored: masks are drawn on those, whatever EXIF says.
+    """The image as RGB (`PIL.Image`), without EXIF orientation: the masks are drawn on the stored pixels.
 
     Raises:
-        DataError: missing, damaged, or of another size than annotated.
+        ImageError: the file does not exist, is damaged, or has another size than annotated.
     """
     from PIL import Image
 
@@ -244,43 +224,72 @@ def open_image(entry: BenchmarkImage) -> Any:
         with Image.open(entry.path) as file:
             image = file.convert("RGB")
     except FileNotFoundError:
-        raise DataError(f"{entry.path}: no such file.") from None
+        raise ImageError(f"{entry.path}: no such file.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{entry.path}: cannot be opened as an image ({error}).") from None
+        raise ImageError(f"{entry.path}: cannot be opened as an image ({error}).") from None
     if image.size != (entry.width, entry.height):
-        raise DataError(
+        raise ImageError(
             f"{entry.path}: has {image.width} x {image.height} pixels, annotations.json says "
             f"{entry.width} x {entry.height}."
         )
     return image
 
 
-def decode_masks(entry: BenchmarkImage) -> list[Any]:
-    """The masks of an image, in its order, as bool arrays (H, W). Raises: DataError for a broken or empty one."""
+def decode_masks(entry: BenchmarkImage, masks: Sequence[Mask] | None = None) -> list[Any]:
+    """Masks of an image as bool arrays (H, W).
+
+    Args:
+        entry (`BenchmarkImage`): the image.
+        masks (*optional*): some of its masks; default: all of them, in its order.
+
+    Raises:
+        RegionError: a mask is broken or empty.
+    """
     from pdlm_hf.regions.region import parse_region
 
-    masks = []
-    for mask in entry.masks:
+    found = []
+    for mask in entry.masks if masks is None else masks:
         try:
-            masks.append(parse_region(mask.region, entry.width, entry.height).mask)
-        except ValueError as error:
-            raise DataError(f"annotations.json: {error}") from None
-    return masks
+            found.append(parse_region(mask.region, entry.width, entry.height).mask)
+        except RegionError as error:
+            raise RegionError(f"annotations.json: {error}") from None
+    return found
+
+
+def area_shares(benchmark: Benchmark) -> dict[str, float]:
+    """The share of its image that each mask covers, by mask id; the masks are not decoded for this.
+
+    Raises:
+        RegionError: a mask is broken or empty.
+    """
+    from pdlm_hf.regions.region import region_areas
+
+    pairs = [(mask, image) for image in benchmark.images for mask in image.masks]
+    areas = region_areas([mask.region for mask, _ in pairs], [(image.width, image.height) for _, image in pairs])
+    shares: dict[str, float] = {}
+    for (mask, image), area in zip(pairs, areas, strict=True):
+        if isinstance(area, RegionError):
+            raise RegionError(f"annotations.json: {area}")
+        if not area:
+            raise RegionError(f"annotations.json: region {mask.id}: the mask is empty.")
+        shares[mask.id] = area / (image.width * image.height)
+    return shares
 
 
 def check_images(benchmark: Benchmark) -> None:
-    """Open every image and decode every mask, before anything expensive.
+    """Open every image and read every mask, before anything expensive.
 
     Raises:
-        DataError: the first that cannot be used; see [`open_image`] and [`decode_masks`].
+        ImageError: an image cannot be used, see [`open_image`].
+        RegionError: a mask cannot be used, see [`area_shares`].
     """
     for image in benchmark.images:
         if not image.path.is_file():
             missing = sum(not other.path.is_file() for other in benchmark.images)
-            raise DataError(f"{image.path}: no such file ({missing} of {len(benchmark.images)} are missing).")
+            raise ImageError(f"{image.path}: no such file ({missing} of {len(benchmark.images)} are missing).")
     for image in benchmark.images:
         open_image(image)
-        decode_masks(image)
+    area_shares(benchmark)
 
 
 def read_captions(path: Path, masks: dict[str, Any] | tuple[str, ...], allow_missing: bool = False) -> dict[str, str]:
@@ -294,7 +303,7 @@ def read_captions(path: Path, masks: dict[str, Any] | tuple[str, ...], allow_mis
     Raises:
         DataError: no such form, an unknown or missing id, or a caption that is no string.
     """
-    captions = read_json(path)
+    captions = load_json(path)
     if not isinstance(captions, dict):
         raise DataError(f"{path}: expected an object {{mask_id: caption}}.")
     if unknown := [key for key in captions if key not in masks]:

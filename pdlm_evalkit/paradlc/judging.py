@@ -10,13 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.client.cache import Reply
-from pdlm_hf.client.chat import ChatClient, Request
-from pdlm_hf.client.server import public_url
-from pdlm_hf.errors_pdlm import DataError, MissingPackageError
+from pdlm_hf.client.chat import ChatClient, Reply, Request, public_url
+from pdlm_hf.errors_pdlm import MissingPackageError, SettingError
 from pdlm_hf.regions.crops import crop_box, png_url
+from pdlm_hf.regions.files import write_json
 
-from .data import Benchmark, Mask, Question, decode_masks, open_image, write_json
+from .data import Benchmark, Mask, Question, decode_masks, open_image
 from .scoring import RECOGNITION
 
 RULES = """Answer the multiple-choice question based on the text description of an object in {image} image. You need to follow these rules:
@@ -85,7 +84,7 @@ def preset_of(judge: str, base_url: str | None = None, key_env: str | None = Non
     """
     preset = PRESETS.get(judge)
     if preset is None and base_url is None:
-        raise DataError(
+        raise SettingError(
             f"{judge} is not one of the known judges ({', '.join(PRESETS)}); for another model give --base-url."
         )
     preset = preset or Preset(judge, "", None, GREEDY | {"max_tokens": 300})
@@ -174,8 +173,8 @@ def judge_requests(
         crops = {}
         if with_images:
             image = open_image(entry)
-            decoded = zip(entry.masks, decode_masks(entry), strict=True)
-            crops = {mask.id: crops_of(image, array) for mask, array in decoded if mask in masks}
+            decoded = zip(masks, decode_masks(entry, masks), strict=True)
+            crops = {mask.id: crops_of(image, array) for mask, array in decoded}
         for mask in masks:
             for position, question in enumerate(asked_of(mask, benchmark.name)):
                 prompt = prompt_of(question, captions[mask.id], benchmark.name)

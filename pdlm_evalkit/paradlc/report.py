@@ -1,15 +1,14 @@
 """Runs beside each other and beside the paper."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.regions.files import load_json, read_rows
 
-from .captioning import areas_of, masks_of, passes_of
 from .captioning import totals as cost_of
-from .data import Benchmark, load_benchmark, read_captions, read_json
+from .data import Benchmark, area_shares, load_benchmark, read_captions
 from .judging import captions_hash
 from .paper import paper_rows
 from .scoring import MaskScore, read_answers, score_answers, totals
@@ -68,11 +67,11 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
         raise DataError(f"{folder}: is not a run folder.")
     if not (folder / "answers.json").exists():
         raise DataError(f"{folder}: has no answers.json; run `pdlm-eval paradlc judge` first.")
-    judged = read_json(folder / "judge.json")
+    judged = load_json(folder / "judge.json")
     source = folder if (folder / "run.json").exists() else folder / (judged["run"] or "")
     if not (source / "run.json").exists():
         raise DataError(f"{folder}: its captions are not from a run folder; make one with `caption --captions FILE`.")
-    run = read_json(source / "run.json")
+    run = load_json(source / "run.json")
     benchmark = load_benchmark(annotations or run["annotations"])
     if {benchmark.fingerprint} != {run["settings"]["fingerprint"], judged["fingerprint"]}:
         raise DataError(f"{folder}: was made with other annotations than {annotations or run['annotations']}.")
@@ -83,13 +82,7 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
         raise DataError(f"{folder}: the judge's answers are to other captions; run `pdlm-eval paradlc judge` again.")
     questions = {key: mask.questions for key, mask in benchmark.masks.items()}
     scores = score_answers(questions, read_answers(folder / "answers.json", questions), parser, benchmark.name)
-    with open(source / "captions.jsonl", encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    areas = {key: area for line in lines for key, area in line["areas"].items()}
-    for work in passes_of(benchmark, 1):
-        if work[1][0].id not in areas:  # no caption: it scores 0 in its group
-            areas |= areas_of(work, masks_of(work))
-    cost = cost_of(lines)
+    cost = cost_of(list(read_rows(source / "captions.jsonl")))
     del cost["n_masks"]  # of the captions; the score's is of all masks
     return {
         "run": folder.name,
@@ -101,7 +94,7 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
         **totals(scores),
         **cost,
         "by_masks": _grouped(scores, _by_masks(benchmark)),
-        "by_area": _grouped(scores, {key: _area_group(area) for key, area in areas.items()}),
+        "by_area": _grouped(scores, {key: _area_group(area) for key, area in area_shares(benchmark).items()}),
     }
 
 

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.errors_pdlm import DataError, SettingError
+from pdlm_hf.regions.files import load_json
 
-from .data import BENCHMARKS, Question, read_json
+from .data import BENCHMARKS, Question
 from .parsing import Parser, parse_reference, parse_robust
 
 PARSERS = ("robust", "reference")
@@ -64,9 +65,9 @@ class MaskScore:
 
 
 def choose_parser(name: str, benchmark: str = "paradlc") -> Parser:
-    """The reader of replies with this name. Raises: DataError if there is none."""
+    """The reader of replies with this name. Raises: SettingError if there is none."""
     if name not in PARSERS or benchmark not in BENCHMARKS:
-        raise DataError(
+        raise SettingError(
             f"The parser must be one of {', '.join(PARSERS)}, the benchmark one of {', '.join(BENCHMARKS)}; got "
             f"{name!r}, {benchmark!r}."
         )
@@ -81,7 +82,7 @@ def read_answers(path: Path, questions: Mapping[str, Sequence[Question]]) -> dic
     Raises:
         DataError: another form, a mask that has no questions, or more replies than questions.
     """
-    answers = read_json(path)
+    answers = load_json(path)
     if not isinstance(answers, dict):
         raise DataError(f"{path}: expected an object {{mask_id: [replies]}}.")
     if unknown := [key for key in answers if key not in questions]:

@@ -10,8 +10,8 @@ from pdlm_hf.client.chat import ChatClient, Request
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions.crops import crops_message, images_message
 
-from .captioning import CaptionRun, Pass, areas_of, masks_of
-from .data import open_image
+from .captioning import CaptionRun, Pass
+from .data import decode_masks, open_image
 
 STYLES = ("regions", "crops")
 MAX_REGIONS = 64  # of a request to our server, unless it is told otherwise
@@ -64,7 +64,6 @@ def server_lines(
         forwards = reply.usage.get("num_forwards")
         yield {
             "captions": captions,
-            "areas": areas_of(todo[index], masks_of(todo[index])),
             "seconds": round(now - last, 6),
             "num_forwards": forwards,
             "slots": None if forwards is None else len(captions) * max_new_tokens,
@@ -98,4 +97,5 @@ def regions_request(work: Pass, prompt: str) -> Request:
 
 def crops_request(work: Pass, prompt: str) -> Request:
     """An image with the outline of its one mask, and the part around the mask."""
-    return {"messages": [crops_message(open_image(work[0]), masks_of(work)[0], prompt)]}
+    (mask,) = decode_masks(*work)
+    return {"messages": [crops_message(open_image(work[0]), mask, prompt)]}

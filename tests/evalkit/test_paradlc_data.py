@@ -10,9 +10,19 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import pdlm_evalkit.paradlc as package
+from pdlm_evalkit.paradlc.captioning import passes_of
 from pdlm_evalkit.paradlc.cli import app
-from pdlm_evalkit.paradlc.data import check_images, decode_masks, load_benchmark, open_image, read_captions
+from pdlm_evalkit.paradlc.data import (
+    area_shares,
+    check_images,
+    decode_masks,
+    load_benchmark,
+    open_image,
+    read_captions,
+)
+from pdlm_evalkit.paradlc.judging import judge_requests
 from pdlm_evalkit.paradlc.make_example import main as make_example
+from pdlm_hf.regions import region
 
 EXAMPLE = Path(package.__file__).parent / "example"
 
@@ -48,9 +58,11 @@ def test_both_forms_hold_the_same_masks():
     check_images(first)
     check_images(second)
     assert len(first.images) == len(second.images) == 6 and len(first.order) == len(second.order) == 20
+    shares = area_shares(first)
     for one, other in zip(first.images, second.images, strict=True):
-        for mask, same in zip(decode_masks(one), decode_masks(other), strict=True):
+        for entry, mask, same in zip(one.masks, decode_masks(one), decode_masks(other), strict=True):
             assert (mask == same).all() and mask.shape == (one.height, one.width)
+            assert shares[entry.id] == mask.mean()
     assert sum(all(q.type == "negative" for q in mask.questions) for mask in first.masks.values()) == 1
     assert list(first.masks) == list(json.loads((EXAMPLE / "qa.json").read_text()))
 
@@ -62,6 +74,25 @@ def test_pixels_are_taken_as_stored(folder):
     exif[0x0112] = 6  # to be shown turned
     image.save(entry.path, exif=exif)
     assert open_image(entry).size == (entry.width, entry.height)
+
+
+def test_a_mask_is_decoded_once_by_whoever_needs_it(monkeypatch):
+    """Not for the checks, the areas or the text of a request."""
+    decoded = []
+    parse = region.parse_region
+    monkeypatch.setattr(
+        region, "parse_region", lambda value, *size: decoded.append(value["id"]) or parse(value, *size)
+    )
+    benchmark = load_benchmark(EXAMPLE)
+    check_images(benchmark)
+    area_shares(benchmark)
+    captions = {"900_0": "A star.", "903_2": "A ring."}
+    assert len(list(judge_requests(benchmark, captions, with_images=False))) == 12 and decoded == []
+    assert len(list(judge_requests(benchmark, captions, with_images=True))) == 12
+    assert decoded == ["900_0", "903_2"]
+    for image, masks in passes_of(benchmark, 1):
+        decode_masks(image, masks)
+    assert decoded[2:] == list(benchmark.order)
 
 
 def first_mask(data):
