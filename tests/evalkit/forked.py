@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,11 +10,14 @@ from pathlib import Path
 import torch
 
 PRELOAD = [
-    "torch",
-    "transformers.models.auto",
+    "openai",
+    "pdlm_evalkit.answering",
     "pdlm_evalkit.cli",
+    "pdlm_evalkit.paradlc.server",
     "pdlm_evalkit.lmms_run",
     "pdlm_evalkit.vlmeval_run",
+    "pdlm_hf.modeling_pdlm",
+    "pdlm_hf.processing_pdlm",
 ]
 if find_spec("lmms_eval") is not None:
     PRELOAD += ["lmms_eval.__main__", "lmms_eval.evaluator", "pdlm_evalkit.lmms"]
@@ -21,21 +25,23 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(PRELOAD)
 
 
-def call(command: str, arguments: list[str], environment: dict[str, str], log: Path, timeout: float = 900) -> int:
-    """Run a command in a fork of the prepared process.
+def start(command: str, arguments: list[str], environment: dict[str, str], log: Path) -> multiprocessing.Process:
+    """Start a command in a fork of the prepared process.
 
     Args:
         command (`str`): "lmms-eval", "pdlm-eval", or "vlmeval", which is `python -m pdlm_evalkit.vlmeval_run`.
         arguments (`list[str]`): its arguments.
         environment (`dict`): variables to add; those of `PYTHONPATH` are added to the path.
         log (`Path`): gets what it prints.
-        timeout (`float`): seconds.
-
-    Returns:
-        the exit code.
     """
     process = _processes.Process(target=_run, args=(command, arguments, environment, str(log)))
     process.start()
+    return process
+
+
+def call(command: str, arguments: list[str], environment: dict[str, str], log: Path, timeout: float = 900) -> int:
+    """Run a command to its end, at most `timeout` seconds; see [`start`]. Returns: the exit code."""
+    process = start(command, arguments, environment, log)
     process.join(timeout)
     if process.is_alive():
         process.kill()
@@ -51,6 +57,7 @@ def _run(command: str, arguments: list[str], environment: dict[str, str], log: s
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background with it ignored
     sys.argv = [command, *arguments]
     torch.set_num_threads(1)
     if command == "lmms-eval":

@@ -1,31 +1,25 @@
 """Runs: passes as the reference cuts them, resuming, importing, and captions from servers."""
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import start
+from judge_server import JudgeServer, text_of
+from PIL import Image
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from judge_server import JudgeServer, text_of  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import pdlm_evalkit.paradlc as package  # noqa: E402
-from pdlm_evalkit.paradlc import captioning  # noqa: E402
-from pdlm_evalkit.paradlc.cli import app  # noqa: E402
-from pdlm_evalkit.paradlc.data import load_benchmark  # noqa: E402
-from pdlm_hf import RegionCaptioner  # noqa: E402
-from pdlm_hf.client import server as client  # noqa: E402
-from pdlm_hf.regions.crops import OUTLINE, draw_outline  # noqa: E402
+import pdlm_evalkit.paradlc as package
+from pdlm_evalkit.paradlc import captioning
+from pdlm_evalkit.paradlc.cli import app
+from pdlm_evalkit.paradlc.data import load_benchmark
+from pdlm_hf import RegionCaptioner
+from pdlm_hf.client import chat as client
+from pdlm_hf.regions.crops import OUTLINE, draw_outline
 
 EXAMPLE = Path(package.__file__).parent / "example"
-ROOT = EXAMPLE.parents[2]
 
 
 def caption(out, *options, folder=EXAMPLE):
@@ -247,15 +241,15 @@ def test_killed_half_way(tmp_path):
         return json.dumps([f"caption of {region['id']}" for region in regions])
 
     with JudgeServer(reply, delay=0.15) as host:
-        command = [sys.executable, "-m", "pdlm_evalkit.paradlc.cli", "caption", "--annotations", str(EXAMPLE)]
-        command += ["--server", host.url, "--server-model", "any", "--out", str(tmp_path / "run")]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while len(host.answered) < 3 and process.poll() is None:
+        options = ["--server", host.url, "--server-model", "any"]
+        command = ["paradlc", "caption", "--annotations", str(EXAMPLE), "--out", str(tmp_path / "run"), *options]
+        process = start("pdlm-eval", command, {"NO_PROXY": "127.0.0.1"}, tmp_path / "log")
+        while len(host.answered) < 3 and process.is_alive():
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert not (tmp_path / "run" / "captions.json").exists()
-        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+        assert caption(tmp_path / "run", *options).exit_code == 0
     assert 6 <= len(host.answered) <= 7  # at most the one that was on its way is asked again
     captions = json.loads((tmp_path / "run" / "captions.json").read_text())
     assert captions == {key: f"caption of {key}" for key in load_benchmark(EXAMPLE).order}

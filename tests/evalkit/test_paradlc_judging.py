@@ -3,32 +3,27 @@
 import base64
 import io
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import start
+from judge_server import JudgeServer, parts_of, text_of
+from PIL import Image
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from judge_server import JudgeServer, parts_of, text_of  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import pdlm_evalkit.paradlc as package  # noqa: E402
-from pdlm_evalkit.paradlc import judging  # noqa: E402
-from pdlm_evalkit.paradlc.cli import app  # noqa: E402
-from pdlm_evalkit.paradlc.data import Question, decode_masks, load_benchmark, open_image  # noqa: E402
-from pdlm_evalkit.paradlc.make_example import draw_scenes  # noqa: E402
-from pdlm_hf.client import server as client  # noqa: E402
-from pdlm_hf.shapes.scenes import describe  # noqa: E402
+import pdlm_evalkit.paradlc as package
+from pdlm_evalkit.paradlc import judging
+from pdlm_evalkit.paradlc.cli import app
+from pdlm_evalkit.paradlc.data import Question, decode_masks, load_benchmark, open_image
+from pdlm_evalkit.paradlc.make_example import draw_scenes
+from pdlm_hf.client import chat as client
+from pdlm_hf.shapes.scenes import describe
 
 EXAMPLE = Path(package.__file__).parent / "example"
-ROOT = EXAMPLE.parents[2]
 NUM_QUESTIONS = 20 * 6 - 3  # of 20 masks: recognition, three positive (one mask has none), two negative
 
 
@@ -275,13 +270,13 @@ def test_killed_half_way(tmp_path, truth):
     with JudgeServer() as server:
         assert judge(tmp_path / "calm" / "run", server.url).exit_code == 0
     with JudgeServer(delay=0.02) as server:
-        command = [sys.executable, "-m", "pdlm_evalkit.paradlc.cli", "judge", str(tmp_path / "killed" / "run")]
-        command += ["--annotations", str(EXAMPLE), "--judge", "any", "--base-url", server.url, "--concurrency", "3"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while len(server.answered) < 40 and process.poll() is None:
+        command = ["paradlc", "judge", str(tmp_path / "killed" / "run"), "--annotations", str(EXAMPLE)]
+        command += ["--judge", "any", "--base-url", server.url, "--concurrency", "3"]
+        process = start("pdlm-eval", command, {"NO_PROXY": "127.0.0.1"}, tmp_path / "log")
+        while len(server.answered) < 40 and process.is_alive():
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert not (tmp_path / "killed" / "run" / "answers.json").exists()
         time.sleep(0.1)  # what was on its way
         assert 40 <= len(server.answered) < NUM_QUESTIONS
@@ -299,25 +294,14 @@ def test_killed_half_way(tmp_path, truth):
 
 def test_stopped_by_the_user(captions, tmp_path):
     with JudgeServer(delay=0.5) as server:
-        command = [
-            sys.executable,
-            "-m",
-            "pdlm_evalkit.paradlc.cli",
-            "judge",
-            str(captions),
-            "--annotations",
-            str(EXAMPLE),
-        ]
-        command += ["--judge", "any", "--base-url", server.url, "--concurrency", "2"]
-        # a shell starts what runs in the background with Ctrl-C ignored
-        listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, cwd=ROOT, preexec_fn=listen, **pipes)
-        while len(server.answered) < 3 and process.poll() is None:
+        command = ["paradlc", "judge", str(captions), "--annotations", str(EXAMPLE), "--judge", "any"]
+        command += ["--base-url", server.url, "--concurrency", "2"]
+        process = start("pdlm-eval", command, {"NO_PROXY": "127.0.0.1"}, tmp_path / "log")
+        while len(server.answered) < 3 and process.is_alive():
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 130 and "What is done is kept" in errors
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 130 and "What is done is kept" in (tmp_path / "log").read_text()
         server.delay = 0
         assert judge(captions, server.url).exit_code == 0
     assert len(server.answered) == len(set(server.answered)) == NUM_QUESTIONS

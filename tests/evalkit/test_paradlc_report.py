@@ -1,23 +1,19 @@
 """From images to a report: captions of the embedded checkpoint, a truthful judge, scores computed a second way."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from judge_server import JudgeServer
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from judge_server import JudgeServer  # noqa: E402
-
-import pdlm_evalkit.paradlc as package  # noqa: E402
-from pdlm_evalkit.paradlc.cli import app  # noqa: E402
-from pdlm_evalkit.paradlc.data import load_benchmark  # noqa: E402
-from pdlm_evalkit.paradlc.make_example import draw_scenes  # noqa: E402
-from pdlm_evalkit.paradlc.paper import COLUMNS, TABLE_2, TABLE_2_DLC, TABLE_8, paper_rows  # noqa: E402
-from pdlm_evalkit.paradlc.report import Table, notes_of, report_run  # noqa: E402
-from pdlm_hf.shapes.scenes import read  # noqa: E402
+import pdlm_evalkit.paradlc as package
+from pdlm_evalkit.paradlc.cli import app
+from pdlm_evalkit.paradlc.data import load_benchmark
+from pdlm_evalkit.paradlc.make_example import draw_scenes
+from pdlm_evalkit.paradlc.paper import COLUMNS, TABLE_2, TABLE_2_DLC, TABLE_8, paper_rows
+from pdlm_evalkit.paradlc.report import Table, notes_of, report_run
+from pdlm_hf.shapes.scenes import read
 
 EXAMPLE = Path(package.__file__).parent / "example"
 

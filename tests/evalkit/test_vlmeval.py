@@ -34,14 +34,17 @@ def checkout(tmp_path_factory):
         text, *options, _ = question.text.split("\n")
         rows.append({"question": text, "answer": question.answer, "image_path": [str(path)]})
         rows[-1] |= {option[0]: option[3:] for option in options}
-    (folder / "rows.json").write_text(json.dumps(rows))
+    for number in (1, ROWS):
+        (folder / f"{number}_rows.json").write_text(json.dumps(rows[:number]))
     return folder
 
 
-def run(checkout: Path, work: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def run(
+    checkout: Path, work: Path, *arguments: str, rows: int = 1, launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
     """`python -m pdlm_evalkit.vlmeval_run`, in a process that has its imports done unless there is a launcher."""
     environment = {"PYTHONPATH": f"{checkout}{os.pathsep}{Path(__file__).parents[2]}", "OMP_NUM_THREADS": "1"}
-    environment |= {"FAKE_ROWS": str(checkout / "rows.json"), "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
+    environment |= {"FAKE_ROWS": str(checkout / f"{rows}_rows.json"), "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
     arguments = (*arguments, "--work-dir", str(work))
     if not launcher:
         with tempfile.TemporaryDirectory() as folder:
@@ -53,20 +56,32 @@ def run(checkout: Path, work: Path, *arguments: str, launcher: tuple[str, ...] =
     return subprocess.run(command, env=without_keys | environment, capture_output=True, text=True, timeout=300)
 
 
-def test_a_run_has_settings_costs_and_exit_code(checkout, tmp_path):
-    done = run(
-        checkout, tmp_path, "--data", "MMStar", "--model", "PerceptionDLM-Base", "--pretrained", "shapes_base",
-        "--judge", "exact_matching",
-    )  # fmt: skip
+OPTIONS = ("--data", "MMStar", "--model", "PerceptionDLM-Base", "--pretrained", "shapes_base")
+OPTIONS += ("--judge", "exact_matching")
+
+
+def report_of(work: Path, model: str = "PerceptionDLM-Base") -> list[dict]:
+    return json.loads((work / model / "T1" / "pdlm_report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(checkout, tmp_path_factory):
+    """A run of one process."""
+    work = tmp_path_factory.mktemp("finished")
+    done = run(checkout, work, *OPTIONS, rows=ROWS)
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "PerceptionDLM-Base" / "T1" / "pdlm_report.json").read_text())
+    return work
+
+
+def test_a_run_has_settings_costs_and_exit_code(finished):
+    report = report_of(finished)
     assert report[0]["paper_settings"]["max_new_tokens"] == 2
     assert report[0]["pretrained"] == "shapes_base"
     costs = report[0]["answers"]
     assert (costs["questions"], costs["num_forwards"], costs["slots"]) == (ROWS, 2 * ROWS, 2 * ROWS)
-    log = [json.loads(line) for line in next(tmp_path.glob("pdlm_answers_*.jsonl")).read_text().splitlines()]
+    log = [json.loads(line) for line in next(finished.glob("pdlm_answers_*.jsonl")).read_text().splitlines()]
     assert [row["settings"]["block_length"] for row in log] == [2] * ROWS
-    measured = collect([tmp_path])
+    measured = collect([finished])
     assert [(m.benchmark, m.paper, m.tokens_per_forward) for m in measured] == [("MMStar", 63.7, 1.0)]
     assert measured[0].score == 100 * report[0]["primary_metric_value"]
 
@@ -82,28 +97,23 @@ def test_every_family_has_its_settings(checkout, tmp_path):
         )  # fmt: skip
         assert server.probes == 1
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "PerceptionDLM-Base" / "T1" / "pdlm_report.json").read_text())
+    rows = report_of(tmp_path)
     names = ("max_new_tokens", "block_length", "max_denoising_steps")
     assert {row["benchmark"]: tuple(row["paper_settings"][name] for name in names) for row in rows} == families
     for row in rows:
         slots, _, steps = families[row["benchmark"]]
-        assert (row["answers"]["slots"], row["answers"]["num_forwards"]) == (ROWS * slots, ROWS * steps)
+        assert (row["answers"]["slots"], row["answers"]["num_forwards"]) == (slots, steps)
 
 
-def test_two_ranks_without_cuda(checkout, tmp_path):
+def test_two_ranks_without_cuda(checkout, finished, tmp_path):
     """run.py asks for NCCL; the wrapper gives it gloo."""
-    options = ("--data", "MMStar", "--model", "PerceptionDLM-Base", "--pretrained", "shapes_base")
-    alone = run(checkout, tmp_path / "one", *options, "--judge", "exact_matching")
     torchrun = ("torch.distributed.run", "--nproc-per-node=2", "--master-port=29671", "-m")
-    both = run(checkout, tmp_path / "two", *options, "--judge", "exact_matching", launcher=torchrun)
-    assert alone.returncode == both.returncode == 0, both.stderr
-    one, two = (
-        json.loads((tmp_path / name / "PerceptionDLM-Base" / "T1" / "pdlm_report.json").read_text())[0]
-        for name in ("one", "two")
-    )
+    both = run(checkout, tmp_path, *OPTIONS, rows=ROWS, launcher=torchrun)
+    assert both.returncode == 0, both.stderr
+    (one,), (two,) = report_of(finished), report_of(tmp_path)
     assert one["primary_metric_value"] == two["primary_metric_value"]
     assert two["answers"]["questions"] == ROWS
-    assert len(list((tmp_path / "two").glob("pdlm_answers_*.jsonl"))) == 2
+    assert len(list(tmp_path.glob("pdlm_answers_*.jsonl"))) == 2
 
 
 def test_config_knows_the_class(checkout, tmp_path):
@@ -111,9 +121,9 @@ def test_config_knows_the_class(checkout, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": model, "data": {"MMStar": {}}}))
     done = run(checkout, tmp_path, "--config", str(tmp_path / "config.json"), "--judge", "exact_matching")
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / "mine" / "T1" / "pdlm_report.json").read_text())
+    (row,) = report_of(tmp_path, "mine")
     assert (row["pretrained"], row["settings"]) == ("shapes_base", {"block_length": 1})
-    assert row["paper_settings"]["block_length"] == 2 and row["answers"]["questions"] == ROWS
+    assert row["paper_settings"]["block_length"] == 2 and row["answers"]["questions"] == 1
     assert collect([tmp_path])[0].note == "changed: block_length=1"
 
 
@@ -126,10 +136,10 @@ def test_each_model_of_a_config_has_its_own_settings_and_costs(checkout, tmp_pat
     arguments = ("--config", str(tmp_path / "config.json"), "--judge", "exact_matching", "--mode", "all")
     done = run(checkout, tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
-    plain, paper = (json.loads((tmp_path / name / "T1" / "pdlm_report.json").read_text())[0] for name in models)
+    plain, paper = (report_of(tmp_path, name)[0] for name in models)
     assert plain["paper_settings"] is None and plain["settings"] == {"max_new_tokens": 8}
     assert paper["paper_settings"]["max_new_tokens"] == 2 and paper["settings"] == {}
-    assert (plain["answers"]["slots"], paper["answers"]["slots"]) == (8 * ROWS, 2 * ROWS)
+    assert (plain["answers"]["slots"], paper["answers"]["slots"]) == (8, 2)
 
 
 def test_answers_of_another_run_cost_nothing(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import call
+from forked import call, start
 from judge_server import JudgeServer
 
 import pdlm_evalkit
@@ -143,18 +143,16 @@ def test_what_was_answered_before_a_kill_is_kept(folder):
     cache, place = folder / "cache_killed", folder / "killed"
     arguments = arguments_for("pdlm_shapes_open", "shapes_base,block_length=1", use_cache=str(cache), batch_size="1")
     arguments[arguments.index("--limit") + 1] = "64"
-    command = [BIN / "pdlm-eval", "lmms"]
 
     def kill() -> int:
-        process = subprocess.Popen(
-            [*map(str, command), *arguments, "--output_path", str(place), "--log_samples"],
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        while process.poll() is None and not kept():
+        place.mkdir()
+        command = ["lmms", *arguments, "--output_path", str(place), "--log_samples"]
+        process = start("pdlm-eval", command, {}, place / "killed.log")
+        while process.is_alive() and not kept():
             time.sleep(0.02)
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         return kept()
 
     def kept() -> int:
