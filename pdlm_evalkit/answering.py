@@ -1,4 +1,4 @@
-"""One way to answer for both harnesses: prompts and settings of the paper, real batches, and what an answer cost."""
+"""Answers for both harnesses: the paper's prompts and settings, batches, and the cost of each answer."""
 
 import json
 import re
@@ -28,13 +28,13 @@ _CHAT_ONLY = ("block_length", "generation_suffix", "guidance_scale")
 
 @dataclass
 class Question:
-    """Something to answer.
+    """A question about images.
 
     Args:
-        images (`list`): images: PIL images or paths.
-        text (`str`): as the model is to read it.
-        benchmark (`Benchmark`, *optional*): whose settings hold.
-        settings (`dict`): of `generate`, before the benchmark's.
+        images (`list`): PIL images or paths.
+        text (`str`): the question as the model reads it.
+        benchmark (`Benchmark`, *optional*): the benchmark whose settings apply.
+        settings (`dict`): settings of `generate`; they take precedence over the benchmark's.
         masks (`list`): regions of the first image, see [`pdlm_hf.regions.parse_region`]; a region model then
             describes them.
     """
@@ -48,15 +48,15 @@ class Question:
 
 @dataclass
 class Answer:
-    """An answer and what it cost.
+    """An answer and its cost.
 
     Args:
-        text (`str`): post-processed; with regions a JSON list of captions.
-        input_tokens (`int`, *optional*): of the prompt; None with regions, which may take several passes.
-        output_tokens (`int`): before the end of the answer.
-        slots (`int`): that were denoised, padding included.
-        num_forwards (`int`): passes of the language model it took part in.
-        seconds (`float`): its share of the time of its batch.
+        text (`str`): the post-processed answer; with regions a JSON list of captions.
+        input_tokens (`int`, *optional*): tokens of the prompt; None with regions, which may take several passes.
+        output_tokens (`int`): tokens before the end of the answer.
+        slots (`int`): token positions that were denoised, padding included.
+        num_forwards (`int`): forward passes of the language model for the batch of the answer.
+        seconds (`float`): time of the batch, divided by the number of its answers.
     """
 
     text: str
@@ -71,14 +71,14 @@ class Answerer:
     """Answers questions about images, in batches.
 
     Args:
-        model, processor: a base checkpoint; a region checkpoint also answers, and describes regions.
-        batch_size (`int`): questions a forward.
+        model, processor: a base checkpoint, or a region checkpoint, which also describes regions.
+        batch_size (`int`): questions in a batch.
         presets (`str`): "paper", or "none" to leave all settings to the harness.
-        **settings: of `generate`; these go before everything else. Also `max_tiles`, `upscale_first`, `prompt_suffix`
-            and `shorten` of [`Benchmark`].
+        **settings: settings of `generate`, which take precedence over all others; and `max_tiles`, `upscale_first`,
+            `prompt_suffix` and `shorten` of [`Benchmark`].
 
     Raises:
-        SettingError: an unknown setting or preset.
+        SettingError: a setting or preset does not exist, or the batch size is not positive.
     """
 
     def __init__(self, model, processor, batch_size: int = 1, presets: str = "paper", **settings: Any):
@@ -90,7 +90,7 @@ class Answerer:
         self.batch_size, self.presets = batch_size, presets
         self.overrides = {name: settings.pop(name) for name in OVERRIDES if name in settings}
         if self.overrides and presets != "paper":
-            raise SettingError(f'`presets="none"` leaves nothing for {", ".join(self.overrides)} to change.')
+            raise SettingError(f'`presets="none"` does not use {", ".join(self.overrides)}; leave them out.')
         self.settings = our_settings(settings)
 
     @classmethod
@@ -103,7 +103,13 @@ class Answerer:
             pretrained (`str` or `Path`): folder, hub id, or "shapes" and "shapes_base", the embedded checkpoints.
             device (`str`, *optional*): default: the GPU if there is one.
             dtype: as in `AutoModel.from_pretrained`.
-            **kwargs: of this class, and `revision`, `trust_remote_code`, `attn_implementation` of `from_pretrained`.
+            **kwargs: arguments of this class, and `revision`, `trust_remote_code`, `attn_implementation` of
+                `from_pretrained`.
+
+        Raises:
+            CheckpointError: the folder does not exist.
+            SettingError: see the class.
+            OSError: the hub has no such checkpoint, or cannot be reached.
         """
         path = {"shapes": pdlm_hf.CHECKPOINT, "shapes_base": pdlm_hf.BASE_CHECKPOINT}.get(str(pretrained), pretrained)
         source = {name: kwargs.pop(name) for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
@@ -115,12 +121,12 @@ class Answerer:
         return cls(model, AutoProcessor.from_pretrained(path, **source), **kwargs)
 
     def benchmark(self, name: str | None) -> Benchmark | None:
-        """The paper's benchmark of this name with what was overridden; None if it is another, or presets are off."""
+        """The paper's benchmark with this name, overrides included; None if there is none, or presets are off."""
         found = find_benchmark(name) if name and self.presets == "paper" else None
         return found and replace(found, **self.overrides)
 
     def settings_of(self, question: Question) -> dict[str, Any]:
-        """Settings of `generate` for a question: the caller's, then the question's, then the benchmark's."""
+        """Settings of `generate` for a question: the caller's before the question's before the benchmark's."""
         explicit = {**our_settings(question.settings), **self.settings}
         if question.masks is not None:
             return {k: v for k, v in explicit.items() if k not in _CHAT_ONLY}
@@ -135,7 +141,7 @@ class Answerer:
 
     @torch.inference_mode()
     def answer(self, questions: list[Question]) -> list[Answer]:
-        """Answers in the order of the questions; alike ones share a forward."""
+        """Answer questions, those with the same settings in batches; the answers are in the order of the questions."""
         keys = [(q.masks is not None, repr(sorted(self.settings_of(q).items())), self._tiles(q)) for q in questions]
         order = sorted(range(len(questions)), key=lambda i: (keys[i], len(questions[i].images), questions[i].text))
         answers: dict[int, Answer] = {}
@@ -209,7 +215,7 @@ class Answerer:
         return images
 
     def _prompt(self, text: str, images: int) -> str:
-        """The conversation as the reference's harness writes it: images first, numbered if there are several."""
+        """The conversation as in the reference's harness: images first, numbered if there are several."""
         text = self._without_specials(text)
         content: list[dict[str, str]] = []
         for number in range(1, images + 1):
@@ -220,15 +226,17 @@ class Answerer:
         )
 
     def _without_specials(self, text: str) -> str:
-        """A question may hold what is a special token here; a run of hours must not end on it."""
+        """Remove special tokens from a question, with a warning: they would end a run of hours."""
         for token in self.processor.tokenizer.added_tokens_encoder:
             if token in text:
-                warnings.warn(f"A question holds the model's special token {token}; it is left out.", stacklevel=2)
+                warnings.warn(
+                    f"A question contains the special token {token} of the model; it is removed.", stacklevel=2
+                )
                 text = text.replace(token, " ")
         return text
 
     def describe(self) -> dict[str, Any]:
-        """What decides about the answers, for result files."""
+        """Everything the answers depend on, for result files."""
         return {
             "model": self.model.name_or_path,
             "dtype": str(self.model.dtype),
@@ -241,7 +249,7 @@ class Answerer:
 
 
 def shorten(answer: str) -> str:
-    """Post-processing of the reference's harness: a bare Yes or No, or the letter of "B. text"."""
+    """Post-processing of the reference's harness: reduce an answer to Yes or No, or "B. text" to its letter."""
     answer = answer.replace("<|im_end|>", "").strip()
     if len(answer) <= 4 and ("Yes" in answer or "No" in answer):
         return "Yes" if "Yes" in answer else "No"

@@ -1,4 +1,4 @@
-"""The paper's 16 benchmarks: one table with everything a run needs, and the paper's score beside it.
+"""The paper's 16 benchmarks: everything a run needs, and the paper's score.
 
 Settings are those of the reference's harness copy (generation by benchmark, prompts by kind of question,
 images by benchmark); scores are Table 1 of the paper.
@@ -38,25 +38,26 @@ class Benchmark:
     """A benchmark with the paper's settings.
 
     Args:
-        name (`str`): as in Table 1.
-        group (`str`): as in Table 1.
-        kind (`str`): of question, which decides prompt suffix and post-processing.
-        vlmeval (`str`): name in VLMEvalKit.
-        lmms (`str`): task of lmms-eval.
-        split (`str`): that the score is of.
-        stock_judge, lmms_judge (`str`): what VLMEvalKit and lmms-eval themselves score with: "rules", "LLM", or
-            "rules, then LLM".
-        paper_judge (`str`): what the paper scored with where that is another.
-        max_new_tokens, block_length, max_denoising_steps (`int`): block_length 1 is autoregressive order.
-        upscale_first (`bool`): the first image is doubled in size.
-        max_tiles (`int`): for one image, thumbnail not counted; several share [`TOTAL_TILES`].
-        prompt_suffix (`str`, *optional*): put behind a question instead of that of its kind.
-        shorten (`bool`): answers are cut to "Yes", "No" or a letter where that is what they begin with.
-        aliases (`tuple[str]`): further names it has in the harnesses.
-        lmms_metric, vlmeval_metric (`str`): where the harness puts the score (default in
-            VLMEvalKit: its main one); of several, with "+", the mean.
-        lmms_percent (`bool`): lmms-eval gives percents, not shares. VLMEvalKit does but for letters.
-        paper (`float`): score of PerceptionDLM-Base, Table 1, in percent.
+        name (`str`): the name in Table 1.
+        group (`str`): the group in Table 1.
+        kind (`str`): the kind of question, which decides prompt suffix and post-processing.
+        vlmeval (`str`): the name in VLMEvalKit.
+        lmms (`str`): the task of lmms-eval.
+        split (`str`): the split that the score is computed on.
+        stock_judge, lmms_judge (`str`): how VLMEvalKit and lmms-eval score: "rules", "LLM", or "rules, then LLM".
+        paper_judge (`str`): the judge of the paper, where it is a different one.
+        max_new_tokens, block_length, max_denoising_steps (`int`): settings of `generate`; with block_length 1 the
+            answer is written from left to right.
+        upscale_first (`bool`): whether the first image is doubled in size.
+        max_tiles (`int`): most tiles of an image, without the thumbnail; several images share [`TOTAL_TILES`].
+        prompt_suffix (`str`, *optional*): the end of each question; default: that of its kind.
+        shorten (`bool`): whether an answer that begins with "Yes", "No" or a letter is reduced to it.
+        aliases (`tuple[str]`): further names in the harnesses.
+        lmms_metric, vlmeval_metric (`str`): name of the score in the harness (default in VLMEvalKit: its main
+            score); names joined by "+" stand for their mean.
+        lmms_percent (`bool`): whether lmms-eval gives percent instead of shares. VLMEvalKit gives percent for all
+            kinds but "letter".
+        paper (`float`): score of PerceptionDLM-Base in Table 1, in percent.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Benchmark:
 
     @property
     def suffix(self) -> str:
-        """What is put behind a question."""
+        """The end of each question."""
         return SUFFIX[self.kind] if self.prompt_suffix is None else self.prompt_suffix
 
     def generation(self) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class Benchmark:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """For result files."""
+        """The benchmark as a dict, for result files."""
         return asdict(self) | {"suffix": self.suffix, "total_tiles": TOTAL_TILES}
 
 
@@ -155,15 +156,15 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 
 
 def tiles_for(images: int, max_tiles: int = 6) -> int:
-    """Tiles an image may take where a question has this many: all share [`TOTAL_TILES`]."""
+    """Most tiles of an image in a question with a number of images, which share [`TOTAL_TILES`]."""
     return max(1, min(max_tiles, TOTAL_TILES // max(1, images)))
 
 
 def find_benchmark(name: str) -> Benchmark | None:
-    """The benchmark of this name, in the paper's, VLMEvalKit's or lmms-eval's spelling; None if it is another.
+    """The benchmark with a name in the spelling of the paper, VLMEvalKit or lmms-eval; None if there is none.
 
-    Relatives of a harness's data set have its settings, as in the reference: `MMBench_DEV_EN_V11`, `blink_counting`;
-    not those that ask for something else: `mmmu_val_reasoning`, `seedbench_2`.
+    As in the reference, variants of a data set are found too: `MMBench_DEV_EN_V11`, `blink_counting`. Variants that
+    ask for something else are not: `mmmu_val_reasoning`, `seedbench_2`.
     """
     wanted = _plain(name)
     for benchmark in BENCHMARKS:
@@ -177,7 +178,11 @@ def find_benchmark(name: str) -> Benchmark | None:
 
 
 def choose_benchmarks(names: list[str] | None) -> list[Benchmark]:
-    """Benchmarks of these names; all without any. Raises: SettingError naming those that are none."""
+    """The benchmarks with these names; all of them without names.
+
+    Raises:
+        SettingError: a name is not that of a benchmark of the paper.
+    """
     if not names:
         return list(BENCHMARKS)
     found = {name: find_benchmark(name) for name in names}
@@ -189,13 +194,13 @@ def choose_benchmarks(names: list[str] | None) -> list[Benchmark]:
 
 
 def ask_like_paper(benchmark: Benchmark, text: str) -> str:
-    """A question of a stock task with the paper's way of asking for the answer instead of the task's.
+    """Replace the end of a question, which asks for the form of the answer, by the paper's.
 
-    Multiple choice and open questions among them keep their own request, if they have one.
+    Questions of benchmarks with letters keep their own end, if they have one: some of them are open questions.
 
     Args:
-        benchmark (`Benchmark`)
-        text (`str`): as the task wrote it.
+        benchmark (`Benchmark`): the benchmark of the question.
+        text (`str`): the question as the task of the harness writes it.
     """
     own = next((s for s in HARNESS_SUFFIXES if text.rstrip(" .\n").endswith(s)), None)
     if benchmark.kind == "letter" and benchmark.prompt_suffix is None:

@@ -1,4 +1,4 @@
-"""Before any GPU minute: is the data there, is a judge needed, does it answer, does the model load."""
+"""Checks before a run: is the data on this machine, does the judge answer, does the model load."""
 
 import importlib.util
 import os
@@ -8,9 +8,8 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
-from pdlm_hf.client.chat import ChatClient
-from pdlm_hf.client.server import public_url
-from pdlm_hf.errors_pdlm import ServerError, SettingError
+from pdlm_hf.client.chat import ChatClient, public_url
+from pdlm_hf.errors_pdlm import MissingPackageError, ServerError, SettingError
 
 from .benchmarks import Benchmark, find_benchmark
 
@@ -20,13 +19,13 @@ OPENAI_URL = "https://api.openai.com/v1"
 
 @dataclass
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
-        subject (`str`): benchmark or model.
-        what (`str`): data, judge or model.
-        problem (`str`, *optional*): None if all is well.
-        note (`str`): what was found.
+        subject (`str`): the benchmark or model.
+        what (`str`): "data", "judge" or "model".
+        problem (`str`, *optional*): what is wrong; None if the check passed.
+        note (`str`): what the check found.
     """
 
     subject: str
@@ -76,17 +75,17 @@ def findings_table(findings: list[Finding]) -> Table:
 
 
 def check_data(benchmark: Benchmark, harness: str) -> Finding:
-    """Whether the data of a benchmark is on this machine, where the harness looks for it.
+    """Check that the data of a benchmark is on this machine, where the harness looks for it.
 
     Args:
-        benchmark (`Benchmark`)
+        benchmark (`Benchmark`): the benchmark.
         harness (`str`): "vlmeval" or "lmms".
     """
     name = benchmark.vlmeval if harness == "vlmeval" else benchmark.lmms
     try:
         problem, note = (_vlmeval_data if harness == "vlmeval" else _lmms_data)(name)
     except Exception as error:  # of the harness or the hub, which raise what they like
-        problem, note = f"cannot be told: {type(error).__name__}: {error}", ""
+        problem, note = f"the check itself failed: {type(error).__name__}: {error}", ""
     return Finding(benchmark.name, "data", problem, note)
 
 
@@ -95,15 +94,15 @@ def _vlmeval_data(name: str) -> tuple[str | None, str]:
     found = [path for path in (root / f"{name}.tsv", root / f"{name}_local.tsv") if path.is_file()]
     if not found:
         return (
-            f"{root / name}.tsv is not there. VLMEvalKit fetches it when online: "
+            f"{root / name}.tsv does not exist. VLMEvalKit downloads it when online: "
             f"`python -c \"from vlmeval.dataset import build_dataset; build_dataset('{name}')\"`, "
-            "or set LMUData to the folder that has it.",
+            "or set LMUData to the folder that contains it.",
             "",
         )
     with found[0].open(encoding="utf-8") as file:
         columns = file.readline().rstrip("\n").split("\t")
     if "question" not in columns or "index" not in columns:
-        return f"{found[0]} has no columns index and question; it may be a broken download. Delete it.", ""
+        return f"{found[0]} has no columns index and question; the download may have failed. Delete it.", ""
     return None, str(found[0])
 
 
@@ -116,7 +115,7 @@ def _lmms_data(name: str) -> tuple[str | None, str]:
         folder = snapshot_download(repository, repo_type="dataset", local_files_only=True)
     except LocalEntryNotFoundError:
         return (
-            f"data set {repository} is not on this machine. lmms-eval fetches it when online: "
+            f"the data set {repository} is not on this machine. lmms-eval downloads it when online: "
             f"`hf download --repo-type dataset {repository}`.",
             "",
         )
@@ -124,12 +123,17 @@ def _lmms_data(name: str) -> tuple[str | None, str]:
 
 
 def _lmms_repository(task: str) -> str:
-    """Repository of a task's data. Raises: SettingError if lmms-eval or the task is missing."""
+    """Repository of a task's data.
+
+    Raises:
+        MissingPackageError: lmms-eval is not installed.
+        SettingError: lmms-eval has no such task.
+    """
     try:
         from lmms_eval.tasks import TaskManager
         from lmms_eval.utils import load_yaml_config
     except ImportError:
-        raise SettingError("lmms-eval is not installed in this environment") from None
+        raise MissingPackageError("lmms-eval", "lmms") from None
     index = TaskManager("ERROR").task_index
     while task in index:
         path = index[task]["yaml_path"]
@@ -141,11 +145,11 @@ def _lmms_repository(task: str) -> str:
         if "dataset_path" in config:
             return config["dataset_path"]
         task = config["task"][0]
-    raise SettingError(f"lmms-eval has no task {task}")
+    raise SettingError(f"lmms-eval has no task {task}.")
 
 
 COMPLETIONS = "/chat/completions"
-# What VLMEvalKit makes of a judge's name before it asks for it; and names it does not ask over OPENAI_API_BASE.
+# The model names that VLMEvalKit sends for its judges; and judges that it does not reach through OPENAI_API_BASE.
 _VLMEVAL_MODELS = {
     "gpt-4-turbo": "gpt-4-1106-preview",
     "gpt-4-0125": "gpt-4-0125-preview",
@@ -162,27 +166,37 @@ _LMMS_FULL_URL = ("MMBench", "HallusionBench")  # ask OPENAI_API_URL as it is; M
 
 
 def _vlmeval_judge(judge: str | None, base_url: str | None) -> tuple[str, str]:
-    """Model and address VLMEvalKit asks. Raises: SettingError if it would ask elsewhere, and fall back to rules."""
+    """The model and address that VLMEvalKit will use.
+
+    Raises:
+        SettingError: VLMEvalKit would use another address, and fall back to rules.
+    """
     judge = judge or "gpt-4o-mini"
     if judge in _VLMEVAL_ELSEWHERE:
-        raise SettingError(f"VLMEvalKit asks {judge} over no OpenAI-compatible server; it cannot be tried beforehand.")
+        raise SettingError(
+            f"VLMEvalKit does not reach {judge} through an OpenAI-compatible server, so it cannot be checked."
+        )
     model = os.environ.get("LOCAL_LLM") or _VLMEVAL_MODELS.get(judge, judge)
     if base_url:
         if base_url.rstrip("/").endswith(COMPLETIONS):
-            raise SettingError(f"VLMEvalKit puts {COMPLETIONS} behind --judge-base-url; give {_base(base_url)}.")
+            raise SettingError(f"VLMEvalKit appends {COMPLETIONS} to --judge-base-url; give {_base(base_url)}.")
         return model, base_url
     url = os.environ.get("OPENAI_API_BASE") or "OFFICIAL"
     if url == "OFFICIAL":
         return model, OPENAI_URL
     if not url.endswith(COMPLETIONS):
         raise SettingError(
-            f"VLMEvalKit asks OPENAI_API_BASE as it is; set it to the whole address, {_base(url)}{COMPLETIONS}."
+            f"VLMEvalKit uses OPENAI_API_BASE unchanged; set it to the whole address, {_base(url)}{COMPLETIONS}."
         )
     return model, url
 
 
 def _lmms_judge(benchmark: Benchmark) -> tuple[str, str]:
-    """Model and address lmms-eval asks for a benchmark. Raises: SettingError if it would ask at the wrong place."""
+    """The model and address that lmms-eval will use for a benchmark.
+
+    Raises:
+        SettingError: lmms-eval would use a wrong address.
+    """
     model = os.environ.get("MODEL_VERSION") or "gpt-4o-2024-11-20"
     if benchmark.name == "HallusionBench":
         model = "gpt-4"  # whatever MODEL_VERSION says
@@ -193,7 +207,7 @@ def _lmms_judge(benchmark: Benchmark) -> tuple[str, str]:
     if whole != (benchmark.name in _LMMS_FULL_URL) and not benchmark.name.startswith("MathVerse"):
         wanted = _base(url) + COMPLETIONS * (not whole)
         raise SettingError(
-            f"lmms-eval's task asks OPENAI_API_URL in another form: set it to {wanted} for this benchmark."
+            f"the task of lmms-eval needs OPENAI_API_URL in another form: set it to {wanted} for this benchmark."
         )
     return model, url
 
@@ -203,14 +217,14 @@ def _base(url: str) -> str:
 
 
 _SILENT = {
-    "vlmeval": f"VLMEvalKit would score by rules without saying so in the result. Or ask for rules: --judge {RULES}.",
-    "lmms": "lmms-eval would count what it cannot read by rules as wrong.",
+    "vlmeval": f"VLMEvalKit would score by rules, and the result would not say so. For rules, give --judge {RULES}.",
+    "lmms": "lmms-eval would count answers that its rules cannot read as wrong.",
 }
 _VARIABLE = {"vlmeval": "OPENAI_API_BASE", "lmms": "OPENAI_API_URL"}
 
 
 def load_vlmeval_environment() -> None:
-    """VLMEvalKit's `.env`, which goes before the environment; nothing if it is not installed or has none."""
+    """Load the `.env` of VLMEvalKit, which takes precedence over the environment, if there is one."""
     spec = importlib.util.find_spec("vlmeval")
     if spec is None or not spec.origin or not (Path(spec.origin).resolve().parents[1] / ".env").is_file():
         return
@@ -230,14 +244,14 @@ def check_judge(
     key: str | None = None,
     harness: str = "vlmeval",
 ) -> Finding:
-    """Whether a benchmark can be scored as asked: nothing may fall back to other scoring unseen.
+    """Check that a benchmark will be scored in the requested way: a harness may fall back to rules silently.
 
     Args:
-        benchmark (`Benchmark`)
-        judge (`str`, *optional*): as given to run.py; "exact_matching" for rules only. lmms-eval has it in
-            MODEL_VERSION, and for HallusionBench nowhere.
-        base_url, key (`str`, *optional*): as given to run.py; default: OPENAI_API_BASE (lmms-eval: OPENAI_API_URL) and
-            OPENAI_API_KEY.
+        benchmark (`Benchmark`): the benchmark.
+        judge (`str`, *optional*): `--judge` of run.py; "exact_matching" for rules only. lmms-eval reads MODEL_VERSION
+            instead, and for HallusionBench nothing.
+        base_url, key (`str`, *optional*): `--judge-base-url` and `--judge-key` of run.py; default: OPENAI_API_BASE
+            (lmms-eval: OPENAI_API_URL) and OPENAI_API_KEY.
         harness (`str`): "vlmeval" or "lmms".
     """
     scored_by = benchmark.stock_judge if harness == "vlmeval" else benchmark.lmms_judge
@@ -248,9 +262,9 @@ def check_judge(
     if scored_by == "rules":
         return finding(None, "scored by rules")
     if judge == RULES and scored_by == "LLM":
-        return finding("cannot be scored without a language model; give a judge and its server.")
+        return finding("the answers cannot be scored without a language model; give a judge and its server.")
     if judge == RULES and harness == "vlmeval":
-        return finding(None, "scored by rules, as asked; unreadable answers count as wrong")
+        return finding(None, "scored by rules, as requested; answers that the rules cannot read count as wrong")
     if judge == RULES:
         return finding("lmms-eval has no --judge; mmbench_en_dev_static is its task that is scored by rules.")
     try:
@@ -273,7 +287,7 @@ _answered: dict[tuple[str, str], str | None] = {}
 
 
 def probe_once(model: str, url: str, key: str | None) -> None:
-    """One call to a judge, the first time it is asked for. Raises: ServerError if it does not answer."""
+    """Send one request to a judge, unless it was sent before. Raises: ServerError: the judge does not answer."""
     if (model, url) not in _answered:
         judge = ChatClient(model, url, key, retries=1, timeout=60)
         try:
@@ -288,7 +302,11 @@ def probe_once(model: str, url: str, key: str | None) -> None:
 
 
 def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None, key: str | None) -> None:
-    """Refuse a run whose scores would not be what was asked for. Raises: SettingError naming the data sets."""
+    """Check the judges of a run of VLMEvalKit.
+
+    Raises:
+        SettingError: a data set would be scored in another way than requested.
+    """
     problems = []
     load_vlmeval_environment()
     for name in data:
@@ -296,8 +314,8 @@ def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None
         if benchmark is None:
             if judge is None and _environment_key() is None:
                 typer.echo(
-                    f"pdlm-eval: {name} is none of the paper's benchmarks; if VLMEvalKit scores it with a language "
-                    "model, it will fall back to rules, since no --judge and no OPENAI_API_KEY is given.",
+                    f"pdlm-eval: {name} is not a benchmark of the paper; if VLMEvalKit scores it by a language model, "
+                    "it will fall back to rules, since neither --judge nor OPENAI_API_KEY is given.",
                     err=True,
                 )
             continue
@@ -309,7 +327,7 @@ def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None
 
 
 def check_lmms_judge(tasks: list[str]) -> None:
-    """The same for tasks of lmms-eval."""
+    """Check the judges of a run of lmms-eval. Raises: SettingError: see [`check_vlmeval_judge`]."""
     found = {
         benchmark.name: benchmark for name in tasks if (benchmark := find_benchmark(name)) and "static" not in name
     }
@@ -320,7 +338,7 @@ def check_lmms_judge(tasks: list[str]) -> None:
 
 
 def check_model(pretrained: str) -> Finding:
-    """Whether a checkpoint loads with its processor, on the CPU, and of which kind it is.
+    """Load a checkpoint and its processor on the CPU, and report its kind and size.
 
     Args:
         pretrained (`str`): folder, hub id, "shapes" or "shapes_base".
@@ -330,7 +348,7 @@ def check_model(pretrained: str) -> Finding:
     try:
         answerer = Answerer.from_pretrained(pretrained, device="cpu")
     except Exception as error:  # whatever a damaged or missing checkpoint makes the readers raise
-        return Finding(pretrained, "model", f"does not load: {' '.join(str(error).split())[:300]}")
+        return Finding(pretrained, "model", f"the checkpoint does not load: {' '.join(str(error).split())[:300]}")
     config = answerer.model.config
     size = sum(parameter.numel() for parameter in answerer.model.parameters())
     kind = f"{config.num_region_prompts} region prompts" if config.num_region_prompts else "base (chat)"

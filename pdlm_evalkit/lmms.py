@@ -1,8 +1,8 @@
 """PerceptionDLM as a model of lmms-eval: `lmms-eval --model pdlm --model_args pretrained=DIR`.
 
-Found through the entry point `lmms_eval.models`, with a chat and a simple interface (`--force_simple`). Tasks of the
-paper's benchmarks get the paper's settings and prompts; `model_args` go before them. This module is imported by
-lmms-eval only.
+lmms-eval finds the model through the entry point `lmms_eval.models`; it has a chat and a simple interface
+(`--force_simple`). Tasks of the paper's benchmarks get the paper's settings and prompts, unless `model_args` replace
+them. Only lmms-eval imports this module.
 """
 
 import json
@@ -28,24 +28,24 @@ from .settings import REFERENCE_NAMES, SETTINGS
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 16  # batches among which alike questions are looked for
+WINDOW = 16  # batches; within them questions with the same settings are put together
 
 _DIFFUSION = {*SETTINGS, *REFERENCE_NAMES, "cfg_scale"} - {"max_new_tokens", "temperature"}
-# What tasks ask of autoregressive models; greedy denoising has nothing to do with them.
+# Settings of autoregressive models, which denoising does not have.
 _WITHOUT_MEANING = {"until", "top_p", "top_k", "num_beams", "do_sample", "image_aspect_ratio", "use_cache"}
 
 
 class Answers(Sequence):
-    """Results that are made a window at a time, when they are first looked at.
+    """Results that are computed window by window, when they are first read.
 
-    lmms-eval hands over all requests of a run at once, and keeps each answer in its response cache as it takes it from
-    here. So the images of a window only are in memory, and a run that is killed has kept what came before.
+    lmms-eval passes all requests of a run at once, and writes each answer into its response cache when it reads it. So
+    only the images of one window are in memory, and after a kill the answers of earlier windows are in the cache.
 
     Args:
-        requests (`list[Instance]`)
-        make: from a window of requests to its [(result, answer, seconds)].
-        window (`int`): requests at a time.
-        finished: called with all answers and the seconds they took, after the last.
+        requests (`list[Instance]`): all requests of the run.
+        make: function from a window of requests to its [(result, answer, seconds)].
+        window (`int`): number of requests in a window.
+        finished: function that is called after the last window, with all answers and the seconds they took.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class Answers(Sequence):
 
 @dataclass
 class DenoisingCounts(TokenCounts):
-    """Token counts of an answer, with what it cost; all of it goes into the samples.
+    """Token counts and cost of an answer, for the samples file.
 
     Args:
-        num_forwards (`int`): passes of the language model.
-        slots (`int`): denoised, padding included.
-        seconds (`float`): its share of its batch.
-        settings (`dict`): of `generate`.
+        num_forwards (`int`): forward passes of the language model.
+        slots (`int`): token positions that were denoised, padding included.
+        seconds (`float`): time of the batch, divided by the number of its answers.
+        settings (`dict`): settings of `generate`.
     """
 
     num_forwards: int | None = None
@@ -90,21 +90,21 @@ class DenoisingCounts(TokenCounts):
     settings: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For the samples file."""
+        """All counts as a dict."""
         own = ("num_forwards", "slots", "seconds", "settings")
         return super().to_dict() | {name: getattr(self, name) for name in own}
 
 
 class _Pdlm(lmms):
-    """Shared by both interfaces.
+    """The part that both interfaces share.
 
     Args:
         pretrained (`str`): folder, hub id, "shapes" or "shapes_base".
-        batch_size (`int`): questions a forward.
-        device (`str`, *optional*): default: this rank's.
+        batch_size (`int`): questions in a batch.
+        device (`str`, *optional*): default: the device of this rank.
         dtype (`str`): as in `from_pretrained`.
         presets (`str`): "paper", or "none" to leave settings and prompts to the task.
-        **settings: of `generate`, and what [`Answerer.from_pretrained`] takes.
+        **settings: settings of `generate`, and arguments of [`Answerer.from_pretrained`].
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class _Pdlm(lmms):
         self._said: set[str] = set()
 
     def generate_until(self, requests: list[Instance]) -> Sequence[GenerationResult]:
-        """Answers in the order of the requests, given when they are looked at; see [`Answers`]."""
+        """Answer requests; the results, in the same order, are computed when they are read, see [`Answers`]."""
         return Answers(requests, self._results, WINDOW * self.answerer.batch_size, self._log)
 
     def _results(self, requests: list[Instance]) -> list[tuple[GenerationResult, Answer, float]]:
-        """Results, with what they are made of; alike questions share a forward."""
+        """Results of some requests, with their answers and seconds."""
         questions = [self._question(*self._read(request)) for request in requests]
         start = time.perf_counter()
         answers = self.answerer.answer(questions)
@@ -144,14 +144,14 @@ class _Pdlm(lmms):
         ]
 
     def loglikelihood(self, requests: list[Instance]) -> list:
-        """Not defined: a masked diffusion model has no token-by-token likelihood."""
+        """Raises: NotImplementedError: a masked diffusion model has no token-by-token likelihood."""
         raise NotImplementedError(
             "PerceptionDLM writes answers by denoising and has no token-by-token likelihood; choose the generative "
             "variant of this task."
         )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list:
-        """Not defined: the checkpoints are trained on one round."""
+        """Raises: NotImplementedError: the checkpoints are trained on one round."""
         raise NotImplementedError("PerceptionDLM answers single questions; tasks of several rounds are not supported.")
 
     def _read(self, request: Instance) -> tuple[str, dict[str, Any], list[Any], str]:
@@ -169,7 +169,7 @@ class _Pdlm(lmms):
         return Question(images, text, benchmark, self._settings(asked, benchmark, task))
 
     def _settings(self, asked: dict[str, Any], benchmark: Benchmark | None, task: str) -> dict[str, Any]:
-        """Settings of a task that mean something here; those of the paper's benchmarks keep the paper's length."""
+        """The settings of a task that denoising has; benchmarks of the paper keep the paper's length."""
         settings = {name: value for name, value in asked.items() if name in _DIFFUSION and value is not None}
         if asked.get("temperature"):
             settings["temperature"] = asked["temperature"]
@@ -177,12 +177,12 @@ class _Pdlm(lmms):
             settings |= {k: asked[k] for k in ("max_new_tokens",) if asked.get(k)}
         elif asked.get("max_new_tokens") not in (None, benchmark.max_new_tokens):
             self._say(
-                f"{task}: the paper's length of {benchmark.max_new_tokens} takes the place of the task's "
-                f"{asked['max_new_tokens']}. `--model_args max_new_tokens=...` or `presets=none` change it."
+                f"{task}: the paper's length of {benchmark.max_new_tokens} replaces the task's "
+                f"{asked['max_new_tokens']}. `--model_args max_new_tokens=...` or `presets=none` changes this."
             )
         unknown = set(asked) - _DIFFUSION - _WITHOUT_MEANING - {"max_new_tokens", "temperature"}
         if unknown:
-            self._say(f"{task}: generation settings without meaning for PerceptionDLM: {sorted(unknown)}.")
+            self._say(f"{task}: PerceptionDLM ignores the generation settings {sorted(unknown)}.")
         return settings
 
     def _say(self, message: str) -> None:
@@ -201,7 +201,7 @@ class _Pdlm(lmms):
         )
 
     def _log(self, answers: list[Answer], seconds: float) -> None:
-        """Tokens, passes and time for lmms-eval's summary; one line a call where PDLM_EVAL_LOG says."""
+        """Report tokens, forward passes and time to lmms-eval, and to the file PDLM_EVAL_LOG, if that is set."""
         tokens, forwards = (sum(getattr(a, name) for a in answers) for name in ("output_tokens", "num_forwards"))
         totals = {"total_requests": len(answers), "num_forwards": forwards, "slots": sum(a.slots for a in answers)}
         log_metrics(seconds, tokens, tokens / max(seconds, 1e-9), totals)
@@ -220,7 +220,7 @@ class PdlmChat(_Pdlm):
         messages = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
         images, videos, audios = messages.extract_media()
         if videos or audios:
-            raise SettingError(f"{task} asks about videos or sound; PerceptionDLM reads images only.")
+            raise SettingError(f"{task} asks about videos or sound, and PerceptionDLM reads images only.")
         parts = [part.text for message in messages.messages for part in message.content if part.type == "text"]
         return ("" if len(images) > 1 else "\n").join(parts), asked, images, task
 

@@ -1,9 +1,9 @@
-"""`pdlm-eval lmms`: lmms-eval with our tasks included, and an exit code that can be trusted.
+"""`pdlm-eval lmms`: lmms-eval with our tasks included, and exit code 1 if a task has no result.
 
     pdlm-eval lmms --tasks mmstar,pdlm_shapes_choice --model_args pretrained=DIR --batch_size 8
     torchrun --nproc-per-node=8 -m pdlm_evalkit.lmms_run --tasks ...
 
-`lmms-eval --model pdlm` itself works as well; it ends with exit code 0 whatever happened.
+`lmms-eval --model pdlm` works as well, but its exit code is 0 even after a failure.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 
 import typer
 
-from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.errors_pdlm import MissingPackageError, PdlmError, SettingError
 
 from .manifest import LMMS_TASKS
 from .settings import REFERENCE_NAMES, SETTINGS
 
-RUN_NAMES = ("LMMS_CACHE_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")  # where lmms-eval has a run's name from
+RUN_NAMES = ("LMMS_CACHE_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")  # lmms-eval takes a run's name from these
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -36,16 +36,19 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
-    """lmms-eval's arguments, completed; and those we must know.
+    """Complete the arguments of lmms-eval.
+
+    Returns:
+        the arguments; and the values of those that this module needs.
 
     Raises:
-        SettingError: no task, or settings its response cache would overlook.
+        SettingError: no task is given, or `--gen_kwargs` has settings that the response cache ignores.
     """
     parser = OptionParser(add_help=False, allow_abbrev=False)
     for name in ("--tasks", "--model", "--output_path", "--include_path", "--gen_kwargs"):
         parser.add_argument(name)
     parser.add_argument("--use_cache", "-c")
-    parser.add_argument("--no-check", dest="check", action="store_false")  # ours: do not ask for a judge that works
+    parser.add_argument("--no-check", dest="check", action="store_false")  # ours: skips the check of the judge
     known, _ = parser.parse_known_args(argv)
     if not known.tasks:
         raise SettingError("No tasks: give --tasks NAME,NAME (`pdlm-eval list` shows the paper's).")
@@ -53,8 +56,8 @@ def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
     given = {pair.split("=")[0].strip() for pair in (known.gen_kwargs or "").split(",")} & overlooked
     if known.use_cache and given:
         raise SettingError(
-            f"lmms-eval's response cache does not look at {sorted(given)} in --gen_kwargs and would return answers of "
-            "other settings. Give them in --model_args, which it looks at."
+            f"lmms-eval's response cache ignores {sorted(given)} in --gen_kwargs and would return answers of other "
+            "settings. Give them in --model_args, which the cache compares."
         )
     completed = [argument for argument in argv if argument != "--no-check"]
     if not known.model:
@@ -70,13 +73,14 @@ def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
 
 
 def unfinished_run(cache: str, arguments: list[str]) -> str:
-    """Name of the run in lmms-eval's response cache that this command goes on with, or begins.
+    """Name of the run in lmms-eval's response cache that this command continues, or begins.
 
-    lmms-eval keeps answers by run, names runs at random, and looks into those that ended well only.
+    lmms-eval stores answers by run, gives runs random names, and reads only runs that were finished. A name made from
+    the arguments lets the same command find its own unfinished run.
 
     Args:
-        cache (`str`): folder, as in `--use_cache`.
-        arguments (`list[str]`): of lmms-eval; the same ones go on with what they began.
+        cache (`str`): the folder of `--use_cache`.
+        arguments (`list[str]`): all arguments of lmms-eval.
     """
     folder = Path(cache).absolute().parent if cache.endswith(".db") else Path(cache).absolute()
     digest = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:16]
@@ -84,11 +88,11 @@ def unfinished_run(cache: str, arguments: list[str]) -> str:
 
 
 def missing_results(tasks: list[str], files: list[Path]) -> list[str]:
-    """Those of the tasks (or groups, or tags) that no result file has a score of.
+    """The tasks (or groups, or tags) without a score in the result files.
 
     Args:
-        tasks (`list[str]`): as asked for.
-        files (`list[Path]`): *_results.json of this run.
+        tasks (`list[str]`): the tasks of `--tasks`.
+        files (`list[Path]`): the *_results.json of this run.
     """
     found: set[str] = set()
     for path in files:
@@ -105,27 +109,34 @@ def missing_results(tasks: list[str], files: list[Path]) -> list[str]:
 
 
 def _is_score(name: str, value: Any) -> bool:
-    """Whether an entry of a task's results is a score: `metric,filter` with a number, or with numbers by group."""
+    """Whether an entry of a task's results is a score: `metric,filter` with a number, or with a number per group."""
     if isinstance(value, dict):
         return any(_is_score(name, part) for part in value.values())
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    captions_only = os.environ.get("PDLM_JUDGE") == "none"  # whose score is NaN, as asked
+    captions_only = os.environ.get("PDLM_JUDGE") == "none"  # their score is NaN
     return "," in name and "_stderr," not in name and number and (captions_only or math.isfinite(value))
 
 
 def run(argv: list[str]) -> int:
-    """Run, and say which task has no result. Returns: 0 only if every task has one.
+    """Run lmms-eval and name the tasks without a result on stderr.
+
+    Args:
+        argv (`list[str]`): options of lmms-eval, and `--no-check`.
+
+    Returns:
+        the exit code: 1 if a task has no result.
 
     Raises:
-        SettingError: the call cannot work; nothing was started.
+        SettingError: an option is wrong; lmms-eval was not started.
+        MissingPackageError: lmms-eval is not installed.
     """
     completed, known = arguments_for(argv)
     try:
         from lmms_eval.__main__ import cli_evaluate
     except ImportError as error:
-        raise SettingError(
-            f"lmms-eval cannot be imported ({error}). Install it in an environment of its own: pip install lmms-eval."
-        ) from None
+        if error.name == "lmms_eval":
+            raise MissingPackageError("lmms-eval (in an environment of its own)", "lmms") from None
+        raise ImportError(f"lmms-eval is installed, but cannot be imported ({error}).") from error
     if known.check and not int(os.environ.get("RANK", 0)):
         from .check import check_lmms_judge
 
@@ -141,15 +152,15 @@ def run(argv: list[str]) -> int:
     new = sorted(set(output.rglob("*_results.json")) - before)
     missing = missing_results([name.strip() for name in known.tasks.split(",")], new)
     for task in missing:
-        typer.echo(f"pdlm-eval: {task}: no result was written; lmms-eval says above why.", err=True)
+        typer.echo(f"pdlm-eval: {task}: no result was written; the output of lmms-eval above says why.", err=True)
     return 1 if missing else 0
 
 
 def as_command(run: Callable[[list[str]], int]) -> None:
-    """What torchrun starts: `torchrun -m pdlm_evalkit.lmms_run ...`."""
+    """Run with the arguments of this process, as torchrun starts it: `torchrun -m pdlm_evalkit.lmms_run ...`."""
     try:
         sys.exit(run(sys.argv[1:]))
-    except ValueError as error:
+    except PdlmError as error:
         sys.exit(f"pdlm-eval: {error}")
 
 

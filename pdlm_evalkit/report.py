@@ -1,4 +1,4 @@
-"""Measured scores beside the paper's, from the result files of either harness and of the strict judge."""
+"""Measured scores and the paper's, from the result files of both harnesses and of the strict judge."""
 
 import json
 import math
@@ -18,17 +18,17 @@ class Measured:
     """A score of one benchmark.
 
     Args:
-        benchmark (`str`): the paper's name.
+        benchmark (`str`): the name in the paper.
         harness (`str`): "VLMEvalKit", "lmms-eval" or "strict judge".
-        score (`float`): in percent.
-        metric (`str`): what it is called there.
-        paper (`float`): PerceptionDLM-Base, Table 1.
-        questions (`int`, *optional*): how many it is of.
-        tokens_per_forward (`float`, *optional*): slots a pass, padding included.
-        text_tokens_per_forward (`float`, *optional*): tokens before the end of the answers, a pass.
-        seconds (`float`, *optional*): of the model.
-        note (`str`): what makes it differ from the paper's way.
-        source (`str`): file.
+        score (`float`): the score in percent.
+        metric (`str`): the name of the score in the harness.
+        paper (`float`): the score of PerceptionDLM-Base in Table 1, in percent.
+        questions (`int`, *optional*): number of questions.
+        tokens_per_forward (`float`, *optional*): denoised token positions per forward pass, padding included.
+        text_tokens_per_forward (`float`, *optional*): tokens before the end of the answers, per forward pass.
+        seconds (`float`, *optional*): time of the model.
+        note (`str`): how the measurement differs from the paper's.
+        source (`str`): the file of the score.
     """
 
     benchmark: str
@@ -45,15 +45,18 @@ class Measured:
 
     @property
     def difference(self) -> float:
-        """Measured minus paper, in points."""
+        """The measured score minus the paper's, in percentage points."""
         return round(self.score - self.paper, 2)
 
 
 def collect(paths: list[Path]) -> list[Measured]:
-    """All scores of the paper's benchmarks in these files and folders, in the paper's order, oldest first.
+    """Read all scores of the paper's benchmarks from files and folders.
+
+    Returns:
+        the scores in the order of the paper; of one benchmark the oldest first.
 
     Raises:
-        DataError: a path is not there, a result file cannot be read, or nothing was found.
+        DataError: a path does not exist, a result file cannot be read, or there is no score.
     """
     files: set[Path] = set()
     for path in paths:
@@ -76,18 +79,21 @@ def collect(paths: list[Path]) -> list[Measured]:
         for row in found:
             row.source = row.source or str(file)
     if not found:
-        raise DataError(f"No scores of the paper's benchmarks in {', '.join(map(str, paths))}.")
+        raise DataError(f"There are no scores of the paper's benchmarks in {', '.join(map(str, paths))}.")
     order = [benchmark.name for benchmark in BENCHMARKS]
     return sorted(found, key=lambda row: order.index(row.benchmark))
 
 
 def score_in(metrics: dict[str, Any], wanted: str, percents: bool) -> float | None:
-    """A score in percent; None if it is not there.
+    """Find a score.
 
     Args:
-        metrics (`dict`): of a harness, by name; VLMEvalKit's have their split before the name.
-        wanted (`str`): name, or names with "+" between them for the mean.
-        percents (`bool`): they are percents already, not shares.
+        metrics (`dict`): the scores of a harness by name; in VLMEvalKit the split comes before the name.
+        wanted (`str`): a name, or names joined by "+" for their mean.
+        percents (`bool`): whether the scores are in percent already, instead of shares.
+
+    Returns:
+        the score in percent; None if there is none.
     """
     found = []
     for name in wanted.split("+"):
@@ -115,7 +121,7 @@ def _from_vlmeval(row: dict[str, Any]) -> Measured | None:
     answers = row.get("answers") or {}
     notes = []
     if row.get("paper_settings") is None:
-        notes.append("not the paper's settings")
+        notes.append("settings differ from the paper's")
     elif row.get("settings"):
         notes.append("changed: " + ", ".join(f"{k}={v}" for k, v in row["settings"].items()))
     if benchmark.paper_judge:
@@ -157,7 +163,7 @@ def _from_lmms(content: dict[str, Any], file: Path) -> list[Measured]:
     for task, metrics in rows.items():
         benchmark = find_benchmark(task)
         if benchmark is None or (task != benchmark.lmms and benchmark.lmms in rows):
-            continue  # a part of one that is there as a whole
+            continue  # a part of a benchmark whose whole is there too
         scores = {key.split(",")[0]: value for key, value in metrics.items() if "," in key and "_stderr" not in key}
         score = score_in(scores, benchmark.lmms_metric, benchmark.lmms_percent)
         if score is None:
@@ -173,7 +179,7 @@ def _from_lmms(content: dict[str, Any], file: Path) -> list[Measured]:
 
 
 def _add_costs(measured: Measured, samples: Path) -> None:
-    """Tokens, passes and time from the samples, where they were logged."""
+    """Add tokens, forward passes and time from the samples file, if there is one."""
     if not samples.is_file():
         return
     rows = read_lines(samples)
@@ -187,19 +193,19 @@ def _add_costs(measured: Measured, samples: Path) -> None:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """Values of a JSON Lines file. Raises: json.JSONDecodeError."""
+    """Read a JSON Lines file of another tool; its last line may have no line break. Raises: json.JSONDecodeError."""
     with path.open(encoding="utf-8") as file:  # not `splitlines`, which also splits at line breaks within a text
         return [json.loads(line) for line in file if line.strip()]
 
 
 def as_rows(measured: list[Measured]) -> list[dict[str, Any]]:
-    """For `--json`."""
+    """The scores as dicts, for `--json`."""
     return [asdict(row) | {"difference": row.difference} for row in measured]
 
 
 def as_table(measured: list[Measured]) -> Table:
-    """For the terminal."""
-    table = Table(title="PerceptionDLM-Base: measured and the paper's Table 1")
+    """The scores as a table for the terminal."""
+    table = Table(title="PerceptionDLM-Base: measured, and Table 1 of the paper")
     for name in (
         "benchmark",
         "harness",
@@ -228,17 +234,17 @@ def as_table(measured: list[Measured]) -> Table:
 
 
 def list_table(benchmarks: list[Benchmark]) -> Table:
-    """The paper's benchmarks with their settings."""
+    """Benchmarks with their settings as a table for the terminal."""
     table = Table(title="The paper's benchmarks")
-    columns = "benchmark VLMEvalKit lmms-eval split judge slots block steps tiles question paper"
+    columns = "benchmark VLMEvalKit lmms-eval split judge tokens block steps tiles question paper"
     for name in columns.split():
         table.add_column(name, overflow="fold")
     kinds = {b.kind: b.suffix for b in benchmarks}
     table.caption = "\n".join(
         [
             *(f"{kind}: the question ends with {suffix!r}" for kind, suffix in kinds.items()),
-            f"tiles: of one image, thumbnail not counted; several share {TOTAL_TILES}",
-            'answers: a bare Yes or No, or the letter of "B. text", is cut out; lengths in tokens',
+            f"tiles: most tiles of one image, without the thumbnail; several images share {TOTAL_TILES}",
+            'tokens: length of the answer; answers that begin with Yes, No or "B." are reduced to that word or letter',
         ]
     )
     table.caption_justify = "left"

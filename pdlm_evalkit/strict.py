@@ -1,7 +1,8 @@
-"""The paper's strict judge for ChartQA, DocVQA and InfoVQA: Qwen3-8B says whether a prediction holds the answer.
+"""The paper's strict judge for ChartQA, DocVQA and InfoVQA: Qwen3-8B decides whether a prediction has the answer.
 
-Works on result files of either harness, asks any OpenAI-compatible server several things at a time, and goes on where
-it stopped. Counting is the reference's: CORRECT / rows; failed calls and other replies are wrong, and are counted.
+The predictions come from the result files of either harness, the judge is a model of any OpenAI-compatible server, and
+a stopped run continues where it stopped. The score is the reference's: the share of rows with the verdict CORRECT.
+Failed requests and other replies count as wrong, and are counted.
 """
 
 import json
@@ -10,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.client.cache import Reply
-from pdlm_hf.client.chat import ChatClient, Request
-from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.client.chat import ChatClient, Reply, Request
+from pdlm_hf.errors_pdlm import DataError, MissingPackageError
 
 from .report import read_lines
 
@@ -63,9 +63,9 @@ class Row:
     """A row of a result file.
 
     Args:
-        index (`str`): of the question.
-        answer (`str`): right answer, or a list of them, as the file has it.
-        prediction (`str`): what the model said.
+        index (`str`): the index of the question.
+        answer (`str`): the right answer, or a list of right answers, as written in the file.
+        prediction (`str`): the answer of the model.
     """
 
     index: str
@@ -74,13 +74,14 @@ class Row:
 
 
 def read_results(path: Path) -> list[Row]:
-    """Rows of a result file.
+    """Read the rows of a result file.
 
     Args:
-        path (`Path`): VLMEvalKit's predictions (.xlsx, .tsv, .csv, .json) or lmms-eval's samples (.jsonl).
+        path (`Path`): predictions of VLMEvalKit (.xlsx, .tsv, .csv, .json) or samples of lmms-eval (.jsonl).
 
     Raises:
-        DataError: it cannot be read, has no rows, or lacks a column.
+        DataError: the file cannot be read, has no rows, or lacks a column.
+        MissingPackageError: a table needs pandas or openpyxl.
     """
     readers = {
         ".jsonl": _lmms_rows,
@@ -90,13 +91,13 @@ def read_results(path: Path) -> list[Row]:
         ".xlsx": _table_rows,
     }
     if path.suffix not in readers:
-        raise DataError(f"{path}: expected one of {', '.join(readers)}.")
+        raise DataError(f"{path}: expected a file whose name ends with one of {', '.join(readers)}.")
     try:
         rows = readers[path.suffix](path)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from None
     if not rows:
-        raise DataError(f"{path}: holds no rows.")
+        raise DataError(f"{path}: the file has no rows.")
     return rows
 
 
@@ -130,9 +131,7 @@ def _table_rows(path: Path) -> list[Row]:
     try:
         import pandas
     except ImportError:
-        raise ImportError(
-            "Reading VLMEvalKit's tables needs pandas and openpyxl, which come with VLMEvalKit."
-        ) from None
+        raise MissingPackageError("pandas (to read a table)", "eval") from None
     try:
         if path.suffix == ".xlsx":
             table = pandas.read_excel(path)
@@ -149,30 +148,30 @@ def _table_rows(path: Path) -> list[Row]:
 
 
 def request_for(row: Row) -> Request:
-    """What the judge is asked about a row; the question is not shown to it, as in the reference."""
+    """The request about a row; as in the reference, the judge does not see the question."""
     user = f"Ground Truth(s): {row.answer}\nPrediction: {row.prediction}"
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
 
 
 def judge_results(
-    rows: list[Row], judge: ChatClient, progress: Callable[[int, Reply], None] | None = None
+    rows: list[Row], client: ChatClient, progress: Callable[[int, Reply], None] | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ask about every row and count.
+    """Ask the judge about every row and count the verdicts.
 
     Args:
-        rows (`list[Row]`): from [`read_results`].
-        judge (`ChatClient`)
+        rows (`list[Row]`): rows from [`read_results`].
+        client (`ChatClient`): the server of the judge.
         progress (*optional*): see [`ChatClient.ask_many`].
 
     Returns:
-        accuracy (share of all rows) with its counts, and the rows with their verdicts: "CORRECT", "INCORRECT",
+        the accuracy (share of all rows) with its counts, and the rows with their verdicts: "CORRECT", "INCORRECT",
         "UNPARSED" or "FAILED".
 
     Raises:
-        ServerError: the judge is of no use; what it said so far is in the cache.
+        ServerError: the server cannot be used; the replies so far are in its cache.
     """
     verdicts = ["FAILED"] * len(rows)
-    for index, reply in judge.ask_many([request_for(row) for row in rows], progress):
+    for index, reply in client.ask_many([request_for(row) for row in rows], progress):
         if reply.text is not None:
             said = reply.text.strip()
             verdicts[index] = said if said in ("CORRECT", "INCORRECT") else "UNPARSED"

@@ -1,4 +1,4 @@
-"""PerceptionDLM as a model of VLMEvalKit. Imported by [`vlmeval_run`] only, since VLMEvalKit has no plugins."""
+"""PerceptionDLM as a model of VLMEvalKit. Only [`vlmeval_run`] imports it, since VLMEvalKit has no plugins."""
 
 import json
 import os
@@ -17,15 +17,15 @@ _SEVERAL_ROUNDS = ("MMDU", "MME-RealWorld", "WeMath_COT", "MMAlignBench")
 
 
 class PerceptionDLM(BaseModel):
-    """A checkpoint, with the paper's settings and prompts for the paper's benchmarks.
+    """A checkpoint with the paper's settings and prompts for the paper's benchmarks.
 
     Args:
         pretrained (`str`): folder, hub id, "shapes" or "shapes_base".
-        device (`str`, *optional*): default: the GPU this rank sees, if there is one.
+        device (`str`, *optional*): default: the GPU of this rank, if there is one.
         dtype (`str`): as in `from_pretrained`.
         presets (`str`): "paper", or "none": the reference's general settings everywhere.
-        log (`str`, *optional*): file that gets one JSON line an answer: tokens, forwards, seconds.
-        **settings: of `generate`, and what [`Answerer`] takes; these go before the benchmark's.
+        log (`str`, *optional*): file to append a JSON line per answer to, with tokens, forward passes and seconds.
+        **settings: settings of `generate`, and arguments of [`Answerer`]; they take precedence over the benchmark's.
     """
 
     INSTALL_REQ = False
@@ -45,17 +45,17 @@ class PerceptionDLM(BaseModel):
         self.log = Path(log) if log else None
 
     def use_custom_prompt(self, dataset: str) -> bool:
-        """Whether [`build_prompt`] writes the question: for images and single questions."""
+        """Whether [`build_prompt`] writes the question; it does for single questions about images."""
         if self.answerer.presets != "paper" or any(name in dataset for name in _SEVERAL_ROUNDS):
             return False
         return DATASET_MODALITY(dataset) != "VIDEO" and DATASET_TYPE(dataset) in ("MCQ", "Y/N", "VQA")
 
     def build_prompt(self, line: Any, dataset: str | None = None) -> list[dict[str, str]]:
-        """A row of a data set as a message, with the reference's wording.
+        """Write a row of a data set as a message, in the reference's wording.
 
         Args:
-            line: row with question, answer options and image.
-            dataset (`str`): its name.
+            line: the row, with question, answer options and image.
+            dataset (`str`): the name of the data set.
         """
         images = self.dump_image(line, dataset)
         images = images if isinstance(images, list) else [images]
@@ -63,7 +63,7 @@ class PerceptionDLM(BaseModel):
         return [{"type": "text", "value": text}, *({"type": "image", "value": path} for path in images)]
 
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
-        """The answer to one message, post-processed as the reference does."""
+        """Answer one message; the answer is post-processed as in the reference."""
         images = [part["value"] for part in message if part["type"] == "image"]
         texts = [part["value"] for part in message if part["type"] == "text"]
         benchmark = self.answerer.benchmark(dataset)
@@ -78,12 +78,12 @@ class PerceptionDLM(BaseModel):
 
 
 def question_text(line: Any, kind: str, benchmark: Benchmark | None) -> str:
-    """The question of a row in the reference's wording.
+    """Write the question of a row in the reference's wording.
 
     Args:
-        line: mapping with `question`, and `hint` and options `A`, `B`, ... if it has them.
-        kind (`str`): VLMEvalKit's type: "MCQ", "Y/N" or "VQA".
-        benchmark (`Benchmark`, *optional*): of the paper.
+        line: mapping with `question`, and possibly `hint` and the options `A`, `B`, ...
+        kind (`str`): the type in VLMEvalKit: "MCQ", "Y/N" or "VQA".
+        benchmark (`Benchmark`, *optional*): the benchmark of the paper.
     """
     question = str(line["question"])
     if kind == "MCQ":

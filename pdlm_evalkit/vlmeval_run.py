@@ -1,4 +1,4 @@
-"""`pdlm-eval vlmeval`: VLMEvalKit's own run.py with PerceptionDLM registered, and an exit code that can be trusted.
+"""`pdlm-eval vlmeval`: run.py of VLMEvalKit with PerceptionDLM, and exit code 1 if a data set has no result.
 
 pdlm-eval vlmeval --data MMStar ChartQA_TEST --model PerceptionDLM-Base --pretrained DIR --judge exact_matching
 torchrun --nproc-per-node=8 -m pdlm_evalkit.vlmeval_run --data ...
@@ -29,7 +29,7 @@ HUB = {"PerceptionDLM-Base": "MSALab/PerceptionDLM-Base", "PerceptionDLM": "MSAL
 
 
 def settings_from(text: str | None) -> dict[str, Any]:
-    """`key=value,key=value` as a dict, numbers as numbers. Raises: SettingError for anything else."""
+    """Parse `key=value,key=value`, values as JSON if they are JSON. Raises: SettingError: another form."""
     settings = {}
     for pair in filter(None, (text or "").split(",")):
         name, equals, value = pair.partition("=")
@@ -43,7 +43,11 @@ def settings_from(text: str | None) -> dict[str, Any]:
 
 
 def find_run_py() -> Path:
-    """VLMEvalKit's run.py, which its wheel does not have. Raises: SettingError saying how to install it."""
+    """The run.py of VLMEvalKit, which is in its checkout only.
+
+    Raises:
+        SettingError: VLMEvalKit is not installed, or not from a checkout.
+    """
     spec = importlib.util.find_spec("vlmeval")
     if spec is None or not spec.origin:
         raise SettingError(
@@ -59,12 +63,12 @@ def find_run_py() -> Path:
 
 
 def register(pretrained: str | None = None, log: Path | None = None, **kwargs: Any) -> None:
-    """Put both models into VLMEvalKit's tables, for `--model` and for the classes of `--config`.
+    """Register both models in VLMEvalKit, by name for `--model` and by class for `--config`.
 
     Args:
-        pretrained (`str`, *optional*): checkpoint of both names; default: the released ones.
-        log (`Path`, *optional*): file of answers; the model's name is put into its name.
-        **kwargs: of [`vlmeval_model.PerceptionDLM`].
+        pretrained (`str`, *optional*): the checkpoint of both names; default: the released checkpoints.
+        log (`Path`, *optional*): the file of answers; the name of the model is added to the file name.
+        **kwargs: arguments of [`vlmeval_model.PerceptionDLM`].
     """
     import vlmeval.vlm
     from vlmeval.config import supported_VLM
@@ -78,12 +82,12 @@ def register(pretrained: str | None = None, log: Path | None = None, **kwargs: A
 
 
 def log_of(log: Path, model: str) -> Path:
-    """Where a model of a run logs its answers."""
+    """The file of answers of one model."""
     return log.with_name(f"{log.stem}.{model.replace(os.sep, '_')}{log.suffix}")
 
 
 def config_with_logs(config: dict[str, Any], log: Path) -> dict[str, Any]:
-    """A `--config` whose models of our class (or name) log their answers."""
+    """A copy of a `--config` in which the models of our class or name log their answers."""
     models = {
         name: {"log": str(log_of(log, name)), **settings} if _is_ours(name, settings) else settings
         for name, settings in config["model"].items()
@@ -96,7 +100,7 @@ def _is_ours(name: str, settings: dict[str, Any] | None) -> bool:
 
 
 def use_gloo_without_cuda() -> None:
-    """run.py asks for NCCL by name; several ranks on CPUs need gloo."""
+    """Replace the NCCL that run.py asks for: several ranks on CPUs need gloo."""
     import torch
     import torch.distributed as dist
 
@@ -113,11 +117,14 @@ def _status_files(work_dir: Path) -> set[Path]:
 
 
 def problem_of(row: dict[str, Any], mode: str = "all") -> str | None:
-    """What is wrong with the result of a data set, or None.
+    """Find what is wrong with the result of a data set.
 
     Args:
-        row (`dict`): of VLMEvalKit's run report: infer_failed, judge_failed, primary_metric_value, skip_reason, ...
-        mode (`str`): run.py's; with "infer" predictions alone are a result.
+        row (`dict`): the row of VLMEvalKit's run report: infer_failed, judge_failed, primary_metric_value, ...
+        mode (`str`): `--mode` of run.py; with "infer" the predictions are the result.
+
+    Returns:
+        the problem; None if there is none.
     """
     if row.get("eval_error"):
         return str(row["eval_error"])
@@ -164,7 +171,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def read_config(options: argparse.Namespace) -> dict[str, Any]:
-    """Models and data sets a call asks for, as a `--config`. Raises: SettingError if there is one and it is none."""
+    """Models and data sets of a call, in the form of a `--config`.
+
+    Raises:
+        SettingError: the file of `--config` cannot be read, or has another form.
+    """
     if not options.config:
         return {"model": dict.fromkeys(options.model), "data": dict.fromkeys(options.data)}
     try:
@@ -176,20 +187,23 @@ def read_config(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(argv: list[str]) -> int:
-    """Run, and say what has no result. Returns: 0 only if every data set has one.
+    """Run VLMEvalKit and name the data sets without a result on stderr.
 
     Args:
-        argv (`list[str]`): our options and run.py's, in any order.
+        argv (`list[str]`): our options and those of run.py, in any order.
+
+    Returns:
+        the exit code: 1 if a data set has no result.
 
     Raises:
-        SettingError: the call cannot work; nothing was started.
+        SettingError: an option is wrong, or VLMEvalKit is missing; nothing was started.
     """
     options, rest = parse(argv)
     settings, run_py = settings_from(options.settings), find_run_py()
     config = read_config(options)
     data = list(config["data"])
     if not config["model"] or not data:
-        raise SettingError("Nothing to do: give --model and --data, or --config.")
+        raise SettingError("No model or no data set: give --model and --data, or --config.")
     if not options.no_check and options.mode != "infer":
         from .check import check_vlmeval_judge
 
@@ -226,14 +240,17 @@ def run(argv: list[str]) -> int:
 
 
 def finish(config: dict[str, Any], own: dict[str, Any], files: set[Path], mode: str, started: float) -> int:
-    """Write `pdlm_report.json` into every run, and name the data sets without a result. Returns: exit code.
+    """Write `pdlm_report.json` into every run, and name the data sets without a result.
 
     Args:
-        config (`dict`): models and data sets; models have None, or in a `--config` their settings.
+        config (`dict`): models and data sets; the value of a model is None, or its settings in a `--config`.
         own (`dict`): settings of registered models.
-        files (`set[Path]`): status.json of this run.
-        mode (`str`): run.py's.
-        started (`float`): when, in seconds since the epoch; older logs are those of other runs.
+        files (`set[Path]`): the status.json files of this run.
+        mode (`str`): `--mode` of run.py.
+        started (`float`): start of the run in seconds since the epoch; older logs belong to other runs.
+
+    Returns:
+        the exit code: 1 if a data set has no result.
     """
     from vlmeval.smp import collect_run_benchmark_report
 
@@ -262,12 +279,12 @@ def finish(config: dict[str, Any], own: dict[str, Any], files: set[Path], mode: 
 
 
 def answer_costs(status: Path, model: str, dataset: str, started: float) -> dict[str, Any]:
-    """What the answers to a data set cost, summed over the ranks of this run; nothing of answers that were reused.
+    """Sum the cost of the answers to a data set over the ranks of this run. Reused answers cost nothing.
 
     Args:
-        status (`Path`): status.json of the run; the logs lie in the working folder above.
-        model, dataset (`str`): their names.
-        started (`float`): logs that ended before are those of other runs.
+        status (`Path`): status.json of the run; the logs are in the working folder above it.
+        model, dataset (`str`): names of the model and of the data set.
+        started (`float`): start of the run in seconds since the epoch; older logs belong to other runs.
     """
     total = {"questions": 0, "num_forwards": 0, "slots": 0, "output_tokens": 0, "seconds": 0.0}
     for rank in range(int(os.environ.get("WORLD_SIZE", 1))):

@@ -63,7 +63,7 @@ class TestSettings:
         assert changed._tiles(Question([None], "", benchmark)) == 2
         assert changed.benchmark("other") is None and base.benchmark("mmstar") == find("MMStar")
         assert with_settings(base, presets="none").benchmark("mmstar") is None
-        with pytest.raises(ValueError, match='`presets="none"` leaves nothing for max_tiles'):
+        with pytest.raises(ValueError, match='`presets="none"` does not use max_tiles'):
             with_settings(base, presets="none", max_tiles=2)
 
     def test_reference_names(self):

@@ -45,7 +45,7 @@ class TestCheck:
         done = call("check", "ChartQA")
         assert done.exit_code == 1
         assert "1 of 2 checks failed" in done.stderr
-        assert "ChartQA_TEST.tsv is not there" in " ".join(done.output.replace("│", " ").split())
+        assert "ChartQA_TEST.tsv does not exist" in " ".join(done.output.replace("│", " ").split())
 
     def test_a_broken_download(self, tmp_path):
         put_data(tmp_path, "ChartQA_TEST", "<html>\n")
@@ -84,7 +84,7 @@ class TestCheck:
                 in check.check_judge(find("MMStar"), "m").problem
             )
             wrong = check.check_judge(find("MMStar"), "m", server.url + "/chat/completions").problem
-            assert f"behind --judge-base-url; give {server.url}." in wrong
+            assert f"to --judge-base-url; give {server.url}." in wrong
         monkeypatch.setenv("OPENAI_API_BASE", "OFFICIAL")
         monkeypatch.delenv("OPENAI_API_KEY")
         assert "gpt-4o-mini-2024-07-18 has no key" in check.check_judge(find("MMStar"), None).problem
@@ -96,7 +96,7 @@ class TestCheck:
             assert "gpt-4o-mini-2024-07-18" in check.check_judge(find("MMStar"), "gpt-4o-mini", server.url).problem
             monkeypatch.setenv("LOCAL_LLM", "gpt-3.5-turbo-0125")
             assert check.check_judge(find("MMStar"), "anything", server.url).problem is None
-        assert "cannot be tried" in check.check_judge(find("MMStar"), "deepseek").problem
+        assert "cannot be checked" in check.check_judge(find("MMStar"), "deepseek").problem
 
     def test_an_env_file_of_vlmevalkit(self, tmp_path, monkeypatch):
         """It goes before the environment, and is where its users keep the key."""
@@ -227,7 +227,7 @@ class TestReport:
 
     def test_nothing_to_report(self, tmp_path):
         assert "no such file" in call("report", str(tmp_path / "x")).stderr
-        assert "No scores" in call("report", str(tmp_path)).stderr
+        assert "There are no scores" in call("report", str(tmp_path)).stderr
         (tmp_path / "a_results.json").write_text('{"results"')
         done = call("report", str(tmp_path))
         assert done.exit_code == 2 and "cannot be read" in done.stderr

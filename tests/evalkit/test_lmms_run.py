@@ -40,7 +40,7 @@ def test_own_arguments_stay():
         (["--batch_size", "4"], "No tasks: give --tasks"),
         (
             ["--tasks", "a", "--use_cache", "C", "--gen_kwargs", "block_length=1"],
-            r"does not look at \['block_length'\]",
+            r"ignores \['block_length'\]",
         ),
         (["--tasks", "a", "-c", "C", "--gen_kwargs", "temperature=0,steps=4"], r"\['steps'\]"),
     ],

@@ -118,10 +118,10 @@ def test_samples_of_lmms_eval(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"doc_id": 1}\n', "row 1 has no target and no filtered_resps"),
-        ("a.json", "[]", "holds no rows"),
+        ("a.json", "[]", "the file has no rows"),
         ("a.json", '[{"answer": 1}]', "row 1 has no prediction"),
         ("a.json", '[{"answer": 1}', "cannot be read"),
-        ("a.txt", "x", "expected one of .jsonl"),
+        ("a.txt", "x", "name ends with one of .jsonl"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path, name, content, message):

@@ -169,7 +169,7 @@ def test_data_sets_without_result_are_named(checkout, tmp_path):
     [
         (("--data", "MMStar", "--model", "PerceptionDLM"), "MMStar: gpt-4o-mini-2024-07-18 has no key"),
         (("--data", "MathVista_MINI", "--model", "M", "--judge", "exact_matching"), "without a language model"),
-        (("--data", "MMStar"), "Nothing to do"),
+        (("--data", "MMStar"), "No model or no data set"),
         (("--data", "A", "--model", "M", "--settings", "steps"), "expected key=value"),
         (("--config", "nowhere.json"), "nowhere.json: expected JSON"),
     ],
