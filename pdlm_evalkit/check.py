@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
-from pdlm_hf.client.chat import ChatClient, public_url
+from pdlm_hf.client import ChatClient, public_url
 from pdlm_hf.errors_pdlm import MissingPackageError, ServerError, SettingError
 
 from .benchmarks import Benchmark, find_benchmark

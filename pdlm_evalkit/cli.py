@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pdlm_hf.cli import errors
-from pdlm_hf.client.chat import ChatClient, key_in, public_url
+from pdlm_hf.client import ChatClient, key_in, public_url
 from pdlm_hf.errors_pdlm import PdlmError, ServerError, SettingError
 from pdlm_hf.regions.files import write_json
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.client.chat import ChatClient, Reply, Request
+from pdlm_hf.client import ChatClient, Reply
+from pdlm_hf.client.chat import Request
 from pdlm_hf.errors_pdlm import DataError, MissingPackageError
 
 from .report import read_lines

@@ -20,8 +20,7 @@ import numpy as np
 from loguru import logger
 from PIL import Image
 
-from pdlm_hf.client.chat import ChatClient
-from pdlm_hf.client.server import key_in
+from pdlm_hf.client import ChatClient, key_in
 from pdlm_hf.errors_pdlm import ServerError, SettingError
 from pdlm_hf.regions.files import write_json
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pdlm_hf.errors_pdlm import DataError, SettingError
-from pdlm_hf.regions.files import append_rows, load_json, read_rows, write_json
+from pdlm_hf.regions.files import append_rows, check_same_settings, load_json, read_rows, write_json
 
 from .data import Benchmark, BenchmarkImage, Mask, decode_masks, open_image
 
@@ -85,10 +85,7 @@ class CaptionRun:
             return
         if not self.run_path.exists():
             raise DataError(f"{folder}: has captions.jsonl, but no run.json that says how they were made.")
-        before = load_json(self.run_path)["settings"]
-        if changed := sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)):
-            was = ", ".join(f"{k} was {before.get(k)!r}, now {settings.get(k)!r}" for k in changed)
-            raise SettingError(f"{folder}: holds a run with other settings ({was}). Choose another folder.")
+        check_same_settings(load_json(self.run_path).get("settings"), settings, folder, "choose another folder")
 
     @property
     def captions(self) -> dict[str, str]:

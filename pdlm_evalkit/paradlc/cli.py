@@ -8,8 +8,7 @@ import typer
 from rich.console import Console
 
 from pdlm_hf.cli.errors import exit_on_error
-from pdlm_hf.client.chat import ChatClient
-from pdlm_hf.client.server import key_in, public_url
+from pdlm_hf.client import ChatClient, key_in, public_url
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions.files import load_json, write_json
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pdlm_hf.errors_pdlm import DataError, ImageError, RegionError
+from pdlm_hf.regions.coco import CocoIndex, is_coco
 from pdlm_hf.regions.files import load_json
 
 BENCHMARKS = ("paradlc", "dlc")
@@ -107,16 +108,17 @@ def load_benchmark(folder: str | Path, images: str | Path | None = None, name: s
     questions = parse_questions(qa, folder / "qa.json")
     if not isinstance(names, dict):
         raise DataError(f"{folder / 'class_names.json'}: expected an object of mask ids and class names.")
-    found = form_of(annotations, folder / "annotations.json")
+    path = folder / "annotations.json"
+    found = form_of(annotations, path)
     if name is not None and name != found:
-        raise DataError(f"{folder / 'annotations.json'}: is in the form of {found}, not of {name}.")
-    reader = _paradlc_masks if found == "paradlc" else _dlc_masks
+        raise DataError(f"{path}: is in the form of {found}, not of {name}.")
     try:
-        entries = {mask_id: entry for mask_id, *entry in reader(annotations)}
+        pairs = _paradlc_masks(annotations) if found == "paradlc" else _dlc_masks(annotations, path)
+        entries = {mask_id: entry for mask_id, *entry in pairs}
+    except DataError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{folder / 'annotations.json'}: not in the form of {found} ({type(error).__name__}: {error})."
-        ) from None
+        raise DataError(f"{path}: not in the form of {found} ({type(error).__name__}: {error}).") from None
     images_by_id: dict[str, dict] = {}
     for mask_id, asked in questions.items():
         if mask_id not in entries:
@@ -149,7 +151,7 @@ def form_of(annotations: Any, path: Path) -> str:
     """The benchmark with this form of annotations.json. Raises: DataError if there is none."""
     if isinstance(annotations, list):
         return "paradlc"
-    if isinstance(annotations, dict) and {"images", "annotations"} <= annotations.keys():
+    if is_coco(annotations):
         return "dlc"
     raise DataError(
         f"{path}: expected a list of images (ParaDLC-Bench), or a COCO file with images and annotations (DLC-Bench)."
@@ -195,11 +197,13 @@ def _paradlc_masks(annotations: list) -> Iterator[tuple[str, dict, dict]]:
             yield f"{entry['id']}_{annotation['index']}", entry, annotation["mask_rle"]
 
 
-def _dlc_masks(annotations: dict) -> Iterator[tuple[str, dict, dict]]:
-    entries = {image["id"]: _image(image, image["id"]) for image in annotations["images"]}
-    for annotation in annotations["annotations"]:
-        entry = entries[annotation["image_id"]]
-        yield str(annotation["id"]), entry, annotation["segmentation"]
+def _dlc_masks(annotations: dict, path: Path) -> Iterator[tuple[str, dict, dict]]:
+    index = CocoIndex(annotations, path, ("id",))
+    index.check()
+    for image_id, found in index.annotations.items():
+        entry = _image(index.images[image_id], image_id)
+        for annotation in found:
+            yield str(annotation["id"]), entry, annotation["segmentation"]
 
 
 def _image(image: dict, identifier: Any) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.client.chat import ChatClient, Reply, Request, public_url
+from pdlm_hf.client import ChatClient, Reply, public_url
+from pdlm_hf.client.chat import Request
 from pdlm_hf.errors_pdlm import MissingPackageError, SettingError
 from pdlm_hf.regions.crops import crop_box, png_url
 from pdlm_hf.regions.files import write_json

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from pdlm_hf.client.cache import Reply
-from pdlm_hf.client.chat import ChatClient, Request
+from pdlm_hf.client import ChatClient, Reply
+from pdlm_hf.client.chat import Request
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions.crops import crops_message, images_message
 

@@ -16,7 +16,7 @@ from pdlm_evalkit.paradlc import captioning
 from pdlm_evalkit.paradlc.cli import app
 from pdlm_evalkit.paradlc.data import load_benchmark
 from pdlm_hf import RegionCaptioner
-from pdlm_hf.client import chat as client
+from pdlm_hf.client import server as client
 from pdlm_hf.regions.crops import OUTLINE, draw_outline
 
 EXAMPLE = Path(package.__file__).parent / "example"

@@ -22,6 +22,7 @@ from pdlm_evalkit.paradlc.data import (
 )
 from pdlm_evalkit.paradlc.judging import judge_requests
 from pdlm_evalkit.paradlc.make_example import main as make_example
+from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions import region
 
 EXAMPLE = Path(package.__file__).parent / "example"
@@ -154,6 +155,15 @@ def test_images_that_are_missing_or_damaged(folder):
     (folder / "images" / "5.png").unlink()
     with pytest.raises(ValueError, match=r"3.png: no such file \(2 of 6 are missing\)"):
         check_images(load_benchmark(folder))
+
+
+def test_a_broken_coco_file_is_said_with_the_place(tmp_path):
+    folder = Path(shutil.copytree(EXAMPLE / "dlc", tmp_path / "bench"))
+    change(folder / "annotations.json", lambda d: d["annotations"][3].update(image_id=99))
+    with pytest.raises(
+        DataError, match=r"annotations.json: annotations\[3\].image_id: got 99, expected the id"
+    ):
+        load_benchmark(folder, EXAMPLE / "images")
 
 
 def test_file_names_stay_in_the_folder(folder):

@@ -20,7 +20,7 @@ from pdlm_evalkit.paradlc import judging
 from pdlm_evalkit.paradlc.cli import app
 from pdlm_evalkit.paradlc.data import Question, decode_masks, load_benchmark, open_image
 from pdlm_evalkit.paradlc.make_example import draw_scenes
-from pdlm_hf.client import chat as client
+from pdlm_hf.client import server as client
 from pdlm_hf.shapes.scenes import describe
 
 EXAMPLE = Path(package.__file__).parent / "example"
