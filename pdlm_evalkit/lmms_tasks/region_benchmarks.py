@@ -1,11 +1,12 @@
-"""ParaDLC-Bench and DLC-Bench as tasks of lmms-eval, judged at the end.
+"""ParaDLC-Bench and DLC-Bench as tasks of lmms-eval; the judge is asked at the end.
 
-A request has all regions of an image; in DLC-Bench one, as the reference and `pdlm-eval paradlc caption` do.
+A request has all regions of an image; in DLC-Bench one region, as in the reference and `pdlm-eval paradlc caption`.
 
 Environment:
     PDLM_PARADLC, PDLM_DLC: folder of the benchmark (annotations.json, qa.json, class_names.json, images/).
-    PDLM_JUDGE: a judge of `pdlm-eval paradlc judge`, or a model's name; "none" to write captions only, scores are NaN.
-    PDLM_JUDGE_URL, PDLM_JUDGE_KEY_ENV: its server and the variable of its key, where it has no usual one.
+    PDLM_JUDGE: a judge of `pdlm-eval paradlc judge`, or the name of a model; "none" writes captions only, with NaN
+        as scores.
+    PDLM_JUDGE_URL, PDLM_JUDGE_KEY_ENV: server of the judge, and the environment variable that holds its key.
     PDLM_JUDGE_CACHE: file of replies, with the captions beside it; default: pdlm_judge.sqlite in the working folder.
 """
 
@@ -35,7 +36,12 @@ METRICS = ("avg", "avg_pos", "avg_neg", "mean_mask_score", "n_missing", "n_unpar
 
 @lru_cache(maxsize=2)
 def benchmark_of(name: str) -> Benchmark:
-    """The benchmark in the folder the environment names. Raises: SettingError if it names none or a damaged one."""
+    """Read the benchmark whose folder is set in the environment.
+
+    Raises:
+        SettingError: the variable is not set.
+        DataError: see [`load_benchmark`].
+    """
     folder = os.environ.get(FOLDERS[name])
     if not folder:
         raise SettingError(f"Set {FOLDERS[name]} to the folder of the benchmark (with annotations.json and images/).")
@@ -44,10 +50,11 @@ def benchmark_of(name: str) -> Benchmark:
 
 @lru_cache(maxsize=1)
 def judge_from_environment() -> ChatClient | None:
-    """The judge the environment names, after one call to it; None for "none".
+    """A client for the judge set in the environment, after one request to it; None for "none".
 
     Raises:
-        SettingError: none is named. ServerError: it does not answer.
+        SettingError: PDLM_JUDGE is not set.
+        ServerError: the judge does not answer.
     """
     name = os.environ.get("PDLM_JUDGE")
     if not name:
@@ -58,13 +65,13 @@ def judge_from_environment() -> ChatClient | None:
         return None
     preset = preset_of(name, os.environ.get("PDLM_JUDGE_URL"), os.environ.get("PDLM_JUDGE_KEY_ENV"))
     key = key_in(preset.key_env)
-    judge = ChatClient(preset.model, preset.base_url, key, preset.settings, cache=judge_cache())
-    judge.probe()
-    return judge
+    client = ChatClient(preset.model, preset.base_url, key, preset.settings, cache=judge_cache())
+    client.probe()
+    return client
 
 
 def judge_cache() -> Path:
-    """File of replies; the captions are kept beside it."""
+    """The file of replies; the captions are written beside it."""
     return Path(os.environ.get("PDLM_JUDGE_CACHE", "pdlm_judge.sqlite"))
 
 
@@ -73,7 +80,7 @@ def _documents(name: str) -> datasets.Dataset:
         judge_from_environment()
         benchmark = benchmark_of(name)
         check_images(benchmark)
-    except Exception as error:  # lmms-eval tries five times and then speaks of a RetryError
+    except Exception as error:  # lmms-eval tries five times, and its RetryError does not name the reason
         logger.error(str(error))
         raise
     place = {image.id: i for i, image in enumerate(benchmark.images)}
@@ -91,7 +98,7 @@ def _visual(name: str, doc: dict[str, Any]) -> list[Image.Image]:
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, tuple]:
-    """The captions of an image, for every metric."""
+    """The mask ids and captions of a request, for every metric."""
     captions = json.loads(results[0])
     return dict.fromkeys(METRICS, (doc["masks"], captions))
 
@@ -100,7 +107,7 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, tuple]
 def _scored(name: str, digest: str, captions: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     judge = judge_from_environment()
     if judge is None:
-        logger.warning("PDLM_JUDGE is none: the captions are in the samples, there is no score.")
+        logger.warning("PDLM_JUDGE is none: the captions are in the samples, and there is no score.")
         return dict.fromkeys(METRICS, float("nan"))
     benchmark = benchmark_of(name)
     with_images = name == "paradlc"  # as the reference's two scripts
@@ -109,7 +116,9 @@ def _scored(name: str, digest: str, captions: tuple[tuple[str, str], ...]) -> di
     try:
         answers, _ = judge_captions(judge, benchmark, dict(captions), with_images)
     except ServerError as error:
-        raise ServerError(f"{error} The captions are in {kept}; `pdlm-eval paradlc judge {kept}` goes on.") from error
+        raise ServerError(
+            f"{error} The captions are in {kept}; `pdlm-eval paradlc judge {kept}` continues."
+        ) from error
     asked = dict(captions)  # with --limit not all of them
     questions = {key: mask.questions for key, mask in benchmark.masks.items() if key in asked}
     return totals(score_answers(questions, answers, benchmark=name))
@@ -124,32 +133,32 @@ def _aggregate(name: str, metric: str):
 
 
 def paradlc_documents(dataset: datasets.Dataset) -> datasets.Dataset:
-    """One row an image."""
+    """The rows: one per request."""
     return _documents("paradlc")
 
 
 def dlc_documents(dataset: datasets.Dataset) -> datasets.Dataset:
-    """One row an image."""
+    """The rows: one per request."""
     return _documents("dlc")
 
 
 def paradlc_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The image, then a mask for each region."""
+    """The image, and a mask for each region."""
     return _visual("paradlc", doc)
 
 
 def dlc_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The image, then a mask for each region."""
+    """The image, and a mask for each region."""
     return _visual("dlc", doc)
 
 
 def paradlc_text(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
-    """The reference's prompt for the benchmark."""
+    """The prompt of the reference."""
     return PROMPTS["paradlc"]
 
 
 def dlc_text(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
-    """The reference's prompt for the benchmark."""
+    """The prompt of the reference."""
     return PROMPTS["dlc"]
 
 

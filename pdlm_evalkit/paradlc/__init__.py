@@ -1,12 +1,13 @@
-"""ParaDLC-Bench and DLC-Bench: captions of masked regions, questions about the captions, and a judge who answers them.
+"""ParaDLC-Bench and DLC-Bench: captions of masked regions, scored by a judge that answers questions about them.
 
-A caption is never compared with a text. For every mask the benchmark has multiple-choice questions: positive ones ask
-whether a detail is stated and right, negative ones whether something is stated that is not there. A judge model reads
-the caption (in ParaDLC-Bench it sees the region too) and chooses; every choice has a score.
+There are no reference captions. For every mask the benchmark has multiple-choice questions: positive questions ask
+whether the caption states a detail correctly, negative questions whether it states something that is not in the image.
+The judge, a language model, reads the caption (in ParaDLC-Bench it also sees the region) and chooses; each choice has
+a score.
 
 `data` reads a benchmark, `captioning` captions it, `judging` asks the judge, `parsing` reads its replies, `scoring`
-adds up, `report` shows. `make_example` writes the small made-up benchmark in `example/` and is the description of the
-file formats.
+computes the scores, and `report` compares runs. `make_example` writes the small invented benchmark in `example/` and
+describes the file formats.
 """
 
 import lazy_loader

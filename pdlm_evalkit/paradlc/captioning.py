@@ -1,7 +1,7 @@
-"""Captioning a benchmark into a run folder, from which a stopped run goes on.
+"""Caption a benchmark into a run folder; a stopped run is resumed from it.
 
-A run folder has run.json (settings, hardware, totals), captions.jsonl (one line a request: a pass of the model or a
-call of the server, written as it ends) and, at the end, captions.json in the reference's form `{mask_id: caption}`.
+A run folder contains run.json (settings, hardware, totals), captions.jsonl (one line per call of `generate` or request
+to a server, written when it ends) and, at the end, captions.json in the reference's form `{mask_id: caption}`.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from pdlm_hf.regions.files import append_rows, check_same_settings, load_json, r
 
 from .data import Benchmark, BenchmarkImage, Mask, decode_masks, open_image
 
-# The reference's: its README for ParaDLC-Bench, its script for DLC-Bench.
+# The reference's prompts: from its README for ParaDLC-Bench, from its script for DLC-Bench.
 PROMPTS = {
     "paradlc": "Describe the masked region in detail.",
     "dlc": "Describe each masked region in detail.",
 }
-# In DLC-Bench every mask is captioned alone, also where an image has several.
+# DLC-Bench captions every mask alone, also if the image has several.
 MASKS_PER_PASS = {"paradlc": None, "dlc": 1}
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -33,15 +33,15 @@ Pass = tuple[BenchmarkImage, tuple[Mask, ...]]
 
 @dataclass(frozen=True)
 class Job:
-    """What is captioned, and how, whoever does it.
+    """A captioning job, for any source of captions.
 
     Args:
-        benchmark (`Benchmark`): the masks.
-        annotations (`Path`): its folder.
+        benchmark (`Benchmark`): the benchmark.
+        annotations (`Path`): the folder of the benchmark.
         folder (`Path`): the run folder.
-        name (`str`, *optional*): what the report calls the model.
-        prompt (`str`, *optional*): the question; default: the usual one.
-        limit (`int`, *optional*): masks a pass at most.
+        name (`str`, *optional*): name of the model in reports.
+        prompt (`str`, *optional*): the question; default: the reference's.
+        limit (`int`, *optional*): most masks in a pass.
         generation (`dict`): settings of `generate`.
     """
 
@@ -54,7 +54,7 @@ class Job:
     generation: dict[str, Any]
 
     def run(self, settings: dict[str, Any]) -> "CaptionRun":
-        """The run folder for these settings. Raises: SettingError, see [`CaptionRun`]."""
+        """The run folder for these settings. Raises: DataError, SettingError: see [`CaptionRun`]."""
         return CaptionRun(self.folder, self.benchmark, settings, self.annotations)
 
 
@@ -62,13 +62,14 @@ class CaptionRun:
     """A run folder.
 
     Args:
-        folder (`Path`): made if it is not there.
-        benchmark (`Benchmark`): what is captioned.
-        settings (`dict`): everything the captions depend on; a run goes on only with the same.
-        annotations (`Path`, *optional*): the benchmark's folder, noted for the report.
+        folder (`Path`): the folder, which is created with the first line.
+        benchmark (`Benchmark`): the benchmark.
+        settings (`dict`): everything the captions depend on; a run is resumed only with the same settings.
+        annotations (`Path`, *optional*): the folder of the benchmark, recorded for the report.
 
     Raises:
-        SettingError: the folder holds a run with other settings, or captions.jsonl is damaged before its last line.
+        DataError: captions.jsonl is damaged before its last line, or run.json is missing.
+        SettingError: the folder contains a run with other settings.
     """
 
     def __init__(self, folder: Path, benchmark: Benchmark, settings: dict[str, Any], annotations: Path | None = None):
@@ -84,12 +85,12 @@ class CaptionRun:
         if not self.lines:
             return
         if not self.run_path.exists():
-            raise DataError(f"{folder}: has captions.jsonl, but no run.json that says how they were made.")
+            raise DataError(f"{folder}: has captions.jsonl, but no run.json with the settings of these captions.")
         check_same_settings(load_json(self.run_path).get("settings"), settings, folder, "choose another folder")
 
     @property
     def captions(self) -> dict[str, str]:
-        """Captions so far, in the benchmark's order."""
+        """The captions so far, in the order of the benchmark."""
         found = {key: text for line in self.lines for key, text in line["captions"].items()}
         return {key: found[key] for key in self.benchmark.order if key in found}
 
@@ -101,7 +102,7 @@ class CaptionRun:
         self.lines.append(line)
 
     def finish(self, hardware: dict[str, Any]) -> dict[str, Any]:
-        """Write captions.json and run.json. Returns: what is in run.json."""
+        """Write captions.json and run.json. Returns: the content of run.json."""
         captions = self.captions
         complete = len(captions) == len(self.benchmark.order) or self.record["settings"].get("allow_missing", False)
         self.record |= {"finished": complete, "hardware": hardware, "totals": totals(self.lines)}
@@ -118,9 +119,9 @@ def totals(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums over the lines of a run.
 
     Returns:
-        `n_masks`, `n_requests`, `seconds` (of generating only), `num_forwards`, `slots` (generated positions, padding
-        included), `text_tokens` (before the end of each caption), `tokens_per_forward` with padding,
-        `text_tokens_per_forward` without, `regions_per_second`; None where it is not known.
+        `n_masks`, `n_requests`, `seconds` (of `generate` only), `num_forwards`, `slots` (generated token positions,
+        padding included), `text_tokens` (tokens before the end of each caption), `tokens_per_forward` (padding
+        included), `text_tokens_per_forward` (without padding), `regions_per_second`; None for unknown values.
     """
 
     def total(name: str) -> Any:
@@ -143,9 +144,9 @@ def totals(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def passes_of(benchmark: Benchmark, limit: int | None) -> list[Pass]:
-    """The benchmark cut into passes: at most `limit` masks of an image, in the order of qa.json.
+    """Split the benchmark into passes: at most `limit` masks of one image, in the order of qa.json.
 
-    The processor sorts the masks of a pass from large to small, as the reference does after cutting.
+    The processor sorts the masks of a pass from large to small, as the reference does after splitting.
     """
     return [
         (image, image.masks[start : start + (limit or len(image.masks))])
@@ -158,24 +159,25 @@ def passes_of(benchmark: Benchmark, limit: int | None) -> list[Pass]:
 
 
 def load_captioner(model: str | None, mode: str, device: str | None, dtype: str) -> Any:
-    """A `RegionCaptioner`. Raises: SettingError if the checkpoint cannot be loaded, or is a chat model."""
+    """Load a `RegionCaptioner`.
+
+    Raises:
+        SettingError: the dtype does not exist.
+        CheckpointError: the checkpoint does not exist, is damaged, or is a chat model.
+    """
     if dtype not in DTYPES:
         raise SettingError(f"The dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     from pdlm_hf import RegionCaptioner
+    from pdlm_hf.cli.options import load
 
     disable_progress_bar()
-    try:
-        return RegionCaptioner.from_pretrained(model, device=device, dtype=dtype, mode=mode)
-    except (SafetensorError, RuntimeError, KeyError, TypeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SettingError(f"{model}: the checkpoint cannot be loaded ({reason}).") from error
+    return load(RegionCaptioner.from_pretrained, model, device=device, dtype=dtype, mode=mode)
 
 
 def model_settings(captioner: Any, model: str | None, **settings: Any) -> dict[str, Any]:
-    """What the captions of a model depend on, for run.json."""
+    """Everything the captions of a model depend on, for run.json."""
     network = captioner.model
     return {
         "source": "model",
@@ -191,21 +193,19 @@ def model_settings(captioner: Any, model: str | None, **settings: Any) -> dict[s
 def model_lines(
     captioner: Any, passes: list[Pass], batch_size: int, prompt: str, generation: dict[str, Any], run: CaptionRun
 ) -> Iterator[dict[str, Any]]:
-    """Caption with our model.
+    """Caption by our model.
 
     Args:
         captioner (`RegionCaptioner`): the model.
-        passes: of at most as many masks as the checkpoint has region prompts.
-        batch_size (`int`): passes a forward.
+        passes: passes of at most as many masks as the checkpoint has region prompts.
+        batch_size (`int`): passes in a batch.
         prompt (`str`): the question.
         generation (`dict`): settings of `generate`.
-        run (`CaptionRun`): its lines are not made again.
+        run (`CaptionRun`): the run; its masks are not captioned again.
 
     Yields:
-        a line of captions.jsonl per call of `generate`, whose seconds are those of `generate` alone.
+        a line of captions.jsonl per call of `generate`, with the seconds of `generate` alone.
     """
-    if batch_size < 1:
-        raise SettingError(f"The batch size must be positive, got {batch_size}.")
     known = set(run.captions)
     captioner.model = timed = TimedModel(captioner.model)
     try:
@@ -230,10 +230,10 @@ def model_lines(
 
 
 class TimedModel:
-    """A model whose `generate` is timed, the device's work included.
+    """A model whose `generate` is timed, including the work of the GPU.
 
     Args:
-        model: everything else is this model's.
+        model: the model; all other attributes are its own.
     """
 
     def __init__(self, model: Any):
@@ -244,7 +244,7 @@ class TimedModel:
         return getattr(self.model, name)
 
     def generate(self, **inputs: Any) -> Any:
-        """The model's own."""
+        """Call `generate` of the model and record its seconds."""
         import torch
 
         wait = torch.cuda.synchronize if self.model.device.type == "cuda" else lambda: None
@@ -257,7 +257,7 @@ class TimedModel:
 
 
 def hardware_of(captioner: Any) -> dict[str, Any]:
-    """The machine, for run.json."""
+    """The hardware and library versions, for run.json."""
     import torch
     import transformers
 
@@ -273,7 +273,7 @@ def hardware_of(captioner: Any) -> dict[str, Any]:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Tells whether a checkpoint was replaced; weights by size and time, they may have many gigabytes."""
+    """Fingerprint of a checkpoint folder; of weights, which may have many gigabytes, only size and time are read."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
@@ -288,12 +288,12 @@ def _fingerprint(folder: Path) -> str:
 def caption_into(
     run: CaptionRun, lines: Iterator[dict[str, Any]], progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Take lines into a run as they come.
+    """Write lines into a run as they arrive.
 
     Args:
-        run (`CaptionRun`): where to.
-        lines: from [`model_lines`] or [`server.server_lines`]; or one with the captions of another system.
-        progress (*optional*): called with the number of captions so far and of all.
+        run (`CaptionRun`): the run.
+        lines: lines from [`model_lines`] or [`server.server_lines`]; or one line with captions of another system.
+        progress (*optional*): called with the number of captions so far and of all masks.
     """
     if progress is not None:
         progress(len(run.captions), len(run.benchmark.order))

@@ -8,15 +8,18 @@ import typer
 from rich.console import Console
 
 from pdlm_hf.cli.errors import exit_on_error
+from pdlm_hf.cli.options import check_positive
 from pdlm_hf.client import ChatClient, key_in, public_url
-from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.regions.files import load_json, write_json
 
 from ..terminal import progress
 from .data import check_images, load_benchmark, load_questions, read_captions
 
 app = typer.Typer(
-    help="ParaDLC-Bench and DLC-Bench: caption, judge, score, report.", no_args_is_help=True, rich_markup_mode=None
+    help="ParaDLC-Bench and DLC-Bench: caption the masks, ask a judge, score, and report.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 Annotations = Annotated[
@@ -24,18 +27,18 @@ Annotations = Annotated[
 ]
 Images = Annotated[Path | None, typer.Option(help="Folder of the images; default: images in the annotations.")]
 Form = Annotated[str | None, typer.Option("--benchmark", help="paradlc or dlc; default: by the form of the files.")]
-Reader = Annotated[str, typer.Option("--parser", help="How replies are read: robust or reference.")]
+Reader = Annotated[str, typer.Option("--parser", help="Parser of the replies: robust or reference.")]
 KeyEnv = Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")]
 Extra = Annotated[
     list[str] | None,
-    typer.Option("--setting", help="NAME=JSON: a field of every request; null leaves out what is sent otherwise."),
+    typer.Option("--setting", help="NAME=JSON: a field of every request; null removes a field."),
 ]
 Retries = Annotated[int, typer.Option(help="Further attempts for a request.")]
 Timeout = Annotated[float, typer.Option(help="Seconds to wait for the server.")]
 
 
 def _settings(base: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
-    """Fields of every request, with those given as NAME=JSON. Raises: SettingError."""
+    """The fields of every request, with those given as NAME=JSON. Raises: SettingError: a text has another form."""
     settings = dict(base)
     for text in extra or []:
         name, equals, value = text.partition("=")
@@ -52,37 +55,39 @@ def _settings(base: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
 @exit_on_error("pdlm-eval")
 def caption(
     annotations: Annotations,
-    out: Annotated[Path, typer.Option(help="Run folder; a run that was stopped goes on.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Run folder; a stopped run is resumed from it.", show_default=False)],
     images: Images = None,
     benchmark: Form = None,
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Question; default: the reference's.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Slots per caption; default 32 (crops: 512).")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Question; default: that of the reference.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Token positions; default 32 (crops: 512).")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps at most.")] = 32,
-    fast: Annotated[bool, typer.Option("--fast", help="Commit what is certain early: fewer passes.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Accept certain tokens early: fewer forward passes.")] = False,
     acceptance_threshold: Annotated[float | None, typer.Option(help="As in generate.")] = None,
     entropy_bound: Annotated[float | None, typer.Option(help="As in generate.")] = None,
     prefix_refresh_interval: Annotated[int | None, typer.Option(help="As in generate.")] = None,
     temperature: Annotated[float | None, typer.Option(help="As in generate; default 0, greedy.")] = None,
     remasking: Annotated[str | None, typer.Option(help="As in generate.")] = None,
     seed: Annotated[int | None, typer.Option(help="As in generate.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Passes a forward.")] = 1,
-    masks_per_pass: Annotated[int | None, typer.Option(help="At most; default: as trained, in DLC-Bench 1.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Passes in a batch.")] = 1,
+    masks_per_pass: Annotated[
+        int | None, typer.Option(help="Most masks in a pass; default: as trained, or 1.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     server: Annotated[str | None, typer.Option(help="OpenAI-compatible server, instead of --model.")] = None,
-    server_model: Annotated[str | None, typer.Option(help="Name of the model there.")] = None,
-    server_style: Annotated[str, typer.Option(help="regions: our server. crops: any other model.")] = "regions",
+    server_model: Annotated[str | None, typer.Option(help="Name of the model at the server.")] = None,
+    server_style: Annotated[str, typer.Option(help="regions: our server; crops: any other model.")] = "regions",
     api_key_env: KeyEnv = None,
     setting: Extra = None,
-    concurrency: Annotated[int, typer.Option(help="Requests at a time; above 1, seconds tell the throughput.")] = 1,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time; above 1, the seconds measure throughput.")] = 1,
     retries: Retries = 4,
     timeout: Timeout = 300.0,
     captions: Annotated[Path | None, typer.Option(help="Captions of another system: {mask_id: caption}.")] = None,
-    allow_missing: Annotated[bool, typer.Option(help="With --captions: masks may be without; they score 0.")] = False,
-    name: Annotated[str | None, typer.Option(help="What the report calls the model.")] = None,
+    allow_missing: Annotated[bool, typer.Option(help="With --captions: masks may have none; they score 0.")] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the model in reports.")] = None,
 ) -> None:
-    """Caption a benchmark with our model, through a server, or import another system's captions."""
+    """Caption a benchmark by our model or a server, or import the captions of another system."""
     from .captioning import MASKS_PER_PASS, Job, caption_into
 
     if sum(value is not None for value in (model, server, captions)) > 1:
@@ -90,9 +95,10 @@ def caption(
     if (server is None) != (server_model is None):
         raise SettingError("--server and --server-model go together.")
     if fast and server is not None:
-        raise SettingError("--fast is a mode of --model; a server takes settings, --acceptance-threshold say.")
-    if masks_per_pass is not None and masks_per_pass < 1:
-        raise SettingError(f"--masks-per-pass must be positive, got {masks_per_pass}.")
+        raise SettingError("--fast needs --model; for a server give settings, for example --acceptance-threshold.")
+    check_positive({"--steps": steps, "--batch-size": batch_size, "--concurrency": concurrency})
+    optional = {"--max-new-tokens": max_new_tokens, "--masks-per-pass": masks_per_pass}
+    check_positive({option: value for option, value in optional.items() if value is not None})
     data = load_benchmark(annotations, images, benchmark)
     if captions is None:  # another system has seen the images
         check_images(data)
@@ -127,7 +133,7 @@ def caption(
 
 
 def _from_file(job: Any, path: Path, allow_missing: bool) -> tuple:
-    """Run, lines and hardware of an import."""
+    """The run, lines and hardware (none) of imported captions."""
     from .judging import captions_hash
 
     captions = read_captions(path, job.benchmark.order, allow_missing)
@@ -137,7 +143,7 @@ def _from_file(job: Any, path: Path, allow_missing: bool) -> tuple:
 
 
 def _from_model(job: Any, model: str | None, mode: str, device: str | None, dtype: str, batch_size: int) -> tuple:
-    """Run, lines and hardware of our model."""
+    """The run, lines and hardware of our model."""
     from . import captioning
 
     captioner = captioning.load_captioner(model, mode, device, dtype)
@@ -160,7 +166,7 @@ def _from_model(job: Any, model: str | None, mode: str, device: str | None, dtyp
 def _from_server(
     job: Any, url: str, model: str, style: str, extra: list[str] | None, options: dict[str, Any], failed: list[str]
 ) -> tuple:
-    """Run, lines and hardware (which is not ours to see) of a server."""
+    """The run, lines and hardware (unknown) of a server."""
     from pdlm_hf.regions.crops import CROPS_PROMPT
 
     from . import server as serving
@@ -188,7 +194,7 @@ def _say_captioned(out: Path, totals: dict[str, Any], masks: int) -> None:
     parts = [f"{out}: {totals['n_masks']} of {masks} masks captioned"]
     if totals["num_forwards"]:
         parts.append(
-            f"{totals['num_forwards']} forward passes, {totals['tokens_per_forward']:.2f} tokens a pass "
+            f"{totals['num_forwards']} forward passes, {totals['tokens_per_forward']:.2f} tokens per pass "
             f"({totals['text_tokens_per_forward']:.2f} of them text)"
         )
     if totals["seconds"]:
@@ -199,28 +205,28 @@ def _say_captioned(out: Path, totals: dict[str, Any], masks: int) -> None:
 @app.command()
 @exit_on_error("pdlm-eval")
 def judge(
-    captions: Annotated[Path, typer.Argument(help="Run folder, or a file {mask_id: caption}.")],
+    captions: Annotated[Path, typer.Argument(help="Run folder, or file {mask_id: caption}.")],
     annotations: Annotations,
     judge: Annotated[
         str, typer.Option(help="gpt-5.2, gemini-3.1-pro, qwen3.5-27b, llama-3.1-8b, or a model's name at --base-url.")
     ],
     images: Images = None,
     benchmark: Form = None,
-    base_url: Annotated[str | None, typer.Option(help="The server's address, ending in /v1.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Address of the server, which ends in /v1.")] = None,
     api_key_env: KeyEnv = None,
     with_images: Annotated[
         bool | None,
-        typer.Option("--with-images/--text-only", help="Show the judge the region; default: only in ParaDLC-Bench."),
+        typer.Option("--with-images/--text-only", help="Whether the judge sees the region; default: ParaDLC-Bench."),
     ] = None,
     setting: Extra = None,
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 10,
     retries: Retries = 4,
     timeout: Timeout = 120.0,
     cache: Annotated[Path | None, typer.Option(help="File of replies; default: beside the answers.")] = None,
-    max_calls: Annotated[int | None, typer.Option(help="Stop after so many requests; run again to go on.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the answers; default: that of the captions.")] = None,
+    max_calls: Annotated[int | None, typer.Option(help="Stop after so many requests; run again to continue.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the answers; default: that of the captions.")] = None,
 ) -> None:
-    """Ask a judge the benchmark's questions about captions; writes answers.json and judge.json."""
+    """Ask a judge the questions of the benchmark; write answers.json and judge.json."""
     from . import judging
 
     preset = judging.preset_of(judge, base_url, api_key_env)
@@ -229,10 +235,10 @@ def judge(
     run = captions if captions.is_dir() else None
     path = captions if run is None else captions / "captions.json"
     if run is not None and not path.exists():
-        raise SettingError(f"{path}: no such file; let `pdlm-eval paradlc caption` finish first.")
+        raise DataError(f"{path}: no such file; run `pdlm-eval paradlc caption` to its end first.")
     texts = read_captions(path, data.order, allow_missing=True)
     if not texts:
-        raise SettingError(f"{path}: holds no caption.")
+        raise DataError(f"{path}: the file has no captions.")
     if missing := len(data.order) - len(texts):
         typer.echo(f"pdlm-eval: {missing} of {len(data.order)} masks have no caption; they score 0.", err=True)
     shown = data.name == "paradlc" if with_images is None else with_images
@@ -258,11 +264,11 @@ def judge(
     client.close()
     typer.echo(
         f"{folder / 'answers.json'}: {number} questions; {counts['n_calls']} replies received, {counts['n_cached']} "
-        f"from the cache, {counts['n_failed']} calls failed; {counts['prompt_tokens']} tokens read, "
+        f"from the cache, {counts['n_failed']} requests failed; {counts['prompt_tokens']} tokens read, "
         f"{counts['completion_tokens']} written"
     )
     if counts["n_failed"]:
-        typer.echo("pdlm-eval: some calls failed and score 0; run the same command to ask those again.", err=True)
+        typer.echo("pdlm-eval: some requests failed and score 0; run the same command to repeat them.", err=True)
         raise typer.Exit(1)
 
 
@@ -270,13 +276,13 @@ def judge(
 @exit_on_error("pdlm-eval")
 def score(
     annotations: Annotations,
-    answers: Annotated[Path, typer.Option(help="Replies: {mask_id: [recognition, question 1, ...]}.")],
+    answers: Annotated[Path, typer.Option(help="File of replies: {mask_id: [recognition, question 1, ...]}.")],
     parser: Reader = "robust",
     benchmark: Form = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     per_mask: Annotated[Path | None, typer.Option(help="Write the score of every mask to this JSON file.")] = None,
 ) -> None:
-    """Score recorded replies; needs no model, no judge and no image."""
+    """Score recorded replies, without a model, a judge or images."""
     from . import scoring
     from .data import form_of
 
@@ -301,13 +307,13 @@ def score(
 @exit_on_error("pdlm-eval")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Judged run folders.")],
-    annotations: Annotated[Path | None, typer.Option(help="The benchmark's folder; default: that of the run.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="Folder of the benchmark; default: as recorded.")] = None,
     parser: Reader = "robust",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the report to this Markdown file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the report into this image.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of the report to this image file.")] = None,
 ) -> None:
-    """Scores and cost of runs, beside each other and beside the paper."""
+    """Compare the scores and costs of runs with each other and with the paper."""
     from . import plot as plotting
     from . import report as reporting
 

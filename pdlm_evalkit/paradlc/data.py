@@ -1,4 +1,4 @@
-"""A benchmark folder: annotations.json, qa.json, class_names.json and images; read and checked."""
+"""Read and check a benchmark folder: annotations.json, qa.json, class_names.json and images."""
 
 import hashlib
 import json
@@ -22,9 +22,10 @@ class Question:
 
     Args:
         text (`str`): the question.
-        choices (`tuple[str, ...]`): two to five.
-        scores (`tuple[float, ...]`): of each choice.
-        type (`str`): "positive" (is a detail stated, and right?) or "negative" (is something stated that is not so?).
+        choices (`tuple[str, ...]`): two to five choices.
+        scores (`tuple[float, ...]`): the score of each choice.
+        type (`str`): "positive" (does the caption state a detail correctly?) or "negative" (does it state something
+            wrong?).
     """
 
     text: str
@@ -38,10 +39,10 @@ class Mask:
     """A region with its questions.
 
     Args:
-        id (`str`): the key of all files: "<image_id>_<index>" in ParaDLC-Bench, the annotation's id in DLC-Bench.
-        class_name (`str`): what the region is.
-        questions (`tuple[Question, ...]`): in the order of qa.json.
-        region (`dict`): `{"id", "segmentation"}`, as COCO has it; the segmentation is an RLE (or polygons).
+        id (`str`): the key in all files: "<image_id>_<index>" in ParaDLC-Bench, the id of the annotation in DLC-Bench.
+        class_name (`str`): the class of the object in the region.
+        questions (`tuple[Question, ...]`): the questions in the order of qa.json.
+        region (`dict`): `{"id", "segmentation"}` in COCO's form; the segmentation is an RLE (or polygons).
     """
 
     id: str
@@ -55,10 +56,10 @@ class BenchmarkImage:
     """An image with its masks, in the order of qa.json.
 
     Args:
-        id (`str`): its image_id.
-        path (`Path`): its file.
-        width, height (`int`): in pixels, as annotated.
-        masks (`tuple[Mask, ...]`): those that have questions.
+        id (`str`): the image_id.
+        path (`Path`): the image file.
+        width, height (`int`): annotated size in pixels.
+        masks (`tuple[Mask, ...]`): the masks that have questions.
     """
 
     id: str
@@ -74,9 +75,9 @@ class Benchmark:
 
     Args:
         name (`str`): "paradlc" or "dlc".
-        images (`tuple[BenchmarkImage, ...]`): those with questions, in the order of qa.json.
+        images (`tuple[BenchmarkImage, ...]`): the images with questions, in the order of qa.json.
         order (`tuple[str, ...]`): mask ids in the order of qa.json.
-        fingerprint (`str`): of annotations, questions and class names.
+        fingerprint (`str`): fingerprint of annotations, questions and class names.
     """
 
     name: str
@@ -95,19 +96,18 @@ def load_benchmark(folder: str | Path, images: str | Path | None = None, name: s
     """Read a benchmark folder.
 
     Args:
-        folder: with annotations.json, qa.json and class_names.json.
-        images (*optional*): folder of the images; default: `images` in the folder. Not looked into, see
-            [`check_images`].
-        name (`str`, *optional*): "paradlc" or "dlc"; default: by the form of annotations.json.
+        folder: folder with annotations.json, qa.json and class_names.json.
+        images (*optional*): folder of the images; default: `images` in the folder. [`check_images`] checks it.
+        name (`str`, *optional*): "paradlc" or "dlc"; default: the form of annotations.json decides.
 
     Raises:
-        DataError: a file that is missing, cut short or of another form, a question without its annotation.
+        DataError: a file is missing, cut short or of another form, or a question has no annotation.
     """
     folder = Path(folder)
     annotations, qa, names = (load_json(folder / f"{file}.json") for file in ("annotations", "qa", "class_names"))
     questions = parse_questions(qa, folder / "qa.json")
     if not isinstance(names, dict):
-        raise DataError(f"{folder / 'class_names.json'}: expected an object of mask ids and class names.")
+        raise DataError(f"{folder / 'class_names.json'}: expected an object {{mask_id: class name}}.")
     path = folder / "annotations.json"
     found = form_of(annotations, path)
     if name is not None and name != found:
@@ -122,9 +122,9 @@ def load_benchmark(folder: str | Path, images: str | Path | None = None, name: s
     images_by_id: dict[str, dict] = {}
     for mask_id, asked in questions.items():
         if mask_id not in entries:
-            raise DataError(f"{folder / 'qa.json'}: {mask_id} has questions, but no annotation.")
+            raise DataError(f"{folder / 'qa.json'}: {mask_id} has questions, but no annotation in {path.name}.")
         if not isinstance(names.get(mask_id), str) or not names[mask_id].strip():
-            raise DataError(f"{folder / 'class_names.json'}: no class name for {mask_id}.")
+            raise DataError(f"{folder / 'class_names.json'}: there is no class name for {mask_id}.")
         image, segmentation = entries[mask_id]
         region = {"id": mask_id, "segmentation": segmentation}
         mask = Mask(mask_id, names[mask_id], asked, region)
@@ -142,13 +142,20 @@ def load_benchmark(folder: str | Path, images: str | Path | None = None, name: s
 
 
 def load_questions(folder: str | Path) -> dict[str, tuple[Question, ...]]:
-    """Only the questions of a benchmark folder, by mask id: all that scoring needs. Raises: DataError."""
+    """Read the questions of a benchmark folder, which is all that scoring needs.
+
+    Returns:
+        questions by mask id.
+
+    Raises:
+        DataError: qa.json is missing, cut short or of another form.
+    """
     path = Path(folder) / "qa.json"
     return parse_questions(load_json(path), path)
 
 
 def form_of(annotations: Any, path: Path) -> str:
-    """The benchmark with this form of annotations.json. Raises: DataError if there is none."""
+    """Find the benchmark by the form of annotations.json. Raises: DataError: it has neither form."""
     if isinstance(annotations, list):
         return "paradlc"
     if is_coco(annotations):
@@ -159,9 +166,13 @@ def form_of(annotations: Any, path: Path) -> str:
 
 
 def parse_questions(qa: Any, path: Path) -> dict[str, tuple[Question, ...]]:
-    """The questions of every mask. Raises: DataError with the mask and the number of the question (from 1)."""
+    """Read the questions of every mask.
+
+    Raises:
+        DataError: a question has another form; the message names the mask and the number of the question (from 1).
+    """
     if not isinstance(qa, dict) or not qa:
-        raise DataError(f"{path}: expected an object with a list of questions for every mask id.")
+        raise DataError(f"{path}: expected an object {{mask_id: [questions]}}.")
     questions = {}
     for mask_id, entries in qa.items():
         if not isinstance(entries, list) or not entries:
@@ -184,7 +195,7 @@ def _question(entry: Any, where: str) -> Question:
         pair = choice if isinstance(choice, list) and len(choice) == 2 else (None, None)
         number = isinstance(pair[1], (int, float)) and not isinstance(pair[1], bool)
         if not isinstance(pair[0], str) or not pair[0].strip() or not number:
-            raise DataError(f"{where}: a choice is a pair [text, score], got {choice!r:.60}.")
+            raise DataError(f"{where}: a choice must be a pair [text, score], got {choice!r:.60}.")
     texts, scores = zip(*choices, strict=True)
     return Question(entry["question"], texts, scores, entry["type"])
 
@@ -207,7 +218,7 @@ def _dlc_masks(annotations: dict, path: Path) -> Iterator[tuple[str, dict, dict]
 
 
 def _image(image: dict, identifier: Any) -> dict[str, Any]:
-    # bare names only: a benchmark file must not reach outside its folder
+    # without folders: a benchmark file must not name files outside its folder
     return {
         "id": str(identifier),
         "file_name": Path(image["file_name"]).name,
@@ -297,15 +308,15 @@ def check_images(benchmark: Benchmark) -> None:
 
 
 def read_captions(path: Path, masks: dict[str, Any] | tuple[str, ...], allow_missing: bool = False) -> dict[str, str]:
-    """A file `{mask_id: caption}`, checked.
+    """Read and check a file `{mask_id: caption}`.
 
     Args:
         path (`Path`): the file.
-        masks: the ids there may be.
-        allow_missing (`bool`): masks may be without caption.
+        masks: the mask ids of the benchmark.
+        allow_missing (`bool`): whether masks may have no caption.
 
     Raises:
-        DataError: no such form, an unknown or missing id, or a caption that is no string.
+        DataError: the file has another form, an unknown or missing id, or a caption that is not a string.
     """
     captions = load_json(path)
     if not isinstance(captions, dict):

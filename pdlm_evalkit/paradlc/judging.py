@@ -1,4 +1,4 @@
-"""What the judge is asked, word for word as the reference asks it: published scores depend on it."""
+"""Requests to the judge, in the exact wording of the reference: published scores depend on it."""
 
 import hashlib
 import json
@@ -37,10 +37,10 @@ class Preset:
     """A judge of the paper.
 
     Args:
-        model (`str`): its name at the server.
-        base_url (`str`): where it usually is.
-        key_env (`str`, *optional*): environment variable of its key; None: none is needed.
-        settings (`dict`): of every request.
+        model (`str`): name of the model at the server.
+        base_url (`str`): usual address of the server.
+        key_env (`str`, *optional*): environment variable that holds the key; None if the server needs no key.
+        settings (`dict`): fields of every request.
     """
 
     model: str
@@ -56,7 +56,7 @@ PRESETS = {
     "gpt-5.2": Preset(
         "gpt-5.2-2025-12-11", "https://api.openai.com/v1", "OPENAI_API_KEY", GREEDY | {"max_completion_tokens": 300}
     ),
-    # it always thinks, and thoughts count as tokens: with 300 of them replies would come out empty
+    # it always thinks, and thoughts count as tokens: with 300 tokens the replies would be empty
     "gemini-3.1-pro": Preset(
         "gemini-3.1-pro-preview",
         "https://generativelanguage.googleapis.com/v1beta/openai/",
@@ -78,16 +78,14 @@ def preset_of(judge: str, base_url: str | None = None, key_env: str | None = Non
 
     Args:
         judge (`str`): a name in [`PRESETS`], or a model's name at its server.
-        base_url, key_env (`str`, *optional*): in place of the preset's.
+        base_url, key_env (`str`, *optional*): replace those of the preset.
 
     Raises:
-        DataError: a model of another name without a base_url.
+        SettingError: the name is not a preset, and there is no base_url.
     """
     preset = PRESETS.get(judge)
     if preset is None and base_url is None:
-        raise SettingError(
-            f"{judge} is not one of the known judges ({', '.join(PRESETS)}); for another model give --base-url."
-        )
+        raise SettingError(f"{judge} is not a known judge ({', '.join(PRESETS)}); for another model give --base-url.")
     preset = preset or Preset(judge, "", None, GREEDY | {"max_tokens": 300})
     # a key for one address is not sent to another unless asked for
     env = key_env or (preset.key_env if base_url in (None, preset.base_url) else None)
@@ -95,7 +93,11 @@ def preset_of(judge: str, base_url: str | None = None, key_env: str | None = Non
 
 
 def recognition_question(class_name: str, benchmark: str) -> Question:
-    """The first question of every mask. Raises: ImportError for DLC-Bench without the inflect package."""
+    """The first question of every mask.
+
+    Raises:
+        MissingPackageError: DLC-Bench needs the inflect package.
+    """
     if benchmark == "paradlc":
         text = (
             f"The object in the image is {class_name}. Based on the image, is it likely that the object in the "
@@ -135,11 +137,11 @@ def prompt_of(question: Question, caption: str, benchmark: str) -> str:
 
 
 def crops_of(image: Any, mask: Any) -> tuple[str, str]:
-    """Image and mask around a region, as data URLs.
+    """Crop the image and the mask around a region, as data URLs.
 
     Args:
-        image (`PIL.Image`): RGB.
-        mask (`np.ndarray` of shape `(H, W)`): bool.
+        image (`PIL.Image`): the image, RGB.
+        mask (`np.ndarray` of shape `(H, W)`): the mask, bool.
     """
     from PIL import Image
 
@@ -149,7 +151,7 @@ def crops_of(image: Any, mask: Any) -> tuple[str, str]:
 
 
 def messages_of(prompt: str, crops: tuple[str, str] | None) -> Request:
-    """The conversation of one request: text alone, or with both crops before it."""
+    """The messages of one request: text alone, or both crops and the text."""
     if crops is None:
         return [{"role": "user", "content": prompt}]
     image, mask = ({"type": "image_url", "image_url": {"url": url}} for url in crops)
@@ -159,14 +161,14 @@ def messages_of(prompt: str, crops: tuple[str, str] | None) -> Request:
 
 
 def asked_of(mask: Mask, benchmark: str) -> list[Question]:
-    """All questions about a mask, recognition first."""
+    """All questions about a mask, the recognition question first."""
     return [recognition_question(mask.class_name, benchmark), *mask.questions]
 
 
 def judge_requests(
     benchmark: Benchmark, captions: Mapping[str, str], with_images: bool
 ) -> Iterator[tuple[str, int, Request]]:
-    """Every request: mask, position among its questions, messages. Images are read as needed, once each."""
+    """Yields: for every request the mask id, the position of the question, and the messages. Images are read once."""
     for entry in benchmark.images:
         masks = [mask for mask in entry.masks if mask.id in captions]
         if not masks:
@@ -183,27 +185,27 @@ def judge_requests(
 
 
 def judge_captions(
-    judge: ChatClient,
+    client: ChatClient,
     benchmark: Benchmark,
     captions: Mapping[str, str],
     with_images: bool,
     progress: Callable[[int, Reply], None] | None = None,
 ) -> tuple[dict[str, list[str | None]], dict[str, int]]:
-    """Ask every question about every caption.
+    """Ask the judge every question about every caption.
 
     Args:
-        judge (`ChatClient`): who answers.
-        benchmark (`Benchmark`): the questions, and the images if they are shown.
-        captions: by mask id; masks without are left out.
-        with_images (`bool`): show the judge the region, as ParaDLC-Bench does; otherwise it reads the caption alone.
+        client (`ChatClient`): the server of the judge.
+        benchmark (`Benchmark`): the questions, and the images if the judge sees them.
+        captions: captions by mask id; masks without a caption are left out.
+        with_images (`bool`): whether the judge sees the region, as in ParaDLC-Bench, or reads the caption only.
         progress (*optional*): see [`ChatClient.ask_many`].
 
     Returns:
-        replies `{mask_id: [...]}` in the benchmark's order, None where a call failed for good; and counts `n_calls`
-        (replies received now), `n_cached`, `n_failed`, `prompt_tokens`, `completion_tokens`.
+        replies `{mask_id: [...]}` in the order of the benchmark, None for requests that failed after all attempts; and
+        the counts `n_calls` (replies received now), `n_cached`, `n_failed`, `prompt_tokens`, `completion_tokens`.
 
     Raises:
-        ServerError: the judge is of no use; what it answered is in its cache.
+        ServerError: the server cannot be used; the replies so far are in its cache.
     """
     where: list[tuple[str, int]] = []
 
@@ -217,7 +219,7 @@ def judge_captions(
     answers: dict[str, list[str | None]] = {
         key: [None] * (1 + len(masks[key].questions)) for key in benchmark.order if key in captions
     }
-    for index, reply in judge.ask_many(requests(), progress):
+    for index, reply in client.ask_many(requests(), progress):
         mask_id, position = where[index]
         answers[mask_id][position] = reply.text
         counts["n_failed" if reply.text is None else "n_cached" if reply.cached else "n_calls"] += 1
@@ -228,12 +230,12 @@ def judge_captions(
 
 
 def count_requests(benchmark: Benchmark, captions: Mapping[str, str]) -> int:
-    """How many requests there are, recognition included."""
+    """Number of requests, with the recognition questions."""
     return sum(1 + len(mask.questions) for mask in benchmark.masks.values() if mask.id in captions)
 
 
 def captions_hash(captions: Mapping[str, str]) -> str:
-    """Tells whether answers are to these captions."""
+    """Fingerprint of captions, which tells whether answers belong to them."""
     return hashlib.sha256(json.dumps(dict(captions), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -241,7 +243,7 @@ def write_answers(
     folder: Path,
     run: Path | None,
     name: str,
-    judge: ChatClient,
+    client: ChatClient,
     benchmark: Benchmark,
     captions: Mapping[str, str],
     with_images: bool,
@@ -251,18 +253,18 @@ def write_answers(
     """Write answers.json and judge.json.
 
     Args:
-        folder (`Path`): where to.
-        run (`Path`, *optional*): the run folder the captions are from.
-        name (`str`): the judge as it was asked for, a preset's name perhaps.
-        judge, benchmark, captions, with_images: what was asked of whom.
-        answers, counts: from [`judge_captions`].
+        folder (`Path`): folder of both files.
+        run (`Path`, *optional*): the run folder of the captions.
+        name (`str`): the name of `--judge`: a preset, or a model.
+        client, benchmark, captions, with_images: arguments of [`judge_captions`].
+        answers, counts: results of [`judge_captions`].
     """
     write_json(folder / "answers.json", answers)
     record = {
         "judge": name,
-        "model": judge.model,
-        "base_url": public_url(judge.base_url),
-        "settings": judge.settings,
+        "model": client.model,
+        "base_url": public_url(client.base_url),
+        "settings": client.settings,
         "with_images": with_images,
         "benchmark": benchmark.name,
         "fingerprint": benchmark.fingerprint,

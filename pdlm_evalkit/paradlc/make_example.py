@@ -1,19 +1,19 @@
-"""Writes the small made-up benchmark in `example/`, and so describes the files of ParaDLC-Bench and DLC-Bench.
+"""Write the small invented benchmark in `example/`; this describes the files of ParaDLC-Bench and DLC-Bench.
 
     python -m pdlm_evalkit.paradlc.make_example FOLDER
 
-A benchmark folder holds
+A benchmark folder contains
 
 - `annotations.json`. ParaDLC-Bench: a list of images `{"image_id", "file_name", "height", "width", "annotations":
-  [{"index", "category_name", "bbox": [x0, y0, x1, y1], "mask_rle": {"size": [height, width], "counts"}}]}`, with masks
-  named `"<image_id>_<index>"`. DLC-Bench: a COCO file, whose masks are named by the annotation's id.
+  [{"index", "category_name", "bbox": [x0, y0, x1, y1], "mask_rle": {"size": [height, width], "counts"}}]}`, and the
+  mask ids are `"<image_id>_<index>"`. DLC-Bench: a COCO file; the mask ids are the ids of the annotations.
 - `qa.json`: `{mask id: [{"question", "choices": [[text, score], ...], "type": "positive" | "negative"}]}`. A mask may
-  be without questions (it is not part of the benchmark then), or without positive ones.
+  have no questions (then it is not part of the benchmark), or no positive ones.
 - `class_names.json`: `{mask id: name of the object}`; it may name more masks.
 - `images/`.
 
-Here the images are drawn figures. `example/dlc` has the same images and questions in the form of DLC-Bench; its
-images are those of `example/images`.
+The images of this example are synthetic scenes. `example/dlc` has the same questions in the form of DLC-Bench, about
+the images in `example/images`.
 """
 
 import json
@@ -31,7 +31,7 @@ SEED = 2026
 
 
 def draw_scenes() -> list[Scene]:
-    """The images: those of the shapes data set with two to six figures."""
+    """Scenes of the shapes data set with two to six figures."""
     scenes: list[Scene] = []
     number = 0
     while len(scenes) < NUM_SCENES:
@@ -43,7 +43,7 @@ def draw_scenes() -> list[Scene]:
 
 
 def positive_question(figure: Figure, attribute: str) -> dict[str, Any]:
-    """Is this attribute stated, and right?"""
+    """A question whether the caption states an attribute correctly."""
     name, value = figure.shape, getattr(figure, attribute)
     return {
         "question": "Which of the following is applicable to the description?",
@@ -58,7 +58,7 @@ def positive_question(figure: Figure, attribute: str) -> dict[str, Any]:
 
 
 def negative_question(detail: str) -> dict[str, Any]:
-    """Is something stated that is not there?"""
+    """A question whether the caption states something that is not in the image."""
     return {
         "question": "Which of the following is applicable to the description?",
         "choices": [
@@ -85,7 +85,7 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
 
 
 def build(scenes: list[Scene]) -> dict[str, Any]:
-    """The contents of the JSON files, by path."""
+    """The contents of the JSON files by path."""
     paradlc, dlc_images, dlc_annotations = [], [], []
     qa, names, dlc_qa, dlc_names = {}, {}, {}, {}
     for number, scene in enumerate(scenes):

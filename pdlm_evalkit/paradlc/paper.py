@@ -1,11 +1,11 @@
-"""The paper's numbers for ParaDLC-Bench and DLC-Bench, its tables 2, 8 and 9: percent, tokens a pass, seconds."""
+"""The paper's numbers for ParaDLC-Bench and DLC-Bench, tables 2, 8 and 9: percent, tokens per pass, seconds."""
 
 from typing import Any
 
 COLUMNS = ("pos", "neg", "avg", "tokens_per_forward", "seconds")
 OURS = "PerceptionDLM"
 
-Rows = dict[str, tuple[float, ...]]  # of [`COLUMNS`], as far as the paper has them
+Rows = dict[str, tuple[float, ...]]  # values of [`COLUMNS`]; the last ones may be missing in the paper
 
 # judge gpt-5.2
 TABLE_2: Rows = {
@@ -58,7 +58,7 @@ TABLE_8: dict[str, Rows] = {
         OURS: (59.4, 87.5, 73.5),
     },
 }
-# judge qwen3.5-27b, 32 slots a caption; steps -> Pos, Neg, Avg, seconds
+# judge qwen3.5-27b, 32 token positions per caption; steps -> Pos, Neg, Avg, seconds
 TABLE_9 = {
     16: (54.5, 83.4, 69.0, 138),
     32: (59.4, 87.5, 73.5, 276),
@@ -68,15 +68,15 @@ TABLE_9 = {
 
 
 def paper_rows(benchmark: str, judge: str, steps: int | None = None) -> tuple[str, list[dict[str, Any]]]:
-    """The paper's rows a run is to be compared with.
+    """The rows of the paper to compare a run with.
 
     Args:
         benchmark (`str`): "paradlc" or "dlc".
-        judge (`str`): a preset's name; with any other judge the rows are table 2's, and the title says so.
+        judge (`str`): the name of a preset; for any other judge the rows come from table 2, and the title says so.
         steps (`int`, *optional*): denoising steps of the run, for table 9.
 
     Returns:
-        where the rows are from, and the rows: `name` and [`COLUMNS`], None where the paper has nothing.
+        the title of the table, and its rows with `name` and [`COLUMNS`], None for values the paper does not have.
     """
     if benchmark == "dlc":
         rows, title = TABLE_2_DLC, "paper, table 2 (DLC-Bench)"

@@ -1,7 +1,7 @@
-"""Reading a judge's reply: which of the choices does it name?
+"""Parse a judge's reply: which of the choices does it name?
 
-Two readers. `parse_reference` reads as the reference's scripts do, whose order of rules decides published scores.
-`parse_robust` understands more ways to name a choice, and takes nothing for an answer that is none.
+`parse_reference` applies the rules of the reference's scripts in their order, on which published scores depend.
+`parse_robust` understands more ways to name a choice, and accepts nothing that is not an answer.
 """
 
 import re
@@ -14,21 +14,21 @@ Parser = Callable[[str, Sequence[str]], int | None]
 
 
 def parse_reference(reply: str, choices: Sequence[str], benchmark: str = "paradlc") -> int | None:
-    """The choice the reference's script takes from a reply.
+    """The choice that the reference's script finds in a reply.
 
     The first rule that applies decides: the reply is a choice, its letter, or "letter. choice"; it contains one choice
     and no other; it starts with a letter and a full stop; of several choices in it, the one found furthest back (of
     those that start there, the longest); of the choices that contain the reply, the longest; a letter on the first
     line alone.
-    Surprises of it that are kept: an empty reply is contained in every choice, and "I do not know" contains "no".
+    Surprises that are the reference's: an empty reply is contained in every choice, and "I do not know" contains "no".
 
     Args:
-        reply (`str`): the judge's.
-        choices (`Sequence[str]`): the texts, in order.
+        reply (`str`): the reply of the judge.
+        choices (`Sequence[str]`): the texts of the choices.
         benchmark (`str`): "paradlc" or "dlc"; their scripts differ where a reply is too short for a full stop.
 
     Returns:
-        position of the choice, or None where the script finds none or would stop with an error.
+        the position of the choice, or None if the script finds none or would stop with an error.
     """
     reply = reply.strip().lower()
     choices = [choice.strip().lower() for choice in choices]
@@ -52,9 +52,9 @@ def parse_reference(reply: str, choices: Sequence[str], benchmark: str = "paradl
     return None
 
 
-# A letter, alone or in brackets, that is no part of a word or of something like "N/A".
+# A letter, alone or in brackets, but not within a word or something like "N/A".
 _LETTER = r"(?<![\w'/.-])[(\[]?([A-Ea-e])[)\]]?(?![\w'])"
-# What makes a letter at the start of a line an answer. "A dog" is none, "A. dog" and "A because" are.
+# A letter at the start of a line that is an answer: "A. dog" and "A because", but not "A dog".
 _MARK = re.compile(
     r"[(\[]([A-Ea-e])[)\]]|([A-Ea-e])(?=\s*$|\s*[.):;,/&+]|\s+[-\u2013\u2014]\s|\s+(?:and|or|is|because|since|as)\b)"
 )
@@ -77,17 +77,17 @@ _DOUBT = re.compile(
 def parse_robust(reply: str, choices: Sequence[str]) -> int | None:
     """The choice a reply names, by letter or by text, if it names exactly one.
 
-    Understood: "B", "(B)", "b)", "**B**", "B: ...", "Answer: B", "The answer is C.", a choice's text with or without
-    its letter, quotes, markdown, code fences, an explanation after the answer. Not taken for an answer: nothing at
-    all, doubt ("I do not know"), two different letters, a letter beside another choice's text, a letter there is no
-    choice for.
+    It understands "B", "(B)", "b)", "**B**", "B: ...", "Answer: B", "The answer is C.", a choice's text with or
+    without its letter, quotes, Markdown, code fences, and an explanation after the answer. These are no answers: an
+    empty reply, doubt ("I do not know"), two different letters, a letter with the text of another choice, a letter
+    without a choice.
 
     Args:
-        reply (`str`): the judge's.
-        choices (`Sequence[str]`): the texts, in order.
+        reply (`str`): the reply of the judge.
+        choices (`Sequence[str]`): the texts of the choices.
 
     Returns:
-        position of the choice, or None.
+        the position of the choice, or None.
     """
     text = _plain(reply)
     wanted = [_words(choice) or "\0" for choice in choices]  # one of signs alone has no text to be named by
@@ -111,7 +111,7 @@ def parse_robust(reply: str, choices: Sequence[str]) -> int | None:
 
 
 def _plain(reply: str) -> str:
-    """Without thinking, markdown, quotes and tags; lines kept."""
+    """The text without thoughts, Markdown, quotes and tags, in the same lines."""
     reply = unicodedata.normalize("NFKC", reply)  # full-width letters and colons
     text = re.sub(r"<think>.*?(?:</think>|$)", " ", reply, flags=re.DOTALL | re.IGNORECASE)
     text = re.sub(r"\\boxed\s*\{(?:\\text\s*\{)?([^{}]*)\}+", r"\1", text)
@@ -122,7 +122,7 @@ def _plain(reply: str) -> str:
 
 
 def _words(text: str) -> str:
-    """Lower case, single spaces, no full stop at the end: how texts are compared."""
+    """The text for comparisons: lower case, single spaces, no full stop at the end."""
     return " ".join(_plain(text).casefold().split()).rstrip(" .!")
 
 
@@ -132,20 +132,20 @@ def _only(found) -> int | None:
 
 
 def _is_letter(match: re.Match) -> bool:
-    """Whether an "a" is a letter here, not an article: brackets, or no noun after it."""
+    """Whether an "a" is a letter and not an article: it has brackets, or no noun follows."""
     if match.group(1) not in "Aa" or match.group(0)[-1] in ")]":
         return True
     return _VERB.match(match.string, match.end()) is not None
 
 
 def _joined(text: str, match: re.Match) -> str:
-    """A second letter right behind one: "A or B", "A, B", "A/B"."""
+    """A second letter directly after a letter: "A or B", "A, B", "A/B"."""
     second = _JOINED.match(text[match.end() :].split("\n")[0])
     return second.group(1).lower() if second else ""
 
 
 def _marked_letters(text: str, wanted: list[str]) -> set[str]:
-    """Letters that stand as an answer at the start of a line, and those joined to them."""
+    """The letters that are answers at the start of a line, and those joined to them."""
     letters = set()
     for line in text.splitlines():
         if match := _MARK.match(line):
@@ -164,7 +164,7 @@ def _starts(words: str, choice: str) -> bool:
 
 
 def _text_agrees(text: str, wanted: list[str], index: int) -> bool:
-    """Whether the text right after a letter is not that of another choice."""
+    """Whether the text after a letter is not that of another choice."""
     for line in text.splitlines():
         match = _MARK.match(line) or re.match(rf"{LETTERS[index]}(?=\s)", line, re.IGNORECASE)
         if match and match.group(0).strip("()[] ").lower() == LETTERS[index]:
@@ -176,7 +176,7 @@ def _text_agrees(text: str, wanted: list[str], index: int) -> bool:
 
 
 def _by_text(words: str, wanted: list[str]) -> int | None:
-    """The one choice whose text is in the reply; choices of one word count at its start or end only."""
+    """The only choice whose text is in the reply; choices of one word must be at its start or end."""
     spans = []
     for index, choice in enumerate(wanted):
         pattern = rf"(?<!\w){re.escape(choice)}(?!\w)"
@@ -201,7 +201,7 @@ def _offered(one: str, other: str, words: str) -> bool:
 
 
 def _in_prose(text: str, wanted: list[str]) -> int | None:
-    """The one letter named in a sentence: "I would choose option B"."""
+    """The only letter named in a sentence: "I would choose option B"."""
     letters = set()
     for match in re.finditer(_LETTER, text):
         called = re.search(r"\b(?:option|choice|letter)\s+[(\[]?$", text[: match.start()], re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""The report as an image."""
+"""Plots of judged runs."""
 
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,27 @@ SCORES = (("avg_pos", "Pos"), ("avg_neg", "Neg"), ("avg", "Avg"))
 
 
 def check_target(path: Path) -> None:
-    """Raises: ImportError without matplotlib, SettingError if it cannot write this kind of file."""
+    """Check that a plot can be written.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        SettingError: matplotlib cannot write files with this name.
+    """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise MissingPackageError("matplotlib", "eval") from None
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lower().lstrip(".") not in kinds:
-        raise SettingError(f"{path}: cannot be written as an image; choose a name like report.png.")
+        raise SettingError(f"{path}: this kind of file cannot be written as an image; choose a name like report.png.")
 
 
 def save_plot(path: Path, reports: list[dict[str, Any]]) -> None:
-    """Draw scores of the runs beside the paper's model, and the average by number and by area of the masks.
+    """Plot the scores of runs and of the paper's model, and the average by number and by area of the masks.
 
     Args:
-        path (`Path`): image to write.
-        reports: from [`report.report_run`].
+        path (`Path`): file of the plot.
+        reports: results of [`report.report_run`].
     """
     from matplotlib.figure import Figure
 

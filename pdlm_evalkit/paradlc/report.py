@@ -1,4 +1,4 @@
-"""Runs beside each other and beside the paper."""
+"""Compare judged runs with each other and with the paper."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,11 @@ MANY_MASKS = 6  # images with as many masks or more are one group
 
 @dataclass
 class Table:
-    """A table, to be shown in a terminal or in a page.
+    """A table for a terminal or a page.
 
     Args:
-        title (`str`): above it.
-        columns (`list[str]`): the first is text, the others numbers.
+        title (`str`): the title.
+        columns (`list[str]`): names of the columns; the first column is text, the others are numbers.
         rows (`list[list[str]]`): the cells.
     """
 
@@ -32,12 +32,12 @@ class Table:
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """As a Markdown table under its title."""
+        """The table in Markdown, under its title."""
         lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
         return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def rich(self) -> Any:
-        """As a `rich.table.Table`."""
+        """The table as a `rich.table.Table`."""
         from rich.table import Table as RichTable
 
         table = RichTable(title=self.title, title_justify="left")
@@ -49,11 +49,11 @@ class Table:
 
 
 def report_run(folder: Path, annotations: Path | None = None, parser: str = "robust") -> dict[str, Any]:
-    """Everything about a judged run.
+    """Score a judged run.
 
     Args:
-        folder (`Path`): a run folder with answers.json, or the folder in which `judge --out` wrote.
-        annotations (`Path`, *optional*): the benchmark's folder; default: the one the captions were made for.
+        folder (`Path`): a run folder with answers.json, or the folder of `judge --out`.
+        annotations (`Path`, *optional*): the folder of the benchmark; default: the folder recorded in the run.
         parser (`str`): "robust" or "reference".
 
     Returns:
@@ -61,25 +61,25 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
         [`captioning.totals`], and `by_masks` and `by_area`: lists of totals with their `group`.
 
     Raises:
-        DataError: not judged yet, judged with other captions, or another benchmark.
+        DataError: the run is not judged, its answers belong to other captions, or it is of another benchmark.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: is not a run folder.")
+        raise DataError(f"{folder}: this is not a run folder.")
     if not (folder / "answers.json").exists():
         raise DataError(f"{folder}: has no answers.json; run `pdlm-eval paradlc judge` first.")
     judged = load_json(folder / "judge.json")
     source = folder if (folder / "run.json").exists() else folder / (judged["run"] or "")
     if not (source / "run.json").exists():
-        raise DataError(f"{folder}: its captions are not from a run folder; make one with `caption --captions FILE`.")
+        raise DataError(f"{folder}: the captions have no run folder; make one by `caption --captions FILE`.")
     run = load_json(source / "run.json")
     benchmark = load_benchmark(annotations or run["annotations"])
     if {benchmark.fingerprint} != {run["settings"]["fingerprint"], judged["fingerprint"]}:
-        raise DataError(f"{folder}: was made with other annotations than {annotations or run['annotations']}.")
+        raise DataError(f"{folder}: the run was made with other annotations than {annotations or run['annotations']}.")
     if (
         captions_hash(read_captions(source / "captions.json", benchmark.order, allow_missing=True))
         != judged["captions"]
     ):
-        raise DataError(f"{folder}: the judge's answers are to other captions; run `pdlm-eval paradlc judge` again.")
+        raise DataError(f"{folder}: the answers belong to other captions; run `pdlm-eval paradlc judge` again.")
     questions = {key: mask.questions for key, mask in benchmark.masks.items()}
     scores = score_answers(questions, read_answers(folder / "answers.json", questions), parser, benchmark.name)
     cost = cost_of(list(read_rows(source / "captions.jsonl")))
@@ -108,14 +108,14 @@ def _area_group(area: float) -> str:
 
 
 def _grouped(scores: list[MaskScore], group_of: dict[str, str]) -> list[dict[str, Any]]:
-    """Totals of every group, in the order of the areas or of the numbers."""
+    """Totals of every group, in the order of areas or numbers."""
     order = [name for _, name in AREAS]
     names = sorted(set(group_of.values()), key=lambda name: (order.index(name) if name in order else 0, name))
     return [{"group": name, **totals(score for score in scores if group_of.get(score.id) == name)} for name in names]
 
 
 def paper_beside(reports: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The paper's rows for these runs, each table once."""
+    """The rows of the paper for these runs, each table once."""
     found: dict[str, list[dict[str, Any]]] = {}
     for report in reports:
         title, rows = paper_rows(report["benchmark"], report["judge"], report["settings"].get("max_denoising_steps"))

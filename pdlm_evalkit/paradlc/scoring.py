@@ -1,10 +1,10 @@
-"""From replies to scores: the reference's arithmetic, with nothing left out of a denominator.
+"""Scores from replies: the reference's arithmetic, in which every mask and question counts.
 
-For a mask: every question scores what the chosen answer is worth; if the judge does not recognise the region in the
-caption, at most 0. A mask's Pos and Neg are the means over its positive and negative questions, its score the mean
-over all. The benchmark's Pos is the mean over all masks, where one without positive question counts 0; Neg the mean
-over the masks that have negative questions; Avg is (Pos + Neg) / 2. A missing caption, a failed call and a reply that
-names no choice score 0 and are counted.
+A question scores what the chosen answer is worth; if the judge does not recognise the region in the caption, at most
+0. The Pos and Neg of a mask are the means over its positive and negative questions, its score is the mean over all.
+The Pos of the benchmark is the mean over all masks, where a mask without positive questions counts 0; Neg is the mean
+over the masks that have negative questions; Avg is (Pos + Neg) / 2. A missing caption, a failed request and a reply
+that names no choice score 0 and are counted.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from .data import BENCHMARKS, Question
 from .parsing import Parser, parse_reference, parse_robust
 
 PARSERS = ("robust", "reference")
-RECOGNITION = ("Yes", "No")  # choices of the question that comes first
+RECOGNITION = ("Yes", "No")  # choices of the first question
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class MaskScore:
     """The score of one mask.
 
     Args:
-        id (`str`): the mask.
+        id (`str`): the id of the mask.
         score (`float`): mean over its questions.
-        score_pos (`float`): mean over the positive ones; 0 if there is none.
-        score_neg (`float`, *optional*): mean over the negative ones; None if there is none.
-        recognised (`bool`, *optional*): whether the judge recognised the region; None if its reply does not say.
-        chosen (`tuple`): position of the choice for recognition and every question, None where there is none.
-        num_positive (`int`): positive questions.
-        num_unparsed, num_failed (`int`): replies that name no choice, and calls without a reply.
-        missing (`bool`): there was no caption.
+        score_pos (`float`): mean over its positive questions; 0 if there is none.
+        score_neg (`float`, *optional*): mean over its negative questions; None if there is none.
+        recognised (`bool`, *optional*): whether the judge recognised the region; None if the reply names no choice.
+        chosen (`tuple`): position of the choice for recognition and every question; None if the reply names none.
+        num_positive (`int`): number of positive questions.
+        num_unparsed, num_failed (`int`): number of replies that name no choice, and of requests without a reply.
+        missing (`bool`): whether there was no caption.
     """
 
     id: str
@@ -51,7 +51,7 @@ class MaskScore:
     missing: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """The score as a dict, for a JSON file."""
         return {
             "score": self.score,
             "score_pos": self.score_pos,
@@ -65,7 +65,7 @@ class MaskScore:
 
 
 def choose_parser(name: str, benchmark: str = "paradlc") -> Parser:
-    """The reader of replies with this name. Raises: SettingError if there is none."""
+    """The parser of replies with a name. Raises: SettingError: there is no such parser or benchmark."""
     if name not in PARSERS or benchmark not in BENCHMARKS:
         raise SettingError(
             f"The parser must be one of {', '.join(PARSERS)}, the benchmark one of {', '.join(BENCHMARKS)}; got "
@@ -75,12 +75,12 @@ def choose_parser(name: str, benchmark: str = "paradlc") -> Parser:
 
 
 def read_answers(path: Path, questions: Mapping[str, Sequence[Question]]) -> dict[str, list[str | None]]:
-    """An answers file `{mask_id: [reply to the recognition question, reply to question 1, ...]}`, checked.
+    """Read and check an answers file `{mask_id: [reply to the recognition question, reply to question 1, ...]}`.
 
-    A null is a call that failed for good; so is what a list is short of. Masks without caption are absent.
+    A null, or a missing reply at the end of a list, is a request that failed. Masks without a caption are absent.
 
     Raises:
-        DataError: another form, a mask that has no questions, or more replies than questions.
+        DataError: the file has another form, a mask without questions, or more replies than questions.
     """
     answers = load_json(path)
     if not isinstance(answers, dict):
@@ -104,12 +104,12 @@ def score_mask(
     """The score of one mask.
 
     Args:
-        mask_id (`str`): its id.
-        questions: in the order of qa.json.
-        replies (*optional*): to the recognition question, then to each question; None where a call failed, or instead
-            of the list if there was no caption.
-        parser (`str`): "robust" or "reference". They also differ in what becomes of a recognition that cannot be read:
-            "robust" takes the region as not recognised, "reference" goes on as if it were.
+        mask_id (`str`): the id of the mask.
+        questions: the questions in the order of qa.json.
+        replies (*optional*): replies to the recognition question and to each question, None for a failed request; or
+            None if there was no caption.
+        parser (`str`): "robust" or "reference". If the reply to the recognition question names no choice, the region
+            counts as not recognised for "robust", and as recognised for "reference".
         benchmark (`str`): "paradlc" or "dlc".
     """
     parse = choose_parser(parser, benchmark)
@@ -145,22 +145,22 @@ def score_answers(
     parser: str = "robust",
     benchmark: str = "paradlc",
 ) -> list[MaskScore]:
-    """Scores of all masks of a benchmark, in its order.
+    """The scores of all masks of a benchmark, in its order.
 
     Args:
-        questions: of every mask, from [`data.load_questions`].
-        answers: replies, from [`read_answers`]; masks that are absent had no caption.
+        questions: questions of every mask, from [`data.load_questions`].
+        answers: replies from [`read_answers`]; masks that are absent had no caption.
         parser, benchmark (`str`): see [`score_mask`].
     """
     return [score_mask(key, asked, answers.get(key), parser, benchmark) for key, asked in questions.items()]
 
 
 def totals(scores: Iterable[MaskScore]) -> dict[str, Any]:
-    """What the benchmark reports about some masks, all of them usually.
+    """The scores that the benchmark reports, over all masks or a group of them.
 
     Returns:
         `avg_pos`, `avg_neg`, `avg` (of the two), `mean_mask_score`, and counts: `n_masks`, `n_recognised`,
-        `n_unparsed`, `n_missing`, `n_failed`, `n_no_positive` (masks without positive question, which count 0 in
+        `n_unparsed`, `n_missing`, `n_failed`, `n_no_positive` (masks without positive questions, which count 0 in
         avg_pos).
     """
     scores = list(scores)
@@ -181,7 +181,7 @@ def totals(scores: Iterable[MaskScore]) -> dict[str, Any]:
 
 
 def _mean(values: Sequence[float], count: int | None = None) -> float:
-    """Sum over count, 0.0 of nothing; added one by one from the left, as `sum` did before Python 3.12."""
+    """The sum divided by the count, 0.0 without values; added from the left, as `sum` did before Python 3.12."""
     total = 0.0
     for value in values:
         total += value

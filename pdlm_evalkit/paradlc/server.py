@@ -1,4 +1,4 @@
-"""Captions from an OpenAI-compatible server: our own, which takes regions, or any vision-language model's."""
+"""Captions from an OpenAI-compatible server: ours, which accepts regions, or that of any vision-language model."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from .captioning import CaptionRun, Pass
 from .data import decode_masks, open_image
 
 STYLES = ("regions", "crops")
-MAX_REGIONS = 64  # of a request to our server, unless it is told otherwise
+MAX_REGIONS = 64  # in a request; the default limit of our server
 
 
 def server_lines(
@@ -26,24 +26,25 @@ def server_lines(
     run: CaptionRun,
     failed: list[str],
 ) -> Iterator[dict[str, Any]]:
-    """Caption through a server.
+    """Caption by a server.
 
     Args:
-        server (`ChatClient`): the server and the settings of each request.
-        style (`str`): "regions" sends an image and all masks of a pass to our own server; "crops" sends, for a pass
-            of one mask, the image with its outline and a part of it, which any vision-language model reads.
-        passes: what to caption.
+        server (`ChatClient`): the client, with the settings of each request.
+        style (`str`): "regions" sends the image and all masks of a pass to our server; "crops" sends, for a pass of
+            one mask, the image with the region outlined and the crop of the region, for any vision-language model.
+        passes: the passes to caption.
         prompt (`str`): the question.
-        max_new_tokens (`int`): slots per caption, to count them where the server says how often it ran.
-        run (`CaptionRun`): its lines are not made again.
-        failed (`list[str]`): gets the reason of every request that failed for good.
+        max_new_tokens (`int`): token positions per caption, for servers that report their forward passes.
+        run (`CaptionRun`): the run; its masks are not captioned again.
+        failed (`list[str]`): list to append the reason of every failed request to.
 
     Yields:
-        a line of captions.jsonl per reply. Its seconds are those since the line before, so that they add up to the
-        time the run took, however many requests were under way. Requests that failed for good yield nothing.
+        a line of captions.jsonl per reply. Its seconds are those since the previous line, so that they add up to the
+        time of the run for any number of simultaneous requests. A request that fails after all attempts has no line.
 
     Raises:
-        ServerError: the server is of no use.
+        SettingError: the style does not exist.
+        ServerError: the server cannot be used.
     """
     if style not in STYLES:
         raise SettingError(f"The style must be one of {', '.join(STYLES)}, got {style!r}.")
@@ -73,7 +74,7 @@ def server_lines(
 
 
 def read_texts(reply: Reply, style: str, count: int) -> list[str] | None:
-    """Captions in a reply, None if they are not there: our server's is a JSON list, others' the caption itself."""
+    """The captions in a reply, None without captions: our server replies with a JSON list, others with the caption."""
     if reply.text is None:
         return None
     if style == "crops":
@@ -87,7 +88,7 @@ def read_texts(reply: Reply, style: str, count: int) -> list[str] | None:
 
 
 def regions_request(work: Pass, prompt: str) -> Request:
-    """An image with all masks of a pass, as our server takes them."""
+    """The request for all masks of a pass to our server."""
     image, masks = work
     return {
         "messages": [images_message([open_image(image)], prompt)],
@@ -96,6 +97,6 @@ def regions_request(work: Pass, prompt: str) -> Request:
 
 
 def crops_request(work: Pass, prompt: str) -> Request:
-    """An image with the outline of its one mask, and the part around the mask."""
+    """The request for one mask to any vision-language model."""
     (mask,) = decode_masks(*work)
     return {"messages": [crops_message(open_image(work[0]), mask, prompt)]}

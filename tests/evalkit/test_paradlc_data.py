@@ -106,12 +106,16 @@ def first_question(data):
 
 BROKEN = [
     ("qa.json", lambda d: d.update({"900_99": list(d.values())[0]}), "900_99 has questions, but no annotation"),
-    ("qa.json", lambda d: d.clear(), "expected an object with a list of questions"),
+    ("qa.json", lambda d: d.clear(), "expected an object {mask_id: .questions.}"),
     ("qa.json", lambda d: first_question(d).update(type="other"), "900_0, question 1: `type` must be one of"),
     ("qa.json", lambda d: first_question(d).update(choices=[["a", 1]]), "`choices` must be a list of 2 to 5"),
-    ("qa.json", lambda d: first_question(d).update(choices=[["a", 1], ["b"]]), r"a choice is a pair \[text, score\]"),
-    ("qa.json", lambda d: first_question(d).update(choices=[["a", 1], ["b", "1"]]), "a choice is a pair"),
-    ("qa.json", lambda d: first_question(d).update(choices=[["a", 1], ["", 0]]), "a choice is a pair"),
+    (
+        "qa.json",
+        lambda d: first_question(d).update(choices=[["a", 1], ["b"]]),
+        r"must be a pair \[text, score\]",
+    ),
+    ("qa.json", lambda d: first_question(d).update(choices=[["a", 1], ["b", "1"]]), "a choice must be a pair"),
+    ("qa.json", lambda d: first_question(d).update(choices=[["a", 1], ["", 0]]), "a choice must be a pair"),
     ("qa.json", lambda d: first_question(d).pop("question"), "expected `question`, `choices` and `type`"),
     ("class_names.json", lambda d: d.pop("900_0"), "no class name for 900_0"),
     ("annotations.json", lambda d: d[0].pop("height"), "not in the form of paradlc .KeyError: 'height'"),
@@ -160,9 +164,7 @@ def test_images_that_are_missing_or_damaged(folder):
 def test_a_broken_coco_file_is_said_with_the_place(tmp_path):
     folder = Path(shutil.copytree(EXAMPLE / "dlc", tmp_path / "bench"))
     change(folder / "annotations.json", lambda d: d["annotations"][3].update(image_id=99))
-    with pytest.raises(
-        DataError, match=r"annotations.json: annotations\[3\].image_id: got 99, expected the id"
-    ):
+    with pytest.raises(DataError, match=r"annotations.json: annotations\[3\].image_id: got 99, expected the id"):
         load_benchmark(folder, EXAMPLE / "images")
 
 

@@ -204,7 +204,7 @@ def test_failed_calls_are_null_score_nothing_and_are_asked_again(captions, tmp_p
         result = judge(captions, server.url)
         answers = json.loads((tmp_path / "answers.json").read_text())
         refused["number"] = sum(reply is None for replies in answers.values() for reply in replies)
-        assert result.exit_code == 1 and f"{refused['number']} calls failed" in result.stdout
+        assert result.exit_code == 1 and f"{refused['number']} requests failed" in result.stdout
         assert refused["number"] > 3
         command = ["score", "--annotations", str(EXAMPLE), "--answers", str(tmp_path / "answers.json"), "--json"]
         found = json.loads(CliRunner().invoke(app, command).stdout)

@@ -152,7 +152,7 @@ def test_answers_elsewhere_and_answers_to_other_captions(judged, tmp_path):
         (tmp_path / name).write_bytes((judged / "paradlc" / name).read_bytes())
     (tmp_path / "captions.json").write_text(captions.replace("One ", "Two "))
     result = run("report", tmp_path)
-    assert result.exit_code == 2 and "answers are to other captions" in result.stderr
+    assert result.exit_code == 2 and "answers belong to other captions" in result.stderr
 
 
 @pytest.mark.parametrize(
