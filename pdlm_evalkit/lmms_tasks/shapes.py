@@ -1,4 +1,4 @@
-"""Tasks on drawn shapes: nothing to download, exact match, no judge. Images are drawn when they are needed."""
+"""Tasks on synthetic scenes: nothing to download, exact match, no judge. Scenes are drawn when they are needed."""
 
 import json
 from functools import lru_cache
@@ -13,7 +13,7 @@ from pdlm_hf.shapes.evaluate_base import held_out_question
 from pdlm_hf.shapes.questions import Question, is_right
 from pdlm_hf.shapes.scenes import Scene, describe, read
 
-SEED = 11  # of README's scores
+SEED = 11  # the seed of the published scores
 
 
 @lru_cache(maxsize=64)
@@ -22,24 +22,24 @@ def _scene(index: int) -> Scene:
 
 
 def region_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The image, then a mask for each region."""
+    """The image, and a mask for each region."""
     scene = _scene(doc["index"])
     return [scene.image, *(Image.fromarray(mask.astype(np.uint8) * 255) for mask in scene.masks)]
 
 
 def region_text(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
-    """What is asked about all regions together."""
+    """The question about all regions of an image."""
     return DEFAULT_QUESTION
 
 
 def region_target(doc: dict[str, Any]) -> list[str]:
-    """A right caption of each region; others are right too."""
+    """One of the right captions of each region."""
     rng = np.random.default_rng(0)
     return [describe(figure, rng) for figure in _scene(doc["index"]).figures]
 
 
 def region_results(doc: dict[str, Any], results: list[str]) -> dict[str, tuple[int, int]]:
-    """Exact and well-formed captions of an image, with the number of its regions."""
+    """Numbers of exact and of well-formed captions of an image, each with the number of its regions."""
     figures = _scene(doc["index"]).figures
     said = [read(caption) for caption in json.loads(results[0])]
     exact = sum(one == figure for one, figure in zip(said, figures, strict=True))
@@ -47,7 +47,7 @@ def region_results(doc: dict[str, Any], results: list[str]) -> dict[str, tuple[i
 
 
 def share(rows: list[tuple[int, int]]) -> float:
-    """Right ones of all, not the mean of the images."""
+    """Share of right captions among all regions, not the mean over images."""
     return sum(right for right, _ in rows) / sum(total for _, total in rows)
 
 
@@ -57,7 +57,7 @@ def _question(kind: str, index: int) -> tuple[Image.Image, Question]:
 
 
 def of_kind(kind: str) -> tuple:
-    """The functions of a task on questions of one kind: visual, text, target, results."""
+    """Make the functions of a task on questions of one kind: visual, text, target, results."""
 
     def visual(doc: dict[str, Any]) -> list[Image.Image]:
         return [_question(kind, doc["index"])[0]]

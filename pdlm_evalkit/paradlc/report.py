@@ -125,7 +125,7 @@ def paper_beside(reports: list[dict[str, Any]]) -> list[tuple[str, list[dict[str
 
 
 def notes_of(reports: list[dict[str, Any]]) -> list[str]:
-    """What one must know to read the numbers."""
+    """Notes that explain the numbers of a report."""
     notes = []
     for empty, masks in sorted({(r["n_no_positive"], r["n_masks"]) for r in reports if r["n_no_positive"]}):
         notes.append(
