@@ -133,16 +133,18 @@ def notes_of(reports: list[dict[str, Any]]) -> list[str]:
             f"most {(masks - empty) / masks:.5f}."
         )
     notes.append(
-        "Avg is (Pos + Neg) / 2, which the reference prints. So is the paper's for PerceptionDLM (42.3 and 82.4 give "
-        "62.35), but not in 8 of 10 rows of its table 2 (DAM: 48.1 and 87.2 give 67.65, printed 69.2), and its text "
-        "speaks of a mean over masks: compare Pos and Neg, and look at both averages."
+        "Avg is (Pos + Neg) / 2, as the reference prints it. The paper's Avg is the same for PerceptionDLM (42.3 and "
+        "82.4 give 62.35), but not in 8 of the 10 rows of its table 2 (DAM: 48.1 and 87.2 give 67.65, printed 69.2), "
+        "and its text mentions a mean over masks: compare Pos and Neg, and both averages."
     )
     if any(report["text_tokens_per_forward"] is not None for report in reports):
         notes.append(
-            "TPF: tokens per forward pass, with the slots after a caption's end (the paper counts them) and without."
+            "TPF: tokens per forward pass, with the positions after a caption's end, as in the paper, and without."
         )
     if any(report["n_missing"] or report["n_failed"] or report["n_unparsed"] for report in reports):
-        notes.append("Missing captions, failed calls and replies that name no choice score 0 and are in all means.")
+        notes.append(
+            "Missing captions, failed requests and replies that name no choice score 0 and count in all means."
+        )
     return notes
 
 
