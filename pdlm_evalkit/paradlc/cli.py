@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from pdlm_hf.cli.errors import exit_on_error
-from pdlm_hf.cli.options import check_positive
+from pdlm_hf.cli.options import check_positive, note_embedded
 from pdlm_hf.client import ChatClient, key_in, public_url
 from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.regions.files import load_json, write_json
@@ -159,6 +159,7 @@ def _from_model(job: Any, model: str | None, mode: str, device: str | None, dtyp
     }
     run = job.run(captioning.model_settings(captioner, model, **settings))
     passes = captioning.passes_of(job.benchmark, limit)
+    note_embedded(model, program="pdlm-eval")
     lines = captioning.model_lines(captioner, passes, batch_size, prompt, job.generation, run)
     return run, lines, captioning.hardware_of(captioner)
 

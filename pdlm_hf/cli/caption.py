@@ -12,13 +12,13 @@ from typer.core import TyperCommand
 
 from ..errors_pdlm import RegionError, SettingError
 from .options import (
-    EMBEDDED_NOTE,
     Fast,
     Length,
     Model,
     Question,
     Steps,
     check_positive,
+    embedded_note,
     exit_on_error,
     load_captioner,
     note_embedded,
@@ -52,7 +52,7 @@ class RepeatedOptions(TyperCommand):
 
 @exit_on_error
 def caption(
-    image: Annotated[Path, typer.Argument(help="The image.")],
+    image: Annotated[str, typer.Argument(help="The image.")],
     mask: Annotated[
         list[Path] | None, typer.Option(help="Mask images, white inside the region: one or several files. Repeatable.")
     ] = None,
@@ -79,7 +79,7 @@ def caption(
     if not mask and not box and regions is None:
         raise SettingError("No regions: give --mask, --box or --regions.")
     opened = load_image(image)
-    found = _read_regions(mask or [], box or [], regions, image.name, *opened.size)
+    found = _read_regions(mask or [], box or [], regions, Path(image).name, *opened.size)
     if record is not None:
         check_recording(record)
     if draw is not None:
@@ -92,9 +92,9 @@ def caption(
         row = {"id": c.id, "caption": c.text, "score": round(c.score, 4), "bbox": c.bbox}
         rows.append(row | {"truncated": True} if c.truncated else row)
     if as_json:
-        note = {} if model else {"note": EMBEDDED_NOTE.removeprefix("pdlm: ")}
+        note = {} if model else {"note": embedded_note()}
         name = model or "shapes (embedded)"
-        typer.echo(json.dumps({"model": name, "image": str(image), "regions": rows} | costs | note))
+        typer.echo(json.dumps({"model": name, "image": image, "regions": rows} | costs | note))
     else:
         for number, row in enumerate(rows, 1):
             cut = f" [cut at {max_new_tokens} tokens]" if "truncated" in row else ""

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from ..errors_pdlm import CheckpointError
-from .options import Model, check_positive, exit_on_error, load, note_embedded
+from .options import RELEASED_BASE, Model, check_positive, embedded_note, exit_on_error, load, note_embedded
 
 
 @exit_on_error
 def chat(
-    image: Annotated[Path, typer.Argument(help="The image.")],
+    image: Annotated[str, typer.Argument(help="The image.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     model: Model = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Token positions; default: the checkpoint's.")] = None,
@@ -37,6 +37,7 @@ def chat(
     from ..render.text import pluralize
 
     disable_progress_bar()
+    note_embedded(model, RELEASED_BASE)
     settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps, "block_length": block_length}
     settings = {name: value for name, value in settings.items() if value is not None}
     path = checkpoint_name(model or BASE_CHECKPOINT)
@@ -45,9 +46,8 @@ def chat(
     if network.config.num_region_prompts:
         raise CheckpointError(
             f"{model}: a region checkpoint, which captions regions (`pdlm caption`). For chat give a base checkpoint, "
-            "MSALab/PerceptionDLM-Base for example."
+            f"{RELEASED_BASE} for example."
         )
-    note_embedded(model, "MSALab/PerceptionDLM-Base")
     network = network.to("cuda" if torch.cuda.is_available() else "cpu")
     inputs = processor(images=opened, text=question).to(network.device)
     start = time.perf_counter()
@@ -56,7 +56,8 @@ def chat(
     costs = {"num_forwards": output.num_forwards, "seconds": round(time.perf_counter() - start, 3)}
     if as_json:
         name = model or "shapes base (embedded)"
-        typer.echo(json.dumps({"model": name, "image": str(image), "question": question, "answer": answer} | costs))
+        note = {} if model else {"note": embedded_note(RELEASED_BASE)}
+        typer.echo(json.dumps({"model": name, "image": image, "question": question, "answer": answer} | costs | note))
     else:
         typer.echo(answer)
         passes = pluralize(costs["num_forwards"], "forward pass", "es")

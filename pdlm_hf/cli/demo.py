@@ -6,6 +6,7 @@ import typer
 
 from ..errors_pdlm import MissingPackageError
 from .options import (
+    RELEASED,
     KeyEnv,
     Length,
     Model,
@@ -37,7 +38,9 @@ def demo(
         raise MissingPackageError(f"Gradio ({error})", "demo") from error
     backend, threshold = _backend(server, model, key_env, max_new_tokens)
     segmenter = None if sam is None else _segmenter(sam)
-    page = build_page(backend, segmenter, threshold)
+    embedded = model is None and server is None
+    note = f"The embedded checkpoint knows drawn shapes only; for photographs start with --model {RELEASED}."
+    page = build_page(backend, segmenter, threshold, note if embedded else None)
 
     def started(url: str) -> None:
         if server is None:

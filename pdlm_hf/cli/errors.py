@@ -50,7 +50,7 @@ def make_app(program: str, text: str) -> typer.Typer:
             bool, typer.Option("--version", help="Print the version and exit.", callback=show, is_eager=True)
         ] = False,
     ) -> None:
-        pass
+        """The options of the command itself; they do their work while they are parsed."""
 
     return app
 
@@ -65,6 +65,10 @@ def exit_on_error(program: str) -> Callable[[Callable], Callable]:
                 return command(*args, **kwargs)
             except (ValueError, OSError, ImportError) as error:  # PdlmError, and what libraries raise for bad input
                 raise fail(program, error) from None
+            except RuntimeError as error:
+                if type(error).__name__ != "OutOfMemoryError":  # torch's, which costs seconds to import
+                    raise
+                raise fail(program, f"out of memory: {error}", 1) from None
             except KeyboardInterrupt:
                 raise fail(program, "stopped. What is done is kept; run the same command to go on.", 130) from None
 

@@ -18,21 +18,27 @@ Steps = Annotated[int, typer.Option("--steps", help="Denoising steps at most.")]
 Question = Annotated[str | None, typer.Option(help="Instead of the default question.")]
 Fast = Annotated[bool, typer.Option("--fast", help="Accept certain tokens early: fewer forward passes.")]
 
-EMBEDDED_NOTE = (
-    "pdlm: no --model, so this is the embedded checkpoint, which knows drawn shapes only; for photographs: "
-    "--model MSALab/PerceptionDLM"
-)
+RELEASED, RELEASED_BASE = "MSALab/PerceptionDLM", "MSALab/PerceptionDLM-Base"  # ids on the hub
 
 
-def note_embedded(model: str | None, released: str = "MSALab/PerceptionDLM") -> None:
-    """Say once, on stderr, that the embedded checkpoint is of no use on photographs.
+def embedded_note(released: str = RELEASED) -> str:
+    """Says that the embedded checkpoint is of no use on photographs, and which one is."""
+    return (
+        "no --model, so this is the embedded checkpoint, which knows drawn shapes only; for photographs: "
+        f"--model {released}"
+    )
+
+
+def note_embedded(model: str | None, released: str = RELEASED, program: str = "pdlm") -> None:
+    """Print [`embedded_note`] on stderr where no model is named.
 
     Args:
-        model (`str`, *optional*): what `--model` names; nothing is said if it names something.
+        model (`str`, *optional*): the value of `--model`.
         released (`str`): the checkpoint to name instead.
+        program (`str`): name of the command.
     """
     if model is None:
-        typer.echo(EMBEDDED_NOTE.replace("MSALab/PerceptionDLM", released), err=True)
+        typer.echo(f"{program}: {embedded_note(released)}", err=True)
 
 
 def check_positive(values: dict[str, int]) -> None:
@@ -50,8 +56,11 @@ def load(read: Callable, model: str | None, *args: Any, **kwargs: Any) -> Any:
     try:
         return read(model, *args, **kwargs)
     except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{model}: the checkpoint cannot be loaded, it may be damaged ({reason[0]}).") from error
+        name = model or "the embedded checkpoint"
+        raise CheckpointError(f"{name}: the checkpoint cannot be loaded, it may be damaged ({reason[0]}).") from error
     except (OSError, HFValidationError) as error:
         if isinstance(error, HFValidationError) or "local folder" in str(error) or "connect" in str(error):
             raise CheckpointError(

@@ -1,6 +1,7 @@
 """The page itself, and its server."""
 
 import base64
+import html
 import secrets
 import socket
 from collections.abc import Callable, Generator, Iterator
@@ -34,7 +35,7 @@ _STEPS, _BOUND = (1, 32), (0.5, 0.99)  # least and most
 _TITLE = "PerceptionDLM"
 
 
-def exit_on_error(handler: Callable) -> Callable:
+def show_errors(handler: Callable) -> Callable:
     """Decorator of a handler: what its user can do something about is shown on the page, in one line."""
 
     @wraps(handler)
@@ -49,13 +50,13 @@ def exit_on_error(handler: Callable) -> Callable:
     return wrapped
 
 
-def says_why_live(handler: Callable) -> Callable:
-    """As [`exit_on_error`], for a generator."""
+def show_errors_live(handler: Callable) -> Callable:
+    """As [`show_errors`], for a generator."""
 
     @wraps(handler)
     def wrapped(*args: Any) -> Iterator[Any]:
         news = handler(*args)
-        step = exit_on_error(lambda: next(news, None))
+        step = show_errors(lambda: next(news, None))
         try:
             while (item := step()) is not None:
                 yield item
@@ -181,13 +182,16 @@ def _file(name: str, kind: str, data: bytes) -> Any:
     return gr.update(file={"name": name, "kind": kind, "data": base64.b64encode(data).decode(), "again": again})
 
 
-def build_page(writer: Backend, segmenter: Any = None, threshold: float | None = 0.8) -> gr.Blocks:
+def build_page(
+    writer: Backend, segmenter: Any = None, threshold: float | None = 0.8, note: str | None = None
+) -> gr.Blocks:
     """The page as gradio has it.
 
     Args:
         writer ([`~writing.Backend`])
         segmenter ([`~sam.Segmenter`], *optional*): for clicks.
         threshold (`float`, *optional*): the checkpoint's own; None: it decodes by a fixed schedule.
+        note (`str`, *optional*): text above the upload.
     """
     does = Handlers(writer, segmenter)
     images = [
@@ -201,6 +205,8 @@ def build_page(writer: Backend, segmenter: Any = None, threshold: float | None =
         )
         with gr.Row():
             with gr.Column(scale=3, min_width=420):
+                if note is not None:
+                    gr.HTML(html.escape(note), elem_id="note")
                 board = gr.HTML(
                     html_template=(_HERE / "board.html").read_text(encoding="utf-8"),
                     js_on_load=(_HERE / "page.js").read_text(encoding="utf-8"),
@@ -230,13 +236,13 @@ def build_page(writer: Backend, segmenter: Any = None, threshold: float | None =
         quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         slow: dict[str, Any] = {"concurrency_limit": writer.at_a_time, "concurrency_id": "writer"}
         slow |= {"show_progress": "minimal", "api_visibility": "private"}  # the place in the line, for who waits
-        board.act(exit_on_error(does.act), sheet, [sheet, board, lanes], trigger_mode="multiple", **quick)
-        told = says_why_live(does.describe)
+        board.act(show_errors(does.act), sheet, [sheet, board, lanes], trigger_mode="multiple", **quick)
+        told = show_errors_live(does.describe)
         writing = press.click(told, [sheet, *controls], [sheet, board], show_progress_on=said, **slow)
         writing.failure(None, js="() => window.dispatchEvent(new Event('pdlm-failed'))")
-        race.click(says_why_live(does.compare), [sheet, *controls], lanes, **slow)
-        coco.click(exit_on_error(does.export_coco), sheet, board, **quick)
-        save.click(exit_on_error(does.export_image), sheet, board, **quick)
+        race.click(show_errors_live(does.compare), [sheet, *controls], lanes, **slow)
+        coco.click(show_errors(does.export_coco), sheet, board, **quick)
+        save.click(show_errors(does.export_image), sheet, board, **quick)
     return page.queue(default_concurrency_limit=4, max_size=64, api_open=False)
 
 

@@ -1,9 +1,15 @@
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import make_image
 from typer.testing import CliRunner
@@ -278,3 +284,117 @@ def test_what_is_not_there_is_named(capsys, tmp_path):
         write_json(tmp_path / "none" / "a.json", {})
     fail("pdlm", caught.value)
     assert capsys.readouterr().err == f"pdlm: {tmp_path / 'none' / 'a.json'}: No such file or directory\n"
+
+
+# ---------------------------------------------------------------- what is said where
+
+
+def test_the_embedded_checkpoint_says_what_it_knows(files):
+    """Once on stderr and in the JSON, for both kinds of checkpoint."""
+    said = "the embedded checkpoint, which knows drawn shapes only; for photographs: --model MSALab/PerceptionDLM"
+    result = CliRunner().invoke(app, ["caption", str(files / "image.png"), "--box", "4,4,40,40", "--json", *FAST])
+    assert result.stderr.count(f"{said}\n") == 1 and json.loads(result.stdout)["note"].endswith(said)
+    result = CliRunner().invoke(app, ["chat", str(IMAGE), "What shape is the green figure?", "--json"])
+    assert result.stderr.count(f"{said}-Base\n") == 1 and json.loads(result.stdout)["note"].endswith(f"{said}-Base")
+
+
+def test_a_named_checkpoint_says_nothing(pdlm, files):
+    result = pdlm("caption", files / "image.png", *masks_of(files), "--json")
+    assert "drawn shapes" not in result.stderr and "note" not in json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        "--mask a.png b.png c.png",
+        "--mask a.png --mask b.png c.png",
+        "--mask a.png b.png --steps 2 --mask c.png",
+    ],
+)
+def test_a_mask_option_takes_all_files_behind_it(pdlm, files, masks):
+    """In the order in which they are given."""
+    boxes = {"a.png": [2, 3, 10, 12], "b.png": [30, 5, 20, 9], "c.png": [60, 40, 8, 8]}
+    for name, (x, y, w, h) in boxes.items():
+        mask = np.zeros((64, 104), np.uint8)
+        mask[y : y + h, x : x + w] = 255
+        Image.fromarray(mask).save(files / name)
+    words = [str(files / word) if word in boxes else word for word in masks.split()]
+    result = pdlm("caption", files / "image.png", *words, "--json")
+    assert [region["bbox"] for region in json.loads(result.stdout)["regions"]] == list(boxes.values())
+
+
+def test_one_mask_before_the_image(pdlm, files):
+    result = pdlm("caption", "--mask", files / "mask_0.png", files / "image.png", "--json")
+    assert len(json.loads(result.stdout)["regions"]) == 1
+
+
+def test_a_caption_that_was_cut_is_marked(pdlm, files, monkeypatch):
+    def cut(self, pairs, *args, **settings):
+        captions, output = generate(self, pairs, *args, **settings)
+        captions[0][0].truncated, captions[0][1].truncated = True, False
+        captions[0][0].text = captions[0][1].text = "a cat"
+        return captions, output
+
+    generate = RegionCaptioner.generate
+    monkeypatch.setattr(RegionCaptioner, "generate", cut)
+    lines = pdlm("caption", files / "image.png", *masks_of(files)).stdout.splitlines()
+    assert lines[0].startswith("1  a cat [cut at 6 tokens]  (") and lines[1].startswith("2  a cat  (")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("caption IMAGE --box 1,1,9,9 --steps -3", "--steps must be a positive integer, got -3"),
+        ("caption IMAGE --box 1,1,9,9 --max-new-tokens 100000", "more than the 2048 positions of the checkpoint"),
+        (
+            "caption IMAGE --box 1,1,9,9 --model MSALab/Perception-DLM",
+            "MSALab/Perception-DLM: there is no such folder",
+        ),
+        (
+            "caption https://example.org/cat.jpg --box 1,1,9,9",
+            "cat.jpg: images are read from files only",
+        ),
+        ("chat https://example.org/cat.jpg What?", "cat.jpg: images are read from files only"),
+        ("chat IMAGE What? --steps 0", "--steps must be a positive integer, got 0"),
+        (
+            "batch coco.json --out rows.jsonl --server http://127.0.0.1:1 --concurrency 0",
+            "--concurrency must be a pos",
+        ),
+        ("chat IMAGE What? --model REGIONS", "a region checkpoint, which captions regions (`pdlm caption`)"),
+    ],
+)
+def test_each_mistake_is_named(files, tiny_checkpoint, arguments, message):
+    stand_for = {"IMAGE": str(files / "image.png"), "REGIONS": str(tiny_checkpoint)}
+    result = CliRunner().invoke(app, [stand_for.get(word, word) for word in arguments.split()])
+    assert result.exit_code == 2 and message in result.stderr
+    assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_out_of_memory_is_one_line(pdlm, files, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(RegionCaptioner, "generate", fail)
+    result = pdlm("caption", files / "image.png", *masks_of(files))
+    assert result.exit_code == 1 and "pdlm: out of memory: CUDA out of memory. Tried" in result.stderr
+
+
+def test_ctrl_c_while_it_starts():
+    """Most of the start is the import of torch."""
+    command = [sys.executable, "-m", "pdlm_hf.cli.main", "caption", str(IMAGE), "--box", "1,1,9,9"]
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # whatever the test runner was started with
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        while "libtorch" not in maps.read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in errors
+
+
+def test_completion_of_the_shell(monkeypatch):
+    monkeypatch.setenv("_PDLM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "pdlm ca")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    result = CliRunner().invoke(app, [], prog_name="pdlm")
+    assert result.stdout.split() == ["caption"]

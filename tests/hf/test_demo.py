@@ -24,7 +24,7 @@ from region_server import RegionCaptionServer
 from tiny import make_image, tiny_sam
 from typer.testing import CliRunner
 
-from pdlm_hf import RegionCaptioner
+from pdlm_hf import CHECKPOINT, RegionCaptioner
 from pdlm_hf.cli.main import app
 from pdlm_hf.client.captions import CaptionClient
 from pdlm_hf.demo import limits, page, parts
@@ -742,3 +742,17 @@ def test_it_listens_on_this_machine_only_and_ends_with_ctrl_c():
         assert process.wait(30) == 0
     finally:
         process.kill()
+
+
+def test_the_page_says_what_the_embedded_checkpoint_knows(monkeypatch):
+    """Above the upload, and only where it is the embedded one."""
+    notes = []
+
+    def serve(page, host, port, started):
+        notes.append([block.value for block in page.blocks.values() if getattr(block, "elem_id", None) == "note"])
+
+    monkeypatch.setattr("pdlm_hf.demo.page.serve", serve)
+    for arguments in ([], ["--model", str(CHECKPOINT)]):
+        assert command(*arguments).exit_code == 0
+    said = "The embedded checkpoint knows drawn shapes only; for photographs start with --model MSALab/PerceptionDLM."
+    assert notes == [[said], []]
