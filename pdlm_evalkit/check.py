@@ -24,8 +24,8 @@ class Finding:
     Args:
         subject (`str`): the benchmark or model.
         what (`str`): "data", "judge" or "model".
-        problem (`str`, *optional*): what is wrong; None if the check passed.
-        note (`str`): what the check found.
+        problem (`str`, *optional*): the fault; None if the check passed.
+        note (`str`): the result of the check.
     """
 
     subject: str

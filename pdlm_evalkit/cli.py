@@ -57,7 +57,7 @@ def lmms(context: typer.Context) -> None:
 
     All options are passed to lmms-eval, for example --tasks, --model_args, --batch_size, --limit, --use_cache; its
     own help, `lmms-eval --help`, lists them. Our tasks are included, samples are logged, and the results go to
-    outputs/lmms unless --output_path says otherwise.
+    outputs/lmms unless --output_path names another.
 
     \b
     Ours:

@@ -20,10 +20,10 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on stderr, if that is a terminal.
 
     Args:
-        what (`str`): the things that are counted.
+        what (`str`): the unit of the counts, for example "questions".
 
     Yields:
-        the function to call with the number of finished things and of all.
+        the function to call with the number of finished ones and of all.
     """
     columns = (TextColumn(what), *Progress.get_default_columns()[1:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:

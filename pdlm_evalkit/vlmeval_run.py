@@ -117,7 +117,7 @@ def _status_files(work_dir: Path) -> set[Path]:
 
 
 def problem_of(row: dict[str, Any], mode: str = "all") -> str | None:
-    """Find what is wrong with the result of a data set.
+    """Find the fault in the result of a data set.
 
     Args:
         row (`dict`): the row of VLMEvalKit's run report: infer_failed, judge_failed, primary_metric_value, ...

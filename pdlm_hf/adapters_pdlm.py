@@ -1,4 +1,4 @@
-"""Adapters: what PEFT and transformers' PEFT integration expect of a model, and what they would get wrong."""
+"""Adapters: methods that PEFT and transformers' PEFT integration expect of a model, and checks of their settings."""
 
 import json
 import os
@@ -19,7 +19,7 @@ VIRTUAL_TOKENS = frozenset(
 
 
 def refuse_virtual_tokens(method: str) -> None:
-    """Raises: SettingError that says why `method`, which adds virtual tokens, cannot work here, and what to use."""
+    """Raises: SettingError: `method` adds virtual tokens, which cannot work here; the message has an alternative."""
     raise SettingError(
         f"PerceptionDLM cannot be adapted by {method}: virtual tokens would shift the positions at which the image, "
         "the regions and the captions are found, and denoising has no place for them. Use LoRA (LoraConfig, also with "
@@ -37,7 +37,7 @@ def adapter_base(folder: str | os.PathLike) -> str:
         folder (`str` or `os.PathLike`): adapter folder.
 
     Raises:
-        CheckpointError: the base is not where the adapter says.
+        CheckpointError: the base that the adapter names does not exist.
 
     Returns:
         `str`: path of the base, or its hub id.

@@ -29,9 +29,14 @@ class RegionCaption:
     token_ids: list[int] = field(default_factory=list, repr=False)
     truncated: bool = False
 
+    def to_row(self) -> dict[str, Any]:
+        """The caption as JSON has it: `id`, `caption`, `score`, `bbox`, and `truncated` if it is True."""
+        row = {"id": self.id, "caption": self.text, "score": round(self.score, 4), "bbox": self.bbox}
+        return row | {"truncated": True} if self.truncated else row
+
 
 class CaptionReaderMixin:
-    """What a processor makes of the output of `generate`."""
+    """Decode the output of `generate` into captions."""
 
     tokenizer: Any
 

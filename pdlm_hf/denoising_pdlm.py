@@ -43,11 +43,11 @@ class DenoisingStep:
 
 
 class RandomRows:
-    """Random numbers, one generator a row. With a seed each has the same: a row draws what it would draw alone.
+    """Random numbers, one generator per row. With a seed all rows have the same one and draw as if alone.
 
     Args:
         rows (`int`): rows of the batch.
-        seed (`int`, *optional*): default: one a row from torch's own generator, so that `torch.manual_seed` decides.
+        seed (`int`, *optional*): default: one per row from torch's own generator, so that `torch.manual_seed` decides.
         device (`torch.device`)
     """
 
@@ -65,7 +65,7 @@ class RandomRows:
 
 
 class GenerationTask:
-    """One call of `generate`: its settings, the prompts, and what it has cost so far.
+    """One call of `generate`: its settings, prompts and costs so far.
 
     Args:
         model (`PdlmForConditionalGeneration`)

@@ -33,7 +33,7 @@ class MissingPackageError(PdlmError, ImportError):
     """An optional package is not installed.
 
     Args:
-        what (`str`): what is needed, as the message begins.
+        what (`str`): the missing package or feature, with which the message begins.
         extra (`str`): the extra of this project that installs it.
     """
 

@@ -163,7 +163,7 @@ class PdlmGenerationConfig(GenerationConfig):
             raise SettingError("`stop_strings` holds an empty string, which would end every text at its start.")
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is set, for `generation_config.json`."""
+        """The settings that are not None, for `generation_config.json`."""
         return {name: value for name, value in self.to_dict().items() if value is not None}
 
     @classmethod

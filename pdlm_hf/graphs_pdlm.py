@@ -81,7 +81,7 @@ class CanvasGraphs:
         self.failures: Counter[tuple] = Counter()
 
     def __reduce__(self):
-        """A copy, or what is pickled, begins without graphs: they belong to this process and these weights."""
+        """Copies and pickles have no graphs, because graphs belong to this process and these weights."""
         return CanvasGraphs, (self.language_model,)
 
     def load(self, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache) -> CanvasGraph | None:
@@ -111,7 +111,7 @@ class CanvasGraphs:
         return self.graphs[key]
 
     def _network(self) -> int:
-        """What a graph was captured from: where the weights lie, and which adapters are on."""
+        """Key of a captured graph: the addresses of the weights, and the active adapters."""
         weights = [parameter.data_ptr() for parameter in self.language_model.parameters()]
         adapters = [
             (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))

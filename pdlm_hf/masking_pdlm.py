@@ -1,4 +1,4 @@
-"""Which row of the sequence belongs to which region, and who may attend to whom.
+"""The region of each row of the sequence, and the attention mask between them.
 
 The sequence of one image with N regions is
 

@@ -228,7 +228,7 @@ class PdlmProcessor(CaptionReaderMixin, ProcessorMixin):
         return self._batch_of(rows, text_kwargs, extra)
 
     def binary_masks(self, image, masks: Any, image_number: int = 0, threshold: int | None = None) -> list[np.ndarray]:
-        """The masks of one image as boolean arrays, checked; see [`to_binary_mask`] for what is accepted.
+        """Check the masks of one image and return them as boolean arrays; [`to_binary_mask`] lists the accepted forms.
 
         Args:
             image (`PIL.Image.Image`), masks: as of [`__call__`].

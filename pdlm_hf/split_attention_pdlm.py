@@ -36,7 +36,7 @@ def attention_kind(
     Args:
         device (`str`): type of the device.
         dtype (`torch.dtype`), head_size (`int`): of the queries.
-        has_varlen, has_aten (`bool`): what the installed torch has.
+        has_varlen, has_aten (`bool`): whether the installed torch has the function.
 
     Returns:
         "varlen": torch's variable-length attention; "aten": its kernel, called directly; "products": matrix products.

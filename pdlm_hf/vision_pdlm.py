@@ -166,7 +166,7 @@ class PdlmVisionEmbeddings(SiglipVisionEmbeddings):
 class PdlmVisionModel(SiglipVisionModel):
     """SigLIP vision tower up to the selected layer, with region embeddings added before the position embedding.
 
-    Only what is computed is built: layers after `vision_feature_layer`, the final norm and the pooling head are not.
+    Layers after `vision_feature_layer`, the final norm and the pooling head are not computed, and so not built.
     """
 
     def __init__(self, config, vision_feature_layer: int = -2):

@@ -44,7 +44,7 @@ class Fault:
             the image in a COCO file.
         field (`str`): path of the field in the row, `regions[0].caption` for example.
         kind (`str`): kind of fault, "missing field" for example; reports count faults by kind.
-        got, expected (`str`): what the field holds, and what it should hold.
+        got, expected (`str`): the value of the field, and the expected one.
     """
 
     row: int

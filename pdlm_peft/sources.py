@@ -185,7 +185,7 @@ def _coco_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _coco_region(annotation: dict, names: dict) -> dict:
-    """COCO files of all kinds have keys of their own; only what is known is kept."""
+    """COCO files of all kinds have their own keys; only known ones are kept."""
     region = {name: value for name, value in annotation.items() if name in REGION_KEYS}
     if isinstance(names.get(annotation.get("category_id")), str):
         region.setdefault("category", names[annotation["category_id"]])

@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
 
 
 def version_problem(version: str) -> str | None:
-    """What is wrong with this version of vLLM, None if nothing is."""
+    """The reason why this version of vLLM cannot be used; None if it can."""
     if version.startswith(tuple(f"{known}." for known in SUPPORTED)):
         return None
     return (

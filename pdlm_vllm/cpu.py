@@ -1,6 +1,6 @@
 """vLLM's model runner V2 on a CPU: torch in place of the few Triton kernels a diffusion request launches.
 
-For tests and for trying things out on a machine without a GPU; nothing of this is imported on a GPU. PyPI has no
+For tests and trials on a machine without a GPU; not imported on a GPU. PyPI has no
 Triton back end for CPUs, and vLLM refuses the V2 runner without Triton.
 """
 
@@ -122,7 +122,7 @@ def post_update(
     all_token_ids,
     total_len,
 ):
-    """Book what a step has produced."""
+    """Record the tokens that a step has produced."""
     ends = None if query_start_loc is None else query_start_loc.tolist()
     for i, row in enumerate(idx_mapping.tolist()):
         if row < 0:

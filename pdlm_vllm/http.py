@@ -53,7 +53,7 @@ class RegionCaptionsRequest(BaseModel):
 
 
 class Service:
-    """One server's engine, and what is needed to talk to it.
+    """The engine of a server, with the processor and settings of its requests.
 
     Args:
         engine: vLLM's engine client.
@@ -99,7 +99,7 @@ class Service:
         return getattr(image, "media", image)  # vLLM keeps the file's bytes beside it
 
     async def passes(self, url: str, regions: Any, question: str | None, stream: bool, settings: dict) -> list[Pass]:
-        """Engine requests of an HTTP request. Raises: SettingError, before the engine has heard of it."""
+        """Make the engine requests of an HTTP request. Raises: SettingError, before the engine gets any of them."""
         check_settings(settings)
         refuse_paths(regions)
         if len(regions) > self.max_regions:
@@ -187,27 +187,29 @@ class Tally:
         return usage
 
 
-def as_json(captions: list) -> list[dict[str, Any]]:
-    """Captions as the response has them."""
-    return [{"id": c.id, "caption": c.text, "score": round(c.score, 4), "bbox": c.bbox} for c in captions]
-
-
 async def stream_captions(service: Service, passes: list[Pass], head: dict[str, Any]) -> AsyncIterator[str]:
     """Server-sent events: the captions after every denoising step, then all of them with the usage."""
     tally, found = Tally(), {}
     try:
         async for number, reading, prompt, finished in service.steps(passes):
             found.update(reading.captions)
-            rows = as_json([reading.captions[k] for k in sorted(reading.captions)])
-            for row, position in zip(rows, sorted(reading.captions), strict=True):
-                row["finished"] = finished or reading.closed[position]
+            rows = [_progress(reading, position, finished) for position in sorted(reading.captions)]
             yield _event({"pass": number, "step": reading.steps, "regions": rows})
             if finished:
                 tally.add(reading, prompt)
-        yield _event(head | {"regions": as_json([found[k] for k in sorted(found)]), "usage": tally.usage()})
+        yield _event(head | {"regions": [found[k].to_row() for k in sorted(found)], "usage": tally.usage()})
     except Exception as error:
         yield _event({"error": {"message": str(error), "type": type(error).__name__, "code": 500}})
     yield "data: [DONE]\n\n"
+
+
+def _progress(reading: Reading, position: int, finished: bool) -> dict[str, Any]:
+    """A caption after a step. Only a finished one can be cut: a draft ends nowhere yet."""
+    row = reading.captions[position].to_row()
+    row["finished"] = finished or reading.closed[position]
+    if not row["finished"]:
+        row.pop("truncated", None)
+    return row
 
 
 def _event(value: dict[str, Any]) -> str:
@@ -297,7 +299,7 @@ class RegionCaptionEndpoint:
             if request.stream:
                 return StreamingResponse(stream_captions(service, passes, head), media_type="text/event-stream")
             captions, usage = await service.captions(passes)
-            return JSONResponse(head | {"regions": as_json(captions), "usage": usage})
+            return JSONResponse(head | {"regions": [caption.to_row() for caption in captions], "usage": usage})
 
         @app.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)])
         async def chat_completions(request: ChatCompletionRequest, raw_request: Request):

@@ -30,7 +30,7 @@ _VISION = ("vision_tower.", "multi_modal_projector.", "region_embedding.")
 
 
 def parameter_name(name: str) -> str | None:
-    """Name of a checkpoint's parameter here; None for what is not used. Reads our names and the reference's."""
+    """Translate the name of a checkpoint's parameter, ours or the reference's; None if the parameter is not used."""
     for theirs, ours in PARAMETER_PREFIXES.items():
         if name.startswith(theirs):
             name = ours + name.removeprefix(theirs)
@@ -160,7 +160,7 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint of ours or of the reference. Raises: SettingError if a parameter is missing from it."""
+        """Load a checkpoint with our parameter names or the reference's. Raises: SettingError: one is missing."""
         known = {name for name, _ in self.named_parameters()}
 
         def used():

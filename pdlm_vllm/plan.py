@@ -20,7 +20,7 @@ FIXED, ADAPTIVE, CHAT = range(3)  # samplers
 
 
 class StepPlan(NamedTuple):
-    """What a step may do, as far as the host knows.
+    """The possible work of a step, as far as the host knows.
 
     Args:
         kind (`int`): FIXED: all token positions but `left`, which are opened again; ADAPTIVE: those above the

@@ -55,7 +55,7 @@ class Pass:
 
 
 def check_settings(settings: dict[str, Any], known: tuple[str, ...] = REGION_SETTINGS) -> dict[str, Any]:
-    """Settings of a request, without what is greedy anyway. `acceptance_threshold` None asks for the fixed schedule.
+    """Settings of a request, without those of greedy decoding. `acceptance_threshold` None: the fixed schedule.
 
     Raises:
         SettingError: an unknown name, a value out of range, or a setting that means nothing here, by name.
@@ -98,7 +98,7 @@ def region_requests(
         **settings: max_new_tokens, max_denoising_steps, acceptance_threshold, prefix_refresh_interval.
 
     Raises:
-        SettingError: anything that cannot be served; the message says what to do.
+        SettingError: the request cannot be served; the message says what to do.
     """
     settings = check_settings(settings)
     if not config.num_region_prompts:
@@ -158,7 +158,7 @@ class Reading:
 
 
 def read_report(report: dict[str, Any], work: Pass, processor: PdlmProcessor, config) -> Reading:
-    """Captions of an engine request, from the report of a step."""
+    """Read the captions of an engine request from the report of a step."""
     blocks = len(work.regions)
     tokens = torch.tensor(report["tokens"]).view(blocks, -1)[:, 1:-1]
     probability = torch.tensor(report["logprobs"]).view(blocks, -1)[:, 1:-1].exp()
@@ -174,7 +174,7 @@ def read_report(report: dict[str, Any], work: Pass, processor: PdlmProcessor, co
 
 
 def read_captions(passes: list[Pass], outputs: list, processor: PdlmProcessor, config) -> tuple[list, dict[str, Any]]:
-    """Captions in input order, and what they cost.
+    """Captions in input order, and their costs.
 
     Args:
         passes (`list[Pass]`): of one image.

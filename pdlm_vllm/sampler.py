@@ -23,7 +23,7 @@ class DenoisingSampler:
     """Takes the place of vLLM's sampler.
 
     Args:
-        base: vLLM's sampler, for what the runner reads from it.
+        base: vLLM's sampler, whose attributes the runner reads.
         state (`PdlmModelState`)
     """
 
@@ -208,7 +208,7 @@ class DenoisingSampler:
         )
 
     def _lengths(self, index: torch.Tensor, plans: list[Plan]) -> torch.Tensor:
-        """Tokens that each canvas is worth: all of it, in chat up to the end of the turn."""
+        """Number of tokens of each canvas: all of them, in chat up to the end of the turn."""
         widths = self._device(np.array([plan.width for plan in plans]))
         if all(plan.num_regions for plan in plans):
             return widths.int()

@@ -1,4 +1,4 @@
-"""The denoising of all running requests inside vLLM's model runner: which rows run, where keys go, what they see.
+"""The denoising of all running requests inside vLLM's model runner: rows of a step, cache slots, and attention.
 
 One engine request is one image with its regions (or one chat answer). vLLM schedules its prompt once and then its
 canvas at every step, as it does for every diffusion model; the canvas is never accepted until it is finished.

@@ -1,6 +1,6 @@
 """Scores from replies: the reference's arithmetic, in which every mask and question counts.
 
-A question scores what the chosen answer is worth; if the judge does not recognise the region in the caption, at most
+A question scores the points of the chosen answer; if the judge does not recognise the region in the caption, at most
 0. The Pos and Neg of a mask are the means over its positive and negative questions, its score is the mean over all.
 The Pos of the benchmark is the mean over all masks, where a mask without positive questions counts 0; Neg is the mean
 over the masks that have negative questions; Avg is (Pos + Neg) / 2. A missing caption, a failed request and a reply

@@ -88,7 +88,7 @@ class Engine(Protocol):
         Args:
             entries (`list[Entry]`): the images.
             done: returns the ids of the regions of an image that have a caption.
-            take: called with every answer as soon as it is known, in any order.
+            take: called with every answer as soon as it is complete, in any order.
         """
 
 
@@ -138,15 +138,9 @@ class ImageEngine(ABC):
 
 
 def _row(entry: Entry, region: Region, caption: RegionCaption) -> dict[str, Any]:
-    return {
-        "image_id": entry.id,
-        "annotation_id": region.id,
-        "file_name": entry.file_name,
-        "caption": caption.text,
-        "score": round(caption.score, 4),
-        "bbox": region.bbox,
-        "segmentation": region.segmentation,
-    }
+    place = {"image_id": entry.id, "annotation_id": region.id, "file_name": entry.file_name}
+    shape = {"bbox": region.bbox, "segmentation": region.segmentation}
+    return place | {key: value for key, value in caption.to_row().items() if key != "id"} | shape
 
 
 class LocalEngine(ImageEngine):

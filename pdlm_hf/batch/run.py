@@ -156,7 +156,7 @@ class Counts:
         return not (self.bad_images or self.bad_regions or self.failed or self.empty)
 
     def __str__(self) -> str:
-        """One line for a person."""
+        """Format the counts as one line."""
         done = f"{pluralize(self.regions, 'region')} of {pluralize(self.images, 'image')} captioned ({self.speed})"
         parts = [
             (self.before, "region", " captioned before"),

@@ -28,7 +28,7 @@ class RegionStreamer(BaseStreamer):
         self.captions: list[list[str]] | None = None
 
     def put_draft(self, value: torch.LongTensor, **kwargs: Any) -> None:
-        """Take the draft of a step, `(batch_size, num_regions, max_new_tokens)`; -1 marks regions that keep theirs."""
+        """Receive the draft of a step, `(batch_size, num_regions, max_new_tokens)`; -1: the draft is unchanged."""
         present = value[..., 0] >= 0
         texts = self.processor.decode_captions(value)
         self.latest += [[] for _ in range(len(texts) - len(self.latest))]

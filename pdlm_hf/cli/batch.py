@@ -1,4 +1,4 @@
-"""`pdlm batch` and `pdlm report`: caption a data set, and look at what came of it."""
+"""`pdlm batch` and `pdlm report`: caption a data set, and look at the captions."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,7 +123,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Page to write, .html; or a contact sheet, .png.", show_default=False)],
     limit: Annotated[int | None, typer.Option(help="Images, lowest scores first; default 500, sheets 48.")] = None,
 ) -> None:
-    """Show what was captioned: one page to search and sort, or a contact sheet."""
+    """Show the captions: one page to search and sort, or a contact sheet."""
     from ..render.drawing import check_target
     from ..render.report import write_report
     from ..render.text import pluralize

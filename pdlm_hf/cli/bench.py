@@ -19,7 +19,7 @@ def decode(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 32,
     repeats: Annotated[int, typer.Option(help="Measured runs of everything, in turn.")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    scaling: Annotated[bool, typer.Option("--scaling", help="Also time against regions, passes, batch.")] = False,
+    scaling: Annotated[bool, typer.Option("--scaling", help="Also vary regions, passes and batch size.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the scaling run here (needs the extra viz).")] = None,
 ) -> None:

@@ -87,10 +87,7 @@ def caption(
     note_embedded(model)
     settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
     captions, costs, drafts = _run(opened, found, model, question, watch, record is not None, fast, settings)
-    rows: list[dict[str, Any]] = []
-    for c in captions:
-        row = {"id": c.id, "caption": c.text, "score": round(c.score, 4), "bbox": c.bbox}
-        rows.append(row | {"truncated": True} if c.truncated else row)
+    rows = [caption.to_row() for caption in captions]
     if as_json:
         note = {} if model else {"note": embedded_note()}
         name = model or "shapes (embedded)"
@@ -150,7 +147,7 @@ def _box(text: str) -> list[float]:
 
 
 def _run(image, found, model, question, watch, record, fast, settings):
-    """Load the model and caption. Returns: captions, what they cost, and the drafts of every step."""
+    """Load the model and caption. Returns: captions, their costs, and the drafts of every step."""
     from rich.console import Console
 
     from ..captioning.streaming import LiveView, RegionStreamer

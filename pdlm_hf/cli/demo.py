@@ -25,12 +25,12 @@ def demo(
     model: Model = None,
     server: Server = None,
     key_env: KeyEnv = None,
-    sam: Annotated[str | None, typer.Option(help="SAM 2, folder or hub id: regions by clicking.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: everybody in the network.")] = "127.0.0.1",
+    sam: Annotated[str | None, typer.Option(help="SAM 2, folder or hub id; a click then marks a region.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0: any free one.")] = 7860,
     max_new_tokens: Length = 32,
 ) -> None:
-    """Open a page: mark regions of an image, press once, watch all captions emerge."""
+    """Serve a web page on which you mark regions and watch their captions emerge."""
     check_positive({"--max-new-tokens": max_new_tokens})
     try:
         from ..demo.page import build_page, serve
@@ -49,12 +49,12 @@ def demo(
 
     try:
         serve(page, host, port, started)
-    except KeyboardInterrupt:  # how it is ended
+    except KeyboardInterrupt:  # the way to stop it
         pass
 
 
 def _backend(server, model, key_env, max_new_tokens):
-    """What writes the captions of the page, and the threshold it starts with, if any."""
+    """The backend of the page, and the acceptance threshold it starts with, if any."""
     from ..demo.backend import LocalBackend, ServerBackend
 
     if server is not None:

@@ -1,4 +1,4 @@
-"""What the commands say when something goes wrong: one line on stderr, and the exit code."""
+"""Errors of the commands: one line on stderr, and the exit code."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -13,7 +13,7 @@ EXTRAS = {"peft": "peft", "accelerate": "peft", "yaml": "peft"}
 
 
 def fail(program: str, message: Any, code: int = 2) -> typer.Exit:
-    """Say why, and give what is to be raised.
+    """Print the error and return the exception that ends the command.
 
     Args:
         program (`str`): name of the command.

@@ -1,4 +1,4 @@
-"""Options that several commands of `pdlm` share, and what they make of them."""
+"""Options that several commands of `pdlm` share, and functions that apply them."""
 
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ RELEASED, RELEASED_BASE = "MSALab/PerceptionDLM", "MSALab/PerceptionDLM-Base"  #
 
 
 def embedded_note(released: str = RELEASED) -> str:
-    """Says that the embedded checkpoint is of no use on photographs, and which one is."""
+    """The note that the embedded checkpoint knows drawn shapes only, with the name of the released checkpoint."""
     return (
         "no --model, so this is the embedded checkpoint, which knows drawn shapes only; for photographs: "
         f"--model {released}"
@@ -83,7 +83,7 @@ def load_captioner(model: str | None, fast: bool = False) -> Any:
 def caption_client(
     url: str, model: str | None, key_env: str | None, concurrency: int, settings: dict[str, Any]
 ) -> Any:
-    """A client of a server of ours. Raises: ServerError: it cannot be reached, or has no such model."""
+    """A client of the region route. Raises: ServerError: the server cannot be reached, or has no such model."""
     from ..client.captions import CaptionClient
     from ..client.server import key_in
 

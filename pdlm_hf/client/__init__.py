@@ -1,4 +1,4 @@
-"""Clients: for OpenAI-compatible servers, and for the region route of ours."""
+"""Clients: for OpenAI-compatible servers, and for the region route of pdlm_vllm."""
 
 import lazy_loader
 

@@ -16,7 +16,7 @@ class Reply:
     """The outcome of a request.
 
     Args:
-        text (`str`, *optional*): the reply, possibly empty; None if the request failed for good.
+        text (`str`, *optional*): the reply, possibly empty; None if the request failed after all retries.
         error (`str`, *optional*): why the request failed.
         cached (`bool`): the reply comes from the cache.
         usage (`dict`): the server's `usage`.

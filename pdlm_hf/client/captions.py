@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from PIL import ExifTags, Image
 
+from ..captions_pdlm import RegionCaption
 from ..errors_pdlm import ServerError
 from ..regions.crops import png_url
 from ..regions.region import Region, probe_image
@@ -118,6 +119,11 @@ def _send(connection: Any, body: dict[str, Any]) -> Reply:
     if not complete:
         raise NoReplyError(f"the server's answer is not one caption for each region: {str(data)[:80]!r}.")
     return Reply(json.dumps(rows), usage=data.get("usage") or {})
+
+
+def caption_of(row: dict[str, Any]) -> RegionCaption:
+    """Make a caption of a row of the server's answer."""
+    return RegionCaption(row["caption"], row["score"], truncated=row.get("truncated") is True)
 
 
 def request_of(url: str, regions: list[Region]) -> dict[str, Any]:

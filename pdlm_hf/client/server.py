@@ -330,7 +330,7 @@ def shorten(text: str, length: int = 80) -> str:
 
 
 def _retry_after(error: Exception) -> float | None:
-    """Seconds that the server asks to wait, if it says so in a number."""
+    """Seconds that the server asks to wait, if its header holds a number."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     try:
         return max(0.0, float(headers["retry-after"]))

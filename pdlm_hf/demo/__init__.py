@@ -1,4 +1,4 @@
-"""`pdlm demo`: a web page on which people mark regions of an image and watch their captions emerge."""
+"""`pdlm demo`: a web page on which users mark regions of an image and watch their captions emerge."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""What writes the captions of the page: the model in this process, or a server; and how to follow it live."""
+"""Backends that write the captions of the page: the model in this process, or a server."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..captioning.captioner import MODES, RegionCaptioner
 from ..captioning.streaming import RegionStreamer
-from ..client.captions import CaptionClient, request_of
+from ..client.captions import CaptionClient, caption_of, request_of
 from ..errors_pdlm import ServerError, SettingError
 from ..processing_pdlm import RegionCaption
 from ..regions.crops import png_url
@@ -20,12 +20,12 @@ from ..regions.region import Region, probe_image
 
 @dataclass
 class Draft:
-    """How far the captions are.
+    """The captions after a denoising step.
 
     Args:
-        step (`int`): from 1.
-        texts (`list[str]`): of every region.
-        seconds (`float`): since the start.
+        step (`int`): number of the step, from 1.
+        texts (`list[str]`): one draft per region.
+        seconds (`float`): time since the start.
     """
 
     step: int
@@ -35,12 +35,12 @@ class Draft:
 
 @dataclass
 class Written:
-    """The end of it.
+    """The finished captions.
 
     Args:
         captions (`list[RegionCaption]`): in the order of the regions.
-        forwards (`int`, *optional*): passes of the model, where known.
-        seconds (`float`): from the start to here.
+        forwards (`int`, *optional*): forward passes of the model, if known.
+        seconds (`float`): time since the start.
     """
 
     captions: list[RegionCaption]
@@ -49,12 +49,12 @@ class Written:
 
 
 class Backend(Protocol):
-    """Writes captions, one image at a time or several.
+    """Writes captions.
 
     Args:
-        name (`str`): of the model.
-        modes (`tuple[str, ...]`): speed modes it has, see [`settings_of`].
-        at_a_time (`int`): images.
+        name (`str`): name of the model.
+        modes (`tuple[str, ...]`): the speed modes it supports, see [`settings_of`].
+        at_a_time (`int`): images that it captions at the same time.
     """
 
     name: str
@@ -64,17 +64,17 @@ class Backend(Protocol):
     def write(
         self, image: Image.Image, regions: list[Region], settings: dict, on_step: Callable[[int, list[str]], None]
     ) -> tuple[list[RegionCaption], int | None]:
-        """Captions of the regions and the passes they took; calls `on_step` with every draft."""
+        """Return the captions of the regions and the number of forward passes; call `on_step` with every draft."""
 
 
 def settings_of(mode: str, steps: int, threshold: float) -> dict[str, Any]:
-    """Settings of `generate` for the page's controls.
+    """Translate the page's controls into settings of `generate`.
 
     Args:
-        mode (`str`): "adaptive" commits what is more probable than the threshold, "fast" what tells little about the
-            rest, "fixed" as many tokens at every step.
-        steps (`int`): denoising steps at most.
-        threshold (`float`): between 0 and 1.
+        mode (`str`): "adaptive" accepts tokens above the threshold, "fast" tokens of a small joint entropy, "fixed"
+            the same number of tokens at every step.
+        steps (`int`): largest number of denoising steps.
+        threshold (`float`): probability between 0 and 1.
 
     Raises:
         SettingError: no such mode.
@@ -90,15 +90,15 @@ def settings_of(mode: str, steps: int, threshold: float) -> dict[str, Any]:
 
 
 class LocalBackend:
-    """The model in this process; one image at a time.
+    """The model in this process; it captions one image at a time.
 
     Args:
-        captioner ([`~pdlm_hf.captioning.RegionCaptioner`])
-        name (`str`): of its checkpoint.
-        max_new_tokens (`int`): slots per caption.
+        captioner ([`~pdlm_hf.captioning.RegionCaptioner`]): the model.
+        name (`str`): name of its checkpoint.
+        max_new_tokens (`int`): token positions per caption.
 
     Raises:
-        SettingError: it cannot be used; found out on a small grey image.
+        SettingError: the model cannot write captions; it is tried on a small grey image.
     """
 
     modes = ("adaptive", "fast", "fixed")
@@ -121,14 +121,14 @@ class LocalBackend:
 
 
 class ServerBackend:
-    """A server of ours.
+    """A vLLM server with the region route.
 
     Args:
-        server ([`~server.CaptionClient`])
-        max_new_tokens (`int`): slots per caption.
+        server ([`~pdlm_hf.client.CaptionClient`]): client of the server.
+        max_new_tokens (`int`): token positions per caption.
 
     Raises:
-        ServerError: it writes no captions; found out on a small grey image.
+        ServerError: the server writes no captions; it is tried on a small grey image.
     """
 
     modes = ("adaptive", "fixed")
@@ -145,7 +145,7 @@ class ServerBackend:
         usage: dict[str, Any] = {}
         try:
             for step, event in enumerate(self.server.stream(request), 1):
-                found |= {row["id"]: RegionCaption(row["caption"], row["score"]) for row in event["regions"]}
+                found |= {row["id"]: caption_of(row) for row in event["regions"]}
                 usage = event.get("usage") or usage
                 if not usage:
                     on_step(step, [found[k].text if k in found else "" for k in range(len(regions))])
@@ -158,20 +158,20 @@ class ServerBackend:
 
 
 class _StoppedError(Exception):
-    """Nobody follows any more."""
+    """The consumer stopped reading."""
 
 
-def follow(writer: Backend, image: Image.Image, regions: list[Region], settings: dict) -> Iterator[Draft | Written]:
-    """Captions while they are written: drafts, at last [`Written`]. Who stops to ask for more stops the writing.
+def follow(backend: Backend, image: Image.Image, regions: list[Region], settings: dict) -> Iterator[Draft | Written]:
+    """Yield the drafts of the captions, and at the end [`Written`]. Closing the generator stops the backend.
 
     Args:
-        writer (`Backend`)
+        backend (`Backend`): writes the captions.
         image (`PIL.Image.Image`): RGB.
-        regions (`list[Region]`): of the image.
+        regions (`list[Region]`): regions of the image.
         settings (`dict`): see [`settings_of`].
 
     Raises:
-        what the writer raises.
+        Exception: any error of the backend.
     """
     news: SimpleQueue = SimpleQueue()
     stopped = threading.Event()
@@ -180,12 +180,12 @@ def follow(writer: Backend, image: Image.Image, regions: list[Region], settings:
     def on_step(step: int, texts: list[str]) -> None:
         if stopped.is_set():
             raise _StoppedError
-        whole = texts + [""] * (len(regions) - len(texts))  # of passes that come later
+        whole = texts + [""] * (len(regions) - len(texts))  # the regions of later passes have no draft yet
         news.put(Draft(step, whole, time.perf_counter() - start))
 
     def work() -> None:
         try:
-            captions, forwards = writer.write(image, regions, settings, on_step)
+            captions, forwards = backend.write(image, regions, settings, on_step)
             news.put(Written(captions, forwards, time.perf_counter() - start))
         except _StoppedError:
             pass

@@ -1,4 +1,4 @@
-"""What the page takes from the people who use it: files of limited size and number, and requests to its own routes."""
+"""Limits of the page: size and number of uploads, and the routes that are open."""
 
 import base64
 import binascii
@@ -14,21 +14,21 @@ from ..client.captions import MAX_REGIONS
 from ..errors_pdlm import ImageError
 from ..regions.images import open_image
 
-MAX_BYTES = 20 * 2**20  # of the files of one upload together
+MAX_BYTES = 20 * 2**20  # all files of one upload
 MAX_PIXELS = 25_000_000
-MAX_MASK_PIXELS = 2**28  # of the masks of an image together
+MAX_MASK_PIXELS = 2**28  # all masks of an image
 MAX_FILES = MAX_REGIONS
-SESSIONS = 32  # people whose images are kept at a time; then the one who did nothing for longest is forgotten
+SESSIONS = 32  # users whose images are kept; the least recently active is dropped first
 IDLE = 3600  # seconds
 _MAX_BODY = MAX_BYTES * 4 // 3 + 2**20  # files travel as base64 inside of JSON
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others: some start programs to be opened
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others: Pillow opens some formats with external programs
 
-# The page's whole surface. Uploads travel in events and stay in memory, so that gradio's routes for files are closed:
-# the one that fetches addresses for others too.
+# All routes of the page. Uploads travel in events and stay in memory, so gradio's file routes are closed, also the one
+# that fetches URLs.
 _ROUTES = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"}
 _FOLDERS = ("/assets/", "/static/", "/svelte/")
 _EVENTS = {"queue", "heartbeat", "startup-events", "info", "app_id", "reset", "cancel", "theme.css"}
-# Nothing from elsewhere. gradio evaluates scripts of components, hence 'unsafe-eval'.
+# Nothing is loaded from other hosts. gradio evaluates scripts of components, hence 'unsafe-eval'.
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; frame-ancestors 'self'"
@@ -36,13 +36,13 @@ _POLICY = (
 
 
 def read_uploads(items: Any) -> list[tuple[str, bytes]]:
-    """Names and contents of uploaded files.
+    """Decode uploaded files.
 
     Args:
-        items: what the page sent: `[{"name", "data": base64}, ...]`.
+        items: the data that the page sent: `[{"name", "data": base64}, ...]`.
 
     Raises:
-        ImageError: too many, too large, or something else.
+        ImageError: there are too many files, they are too large, or the data is damaged.
     """
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise ImageError("The upload cannot be read; reload the page.")
@@ -60,15 +60,15 @@ def read_uploads(items: Any) -> list[tuple[str, bytes]]:
 
 
 def open_upload(name: str, data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
-    """An uploaded image in its own mode, turned the way it is meant to be seen; looked at before it is decoded.
+    """Open an uploaded image in its own mode, with its EXIF orientation applied; its size is checked before decoding.
 
     Args:
-        name (`str`): for messages.
-        data (`bytes`): of the file.
-        size (`tuple[int, int]`, *optional*): width and height it must have, of a mask.
+        name (`str`): name of the file, for messages.
+        data (`bytes`): content of the file.
+        size (`tuple[int, int]`, *optional*): the width and height that a mask must have.
 
     Raises:
-        ImageError: no image, cut short, too large, or of another size.
+        ImageError: the file is no image, is cut short, is too large, or has another size.
     """
 
     def check(image: Image.Image) -> None:
@@ -82,19 +82,19 @@ def open_upload(name: str, data: bytes, size: tuple[int, int] | None = None) -> 
 
 
 class Guard:
-    """ASGI middleware: closes the routes that the page does not need, bounds what is sent to the others, and tells
-    browsers to load nothing from elsewhere.
+    """ASGI middleware that closes the routes the page does not need, limits request bodies, and sets a
+    Content-Security-Policy.
 
     Args:
-        app: what is guarded.
-        most (`int`): bytes of a request's body.
+        app: the guarded application.
+        most (`int`): largest request body in bytes.
     """
 
     def __init__(self, app: ASGIApp, most: int = _MAX_BODY):
         self.app, self.most = app, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A request, as ASGI has it."""
+        """Handle a request."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http" or not is_open(scope["path"]):
@@ -108,7 +108,7 @@ class Guard:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.most:  # sent without its length
+            if received > self.most:  # sent without a length
                 raise _TooLargeError
             return message
 
@@ -116,7 +116,7 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                if received > self.most:  # frameworks answer by themselves when reading fails
+                if received > self.most:  # the framework has answered the failed read itself
                     message["status"] = 413
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
                 message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
@@ -129,7 +129,7 @@ class Guard:
                 await self._refuse(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # closed, or the rest of it would be waited for
+        # closed, otherwise the server waits for the rest of the body
         answer = PlainTextResponse(f"At most {self.most} bytes.", 413, {"connection": "close"})
         await answer(scope, receive, send)
 
@@ -139,7 +139,7 @@ class _TooLargeError(Exception):
 
 
 def is_open(path: str) -> bool:
-    """Whether a route is one the page needs."""
+    """Whether the page needs a route."""
     if path.startswith("/gradio_api/"):
         return path.split("/")[2] in _EVENTS
     return path in _ROUTES or path.startswith(_FOLDERS)

@@ -225,7 +225,7 @@ watch("captions", () => {
   out(".replay").style.display = end && news.drafts.length ? "flex" : "none";
   element.dataset.step = end ? "end" : news.step;
   if (end) {
-    const passes = news.passes === null ? "" : ` in ${news.passes} pass${news.passes === 1 ? "" : "es"}`;
+    const passes = news.passes === null ? "" : ` in ${news.passes} forward pass${news.passes === 1 ? "" : "es"}`;
     status(`${count} caption${count === 1 ? "" : "s"}${passes}, ${news.seconds.toFixed(2)} s`);
     replay(news.drafts.length);
   } else {

@@ -1,4 +1,4 @@
-"""The page itself, and its server."""
+"""The demo page, its event handlers and its server."""
 
 import base64
 import html
@@ -36,7 +36,7 @@ _TITLE = "PerceptionDLM"
 
 
 def show_errors(handler: Callable) -> Callable:
-    """Decorator of a handler: what its user can do something about is shown on the page, in one line."""
+    """Decorate a handler so that errors a user can mend are shown on the page, in one line."""
 
     @wraps(handler)
     def wrapped(*args: Any) -> Any:
@@ -51,7 +51,7 @@ def show_errors(handler: Callable) -> Callable:
 
 
 def show_errors_live(handler: Callable) -> Callable:
-    """As [`show_errors`], for a generator."""
+    """Like [`show_errors`], for a generator."""
 
     @wraps(handler)
     def wrapped(*args: Any) -> Iterator[Any]:
@@ -68,69 +68,69 @@ def show_errors_live(handler: Callable) -> Callable:
 
 @cache
 def example(number: int) -> tuple[Any, list[np.ndarray]]:
-    """A drawn image (PIL, RGB) the embedded checkpoint can describe, and its masks."""
+    """Draw an image (PIL, RGB) that the embedded checkpoint can describe; return it with its masks."""
     drawn = draw_scene(np.random.default_rng(_EXAMPLES[number]))
     return drawn.image, drawn.masks
 
 
 class Handlers:
-    """What the page's events do. Everything of a person is in their [`~sheet.Session`], which is changed in place.
+    """Handlers of the page's events. The state of a user is their [`~session.Session`], which is changed in place.
 
     Args:
-        writer ([`~writing.Backend`])
-        segmenter ([`~sam.Segmenter`], *optional*): for clicks.
+        backend ([`~backend.Backend`]): writes the captions.
+        segmenter ([`~pdlm_hf.regions.Segmenter`], *optional*): turns a click into a region.
     """
 
-    def __init__(self, writer: Backend, segmenter: Any = None):
-        self.writer, self.segmenter = writer, segmenter
+    def __init__(self, backend: Backend, segmenter: Any = None):
+        self.backend, self.segmenter = backend, segmenter
 
-    def act(self, sheet: Session, event: gr.EventData) -> tuple[Session, Any, str]:
-        """An image, masks, a mark, undo, clear, or an example, as the page's script says; empties the comparison."""
-        with sheet.lock:
-            self._act(sheet, event._data if isinstance(event._data, dict) else {})
-            # the sheet goes back so that gradio knows when it was used last; what was of the old one is forgotten
-            return sheet, gr.update(value=sheet.view(), captions=None, file=None), ""
+    def act(self, session: Session, event: gr.EventData) -> tuple[Session, Any, str]:
+        """Handle an action of the page's script: an image, masks, a mark, undo, clear, delete, or an example."""
+        with session.lock:
+            self._act(session, event._data if isinstance(event._data, dict) else {})
+            # the session is returned so that gradio knows when it was last used; the comparison is cleared
+            return session, gr.update(value=session.view(), captions=None, file=None), ""
 
-    def _act(self, sheet: Session, what: dict[str, Any]) -> None:
+    def _act(self, session: Session, what: dict[str, Any]) -> None:
         kind = what.get("kind")
         if kind == "image":
-            sheet.open(*read_uploads([what])[0])
+            session.open(*read_uploads([what])[0])
         elif kind == "masks":
-            sheet.load_masks(read_uploads(what.get("files")))
+            session.load_masks(read_uploads(what.get("files")))
         elif kind == "example" and what.get("number") in range(len(_EXAMPLES)):
             image, masks = example(what["number"])
-            sheet.start(image, f"example_{what['number'] + 1}.png", masks)
+            session.start(image, f"example_{what['number'] + 1}.png", masks)
         elif kind in ("undo", "clear"):
-            getattr(sheet, kind)()
+            getattr(session, kind)()
         elif kind == "delete":
-            sheet.delete(what.get("id"))
+            session.delete(what.get("id"))
         else:
-            sheet.mark(what, self.segmenter)
+            session.mark(what, self.segmenter)
 
-    def describe(self, sheet: Session, mode: str, steps: int, threshold: float) -> Iterator[tuple[Session, Any]]:
-        """All regions together, live."""
-        with sheet.lock:
-            image, regions, version = sheet.current_image(), sheet.parsed(), sheet.version
+    def describe(self, session: Session, mode: str, steps: int, threshold: float) -> Iterator[tuple[Session, Any]]:
+        """Caption all regions together and stream the drafts."""
+        with session.lock:
+            image, regions, version = session.current_image(), session.parsed(), session.version
         drafts: list[list[str]] = []
-        for news in follow(self.writer, image, regions, settings_of(mode, steps, threshold)):
+        for news in follow(self.backend, image, regions, settings_of(mode, steps, threshold)):
             if isinstance(news, Draft):
                 drafts.append(news.texts)
-                yield sheet, gr.update(captions={"version": version, "texts": news.texts, "step": news.step})
+                yield session, gr.update(captions={"version": version, "texts": news.texts, "step": news.step})
                 continue
-            with sheet.lock:
-                if sheet.version == version:  # nothing else was marked meanwhile
-                    sheet.captions = news.captions
+            with session.lock:
+                if session.version == version:  # nothing else was marked meanwhile
+                    session.captions = news.captions
             texts = [caption.text for caption in news.captions]
             end = {"version": version, "texts": texts, "scores": [c.score for c in news.captions], "drafts": drafts}
-            yield sheet, gr.update(captions=end | {"passes": news.forwards, "seconds": news.seconds})
+            yield session, gr.update(captions=end | {"passes": news.forwards, "seconds": news.seconds})
 
-    def compare(self, sheet: Session, mode: str, steps: int, threshold: float) -> Iterator[str]:
-        """All regions together, then each one alone; ends, and leaves nothing, once image or regions change."""
-        with sheet.lock:
-            image, regions, version = sheet.current_image(), sheet.parsed(), sheet.version
+    def compare(self, session: Session, mode: str, steps: int, threshold: float) -> Iterator[str]:
+        """Caption all regions together, then each one alone; stop once image or regions change."""
+        with session.lock:
+            image, regions, version = session.current_image(), session.parsed(), session.version
         with closing(self._compare(image, regions, settings_of(mode, steps, threshold))) as lanes:
             for shown in lanes:
-                if sheet.version != version:
+                if session.version != version:
                     yield ""
                     return
                 yield shown
@@ -140,7 +140,7 @@ class Handlers:
     ) -> Generator[str, None, None]:
         together = Lane("All regions together", [""] * len(regions))
         alone = Lane("One region at a time", [""] * len(regions))
-        for news in follow(self.writer, image, regions, settings):
+        for news in follow(self.backend, image, regions, settings):
             together.seconds = news.seconds
             if isinstance(news, Draft):
                 together.texts = news.texts
@@ -150,7 +150,7 @@ class Handlers:
             yield compare_html(together, alone)
         for k, region in enumerate(regions):
             before = sum(alone.times)
-            for news in follow(self.writer, image, [region], settings):
+            for news in follow(self.backend, image, [region], settings):
                 alone.seconds = before + news.seconds
                 if isinstance(news, Draft):
                     alone.texts[k] = news.texts[0]
@@ -162,43 +162,43 @@ class Handlers:
                     alone.done = k + 1 == len(regions)
                 yield compare_html(together, alone)
 
-    def export_coco(self, sheet: Session) -> Any:
-        """The COCO file, for the page's script to hand over."""
-        with sheet.lock:
-            return _file(f"{_stem(sheet)}_captions.json", "application/json", sheet.coco())
+    def export_coco(self, session: Session) -> Any:
+        """Return the COCO file; the page's script downloads it."""
+        with session.lock:
+            return _file(f"{_stem(session)}_captions.json", "application/json", session.coco())
 
-    def export_image(self, sheet: Session) -> Any:
-        """The image with its captions."""
-        with sheet.lock:
-            return _file(f"{_stem(sheet)}_captions.png", "image/png", sheet.drawing())
+    def export_image(self, session: Session) -> Any:
+        """Return a PNG of the image with its captions."""
+        with session.lock:
+            return _file(f"{_stem(session)}_captions.png", "image/png", session.drawing())
 
 
-def _stem(sheet: Session) -> str:
-    return Path(sheet.name).stem or "image"
+def _stem(session: Session) -> str:
+    return Path(session.name).stem or "image"
 
 
 def _file(name: str, kind: str, data: bytes) -> Any:
-    again = secrets.token_hex(4)  # the script is told of changes only, and who presses twice wants two files
+    again = secrets.token_hex(4)  # gradio sends changes only, and a second press must download a second file
     return gr.update(file={"name": name, "kind": kind, "data": base64.b64encode(data).decode(), "again": again})
 
 
 def build_page(
-    writer: Backend, segmenter: Any = None, threshold: float | None = 0.8, note: str | None = None
+    backend: Backend, segmenter: Any = None, threshold: float | None = 0.8, note: str | None = None
 ) -> gr.Blocks:
-    """The page as gradio has it.
+    """Build the page.
 
     Args:
-        writer ([`~writing.Backend`])
-        segmenter ([`~sam.Segmenter`], *optional*): for clicks.
-        threshold (`float`, *optional*): the checkpoint's own; None: it decodes by a fixed schedule.
+        backend ([`~backend.Backend`]): writes the captions.
+        segmenter ([`~pdlm_hf.regions.Segmenter`], *optional*): turns a click into a region; None: no tool for clicks.
+        threshold (`float`, *optional*): acceptance threshold of the checkpoint; None: it decodes by a fixed schedule.
         note (`str`, *optional*): text above the upload.
     """
-    does = Handlers(writer, segmenter)
+    handlers = Handlers(backend, segmenter)
     images = [
         draw_regions(image, parse_regions(masks, *image.size)) for image, masks in map(example, range(len(_EXAMPLES)))
     ]
     with gr.Blocks(title=_TITLE, analytics_enabled=False, fill_width=True) as page:
-        sheet = gr.State(Session(), time_to_live=IDLE)
+        session = gr.State(Session(), time_to_live=IDLE)
         gr.HTML(
             f"<h1>{_TITLE}</h1><p>Mark regions of an image. One press describes all of them together.</p>",
             elem_id="head",
@@ -229,49 +229,49 @@ def build_page(
                     coco = gr.Button("Save as COCO json", size="sm", elem_id="save-coco")
                     save = gr.Button("Save as image", size="sm", elem_id="save-image")
                 with gr.Accordion("Speed", open=True):
-                    controls = _controls(writer, threshold)
+                    controls = _controls(backend, threshold)
         with gr.Row():
             race = gr.Button("Compare with one region at a time", elem_id="compare-button")
         lanes = gr.HTML(elem_id="compare", apply_default_css=False)
         quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        slow: dict[str, Any] = {"concurrency_limit": writer.at_a_time, "concurrency_id": "writer"}
-        slow |= {"show_progress": "minimal", "api_visibility": "private"}  # the place in the line, for who waits
-        board.act(show_errors(does.act), sheet, [sheet, board, lanes], trigger_mode="multiple", **quick)
-        told = show_errors_live(does.describe)
-        writing = press.click(told, [sheet, *controls], [sheet, board], show_progress_on=said, **slow)
+        slow: dict[str, Any] = {"concurrency_limit": backend.at_a_time, "concurrency_id": "backend"}
+        slow |= {"show_progress": "minimal", "api_visibility": "private"}  # shows the position in the queue
+        board.act(show_errors(handlers.act), session, [session, board, lanes], trigger_mode="multiple", **quick)
+        told = show_errors_live(handlers.describe)
+        writing = press.click(told, [session, *controls], [session, board], show_progress_on=said, **slow)
         writing.failure(None, js="() => window.dispatchEvent(new Event('pdlm-failed'))")
-        race.click(show_errors_live(does.compare), [sheet, *controls], lanes, **slow)
-        coco.click(show_errors(does.export_coco), sheet, board, **quick)
-        save.click(show_errors(does.export_image), sheet, board, **quick)
+        race.click(show_errors_live(handlers.compare), [session, *controls], lanes, **slow)
+        coco.click(show_errors(handlers.export_coco), session, board, **quick)
+        save.click(show_errors(handlers.export_image), session, board, **quick)
     return page.queue(default_concurrency_limit=4, max_size=64, api_open=False)
 
 
-def _controls(writer: Backend, threshold: float | None) -> list[Any]:
-    """Speed mode, steps and threshold, with what they were measured to do."""
+def _controls(backend: Backend, threshold: float | None) -> list[Any]:
+    """Speed mode, steps and threshold, beside the measured effect of each."""
     start = "fixed" if threshold is None else "adaptive"
     with gr.Row():
         with gr.Column(min_width=160):
-            mode = gr.Radio([(_MODES[mode], mode) for mode in writer.modes], value=start, label="Speed mode")
+            mode = gr.Radio([(_MODES[mode], mode) for mode in backend.modes], value=start, label="Speed mode")
             steps = gr.Slider(*_STEPS, 32, step=1, label="Steps at most")
             bound = gr.Slider(*_BOUND, threshold or 0.8, step=0.01, label="Threshold", visible=start == "adaptive")
         effect = gr.HTML(effect_html(start, 32, threshold or 0.8), elem_id="effect", apply_default_css=False)
     controls = [mode, steps, bound]
 
     def show(mode: Any, steps: Any, threshold: Any) -> tuple[Any, Any]:
-        if mode not in writer.modes or not all(isinstance(number, int | float) for number in (steps, threshold)):
-            return gr.skip(), gr.skip()  # an empty field, say
+        if mode not in backend.modes or not all(isinstance(number, int | float) for number in (steps, threshold)):
+            return gr.skip(), gr.skip()  # for example an empty field
         steps, threshold = np.clip(steps, *_STEPS), np.clip(threshold, *_BOUND)
         return gr.update(visible=mode == "adaptive"), effect_html(mode, steps, threshold)
 
     changes = [mode.change, steps.change, bound.change]
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    # Without gradio's own check: a number may be out of bounds while it is being typed, which is no fault.
+    # Without gradio's own check: a number may be out of bounds while it is being typed.
     gr.on(changes, show, controls, [bound, effect], preprocess=False, **quiet)
     return controls
 
 
 def page_app(page: gr.Blocks) -> FastAPI:
-    """The page as an application that can be served, with its limits."""
+    """Mount the page in an ASGI application with the limits of [`~limits.Guard`]."""
     page.state_session_capacity = SESSIONS
     app = FastAPI(middleware=[Middleware(Guard)], docs_url=None, redoc_url=None, openapi_url=None)
     return gr.mount_gradio_app(
@@ -295,7 +295,7 @@ def page_app(page: gr.Blocks) -> FastAPI:
 
 
 def page_server(page: gr.Blocks) -> uvicorn.Server:
-    """What serves the page; it says nothing, also not that people were still there when it ended."""
+    """Make the server of the page. It logs nothing, not even connections that were open when it stopped."""
     return uvicorn.Server(uvicorn.Config(page_app(page), log_level="critical", timeout_graceful_shutdown=1))
 
 
@@ -305,10 +305,10 @@ def serve(page: gr.Blocks, host: str, port: int, ready: Callable[[str], None]) -
     Args:
         page: see [`build_page`].
         host (`str`), port (`int`): to listen on; port 0 is any free one.
-        ready: called with the address once people can open it.
+        ready: called with the address once the page can be opened.
 
     Raises:
-        OSError: the address is taken, or not this machine's.
+        OSError: the address is in use, or is not one of this machine.
     """
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)

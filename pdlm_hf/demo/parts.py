@@ -1,4 +1,4 @@
-"""Two parts of the page: the measured effect of the settings, and the comparison of times."""
+"""Parts of the page: the table of measured settings, and the comparison of times."""
 
 import json
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ def _measured() -> dict[str, Any]:
 
 
 def measured_rows(mode: str) -> list[tuple[float, float, float]]:
-    """What a speed mode does on the embedded checkpoint, as measured.
+    """Return the measurements of a speed mode on the embedded checkpoint.
 
     Args:
         mode (`str`): see [`~backend.settings_of`].
@@ -44,7 +44,7 @@ def measured_rows(mode: str) -> list[tuple[float, float, float]]:
 
 
 def effect_html(mode: str, steps: int, threshold: float) -> str:
-    """A small table of the measurements of a mode; the row nearest to the chosen setting is marked.
+    """Render the measurements of a mode as a table; the row nearest to the chosen setting is marked.
 
     Args:
         mode (`str`), steps (`int`), threshold (`float`): see [`~backend.settings_of`].
@@ -64,14 +64,14 @@ def effect_html(mode: str, steps: int, threshold: float) -> str:
 
 @dataclass
 class Lane:
-    """One way to write the captions, and how far it is.
+    """One way to write the captions, and its progress.
 
     Args:
         title (`str`): heading.
         texts (`list[str]`): drafts or captions, one per region.
-        seconds (`float`): elapsed so far.
-        times (`list[float]`): seconds of each finished region, where they are written one at a time.
-        forwards (`int`, *optional*): forward passes of the model, where known.
+        seconds (`float`): elapsed time.
+        times (`list[float]`): seconds of each finished region, if they are written one at a time.
+        forwards (`int`, *optional*): forward passes of the model, if known.
         done (`bool`): all captions are complete.
     """
 
@@ -84,7 +84,7 @@ class Lane:
 
 
 def compare_html(together: Lane, alone: Lane) -> str:
-    """Two ways beside each other, with the time of each.
+    """Render two ways to write the captions side by side, with the time of each.
 
     Args:
         together (`Lane`): all regions together.

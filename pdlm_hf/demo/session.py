@@ -1,4 +1,4 @@
-"""One person's image, the regions marked on it, and their captions."""
+"""The state of one user: an image, the regions marked on it, and their captions."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..errors_pdlm import SettingError
+from ..errors_pdlm import ImageError, PdlmError, RegionError
 from ..image_processing_pdlm import to_rgb
 from ..processing_pdlm import RegionCaption, area_order
 from ..regions.crops import png_url
@@ -28,18 +28,18 @@ _UNDO = 50
 
 @dataclass
 class Session:
-    """What one person works on. Regions are kept as COCO annotations: masks of large images would fill the memory.
+    """The state of one user. Regions are kept as COCO annotations, because the masks of large images take much memory.
 
-    To be changed by one thread at a time, the one that holds its lock.
+    Only the thread that holds `lock` may change it.
 
     Args:
         image (`PIL.Image.Image`, *optional*): RGB.
-        name (`str`): of its file.
-        small (`PIL.Image.Image`, *optional*): as it is shown, where that is smaller; else the image.
-        regions (`list[dict]`): "id", "segmentation" (RLE), and "shown", the RLE at that size; "brushed" if more can be
-            painted to it.
-        captions (`list[RegionCaption]`, *optional*): of these regions.
-        version (`int`): another one whenever image or regions change.
+        name (`str`): name of its file.
+        small (`PIL.Image.Image`, *optional*): the image at the size of the page, if that is smaller; else the image.
+        regions (`list[dict]`): "id", "segmentation" (RLE), and "shown", the RLE at that size; "brushed" if it was
+            painted, so that a stroke can extend it.
+        captions (`list[RegionCaption]`, *optional*): captions of these regions.
+        version (`int`): number that grows whenever image or regions change.
     """
 
     image: Image.Image | None = None
@@ -51,34 +51,35 @@ class Session:
     past: list[list[dict[str, Any]]] = field(default_factory=list, repr=False)
 
     def __post_init__(self):
-        self.lock = RLock()  # no field: gradio writes out the fields of what a session begins with
+        self.lock = RLock()  # not a field: gradio serializes the fields of the initial state
 
     def __deepcopy__(self, memo: dict) -> "Session":
-        """gradio begins every session with a copy of the first sheet, which is empty."""
+        """Return an empty session: gradio copies the initial state for every user."""
         return Session()
 
     def open(self, name: str, data: bytes) -> None:
-        """Begin with an uploaded image. Raises: SettingError, and the sheet stays as it was."""
+        """Begin with an uploaded image. Raises: ImageError, and the session is unchanged."""
         self.start(to_rgb(open_upload(name, data), name), name)
 
     def start(self, image: Image.Image, name: str, masks: Any = ()) -> None:
-        """Begin with an image (RGB), and masks on it."""
+        """Begin with an image (RGB) and masks."""
         regions = [Region(k, mask) for k, mask in enumerate(masks, 1)]
         self.image, self.name, self.past = image, name, []
         self.small = image.resize(_shown_size(image)) if max(image.size) > _SHOWN else image
         self._set([self._row(region, region.id) for region in regions])
 
     def mark(self, gesture: dict[str, Any], segmenter: Any = None) -> None:
-        """Make a region the way a person shows it; places are in fractions of the image's width and height.
+        """Add a region that a user marked; coordinates are fractions of the image's width and height.
 
         Args:
             gesture: `{"kind": "box", "box": [x0, y0, x1, y1]}`; `{"kind": "brush", "points": [[x, y], ...], "radius":
-                fraction of the width}`, which grows the painted region it starts in, if any; or `{"kind": "click",
+                fraction of the width}`, which extends the painted region it starts in, if any; or `{"kind": "click",
                 "point": [x, y]}`.
-            segmenter ([`~sam.Segmenter`], *optional*): finds what was clicked.
+            segmenter ([`~pdlm_hf.regions.Segmenter`], *optional*): turns a click into a region.
 
         Raises:
-            SettingError: something else, an empty region, or too many.
+            ImageError: there is no image yet.
+            RegionError: the gesture cannot be read, its region is empty, or there are too many regions.
         """
         image = self.current_image()
         width, height = image.size
@@ -92,17 +93,17 @@ class Session:
             x, y = _pixel(_numbers(gesture.get("point"), (2,)), width, height)
             self._add([Region(None, segmenter.mask(image, x, y))])
         else:
-            raise SettingError("Mark a region with a box or the brush.")
+            raise RegionError("Mark a region with a box or the brush.")
 
     def load_masks(self, files: list[tuple[str, bytes]]) -> None:
         """Add regions from files: a label map, several masks (white inside), or a file of regions as
-        [`~readers.read_region_file`] reads them.
+        [`~pdlm_hf.regions.read_region_file`] reads them.
 
         Args:
             files: names and contents.
 
         Raises:
-            SettingError: a file cannot be used; nothing is added then.
+            PdlmError: a file cannot be used; then no region is added.
         """
         size = self.current_image().size
         found: list[Region] = []
@@ -114,7 +115,7 @@ class Session:
                 if image.mode == "P":  # numbers of a palette are labels
                     image = Image.fromarray(np.asarray(image))
                 if len(files) == 1 and image.getcolors(MAX_REGIONS + 1) is None:  # each would be a mask
-                    raise SettingError(
+                    raise RegionError(
                         f"{name}: more than {MAX_REGIONS} values; expected a label map, or several masks."
                     )
                 values = from_label_map(image) if len(files) == 1 else [image]
@@ -123,42 +124,42 @@ class Session:
         self._add(found)
 
     def undo(self) -> None:
-        """Take the last change of the regions back."""
+        """Undo the last change of the regions."""
         if self.past:
             self._set(self.past.pop())
 
     def delete(self, own: Any) -> None:
-        """Take one region away, by its id."""
+        """Delete the region with an id."""
         rest = [row for row in self.regions if row["id"] != own]
-        if len(rest) < len(self.regions):  # else it is gone already
+        if len(rest) < len(self.regions):  # else it was deleted before
             self._change(rest)
 
     def clear(self) -> None:
-        """Take all regions away."""
+        """Delete all regions."""
         self._change([])
 
     def current_image(self) -> Image.Image:
-        """The image. Raises: SettingError if there is none."""
+        """Return the image. Raises: ImageError if there is none."""
         if self.image is None:
-            raise SettingError("Drop an image first, or take one of the examples.")
+            raise ImageError("Drop an image first, or take one of the examples.")
         return self.image
 
     def parsed(self) -> list[Region]:
-        """The regions with their masks. Raises: SettingError if there are none."""
+        """Return the regions with their masks. Raises: RegionError if there are none."""
         image = self.current_image()
         if not self.regions:
-            raise SettingError("Mark a region first: drag a box on the image.")
+            raise RegionError("Mark a region first: drag a box on the image.")
         return parse_regions(self.regions, *image.size)
 
     def view(self) -> dict[str, Any] | None:
-        """What the page shows: the image with its regions, and an image that tells which region a pixel is of."""
+        """Return the data of the page: the image with its regions drawn, and a label map for the pointer."""
         if self.image is None or self.small is None:
             return None
         shown = [{"id": row["id"], "segmentation": row["shown"]} for row in self.regions]
         regions = parse_regions(shown, *self.small.size) if shown else []
         size = _shown_size(self.image)
         labels = np.zeros(size[::-1], np.uint8)
-        for k in area_order([region.mask for region in regions]):  # small ones lie on large ones, as they are drawn
+        for k in area_order([region.mask for region in regions]):  # small above large, as they are drawn
             mask = Image.fromarray(regions[k].mask).resize(size, Image.Resampling.NEAREST)
             labels[np.asarray(mask)] = k + 1
         boxes = [np.divide(region.bbox, [*self.small.size, *self.small.size]).tolist() for region in regions]
@@ -175,7 +176,7 @@ class Session:
         }
 
     def coco(self) -> bytes:
-        """A COCO file of the image, with `caption` and `score` on each annotation. Raises: SettingError."""
+        """Make a COCO file with `caption` and `score` on each annotation. Raises: RegionError without captions."""
         rows = []
         for region, caption in zip(self.parsed(), self._captions(), strict=True):
             place = {"id": region.id, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": int(region.mask.sum())}
@@ -187,20 +188,18 @@ class Session:
         return json.dumps(data, indent=1).encode()
 
     def drawing(self) -> bytes:
-        """A PNG of the image with numbered regions and their captions. Raises: SettingError."""
+        """Draw the numbered regions and their captions as PNG. Raises: RegionError if there are no captions."""
         buffer = io.BytesIO()
         draw_captions(self.current_image(), self.parsed(), self._captions()).save(buffer, format="PNG")
         return buffer.getvalue()
 
-    # ---------------------------------------------------------------- within
-
     def _captions(self) -> list[RegionCaption]:
         if self.captions is None:
-            raise SettingError("There are no captions of these regions yet; press Describe.")
+            raise RegionError("There are no captions of these regions yet; press Describe.")
         return self.captions
 
     def _add(self, regions: list[Region]) -> None:
-        """Keep regions, under their own ids as far as these are numbers of nobody else."""
+        """Add regions. An id that is no integer, or is in use, is replaced by a new one."""
         self._check(len(self.regions) + len(regions))
         taken = {region["id"] for region in self.regions}
         rows = []
@@ -212,7 +211,7 @@ class Session:
         self._change(self.regions + rows)
 
     def _row(self, region: Region, own: int, **more: Any) -> dict[str, Any]:
-        """What is kept of a region."""
+        """The stored form of a region."""
         whole = shown = region.segmentation
         if self.small is not None and self.small is not self.image:
             shown = Region(own, _shrunk(region.mask, self.small.size)).segmentation
@@ -232,7 +231,7 @@ class Session:
         width, height = self.current_image().size
         most = min(MAX_REGIONS, MAX_MASK_PIXELS // (width * height))
         if count > most:
-            raise SettingError(f"{count} regions; at most {most} on an image of {width} x {height} pixels.")
+            raise RegionError(f"{count} regions; at most {most} on an image of {width} x {height} pixels.")
 
     def _change(self, regions: list[dict[str, Any]]) -> None:
         self.past = [*self.past, self.regions][-_UNDO:]
@@ -243,30 +242,30 @@ class Session:
 
 
 def _shown_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height on the page."""
+    """Width and height of the image on the page."""
     factor = _SHOWN / max(image.size)
     return max(1, round(image.width * factor)), max(1, round(image.height * factor))
 
 
 def _shrunk(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask at another size; what would vanish keeps a pixel."""
+    """Resize a mask; a region that would vanish keeps a pixel."""
     shares = np.asarray(Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BOX))
     return shares >= min(128, shares.max())
 
 
 def _read_regions(name: str, data: bytes, image_name: str, size: tuple[int, int]) -> list[Any]:
-    """Regions of a file; it lies on disk for as long as it is read."""
+    """Read regions from the content of a file, which is written to a temporary folder for the reader."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"regions{PurePath(name).suffix.lower()}"
         path.write_bytes(data)
         try:
             return read_region_file(path, image_name, *size)
-        except ValueError as error:
-            raise SettingError(str(error).replace(str(path), name)) from None
+        except PdlmError as error:
+            raise RegionError(str(error).replace(str(path), name)) from None
 
 
 def _numbers(values: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Fractions of an image, within 0 to 1. Raises: SettingError for anything else."""
+    """Parse fractions of an image, clipped to 0 to 1. Raises: RegionError for anything else."""
     array: np.ndarray | None = None
     try:
         given = np.asarray(values, dtype=float)
@@ -275,12 +274,12 @@ def _numbers(values: Any, shape: tuple[int, ...]) -> np.ndarray:
     except (TypeError, ValueError):
         pass
     if array is None or not array.size or not np.isfinite(array).all():
-        raise SettingError("This mark cannot be read; try again, with a shorter stroke.")
+        raise RegionError("This mark cannot be read; try again, with a shorter stroke.")
     return array.clip(0, 1)
 
 
 def _pixel(point: np.ndarray, width: int, height: int) -> tuple[int, int]:
-    """Column and row of the pixel at a place."""
+    """Column and row of the pixel at a point."""
     return min(int(point[0] * width), width - 1), min(int(point[1] * height), height - 1)
 
 
@@ -290,7 +289,7 @@ def _box_mask(corners: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def _stroke_mask(points: np.ndarray, radius: float, width: int, height: int) -> np.ndarray:
-    """What a round brush covers on its way."""
+    """The mask that a stroke of a round brush covers."""
     pixels, radius = points * [width, height], max(0.5, radius * width)
     canvas = Image.new("1", (width, height))
     draw = ImageDraw.Draw(canvas)

@@ -1,4 +1,4 @@
-"""COCO files: the images, the annotations of each image, and what is wrong in the file."""
+"""COCO files: the images, the annotations of each image, and the faults of the file."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from .files import load_json
 
 @dataclass(frozen=True)
 class CocoFault:
-    """One thing that is wrong in a COCO file.
+    """A fault in a COCO file.
 
     Args:
         part (`str`): the list: "images", "annotations" or "categories".
         number (`int`): position in this list, from 0.
         key (`str`): the field of the entry.
         kind (`str`): "missing field", "wrong type", "duplicate id" or "unknown image".
-        got, expected (`str`): the value, and what it should be.
+        got, expected (`str`): the value, and the expected one.
         entry: the entry itself.
     """
 

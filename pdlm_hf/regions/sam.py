@@ -1,4 +1,4 @@
-"""Masks by SAM: of the thing at a click, or of the things in boxes."""
+"""Masks by SAM: of the object at a click, or of the objects in boxes."""
 
 import threading
 from typing import Any
@@ -56,7 +56,7 @@ class Segmenter:
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor)  # type: ignore[arg-type]
 
     def mask(self, image: Image.Image, x: int, y: int) -> np.ndarray:
-        """Find the mask of the thing at a pixel: the best of SAM's proposals.
+        """Find the mask of the object at a pixel: the best of SAM's proposals.
 
         Args:
             image (`PIL.Image.Image`): RGB.
@@ -75,7 +75,7 @@ class Segmenter:
         return mask
 
     def masks(self, image: Image.Image, boxes: list[list[float]]) -> np.ndarray:
-        """Find the masks of the things in boxes.
+        """Find the masks of the objects in boxes.
 
         Args:
             image (`PIL.Image.Image`): RGB.

@@ -157,7 +157,7 @@ def with_legend(image: Image.Image, texts: list[str], height: int = 0) -> Image.
 
     Args:
         image (`PIL.Image.Image`): RGB.
-        texts (`list[str]`): one a region.
+        texts (`list[str]`): one per region.
         height (`int`): pixels of the result at least.
     """
     font = ImageFont.load_default(16)

@@ -130,7 +130,7 @@ def _open(images: Path, group: list[dict]) -> tuple[Image.Image | str, list[Regi
 
 
 def _article(images: Path, group: list[dict]) -> dict[str, Any]:
-    """What the template of a report shows of an image."""
+    """The data of an image for the template of a report."""
     image, regions, captions = _open(images, group)
     shown: dict[str, Any] = {"name": group[0]["file_name"], "captions": captions}
     if isinstance(image, str):

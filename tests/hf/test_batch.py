@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from region_server import RegionCaptionServer
+from region_server import RegionCaptionServer, captions_of
 from tiny import make_image
 from typer.testing import CliRunner
 
@@ -130,7 +130,7 @@ def test_captions_are_the_captioners(tmp_path, isolated_model, processor):
         assert [row["score"] for row in own] == pytest.approx([caption.score for caption in found], abs=1e-4)
 
 
-def test_a_image_with_very_many_regions_goes_in_parts(tmp_path, isolated_model, processor):
+def test_an_image_with_very_many_regions_goes_in_parts(tmp_path, isolated_model, processor):
     image, _ = make_image(0, 64, 104)
     (tmp_path / "images").mkdir()
     Image.fromarray(image).save(tmp_path / "images" / "a.png")
@@ -318,7 +318,7 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert (tmp_path / "out.coco.json").read_text() == (tmp_path / "whole.coco.json").read_text()
 
 
-def test_a_image_that_was_cut_in_two_is_captioned_whole_and_written_once(tmp_path):
+def test_an_image_that_was_cut_in_two_is_captioned_whole_and_written_once(tmp_path):
     write_coco(tmp_path)
     _, whole = caption_all(tmp_path)
     lines = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
@@ -479,7 +479,7 @@ def near(monkeypatch):
     monkeypatch.setattr("pdlm_hf.client.server._BACKOFF", 0.001)
 
 
-def test_a_image_of_another_size_and_one_with_odd_exif(tmp_path):
+def test_an_image_of_another_size_and_one_with_odd_exif(tmp_path):
     """Regions of another size would lie elsewhere; EXIF that cannot be read costs nothing."""
     write_coco(tmp_path, 3)
     change(tmp_path, lambda data: data["images"][1].update(width=128, height=32))
@@ -534,6 +534,21 @@ def test_server(tmp_path, near, monkeypatch):
         sent = {name: body[name] for name in ("model", "question", "max_new_tokens", "max_denoising_steps")}
         assert sent == {"model": "served", "question": "What?", "max_new_tokens": 32, "max_denoising_steps": 4}
     assert "secret" not in "".join(path.read_text() for path in tmp_path.glob("out*")) + result.output
+
+
+def test_rows_of_captions_that_were_cut_say_so(tmp_path, near):
+    write_coco(tmp_path, 4, 3)
+
+    def first_cut(number, body):
+        answer = captions_of(body)
+        answer["regions"][0]["truncated"] = True
+        return answer
+
+    with RegionCaptionServer(first_cut) as server:
+        _, rows = serve(tmp_path, server)
+    assert {row.get("truncated", False) for row in rows} == {True, False}
+    first = {row["image_id"]: row for row in reversed(rows)}
+    assert all(row["truncated"] for row in first.values())
 
 
 def test_a_server_that_gives_up_and_one_that_refuses(tmp_path, near):

@@ -682,7 +682,7 @@ def test_large_requests_are_cut_off(served):
     assert status == 413
 
 
-def test_a_image_as_large_as_is_allowed_arrives(served):
+def test_an_image_as_large_as_is_allowed_arrives(served):
     noise = np.random.default_rng(0).integers(0, 256, (2500, 2700, 3), dtype=np.uint8)
     data = file_of(Image.fromarray(noise), "BMP")
     assert 19 * 2**20 < len(data) < limits.MAX_BYTES

@@ -200,7 +200,7 @@ def test_all_captions_emerge_together_step_by_step(tab):
     expect(tab.page.locator("#effect th").first).to_have_text("steps")
     tab.page.evaluate(WATCH)
     final = tab.describe()
-    assert tab.page.locator("#captions .status").text_content().startswith("6 captions in 32 passes, ")
+    assert tab.page.locator("#captions .status").text_content().startswith("6 captions in 32 forward passes, ")
     seen = tab.page.evaluate("window.seen")
     drafts = [texts for texts in seen if len(texts) == 6 and any(texts)]
     for k in range(6):
@@ -241,7 +241,7 @@ def test_two_tabs_at_once(browser, served, tab):
         expect(person.page.locator("#effect th").first).to_have_text("steps")
     tab.page.click("#describe")
     other.page.click("#describe")
-    done = "document.querySelector('#captions .status').textContent.includes(' passes, ')"
+    done = "document.querySelector('#captions .status').textContent.includes(' forward passes, ')"
     for person in (tab, other):
         person.page.wait_for_function(done)
     both = tab.said(), other.said()
@@ -277,7 +277,7 @@ def test_masks_click_undo_and_clear(tab, image, tmp_path):
     expect(tab.page.locator(".toast-wrap")).to_contain_text("Mark a region first", timeout=WAIT)
 
 
-def test_a_image_can_be_dropped(tab, image):
+def test_an_image_can_be_dropped(tab, image):
     tab.page.evaluate(DROP, [[image.name, list(image.read_bytes())]])
     tab.page.wait_for_function("document.querySelector('#board .stage').style.aspectRatio === '1000 / 500'")
 
@@ -442,7 +442,7 @@ def test_with_a_server(browser, image, monkeypatch):
         (caption,) = tab.describe()
         assert tab.page.evaluate("window.told[0]") == "Waiting for the model"
         assert abs(int(caption.removesuffix(" pixels")) - 80 * 40) < 400
-        assert tab.page.locator("#captions .status").text_content().startswith("1 caption in 2 passes")
+        assert tab.page.locator("#captions .status").text_content().startswith("1 caption in 2 forward passes")
         server.fault = lambda number, body: 500
         tab.page.click("#describe")
         expect(tab.page.locator(".toast-wrap")).to_contain_text("writes no captions: ", timeout=WAIT)

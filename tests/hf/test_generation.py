@@ -223,7 +223,7 @@ def test_captions_follow_their_masks(model, processor):
 
 
 def test_without_a_seed_torch_decides(model, inputs):
-    """As everywhere in torch: `manual_seed` repeats it, and rows of a batch draw different numbers."""
+    """`torch.manual_seed` repeats the result, and rows of a batch draw different numbers."""
 
     def drawn(state):
         torch.manual_seed(state)

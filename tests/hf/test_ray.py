@@ -149,7 +149,7 @@ def test_a_machine_is_lost_of_many_images(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_image_that_ends_every_captioner(tmp_path, monkeypatch):
+def test_an_image_that_ends_every_captioner(tmp_path, monkeypatch):
     write_coco(tmp_path, 8, 1)
     data = open_data(tmp_path / "coco.json", tmp_path / "images")
     data.entries[4] = replace(data.entries[4], read=os.abort)

@@ -375,7 +375,7 @@ def test_a_mask_with_a_meaningful_alpha_channel_is_refused(tmp_path):
     assert parse_regions([opaque], 30, 20)[0].bbox == [5, 5, 5, 5]
 
 
-def test_a_image_of_sixteen_bits_is_refused(tmp_path):
+def test_an_image_of_sixteen_bits_is_refused(tmp_path):
     path = tmp_path / "deep.png"
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(path)
     with pytest.raises(ValueError, match="integer values 0..255"):

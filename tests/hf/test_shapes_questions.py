@@ -168,7 +168,7 @@ def test_letters_asked_for_without_a_image():
         assert text.endswith(processor.tokenizer.decode(row[gap]) + processor.tokenizer.eos_token)
 
 
-def test_a_image_in_words():
+def test_an_image_in_words():
     question = told(Question("open", "What colour is the star?", "Red."), FIGURES[:1])
     figure = FIGURES[0]
     said = f"A {figure.size} {figure.colour} {figure.texture} {figure.shape}."

@@ -263,7 +263,7 @@ def test_rows_that_cannot_be_told_apart(region_data):
     assert result.exit_code == 2 and "row 2: a region has the id of one in an earlier row" in result.stderr
 
 
-def test_a_image_in_the_row_has_the_same_key_in_every_run():
+def test_an_image_in_the_row_has_the_same_key_in_every_run():
     """Python salts the hash of a text anew in every process."""
     image = "data:image/png;base64," + "A" * 400
     assert region_key({"image": image}, 7) == (hashlib.sha256(image.encode()).hexdigest(), None, 7)

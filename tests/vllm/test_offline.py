@@ -104,7 +104,7 @@ def test_plain_sampling_params_will_do(both):
     assert sorted(blocks) == sorted(texts(expected))
 
 
-def test_a_image_alone_and_with_another(both):
+def test_an_image_alone_and_with_another(both):
     """With several images each is one tile: what was computed for one alone is not used."""
     llm, plain = both
     images = [image for image, _ in drawn_images(8)[5:7]]

@@ -76,6 +76,18 @@ def test_an_answer_says_what_it_cost(server, captioner):
     assert usage["total_tokens"] == usage["prompt_tokens"] + written
 
 
+def test_a_caption_that_was_cut_is_marked(server, captioner):
+    image, regions = drawn_images(8)[7]
+    expected = [c.truncated for c in captioner.caption(image, regions, max_new_tokens=5)]
+    assert True in expected
+    request = body(image, regions, max_new_tokens=5)
+    assert [row.get("truncated", False) for row in server.captions(request)["regions"]] == expected
+    _, text = server.post("/v1/region_captions", {**request, "stream": True})
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line][:-1]
+    assert [row.get("truncated", False) for row in events[-1]["regions"]] == expected
+    assert not any("truncated" in row for event in events for row in event["regions"] if not row.get("finished", True))
+
+
 def test_streaming_shows_every_step(server, captioner):
     image, regions = drawn_images(8)[7]  # eight regions: two passes
     status, text = server.post("/v1/region_captions", body(image, regions, stream=True))
