@@ -116,7 +116,7 @@ def decode_row(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
         folder (`Path`, *optional*): folder that relative paths start from.
 
     Returns:
-        `{"image": PIL.Image (RGB), "regions": [{"id", "mask": bool (H, W), "caption"}], "question"?}`
+        dict: `{"image": PIL.Image (RGB), "regions": [{"id", "mask": bool (H, W), "caption"}], "question"?}`
 
     Raises:
         RowError: the row has a fault: "row N: field: got ..., expected ...".
@@ -143,7 +143,7 @@ def decode_chat(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
         number, raw, folder: as in [`decode_row`].
 
     Returns:
-        `{"images": [PIL.Image], "messages": [{"role", "content"}]}`
+        dict: `{"images": [PIL.Image], "messages": [{"role", "content"}]}`
 
     Raises:
         RowError: as in [`decode_row`].

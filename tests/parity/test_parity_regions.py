@@ -1,5 +1,6 @@
 """Region captions end to end: inputs, vision, replay, structured attention, logits and every step of the sampler."""
 
+import copy
 import re
 
 import torch
@@ -126,6 +127,28 @@ def test_spans(name):
 
 
 # ---------------------------------------------------------------- model
+
+
+@each("name", [name for name in CASES if len(matches(name, r"active_patches_(\d+)")) > 1])
+@torch.no_grad()
+def test_region_prompts_in_bfloat16(name):
+    """The reference adds the prompts mask by mask, and rounds each sum. Two prompts add up in one way only, so the
+    recorded masks are made to overlap, and a third covers the same patches."""
+    case = region_case(name)
+    tower = copy.deepcopy(case.model.model).bfloat16()
+    planes = case.inputs["region_masks"].clone()
+    planes[:, 1] |= planes[:, 0]
+    planes[:, 2] = planes[:, 1]
+    assert (planes.sum(1) >= 3).any()
+    seen = []
+    tower.vision_tower.register_forward_hook(lambda module, args, output: seen.append(args[1]))
+    tower.get_image_features(case.inputs["pixel_values"].bfloat16(), planes)
+    expected = torch.zeros_like(seen[0])
+    for prompt, plane in zip(tower.region_embedding.weight, planes.unbind(1), strict=True):
+        expected = expected + prompt * plane.flatten(1)[..., None]
+    assert seen[0].dtype == torch.bfloat16 and torch.equal(seen[0], expected)
+    once = torch.einsum("tpn,pc->tnc", planes.flatten(2).float(), tower.region_embedding.weight.float())
+    assert not torch.equal(seen[0], once.bfloat16())  # one rounding gives other bits
 
 
 @each("name, count", having(r"vision_embeds_masks(\d+)"))
