@@ -202,7 +202,8 @@ def judge_captions(
 
     Returns:
         the list of replies by mask id, in the order of the benchmark, with None for requests that failed after all
-        retries; and the counts `n_calls` (replies received now), `n_cached`, `n_failed`, `prompt_tokens`, `completion_tokens`.
+        retries; and the counts `n_calls` (replies received now), `n_cached`, `n_failed`, `prompt_tokens`,
+        `completion_tokens`.
 
     Raises:
         ServerError: the server cannot be used; the replies so far are in its cache.

@@ -159,7 +159,7 @@ def totals(scores: Iterable[MaskScore]) -> dict[str, Any]:
     """The scores that the benchmark reports, over all masks or a group of them.
 
     Returns:
-        `avg_pos`, `avg_neg`, `avg` (of the two), `mean_mask_score`, and counts: `n_masks`, `n_recognised`,
+        `avg_pos`, `avg_neg`, `avg` (of the two), `mean_mask_score`, and the counts `n_masks`, `n_recognised`,
         `n_unparsed`, `n_missing`, `n_failed`, `n_no_positive` (masks without positive questions, which count 0 in
         avg_pos).
     """
