@@ -53,10 +53,10 @@ class Benchmark:
         prompt_suffix (`str`, *optional*): the end of each question; default: that of its kind.
         shorten (`bool`): whether an answer that begins with "Yes", "No" or a letter is reduced to it.
         aliases (`tuple[str]`): further names in the harnesses.
-        lmms_metric, vlmeval_metric (`str`): name of the score in the harness (default in VLMEvalKit: its main
-            score); names joined by "+" stand for their mean.
-        lmms_percent (`bool`): whether lmms-eval gives percent instead of shares. VLMEvalKit gives percent for all
-            kinds but "letter".
+        lmms_metric, vlmeval_metric (`str`): name of the score among all that the harness writes; names joined by "+"
+            stand for their mean.
+        lmms_percent, vlmeval_percent (`bool`): whether the harness writes percent instead of shares. (The main score
+            of VLMEvalKit, `primary_metric_value`, is in percent or not depending on the class and columns of the data.)
         paper (`float`): score of PerceptionDLM-Base in Table 1, in percent.
     """
 
@@ -71,7 +71,7 @@ class Benchmark:
     paper: float
     lmms_judge: str = "rules"
     paper_judge: str | None = None
-    vlmeval_metric: str | None = None
+    vlmeval_metric: str = "Overall"
     max_new_tokens: int = 2
     block_length: int = 2
     max_denoising_steps: int = 2
@@ -80,6 +80,7 @@ class Benchmark:
     prompt_suffix: str | None = None
     shorten: bool = True
     lmms_percent: bool = False
+    vlmeval_percent: bool = False
     aliases: tuple[str, ...] = ()
 
     @property
@@ -127,18 +128,18 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("MMMU", "Reasoning", "letter", "MMMU_DEV_VAL", "mmmu_val", "validation", _RULES_LLM,
               "mmmu_acc", 47.2, upscale_first=True),
     Benchmark("MathVista", "Reasoning", "math", "MathVista_MINI", "mathvista_testmini_format", "testmini", _LLM,
-              "llm_as_judge_eval", 65.5, lmms_judge=_LLM, lmms_percent=True, aliases=("mathvista_testmini",),
-              **_REASON),
+              "llm_as_judge_eval", 65.5, lmms_judge=_LLM, lmms_percent=True, vlmeval_metric="acc", vlmeval_percent=True,
+              aliases=("mathvista_testmini",), **_REASON),
     Benchmark("MathVerse Vision-Only", "Reasoning", "math", "MathVerse_MINI_Vision_Only",
               "mathverse_testmini_vision_only", "testmini", _LLM, "gpt_eval_score", 25.3, lmms_judge=_LLM,
-              lmms_percent=True, **_REASON),
+              vlmeval_percent=True, **_REASON),
     Benchmark("AI2D", _DOC, "letter", "AI2D_TEST", "ai2d", "test", _RULES_LLM, "exact_match", 85.0),
     Benchmark("ChartQA", _DOC, "document", "ChartQA_TEST", "chartqa", "test", _RULES,
-              "relaxed_overall", 91.6, paper_judge=_STRICT, **_READ),
+              "relaxed_overall", 91.6, paper_judge=_STRICT, vlmeval_percent=True, **_READ),
     Benchmark("DocVQA", _DOC, "document", "DocVQA_VAL", "docvqa_val", "val", _RULES, "anls", 89.9,
-              paper_judge=_STRICT, **_READ),
+              paper_judge=_STRICT, vlmeval_percent=True, **_READ),
     Benchmark("InfoVQA", _DOC, "document", "InfoVQA_VAL", "infovqa_val", "val", _RULES, "anls", 74.6,
-              paper_judge=_STRICT, **_READ),
+              paper_judge=_STRICT, vlmeval_percent=True, **_READ),
     # the reference's harness copy knows no pairs: single questions count, which VLMEvalKit calls average
     Benchmark("MMVP", "Perception", "letter", "MMVP", "mmvp", "test", _RULES_LLM, "mmvp_accuracy", 82.0,
               vlmeval_metric="Average"),
@@ -148,7 +149,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("CV-Bench-2D", "Perception", "letter", "CV-Bench-2D", "cv_bench_2d", "2D", _RULES_LLM,
               "cv_bench_acc", 79.8),
     Benchmark("HallusionBench", "Others", "yes_no", "HallusionBench", "hallusion_bench_image", "image", _RULES_LLM,
-              _HALLUSION, 58.4, lmms_judge=_LLM, vlmeval_metric=_HALLUSION, lmms_percent=True),
+              _HALLUSION, 58.4, lmms_judge=_LLM, vlmeval_metric=_HALLUSION, vlmeval_percent=True, lmms_percent=True),
     Benchmark("V*", "Others", "letter", "VStarBench", "vstar_bench", "test", _RULES_LLM, "vstar_overall_acc", 73.3,
               lmms_percent=True),
 )
