@@ -13,9 +13,9 @@ from typing import Any
 
 from pdlm_hf.client import ChatClient, Reply
 from pdlm_hf.client.chat import Request
-from pdlm_hf.errors_pdlm import DataError, MissingPackageError
+from pdlm_hf.errors_pdlm import DataError
 
-from .report import read_lines
+from .tables import read_lines, read_table
 
 MODEL, BASE_URL = "Qwen/Qwen3-8B", "http://127.0.0.1:8000/v1"
 # Settings and wording are the reference's, to the letter, since the scores depend on them.
@@ -129,23 +129,10 @@ def _json_rows(path: Path) -> list[Row]:
 
 
 def _table_rows(path: Path) -> list[Row]:
-    try:
-        import pandas
-    except ImportError:
-        raise MissingPackageError("pandas (to read a table)", "eval") from None
-    try:
-        if path.suffix == ".xlsx":
-            table = pandas.read_excel(path)
-        else:
-            table = pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
-    except Exception as error:  # pandas, openpyxl and zipfile raise what they like on a damaged file
-        raise DataError(f"{path}: cannot be read ({error}).") from None
-    _need(table.columns, ("answer", "prediction"), path, 1)
-    index = table["index"] if "index" in table.columns else table.index
-    return [
-        Row(str(i), str(answer), str(said))
-        for i, answer, said in zip(index, table["answer"], table["prediction"], strict=True)
-    ]
+    table = read_table(path)
+    for number, row in enumerate(table, 1):
+        _need(row, ("answer", "prediction"), path, number)
+    return [Row(str(row.get("index", k)), str(row["answer"]), str(row["prediction"])) for k, row in enumerate(table)]
 
 
 def request_for(row: Row) -> Request:

@@ -6,6 +6,7 @@ every request, whichever data set makes it, and every draw. Only replies that a 
 that a second evaluation asks for the others again and for nothing else.
 """
 
+import glob
 import hashlib
 import json
 import random
@@ -18,17 +19,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pdlm_hf.client import Reply, ReplyCache
 from pdlm_hf.errors_pdlm import ServerError
 
-from .report import read_lines
+from .check import RULES
+from .tables import read_table
 
 # How an answer was scored, the worst last: an answer that was scored in two steps has the worse one.
 OUTCOMES = ("rules", "unparsed", "judge", "random", "failed")
 FAILURE = "Failed to obtain answer via API"  # VLMEvalKit's reply for a request that failed
 _GAVE_UP = re.compile(r"\bAll \d+ retries failed|\bfailed to parse\.\s*$", re.IGNORECASE)
-_NO_RULE = "Failed in Prefetch"
+_NO_RULE, _DRAWN = "Failed in Prefetch", "randomly generate one"
 # What a judge says of an answer that has no answer in it.
 _NO_ANSWER = re.compile(r"\b(none|null|n/?a|no answer|not (given|provided|possible|enough)|unknown|cannot|can't)\b", re.I)
+
+
+_Subject = tuple[str, str]  # names of model and data set
 
 
 @dataclass
@@ -44,19 +50,19 @@ class JudgeLog:
     """Observes the evaluations of a run of VLMEvalKit.
 
     Args:
-        judge (`str`): model and address of the judge; replies of another judge are not used.
-        path (`Path`): file of useful replies, of this and earlier runs.
+        path (`Path`): file of useful replies, of this and earlier runs. The key of a reply is its prompt with the names
+            of judge and data set, not the address of the judge.
+
+    Raises:
+        SettingError: the file cannot be used.
     """
 
-    def __init__(self, judge: str, path: Path):
-        self.judge, self.path = judge, path
+    def __init__(self, path: Path):
+        self._kept = ReplyCache(path)
         self._lock, self._local = threading.Lock(), threading.local()
-        self._kept: dict[str, str] = {}
-        if path.is_file():
-            self._kept = {row["key"]: row["reply"] for row in read_lines(path)}
-        self._counts: dict[str, dict[str, str]] = {}  # data set: answer: outcome
-        self._dataset: str | None = None
-        self.requests: Counter[str] = Counter()
+        self._outcomes: dict[_Subject, dict[str, str]] = {}  # of each answer
+        self._requests: Counter[_Subject] = Counter()
+        self._subject: _Subject | None = None
 
     def install(self) -> None:
         """Replace the functions of VLMEvalKit (and `random.choice`) that are observed."""
@@ -73,43 +79,43 @@ class JudgeLog:
         random.choice = self._choice(random.choice)
         vlmeval.smp.upsert_dataset_status = self._status(vlmeval.smp.upsert_dataset_status)
 
-    def counts(self, dataset: str, total: int, unparsed: int = 0) -> dict[str, int]:
-        """Number of answers by the way they were scored.
+    def counts(self, model: str, dataset: str, total: int, unparsed: int = 0) -> dict[str, int]:
+        """Number of answers by the way they were scored, and `requests` to the judge.
 
         Args:
-            dataset (`str`): the data set.
-            total (`int`): number of its answers.
-            unparsed (`int`): answers that no rule can read and no judge was asked about, from [`unparsed_in`].
+            model, dataset (`str`): names of the model and of the data set.
+            total (`int`): number of the answers.
+            unparsed (`int`): answers that no rule can read and no judge was asked about, from [`counted_in`].
         """
-        found = Counter(self._counts.get(dataset, {}).values())
-        counts = {name: found.get(name, 0) for name in OUTCOMES}
-        counts["unparsed"] = max(counts["unparsed"], unparsed)
-        counts["rules"] = max(0, total - sum(counts[name] for name in OUTCOMES if name != "rules"))
-        return counts
+        found = Counter(self._outcomes.get((model, dataset), {}).values())
+        found["unparsed"] = max(found["unparsed"], unparsed)
+        found["rules"] = max(0, total - sum(found[name] for name in OUTCOMES if name != "rules"))
+        return {name: found[name] for name in OUTCOMES} | {"requests": self._requests[model, dataset]}
 
     # ---------------------------------------------------------------- what is observed
 
     def _status(self, original: Callable) -> Callable:
         def upsert_dataset_status(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("status") == "eval":
-                self._dataset = kwargs["dataset_name"]
-                self._counts[self._dataset] = {}
+                self._subject = kwargs["model_name"], kwargs["dataset_name"]
             elif kwargs.get("status") == "done":
-                self._dataset = None
+                self._subject = None
             return original(*args, **kwargs)
 
         return upsert_dataset_status
 
     def _generate(self, original: Callable) -> Callable:
         def generate(model: Any, message: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._dataset is None or message == "hello":  # no evaluation, or VLMEvalKit's own trial
+            if self._subject is None or message == "hello":  # no evaluation, or VLMEvalKit's own trial
                 return original(model, message, *args, **kwargs)
-            key = self._key(message)  # before the call, which changes the message
+            judge = getattr(model, "model", None) or getattr(model, "model_path", type(model).__name__)
+            key = _key_of([judge, self._subject[1], message])  # before the call, which changes the message
             scoring = self._current()
-            if key in self._kept and all(key != asked for asked, _ in scoring.said):
-                reply = self._kept[key]
+            kept = self._kept.get(key) if all(key != asked for asked, _ in scoring.said) else None
+            if kept is not None and kept.text is not None:
+                reply = kept.text
             else:
-                self.requests[self._dataset] += 1
+                self._requests[self._subject] += 1
                 reply = original(model, message, *args, **kwargs)
             scoring.said.append((key, reply if isinstance(reply, str) else json.dumps(reply, default=str)))
             if scoring is not getattr(self._local, "scoring", None):  # asked outside any pool
@@ -120,7 +126,7 @@ class JudgeLog:
 
     def _choice(self, original: Callable) -> Callable:
         def choice(options: Any) -> Any:
-            if self._dataset is not None and sys._getframe(1).f_globals.get("__name__", "").startswith("vlmeval.data"):
+            if self._subject is not None and sys._getframe(1).f_globals.get("__name__", "").startswith("vlmeval.data"):
                 scoring = self._current()
                 scoring.draws += 1
                 scoring.drawn += [scoring.said[-1][0]] if scoring.said else []
@@ -137,7 +143,7 @@ class JudgeLog:
                 position, result = original(number, function, inputs)
             finally:
                 self._local.scoring = None
-            if self._dataset is not None:
+            if self._subject is not None:
                 rows = _rows_in(inputs)
                 self._finish(scoring, _index_of(rows, number), result, rows[0] if len(rows) == 1 else None)
             return position, result
@@ -146,10 +152,6 @@ class JudgeLog:
 
     def _current(self) -> _Scoring:
         return getattr(self._local, "scoring", None) or _Scoring()
-
-    def _key(self, message: Any) -> str:
-        text = json.dumps([self.judge, self._dataset, message], ensure_ascii=False, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
 
     # ---------------------------------------------------------------- what it means
 
@@ -165,20 +167,19 @@ class JudgeLog:
                 worst = max([*found.values(), "random" if scoring.draws else "rules"], key=OUTCOMES.index)
                 unread = worst == "rules" and _NO_RULE in str(result)
                 self._count(answer, "unparsed" if unread else worst)
-            lines = [
-                json.dumps({"key": key, "reply": last[key]}, ensure_ascii=False) + "\n"
-                for key, outcome in found.items()
-                if outcome == "judge" and key not in self._kept
-            ]
-            self._kept |= {key: last[key] for key, outcome in found.items() if outcome == "judge"}
-            if lines:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.writelines(lines)
+        for key, outcome in found.items():
+            if outcome == "judge":
+                self._kept.put(key, "", Reply(last[key]))
 
     def _count(self, answer: str, outcome: str) -> None:
-        counts = self._counts.setdefault(self._dataset or "", {})
-        counts[answer] = max(outcome, counts.get(answer, "rules"), key=OUTCOMES.index)
+        if self._subject is not None:
+            found = self._outcomes.setdefault(self._subject, {})
+            found[answer] = max(outcome, found.get(answer, "rules"), key=OUTCOMES.index)
+
+
+def _key_of(request: Any) -> str:
+    text = json.dumps(request, ensure_ascii=False, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _must_work(original: Callable) -> Callable:
@@ -247,39 +248,38 @@ def _is_value(reply: str, row: Any) -> bool:
     return True
 
 
-def unparsed_in(folder: Path, model: str, dataset: str) -> dict[str, int]:
-    """Count what VLMEvalKit's tables of an evaluation say of answers that were not scored as they should be.
+def counted_in(folder: Path, model: str, dataset: str, judge: str | None) -> dict[str, int]:
+    """Count what VLMEvalKit's own tables of an evaluation say of answers that were not scored as they should be.
 
     Args:
         folder (`Path`): the folder of the run.
         model, dataset (`str`): names of the model and of the data set.
+        judge (`str`, *optional*): name of the judge; of a yes-or-no answer that stayed unknown, the tables do not say
+            whether the judge failed, so that it counts as failed.
 
     Returns:
         "unparsed": answers that no rule could read, without a judge; "random": options drawn; "failed": requests to
         the judge that failed.
+
+    Raises:
+        DataError: a table cannot be read.
+        MissingPackageError: a table needs pandas or openpyxl.
     """
-    counts = {"unparsed": 0, "random": 0, "failed": 0}
-    for path in sorted(folder.glob(f"{model}_{dataset}_*")):
-        if path.suffix not in (".xlsx", ".tsv", ".json", ".csv") or path.stem.endswith(("_acc", "_score", "_results")):
-            continue
-        for row in read_table(path):
-            logs = " ".join(str(value) for name, value in row.items() if str(name).startswith("log"))
-            counts["unparsed"] += _NO_RULE in logs or row.get("extracted") == "Unknown"
-            counts["random"] += "randomly generate one" in logs
-            counts["failed"] += "retries failed" in logs
-    return counts
+    found: dict[str, str] = {}  # the worst of all tables
+    for path in sorted(folder.glob(f"{glob.escape(model)}_{glob.escape(dataset)}_*")):
+        if path.suffix in (".xlsx", ".tsv") and not path.stem.endswith(("_acc", "_results")):
+            for number, row in enumerate(read_table(path)):
+                index = str(row.get("index", number))
+                found[index] = max(found.get(index, "rules"), _outcome_in(row, judge), key=OUTCOMES.index)
+    return {name: list(found.values()).count(name) for name in ("unparsed", "random", "failed")}
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a table that VLMEvalKit wrote; none if it is no table."""
-    import pandas
-
-    try:
-        if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return content if isinstance(content, list) else []
-        if path.suffix == ".xlsx":
-            return pandas.read_excel(path).to_dict("records")
-        return pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",").to_dict("records")
-    except (OSError, ValueError):
-        return []
+def _outcome_in(row: dict[str, Any], judge: str | None) -> str:
+    logs = " ".join(str(value) for name, value in row.items() if str(name).startswith("log"))
+    if _GAVE_UP.search(logs):
+        return "failed"
+    if _DRAWN in logs:
+        return "random"
+    if row.get("extracted") == "Unknown":
+        return "unparsed" if judge == RULES else "failed"
+    return "unparsed" if _NO_RULE in logs else "rules"

@@ -165,7 +165,7 @@ class TestReport:
             {"benchmark": "MMStar", "primary_metric_value": None},
         ]  # fmt: skip
         self.write(tmp_path / "vk" / "pdlm_report.json", rows)
-        strict = {"benchmark": "ChartQA", "accuracy": 0.9, "n_rows": 10, "judge": "q", "n_failed": 1, "n_unparsed": 1}
+        strict = {"benchmark": "ChartQA", "accuracy": 0.9, "n_rows": 10, "judge": "q", "n_failed": 0, "n_unparsed": 0}
         self.write(tmp_path / "vk" / "x_strict.json", strict)
         lmms = {"results": {"mmstar": {"average,none": 0.64, "math,none": 0.1, "average_stderr,none": "N/A"}}}
         lmms["config"] = {"limit": 2.0}
@@ -183,7 +183,7 @@ class TestReport:
         assert (mmstar.questions, mmstar.tokens_per_forward, mmstar.text_tokens_per_forward) == (2, 1.0, 0.5)
         assert (mmstar.seconds, mmstar.note) == (1.0, "only 2 questions (--limit)")
         assert stock.note == "changed: block_length=32; the paper: Qwen3-8B, strict"
-        assert judged.note == "q; 2 rows without a verdict count as wrong"
+        assert judged.note == "q" and judged.judged["judge"] == 10
         printed = json.loads(call("report", str(tmp_path), "--json").stdout)
         assert printed[0]["difference"] == 0.3
         assert "+0.3" in call("report", str(tmp_path)).stdout
@@ -216,9 +216,11 @@ class TestReport:
         self.write(tmp_path / "pdlm_report.json", rows)
         lmms = {"results": {"hallusion_bench_image": {f"{name}Acc,none": 60.0 for name in "afq"}}}
         lmms["results"]["mathvista_testmini_format"] = {"llm_as_judge_eval,none": 0.5}
+        lmms["results"]["mathverse_testmini_vision_only"] = {"gpt_eval_score,none": 0.25}  # a share, unlike the former
         self.write(tmp_path / "1_results.json", lmms)
         assert [(m.benchmark, m.harness, m.score) for m in collect([tmp_path])] == [
             ("MathVista", "lmms-eval", 0.5),
+            ("MathVerse Vision-Only", "lmms-eval", 25.0),
             ("ChartQA", "VLMEvalKit", 0.9),
             ("MMVP", "VLMEvalKit", 60.0),
             ("HallusionBench", "VLMEvalKit", 55.0),

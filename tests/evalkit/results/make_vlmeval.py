@@ -5,7 +5,8 @@
 A scripted model answers, a scripted judge scores what the rules of VLMEvalKit cannot read, and the MD5 check of the data
 is off. Of every run the status.json of VLMEvalKit, our pdlm_report.json and the tables of the judge are kept:
 
-- `plain`: data without a column `split`; `split`: with one; `judge_died`: the judge fails at every second question;
+- `plain`: data without a column `split`; `split`: with one; `judge_died`: the judge answers VLMEvalKit's trial only;
+  `rules`: no judge, without the two benchmarks that need one;
 - `scores.json`: the score of each benchmark, counted here from the script, not by VLMEvalKit.
 """
 
@@ -103,8 +104,8 @@ def hallusion_rows() -> list[dict]:
         answer = "Yes" if index % 2 else "No"
         row = {"index": f"VD_illusion_0_0_{index // 2}_{index % 2}", "question": f"Hallusion {index}: is it red?"}
         row |= {"answer": answer, "category": "VD", "l2-category": "illusion", "split": "val"}
-        rows.append(row | {"said": answer if right else "Yes"})
-    rows[-1]["said"] = f"{TEXT} Hallusion"
+        rows.append(row | {"said": answer if right else {"Yes": "No", "No": "Yes"}[answer]})
+    rows[-1]["said"] = "It shows something else"  # the judge says Yes
     return rows
 
 
@@ -244,20 +245,21 @@ def main() -> None:
 
     names = [benchmark.vlmeval for benchmark in BENCHMARKS]
     os.environ |= {"PRED_FORMAT": "tsv", "EVAL_FORMAT": "csv", "NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": "none"}
-    for kind in ("plain", "split", "judge_died"):
+    for kind in ("plain", "split", "judge_died", "rules"):
         with tempfile.TemporaryDirectory() as data, tempfile.TemporaryDirectory() as work:
             os.environ["LMUData"] = data
             write_data(Path(data), kind != "plain")
             faults = (lambda number, body: "400" if "hello" not in str(body) else None) if kind == "judge_died" else None
             with JudgeServer(judge, faults) as server:
-                folder = run(Path(work), names, server.url)
+                asked = [name for name in names if kind != "rules" or not name.startswith("Math")]
+                folder = run(Path(work), asked, server.url, *(("--judge", "exact_matching") if kind == "rules" else ()))
             kept = HERE / kind
             shutil.rmtree(kept, ignore_errors=True)
             kept.mkdir()
             for path in sorted(folder.iterdir()):
-                wanted = path.name in ("status.json", "pdlm_report.json", "pdlm_judge.jsonl")
-                if kind == "judge_died":
-                    wanted |= path.suffix == ".tsv" and any(part in path.stem for part in ("_result", "_auxmatch"))
+                wanted = path.name in ("status.json", "pdlm_report.json")
+                if kind in ("judge_died", "rules"):
+                    wanted |= path.suffix == ".tsv" and path.stem.endswith(("_result", "_auxmatch", "_scripted", "_extract", "_score"))
                 if wanted:
                     text = path.read_text(encoding="utf-8")
                     for secret, public in ((data, "DATA"), (work, "WORK"), (server.url, "http://127.0.0.1:8000/v1")):
