@@ -56,7 +56,7 @@ class Benchmark:
         lmms_metric, vlmeval_metric (`str`): name of the score among all that the harness writes; names joined by "+"
             stand for their mean.
         lmms_percent, vlmeval_percent (`bool`): whether the harness writes percent instead of shares. (The main score
-            of VLMEvalKit, `primary_metric_value`, is in percent or not depending on the class and columns of the data.)
+            of VLMEvalKit, `primary_metric_value`, is in percent or not, depending on class and columns of the data.)
         paper (`float`): score of PerceptionDLM-Base in Table 1, in percent.
     """
 
@@ -128,8 +128,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("MMMU", "Reasoning", "letter", "MMMU_DEV_VAL", "mmmu_val", "validation", _RULES_LLM,
               "mmmu_acc", 47.2, upscale_first=True),
     Benchmark("MathVista", "Reasoning", "math", "MathVista_MINI", "mathvista_testmini_format", "testmini", _LLM,
-              "llm_as_judge_eval", 65.5, lmms_judge=_LLM, lmms_percent=True, vlmeval_metric="acc", vlmeval_percent=True,
-              aliases=("mathvista_testmini",), **_REASON),
+              "llm_as_judge_eval", 65.5, lmms_judge=_LLM, lmms_percent=True, vlmeval_metric="acc",
+              vlmeval_percent=True, aliases=("mathvista_testmini",), **_REASON),
     Benchmark("MathVerse Vision-Only", "Reasoning", "math", "MathVerse_MINI_Vision_Only",
               "mathverse_testmini_vision_only", "testmini", _LLM, "gpt_eval_score", 25.3, lmms_judge=_LLM,
               vlmeval_percent=True, **_REASON),

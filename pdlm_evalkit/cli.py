@@ -147,7 +147,7 @@ def report(
     results: Annotated[list[Path], typer.Argument(help="Result files or folders of either harness.")],
     as_json: Json = False,
 ) -> None:
-    """Compare measured scores with the paper's."""
+    """Compare measured scores with the paper's. The exit code is 1 if a score is withheld."""
     from .report import as_rows, as_table, collect
 
     measured = collect(results)
@@ -155,6 +155,9 @@ def report(
         typer.echo(json.dumps(as_rows(measured), indent=1))
     else:
         show_table(as_table(measured))
+    if withheld := [row for row in measured if row.score is None]:
+        reasons = "; ".join(f"{row.benchmark} ({row.harness}): {row.problem}" for row in withheld)
+        raise _fail(f"scores withheld: {reasons}", 1)
 
 
 @app.command()

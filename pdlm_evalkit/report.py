@@ -208,9 +208,7 @@ def _from_strict(content: dict[str, Any], file: Path) -> Measured | None:
     )
     # a reply that is no verdict is none of use
     lost = content.get("n_failed", 0) + content.get("n_unparsed", 0)
-    measured.withhold(
-        {"rules": 0, "unparsed": 0, "judge": content["n_rows"] - lost, "random": 0, "failed": lost}
-    )
+    measured.withhold({"rules": 0, "unparsed": 0, "judge": content["n_rows"] - lost, "random": 0, "failed": lost})
     return measured
 
 
@@ -244,7 +242,9 @@ def _add_costs(measured: Measured, samples: Path) -> None:
         return
     rows = read_lines(samples)
     measured.questions = len(rows)
-    counts = [c for row in rows for c in row.get("token_counts") or [] if isinstance(c, dict) and c.get("num_forwards")]
+    counts = [
+        c for row in rows for c in row.get("token_counts") or [] if isinstance(c, dict) and c.get("num_forwards")
+    ]
     forwards = sum(c["num_forwards"] for c in counts)
     if forwards:
         measured.tokens_per_forward = round(sum(c["slots"] for c in counts) / forwards, 3)

@@ -37,7 +37,9 @@ def score_in(metrics: dict[str, Any], wanted: str, percents: bool, split: str | 
 def as_percent(score: float | None, file: Path, benchmark: str) -> float | None:
     """A score between 0 and 100. Raises: DataError: it is not; the message names the file."""
     if score is not None and not 0 <= score <= 100:
-        raise DataError(f"{file}: {benchmark} has the score {score:g}, which is no percentage. The file is damaged, or was written by another version of the harness than the ones in docs/evaluation.md.")  # noqa: E501
+        raise DataError(
+            f"{file}: {benchmark} has the score {score:g}, which is no percentage. The file is damaged, or was written by another version of the harness than the ones in docs/evaluation.md."
+        )  # noqa: E501
     return None if score is None else round(score, 2)
 
 

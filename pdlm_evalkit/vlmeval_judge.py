@@ -29,9 +29,13 @@ from .tables import read_table
 OUTCOMES = ("rules", "unparsed", "judge", "random", "failed")
 FAILURE = "Failed to obtain answer via API"  # VLMEvalKit's reply for a request that failed
 _GAVE_UP = re.compile(r"\bAll \d+ retries failed|\bfailed to parse\.\s*$", re.IGNORECASE)
-_NO_RULE, _DRAWN = "Failed in Prefetch", "randomly generate one"
+_NO_RULE = "Failed in Prefetch,"  # "Failed in Prefetching" is an answer that was read, and is wrong
+# The second is what a circular evaluation writes, without saying whether the judge answered or the option was drawn.
+_DRAWN = re.compile(r"randomly generate one|^Rolling \d+: Answer is", re.MULTILINE)
 # What a judge says of an answer that has no answer in it.
-_NO_ANSWER = re.compile(r"\b(none|null|n/?a|no answer|not (given|provided|possible|enough)|unknown|cannot|can't)\b", re.I)
+_NO_ANSWER = re.compile(
+    r"\b(none|null|n/?a|no answer|not (given|provided|possible|enough)|unknown|cannot|can't)\b", re.I
+)
 
 
 _Subject = tuple[str, str]  # names of model and data set
@@ -58,6 +62,7 @@ class JudgeLog:
     """
 
     def __init__(self, path: Path):
+        self.installed = False
         self._kept = ReplyCache(path)
         self._lock, self._local = threading.Lock(), threading.local()
         self._outcomes: dict[_Subject, dict[str, str]] = {}  # of each answer
@@ -65,19 +70,27 @@ class JudgeLog:
         self._subject: _Subject | None = None
 
     def install(self) -> None:
-        """Replace the functions of VLMEvalKit (and `random.choice`) that are observed."""
+        """Replace the functions of VLMEvalKit (and `random.choice`) that are observed.
+
+        Raises:
+            ImportError, AttributeError: this version of VLMEvalKit lacks them; nothing was replaced.
+        """
         import vlmeval.api
         import vlmeval.smp
         import vlmeval.utils.mp_util as pool
 
         from vlmeval.api.base import BaseAPI
 
-        for kind in (BaseAPI, vlmeval.api.HFChatModel):
-            kind.generate = self._generate(kind.generate)
-        BaseAPI.working = _must_work(BaseAPI.working)
-        pool.new_func = self._scoring(pool.new_func)
-        random.choice = self._choice(random.choice)
-        vlmeval.smp.upsert_dataset_status = self._status(vlmeval.smp.upsert_dataset_status)
+        replaced = [(kind, "generate", self._generate(kind.generate)) for kind in (BaseAPI, vlmeval.api.HFChatModel)]
+        replaced += [
+            (BaseAPI, "working", _must_work(BaseAPI.working)),
+            (pool, "new_func", self._scoring(pool.new_func)),
+            (random, "choice", self._choice(random.choice)),
+            (vlmeval.smp, "upsert_dataset_status", self._status(vlmeval.smp.upsert_dataset_status)),
+        ]
+        for place, name, function in replaced:
+            setattr(place, name, function)
+        self.installed = True
 
     def counts(self, model: str, dataset: str, total: int, unparsed: int = 0) -> dict[str, int]:
         """Number of answers by the way they were scored, and `requests` to the judge.
@@ -241,7 +254,11 @@ def _is_value(reply: str, row: Any) -> bool:
         return True
     if row["question_type"] == "multi_choice":
         text = reply.lower()
-        choices = [str(choice).lower() for choice in re.findall(r"'([^']*)'|\"([^\"]*)\"", str(row["choices"])) for choice in choice]
+        choices = [
+            str(choice).lower()
+            for choice in re.findall(r"'([^']*)'|\"([^\"]*)\"", str(row["choices"]))
+            for choice in choice
+        ]
         return re.search(r"\b[A-H]\b", reply) is not None or any(choice and choice in text for choice in choices)
     if row["answer_type"] in ("integer", "float"):
         return re.search(r"\d", reply) is not None
@@ -258,8 +275,8 @@ def counted_in(folder: Path, model: str, dataset: str, judge: str | None) -> dic
             whether the judge failed, so that it counts as failed.
 
     Returns:
-        "unparsed": answers that no rule could read, without a judge; "random": options drawn; "failed": requests to
-        the judge that failed.
+        "unparsed": answers that no rule could read, without a judge; "random": options that were drawn, or may have
+        been; "failed": requests to the judge that failed.
 
     Raises:
         DataError: a table cannot be read.
@@ -278,7 +295,7 @@ def _outcome_in(row: dict[str, Any], judge: str | None) -> str:
     logs = " ".join(str(value) for name, value in row.items() if str(name).startswith("log"))
     if _GAVE_UP.search(logs):
         return "failed"
-    if _DRAWN in logs:
+    if _DRAWN.search(logs):
         return "random"
     if row.get("extracted") == "Unknown":
         return "unparsed" if judge == RULES else "failed"

@@ -82,7 +82,9 @@ def go_on(
         return Attempts(settings)
     differing = {name for name in settings | earlier.settings if settings.get(name) != earlier.settings.get(name)}
     if asked and differing:
-        changed = ", ".join(f"{n} {earlier.settings.get(n)!r} instead of {settings.get(n)!r}" for n in sorted(differing))
+        changed = ", ".join(
+            f"{n} {earlier.settings.get(n)!r} instead of {settings.get(n)!r}" for n in sorted(differing)
+        )
         raise SettingError(f"{run}: the predictions to reuse were made with {changed}. Use another --work-dir.")
     if differing or (not asked and is_finished(run, data, problem_of)):
         return Attempts(settings)

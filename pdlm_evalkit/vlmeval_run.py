@@ -244,9 +244,12 @@ def run(argv: list[str]) -> int:
     )
     judge = None
     if not rank:
-        remember(attempts)
         judge = JudgeLog(work_dir / "pdlm_judge.sqlite")
-        judge.install()
+        try:
+            remember(attempts)
+            judge.install()
+        except (ImportError, AttributeError) as error:  # an older VLMEvalKit
+            typer.echo(f"pdlm-eval: how this VLMEvalKit scores answers cannot be counted ({error}).", err=True)
     if options.config:
         path = log.with_name(log.name.replace("pdlm_answers", "pdlm_config").removesuffix("l"))
         write_json(path, config_with_logs(config, log))
@@ -296,9 +299,7 @@ def attempts_of(
     return models
 
 
-def finish(
-    config: dict[str, Any], attempts: dict[str, Attempts], files: set[Path], mode: str, judge: JudgeLog
-) -> int:
+def finish(config: dict[str, Any], attempts: dict[str, Attempts], files: set[Path], mode: str, judge: JudgeLog) -> int:
     """Write `pdlm_report.json` into every run, and name the data sets with a fault.
 
     Args:
@@ -328,7 +329,7 @@ def finish(
                 row |= {"pretrained": pretrained, "metrics": status.get(name, {}).get("metrics")}
                 row |= {"answers": answer_costs(path, model, name, attempts[model].started)}
                 row |= {"judge": status.get(name, {}).get("judge_model"), "attempts": len(attempts[model].started)}
-                if not row["skip_reason"]:
+                if judge.installed and not row["skip_reason"]:
                     row["judged"] = judged(judge, path.parent, model, row)
             write_json(path.parent / REPORT, list(found.values()))
             rows |= found

@@ -94,7 +94,9 @@ def cv_rows() -> list[dict]:
     rows = letter_rows("CV-Bench-2D")
     for index, row in enumerate(rows):
         row |= {"source": "ADE20K" if index < 4 else "COCO", "split": "2D"}
-        row["prompt"] = f"{row['question']} Select from the following choices.\n(A) red\n(B) green\n(C) blue\n(D) white"
+        row["prompt"] = (
+            f"{row['question']} Select from the following choices.\n(A) red\n(B) green\n(C) blue\n(D) white"
+        )
     return rows
 
 
@@ -249,17 +251,23 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as data, tempfile.TemporaryDirectory() as work:
             os.environ["LMUData"] = data
             write_data(Path(data), kind != "plain")
-            faults = (lambda number, body: "400" if "hello" not in str(body) else None) if kind == "judge_died" else None
+            faults = (
+                (lambda number, body: "400" if "hello" not in str(body) else None) if kind == "judge_died" else None
+            )
             with JudgeServer(judge, faults) as server:
                 asked = [name for name in names if kind != "rules" or not name.startswith("Math")]
-                folder = run(Path(work), asked, server.url, *(("--judge", "exact_matching") if kind == "rules" else ()))
+                folder = run(
+                    Path(work), asked, server.url, *(("--judge", "exact_matching") if kind == "rules" else ())
+                )
             kept = HERE / kind
             shutil.rmtree(kept, ignore_errors=True)
             kept.mkdir()
             for path in sorted(folder.iterdir()):
                 wanted = path.name in ("status.json", "pdlm_report.json")
                 if kind in ("judge_died", "rules"):
-                    wanted |= path.suffix == ".tsv" and path.stem.endswith(("_result", "_auxmatch", "_scripted", "_extract", "_score"))
+                    wanted |= path.suffix == ".tsv" and path.stem.endswith(
+                        ("_result", "_auxmatch", "_scripted", "_extract", "_score")
+                    )
                 if wanted:
                     text = path.read_text(encoding="utf-8")
                     for secret, public in ((data, "DATA"), (work, "WORK"), (server.url, "http://127.0.0.1:8000/v1")):
