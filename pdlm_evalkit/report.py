@@ -1,7 +1,7 @@
 """Measured scores and the paper's, from the result files of both harnesses and of the strict judge.
 
-A number is right, or it is not printed: the unit of a score comes from what wrote it, a score outside 0..100 is an error,
-and a score that has answers in it which were drawn at random, or which the judge did not answer, is withheld.
+A number is right, or it is not printed: the unit of a score comes from what wrote it, a score outside 0..100 is an
+error, and a score is withheld if some answers were drawn at random, or got no useful reply from the judge.
 """
 
 import json
@@ -166,7 +166,7 @@ def _vlmeval_score(benchmark: Benchmark, row: dict[str, Any], file: Path) -> tup
     """Name and percent of the score, from all that VLMEvalKit wrote, or else from its main score.
 
     The main score was multiplied by 100 already if VLMEvalKit calls it "Overall Acc"; other names are those of the
-    metrics, and have their unit. The main score of MMVP is not the one of the paper, and of HallusionBench it is a third.
+    metrics, and have their unit. The main score of MMVP is not the one of the paper; of HallusionBench it is a third.
     """
     if row.get("metrics"):
         score = score_in(row["metrics"], benchmark.vlmeval_metric, benchmark.vlmeval_percent, benchmark.split)

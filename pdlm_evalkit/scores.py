@@ -38,8 +38,9 @@ def as_percent(score: float | None, file: Path, benchmark: str) -> float | None:
     """A score between 0 and 100. Raises: DataError: it is not; the message names the file."""
     if score is not None and not 0 <= score <= 100:
         raise DataError(
-            f"{file}: {benchmark} has the score {score:g}, which is no percentage. The file is damaged, or was written by another version of the harness than the ones in docs/evaluation.md."
-        )  # noqa: E501
+            f"{file}: {benchmark} has the score {score:g}, which is no percentage. The file is damaged, or another "
+            "version of the harness wrote it than those in docs/evaluation.md."
+        )
     return None if score is None else round(score, 2)
 
 

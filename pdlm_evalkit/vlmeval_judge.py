@@ -1,9 +1,9 @@
 """Counts how VLMEvalKit scores answers, and keeps the useful replies of its judge.
 
-VLMEvalKit hides what its judge does: without a working judge it scores by rules, an option that the judge does not name
-is drawn at random, and a failed request counts as a wrong answer; the result is the same table. [`JudgeLog`] observes
-every request, whichever data set makes it, and every draw. Only replies that a score could be computed from are kept, so
-that a second evaluation asks for the others again and for nothing else.
+VLMEvalKit hides what its judge does: without a working judge it scores by rules, an option that the judge does not
+name is drawn at random, and a failed request counts as a wrong answer; the result is the same table. [`JudgeLog`]
+observes every request, whichever data set makes it, and every draw. Only replies that a score could be computed from
+are kept, so that a second evaluation asks for the others again and for nothing else.
 """
 
 import glob
@@ -54,8 +54,8 @@ class JudgeLog:
     """Observes the evaluations of a run of VLMEvalKit.
 
     Args:
-        path (`Path`): file of useful replies, of this and earlier runs. The key of a reply is its prompt with the names
-            of judge and data set, not the address of the judge.
+        path (`Path`): file of useful replies, of this and earlier runs. The key of a reply is its prompt with the
+            names of judge and data set, not the address of the judge.
 
     Raises:
         SettingError: the file cannot be used.
@@ -78,7 +78,6 @@ class JudgeLog:
         import vlmeval.api
         import vlmeval.smp
         import vlmeval.utils.mp_util as pool
-
         from vlmeval.api.base import BaseAPI
 
         replaced = [(kind, "generate", self._generate(kind.generate)) for kind in (BaseAPI, vlmeval.api.HFChatModel)]
@@ -206,7 +205,7 @@ def _must_work(original: Callable) -> Callable:
 
 
 def _rows_in(inputs: Any) -> list[Any]:
-    """The rows of a data set among the arguments of a scoring function: mappings with an `index`, or tables of them."""
+    """The rows of a data set among the arguments of a scoring function: mappings with `index`, or tables of them."""
     values = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (list, tuple)) else [inputs]
     rows: list[Any] = []
     for value in values:
@@ -253,13 +252,9 @@ def _is_value(reply: str, row: Any) -> bool:
     if _NO_ANSWER.search(reply):
         return True
     if row["question_type"] == "multi_choice":
-        text = reply.lower()
-        choices = [
-            str(choice).lower()
-            for choice in re.findall(r"'([^']*)'|\"([^\"]*)\"", str(row["choices"]))
-            for choice in choice
-        ]
-        return re.search(r"\b[A-H]\b", reply) is not None or any(choice and choice in text for choice in choices)
+        quoted = re.findall(r"'([^']+)'|\"([^\"]+)\"", str(row["choices"]))
+        texts = [text.lower() for pair in quoted for text in pair if text]
+        return re.search(r"\b[A-H]\b", reply) is not None or any(text in reply.lower() for text in texts)
     if row["answer_type"] in ("integer", "float"):
         return re.search(r"\d", reply) is not None
     return True

@@ -1,8 +1,8 @@
 """A run of VLMEvalKit that was stopped, or whose judge failed, goes on with the same command.
 
 VLMEvalKit starts over unless `--reuse` is given, and `--reuse` takes the newest predictions of the model, whatever the
-settings were. Here every run folder gets a `pdlm_run.json` with its settings and attempts; a run goes on where the newest
-one with the same settings stopped, and other settings are refused by name.
+settings were. Here every run folder gets a `pdlm_run.json` with its settings and attempts; a run goes on where the
+newest one with the same settings stopped, and other settings are refused by name.
 """
 
 import json

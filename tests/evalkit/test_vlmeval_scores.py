@@ -14,7 +14,6 @@ from pdlm_evalkit.vlmeval_judge import counted_in
 
 RESULTS = Path(__file__).parent / "results"
 SCORES = json.loads((RESULTS / "scores.json").read_text())
-NEEDS_JUDGE = {"MathVista_MINI", "MathVerse_MINI_Vision_Only"}
 BY_NAME = {benchmark.name: benchmark for benchmark in BENCHMARKS}
 
 
@@ -58,6 +57,7 @@ def test_a_score_that_is_no_percentage_names_its_file(change, said, tmp_path):
 
 
 LETTER = {b.vlmeval for b in BENCHMARKS if b.kind == "letter"}
+JUDGED = dict.fromkeys([*LETTER, "HallusionBench"], 1) | {"MathVista_MINI": 3, "MathVerse_MINI_Vision_Only": 6}
 DIED = {name: {"random": 1, "failed": 0} for name in LETTER}
 DIED |= {"MathVista_MINI": {"random": 0, "failed": 3}, "MathVerse_MINI_Vision_Only": {"random": 0, "failed": 6}}
 DIED |= {"HallusionBench": {"random": 0, "failed": 1}}
@@ -85,9 +85,7 @@ def test_a_judge_that_died(file, tmp_path):
 def test_a_healthy_judge_is_counted():
     for row in collect([RESULTS / "split"]):
         name = BY_NAME[row.benchmark].vlmeval
-        judged = {"MathVista_MINI": 3, "MathVerse_MINI_Vision_Only": 6}.get(
-            name, 1 if name in {*LETTER, "HallusionBench"} else 0
-        )
+        judged = JUDGED.get(name, 0)
         assert row.judged["judge"] == judged and row.judged["rules"] == row.questions - judged, name
         assert not row.judged["random"] + row.judged["failed"] + row.judged["unparsed"]
 

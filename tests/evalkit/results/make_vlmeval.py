@@ -2,8 +2,8 @@
 
     python tests/evalkit/results/make_vlmeval.py            # in an environment with a checkout of VLMEvalKit
 
-A scripted model answers, a scripted judge scores what the rules of VLMEvalKit cannot read, and the MD5 check of the data
-is off. Of every run the status.json of VLMEvalKit, our pdlm_report.json and the tables of the judge are kept:
+A scripted model answers, a scripted judge scores what the rules of VLMEvalKit cannot read, and the MD5 check of the
+data is off. Of every run the status.json of VLMEvalKit, our pdlm_report.json and the tables of the judge are kept:
 
 - `plain`: data without a column `split`; `split`: with one; `judge_died`: the judge answers VLMEvalKit's trial only;
   `rules`: no judge, without the two benchmarks that need one;
@@ -24,14 +24,15 @@ from types import SimpleNamespace
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "hf"), str(HERE.parents[2])]
 
-import pandas
-from PIL import Image
+import pandas  # noqa: E402
+from PIL import Image  # noqa: E402
 
-from pdlm_evalkit.benchmarks import BENCHMARKS
+from pdlm_evalkit.benchmarks import BENCHMARKS  # noqa: E402
 
 ROWS = 6
 OPTIONS = {"A": "red", "B": "green", "C": "blue", "D": "white"}
 WRONG = {"MMStar": 1, "SEEDBench_IMG": 2, "AI2D_TEST": 3, "BLINK": 4, "RealWorldQA": 5, "VStarBench": 0}
+TABLES = ("_result", "_auxmatch", "_scripted", "_extract", "_score")
 TEXT = "It shows no such thing"  # an answer that no rule can read
 
 
@@ -188,6 +189,11 @@ def judge(body: dict) -> str:
     return "A"
 
 
+def dies(number: int, body: dict) -> str | None:
+    """A judge that answers VLMEvalKit's trial only."""
+    return None if "hello" in str(body) else "400"
+
+
 def write_data(folder: Path, split: bool) -> None:
     for benchmark in BENCHMARKS:
         rows = [{k: v for k, v in row.items() if k != "said"} for row in rows_of(benchmark.vlmeval)]
@@ -251,23 +257,18 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as data, tempfile.TemporaryDirectory() as work:
             os.environ["LMUData"] = data
             write_data(Path(data), kind != "plain")
-            faults = (
-                (lambda number, body: "400" if "hello" not in str(body) else None) if kind == "judge_died" else None
-            )
+            died, rules = kind == "judge_died", kind == "rules"
+            faults = dies if died else None
             with JudgeServer(judge, faults) as server:
-                asked = [name for name in names if kind != "rules" or not name.startswith("Math")]
-                folder = run(
-                    Path(work), asked, server.url, *(("--judge", "exact_matching") if kind == "rules" else ())
-                )
+                asked = [name for name in names if not (rules and name.startswith("Math"))]
+                folder = run(Path(work), asked, server.url, *(["--judge", "exact_matching"] if rules else []))
             kept = HERE / kind
             shutil.rmtree(kept, ignore_errors=True)
             kept.mkdir()
             for path in sorted(folder.iterdir()):
                 wanted = path.name in ("status.json", "pdlm_report.json")
-                if kind in ("judge_died", "rules"):
-                    wanted |= path.suffix == ".tsv" and path.stem.endswith(
-                        ("_result", "_auxmatch", "_scripted", "_extract", "_score")
-                    )
+                if died or rules:
+                    wanted |= path.suffix == ".tsv" and path.stem.endswith(TABLES)
                 if wanted:
                     text = path.read_text(encoding="utf-8")
                     for secret, public in ((data, "DATA"), (work, "WORK"), (server.url, "http://127.0.0.1:8000/v1")):
