@@ -4,6 +4,8 @@ Settings are those of the reference's harness copy (generation by benchmark, pro
 images by benchmark); scores are Table 1 of the paper.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict
 
@@ -28,6 +30,10 @@ HARNESS_SUFFIXES = (
     "Please answer directly with only the letter of the correct option and nothing else",
     "Please answer directly with a single word or number",
 )
+# What BLINK and CV-Bench of lmms-eval ask for before the question, and the form of their options: the paper's is "A. red".
+_NOTE = re.compile(r"^Note: You only need to respond with [^\n]* without providing any additional information\.\s*")
+_OPTION = re.compile(r"^\(([A-Z])\) ", re.MULTILINE)
+_SELECT = re.compile(r"\s*Select from the following choices\.(?=\nA\. )")
 TOTAL_TILES = 64  # all images of a question share them
 _OTHERS = {"2", "pass64", "ppl", "reasoning"}  # in a task's name: another benchmark, or another way to ask
 OVERRIDES = ("max_tiles", "upscale_first", "prompt_suffix", "shorten")  # what is no setting of `generate`
@@ -197,12 +203,17 @@ def choose_benchmarks(names: list[str] | None) -> list[Benchmark]:
 def ask_like_paper(benchmark: Benchmark, text: str) -> str:
     """Replace the end of a question, which asks for the form of the answer, by the paper's.
 
-    Questions of benchmarks with letters keep their own end, if they have one: some of them are open questions.
+    Questions of benchmarks with letters keep their own end, if they have one: some of them are open questions. BLINK
+    and CV-Bench-2D of lmms-eval have an instruction before the question, which is removed, and options as "(A) red".
 
     Args:
         benchmark (`Benchmark`): the benchmark of the question.
         text (`str`): the question as the task of the harness writes it.
     """
+    if benchmark.name in ("BLINK", "CV-Bench-2D") and _NOTE.match(text):
+        text = _OPTION.sub(r"\1. ", _NOTE.sub("", text))
+        if benchmark.name == "CV-Bench-2D":  # of the task's prompt; VLMEvalKit's questions lack it
+            text = _SELECT.sub("", text)
     own = next((s for s in HARNESS_SUFFIXES if text.rstrip(" .\n").endswith(s)), None)
     if benchmark.kind == "letter" and benchmark.prompt_suffix is None:
         return text if own else text.rstrip() + benchmark.suffix
@@ -211,6 +222,23 @@ def ask_like_paper(benchmark: Benchmark, text: str) -> str:
     if own:
         text = text.rstrip(" .\n").removesuffix(own)
     return text.rstrip() + benchmark.suffix
+
+
+def place_images(parts: Sequence[str | None]) -> str:
+    """Write the text of a message, whose images come first, as the reference does.
+
+    The place of the k-th of several images is marked by `<Image-k>`, unless all images stand together.
+
+    Args:
+        parts (`list`): the parts of the message in order; None is an image.
+    """
+    texts = [part for part in parts if part is not None]
+    if len(parts) - len(texts) <= 1:
+        return "\n".join(texts)
+    marks = [f"<Image-{number}>" for number in range(1, len(parts) - len(texts) + 1)]
+    places = iter(marks)
+    text = "".join(next(places) if part is None else part for part in parts)
+    return text.replace("".join(marks), "")
 
 
 def _plain(name: str) -> str:

@@ -17,7 +17,7 @@ from pdlm_hf.regions.files import write_json
 from .benchmarks import BENCHMARKS, choose_benchmarks
 from .manifest import LMMS_TASKS
 from .paradlc.cli import app as paradlc
-from .strict import BASE_URL, MODEL, SETTINGS, judge_results, read_results
+from .strict import BASE_URL, MODEL, SETTINGS, Verdicts, judge_results, read_results
 from .terminal import progress, show_table
 
 app = errors.make_app("pdlm-eval", "Evaluate PerceptionDLM on the paper's benchmarks and compare with its scores.")
@@ -175,12 +175,13 @@ def strict(
 ) -> None:
     """Score ChartQA, DocVQA or InfoVQA as the paper does, by Qwen3-8B; the same command continues after a stop."""
     rows = read_results(results)
-    name = benchmark or _benchmark_in(results.name)
+    name = choose_benchmarks([benchmark])[0].name if benchmark else _benchmark_in(results.name)
     out = out or results.with_name(f"{results.stem}_strict.json")
     if out.suffix != ".json":
         raise SettingError(f"--out {out}: the name must end in .json; the verdicts go beside it, in .jsonl.")
     options: dict[str, Any] = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
-    client = ChatClient(judge, base_url, key_in(api_key_env), SETTINGS, cache=out.with_suffix(".sqlite"), **options)
+    client = ChatClient(judge, base_url, key_in(api_key_env), SETTINGS, **options)
+    client.cache = Verdicts(out.with_suffix(".sqlite"))
     try:
         with progress("verdicts") as show:
             score, verdicts = judge_results(rows, client, lambda done, _: show(done, len(rows)))
@@ -194,8 +195,8 @@ def strict(
     out.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_json(out, score)
     typer.echo(json.dumps({key: score[key] for key in score if key.startswith(("accuracy", "n_"))}))
-    if score["n_failed"]:
-        raise _fail(f"{score['n_failed']} rows got no verdict and count as wrong; run again to ask for them", 1)
+    if lost := score["n_failed"] + score["n_unparsed"]:
+        raise _fail(f"{lost} rows got no verdict and count as wrong; run again to ask for them", 1)
 
 
 def _benchmark_in(name: str) -> str:

@@ -28,9 +28,12 @@ def no_keys(monkeypatch, tmp_path):
     check._answered.clear()
 
 
-def put_data(tmp_path, name, header="index\timage\tquestion\tanswer\n"):
+ROWS = 'index\timage\tquestion\tanswer\n1\tiVBO\t"How\nmany?"\t7\n2\tiVBO\tWhich?\tred\n'
+
+
+def put_data(tmp_path, name, text=ROWS):
     (tmp_path / "lmu").mkdir(exist_ok=True)
-    (tmp_path / "lmu" / f"{name}.tsv").write_text(header)
+    (tmp_path / "lmu" / f"{name}.tsv").write_text(text)
 
 
 class TestCheck:
@@ -47,8 +50,19 @@ class TestCheck:
         assert "1 of 2 checks failed" in done.stderr
         assert "ChartQA_TEST.tsv does not exist" in " ".join(done.output.replace("│", " ").split())
 
-    def test_a_broken_download(self, tmp_path):
-        put_data(tmp_path, "ChartQA_TEST", "<html>\n")
+    @pytest.mark.parametrize("text, said", [
+        ("<html>\n", "has no columns index and question"),
+        ("", "has no columns index and question"),
+        (ROWS[:28], "has no rows"),
+        (ROWS[:-8], "has 3 cells in row 2 instead of 4"),
+        (ROWS[:-2], "ends within row 2"),
+        (ROWS[:40], "is damaged or was cut off"),  # within a quoted cell
+        (ROWS + "3\t\t\t\t\n", "has 5 cells in row 3"),
+    ])  # fmt: skip
+    def test_a_broken_download(self, tmp_path, text, said):
+        put_data(tmp_path, "ChartQA_TEST", text)
+        finding = check.check_data(find("ChartQA"), "vlmeval")
+        assert said in finding.problem and "ChartQA_TEST.tsv" in finding.problem
         assert call("check", "ChartQA").exit_code == 1
 
     def test_a_judge_without_key(self, tmp_path):
@@ -226,6 +240,40 @@ class TestReport:
             ("HallusionBench", "VLMEvalKit", 55.0),
             ("HallusionBench", "lmms-eval", 60.0),
         ]
+
+    def test_files_of_other_tools_have_no_scores(self, tmp_path):
+        """In a folder they are passed over; one that is named is refused."""
+        self.write(tmp_path / "1_results.json", {"results": {"mmstar": {"average,none": 0.5}}})
+        others = (
+            [{"name": "x"}],
+            [1],
+            7,
+            {"metric": 1},
+            {"results": [1]},
+            {"results": {"mmstar": 0.5}},
+            {"accuracy": 1},
+        )
+        for number, value in enumerate(others):
+            self.write(tmp_path / f"other{number}_results.json", value)
+        assert [row.score for row in collect([tmp_path])] == [50.0]
+        done = call("report", str(tmp_path / "other0_results.json"))
+        assert done.exit_code == 2 and "neither a result of lmms-eval or VLMEvalKit" in done.stderr
+
+    @pytest.mark.parametrize("kept, problem", [({"n_failed": 1}, "on 1 answers"), ({"n_unparsed": 2}, "on 2 answers")])
+    def test_a_strict_judge_that_failed(self, tmp_path, kept, problem):
+        strict = {"benchmark": "ChartQA", "accuracy": 0.9, "n_rows": 10, "judge": "q", "n_failed": 0, "n_unparsed": 0}
+        self.write(tmp_path / "x_strict.json", strict | kept)
+        done = call("report", str(tmp_path), "--json")
+        assert done.exit_code == 1 and f"the judge failed {problem}" in done.stderr
+        (row,) = json.loads(done.stdout)
+        assert row["score"] is None and row["difference"] is None and row["judged"]["failed"] == sum(kept.values())
+
+    @pytest.mark.parametrize("content", [{"results": {"mmstar": {"average,none": 64.0}}},
+                                         {"benchmark": "ChartQA", "accuracy": 90, "n_rows": 1}])  # fmt: skip
+    def test_no_percentage(self, tmp_path, content):
+        self.write(tmp_path / "1_results.json", content)
+        done = call("report", str(tmp_path))
+        assert done.exit_code == 2 and "1_results.json" in done.stderr and "no percentage" in done.stderr
 
     def test_nothing_to_report(self, tmp_path):
         assert "no such file" in call("report", str(tmp_path / "x")).stderr
