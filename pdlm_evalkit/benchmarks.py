@@ -30,7 +30,7 @@ HARNESS_SUFFIXES = (
     "Please answer directly with only the letter of the correct option and nothing else",
     "Please answer directly with a single word or number",
 )
-# What BLINK and CV-Bench of lmms-eval ask for before the question, and the form of their options: the paper's is "A. red".
+# What BLINK and CV-Bench of lmms-eval ask for before the question, and their options, in the paper "A. red".
 _NOTE = re.compile(r"^Note: You only need to respond with [^\n]* without providing any additional information\.\s*")
 _OPTION = re.compile(r"^\(([A-Z])\) ", re.MULTILINE)
 _SELECT = re.compile(r"\s*Select from the following choices\.(?=\nA\. )")

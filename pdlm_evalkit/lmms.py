@@ -222,7 +222,7 @@ class PdlmChat(_Pdlm):
         if videos or audios:
             raise SettingError(f"{task} asks about videos or sound, and PerceptionDLM reads images only.")
         if self.answerer.benchmark(task) is not None and isinstance(context, str) and context:
-            # as the simple interface: MMMU's messages replace the marks `<image 2>` by images, in the order of the images
+            # as the simple interface: MMMU's messages replace `<image 2>` by images, in the order of the images
             return context, asked, images, task
         parts = [part for message in messages.messages for part in message.content]
         return place_images([part.text if part.type == "text" else None for part in parts]), asked, images, task
