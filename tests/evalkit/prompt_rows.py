@@ -110,7 +110,9 @@ def lmms_prompts() -> dict[str, dict[str, Any]]:
         for kind, middle in ((PdlmSimple, (asked, task.doc_to_visual)), (PdlmChat, (task.doc_to_messages, asked))):
             model = object.__new__(kind)
             model.answerer, model.task_dict = SimpleNamespace(benchmark=find_benchmark), {name: {"s": [doc]}}
-            request = Instance("generate_until", (context, *middle, 0, name, "s"), 0, {"task": name, "doc_id": 0, "repeats": 1})
+            request = Instance(
+                "generate_until", (context, *middle, 0, name, "s"), 0, {"task": name, "doc_id": 0, "repeats": 1}
+            )
             text, settings, images, _ = model._read(request)
             texts.append((model._question(text, settings, images, name).text, len(images)))
         (simple, count), (chat, _) = texts

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from judge_server import JudgeServer, text_of
+from prompt_rows import PROMPTS
 
 from pdlm_hf.shapes.evaluate_base import held_out_question
 
@@ -83,6 +84,15 @@ def test_a_run_scores_what_our_own_evaluation_says(alone):
     assert report[0]["primary_metric_value"] == pytest.approx(own["right"], abs=6e-5)
     assert report[0]["paper_settings"]["max_new_tokens"] == 2
     assert report[0]["answers"]["num_forwards"] == 2 * ROWS
+
+
+def test_prompts_of_all_sixteen():
+    """Those of VLMEvalKit's InternVL wrapper, whose copy the reference is, but for the reference's own ends."""
+    script = "import json, prompt_rows; print(json.dumps(prompt_rows.vlmeval_prompts()))"
+    own = environment(Path("none"), PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    done = subprocess.run([sys.executable, "-c", script], env=own, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == json.loads(PROMPTS.read_text())["vlmeval"]
 
 
 def predict(data: Path, work: Path, names: tuple[str, ...], unread: int) -> None:
