@@ -64,6 +64,7 @@ class Benchmark:
         lmms_percent, vlmeval_percent (`bool`): whether the harness writes percent instead of shares. (The main score
             of VLMEvalKit, `primary_metric_value`, is in percent or not, depending on class and columns of the data.)
         paper (`float`): score of PerceptionDLM-Base in Table 1, in percent.
+        unverifiable (`str`): what neither the paper nor its repository says.
     """
 
     name: str
@@ -88,11 +89,24 @@ class Benchmark:
     lmms_percent: bool = False
     vlmeval_percent: bool = False
     aliases: tuple[str, ...] = ()
+    unverifiable: str = ""
 
     @property
     def suffix(self) -> str:
         """The end of each question."""
         return SUFFIX[self.kind] if self.prompt_suffix is None else self.prompt_suffix
+
+    @property
+    def judges(self) -> dict[str, str]:
+        """Names of judges: `paper`, as its repository documents it; `paper_default`, what its run.py takes by itself;
+        `vlmeval` and `lmms`, the defaults of the harnesses; "rules" where none is asked."""
+        if self.stock_judge == "rules":
+            found = {"paper": self.paper_judge or "rules", "paper_default": "rules", "vlmeval": "rules"}
+        else:
+            own = "gpt-4o-mini" if self.stock_judge == "LLM" else "chatgpt-0125"
+            found = {"paper": "gpt-5.2", "paper_default": own, "vlmeval": "gpt-4o-mini"}
+        stock = "gpt-4" if self.name == "HallusionBench" else "gpt-4o-2024-11-20"
+        return found | {"lmms": "rules" if self.lmms_judge == "rules" else stock}
 
     def generation(self) -> dict[str, Any]:
         """Settings of `generate`."""
@@ -104,7 +118,7 @@ class Benchmark:
 
     def as_dict(self) -> dict[str, Any]:
         """The benchmark as a dict, for result files."""
-        return asdict(self) | {"suffix": self.suffix, "total_tiles": TOTAL_TILES}
+        return asdict(self) | {"suffix": self.suffix, "total_tiles": TOTAL_TILES, "judges": self.judges}
 
 
 class _Generation(TypedDict):
@@ -130,7 +144,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("SeedBench", "General VQA", "letter", "SEEDBench_IMG", "seedbench", "image", _RULES_LLM,
               "seed_image", 78.9),
     Benchmark("MMBench", "General VQA", "letter", "MMBench_DEV_EN", "mmbench_en_dev", "dev", _RULES_LLM,
-              "gpt_eval_score", 85.0, lmms_judge=_RULES_LLM, lmms_percent=True),
+              "gpt_eval_score", 85.0, lmms_judge=_RULES_LLM, lmms_percent=True,
+              unverifiable="version: MMBench_DEV_EN or MMBench_DEV_EN_V11"),
     Benchmark("MMMU", "Reasoning", "letter", "MMMU_DEV_VAL", "mmmu_val", "validation", _RULES_LLM,
               "mmmu_acc", 47.2, upscale_first=True),
     Benchmark("MathVista", "Reasoning", "math", "MathVista_MINI", "mathvista_testmini_format", "testmini", _LLM,
@@ -139,7 +154,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("MathVerse Vision-Only", "Reasoning", "math", "MathVerse_MINI_Vision_Only",
               "mathverse_testmini_vision_only", "testmini", _LLM, "gpt_eval_score", 25.3, lmms_judge=_LLM,
               vlmeval_percent=True, **_REASON),
-    Benchmark("AI2D", _DOC, "letter", "AI2D_TEST", "ai2d", "test", _RULES_LLM, "exact_match", 85.0),
+    Benchmark("AI2D", _DOC, "letter", "AI2D_TEST", "ai2d", "test", _RULES_LLM, "exact_match", 85.0,
+              unverifiable="with or without mask: AI2D_TEST or AI2D_TEST_NO_MASK"),
     Benchmark("ChartQA", _DOC, "document", "ChartQA_TEST", "chartqa", "test", _RULES,
               "relaxed_overall", 91.6, paper_judge=_STRICT, vlmeval_percent=True, **_READ),
     Benchmark("DocVQA", _DOC, "document", "DocVQA_VAL", "docvqa_val", "val", _RULES, "anls", 89.9,
@@ -148,14 +164,15 @@ BENCHMARKS: tuple[Benchmark, ...] = (
               paper_judge=_STRICT, vlmeval_percent=True, **_READ),
     # the reference's harness copy knows no pairs: single questions count, which VLMEvalKit calls average
     Benchmark("MMVP", "Perception", "letter", "MMVP", "mmvp", "test", _RULES_LLM, "mmvp_accuracy", 82.0,
-              vlmeval_metric="Average"),
+              vlmeval_metric="Average", unverifiable="single questions or pairs"),
     Benchmark("BLINK", "Perception", "letter", "BLINK", "blink", "val", _RULES_LLM, "blink_acc", 60.3),
     Benchmark("RealWorldQA", "Perception", "letter", "RealWorldQA", "realworldqa", "test", _RULES_LLM,
               "exact_match", 73.7),
     Benchmark("CV-Bench-2D", "Perception", "letter", "CV-Bench-2D", "cv_bench_2d", "2D", _RULES_LLM,
               "cv_bench_acc", 79.8),
     Benchmark("HallusionBench", "Others", "yes_no", "HallusionBench", "hallusion_bench_image", "image", _RULES_LLM,
-              _HALLUSION, 58.4, lmms_judge=_LLM, vlmeval_metric=_HALLUSION, vlmeval_percent=True, lmms_percent=True),
+              _HALLUSION, 58.4, lmms_judge=_LLM, vlmeval_metric=_HALLUSION, vlmeval_percent=True,
+              lmms_percent=True, unverifiable="aAcc, or the mean of aAcc, fAcc and qAcc"),
     Benchmark("V*", "Others", "letter", "VStarBench", "vstar_bench", "test", _RULES_LLM, "vstar_overall_acc", 73.3,
               lmms_percent=True),
 )

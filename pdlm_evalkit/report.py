@@ -283,31 +283,33 @@ def as_table(measured: list[Measured]) -> Table:
 def list_table(benchmarks: list[Benchmark]) -> Table:
     """Benchmarks with their settings as a table for the terminal."""
     table = Table(title="The paper's benchmarks")
-    columns = "benchmark VLMEvalKit lmms-eval split judge tokens block steps tiles question paper"
-    for name in columns.split():
-        table.add_column(name, overflow="fold")
+    columns = "VLMEvalKit,lmms-eval,split,scored by,judge of the paper,default judge,tokens/block/steps,question,paper"
+    for name in ("benchmark", *columns.split(",")):
+        table.add_column(name, overflow="fold", no_wrap=name in ("VLMEvalKit", "lmms-eval", "paper"))
     kinds = {b.kind: b.suffix for b in benchmarks}
     table.caption = "\n".join(
         [
             *(f"{kind}: the question ends with {suffix!r}" for kind, suffix in kinds.items()),
-            f"tiles: most tiles of one image, without the thumbnail; several images share {TOTAL_TILES}",
+            f"an image has at most 6 tiles, without the thumbnail; several images share {TOTAL_TILES}",
             'tokens: length of the answer; answers that begin with Yes, No or "B." are reduced to that word or letter',
+            "judge of the paper: as its repository documents it, and the default of its run.py; default judge: of "
+            "VLMEvalKit, and of lmms-eval if that is another",
+            *(f"unverifiable from paper and code: {b.name}, {b.unverifiable}" for b in benchmarks if b.unverifiable),
         ]
     )
     table.caption_justify = "left"
     for b in benchmarks:
-        judge = b.stock_judge + (f"; lmms-eval: {b.lmms_judge}" if b.lmms_judge != b.stock_judge else "")
-        judge += f"; paper: {b.paper_judge}" if b.paper_judge else ""
+        by = b.stock_judge + (f"; lmms-eval: {b.lmms_judge}" if b.lmms_judge != b.stock_judge else "")
+        paper, own, stock, lmms = (b.judges[name] for name in ("paper", "paper_default", "vlmeval", "lmms"))
         table.add_row(
             b.name,
             b.vlmeval,
             b.lmms,
             b.split,
-            judge,
-            str(b.max_new_tokens),
-            str(b.block_length),
-            str(b.max_denoising_steps),
-            str(b.max_tiles),
+            by,
+            paper if own in (paper, "rules") else f"{paper} (run.py: {own})",
+            stock if lmms == stock else f"{stock}; lmms-eval: {lmms}",
+            f"{b.max_new_tokens}/{b.block_length}/{b.max_denoising_steps}",
             b.kind + (", first image doubled" if b.upscale_first else ""),
             f"{b.paper:.1f}",
         )

@@ -53,6 +53,13 @@ def test_only_mmmu_doubles_its_first_image():
 
 
 def test_judges():
+    """The README of the reference wants gpt-5.2 everywhere; its run.py has other defaults, VLMEvalKit others again."""
+    assert find("MMStar").judges == {"paper": "gpt-5.2", "paper_default": "chatgpt-0125", "vlmeval": "gpt-4o-mini",
+                                     "lmms": "rules"}  # fmt: skip
+    assert find("MathVista").judges["paper_default"] == "gpt-4o-mini"
+    assert find("ChartQA").judges["paper"] == "Qwen3-8B, strict" and find("ChartQA").judges["vlmeval"] == "rules"
+    assert find("HallusionBench").judges["lmms"] == "gpt-4" and find("MMBench").judges["lmms"] == "gpt-4o-2024-11-20"
+    assert [b.name for b in BENCHMARKS if b.unverifiable] == ["MMBench", "AI2D", "MMVP", "HallusionBench"]
     assert [b.name for b in BENCHMARKS if b.stock_judge == "LLM"] == ["MathVista", "MathVerse Vision-Only"]
     assert [b.name for b in BENCHMARKS if b.paper_judge] == ["ChartQA", "DocVQA", "InfoVQA"]
 

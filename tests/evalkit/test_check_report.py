@@ -158,6 +158,10 @@ def test_list_and_tasks():
     rows = json.loads(call("list", "--json").stdout)
     assert len(rows) == 16
     assert rows[4]["name"] == "MathVista" and rows[4]["suffix"] == "\n\n\nPlease reason step by step."
+    assert rows[0]["judges"]["paper"] == "gpt-5.2" and rows[6]["unverifiable"].startswith("with or without mask")
+    shown = " ".join(call("list", "AI2D").stdout.replace("│", " ").split())
+    assert "unverifiable from paper and code: AI2D, with or without mask" in shown
+    assert "gpt-5.2" in shown and "chatgpt-0125" in shown and "gpt-4o-mini" in shown
     assert "mathverse_testmini_vision_only" in call("list", "MathVerse Vision-Only").stdout.replace("\n", "")
     assert call("tasks").stdout.strip() == str(LMMS_TASKS)
     assert (LMMS_TASKS / "pdlm_shapes_regions.yaml").is_file()

@@ -78,7 +78,8 @@ def test_a_failed_call_is_wrong_is_said_and_is_asked_again(tmp_path):
 
 
 @pytest.mark.parametrize("reply, verdict", [
-    ("CORRECT", "CORRECT"), ("CORRECT.", "CORRECT"), ("`Incorrect`", "INCORRECT"), ("<think></think>CORRECT", "CORRECT"),
+    ("CORRECT", "CORRECT"), ("CORRECT.", "CORRECT"), ("`Incorrect`", "INCORRECT"),
+    ("<think></think>CORRECT", "CORRECT"),
     ("correct, I guess", "UNPARSED"), ("", "UNPARSED"), ("INCORRECT or CORRECT", "UNPARSED"), ("Yes", "UNPARSED"),
 ])  # fmt: skip
 def test_verdict_in(reply, verdict):

@@ -31,7 +31,9 @@ RESULTS = {
                         "gpt4v_output_gpt_check": str(int(right))} for k, right in enumerate(RIGHT)],
     "V*": [{"category": "a", "score": float(right)} for right in RIGHT],
 } | {name: [{"is_correct": right} for right in RIGHT] for name in ("MMVP", "BLINK", "CV-Bench-2D")}  # fmt: skip
-RESULTS |= {name: [float(right) for right in RIGHT] for name in ("AI2D", "ChartQA", "DocVQA", "InfoVQA", "RealWorldQA")}
+RESULTS |= {
+    name: [float(right) for right in RIGHT] for name in ("AI2D", "ChartQA", "DocVQA", "InfoVQA", "RealWorldQA")
+}
 
 
 @pytest.fixture(scope="module")
