@@ -115,7 +115,7 @@ def fault_in_table(path: Path) -> str | None:
         size = file.tell()
         file.seek(max(0, size - 1))
         ended = file.read() == b"\n"
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             rows = csv.reader(file, delimiter="\t", strict=True)
             columns = next(rows, [])

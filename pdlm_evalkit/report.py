@@ -114,7 +114,7 @@ def _read(file: Path, named: bool) -> list[Measured]:
         found = [_from_vlmeval(row, file) for row in content]
     elif isinstance(content, dict) and isinstance(content.get("datasets"), dict):
         found = [_from_status(name, row, content, file) for name, row in content["datasets"].items()]
-    elif isinstance(content, dict) and {"accuracy", "n_rows"} <= content.keys():
+    elif isinstance(content, dict) and {"accuracy", "n_rows"} <= content.keys() and _is_number(content["accuracy"]):
         found = [_from_strict(content, file)]
     elif isinstance(content, dict) and isinstance(content.get("results"), dict):
         found = list(_from_lmms(content, file))
@@ -226,8 +226,9 @@ def _from_lmms(content: dict[str, Any], file: Path) -> Iterator[Measured]:
         notes = ["" if task == benchmark.lmms else f"task {task}"]
         measured = Measured(benchmark.name, "lmms-eval", score, benchmark.lmms_metric, benchmark.paper)
         _add_costs(measured, file.with_name(file.name.replace("_results.json", f"_samples_{task}.jsonl")))
-        if limit := (content.get("config") or {}).get("limit"):
-            notes.append(f"only {limit:g} questions (--limit)")
+        config = content.get("config")
+        if isinstance(config, dict) and config.get("limit"):
+            notes.append(f"only {float(config['limit']):g} questions (--limit)")
         if benchmark.lmms_judge != "rules":
             notes.append("lmms-eval does not say whether its judge answered")
         elif measured.questions:
@@ -236,20 +237,26 @@ def _from_lmms(content: dict[str, Any], file: Path) -> Iterator[Measured]:
         yield measured
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _add_costs(measured: Measured, samples: Path) -> None:
     """Add tokens, forward passes and time from the samples file, if there is one."""
     if not samples.is_file():
         return
-    rows = read_lines(samples)
+    try:
+        rows = read_lines(samples)
+        counts = [c for row in rows for c in row.get("token_counts") or [] if c and c.get("num_forwards")]
+        names = ("num_forwards", "slots", "output_tokens", "seconds")
+        forwards, slots, tokens, seconds = (sum(float(c.get(name) or 0) for c in counts) for name in names)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{samples}: no samples with the token counts of lmms-eval ({error}).") from None
     measured.questions = len(rows)
-    counts = [
-        c for row in rows for c in row.get("token_counts") or [] if isinstance(c, dict) and c.get("num_forwards")
-    ]
-    forwards = sum(c["num_forwards"] for c in counts)
     if forwards:
-        measured.tokens_per_forward = round(sum(c["slots"] for c in counts) / forwards, 3)
-        measured.text_tokens_per_forward = round(sum(c.get("output_tokens") or 0 for c in counts) / forwards, 3)
-        measured.seconds = round(sum(c["seconds"] for c in counts), 1)
+        measured.tokens_per_forward = round(slots / forwards, 3)
+        measured.text_tokens_per_forward = round(tokens / forwards, 3)
+        measured.seconds = round(seconds, 1)
 
 
 def as_rows(measured: list[Measured]) -> list[dict[str, Any]]:

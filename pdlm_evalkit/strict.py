@@ -121,7 +121,7 @@ def _lmms_rows(path: Path) -> list[Row]:
 
 
 def _json_rows(path: Path) -> list[Row]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a list of rows.")
     for number, row in enumerate(content, 1):

@@ -9,7 +9,7 @@ from pdlm_hf.errors_pdlm import DataError, MissingPackageError
 
 def read_lines(path: Path) -> list[Any]:
     """Read a JSON Lines file of another tool; its last line may have no line break. Raises: json.JSONDecodeError."""
-    with path.open(encoding="utf-8") as file:  # not `splitlines`, which also splits at line breaks within a text
+    with path.open(encoding="utf-8-sig") as file:  # not `splitlines`, which also splits at line breaks within a text
         return [json.loads(line) for line in file if line.strip()]
 
 

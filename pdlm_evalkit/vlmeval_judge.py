@@ -104,6 +104,18 @@ class JudgeLog:
         found["rules"] = max(0, total - sum(found[name] for name in OUTCOMES if name != "rules"))
         return {name: found[name] for name in OUTCOMES} | {"requests": self._requests[model, dataset]}
 
+    def judged(self, folder: Path, model: str, row: dict[str, Any]) -> dict[str, int]:
+        """As [`counts`], of a data set of a run.
+
+        Args:
+            folder (`Path`): the folder of the run.
+            model (`str`): the name of the model.
+            row (`dict`): the data set's row of VLMEvalKit's run report, with the name of the `judge`.
+        """
+        rules = row["judge"] in (None, "", RULES)
+        unparsed = counted_in(folder, model, row["benchmark"], RULES)["unparsed"] if rules else 0
+        return self.counts(model, row["benchmark"], row["infer_total"] or 0, unparsed)
+
     # ---------------------------------------------------------------- what is observed
 
     def _status(self, original: Callable) -> Callable:

@@ -23,9 +23,8 @@ from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions.files import read_rows, write_json
 
 from .benchmarks import find_benchmark
-from .check import RULES
 from .lmms_run import OptionParser, as_command
-from .vlmeval_judge import JudgeLog, counted_in
+from .vlmeval_judge import JudgeLog
 from .vlmeval_resume import REPORT, Attempts, earlier_attempts, go_on, newest_run, remember
 
 HUB = {"PerceptionDLM-Base": "MSALab/PerceptionDLM-Base", "PerceptionDLM": "MSALab/PerceptionDLM"}
@@ -195,7 +194,7 @@ def read_config(options: argparse.Namespace) -> dict[str, Any]:
     if not options.config:
         return {"model": dict.fromkeys(options.model), "data": dict.fromkeys(options.data)}
     try:
-        config = json.loads(Path(options.config).read_text(encoding="utf-8"))
+        config = json.loads(Path(options.config).read_text(encoding="utf-8-sig"))
         models = {name: dict(settings) for name, settings in config["model"].items()}
         return config | {"model": models, "data": dict(config["data"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -254,8 +253,9 @@ def run(argv: list[str]) -> int:
         path = log.with_name(log.name.replace("pdlm_answers", "pdlm_config").removesuffix("l"))
         write_json(path, config_with_logs(config, log))
         rest += ["--config", str(path)]  # the last one counts
-    # VLMEvalKit would also reuse the options that it drew at random; the judge's replies are kept elsewhere
-    rest += ["--reuse", "--reuse-aux", "infer"] if any(len(own.started) > 1 for own in attempts.values()) else []
+    if reuses(options) or any(len(own.started) > 1 for own in attempts.values()):
+        # VLMEvalKit would also reuse the options that it drew at random; the judge's replies are kept elsewhere
+        rest += ["--reuse", "--reuse-aux", "infer"]
     sys.argv = [str(run_py), *rest]
     try:
         runpy.run_path(str(run_py), run_name="__main__")
@@ -265,6 +265,11 @@ def run(argv: list[str]) -> int:
     if judge is None:
         return 0
     return finish(config, attempts, _status_files(work_dir) - before, options.mode, judge)
+
+
+def reuses(options: argparse.Namespace) -> bool:
+    """Whether VLMEvalKit was told to reuse predictions."""
+    return options.reuse or options.mode == "eval"
 
 
 def attempts_of(
@@ -281,7 +286,7 @@ def attempts_of(
     Raises:
         SettingError: predictions with other settings would be reused.
     """
-    asked, models = options.reuse or options.mode == "eval", {}
+    asked, models = reuses(options), {}
     for model, given in config["model"].items():
         settings = (own if "class" not in (given or {}) else {}) | (given or {})
         settings = {name: value for name, value in settings.items() if name not in ("device", "log")}
@@ -294,7 +299,7 @@ def attempts_of(
     resumed = [model for model, attempts in models.items() if len(attempts.started) > 1]
     if not asked and resumed and len(resumed) < len(models):  # --reuse is for all models
         return {model: Attempts(attempts.settings) for model, attempts in models.items()}
-    for model in resumed:
+    for model in resumed if not int(os.environ.get("RANK", 0)) else ():
         typer.echo(f"pdlm-eval: {model} goes on with {newest_run(work_dir, model)}.", err=True)
     return models
 
@@ -330,7 +335,7 @@ def finish(config: dict[str, Any], attempts: dict[str, Attempts], files: set[Pat
                 row |= {"answers": answer_costs(path, model, name, attempts[model].started)}
                 row |= {"judge": status.get(name, {}).get("judge_model"), "attempts": len(attempts[model].started)}
                 if judge.installed and not row["skip_reason"]:
-                    row["judged"] = judged(judge, path.parent, model, row)
+                    row["judged"] = judge.judged(path.parent, model, row)
             write_json(path.parent / REPORT, list(found.values()))
             rows |= found
         for name in config["data"]:
@@ -342,20 +347,6 @@ def finish(config: dict[str, Any], attempts: dict[str, Attempts], files: set[Pat
     if unjudged:
         typer.echo(f"pdlm-eval: to judge only these answers again: {again(sys.argv[1:])}", err=True)
     return 1 if faults else 0
-
-
-def judged(judge: JudgeLog, folder: Path, model: str, row: dict[str, Any]) -> dict[str, int]:
-    """Number of answers to a data set by the way they were scored, see [`JudgeLog.counts`].
-
-    Args:
-        judge ([`JudgeLog`]): what was observed.
-        folder (`Path`): the folder of the run.
-        model (`str`): the name of the model.
-        row (`dict`): the data set's row of VLMEvalKit's run report, with the name of the `judge`.
-    """
-    rules = row["judge"] in (None, "", RULES)
-    unparsed = counted_in(folder, model, row["benchmark"], RULES)["unparsed"] if rules else 0
-    return judge.counts(model, row["benchmark"], row["infer_total"] or 0, unparsed)
 
 
 def again(argv: list[str]) -> str:

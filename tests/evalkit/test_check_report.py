@@ -263,6 +263,19 @@ class TestReport:
         done = call("report", str(tmp_path / "other0_results.json"))
         assert done.exit_code == 2 and "neither a result of lmms-eval or VLMEvalKit" in done.stderr
 
+    def test_token_counts_that_are_text(self, tmp_path):
+        """Numbers in quotes are numbers; anything else is refused with the name of the file."""
+        self.write(tmp_path / "1_results.json", {"results": {"mmstar": {"average,none": 0.5}}})
+        samples = tmp_path / "1_samples_mmstar.jsonl"
+        counts = {"num_forwards": "2", "slots": "4", "output_tokens": None, "seconds": "0.5"}
+        samples.write_text("\ufeff" + json.dumps({"token_counts": [counts]}), encoding="utf-8")
+        (row,) = collect([tmp_path])
+        assert (row.tokens_per_forward, row.text_tokens_per_forward, row.seconds) == (2.0, 0.0, 0.5)
+        for text in ('{"token_counts": [{"num_forwards": "many"}]}', '{"token_counts": ["12"]}', '{"token_', "[1]"):
+            samples.write_text(text)
+            done = call("report", str(tmp_path))
+            assert done.exit_code == 2 and "1_samples_mmstar.jsonl: no samples" in done.stderr
+
     @pytest.mark.parametrize("kept, problem", [({"n_failed": 1}, "on 1 answers"), ({"n_unparsed": 2}, "on 2 answers")])
     def test_a_strict_judge_that_failed(self, tmp_path, kept, problem):
         strict = {"benchmark": "ChartQA", "accuracy": 0.9, "n_rows": 10, "judge": "q", "n_failed": 0, "n_unparsed": 0}
