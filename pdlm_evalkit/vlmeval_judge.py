@@ -141,7 +141,9 @@ class JudgeLog:
             else:
                 self._requests[self._subject] += 1
                 reply = original(model, message, *args, **kwargs)
-            scoring.said.append((key, reply if isinstance(reply, str) else json.dumps(reply, default=str)))
+            if not isinstance(reply, str):  # an agent's record: no judge of VLMEvalKit answers so
+                return reply
+            scoring.said.append((key, reply))
             if scoring is not getattr(self._local, "scoring", None):  # asked outside any pool
                 self._finish(scoring, key, None, None)
             return reply
