@@ -15,6 +15,7 @@ from rich.table import Table
 from pdlm_hf.errors_pdlm import DataError
 
 from .benchmarks import BENCHMARKS, TOTAL_TILES, Benchmark, find_benchmark
+from .lmms_judge import judged_beside
 from .scores import as_percent, note_on_splits, score_in
 from .tables import read_lines
 from .vlmeval_judge import counted_in
@@ -229,10 +230,12 @@ def _from_lmms(content: dict[str, Any], file: Path) -> Iterator[Measured]:
         config = content.get("config")
         if isinstance(config, dict) and config.get("limit"):
             notes.append(f"only {float(config['limit']):g} questions (--limit)")
-        if benchmark.lmms_judge != "rules":
-            notes.append("lmms-eval does not say whether its judge answered")
-        elif measured.questions:
-            measured.judged = {"rules": measured.questions, "unparsed": 0, "judge": 0, "random": 0, "failed": 0}
+        judged = judged_beside(file, task)
+        if judged is None and benchmark.lmms_judge != "rules":
+            notes.append("not run by pdlm-eval lmms: whether the judge answered is unknown")
+        elif judged is not None or measured.questions:
+            counts = {"unparsed": 0, "judge": 0, "random": 0, "failed": 0} | (judged or {})
+            measured.withhold({"rules": max(0, (measured.questions or 0) - sum(counts.values()))} | counts)
         measured.note = "; ".join(filter(None, notes))
         yield measured
 
