@@ -23,7 +23,7 @@ class TaskJudges:
         self._draws: Counter[str] = Counter()
 
     def install(self) -> None:
-        """Replace `requests.post`, the chat of the openai package, and `random.choice`."""
+        """Replace `requests.post`, the chat of the openai package, `random.choice` and `random.randint`."""
         import requests
         from openai.resources.chat.completions import Completions
 
@@ -33,7 +33,7 @@ class TaskJudges:
         Completions.create = self._request(  # type: ignore[method-assign]
             Completions.create, lambda kwargs: kwargs.get("messages"), lambda reply: reply.choices[0].message.content
         )
-        random.choice = self._choice(random.choice)
+        random.choice, random.randint = self._draw(random.choice), self._draw(random.randint)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Of each task folder: requests that the `judge` answered, that `failed`, and options drawn at `random`."""
@@ -60,27 +60,37 @@ class TaskJudges:
 
         return send
 
-    def _choice(self, original: Callable) -> Callable:
-        def choice(options: Any) -> Any:
-            if (folder := _task_folder(1)) is not None:
+    def _draw(self, original: Callable) -> Callable:
+        def draw(*args: Any) -> Any:
+            if (folder := _task_folder(direct=True)) is not None:
                 self._draws[folder] += 1
-            return original(options)
+            return original(*args)
 
-        return choice
+        return draw
 
 
 def _text_of(response: Any) -> str:
     return response.json()["choices"][0]["message"]["content"] if response.ok else ""
 
 
-def _task_folder(depth: int | None = None) -> str | None:
-    """The folder below `lmms_eval/tasks` of the code that called, at most `depth` calls up; None for other code."""
-    frame, steps = sys._getframe(2), 0
-    while frame is not None and (depth is None or steps < depth):
-        parts = Path(frame.f_code.co_filename).parts
-        if "tasks" in parts[:-1] and parts[parts.index("tasks") - 1] == "lmms_eval":
-            return parts[parts.index("tasks") + 1]
-        frame, steps = frame.f_back, steps + 1
+def _folder_of(frame: Any) -> str | None:
+    """The folder below `lmms_eval/tasks` of the code of a frame; None for other code."""
+    parts = Path(frame.f_code.co_filename).parts
+    if "tasks" in parts[:-1] and parts[parts.index("tasks") - 1] == "lmms_eval":
+        return parts[parts.index("tasks") + 1]
+    return None
+
+
+def _task_folder(direct: bool = False) -> str | None:
+    """The folder of the task whose code called; None if there is none, or (`direct`) if other code was in between."""
+    frame = sys._getframe(2)
+    if direct and _folder_of(frame) is None:
+        return None
+    while frame is not None:
+        folder = _folder_of(frame)
+        if folder is not None and not folder.startswith("_"):  # _task_utils serves several tasks
+            return folder
+        frame = frame.f_back  # type: ignore[assignment]
     return None
 
 

@@ -20,7 +20,7 @@ from pdlm_evalkit.report import collect  # noqa: E402
 
 @pytest.fixture
 def judges(monkeypatch):
-    for place, name in ((requests, "post"), (Completions, "create"), (random, "choice")):
+    for place, name in ((requests, "post"), (Completions, "create"), (random, "choice"), (random, "randint")):
         monkeypatch.setattr(place, name, getattr(place, name))  # put back afterwards
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     found = TaskJudges()
@@ -54,6 +54,14 @@ def test_mmbench_draws_an_option(judges, monkeypatch):
         ]
         assert [evaluator.extract_answer_from_item(row)[0] in "ABEFG" for row in rows] == [True] * 3
     assert judges.counts() == {"mmbench": {"judge": 1, "failed": 1, "random": 1}}
+
+
+def test_mmmu_draws_an_option_in_code_that_several_tasks_share(judges):
+    module = importlib.import_module("lmms_eval.tasks.mmmu.utils")
+    doc = {"question_type": "multiple-choice", "options": "['red', 'blue']", "answer": "A", "id": "validation_Art_1"}
+    for said in ("A", "teapot"):
+        module.mmmu_process_results(doc, [said])
+    assert judges.counts() == {"mmmu": {"judge": 0, "failed": 0, "random": 1}}
 
 
 def test_mathverse_asks_through_openai(judges, monkeypatch):
