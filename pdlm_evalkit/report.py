@@ -43,6 +43,7 @@ class Measured:
             `random` by the harness, `failed` (no useful reply of the judge), `unparsed` (neither rules nor judge could
             read the answer, which counts as wrong); None if the harness does not say.
         problem (`str`): why the score is withheld.
+        replaces (`str`): the folder of the run whose answers were scored again.
     """
 
     benchmark: str
@@ -58,6 +59,7 @@ class Measured:
     source: str = ""
     judged: dict[str, int] | None = None
     problem: str = ""
+    replaces: str = ""
 
     @property
     def difference(self) -> float | None:
@@ -76,7 +78,8 @@ def collect(paths: list[Path]) -> list[Measured]:
     """Read all scores of the paper's benchmarks from files and folders.
 
     Returns:
-        the scores in the order of the paper; of one benchmark the oldest first.
+        the scores in the order of the paper; of one benchmark the oldest first. Runs whose answers were scored again
+        are left out.
 
     Raises:
         DataError: a path does not exist, a result file cannot be read, a score is outside 0..100, or there is none.
@@ -84,6 +87,8 @@ def collect(paths: list[Path]) -> list[Measured]:
     found = [row for file, named in _files_in(paths) for row in _read(file, named)]
     if not found:
         raise DataError(f"There are no scores of the paper's benchmarks in {', '.join(map(str, paths))}.")
+    replaced = {(row.replaces, row.benchmark) for row in found}
+    found = [row for row in found if (str(Path(row.source).parent), row.benchmark) not in replaced]
     order = [benchmark.name for benchmark in BENCHMARKS]
     return sorted(found, key=lambda row: order.index(row.benchmark))
 
@@ -156,6 +161,8 @@ def _from_vlmeval(row: dict[str, Any], file: Path) -> Measured | None:
         answers.get("seconds"),
         "; ".join(filter(None, notes)),
     )
+    if row.get("source_run"):
+        measured.replaces = str(file.parent.parent / str(row["source_run"]))
     judged = row.get("judged")
     measured.withhold({"failed": row["judge_failed"]} if judged is None and row.get("judge_failed") else judged)
     if row.get("infer_failed"):
@@ -185,7 +192,8 @@ def _vlmeval_score(benchmark: Benchmark, row: dict[str, Any], file: Path) -> tup
 def _from_status(name: str, status: dict[str, Any], run: dict[str, Any], file: Path) -> Measured | None:
     """A data set in the status.json of VLMEvalKit, whose run.py was not started by us."""
     judge = status.get("judge_model") or "exact_matching"
-    measured = _from_vlmeval({"benchmark": name, "metrics": status.get("metrics"), "infer_total": None}, file)
+    row = {key: status.get(key) for key in ("metrics", "source_run")}
+    measured = _from_vlmeval({"benchmark": name, **row}, file)
     if measured is not None:
         judged = counted_in(file.parent, run.get("model_name") or file.parents[1].name, name, judge)
         measured.withhold(judged if any(judged.values()) else None)

@@ -334,6 +334,7 @@ def finish(config: dict[str, Any], attempts: dict[str, Attempts], files: set[Pat
                 row |= {"pretrained": pretrained, "metrics": status.get(name, {}).get("metrics")}
                 row |= {"answers": answer_costs(path, model, name, attempts[model].started)}
                 row |= {"judge": status.get(name, {}).get("judge_model"), "attempts": len(attempts[model].started)}
+                row |= {"source_run": status.get(name, {}).get("source_run")}
                 if judge.installed and not row["skip_reason"]:
                     row["judged"] = judge.judged(path.parent, model, row)
             write_json(path.parent / REPORT, list(found.values()))

@@ -18,6 +18,7 @@ import pytest
 from judge_server import JudgeServer, text_of
 from prompt_rows import PROMPTS
 
+from pdlm_evalkit.report import collect
 from pdlm_hf.shapes.evaluate_base import held_out_question
 
 CHECKOUT = os.environ.get("VLMEVALKIT")
@@ -146,6 +147,8 @@ def test_a_judge_that_dies_is_counted_and_only_its_rows_are_judged_again(data, t
     assert all({key: judged[name][key] for key in counts} == counts for name in names)
     done, judged, questions = judge(None)
     assert done.returncode == 0 and not questions and judged[names[0]]["judge"] == 4
+    (row,) = collect([tmp_path])  # the newest of four runs with the same answers
+    assert row.score is not None and row.judged["judge"] == 4
 
 
 def test_a_judge_that_stops_before_the_first_row_is_no_scoring_by_rules(data, tmp_path):

@@ -82,6 +82,15 @@ def test_a_judge_that_died(file, tmp_path):
     assert "withheld" in CliRunner().invoke(app, ["report", str(tmp_path)]).stdout
 
 
+def test_a_run_whose_answers_were_scored_again_is_left_out(tmp_path):
+    for name, kind, source in (("T1", "judge_died", None), ("T2", "judge_died", "T1"), ("T3", "split", "T2")):
+        rows = json.loads((RESULTS / kind / "pdlm_report.json").read_text())
+        (tmp_path / "M" / name).mkdir(parents=True)
+        (tmp_path / "M" / name / "pdlm_report.json").write_text(json.dumps([r | {"source_run": source} for r in rows]))
+    found = collect([tmp_path])
+    assert len(found) == 16 and all("T3" in row.source and row.score is not None for row in found)
+
+
 def test_a_healthy_judge_is_counted():
     for row in collect([RESULTS / "split"]):
         name = BY_NAME[row.benchmark].vlmeval
