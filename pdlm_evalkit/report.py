@@ -139,7 +139,7 @@ def _from_vlmeval(row: dict[str, Any], file: Path) -> Measured | None:
     if benchmark is None:
         return None
     metric, score = _vlmeval_score(benchmark, row, file)
-    if score is None:
+    if score is None and not row.get("metrics"):
         return None
     answers = row.get("answers") or {}
     notes = [note_on_splits(row.get("metrics") or {}, benchmark)]
@@ -165,6 +165,8 @@ def _from_vlmeval(row: dict[str, Any], file: Path) -> Measured | None:
         measured.replaces = str(file.parent.parent / str(row["source_run"]))
     judged = row.get("judged")
     measured.withhold({"failed": row["judge_failed"]} if judged is None and row.get("judge_failed") else judged)
+    if score is None:
+        measured.problem = f"VLMEvalKit wrote no {metric} of all questions or of the split {benchmark.split}"
     if row.get("infer_failed"):
         measured.score, measured.problem = None, f"{row['infer_failed']} questions got no answer"
     return measured

@@ -56,6 +56,16 @@ def test_a_score_that_is_no_percentage_names_its_file(change, said, tmp_path):
     assert done.exit_code == 2 and said in done.stderr and str(tmp_path / "pdlm_report.json") in done.stderr
 
 
+def test_scores_of_other_splits_only_are_none(tmp_path):
+    metrics = {"split=a|Overall": 0.5, "split=b|Overall": 0.6}
+    (tmp_path / "pdlm_report.json").write_text(json.dumps([{"benchmark": "AI2D_TEST", "metrics": metrics}]))
+    (row,) = collect([tmp_path])
+    assert row.score is None and row.problem == "VLMEvalKit wrote no Overall of all questions or of the split test"
+    metrics["split=test|Overall"] = 0.7
+    (tmp_path / "pdlm_report.json").write_text(json.dumps([{"benchmark": "AI2D_TEST", "metrics": metrics}]))
+    assert [row.score for row in collect([tmp_path])] == [70.0]
+
+
 LETTER = {b.vlmeval for b in BENCHMARKS if b.kind == "letter"}
 JUDGED = dict.fromkeys([*LETTER, "HallusionBench"], 1) | {"MathVista_MINI": 3, "MathVerse_MINI_Vision_Only": 6}
 DIED = {name: {"random": 1, "failed": 0} for name in LETTER}
