@@ -58,6 +58,9 @@ def caption(
     ] = None,
     box: Annotated[list[str] | None, typer.Option(help="Box X,Y,WIDTH,HEIGHT in pixels. Repeatable.")] = None,
     regions: Annotated[Path | None, typer.Option(help="COCO, JSON list, LabelMe, YOLO .txt, label map .png.")] = None,
+    orientation: Annotated[
+        str | None, typer.Option(help="Regions are of the image as shown, or stored: before its EXIF orientation.")
+    ] = None,
     model: Model = None,
     max_new_tokens: Length = 32,
     steps: Steps = 32,
@@ -79,7 +82,7 @@ def caption(
     if not mask and not box and regions is None:
         raise SettingError("No regions: give --mask, --box or --regions.")
     opened = load_image(image)
-    found = _read_regions(mask or [], box or [], regions, Path(image).name, *opened.size)
+    found = _read_regions(mask or [], box or [], regions, image, opened.size, orientation)
     if record is not None:
         check_recording(record)
     if draw is not None:
@@ -115,24 +118,34 @@ def caption(
 
 
 def _read_regions(
-    masks: list[Path], boxes: list[str], file: Path | None, image_name: str, width: int, height: int
+    masks: list[Path], boxes: list[str], file: Path | None, image: str, size: tuple[int, int], orientation: str | None
 ) -> list[Any]:
     """Regions as the options give them. Raises: RegionError, which names the file or the box."""
+    from ..regions.hints import hint_all_inside, hint_turned
+    from ..regions.images import orientation_of
     from ..regions.readers import read_region_file
     from ..regions.region import parse_region, parse_regions
 
-    found = [parse_region(mask, width, height, k) for k, mask in enumerate(masks)]
+    if orientation not in (None, "shown", "stored"):
+        raise SettingError(f"--orientation {orientation}: expected shown or stored.")
+    turn = orientation_of(image) if orientation == "stored" else 1
+    found = [parse_region(mask, *size, k, turn) for k, mask in enumerate(masks)]
+    hints = [hint_all_inside(region, str(mask)) for region, mask in zip(found, masks, strict=True)]
+    if orientation is None:
+        hints.append(hint_turned(image, size))
     for text in boxes:
         try:
-            found.append(parse_region(_box(text), width, height, len(found)))
+            found.append(parse_region(_box(text), *size, len(found), turn))
         except RegionError as error:
             raise RegionError(f"--box {text}: {str(error).partition(': ')[2]}") from None
     if file is not None:
-        values = read_region_file(file, image_name, width, height)
+        values = read_region_file(file, Path(image).name, *(size[::-1] if turn > 4 else size))
         try:
-            found += parse_regions([*found, *values], width, height)[len(found) :]
+            found += parse_regions([*found, *values], *size, turn)[len(found) :]
         except RegionError as error:
             raise RegionError(f"{file}: {error}") from None
+    for hint in filter(None, hints):
+        typer.echo(f"pdlm: {hint}", err=True)
     return found
 
 

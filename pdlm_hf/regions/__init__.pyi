@@ -10,6 +10,7 @@ from .files import check_same_settings as check_same_settings
 from .files import load_json as load_json
 from .files import read_rows as read_rows
 from .files import write_json as write_json
+from .hints import load_pair as load_pair
 from .images import load_image as load_image
 from .images import open_image as open_image
 from .images import orientation_of as orientation_of

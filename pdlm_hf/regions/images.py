@@ -24,9 +24,12 @@ _TURNS = {
 _ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow looks for the orientation
 
 
-def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image, 1 to 8; 1 if it is missing or damaged."""
+def orientation_of(image: Image.Image | str | Path) -> int:
+    """Return the EXIF orientation of an image or an image file, 1 to 8; 1 if it is missing or damaged."""
     try:
+        if not isinstance(image, Image.Image):
+            with Image.open(image) as opened:
+                return orientation_of(opened)
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow raises errors of many kinds for damaged EXIF
         return 1
