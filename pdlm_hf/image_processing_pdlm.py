@@ -209,15 +209,12 @@ def _mask_pixels(mask: Image.Image, name: str) -> np.ndarray:
     colours = [colour for _, colour in rgb.getcolors(2) or ()] if mask.mode == "P" else []
     if len(colours) == 1 or (0, 0, 0) in colours:
         rgb = Image.fromarray(np.asarray(rgb).any(-1))  # black, and a colour that stands for the region
+    elif rgb.mode == "RGB" and _is_coloured(rgb):
+        raise RegionError(
+            f"{name}: is a coloured image (mode {mask.mode}), not a mask. A mask is white inside and black outside. "
+            "A label map gives one region per colour with `pdlm caption IMAGE --regions FILE`."
+        )
     elif rgb.mode == "RGB":
-        red, green, blue = rgb.split()
-        lightest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
-        darkest = ImageChops.darker(ImageChops.darker(red, green), blue)
-        if ImageChops.subtract(lightest, darkest).getextrema()[1] > 64:  # more than JPEG noise
-            raise RegionError(
-                f"{name}: is a coloured image (mode {mask.mode}), not a mask. A mask is white inside and black "
-                "outside. A label map gives one region per colour with `pdlm caption IMAGE --regions FILE`."
-            )
         rgb = rgb.convert("L")
     if mask.has_transparency_data:
         alpha = mask.convert("RGBA").getchannel("A").point(lambda value: 255 * (value > MASK_THRESHOLD))
@@ -228,6 +225,17 @@ def _mask_pixels(mask: Image.Image, name: str) -> np.ndarray:
                 "take it out, for example with ImageMagick: magick MASK.png -alpha extract OUT.png"
             )
     return np.asarray(rgb)
+
+
+def _is_coloured(image: Image.Image) -> bool:
+    """Whether the channels of an RGB image differ by more than JPEG noise; by bands of rows, for the memory."""
+    for top in range(0, image.height, 512):
+        red, green, blue = image.crop((0, top, image.width, min(top + 512, image.height))).split()
+        lightest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+        darkest = ImageChops.darker(ImageChops.darker(red, green), blue)
+        if ImageChops.subtract(lightest, darkest).getextrema()[1] > 64:
+            return True
+    return False
 
 
 class PdlmImageProcessorKwargs(ImagesKwargs, total=False):

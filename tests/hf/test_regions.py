@@ -1,5 +1,8 @@
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +11,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from pdlm_hf import Region
-from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.errors_pdlm import DataError, ImageError, RegionError
+from pdlm_hf.regions import limits
 from pdlm_hf.regions.coco import CocoIndex
 from pdlm_hf.regions.images import load_image
 from pdlm_hf.regions.readers import read_region_file
@@ -58,6 +62,17 @@ def box_mask(x0, y0, x1, y1):
         ([-5, -5, 8, 8], box_mask(0, 0, 3, 3)),  # cut at the border
         ([25, 15, 100, 100], box_mask(25, 15, 30, 20)),
         ([[0, 0, 10, 0, 10, 10, 0, 10]], box_mask(0, 0, 10, 10)),
+        ([0, 0, 10, 0, 10, 10, 0, 10], box_mask(0, 0, 10, 10)),  # its only ring
+        ((0, 0.0, np.float32(10), 0, 10, 10, 0, 10), box_mask(0, 0, 10, 10)),
+        (np.array([0, 0, 10, 0, 10, 10, 0, 10]), box_mask(0, 0, 10, 10)),
+        ({"segmentation": [0, 0, 10, 0, 10, 10, 0, 10]}, box_mask(0, 0, 10, 10)),
+        ({"segmentation": ((0, 0, 10, 0, 10, 10, 0, 10),)}, box_mask(0, 0, 10, 10)),
+        ({"segmentation": BLOB, "bbox": [1, 1, 2, 2]}, BLOB),  # as SAM's mask generator has it
+        ({"segmentation": torch.from_numpy(BLOB)}, BLOB),
+        ({"segmentation": Image.fromarray(BLOB)}, BLOB),
+        (np.array([3, 4, 5, 6]), box_mask(3, 4, 8, 10)),
+        (list(torch.tensor([3, 4, 5, 6])), box_mask(3, 4, 8, 10)),
+        (uncompressed(BLOB) | {"size": np.array([HEIGHT, WIDTH])}, BLOB),
         (
             [[0, 0, 4, 0, 4, 4, 0, 4], [10, 10, 14, 10, 14, 14, 10, 14]],
             box_mask(0, 0, 4, 4) | box_mask(10, 10, 14, 14),
@@ -92,6 +107,69 @@ def test_run_lengths_agree_with_pycocotools(seed):
     )
 
 
+HUGE = int("1" * 401)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_polygons_partly_outside_agree_with_pycocotools(seed):
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(1, 300, 2).tolist()
+    for reach in (0.5, 2, 8):
+        corners = [(rng.random((rng.integers(3, 30), 2)) - 0.5) * reach * 2 for _ in range(rng.integers(1, 4))]
+        rings = [((ring + 0.5) * (width, height)).ravel().tolist() for ring in corners]
+        expected = coco.decode(coco.merge(coco.frPyObjects(rings, height, width))).astype(bool)
+        assert region_areas([{"segmentation": rings}], [(width, height)]) == [expected.sum()]
+        if expected.any():
+            assert np.array_equal(parse_region(rings, width, height).mask, expected)
+
+
+def test_many_rings():
+    rings = [[x, y, x + 1, y, x + 1, y + 1, x, y + 1] for y in range(0, HEIGHT, 2) for x in range(0, WIDTH, 2)]
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[::2, ::2] = True
+    assert len(rings) == 150 and np.array_equal(parse_region(rings, WIDTH, HEIGHT).mask, mask)
+
+
+def test_the_outline_of_a_polygon_is_bounded(monkeypatch):
+    """Before pycocotools, which takes 40 bytes for every pixel of it, and dies where it gets none."""
+    zigzag = [coordinate for k in range(60_000) for coordinate in (-16 * WIDTH if k % 2 else 16 * WIDTH, k % HEIGHT)]
+    asked = []
+    monkeypatch.setattr(coco, "frPyObjects", lambda *args: asked.append(args))
+    for value in (zigzag, [zigzag], {"segmentation": [zigzag]}, [zigzag[k : k + 6] for k in range(0, 120_000, 6)]):
+        with pytest.raises(RegionError, match="region 0: the outline of the polygon, of 60000 points, is .* long"):
+            parse_region(value, WIDTH, HEIGHT)
+    assert isinstance(region_areas([{"segmentation": [zigzag]}], [(WIDTH, HEIGHT)])[0], RegionError)
+    monkeypatch.setattr(limits, "POLYGON_POINTS", 5)
+    with pytest.raises(RegionError, match="region 0: the polygon has 6 points, at most 5 are read"):
+        parse_region([POLYGON, POLYGON], WIDTH, HEIGHT)
+    assert asked == []
+
+
+def test_an_image_that_is_too_large_is_refused_before_a_mask_is_made():
+    for value in ([1, 1, 2, 2], [POLYGON], {"size": [10**6, 10**6], "counts": [10**12]}, Region(0, BLOB)):
+        with pytest.raises(ImageError, match="has 1000000 x 1000000 pixels, .* PDLM_IMAGE_PIXELS"):
+            parse_region(value, 10**6, 10**6)
+    limits.check_image_pixels(10, 10, limit=100)
+    with pytest.raises(ImageError, match=r"a.png: has 10 x 11 pixels, 110 together; at most 100 are read"):
+        limits.check_image_pixels(10, 11, "a.png", 100)
+    limits.check_mask_pixels(10, 10, 3, limit=300)
+    with pytest.raises(
+        RegionError, match="4 regions of an image of 10 x 10 pixels are 400 pixels together, more than"
+    ):
+        limits.check_mask_pixels(10, 10, 4, limit=300)
+
+
+@pytest.mark.parametrize(("value", "limit"), [("1000", 1000), (None, 178_956_970), ("0", None), ("1e6", None)])
+def test_limits_are_set_by_the_environment(value, limit):
+    environment = dict(os.environ) if value is None else {**os.environ, "PDLM_IMAGE_PIXELS": value}
+    code = "from pdlm_hf.regions import limits; from PIL import Image; print(limits.IMAGE_PIXELS)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if limit is None:
+        assert "SettingError: PDLM_IMAGE_PIXELS must be a positive integer" in done.stderr
+    else:
+        assert done.stdout == f"{limit}\n"
+
+
 @pytest.mark.parametrize("rings", [[POLYGON], [POLYGON, [15, 2, 29, 2, 29, 18]], [[-5.0, -5, 50, -5, 50, 10]]])
 def test_polygons_agree_with_pycocotools(rings):
     expected = coco.decode(coco.merge(coco.frPyObjects(rings, HEIGHT, WIDTH))).astype(bool)
@@ -118,6 +196,26 @@ def damaged(change):
         ({"size": [HEIGHT, WIDTH], "counts": [float("nan"), 600]}, "holds NaN"),
         ({"size": [HEIGHT, WIDTH], "counts": ["a"]}, "expected numbers"),
         ({"size": [HEIGHT, WIDTH], "counts": [600]}, "is empty"),
+        ({"size": [HEIGHT, WIDTH], "counts": [0.5, 600]}, "the RLE is damaged"),
+        ({"size": [HEIGHT, WIDTH], "counts": [2**52] * 4096 + [600]}, "the RLE is damaged"),  # 2**64 + 600
+        ({"size": [HEIGHT, WIDTH], "counts": [0, HUGE]}, "holds a number that is too large"),
+        ({"size": [HEIGHT, HUGE], "counts": [600]}, "holds a number that is too large"),
+        ({"size": [HEIGHT, [WIDTH]], "counts": [600]}, "expected numbers, got .20, .30.."),
+        ([1, 2, HUGE, 5], "holds a number that is too large"),
+        ([1e308, 2, 1e308, 5], "holds a number that is too large"),
+        ({"bbox": [1, 2, 10**5000, 5]}, "holds a number that is too large"),
+        ([[1, 2, 3, 4, HUGE, 5]], "holds a number that is too large"),
+        ([1, 2, 3, 4, HUGE, 5], "holds a number that is too large"),
+        ([1, 2, "a" * 10, 10**5000], "expected numbers, got list"),
+        ({"id": 9, "bbox": {"x": 1}}, "region 9: expected numbers"),
+        ({"id": 9, "bbox": torch.empty(4, device="meta")}, "region 9: expected numbers"),
+        ({"id": 9, "segmentation": torch.from_numpy(BLOB).to_sparse()}, "region 9: the tensor cannot be read"),
+        ({"id": 9, "segmentation": torch.empty(HEIGHT, WIDTH, device="meta")}, "region 9: the tensor cannot be read"),
+        ({"id": 9, "segmentation": np.array([POLYGON])}, r"region 9: has size 6 x 1, but"),
+        ({"id": 9, "segmentation": np.array(["a"])}, r"region 9: expected a mask of shape \(H, W\)"),
+        ({"id": 9, "segmentation": True}, "region 9: `segmentation` must be an RLE or polygons, got True"),
+        (torch.empty(4, device="meta"), "region 3: the tensor cannot be read"),
+        (BLOB[None].repeat(2, 0), r"got shape \(2, 20, 30\)"),
         (
             {"size": [WIDTH, HEIGHT], "counts": "abc"},
             r"the RLE is for size \[30, 20\] \(height, width\), .*\[20, 30\]",
@@ -159,10 +257,12 @@ def damaged(change):
     ],
 )
 def test_bad_regions(value, message):
-    with pytest.raises(ValueError, match=message):
-        parse_region(value, WIDTH, HEIGHT, 3)
-    with pytest.raises(ValueError, match=message):
-        parse_regions([BLOB, value], WIDTH, HEIGHT)
+    for parse in (lambda: parse_region(value, WIDTH, HEIGHT, 3), lambda: parse_regions([BLOB] * 3 + [value], 30, 20)):
+        with pytest.raises((RegionError, ImageError), match=message):
+            parse()
+    if isinstance(value, dict) and "counts" not in value:
+        (area,) = region_areas([value], [(WIDTH, HEIGHT)])
+        assert isinstance(area, RegionError) and re.search(message.replace("region 3", "region 0"), str(area))
 
 
 def test_mask_from_a_file(tmp_path):
@@ -184,14 +284,42 @@ def test_mask_from_a_file(tmp_path):
         (np.stack([BLOB, ~BLOB]), [0, 1]),
         (torch.from_numpy(np.stack([BLOB, ~BLOB])), [0, 1]),
         (BLOB, [0]),
+        (BLOB[..., None], [0]),
+        (np.stack([BLOB, ~BLOB])[:, None], [0, 1]),
+        (torch.from_numpy(BLOB)[None, None], [0]),
+        (Image.fromarray(BLOB), [0]),
+        (Region("x", BLOB), ["x"]),
+        ([3, 4, 5, 6], [0]),
+        (np.array([3, 4, 5, 6]), [0]),
+        (torch.tensor([3, 4, 5, 6]), [0]),
+        (POLYGON, [0]),
+        ([POLYGON], [0]),
+        ([[POLYGON]], [0]),
+        ([POLYGON, [3, 4, 5, 6]], [0, 1]),
         ({"id": 4, "bbox": [1, 1, 2, 2]}, [4]),
         (compressed(BLOB), [0]),
         ((region for region in [BLOB, BLOB]), [0, 1]),
     ],
-    ids=["mixed", "array", "tensor", "one mask", "one annotation", "one RLE", "generator"],
 )
 def test_regions_of_a_image(values, ids):
     assert [region.id for region in parse_regions(values, WIDTH, HEIGHT)] == ids
+
+
+@pytest.mark.parametrize(
+    "values", [5, None, np.float32(3), torch.tensor(3), torch.from_numpy(BLOB)[None].to_sparse(), BLOB.T[..., None]]
+)
+def test_no_list_of_regions(values):
+    with pytest.raises(RegionError, match="expected a list of masks|cannot be read|the sides are swapped"):
+        parse_regions(values, WIDTH, HEIGHT)
+
+
+def test_the_region_is_a_copy_of_the_callers_array():
+    for given in (BLOB.copy(), torch.from_numpy(BLOB.copy())):
+        for value in (given, {"segmentation": given}):
+            region = parse_region(value, WIDTH, HEIGHT)
+            given[:] = False
+            assert np.array_equal(region.mask, BLOB)
+            given[:] = BLOB if isinstance(given, np.ndarray) else torch.from_numpy(BLOB)
 
 
 @pytest.mark.parametrize("values", [[], (), np.zeros((0, HEIGHT, WIDTH))])
