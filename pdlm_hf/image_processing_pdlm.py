@@ -56,7 +56,7 @@ def to_rgb(image: Any, name: str = "image") -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # Pillow's readers raise errors of any kind for damaged files
-        raise ImageError(f"{name}: cannot be decoded ({error or type(error).__name__}).") from error
+        raise ImageError(f"{name}: cannot be decoded ({str(error) or type(error).__name__}).") from error
 
 
 def _channels_last(image: np.ndarray, name: str) -> np.ndarray:
@@ -130,7 +130,7 @@ def to_binary_mask(
     except RegionError:
         raise
     except Exception as error:  # Pillow's readers, and whatever else NumPy calls
-        raise RegionError(f"{name}: cannot be read as a mask ({error or type(error).__name__}).") from error
+        raise RegionError(f"{name}: cannot be read as a mask ({str(error) or type(error).__name__}).") from error
     while array.ndim > 2 and 1 in (array.shape[0], array.shape[-1]):
         last = array.shape[-1] == 1 and (array.shape[0] != 1 or array.shape[:-1] == (height, width))
         array = array[..., 0] if last else array[0]

@@ -82,7 +82,9 @@ def caption(
     if not mask and not box and regions is None:
         raise SettingError("No regions: give --mask, --box or --regions.")
     opened = load_image(image)
-    found = _read_regions(mask or [], box or [], regions, image, opened.size, orientation)
+    turn = _read_orientation(orientation, image)
+    found = _read_regions(mask or [], box or [], regions, Path(image).name, *opened.size, turn)
+    _print_hints(image, found, mask or [], orientation is None)
     if record is not None:
         check_recording(record)
     if draw is not None:
@@ -117,36 +119,47 @@ def caption(
         raise typer.Exit(1)
 
 
-def _read_regions(
-    masks: list[Path], boxes: list[str], file: Path | None, image: str, size: tuple[int, int], orientation: str | None
-) -> list[Any]:
-    """Regions as the options give them. Raises: RegionError, which names the file or the box."""
-    from ..regions.hints import hint_all_inside, hint_turned
+def _read_orientation(orientation: str | None, image: str) -> int:
+    """The EXIF orientation by which regions are turned. Raises: SettingError: the option has no such value."""
     from ..regions.images import orientation_of
-    from ..regions.readers import read_region_file
-    from ..regions.region import parse_region, parse_regions
 
     if orientation not in (None, "shown", "stored"):
         raise SettingError(f"--orientation {orientation}: expected shown or stored.")
-    turn = orientation_of(image) if orientation == "stored" else 1
-    found = [parse_region(mask, *size, k, turn) for k, mask in enumerate(masks)]
-    hints = [hint_all_inside(region, str(mask)) for region, mask in zip(found, masks, strict=True)]
-    if orientation is None:
-        hints.append(hint_turned(image, size))
+    return orientation_of(image) if orientation == "stored" else 1
+
+
+def _read_regions(
+    masks: list[Path], boxes: list[str], file: Path | None, image_name: str, width: int, height: int, turn: int
+) -> list[Any]:
+    """Regions as the options give them. Raises: RegionError, which names the file or the box."""
+    from ..regions.readers import read_region_file
+    from ..regions.region import parse_region, parse_regions
+
+    found = [parse_region(mask, width, height, k, turn) for k, mask in enumerate(masks)]
     for text in boxes:
         try:
-            found.append(parse_region(_box(text), *size, len(found), turn))
+            found.append(parse_region(_box(text), width, height, len(found), turn))
         except RegionError as error:
             raise RegionError(f"--box {text}: {str(error).partition(': ')[2]}") from None
     if file is not None:
-        values = read_region_file(file, Path(image).name, *(size[::-1] if turn > 4 else size))
+        stored = (height, width) if turn > 4 else (width, height)
+        values = read_region_file(file, image_name, *stored)
         try:
-            found += parse_regions([*found, *values], *size, turn)[len(found) :]
+            found += parse_regions([*found, *values], width, height, turn)[len(found) :]
         except RegionError as error:
             raise RegionError(f"{file}: {error}") from None
+    return found
+
+
+def _print_hints(image: str, regions: list[Any], masks: list[Path], unsettled: bool) -> None:
+    """Say on stderr where regions may not be what was meant; the first regions are those of the mask files."""
+    from ..regions.hints import hint_all_inside, hint_turned
+
+    hints = [hint_all_inside(region, str(mask)) for region, mask in zip(regions, masks, strict=False)]
+    if unsettled:
+        hints.append(hint_turned(image, regions[0].mask.shape))
     for hint in filter(None, hints):
         typer.echo(f"pdlm: {hint}", err=True)
-    return found
 
 
 def _box(text: str) -> list[float]:

@@ -123,4 +123,4 @@ def open_image(
             "PDLM_IMAGE_PIXELS."
         ) from error
     except Exception as error:  # Pillow's readers raise errors of any kind for damaged files
-        raise ImageError(f"{name}: cannot be opened as an image ({error or type(error).__name__}).") from error
+        raise ImageError(f"{name}: cannot be opened as an image ({str(error) or type(error).__name__}).") from error

@@ -3,18 +3,20 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pycocotools import mask as coco
 
 from pdlm_hf import Region
 from pdlm_hf.errors_pdlm import DataError, ImageError, RegionError
 from pdlm_hf.regions import limits
 from pdlm_hf.regions.coco import CocoIndex
-from pdlm_hf.regions.images import load_image
+from pdlm_hf.regions.hints import load_pair
+from pdlm_hf.regions.images import load_image, orientation_of
 from pdlm_hf.regions.readers import read_region_file
 from pdlm_hf.regions.region import parse_region, parse_regions, region_areas
 
@@ -506,11 +508,129 @@ def test_a_mask_with_a_meaningful_alpha_channel_is_refused(tmp_path):
     assert parse_regions([opaque], 30, 20)[0].bbox == [5, 5, 5, 5]
 
 
-def test_an_image_of_sixteen_bits_is_refused(tmp_path):
+def test_images_of_sixteen_bits(tmp_path):
+    """Grey as colour: the upper byte. Values of 12 bits in a file of 16 would be black."""
     path = tmp_path / "deep.png"
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(path)
-    with pytest.raises(ValueError, match="integer values 0..255"):
+    assert load_image(path).getpixel((0, 0)) == (156, 156, 156)
+    Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(path)
+    with pytest.raises(ImageError, match="deep.png: has 16 bits per pixel, .* up to 4000 only. .* magick IN.png"):
         load_image(path)
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ImageError, match=r"float.tif: expected integer values 0..255, got float32 \(32 bits\)"):
+        load_image(tmp_path / "float.tif")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "JPEG2000", "DDS", "TGA", "ICO"])
+def test_damaged_files_are_one_kind_of_error(tmp_path, kind):
+    """Whatever Pillow's readers raise, the message has the name of the file."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(tmp_path / "whole", kind)
+    whole, path, refused = (tmp_path / "whole").read_bytes(), tmp_path / "damaged", 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in rng.integers(0, min(len(data), rng.choice([40, 10**6])), rng.integers(1, 6)):
+            data[place] = rng.integers(256)
+        path.write_bytes(data[: rng.integers(len(data) // 2, len(data) + 1)])
+        for read in (load_image, lambda mask: parse_region(mask, 48, 32)):
+            try:
+                read(path)
+            except (ImageError, RegionError) as error:
+                refused += str(error).startswith(str(path))
+    assert refused > 50
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, IndexError, NotImplementedError, MemoryError, KeyError])
+def test_errors_of_pillow(tmp_path, monkeypatch, error):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+
+    def load(self):
+        raise error
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    for read in (load_image, lambda mask: parse_region(mask, 8, 8)):
+        with pytest.raises(ImageError, match=f"a.png: cannot be opened as an image .*{error.__name__}"):
+            read(tmp_path / "a.png")
+
+
+def test_a_mask_is_a_file_of_one_image(tmp_path):
+    frames = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in (BLOB, ~BLOB, BLOB)]
+    for name in ("a.gif", "a.tif", "a.png", "a.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+        with pytest.raises(RegionError, match=f"{name}: holds 3 images, and a mask is a file of one. .*magick"):
+            parse_region(tmp_path / name, WIDTH, HEIGHT)
+        assert load_image(tmp_path / name).size == (WIDTH, HEIGHT)  # the first frame
+    frames[0].convert("RGB").save(tmp_path / "a.mpo", save_all=True, append_images=frames[1:], quality=100)
+    assert (parse_region(tmp_path / "a.mpo", WIDTH, HEIGHT).mask != BLOB).mean() < 0.02  # a photo with previews
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_regions_of_the_pixels_as_stored_are_turned_with_the_image(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(BLOB.astype(np.uint8) * 255).convert("RGB").save(tmp_path / "photo.png", exif=exif)
+    Image.fromarray(BLOB.astype(np.uint8) * 255).save(tmp_path / "mask.png")
+    Image.fromarray(box_mask(10, 4, 25, 9).astype(np.uint8) * 255).save(tmp_path / "box.png", exif=exif)
+    shown, shown_box = (load_image(tmp_path / name) for name in ("photo.png", "box.png"))
+    expected, expected_box = (np.asarray(image)[..., 0] > 0 for image in (shown, shown_box))
+    assert orientation_of(tmp_path / "photo.png") == orientation
+    for value, mask in [
+        (BLOB, expected),
+        (compressed(BLOB), expected),
+        ({"id": 0, "segmentation": BLOB}, expected),
+        (tmp_path / "mask.png", expected),
+        (tmp_path / "photo.png", expected),  # its own orientation is not applied twice
+        ([10, 4, 15, 5], expected_box),
+        ([[10, 4, 25, 4, 25, 9, 10, 9]], expected_box),
+        (Region(0, expected_box), expected_box),  # it is of the image as shown
+    ]:
+        assert np.array_equal(parse_region(value, *shown.size, 0, orientation).mask, mask)
+        assert np.array_equal(parse_regions([value], *shown.size, orientation)[0].mask, mask)
+    if orientation > 4:
+        with pytest.raises(RegionError, match="mask.png: has size 30 x 20, .*sides are swapped.*EXIF.*stored"):
+            parse_region(tmp_path / "mask.png", *shown.size)
+    for bad in (0, 9, "stored"):
+        with pytest.raises(RegionError, match="an EXIF orientation is 1 to 8"):
+            parse_region(BLOB, *shown.size, 0, bad)
+
+
+def warnings_of(image, regions):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opened, found = load_pair(image, regions)
+    assert opened.mode == "RGB" and all(isinstance(region, Region) for region in found)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_warning_of_an_image_that_is_turned_unseen(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path, unseen = tmp_path / "photo.png", 1 < orientation < 5  # otherwise the sides would not fit
+    Image.new("RGB", (WIDTH, HEIGHT)).save(path, exif=exif)
+    mask = BLOB if orientation < 5 else BLOB.T
+    said = warnings_of(path, [mask])
+    assert len(said) == unseen
+    assert not said or f"photo.png: the EXIF orientation {orientation} is applied" in said[0]
+    assert not said or f"parse_regions(..., orientation={orientation})" in said[0]
+    assert warnings_of(path, [Region(0, mask)]) == []
+    with Image.open(path) as image:
+        said = warnings_of(image, BLOB)
+    assert ["is not applied, because it is in memory" in text for text in said] == [True] * unseen
+    Image.new("RGB", (20, 20)).save(path, exif=exif)
+    assert len(warnings_of(path, [[1, 1, 5, 5]])) == (orientation > 1)
+
+
+def test_warning_of_masks_that_are_white_or_inverted(tmp_path):
+    white = np.ones_like(BLOB)
+    Image.fromarray(~BLOB).save(tmp_path / "inverted.png")
+    image = Image.new("RGB", (WIDTH, HEIGHT))
+    for value in (white, [white], white[None], Image.fromarray(white), torch.from_numpy(white)):
+        assert "region 0: 100% of the mask is white" in warnings_of(image, value)[0]
+    assert "region 1: 87% of the mask is white" in warnings_of(image, [BLOB, tmp_path / "inverted.png"])[0]
+    sky = box_mask(0, 0, WIDTH, 18)
+    for value in (BLOB, sky, [0, 0, WIDTH, HEIGHT], {"bbox": [0, 0, WIDTH, HEIGHT]}, compressed(white)):
+        assert warnings_of(image, value) == warnings_of(image, [Region(0, white)]) == []
 
 
 def test_areas_in_bulk_are_those_of_the_masks():
