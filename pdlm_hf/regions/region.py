@@ -58,12 +58,12 @@ def parse_regions(values: Any, width: int, height: int, orientation: int = 1) ->
         ImageError: the image file of a mask cannot be opened.
         RegionError: there is no region, or a region cannot be parsed; the message names it.
     """
+    if isinstance(values, torch.Tensor):
+        values = as_array(values, "Regions", RegionError)
     if _is_one(values, width, height):
         values = [values]
     if hasattr(values, "xyxy"):
         raise RegionError("Regions: detections of supervision go through `pdlm_hf.regions.from_supervision` first.")
-    if isinstance(values, torch.Tensor):
-        values = as_array(values, "Regions", RegionError)
     if not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
         raise RegionError(f"Regions: expected a list of masks, boxes, polygons or RLE, got {type(values).__name__}.")
     regions = [parse_region(value, width, height, k, orientation) for k, value in enumerate(values)]
@@ -74,10 +74,9 @@ def parse_regions(values: Any, width: int, height: int, orientation: int = 1) ->
 
 def _is_one(values: Any, width: int, height: int) -> bool:
     """Whether the value is one region without a list around it."""
-    if isinstance(values, (np.ndarray, torch.Tensor)):
-        sides = ((height, width, 1), (width, height, 1))
-        numbers = values.ndim == 1 and len(values) > 0 and isinstance(values[0], (np.number, torch.Tensor))
-        return values.ndim == 2 or numbers or tuple(values.shape) in sides
+    if isinstance(values, np.ndarray):
+        numbers = values.ndim == 1 and len(values) > 0 and values.dtype.kind in "iuf"
+        return values.ndim == 2 or numbers or values.shape in ((height, width, 1), (width, height, 1))
     if isinstance(values, (list, tuple)):
         return len(values) > 0 and all(_is_number(value) for value in values)
     return isinstance(values, (dict, str, Path, Region, Image.Image))
@@ -204,14 +203,15 @@ def region_areas(annotations: Sequence[dict], sizes: Sequence[tuple[int, int]]) 
 
 def _shape_of(annotation: dict, index: int | str) -> tuple[str, str, Any]:
     """The name for messages, the kind ("rle", "polygons", "mask", "bbox") and the value of an annotation's shape."""
-    name = f"region {annotation.get('id', index)}"
+    own = annotation.get("id", index)
+    name = f"region {own if isinstance(own, str) else _shown(own)}"
     shape = annotation.get("segmentation")
     if isinstance(shape, (np.ndarray, torch.Tensor, Image.Image)):
         return name, "mask", shape
-    if shape is not None and shape != [] and shape != {}:
-        if not isinstance(shape, (list, tuple, dict)):
-            raise RegionError(f"{name}: `segmentation` must be an RLE or polygons, got {_shown(shape)}.")
+    if isinstance(shape, (list, tuple, dict)) and shape:
         return name, "rle" if isinstance(shape, dict) else "polygons", shape
+    if shape is not None and not isinstance(shape, (list, tuple, dict)):
+        raise RegionError(f"{name}: `segmentation` must be an RLE or polygons, got {_shown(shape)}.")
     if annotation.get("bbox") is None:
         raise RegionError(f"{name}: needs `segmentation` (RLE or polygons) or `bbox` [x, y, width, height].")
     return name, "bbox", annotation["bbox"]

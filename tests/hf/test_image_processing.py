@@ -1,5 +1,6 @@
 import copy
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -165,6 +166,21 @@ def test_images_of_sixteen_bits_and_of_one():
         assert np.asarray(to_rgb(image))[..., 1].tolist() == [[0, 1, 255]]
     for image in (MASK, MASK[None], Image.fromarray(MASK)):
         assert np.array_equal(np.asarray(to_rgb(image))[..., 2], MASK * 255)
+
+
+def test_masks_and_patches_take_a_few_bytes_per_pixel():
+    """Of what NumPy allocates; an image of 13,300 x 13,300 has 177 million pixels."""
+    side = 2000
+    box = Image.new("L", (side, side))
+    box.paste(255, (100, 100, 900, 900))
+    for value in (np.asarray(box), np.asarray(box) > 0, box, box.convert("RGB"), np.asarray(box) * np.uint16(257)):
+        tracemalloc.start()
+        mask = to_binary_mask(value, side, side)
+        patches = region_patches(mask, 0, (1, 1), 512, 16)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert mask.sum() == 800 * 800 and patches.any()
+        assert peak < 5.5 * side * side, peak / side**2
 
 
 def test_an_rgb_image_is_not_copied():

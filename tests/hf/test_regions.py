@@ -215,6 +215,8 @@ def damaged(change):
         ({"id": 9, "segmentation": torch.empty(HEIGHT, WIDTH, device="meta")}, "region 9: the tensor cannot be read"),
         ({"id": 9, "segmentation": np.array([POLYGON])}, r"region 9: has size 6 x 1, but"),
         ({"id": 9, "segmentation": np.array(["a"])}, r"region 9: expected a mask of shape \(H, W\)"),
+        ({"id": 10**5000, "bbox": [1, 2, 0, 0]}, "region int: .* has no area"),
+        ({"id": 9, "segmentation": np.float32(3)}, "region 9: `segmentation` must be an RLE or polygons"),
         ({"id": 9, "segmentation": True}, "region 9: `segmentation` must be an RLE or polygons, got True"),
         (torch.empty(4, device="meta"), "region 3: the tensor cannot be read"),
         (BLOB[None].repeat(2, 0), r"got shape \(2, 20, 30\)"),
