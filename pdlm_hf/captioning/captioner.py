@@ -13,8 +13,8 @@ from ..configuration_pdlm import HUB_ARGUMENTS
 from ..errors_pdlm import CheckpointError, SettingError
 from ..generation_pdlm import PdlmGenerationOutput
 from ..processing_pdlm import RegionCaption
-from ..regions.images import load_image
-from ..regions.region import Region, parse_regions
+from ..regions.hints import load_pair
+from ..regions.region import Region
 from ..render.report import image_html
 from .checkpoints import CHECKPOINT, checkpoint_name
 
@@ -115,8 +115,7 @@ class RegionCaptioner:
             RegionError: a region cannot be parsed, or does not fit the image.
             SettingError: a setting is unknown or out of range.
         """
-        image = load_image(image)
-        found = parse_regions(regions, *image.size)
+        image, found = load_pair(image, regions)
         return RegionCaptions(self.generate([(image, found)], question, **generation)[0][0], image, found)
 
     def caption_many(
@@ -166,10 +165,9 @@ class RegionCaptioner:
                 settings[other] = None
         if generation.get("remasking") == "random" and "entropy_bound" not in generation:
             settings["entropy_bound"] = None
-        images = [load_image(image) for image, _ in pairs]
-        regions = [parse_regions(found, *image.size) for image, (_, found) in zip(images, pairs, strict=True)]
+        images, regions = zip(*(load_pair(image, found) for image, found in pairs), strict=True)
         masks = [[region.mask for region in found] for found in regions]
-        inputs = self.processor(images=images, segmentation_maps=masks, text=question).to(self.model.device)
+        inputs = self.processor(images=list(images), segmentation_maps=masks, text=question).to(self.model.device)
         output = self.model.generate(**inputs, **settings)
         captions = self.processor.post_process_region_captions(output)
         for found, texts in zip(regions, captions, strict=True):
