@@ -19,6 +19,7 @@ from .formats.labelme import from_labelme
 from .formats.via import from_via, is_via
 from .formats.xml import from_cvat, from_voc, read_xml
 from .formats.yolo import FORMS, from_yolo
+from .limits import check_mask_pixels
 from .region import Region
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "region_id",
 ]
 
+_MOST_PIXELS = 2**31  # of the masks of an image together
 _LOSSLESS = {".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}  # which keep labels intact
 _Reader = Callable[[Path, ImageFacts], list[Any]]
 
@@ -60,17 +62,22 @@ def read_region_file(
         DataError: the file does not exist or is not valid JSON.
         ImageError: a label map cannot be opened.
         RegionError: the file is of no known form or can be read in several ways, states another image or another size,
-            or holds no regions for the image.
+            or holds no regions for the image, or more than can be masks.
         SettingError: there is no such format.
     """
     image = ImageFacts(image_name, width, height, image_bytes)
-    if format is not None:
-        return format_reader(format)(Path(path), image)
+    found = (_read_any if format is None else format_reader(format))(Path(path), image)
+    check_mask_pixels(width, height, len(found), _MOST_PIXELS)
+    return found
+
+
+def _read_any(path: Path, image: ImageFacts) -> list[Any]:
+    """Read a file of the format that its ending and its content show."""
     ending = path.suffix.lower()
     if path.is_dir():
         return mask_files(path)
     if ending == ".txt":
-        return from_yolo(path, width, height)
+        return from_yolo(path, image.width, image.height)
     if ending == ".xml":
         return _read_xml(path, image)
     if ending in _LOSSLESS:

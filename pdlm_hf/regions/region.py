@@ -300,6 +300,10 @@ def _polygon_rle(polygons: Any, width: int, height: int, name: str) -> dict:
         raise RegionError(f"{name}: a ring of a polygon has at least three points x, y; got {_shown(polygons)}.")
     if max(np.abs(ring).max() for ring in rings) > 16 * max(width, height):
         raise RegionError(f"{name}: the polygon lies far outside the image of {width} x {height} pixels.")
+    if max(ring.max() for ring in rings) <= 1 < max(width, height):
+        raise RegionError(
+            f"{name}: the polygon lies within the first pixel; pixels are expected, not fractions of the image."
+        )
     check_outline(rings, name)
     shapes = coco_mask.frPyObjects([ring.tolist() for ring in rings], height, width)
     while len(shapes) > _MERGED:  # each merge reads all of what was merged before

@@ -354,7 +354,7 @@ def lines(*ends, start=""):
         (lines("4", "9"), [None, None], [4, 9]),
         (lines("0.91 1", "0.88 2"), [0.91, 0.88], [1, 2]),
         (lines("0.91 17"), [0.91], [17]),
-        (lines("0.91 3", "0.88"), [0.91, 0.88], [3, 1]),  # the second is not tracked
+        (lines("0.91 1", "0.88"), [0.91, 0.88], [1, "line 2"]),  # the second is not tracked
     ],
 )
 def test_yolo_boxes_keep_what_their_columns_say(tmp_path, text, scores, ids):
@@ -593,6 +593,20 @@ def test_results_of_several_images(tmp_path):
 def test_boxes_in_fractions_and_corners(box, message):
     with pytest.raises(RegionError, match=message):
         parse_region(box, WIDTH, HEIGHT)
+
+
+def test_polygons_in_fractions():
+    for ring in ([0, 0, 1, 0, 1, 1, 0, 1], scaled(RING)):
+        with pytest.raises(RegionError, match="polygon lies within the first pixel; pixels are expected"):
+            parse_region([ring], WIDTH, HEIGHT)
+
+
+def test_more_regions_than_can_be_masks(tmp_path):
+    path = write(tmp_path, "a.json", [{"bbox": [1, 1, 5, 5]}] * 100)
+    assert len(read_region_file(path, NAME, 4000, 3000)) == 100
+    write(tmp_path, "a.json", [{"bbox": [1, 1, 5, 5]}] * 200)
+    with pytest.raises(RegionError, match="200 regions of an image of 4000 x 3000"):
+        read_region_file(path, NAME, 4000, 3000)
 
 
 def test_boxes_that_nearly_are_whole():

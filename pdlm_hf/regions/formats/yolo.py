@@ -203,15 +203,18 @@ class _File:
         x0, y0, x1, y1 = self.edges(form, shape)
         return bool(x1 > x0 and y1 > y0 and (form.shape != "pose" or _around(shape, form.step)))
 
-    def edges(self, form: Form, shape: np.ndarray) -> np.ndarray:
+    def edges(self, form: Form, shape: np.ndarray) -> list[float]:
         """x0, y0, x1, y1 in pixels, whole where the digits of the file allow it."""
-        a, b = shape[:2], shape[2:4]
-        corners = {"corners": [a, b], "left": [a, a + b]}.get(form.shape, [a - b / 2, a + b / 2])
-        scale = np.ones(4) if form.pixels else np.array([*self.image.size, *self.image.size])
-        raw = np.concatenate(corners) * scale
-        # half a digit of the centre and a quarter of one, that of half the side
-        whole = snap(raw, np.clip(0.76 * self.unit * scale, 1e-6, 0.5))
-        return whole if (whole[2:] > whole[:2]).all() else raw  # a box smaller than the error
+        a, b, c, d = shape[:4].tolist()
+        edges = {"corners": (a, b, c, d), "left": (a, b, a + c, b + d)}
+        corners = edges.get(form.shape, (a - c / 2, b - d / 2, a + c / 2, b + d / 2))
+        found, whole = [], []
+        for value, side in zip(corners, (1, 1) * 2 if form.pixels else self.image.size * 2, strict=True):
+            # half a digit of the centre and a quarter of one, that of half the side
+            error = min(0.5, max(1e-6, 0.76 * self.unit * side))
+            found.append(value * side)
+            whole.append(round(value * side) if abs(value * side - round(value * side)) <= error else value * side)
+        return whole if whole[0] < whole[2] and whole[1] < whole[3] else found  # a box smaller than the error
 
     def leaves(self, name: str) -> bool:
         """Whether a box of this form leaves the image by more than the digits explain."""
@@ -227,7 +230,9 @@ class _File:
             form = FORMS[_SHORTER[name]]
         parts = form.parts(line)
         shape, others = parts if parts is not None else (line.values, {})
-        found: dict[str, Any] = {"id": int(others["id"]) if "id" in others else position, "category": line.kind}
+        found: dict[str, Any] = {"id": position, "category": line.kind}
+        if "id" in FORMS[name].last:  # a line without id must not take the one of another
+            found["id"] = int(others["id"]) if "id" in others else f"line {line.number}"
         if "conf" in others:
             found["score"] = float(others["conf"])
         if form.shape == "polygon":
