@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..configuration_pdlm import HUB_ARGUMENTS
@@ -15,7 +16,7 @@ from ..generation_pdlm import PdlmGenerationOutput
 from ..processing_pdlm import RegionCaption
 from ..regions.images import load_image
 from ..regions.region import Region, parse_regions
-from ..render.report import image_html
+from ..render.report import image_html, thumbnail_size
 from .checkpoints import CHECKPOINT, checkpoint_name
 
 # Settings of `generate` for each mode. "default" are the checkpoint's own settings, which compute what the reference
@@ -28,7 +29,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class RegionCaptions(list[RegionCaption]):
-    """Captions of one image: a list that shows the captions on the image in a notebook.
+    """Captions of one image: a list that shows the captions on the image in a notebook. It keeps a small copy of the
+    image and the run lengths of the masks, so that the captions of many images need little memory.
 
     Args:
         captions: the captions.
@@ -38,10 +40,13 @@ class RegionCaptions(list[RegionCaption]):
 
     def __init__(self, captions: Iterable[RegionCaption], image: Image.Image, regions: list[Region]):
         super().__init__(captions)
-        self.image, self.regions = image, regions
+        size = thumbnail_size(image)
+        self._image = image.resize(size) if size[0] < image.width else image
+        self._shapes = [region.segmentation for region in regions]
 
     def _repr_html_(self) -> str:
-        return image_html(self.image, self.regions, self)
+        masks = [Region(k, coco_mask.decode(shape).astype(bool)) for k, shape in enumerate(self._shapes)]
+        return image_html(self._image, masks, self)
 
 
 class RegionCaptioner:
