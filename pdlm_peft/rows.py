@@ -292,5 +292,5 @@ def open_row_image(image: Any, folder: Path | None) -> Image.Image:
         else:
             data = image["bytes"]
         return load_image(open_image(io.BytesIO(data)))
-    except (binascii.Error, KeyError, TypeError, ValueError) as error:
+    except (binascii.Error, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ImageError(f"the image in the row cannot be decoded ({error}).") from None
