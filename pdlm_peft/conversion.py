@@ -251,8 +251,8 @@ def _panoptic_segments(
         name, segments = annotation.get("file_name"), annotation.get("segments_info")
         if not isinstance(name, str) or not isinstance(segments, list) or not all(map(_is_segment, segments)):
             raise DataError(
-                f"{path}: {place}: its annotation is none of COCO panoptic, which has `file_name` and `segments_info`, "
-                "a list of objects with an `id`."
+                f"{path}: {place}: its annotation is none of COCO panoptic, which has `file_name` and "
+                "`segments_info`, a list of objects with an `id`."
             )
         found = from_panoptic(folder / Path(name).name, segments)
         counts["segments without a pixel"] += len(segments) - len(found)

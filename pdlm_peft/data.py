@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
+from pdlm_hf.batch.dataset import image_size
 from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.region import parse_region
 
@@ -89,6 +90,17 @@ class ChatDataset(_RowDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, raw = self._rows[index]
         return decode_chat(number, raw, self.source.folder)
+
+    def conversations(self) -> Iterator[tuple[list[tuple[int, int]], list[dict[str, Any]]]]:
+        """Widths and heights of the images, and the messages, of every row; images are not decoded.
+
+        Raises:
+            DataError: a row has a fault.
+        """
+        for index in range(len(self)):
+            number, raw = self._rows[index]
+            paths, messages = chat_messages(number, raw)
+            yield [_size_of(path, number, self.source.folder) for path in paths], messages
 
 
 def stream_rows(source: str | Path, images: str | Path | None = None) -> Iterator[dict[str, Any]]:
@@ -230,6 +242,17 @@ def _part(value: Any) -> dict[str, str] | None:
 
 def _parts(message: dict) -> list[dict]:
     return message["content"] if isinstance(message["content"], list) else []
+
+
+def _size_of(image: Any, number: int, folder: Path | None) -> tuple[int, int]:
+    """Width and height of an image, of a file from its header."""
+    if isinstance(image, str) and not image.startswith("data:"):
+        try:
+            return image_size(Path(folder or "", image))
+        except ValueError as error:
+            fault = Fault(number, "image", "image", str(error).rstrip("."), "an image that can be decoded")
+            raise RowError(fault) from None
+    return _open({"image": image}, number, folder).size
 
 
 def _open(row: dict, number: int, folder: Path | None) -> Image.Image:

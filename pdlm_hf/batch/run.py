@@ -2,8 +2,8 @@
 
 OUT.jsonl gets a row for every region as soon as its image is done, OUT.faults.jsonl a row for every region or image
 without caption, with the reason. OUT.run.json has the settings that the captions depend on. At the end OUT.coco.json
-is the data set with captions. While a run writes, OUT.lock names its process. Lines of OUT.jsonl that were damaged since
-are moved to OUT.damaged.jsonl, and their regions captioned again.
+is the data set with captions. While a run writes, OUT.lock names its process. Lines of OUT.jsonl that were damaged
+since are moved to OUT.damaged.jsonl, and their regions captioned again.
 """
 
 import re
@@ -97,8 +97,9 @@ class BatchFiles:
         damaged: dict[int, str] = {}
         if path.exists() and path.stat().st_size:
             check_same_settings(load_json(path.with_suffix(".run.json")), settings, path)
-        sound = 0
-        for sound, row in enumerate(read_rows(path, path == self.out, result_fault, damaged.__setitem__), 1):
+        sound = False
+        for row in read_rows(path, path == self.out, result_fault, damaged.__setitem__):
+            sound = True
             yield row
         if not damaged:
             return

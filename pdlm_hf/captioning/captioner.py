@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..configuration_pdlm import HUB_ARGUMENTS
 from ..errors_pdlm import CheckpointError, SettingError
+from ..generation_config_pdlm import replaced_rules
 from ..generation_pdlm import PdlmGenerationOutput
 from ..processing_pdlm import RegionCaption
 from ..regions.images import load_image
@@ -163,14 +164,8 @@ class RegionCaptioner:
         """
         if not pairs:
             raise SettingError("No images given: pass at least one (image, regions) pair.")
-        settings = {**MODES[self.mode], **generation}
-        # A rule of adaptive decoding replaces the other rule of the mode or the checkpoint.
-        rules = {"entropy_bound": "acceptance_threshold", "acceptance_threshold": "entropy_bound"}
-        for rule, other in rules.items():
-            if generation.get(rule) is not None and other not in generation:
-                settings[other] = None
-        if generation.get("remasking") == "random" and "entropy_bound" not in generation:
-            settings["entropy_bound"] = None
+        # a rule of adaptive decoding replaces that of the mode or the checkpoint
+        settings = {**MODES[self.mode], **replaced_rules(generation), **generation}
         images = [load_image(image) for image, _ in pairs]
         regions = [parse_regions(found, *image.size) for image, (_, found) in zip(images, pairs, strict=True)]
         masks = [[region.mask for region in found] for found in regions]

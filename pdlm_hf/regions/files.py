@@ -213,7 +213,9 @@ class FileLock:
                 ) from None
             self._file.close()
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        self._file.write(
+            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        )
         self._file.flush()
 
     def _acquire(self) -> None:

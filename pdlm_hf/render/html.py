@@ -44,7 +44,7 @@ def render_template(name: str, folder: Path = TEMPLATES, **values: Any) -> Marku
 
 
 def stream_template(name: str, file: TextIO, **values: Any) -> None:
-    """Write what [`render_template`] gives, piece by piece: iterators among the values are read while it is written."""
+    """Write what [`render_template`] gives, piece by piece: iterators among the values are read meanwhile."""
     for piece in _environment(TEMPLATES).get_template(name).generate(values):
         file.write(piece)
 

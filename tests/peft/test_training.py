@@ -512,7 +512,7 @@ def test_a_training_step_warns_of_nothing(tmp_path):
 def test_the_command_says_steps_and_time(tmp_path):
     pytest.importorskip("pdlm_peft.data")
     write_rows(tmp_path)
-    source = [f"data.train={tmp_path}/regions.jsonl", "model=shapes", "training.max_steps=-1"]
+    source = [f"data.train={tmp_path}/regions.jsonl", "model=shapes", "training.max_steps=-1", "data.held_out=null"]
     result = run(["-m", "pdlm_peft.cli", "train", "lora_8b_80gb", "--dry-run", *SMALL, *source])
     assert result.returncode == 0, result.stderr
     passes = sum(len(partition_regions(len(row["regions"]), 6, k, 0)) for k, row in enumerate(region_rows()))
