@@ -19,7 +19,6 @@ from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.tiling_pdlm import num_tiles
 from pdlm_hf.training.collator import PdlmCollator, partition_regions
 
-from . import data as data_sets
 from .recipe import Data, Recipe
 
 CHARACTERS_PER_TOKEN = 4  # of English captions; only used to sort rows by length
@@ -85,10 +84,10 @@ def open_dataset(data: Data, held_out: bool = False, length: int = 0, group: int
     if held_out and data.held_out is None:
         return None
     source = _file_of(data, "held_out" if held_out else "train")
+    from .data import ChatDataset, RegionDataset
+
     images = Path(data.images) if data.images else None
-    return (data_sets.RegionDataset if data.kind == "regions" else data_sets.ChatDataset)(
-        source, images=images, limit=limit
-    )
+    return (RegionDataset if data.kind == "regions" else ChatDataset)(source, images=images, limit=limit)
 
 
 def _file_of(data: Data, name: Literal["train", "held_out"]) -> str:
@@ -130,7 +129,7 @@ def chat_sizes(
         num_slots (`int` or pair, *optional*): token positions that the last answer takes at least.
     """
     collator, least = PdlmCollator(processor), max(num_slots) if isinstance(num_slots, tuple) else num_slots or 0
-    if isinstance(dataset, data_sets.ChatDataset):
+    if hasattr(dataset, "conversations"):
         rows = dataset.conversations()
     else:
         opened = (dataset[index] for index in range(len(dataset)))
@@ -330,11 +329,13 @@ class StreamedRows(IterableDataset):
         self.prompts = processor.image_processor.num_region_prompts
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        from .data import stream_rows
+
         images = Path(self.data.images) if self.data.images else None
         epoch = position = 0
         while True:
             before = position
-            for index, row in enumerate(islice(data_sets.stream_rows(self.source, images=images), self.data.limit)):
+            for index, row in enumerate(islice(stream_rows(self.source, images=images), self.data.limit)):
                 for group in cut(len(row["regions"]), self.prompts, index, epoch, self.data.partition):
                     yield with_seed(row, group, self.seed * 2**40 + position)
                     position += 1

@@ -279,7 +279,8 @@ def _check(recipe: Recipe, where: str) -> None:
     if training.get("save_strategy") != "no" and (not all(counts) or saving % logging):
         raise SettingError(
             f"{where}: `training.save_steps` ({saving:g}) must be a multiple of `training.logging_steps` "
-            f"({logging:g}), both at least 1, or the loss curve of a resumed run would differ from that of an uninterrupted one."
+            f"({logging:g}), both at least 1, or the loss curve of a resumed run would differ from that of an "
+            "uninterrupted one."
         )
     if recipe.samples.every and is_sharded(training):
         raise SettingError(f"{where}: {SHARDED_SAMPLES}")
