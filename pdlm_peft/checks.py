@@ -8,7 +8,7 @@ from transformers import AutoProcessor
 from pdlm_hf.errors_pdlm import SettingError
 
 from .adapters import check_new_words, fingerprint
-from .memory import SHAPES
+from .memory import SHAPES, check_kind, load_config
 from .plan import held_out_rows, open_dataset
 from .recipe import SHARDED_SAMPLES, Recipe
 from .training import arguments, check_folder
@@ -31,6 +31,7 @@ def check_run(recipe: Recipe) -> None:
     arguments(recipe, dry_run=True)
     if recipe.model in SHAPES:
         return
+    check_kind(recipe, load_config(recipe))
     data = recipe.data
     if data.images is not None and not Path(data.images).is_dir():
         raise SettingError(f"`data.images`: there is no folder {data.images}.")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmGenerationConfig
 from pdlm_hf.adapters_pdlm import VIRTUAL_TOKENS, refuse_virtual_tokens
 from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.generation_config_pdlm import replaced_rules
 
 from .training_settings import ALIASES, OWN_KEYS, TRAINING_KEYS, is_sharded, newest
 
@@ -346,6 +347,9 @@ def _override(settings: dict[str, Any], override: str) -> None:
         former = {old for old, new in ALIASES.items() if new == ALIASES.get(last, last)}
         settings["training"] = {k: v for k, v in (settings.get("training") or {}).items() if k not in former}
         last = ALIASES.get(last, last)
+    if parents == ["generation"]:
+        dropped = replaced_rules({last: value})
+        settings["generation"] = {k: v for k, v in (settings.get("generation") or {}).items() if k not in dropped}
     for parent in parents:
         if not isinstance(settings.get(parent), dict):
             settings[parent] = {}
