@@ -33,6 +33,16 @@ def our_names(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def replaced_rules(settings: dict[str, Any]) -> dict[str, None]:
+    """The rules of accepting tokens that given settings replace, for defaults that have another rule."""
+    replaced = []
+    if settings.get("acceptance_threshold") is not None or settings.get("remasking") == "random":
+        replaced = ["entropy_bound"]
+    if settings.get("entropy_bound") is not None:
+        replaced += ["acceptance_threshold", "remasking"]
+    return dict.fromkeys(name for name in replaced if name not in settings)
+
+
 class PdlmGenerationConfig(GenerationConfig):
     """Settings of [`PdlmGenerationMixin.generate`]; saved as `generation_config.json`. Unknown names raise.
 
@@ -161,6 +171,10 @@ class PdlmGenerationConfig(GenerationConfig):
             raise SettingError(f"`seed` must be an integer, got {self.seed!r}.")
         if any(len(stop) == 0 for stop in as_list(self.stop_strings)):
             raise SettingError("`stop_strings` holds an empty string, which would end every text at its start.")
+
+    def update(self, *args: Any, **settings: Any) -> dict[str, Any]:
+        """Change settings; a rule of accepting tokens replaces another one. See `GenerationConfig.update`."""
+        return super().update(*args, **replaced_rules(settings), **settings)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The settings that are not None, for `generation_config.json`."""

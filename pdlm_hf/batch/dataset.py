@@ -1,6 +1,6 @@
 """Data sets of regions: a COCO file, or a folder with a file of regions for each image."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,8 @@ class DataSet:
 
     def with_captions(self, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Make a COCO file with `caption` and `score` on every annotation that has a row. The COCO file of a folder
-        has only these annotations.
+        has only these annotations. Its lists are iterators, to be read once and in order, see
+        [`~pdlm_hf.regions.files.write_json_lists`].
 
         Args:
             rows: rows of captions, as [`run_batch`] writes them.
@@ -74,17 +75,21 @@ class DataSet:
                 (row["image_id"], row["annotation_id"]): {"caption": row["caption"], "score": row["score"]}
                 for row in rows
             }
-            annotations = self.coco["annotations"]
-            return {**self.coco, "annotations": [_captioned(annotation, said) for annotation in annotations]}
+            return {**self.coco, "annotations": (_captioned(entry, said) for entry in self.coco["annotations"])}
         shown: dict[Any, dict] = {}
-        annotations = []
-        for row in rows:
-            height, width = row["segmentation"]["size"]
-            image = {"id": row["image_id"], "file_name": row["file_name"], "width": width, "height": height}
-            shown.setdefault(row["image_id"], image)
-            fields = {name: row[name] for name in ("image_id", "segmentation", "bbox", "caption", "score")}
-            annotations.append({"id": row["annotation_id"], **fields})
-        return {"images": list(shown.values()), "annotations": annotations, "categories": []}
+
+        def annotations() -> Iterator[dict[str, Any]]:
+            for row in rows:
+                height, width = row["segmentation"]["size"]
+                image = {"id": row["image_id"], "file_name": row["file_name"], "width": width, "height": height}
+                shown.setdefault(row["image_id"], image)
+                fields = {name: row[name] for name in ("image_id", "segmentation", "bbox", "caption", "score")}
+                yield {"id": row["annotation_id"], **fields}
+
+        def images() -> Iterator[dict[str, Any]]:
+            yield from shown.values()  # all of them are known when the annotations have been read
+
+        return {"annotations": annotations(), "images": images(), "categories": []}
 
 
 def _captioned(annotation: Any, said: dict[Key, dict[str, Any]]) -> Any:

@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..configuration_pdlm import HUB_ARGUMENTS
 from ..errors_pdlm import CheckpointError, SettingError
+from ..generation_config_pdlm import replaced_rules
 from ..generation_pdlm import PdlmGenerationOutput
 from ..processing_pdlm import RegionCaption
 from ..regions.hints import load_pair
 from ..regions.region import Region
-from ..render.report import image_html
+from ..render.report import image_html, thumbnail_size
 from .checkpoints import CHECKPOINT, checkpoint_name
 
 # Settings of `generate` for each mode. "default" are the checkpoint's own settings, which compute what the reference
@@ -28,7 +30,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class RegionCaptions(list[RegionCaption]):
-    """Captions of one image: a list that shows the captions on the image in a notebook.
+    """Captions of one image: a list that shows the captions on the image in a notebook. It keeps a small copy of the
+    image and the run lengths of the masks, so that the captions of many images need little memory.
 
     Args:
         captions: the captions.
@@ -38,10 +41,13 @@ class RegionCaptions(list[RegionCaption]):
 
     def __init__(self, captions: Iterable[RegionCaption], image: Image.Image, regions: list[Region]):
         super().__init__(captions)
-        self.image, self.regions = image, regions
+        size = thumbnail_size(image)
+        self._image = image.resize(size) if size[0] < image.width else image
+        self._shapes = [region.segmentation for region in regions]
 
     def _repr_html_(self) -> str:
-        return image_html(self.image, self.regions, self)
+        masks = [Region(k, coco_mask.decode(shape).astype(bool)) for k, shape in enumerate(self._shapes)]
+        return image_html(self._image, masks, self)
 
 
 class RegionCaptioner:
@@ -157,14 +163,8 @@ class RegionCaptioner:
         """
         if not pairs:
             raise SettingError("No images given: pass at least one (image, regions) pair.")
-        settings = {**MODES[self.mode], **generation}
-        # A rule of adaptive decoding replaces the other rule of the mode or the checkpoint.
-        rules = {"entropy_bound": "acceptance_threshold", "acceptance_threshold": "entropy_bound"}
-        for rule, other in rules.items():
-            if generation.get(rule) is not None and other not in generation:
-                settings[other] = None
-        if generation.get("remasking") == "random" and "entropy_bound" not in generation:
-            settings["entropy_bound"] = None
+        # a rule of adaptive decoding replaces that of the mode or the checkpoint
+        settings = {**MODES[self.mode], **replaced_rules(generation), **generation}
         images, regions = zip(*(load_pair(image, found) for image, found in pairs), strict=True)
         masks = [[region.mask for region in found] for found in regions]
         inputs = self.processor(images=list(images), segmentation_maps=masks, text=question).to(self.model.device)

@@ -24,6 +24,8 @@ from .options import (
     note_embedded,
 )
 
+_SHOWN = 20  # messages about damaged lines
+
 
 @exit_on_error
 def batch(
@@ -62,6 +64,7 @@ def batch(
         asked = caption_client(server, model, key_env, concurrency, settings)
     name = str(model or "shapes (embedded)") if asked is None else asked.model
     files = BatchFiles(out, {"model": name, "question": question, "fast": fast, **generation}, part)
+    _show_damaged(files.damaged)
 
     def open_engine():
         if engine == "ray":
@@ -76,6 +79,14 @@ def batch(
     if not counts.whole:
         typer.echo(f"pdlm: not every region has a caption; {files.faults_path} says why", err=True)
         raise typer.Exit(1)
+
+
+def _show_damaged(messages: list[str]) -> None:
+    """Name the first damaged lines of results on stderr, and their number if there are more."""
+    for message in messages[:_SHOWN]:
+        typer.echo(f"pdlm: {message}", err=True)
+    if (more := len(messages) - _SHOWN) > 0:
+        typer.echo(f"pdlm: and {more} more damaged lines", err=True)
 
 
 def _engine(client, model, fast, batch_size, question, generation):
@@ -132,8 +143,11 @@ def report(
 
     if out.suffix.lower() != ".html":
         check_target(out, "--out")
-    shown, total, unread = write_report(rows, images, out, limit)
+    damaged: dict[int, str] = {}
+    shown, total, unread = write_report(rows, images, out, limit, damaged.__setitem__)
+    _show_damaged([f"{rows}: line {number} {fault}; left out." for number, fault in damaged.items()])
     typer.echo(f"{out}: {shown} of {total} images", err=True)
     if unread:
         typer.echo(f"pdlm: {pluralize(len(unread), 'image')} cannot be read: {unread[0]}", err=True)
+    if unread or damaged:
         raise typer.Exit(1)

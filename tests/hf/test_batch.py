@@ -20,6 +20,7 @@ from pdlm_hf.batch.dataset import open_data
 from pdlm_hf.batch.engines import ImageEngine, LocalEngine, Outcome, prefetch
 from pdlm_hf.batch.run import BatchFiles, BatchProgress, Counts, parse_shard, run_batch
 from pdlm_hf.cli.main import app
+from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.regions.files import read_rows
 from pdlm_hf.regions.region import Region
 
@@ -712,3 +713,99 @@ def test_a_request_has_at_most_60_regions(tmp_path, near):
     assert {row["annotation_id"]: row["caption"] for row in rows} == {
         k: f"{9 + 9 * (k % 3)} pixels" for k in range(130)
     }
+
+
+# ---------------------------------------------------------------- damaged results, two runs at once
+
+
+DAMAGED = [
+    ({"caption": None}, "has None as `caption`, expected a text"),
+    ({"image_id": [1]}, "has [1] as `image_id`, expected a number or a text"),
+    ({"annotation_id": {"a": 1}}, "has {'a': 1} as `annotation_id`"),
+    ({"file_name": ["0.png"]}, "has ['0.png'] as `file_name`, expected the name of an image"),
+    ({"score": None}, "has None as `score`, expected a number from 0 to 1"),
+    ({"segmentation": "x"}, "has 'x' as `segmentation`"),
+    ("[1, 2]", "is not a JSON object"),
+    ('{"caption": ', "is damaged ("),
+    ("[" * 100_000, "is damaged ("),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGED)
+def test_a_damaged_row_is_named_and_captioned_again(tmp_path, change, message):
+    write_coco(tmp_path)
+    _, rows = caption_all(tmp_path)
+    out = tmp_path / "out.jsonl"
+    lines = out.read_text().splitlines()
+    lines[2] = change if isinstance(change, str) else json.dumps(rows[2] | change)
+    out.write_text("\n".join(lines) + "\n")
+    files = BatchFiles(out, SETTINGS)
+    (said,) = files.damaged
+    assert said.startswith(f"{out}: line 3 {message}")
+    assert said.endswith("; moved to out.damaged.jsonl; its region is captioned again unless another line has it.")
+    engine = Counter()
+    counts = run_batch(open_data(tmp_path / "coco.json", tmp_path / "images"), lambda: engine, files)
+    assert counts.whole and engine.seen == ["0.png"] and counts.regions == 1
+    assert (tmp_path / "out.damaged.jsonl").read_text() == lines[2] + "\n"
+    found = list(read_rows(out))
+    by_id = lambda row: row["annotation_id"]  # noqa: E731
+    assert sorted(found, key=by_id) == sorted(rows, key=by_id)
+    again = BatchFiles(out, SETTINGS)
+    assert again.damaged == []
+    again.close()
+
+
+def test_a_file_of_other_rows_is_not_taken_for_damaged(tmp_path):
+    write_coco(tmp_path)
+    caption_all(tmp_path)
+    (tmp_path / "out.jsonl").write_text('{"image": "a.png", "regions": []}\n' * 2)
+    with pytest.raises(DataError, match=r"has no row of `pdlm batch` \(line 1 has no `image_id`.*choose another file"):
+        BatchFiles(tmp_path / "out.jsonl", SETTINGS)
+    assert not (tmp_path / "out.damaged.jsonl").exists() and not (tmp_path / "out.lock").exists()
+
+
+def test_damaged_rows_of_a_shard_are_left_out(tmp_path):
+    write_coco(tmp_path)
+    _, rows = caption_all(tmp_path, shard=(1, 2))
+    part = tmp_path / "out.1-of-2.jsonl"
+    lines = part.read_text().splitlines()
+    lines[1] = "{}"
+    part.write_text("\n".join(lines) + "\n")
+    files = BatchFiles(tmp_path / "out.jsonl", SETTINGS)
+    assert len(list(read_rows(files.out))) == len(rows) - 1 and part.read_text().splitlines() == lines
+    assert [said.split(":", 1)[1] for said in files.damaged] == [
+        " line 2 has no `image_id`, as rows of `pdlm batch` have; its region is captioned again unless another line has "
+        "it."
+    ]
+    files.close()
+
+
+def test_one_run_at_a_time(tmp_path):
+    write_coco(tmp_path)
+    files = BatchFiles(tmp_path / "out.jsonl", SETTINGS)
+    holder = f"process {os.getpid()} on "
+    with pytest.raises(
+        SettingError, match=rf"out\.jsonl: {holder}.*, is writing it\. Wait until that run has ended, or"
+    ):
+        BatchFiles(tmp_path / "out.jsonl", SETTINGS)
+    other = BatchFiles(tmp_path / "other.jsonl", SETTINGS)
+    shard = BatchFiles(tmp_path / "out.jsonl", SETTINGS, (1, 2))  # has a file of its own
+    for held in (other, shard):
+        held.close()
+    data = open_data(tmp_path / "coco.json", tmp_path / "images")
+    assert run_batch(data, Counter, files).regions == 15
+    assert files.closed and not (tmp_path / "out.lock").exists()
+    assert run_batch(data, Counter, files).regions == 0  # locks anew
+    with pytest.raises(OSError, match="stopped"):
+        caption_all(tmp_path, "stopped.jsonl", Counter(stop_after=1))
+    assert caption_all(tmp_path, "stopped.jsonl")[0].before == 3
+
+
+def test_the_second_command_is_refused(tmp_path):
+    write_coco(tmp_path)
+    files = BatchFiles(tmp_path / "out.jsonl", SETTINGS)
+    command = ["batch", tmp_path / "coco.json", "--images", tmp_path / "images", "--out", tmp_path / "out.jsonl"]
+    result = CliRunner().invoke(app, [str(part) for part in command])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert f"out.jsonl: process {os.getpid()} on " in result.stderr
+    files.close()
