@@ -56,7 +56,7 @@ def reading(checkpoint: Any, file: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{checkpoint}: {file}: is damaged, or of another kind ({reason:.300}).") from error
+        raise CheckpointError(f"{checkpoint}: {file}: cannot be loaded, it may be damaged ({reason:.300}).") from error
 
 
 class ServerError(PdlmError):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import resource
 import signal
 import time
@@ -118,12 +119,12 @@ def _run(family: Family, count: int, work: Path, last: Path, number: int | None)
         except PdlmError as error:
             if any(name in str(error) for name in family.names(value)):
                 return None
-            return f"unnamed: {type(error).__name__}: {error!s:.200}"
+            return f"unnamed {type(error).__name__}: {re.sub(r'[0-9]+', '0', str(error)):.90}"
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
             own = [frame for frame in frames if "/pdlm_" in frame.filename] or frames
             place = f"{own[-1].filename.rpartition('/pdlm_')[2]}:{own[-1].lineno}"
-            return f"{type(error).__name__} at pdlm_{place}: {' '.join(str(error).split()):.120}"
+            return f"{type(error).__name__} at pdlm_{place}"
 
     test = settings(
         max_examples=count,
