@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
-from strategies import damaged, json_bytes
+from strategies import changed_text, damaged, json_bytes
 
 IMAGE, WIDTH, HEIGHT = "photo.png", 48, 32
 BOXES = [[4, 6, 20, 10], [30, 2, 12, 24]]  # x, y, width, height
@@ -63,12 +63,66 @@ YOLO = "".join(f"{k} {' '.join(f'{value:.6f}' for value in row)}\n" for k, row i
 LABELS = image_bytes(Image.fromarray((MASKS[0] * 1 + MASKS[1] * 2).astype(np.uint8)))
 
 
-def _text(good: bytes) -> st.SearchStrategy[bytes]:
-    """A text file: damaged, or with other words."""
-    words = st.lists(
-        st.sampled_from([*good.split(), b"nan", b"1e400", b"-1", b"9" * 5000, b"", b"\xff", b"\n"]), max_size=12
+VIA = {
+    "_via_settings": {},
+    "_via_attributes": {},
+    "_via_img_metadata": {
+        f"{IMAGE}-1": {
+            "filename": IMAGE,
+            "size": -1,
+            "file_attributes": {},
+            "regions": [
+                {
+                    "shape_attributes": dict(
+                        zip(("name", "x", "y", "width", "height"), ("rect", *BOXES[0]), strict=True)
+                    ),
+                    "region_attributes": {},
+                },
+                {
+                    "shape_attributes": {
+                        "name": "polygon",
+                        "all_points_x": POLYGONS[1][::2],
+                        "all_points_y": POLYGONS[1][1::2],
+                    },
+                    "region_attributes": {"kind": "b"},
+                },
+            ],
+        }
+    },
+}
+_SIDES = {"original_width": WIDTH, "original_height": HEIGHT}
+_PERCENT = [
+    dict(
+        zip(
+            ("x", "y", "width", "height"),
+            (100 * x / WIDTH, 100 * y / HEIGHT, 100 * w / WIDTH, 100 * h / HEIGHT),
+            strict=True,
+        )
     )
-    return damaged(good) | words.map(b" ".join)
+    for x, y, w, h in BOXES
+]
+_RESULTS = [
+    {"id": f"r{k}", "type": "rectanglelabels", **_SIDES, "value": {**value, "rotation": 0, "rectanglelabels": ["a"]}}
+    for k, value in enumerate(_PERCENT)
+]
+STUDIO = [
+    {"id": 5, "data": {"image": f"/data/upload/1/0a1b2c3d-{IMAGE}"}, "annotations": [{"id": 9, "result": _RESULTS}]}
+]
+CVAT = (
+    f'<?xml version="1.0" encoding="utf-8"?>\n<annotations><version>1.1</version>\n'
+    f'<image id="0" name="{IMAGE}" width="{WIDTH}" height="{HEIGHT}">\n'
+    '<box label="a" xtl="4.00" ytl="6.00" xbr="24.00" ybr="16.00"/>\n'
+    '<polygon label="b" points="30.00,2.00;42.00,2.00;42.00,26.00;30.00,26.00"/>\n</image></annotations>\n'
+).encode()
+_OBJECTS = "".join(
+    f"<object><name>a</name><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>"
+    "</bndbox></object>\n"
+    for x, y, w, h in BOXES
+)
+VOC = (
+    f"<annotation><filename>{IMAGE}</filename><source><database>The VOC2012 Database</database></source>\n"
+    f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>\n{_OBJECTS}</annotation>\n"
+).encode()
 
 
 # name of the file, a good one, and the strategy for others. A new format is one line.
@@ -77,7 +131,11 @@ FORMATS: dict[str, tuple[str, bytes, Callable[[], st.SearchStrategy[bytes]]]] = 
     "list": ("list.json", json.dumps(LIST).encode(), lambda: json_bytes(LIST)),
     "regions": ("regions.json", json.dumps({"regions": LIST}).encode(), lambda: json_bytes({"regions": LIST})),
     "labelme": ("photo.json", json.dumps(LABELME).encode(), lambda: json_bytes(LABELME)),
-    "yolo": ("photo.txt", YOLO, lambda: _text(YOLO)),
+    "yolo": ("photo.txt", YOLO, lambda: changed_text(YOLO)),
+    "via": ("via.json", json.dumps(VIA).encode(), lambda: json_bytes(VIA)),
+    "label studio": ("studio.json", json.dumps(STUDIO).encode(), lambda: json_bytes(STUDIO)),
+    "cvat": ("cvat.xml", CVAT, lambda: changed_text(CVAT)),
+    "voc": ("voc.xml", VOC, lambda: changed_text(VOC)),
     "labels": ("photo_labels.png", LABELS, lambda: damaged(LABELS)),
 }
 

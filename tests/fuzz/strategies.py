@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 from typing import Any
 
 from hypothesis import strategies as st
@@ -94,3 +95,44 @@ def damaged(draw: st.DrawFn, good: bytes, whole: int = 0) -> bytes:
     if rng.random() < 0.05:
         data[:0] = rng.choice([b"\xef\xbb\xbf", b"\xff\xfe", b"\0", b"\n\n"])
     return bytes(data)
+
+
+WORDS = [
+    b"",
+    b"nan",
+    b"inf",
+    b"1e400",
+    b"-1",
+    b"0",
+    b"0.5",
+    b"99999999",
+    b"9" * 5000,
+    b"x" * 5000,
+    b"\xff",
+    b"\0",
+    b"\n",
+    b"<",
+]
+
+
+@st.composite
+def changed_text(draw: st.DrawFn, good: bytes) -> bytes:
+    """A text file (lines of numbers, XML) in which up to three words are others, missing or twice; or damaged."""
+    if not draw(st.integers(0, 3)):
+        return draw(damaged(good))
+    text = good
+    for _ in range(draw(st.integers(0, 3))):
+        words = list(re.finditer(rb"[\w.-]+", text))
+        if not words:
+            break
+        word = words[draw(st.integers(0, len(words) - 1))]
+        other = draw(st.sampled_from([*WORDS, word[0] * 2, words[0][0], words[-1][0]]))
+        text = text[: word.start()] + other + text[word.end() :]
+    lines = text.splitlines(keepends=True)
+    if lines and not draw(st.integers(0, 5)):
+        at = draw(st.integers(0, len(lines) - 1))
+        lines[at : at + 1] = draw(
+            st.sampled_from([[], [lines[at]] * 2, [lines[at]] * 5000, [b" " * 10_000 + lines[at]]])
+        )
+        text = b"".join(lines)
+    return text
