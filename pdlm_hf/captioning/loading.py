@@ -1,6 +1,7 @@
 """Load a checkpoint, and check that its files are whole and belong together."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +50,16 @@ def load_checkpoint(model: str | Path, dtype: Any = "auto", **kwargs: Any) -> tu
         OSError: the hub has no such checkpoint, or cannot be reached.
     """
     path = checkpoint_name(model)
-    try:
-        return _load(path, dtype, kwargs)
-    except OSError as error:
-        if error.errno is not None or not Path(path).is_dir():
-            raise
-        # transformers, about a file that the folder lacks
-        raise CheckpointError(f"{path}: {' '.join(str(error).split()):.300}") from None
-
-
-def _load(path: str, dtype: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     source = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
     is_adapter = Path(path, BASE_FILE).is_file()
     if Path(path).is_dir():
         _check_files(Path(path, kwargs.get("subfolder") or ""), is_adapter)
     if not is_adapter:
-        with reading(path, "config.json"):
+        with _reading(path, "config.json"):
             _check_sizes(AutoConfig.from_pretrained(path, **source))
-    with reading(path, _PROCESSOR):
+    with _reading(path, _PROCESSOR):
         processor = AutoProcessor.from_pretrained(path, **source)
-    with reading(path, "config.json or the weights"):
+    with _reading(path, "config.json or the weights"):
         network, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, output_loading_info=True, **kwargs
         )
@@ -76,9 +67,21 @@ def _load(path: str, dtype: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
             raise CheckpointError(
                 f"{path}: {len(missing)} weights that config.json asks for are missing, {missing[0]} for example."
             )
-    with reading(path, "config.json, processor_config.json, tokenizer.json or chat_template.jinja"):
+    with _reading(path, "config.json, processor_config.json, tokenizer.json or chat_template.jinja"):
         _check_together(network.config, processor)
     return network, processor
+
+
+@contextmanager
+def _reading(path: str, file: str) -> Iterator[None]:
+    """As [`~pdlm_hf.errors_pdlm.reading`]; also for what transformers says of a file that a folder lacks."""
+    try:
+        with reading(path, file):
+            yield
+    except OSError as error:
+        if error.errno is not None or not Path(path).is_dir():
+            raise
+        raise CheckpointError(f"{path}: {file}: {' '.join(str(error).split()):.300}") from None
 
 
 def _check_files(folder: Path, is_adapter: bool) -> None:
@@ -163,5 +166,9 @@ def _check_together(config: Any, processor: Any) -> None:
     image = Image.new("RGB", (8, 8))
     mask = [Image.new("1", (8, 8), 1)]
     inputs = processor(images=image, **({"segmentation_maps": mask} if config.num_region_prompts else {"text": "?"}))
+    if not bool(inputs["pixel_values"].isfinite().all()):
+        raise CheckpointError(
+            f"{_PROCESSOR}: image_mean, image_std or rescale_factor give pixels that are no numbers."
+        )
     if int(inputs["input_ids"].max()) >= config.text_config.vocab_size:
         raise CheckpointError("tokenizer.json has more tokens than text_config.vocab_size of config.json.")

@@ -21,9 +21,11 @@ from pdlm_evalkit.paradlc.parsing import parse_reference, parse_robust
 from pdlm_evalkit.paradlc.scoring import read_answers, score_answers, totals
 from pdlm_hf import CHECKPOINT, RegionCaptioner
 from pdlm_hf.batch.dataset import open_data
+from pdlm_hf.batch.run import BatchFiles
 from pdlm_hf.errors_pdlm import PdlmError, RegionError
 from pdlm_hf.regions import load_image, parse_regions, read_region_file
 from pdlm_hf.regions.region import region_areas
+from pdlm_hf.render.report import write_report
 from pdlm_peft.chat_validation import validate_chat
 from pdlm_peft.conversion import category_captions, convert, split
 from pdlm_peft.rows import check_row
@@ -169,11 +171,18 @@ GAR = [
 ]
 DAM = {IMAGE: [{"image": IMAGE, "mask_rle": LIST[0]["segmentation"], "caption": "a thing"}]}
 CAPTIONED = {**COCO, "annotations": [{**annotation, "caption": "a thing"} for annotation in ANNOTATIONS]}
+RESULTS = [
+    {
+        **{"image_id": 1, "annotation_id": k, "file_name": IMAGE, "caption": "a thing", "score": 0.5},
+        **{"bbox": [4, 6, 20, 10], "segmentation": LIST[0]["segmentation"]},
+    }
+    for k in (5, 6)
+]
 DATA: dict[str, tuple[str, Any]] = {
     **{"rows": ("data.jsonl", ROWS), "list": ("data.json", ROWS), "coco": ("data.json", CAPTIONED)},
     **{"chat": ("data.json", CHATS), "chat lines": ("data.jsonl", CHATS), "instances": ("data.json", COCO)},
     **{"gar": ("data.json", GAR), "dam": ("data.json", DAM), "reference": ("data.json", ROWS)},
-    **{"split": ("data.jsonl", ROWS), "batch": ("data.json", COCO)},
+    **{"split": ("data.jsonl", ROWS), "batch": ("data.json", COCO), "results": ("data.jsonl", RESULTS)},
 }
 
 
@@ -210,6 +219,12 @@ def run_data(value: tuple[str, bytes], work: Path) -> None:
     elif kind == "batch":
         found = open_data(path, None)
         assert found.entries or found.faults
+    elif kind == "results":
+        (work / "data.run.json").write_text("{}")
+        files = BatchFiles(path, {})
+        files.close()
+        assert all(isinstance(key, (int, str)) for key in files.rows)
+        assert write_report(path, work, work / "page.html", damaged=lambda line, fault: None)[1] == len(files.rows)
     elif kind == "split":
         counts = split(path, work / "train.jsonl", work / "held.jsonl", 0.5)
         assert all(part["rows"] for part in counts)
@@ -340,11 +355,15 @@ def _names_of_region(value: Any) -> tuple[str, ...]:
     return ("region", "Region", value) if isinstance(value, str) else ("region", "Region")  # a text is a path
 
 
+def _names_of_data(value: Any) -> tuple[str, ...]:
+    return DATA[value[0]][0], "row ", "has none of the"  # images, in the folder of the message
+
+
 FAMILIES = [
     Family("regions", region_values, run_region, _names_of_region, 0.30),
     Family("region files", region_files, run_region_file, lambda value: (FORMATS[value[0]][0], "region"), 0.25),
     Family("images", image_files, run_image, lambda value: ("photo.img",), 0.20),
-    Family("data sets", _data(), run_data, lambda value: ("data.json", "row ", "has none of the"), 0.12),
+    Family("data sets", _data(), run_data, _names_of_data, 0.12),
     Family("replies", _replies(), run_reply, lambda value: (f"{value[0]}.json",), 0.10),
     Family("checkpoints", _checkpoints(), run_checkpoint, lambda value: (value[0], "config.json", "tokenizer"), 0.03),
 ]

@@ -39,6 +39,11 @@ DAMAGED = {
     "settings cut short": ("generation_config.json", "{"),
     "settings as a list": ("generation_config.json", "[]"),
     "a mean of two": ("processor_config.json", lambda c: c["image_processor"].update(image_mean=[0.5, 0.5])),
+    "a deviation of null": (
+        "processor_config.json",
+        lambda c: c["image_processor"].update(image_std=[0.5, None, 0.5]),
+    ),
+    "no settings of images": ("processor_config.json", "{}"),
     "patches of no size": ("processor_config.json", lambda c: c["image_processor"].update(patch_size=0)),
     "tokens of another model": ("processor_config.json", lambda c: c.update(tokens_per_tile=256)),
     "tokens as text": ("processor_config.json", lambda c: c.update(tokens_per_region="16")),
