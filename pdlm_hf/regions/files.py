@@ -22,7 +22,7 @@ def load_json(path: Path) -> Any:
         raise DataError(f"{path}: no such file.") from None
     except IsADirectoryError:
         raise DataError(f"{path}: is a folder, not a file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON, perhaps cut short ({error}).") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
