@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.regions.files import load_json
 
 from .benchmarks import BENCHMARKS, TOTAL_TILES, Benchmark, find_benchmark
 
@@ -66,12 +67,11 @@ def collect(paths: list[Path]) -> list[Measured]:
         files |= {path} if path.is_file() else {file for pattern in patterns for file in path.rglob(pattern)}
     found: list[Measured] = []
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise DataError(f"{file}: cannot be read ({error}).") from None
+        content = load_json(file)
         if isinstance(content, list):
             found += [row for row in map(_from_vlmeval, content) if row is not None]
+        elif not isinstance(content, dict):
+            raise DataError(f"{file}: expected an object or a list of results, got {content!r:.60}.")
         elif "accuracy" in content:
             found += [row for row in [_from_strict(content)] if row is not None]
         else:

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .configuration_pdlm import as_list
-from .errors_pdlm import SettingError
+from .errors_pdlm import SettingError, reading
 
 logger = logging.get_logger(__name__)
 
@@ -120,8 +120,21 @@ class PdlmGenerationConfig(GenerationConfig):
         self.validate()
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name, *args, **kwargs):  # type: ignore[override]
+        """Load the settings of a checkpoint.
+
+        Raises:
+            CheckpointError: the file is damaged, or holds a setting that is not possible.
+            OSError: the checkpoint has none.
+        """
+        with reading(pretrained_model_name, "generation_config.json"):
+            return super().from_pretrained(pretrained_model_name, *args, **kwargs)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """From the contents of a `generation_config.json`; settings of other models in it are left out and logged."""
+        if not isinstance(config_dict, dict):
+            raise SettingError(f"expected an object with settings of `generate`, got {config_dict!r:.60}.")
         known = {*cls._FIELDS, *cls._METADATA, *_REFERENCE_NAMES}
         if foreign := sorted(name for name, value in config_dict.items() if name not in known and value is not None):
             logger.warning("generation_config.json: %s mean nothing to PerceptionDLM and are ignored.", foreign)

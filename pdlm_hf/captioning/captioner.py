@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..configuration_pdlm import HUB_ARGUMENTS
 from ..errors_pdlm import CheckpointError, SettingError
 from ..generation_config_pdlm import replaced_rules
 from ..generation_pdlm import PdlmGenerationOutput
@@ -18,7 +16,8 @@ from ..processing_pdlm import RegionCaption
 from ..regions.hints import load_pair
 from ..regions.region import Region
 from ..render.report import image_html, thumbnail_size
-from .checkpoints import CHECKPOINT, checkpoint_name
+from .checkpoints import CHECKPOINT
+from .loading import load_checkpoint
 
 # Settings of `generate` for each mode. "default" are the checkpoint's own settings, which compute what the reference
 # computes ("isolated" checkpoints with a cached prefix, which is exact there). "fast" accepts several tokens per step
@@ -91,17 +90,16 @@ class RegionCaptioner:
             **kwargs: passed to `AutoModelForImageTextToText.from_pretrained`, for example `device_map`.
 
         Raises:
-            CheckpointError: the folder does not exist, or the model cannot caption regions.
+            CheckpointError: the folder does not exist, a file of it is missing or damaged, or the model cannot caption
+                regions.
             SettingError: the mode does not exist.
             OSError: the hub has no such checkpoint, or cannot be reached.
         """
-        path = checkpoint_name(model or CHECKPOINT)
-        network = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
-        source = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
+        network, processor = load_checkpoint(model or CHECKPOINT, dtype, **kwargs)
         if "device_map" not in kwargs:
             # transformers' `to` is typed without its `self`
             network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
-        return cls(network, AutoProcessor.from_pretrained(path, **source), mode)
+        return cls(network, processor, mode)
 
     def caption(self, image: Any, regions: Any, question: str | None = None, **generation: Any) -> list[RegionCaption]:
         """Caption the regions of one image.
