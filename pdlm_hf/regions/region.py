@@ -291,8 +291,12 @@ def _polygon_rle(polygons: Any, width: int, height: int, name: str) -> dict:
     if all(_is_number(value) for value in polygons):  # the only ring
         polygons = [polygons]
     rings = [_numbers(ring, name) for ring in polygons]
+    if len(rings) > 2 and all(ring.shape == (2,) for ring in rings):  # the points of the only ring
+        rings = [np.concatenate(rings)]
+    elif len(rings) == 1 and rings[0].ndim == 2 and rings[0].shape[1] == 2:
+        rings = [rings[0].ravel()]
     if any(ring.ndim != 1 or len(ring) % 2 for ring in rings):
-        raise RegionError(
+        raise RegionError(  # several rings of points may be GeoJSON, where all but the first are holes
             f"{name}: polygons are a list of rings [[x0, y0, x1, y1, ...], ...], in each ring x and y of all points "
             f"in turn, without brackets around points; got {_shown(polygons)}."
         )

@@ -65,6 +65,8 @@ def box_mask(x0, y0, x1, y1):
         ([25, 15, 100, 100], box_mask(25, 15, 30, 20)),
         ([[0, 0, 10, 0, 10, 10, 0, 10]], box_mask(0, 0, 10, 10)),
         ([0, 0, 10, 0, 10, 10, 0, 10], box_mask(0, 0, 10, 10)),  # its only ring
+        ([[0, 0], [10, 0], [10, 10], [0, 10]], box_mask(0, 0, 10, 10)),  # the points of its only ring
+        ([[[0, 0], [10, 0], [10, 10], [0, 10]]], box_mask(0, 0, 10, 10)),
         ((0, 0.0, np.float32(10), 0, 10, 10, 0, 10), box_mask(0, 0, 10, 10)),
         (np.array([0, 0, 10, 0, 10, 10, 0, 10]), box_mask(0, 0, 10, 10)),
         ({"segmentation": [0, 0, 10, 0, 10, 10, 0, 10]}, box_mask(0, 0, 10, 10)),
@@ -238,8 +240,8 @@ def damaged(change):
         ([[1, 2, 3, 4]], "at least three points"),
         ([[1, 2, 3, 4, 5, 6, 7]], r"polygons are a list of rings \[\[x0, y0, x1, y1, ...\], ...\]"),
         ([1, 2, 3, 4, 5, 6, 7], "x and y of all points in turn.*got .*1, 2, 3"),
-        ([[[1, 2], [3, 4], [5, 6]]], "without brackets around points; got .*1, 2"),
-        ([[1, 2], [3, 4], [5, 6]], "at least three points x, y"),
+        ([[[0, 0], [9, 0], [9, 9]], [[2, 2], [4, 2], [4, 4]]], "without brackets around points; got .*0, 0"),
+        ([[1, 2], [3, 4]], "at least three points x, y"),
         ([], "at least three points x, y"),
         ([1, 2, 3], "polygons are a list of rings"),
         ({"segmentation": [1, 2, 3, 4]}, "at least three points x, y"),
