@@ -9,6 +9,7 @@ import typer
 from ..errors_pdlm import MissingPackageError, SettingError
 from .options import (
     Fast,
+    Format,
     KeyEnv,
     Length,
     Model,
@@ -29,6 +30,7 @@ def batch(
     data: Annotated[Path, typer.Argument(help="COCO file, or folder with regions named like the images.")],
     out: Annotated[Path, typer.Option(help="OUT.jsonl: one row per region.", show_default=False)],
     images: Annotated[str | None, typer.Option(help="Folder of the images; default: where DATA is.")] = None,
+    format: Format = None,
     model: Model = None,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 8,
     engine: Annotated[str, typer.Option(help="local; or ray: a cluster, and --images may be s3://... too.")] = "local",
@@ -53,7 +55,7 @@ def batch(
     _check_engine(engine, workers, server, images)
     if server is not None and fast:
         raise SettingError("--server: --fast is not served; leave it out.")
-    found = open_data(data.absolute(), images)
+    found = open_data(data.absolute(), images, format)
     asked = None
     if server is not None:
         settings = generation if question is None else {**generation, "question": question}

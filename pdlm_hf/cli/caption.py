@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from ..errors_pdlm import RegionError, SettingError
 from .options import (
     Fast,
+    Format,
     Length,
     Model,
     Question,
@@ -57,7 +58,12 @@ def caption(
         list[Path] | None, typer.Option(help="Mask images, white inside the region: one or several files. Repeatable.")
     ] = None,
     box: Annotated[list[str] | None, typer.Option(help="Box X,Y,WIDTH,HEIGHT in pixels. Repeatable.")] = None,
-    regions: Annotated[Path | None, typer.Option(help="COCO, JSON list, LabelMe, YOLO .txt, label map .png.")] = None,
+    regions: Annotated[
+        Path | None,
+        typer.Option(help="COCO, LabelMe, VIA, Label Studio, CVAT, VOC, YOLO, label map, mask folder."),
+    ] = None,
+    format: Format = None,
+    image_name: Annotated[str | None, typer.Option(help="Name of the image in the file of --regions.")] = None,
     orientation: Annotated[
         str | None, typer.Option(help="Regions are of the image as shown, or stored: before its EXIF orientation.")
     ] = None,
@@ -83,7 +89,9 @@ def caption(
         raise SettingError("No regions: give --mask, --box or --regions.")
     opened = load_image(image)
     turn = _read_orientation(orientation, image)
-    found = _read_regions(mask or [], box or [], regions, Path(image).name, *opened.size, turn)
+    found = _read_regions(mask or [], box or [], *opened.size, turn)
+    if regions is not None:
+        found += _read_file(regions, format, image, image_name, opened.size, turn, len(found))
     _print_hints(image, found, mask or [], orientation is None)
     if record is not None:
         check_recording(record)
@@ -128,12 +136,9 @@ def _read_orientation(orientation: str | None, image: str) -> int:
     return orientation_of(image) if orientation == "stored" else 1
 
 
-def _read_regions(
-    masks: list[Path], boxes: list[str], file: Path | None, image_name: str, width: int, height: int, turn: int
-) -> list[Any]:
+def _read_regions(masks: list[Path], boxes: list[str], width: int, height: int, turn: int) -> list[Any]:
     """Regions as the options give them. Raises: RegionError, which names the file or the box."""
-    from ..regions.readers import read_region_file
-    from ..regions.region import parse_region, parse_regions
+    from ..regions.region import parse_region
 
     found = [parse_region(mask, width, height, k, turn) for k, mask in enumerate(masks)]
     for text in boxes:
@@ -141,14 +146,22 @@ def _read_regions(
             found.append(parse_region(_box(text), width, height, len(found), turn))
         except RegionError as error:
             raise RegionError(f"--box {text}: {str(error).partition(': ')[2]}") from None
-    if file is not None:
-        stored = (height, width) if turn > 4 else (width, height)
-        values = read_region_file(file, image_name, *stored)
-        try:
-            found += parse_regions([*found, *values], width, height, turn)[len(found) :]
-        except RegionError as error:
-            raise RegionError(f"{file}: {error}") from None
     return found
+
+
+def _read_file(
+    file: Path, format: str | None, image: str, image_name: str | None, size: tuple[int, int], turn: int, start: int
+) -> list[Any]:
+    """Regions of a file, numbered from `start` where they have no id. Raises: RegionError, which names the file."""
+    from ..regions.readers import read_region_file, region_id
+    from ..regions.region import parse_region
+
+    stored = size[::-1] if turn > 4 else size
+    found = read_region_file(file, image_name or image, *stored, format, Path(image).stat().st_size)
+    try:
+        return [parse_region(value, *size, region_id(value, start + k), turn) for k, value in enumerate(found)]
+    except RegionError as error:
+        raise RegionError(f"{file}: {error}") from None
 
 
 def _print_hints(image: str, regions: list[Any], masks: list[Path], unsettled: bool) -> None:

@@ -13,6 +13,7 @@ exit_on_error = _exit_on_error("pdlm")
 Model = Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")]
 Server = Annotated[str | None, typer.Option(help="Ask this server of ours; --model: a name it has.")]
 KeyEnv = Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")]
+Format = Annotated[str | None, typer.Option(help="Format of the region files, if they can be read in several ways.")]
 Length = Annotated[int, typer.Option("--max-new-tokens", help="Token positions per caption.")]
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps at most.")]
 Question = Annotated[str | None, typer.Option(help="Instead of the default question.")]

@@ -19,6 +19,7 @@ from .limits import check_image_pixels, check_outline
 
 _TOO_LARGE = 2.0**53  # beyond it floats skip integers
 _MERGED = 64  # rings of a polygon at a time
+_TOLERANCE = 1e-3  # pixels by which a side of a box may miss a whole number
 
 
 @dataclass
@@ -248,17 +249,34 @@ def _shown(value: Any) -> str:
 
 
 def _box_pixels(box: Any, width: int, height: int, name: str) -> tuple[int, int, int, int]:
-    """Columns and rows x0, y0, x1, y1 (x1, y1 excluded) of the pixels that the box touches inside the image."""
+    """Columns and rows x0, y0, x1, y1 (x1, y1 excluded) of the pixels that the box touches inside the image.
+
+    An edge within a thousandth of a pixel of a whole number is whole: float32 is not more exact.
+    """
     array = _numbers(box, name)
     if array.shape != (4,):
         raise RegionError(f"{name}: a box is [x, y, width, height], got {box!r:.60}.")
     x, y, w, h = array.tolist()
+    given = "[" + ", ".join(f"{side:.6g}" for side in (x, y, w, h)) + "]"
     if w <= 0 or h <= 0:
-        raise RegionError(f"{name}: the box {list(box)} has no area; it is [x, y, width, height], not two corners.")
+        raise RegionError(f"{name}: the box {given} has no area; it is [x, y, width, height], not two corners.")
+    if min(w, h) < 1 - _TOLERANCE or (max(x + w, y + h) <= 1 and max(width, height) > 1):
+        pixels = f"{x * width:.6g},{y * height:.6g},{w * width:.6g},{h * height:.6g}"
+        raise RegionError(
+            f"{name}: the box {given} is smaller than a pixel; pixels are expected, not fractions of the image. As "
+            f"fractions it would be {pixels} in pixels."
+        )
+    if (x + w > width + 1 or y + h > height + 1) and 0 <= x < w <= width and 0 <= y < h <= height:
+        raise RegionError(
+            f"{name}: the box {given} leaves the image of {width} x {height} as [x, y, width, height], and fits as "
+            f"two corners. As corners it would be {x:.6g},{y:.6g},{w - x:.6g},{h - y:.6g}."
+        )
+    edges = [x, y, x + w, y + h]
+    x, y, right, bottom = (round(edge) if abs(edge - round(edge)) <= _TOLERANCE else edge for edge in edges)
     x0, y0 = max(0, math.floor(x)), max(0, math.floor(y))
-    x1, y1 = min(width, math.ceil(x + w)), min(height, math.ceil(y + h))
+    x1, y1 = min(width, math.ceil(right)), min(height, math.ceil(bottom))
     if x1 <= x0 or y1 <= y0:
-        raise RegionError(f"{name}: the box {list(box)} lies outside the image of {width} x {height}.")
+        raise RegionError(f"{name}: the box {given} lies outside the image of {width} x {height}.")
     return x0, y0, x1, y1
 
 
@@ -282,6 +300,10 @@ def _polygon_rle(polygons: Any, width: int, height: int, name: str) -> dict:
         raise RegionError(f"{name}: a ring of a polygon has at least three points x, y; got {_shown(polygons)}.")
     if max(np.abs(ring).max() for ring in rings) > 16 * max(width, height):
         raise RegionError(f"{name}: the polygon lies far outside the image of {width} x {height} pixels.")
+    if max(ring.max() for ring in rings) <= 1 < max(width, height):
+        raise RegionError(
+            f"{name}: the polygon lies within the first pixel; pixels are expected, not fractions of the image."
+        )
     check_outline(rings, name)
     shapes = coco_mask.frPyObjects([ring.tolist() for ring in rings], height, width)
     while len(shapes) > _MERGED:  # each merge reads all of what was merged before

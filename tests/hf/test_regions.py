@@ -355,7 +355,7 @@ def written(tmp_path, content):
     [
         (COCO, "a.png", [11, 13]),
         (COCO, "some/folder/b.png", [12]),
-        (COCO | {"images": COCO["images"][:1]}, "other name.png", [11, 13]),
+        (COCO, "a.jpg", [11, 13]),  # converted
         ([{"id": 5, "bbox": [1, 1, 2, 2]}], "a.png", [5]),
         ({"regions": [{"id": 6, "bbox": [1, 1, 2, 2]}]}, "a.png", [6]),
         ({"annotations": [{"id": 7, "bbox": [1, 1, 2, 2]}]}, "a.png", [7]),
@@ -373,15 +373,22 @@ def test_read_regions(tmp_path, content, name, ids):
         (COCO | {"images": [COCO["images"][1], COCO["images"][1] | {"id": 9}]}, "has 2 images, 0 of them named a.png"),
         (COCO | {"images": [COCO["images"][0], COCO["images"][0] | {"id": 9}]}, "has 2 images, 2 of them named a.png"),
         (COCO | {"images": []}, "has 0 images"),
+        (
+            COCO | {"images": [COCO["images"][0] | {"file_name": "c.png"}]},
+            "1 images, 0 of them named a.png .*--image-name",
+        ),
         (COCO | {"annotations": []}, "holds no regions for a.png"),
         (
             COCO | {"images": [{"file_name": "a.png"}]},
-            r"0 of them named a.png \(images\[0\].id: got .*, expected a number",
+            r"0 of them named a.png.*\(images\[0\].id: got .*, expected a number",
         ),
         (COCO | {"images": ["a.png"]}, r"images\[0\].id: got 'a.png', expected a number"),
         (COCO | {"annotations": {"id": 1}}, "expected a COCO file or a list of regions"),
         (COCO | {"annotations": [1]}, "holds no regions for a.png"),
-        (COCO | {"annotations": COCO["annotations"][:1] * 2}, r"annotations\[1\].id: got .*, expected an id that no"),
+        (
+            COCO | {"annotations": COCO["annotations"][:1] * 2},
+            r"annotations\[1\].id \(image 1\): got 11, expected an id that no",
+        ),
         ([], "holds no regions"),
         ([1, 2], "expected a COCO file or a list of regions"),
         ({"regions": "all"}, "expected a COCO file or a list of regions"),
@@ -424,7 +431,7 @@ def test_coco_index():
         ("categories[1].id", "missing field", "{'name': 'star'}"),
     ]
     assert str(index.faults[1]) == "images[2].id: got 1, expected an id that no earlier entry has"
-    with pytest.raises(DataError, match=r"x.json: images\[1\].file_name: got .*, expected the name"):
+    with pytest.raises(DataError, match=r"x.json: images\[1\].file_name \(id 'b'\): got .*, expected the name"):
         index.check()
     strict = CocoIndex(data, needed=("id",))
     assert {fault.place for fault in strict.faults} - {fault.place for fault in index.faults} == {
@@ -433,6 +440,21 @@ def test_coco_index():
     }
     with pytest.raises(DataError, match="x.json: expected a COCO file"):
         CocoIndex([], "x.json")
+
+
+def test_ids_and_categories_of_coco_files():
+    """Ids of images and categories are there once; a category of an annotation is one of the list, if there is one."""
+    images = [{"id": 1, "file_name": "a.png"}]
+    annotations = [{"id": k, "image_id": 1, "category_id": own, "bbox": [1, 1, 5, 5]} for k, own in enumerate((3, 4))]
+    categories = [{"id": 3, "name": "x"}]
+    data = {"images": images * 2, "annotations": annotations, "categories": categories}
+    assert [(fault.place, fault.kind) for fault in CocoIndex(data).faults] == [
+        ("images[1].id", "duplicate id"),
+        ("annotations[1].category_id", "unknown category"),
+    ]
+    data = {"images": images, "annotations": annotations, "categories": categories * 2}
+    assert [(fault.place, fault.kind) for fault in CocoIndex(data).faults] == [("categories[1].id", "duplicate id")]
+    assert CocoIndex(data | {"categories": []}).annotations == {1: annotations}
 
 
 def test_missing_region_file(tmp_path):
