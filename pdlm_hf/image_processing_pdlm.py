@@ -138,8 +138,6 @@ def to_binary_mask(
         raise RegionError(f"{name}: expected a mask of shape (H, W), got shape {array.shape} of {array.dtype}.")
     if array.shape != (height, width):
         raise RegionError(_wrong_size(array.shape[1], array.shape[0], width, height, name))
-    if not array.size:
-        raise RegionError(f"{name}: is empty, its image has no pixel.")
     if array.dtype.kind != "b":
         array = _inside(array, name, threshold)
     if not array.any():
@@ -167,23 +165,25 @@ def _inside(array: np.ndarray, name: str, threshold: int) -> np.ndarray:
     """Which pixels of a mask of numbers are inside the region."""
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise RegionError(f"{name}: holds NaN or infinite values.")
-    if array.min() < 0:
+    if array.min(initial=0) < 0:
         raise RegionError(
             f"{name}: holds negative values; expected 0 outside and 1 (or 255) inside the region. Of logits, pass "
             "those above 0."
         )
-    high = array.max()
+    high = array.max(initial=0)
     if 240 * 256 <= high <= 65535:  # 16 bits
         array, high = array // 257, high // 257
     # Between black and white there is room for soft edges and JPEG noise, not for most of a region.
-    between, solid = ((array >= 16) & (array < 240)).sum(), (array >= 240).sum()
+    solid = np.count_nonzero(array >= 240)
+    between = np.count_nonzero(array >= 16) - solid
     if high > 255 or 1 < high < 128 or (high > 1 and between > 3 * solid + 64):
         raise RegionError(
             f"{name}: values go up to {high} and are neither 0/1 nor 0/255. A label map gives one region per label "
             "with `pdlm caption IMAGE --regions FILE`; probabilities go from 0 to 1; a photo is no mask."
         )
     # Noise of black comes with noise of white. Small labels and 255 alone: most of the labelled pixels would be lost.
-    if high == 255 and not ((array >= 16) & (array < 255)).any() and ((array > 0) & (array < 16)).sum() > solid:
+    small = np.count_nonzero(array) - between - solid
+    if small > solid and not between and high == 255 and np.count_nonzero(array == 255) == solid:
         raise RegionError(
             f"{name}: holds small values and 255, as a label map does whose 255 means void. It gives one region per "
             "label with `pdlm caption IMAGE --regions FILE`."

@@ -253,15 +253,10 @@ def open_image(entry: BenchmarkImage) -> Any:
     Raises:
         ImageError: the file does not exist, is damaged, or has another size than annotated.
     """
-    from PIL import Image
+    from pdlm_hf.image_processing_pdlm import to_rgb
+    from pdlm_hf.regions import images
 
-    try:
-        with Image.open(entry.path) as file:
-            image = file.convert("RGB")
-    except FileNotFoundError:
-        raise ImageError(f"{entry.path}: no such file.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{entry.path}: cannot be opened as an image ({error}).") from None
+    image = to_rgb(images.open_image(entry.path, upright=False), str(entry.path))
     if image.size != (entry.width, entry.height):
         raise ImageError(
             f"{entry.path}: has {image.width} x {image.height} pixels, annotations.json says "

@@ -77,12 +77,13 @@ class CocoIndex:
                 self._fault("images", number, "file_name", "missing field", "the name of the image file")
         self.categories = {entry["id"]: entry.get("name") for _, entry in self._sound("categories", ("id",))}
         self.annotations: dict[Any, list[dict[str, Any]]] = {key: [] for key in self.images}
+        is_listed = bool(self.categories) and all(fault.part != "categories" for fault in self.faults)
         corners = self._are_corners()
         for number, annotation in self._sound("annotations", ("image_id", *needed)):
             category = annotation.get("category_id")
             if annotation["image_id"] not in self.images:
                 self._fault("annotations", number, "image_id", "unknown image", "the id of one of `images`")
-            elif self.categories and category is not None and category not in self.categories:
+            elif is_listed and category is not None and category not in self.categories:
                 self._fault("annotations", number, "category_id", "unknown category", "the id of one of `categories`")
             elif corners and _box_of(annotation) is not None:
                 expected = "[x, y, width, height]; boxes of this file are corners [x0, y0, x1, y1]"

@@ -6,11 +6,13 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from pdlm_hf.cli.main import app
 from pdlm_hf.errors_pdlm import PdlmError, RegionError, SettingError
 from pdlm_hf.regions.formats import facts
 from pdlm_hf.regions.formats.yolo import FORMS
-from pdlm_hf.regions.readers import FORMATS, read_region_file
+from pdlm_hf.regions.readers import FORMATS, from_supervision, read_region_file
 from pdlm_hf.regions.region import Region, _box_pixels, parse_region, parse_regions
 
 WIDTH, HEIGHT = 64, 48
@@ -706,3 +708,76 @@ def test_masks_of_a_folder_are_named_by_their_files(tmp_path, caplog):
     (tmp_path / "empty").mkdir()
     with pytest.raises(RegionError, match="holds no mask images"):
         read(tmp_path / "empty")
+
+
+# ---------------------------------------------------------------- written by supervision, and the command
+
+
+@pytest.mark.parametrize("kind", ["yolo", "voc", "coco", "oriented"])
+def test_files_that_supervision_writes(tmp_path, kind):
+    sv = pytest.importorskip("supervision")
+    boxes = [[3, 2, 20, 12], [30, 8, 10, 30], [44, 20, 18, 22]]
+    (tmp_path / "images").mkdir()
+    image = str(tmp_path / "images" / "a.jpg")
+    Image.new("RGB", (WIDTH, HEIGHT), "white").save(image)
+    data = {"xyxyxyxy": np.array([np.reshape(obb(*box), (4, 2)) * (WIDTH, HEIGHT) for box in boxes], np.float32)}
+    detections = sv.Detections(
+        xyxy=np.array([[x, y, x + w, y + h] for x, y, w, h in boxes], dtype=float),
+        class_id=np.array([0, 1, 0]),
+        data=data if kind == "oriented" else {},
+    )
+    made = sv.DetectionDataset(classes=["cat", "dog"], images=[image], annotations={image: detections})
+    if kind == "voc":
+        made.as_pascal_voc(annotations_directory_path=str(tmp_path / "out"))
+        path = tmp_path / "out" / "a.xml"
+    elif kind == "coco":
+        path = tmp_path / "out.json"
+        made.as_coco(annotations_path=str(path))
+    else:
+        options = {"is_obb": True} if kind == "oriented" else {}
+        made.as_yolo(annotations_directory_path=str(tmp_path / "out"), **options)
+        path = tmp_path / "out" / "a.txt"
+    assert boxes_of(path, name=image) == boxes
+
+
+def test_detections_of_supervision_keep_what_they_carry():
+    sv = pytest.importorskip("supervision")
+    corners = np.array([[[20, 5], [35, 20], [20, 35], [5, 20]]], dtype=np.float32)
+    found = from_supervision(
+        sv.Detections(
+            xyxy=np.array([[5.0, 5, 35, 35]]), confidence=np.array([0.5]), class_id=np.array([3]),
+            data={"xyxyxyxy": corners, "class_name": np.array(["boat"])},
+        )
+    )  # fmt: skip
+    assert found == [{"id": 0, "segmentation": [corners.ravel().tolist()], "category": "boat", "score": 0.5}]
+    (region,) = parse_regions(found, WIDTH, HEIGHT)
+    y, x = np.mgrid[:HEIGHT, :WIDTH] + 0.5
+    assert (region.mask ^ (np.abs(x - 20) + np.abs(y - 20) <= 15)).sum() <= 40  # half of it would be 450 pixels off
+
+
+def test_the_command(tmp_path, tiny_checkpoint):
+    Image.new("RGB", (WIDTH, HEIGHT), "white").save(tmp_path / "b.png")
+    shapes = [{"shape_type": "rectangle", "points": [[3, 2], [23, 14]]}]
+    file = write(tmp_path, "a.json", labelme(shapes))
+
+    def run(*arguments):
+        fixed = ["--model", tiny_checkpoint, "--steps", 2, "--max-new-tokens", 4, "--json"]
+        command = ["caption", tmp_path / "b.png", *arguments, *fixed]
+        return CliRunner().invoke(app, [str(part) for part in command])
+
+    refused = run("--regions", file)
+    assert refused.exit_code == 2 and "is about the image a.png, not b.png" in refused.stderr
+    found = json.loads(run("--regions", file, "--image-name", "a.png").stdout)["regions"]
+    assert [region["bbox"] for region in found] == [[3, 2, 20, 12]]
+    found = json.loads(run("--box", "1,1,5,5", "--regions", write_masks(tmp_path)).stdout)["regions"]
+    assert [(region["id"], region["bbox"]) for region in found] == [
+        (0, [1, 1, 5, 5]), *((str(k), box) for k, box in enumerate(BOXES))
+    ]  # fmt: skip
+    pixels = write(tmp_path, "a.txt", "car 20 10 16 12")
+    assert (
+        "(--format pixel-boxes) or `class x y w h (pixels)` (--format pixel-centres)"
+        in run("--regions", pixels).stderr
+    )
+    found = json.loads(run("--regions", pixels, "--format", "pixel-centres").stdout)["regions"]
+    assert [region["bbox"] for region in found] == [[12, 4, 16, 12]]
+    assert "As fractions it would be 12.8,9.6,19.2,14.4 in pixels" in run("--box", "0.2,0.2,0.3,0.3").stderr

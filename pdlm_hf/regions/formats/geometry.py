@@ -1,6 +1,7 @@
 """Shapes that several formats have: rectangles, ellipses, run lengths; and coordinates that a file has rounded."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,22 +19,29 @@ def snap(values: np.ndarray, tolerance: float | np.ndarray) -> np.ndarray:
     return np.where(np.abs(values - whole) <= tolerance, whole, values)
 
 
-def rectangle(x: float, y: float, width: float, height: float, degrees: float = 0.0, centred: bool = True) -> list:
+def rectangle(box: Sequence[float], degrees: float = 0.0, centred: bool = True) -> list[float]:
     """The corners `[x0, y0, ...]` of a rectangle.
 
     Args:
-        x, y, width, height (`float`): corner of least x and y, and sides.
-        degrees (`float`): turned clockwise on the screen, about the centre; or about this corner if not `centred`.
+        box (`Sequence[float]`): x, y, width, height.
+        degrees (`float`): turned clockwise on the screen, about the centre; or about (x, y) if not `centred`.
         centred (`bool`): what it is turned about.
     """
+    x, y, width, height = box
     corners = np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height]], dtype=float)
     if degrees % 360:
         corners = turned(corners, degrees, corners.mean(0) if centred else corners[0])
     return corners.ravel().tolist()
 
 
-def ellipse(x: float, y: float, a: float, b: float, degrees: float = 0.0) -> list[float]:
-    """Corners of a polygon with the centre (x, y) and half axes a, b, turned clockwise on the screen."""
+def ellipse(values: Sequence[float], degrees: float = 0.0) -> list[float]:
+    """Corners of a polygon in place of an ellipse.
+
+    Args:
+        values (`Sequence[float]`): x and y of the centre, and the two half axes.
+        degrees (`float`): turned clockwise on the screen.
+    """
+    x, y, a, b = values
     turns = 2 * math.pi * np.arange(_CORNERS) / _CORNERS
     points = np.array([x, y]) + np.stack([a * np.cos(turns), b * np.sin(turns)], 1)
     return turned(points, degrees, np.array([x, y])).ravel().tolist()

@@ -112,10 +112,10 @@ def _shape(value: dict, where: str, image: ImageFacts) -> dict[str, Any]:
                   for p, side in zip(point, image.size, strict=True)]  # fmt: skip
         return {"segmentation": [scaled]}
     if "radiusX" in value:
-        return {"segmentation": [ellipse(*of("x", "y", "radiusX", "radiusY").tolist(), degrees)]}
+        return {"segmentation": [ellipse(of("x", "y", "radiusX", "radiusY").tolist(), degrees)]}
     if {"x", "y", "width", "height"} <= value.keys() and "keypointlabels" not in value:
         box = of("x", "y", "width", "height").tolist()
-        return {"segmentation": [rectangle(*box, degrees, centred=False)]} if degrees else {"bbox": box}
+        return {"segmentation": [rectangle(box, degrees, centred=False)]} if degrees else {"bbox": box}
     raise RegionError(f"{where}: has no area; a region is a rectangle, ellipse, polygon or brush mark.")
 
 

@@ -96,10 +96,10 @@ def _polygon(shape: dict, where: str) -> list[float]:
     points, kind = _points(shape, where), shape.get("shape_type") or "polygon"
     if kind == "rectangle" and len(points) == 2:
         (x0, y0), (x1, y1) = points.tolist()
-        return rectangle(x0, y0, x1 - x0, y1 - y0)
+        return rectangle([x0, y0, x1 - x0, y1 - y0])
     if kind == "circle" and len(points) == 2:
         radius = float(np.linalg.norm(points[1] - points[0]))
-        return ellipse(*points[0].tolist(), radius, radius)
+        return ellipse([*points[0].tolist(), radius, radius])
     if kind in ("polygon", "rectangle", "oriented_rectangle") and len(points) >= 3:
         return points.ravel().tolist()
     raise RegionError(

@@ -73,10 +73,10 @@ def _shape(shape: dict[str, Any], where: str) -> dict[str, Any]:
         return {"bbox": of("x", "y", "width", "height")}
     if kind == "circle":
         x, y, radius = of("cx", "cy", "r")
-        return {"segmentation": [ellipse(x, y, radius, radius)]}
+        return {"segmentation": [ellipse([x, y, radius, radius])]}
     if kind == "ellipse":
         degrees = number(shape.get("theta", 0), f"{where}.theta") * 180 / math.pi
-        return {"segmentation": [ellipse(*of("cx", "cy", "rx", "ry"), degrees)]}
+        return {"segmentation": [ellipse(of("cx", "cy", "rx", "ry"), degrees)]}
     xs, ys = shape.get("all_points_x"), shape.get("all_points_y")
     if kind == "polygon" and isinstance(xs, list) and isinstance(ys, list) and len(xs) == len(ys) >= 3:
         points = zip(xs, ys, strict=True)

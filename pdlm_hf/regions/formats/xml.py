@@ -78,10 +78,10 @@ def _cvat_shape(shape: Element, where: str, image: ImageFacts) -> dict[str, Any]
     if shape.tag == "box":
         x0, y0, x1, y1 = of("xtl", "ytl", "xbr", "ybr")
         if degrees:
-            return {"segmentation": [rectangle(x0, y0, x1 - x0, y1 - y0, degrees)]}
+            return {"segmentation": [rectangle([x0, y0, x1 - x0, y1 - y0], degrees)]}
         return {"bbox": [x0, y0, x1 - x0, y1 - y0]}
     if shape.tag == "ellipse":
-        return {"segmentation": [ellipse(*of("cx", "cy", "rx", "ry"), degrees)]}
+        return {"segmentation": [ellipse(of("cx", "cy", "rx", "ry"), degrees)]}
     if shape.tag == "polygon":
         points = [point.split(",") for point in shape.get("points", "").split(";")]
         if len(points) < 3 or any(len(point) != 2 for point in points):

@@ -284,7 +284,9 @@ def _chosen(file: _File) -> str:
     if fitting:
         line = file.lines[0]
         forms = " or ".join(f"`{FORMS[name].layout}` (--format {name})" for name in fitting)
-        raise RegionError(f"{file.path}: line {line.number}: {line.text!r:.60} can be read as {forms}. Name the one.")
+        raise RegionError(
+            f"{file.path}: line {line.number}: {line.text!r:.60} can be read as {forms}. Name the one that is meant."
+        )
     raise _unknown(file)
 
 
