@@ -188,11 +188,14 @@ def region_areas(annotations: Sequence[dict], sizes: Sequence[tuple[int, int]]) 
         except RegionError as error:
             areas[k] = error
     runs, lengths, damaged = _run_lengths(list(texts.values()))
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    inside = (np.arange(len(runs)) - np.repeat(np.cumsum(lengths) - lengths, lengths)) % 2 == 1
-    totals, negative, areas_of = (
-        np.bincount(owner, weights, len(lengths)) for weights in (runs, runs < 0, runs * inside)
-    )
+    totals, negative, areas_of = np.zeros((3, len(lengths)), np.int64)
+    filled = np.flatnonzero(lengths)
+    if len(filled):
+        starts = (np.cumsum(lengths) - lengths)[filled]
+        inside = (np.arange(len(runs)) - np.repeat(starts, lengths[filled])) & 1
+        totals[filled] = np.add.reduceat(runs, starts)
+        negative[filled] = np.minimum.reduceat(runs, starts) < 0
+        areas_of[filled] = np.add.reduceat(runs * inside, starts)
     for position, k in enumerate(texts):
         width, height = sizes[k]
         if damaged[position] or negative[position] or totals[position] != width * height:
@@ -373,24 +376,28 @@ def _run_lengths(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray
         the runs of all texts in one array, the number of runs in each text, and which texts are damaged.
     """
     sizes = np.array([len(text) for text in texts], dtype=np.int64)
-    owner = np.repeat(np.arange(len(texts)), sizes)  # the text of each character
-    digits = np.frombuffer(b"".join(texts), dtype=np.uint8).astype(np.int64) - 48
-    damaged = np.bincount(owner, (digits < 0) | (digits > 63), len(texts)) > 0
+    digits = np.frombuffer(b"".join(texts), dtype=np.uint8) - np.uint8(48)  # others than digits become large
+    damaged = sizes == 0
+    if len(digits) and digits.max() > 63:
+        damaged |= np.bincount(np.repeat(np.arange(len(texts)), sizes), digits > 63, len(texts)) > 0
     last = (digits & 32) == 0  # the last character of its run
-    text_ends = np.cumsum(sizes)[sizes > 0] - 1
-    damaged |= np.bincount(owner[text_ends], ~last[text_ends], len(texts)) > 0
-    damaged |= sizes == 0
+    filled = np.flatnonzero(sizes)
+    text_ends = np.cumsum(sizes)[filled] - 1
+    damaged[filled] |= ~last[text_ends]
     last[text_ends] = True  # a text cut short must not run into the next one
     ends = np.flatnonzero(last)
+    lengths = np.zeros(len(texts), np.int64)
     if not len(ends):
-        return np.zeros(0, np.int64), np.zeros(len(texts), np.int64), damaged
+        return np.zeros(0, np.int64), lengths, damaged
+    lengths[filled] = np.diff(np.searchsorted(ends, text_ends, "right"), prepend=0)
     starts = np.concatenate([[0], ends[:-1] + 1])
-    owner = owner[ends]  # the text of each run
-    damaged |= np.bincount(owner, ends - starts >= 12, len(texts)) > 0  # more bits than an integer has
-    place = np.minimum(np.arange(len(digits)) - np.repeat(starts, ends - starts + 1), 12)
-    runs = np.add.reduceat((digits & 31) << (5 * place), starts)
-    runs -= np.where(digits[ends] & 16, 1 << (5 * (place[ends] + 1)), 0)
-    lengths = np.bincount(owner, minlength=len(texts))
+    count = ends - starts + 1  # characters of each run
+    damaged[np.repeat(np.arange(len(texts)), lengths)[count > 12]] = True  # more bits than an integer has
+    runs = (digits[starts] & 31).astype(np.int64)
+    for place in range(1, min(int(count.max()), 12)):  # most runs have one or two characters
+        longer = np.flatnonzero(count > place)
+        runs[longer] |= (digits[starts[longer] + place] & 31).astype(np.int64) << (5 * place)
+    runs -= np.where(digits[ends] & 16, np.int64(1) << (5 * np.minimum(count, 12)), 0)
     number = np.arange(len(runs)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # of each run in its text
     # sums over every second run of a text; the first run is not part of them
     for parity in (0, 1):

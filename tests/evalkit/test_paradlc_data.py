@@ -164,7 +164,9 @@ def test_images_that_are_missing_or_damaged(folder):
 def test_a_broken_coco_file_is_said_with_the_place(tmp_path):
     folder = Path(shutil.copytree(EXAMPLE / "dlc", tmp_path / "bench"))
     change(folder / "annotations.json", lambda d: d["annotations"][3].update(image_id=99))
-    with pytest.raises(DataError, match=r"annotations.json: annotations\[3\].image_id \(id 1003\): got 99, expected the id"):
+    with pytest.raises(
+        DataError, match=r"annotations.json: annotations\[3\].image_id \(id 1003\): got 99, expected the id"
+    ):
         load_benchmark(folder, EXAMPLE / "images")
 
 

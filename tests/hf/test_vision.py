@@ -249,7 +249,10 @@ def test_report_command(tmp_path, rows):
         result = report(tmp_path, *arguments)
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
     (tmp_path / "out.jsonl").write_text('{"caption": "a"}\n')
-    assert "has no rows of `pdlm batch`: line 1 has no `image_id`" in report(tmp_path, "--out", tmp_path / "a.html").stderr
+    assert (
+        "has no rows of `pdlm batch`: line 1 has no `image_id`"
+        in report(tmp_path, "--out", tmp_path / "a.html").stderr
+    )
     with pytest.raises(DataError, match="line 1 has no `image_id`, as rows of `pdlm batch` have; mend or delete this"):
         write_report(tmp_path / "out.jsonl", tmp_path / "images", tmp_path / "a.html")
     (tmp_path / "out.jsonl").unlink()
