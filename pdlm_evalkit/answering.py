@@ -115,8 +115,7 @@ class Answerer:
         source = {name: kwargs.pop(name) for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
         attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if k in kwargs}
         model, processor = load_checkpoint(path, dtype, **source, **attention)
-        # transformers' `to` is typed without its `self`
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, processor, **kwargs)
 
     def benchmark(self, name: str | None) -> Benchmark | None:

@@ -120,7 +120,7 @@ class PdlmGenerationConfig(GenerationConfig):
         self.validate()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name, *args, **kwargs):  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name, *args, **kwargs):
         """Load the settings of a checkpoint.
 
         Raises:

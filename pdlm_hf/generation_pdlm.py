@@ -76,8 +76,7 @@ class PdlmGenerationMixin:
             self.generation_config = self.generation_config_class()
             return
         try:
-            # transformers types it as the parent's
-            self.generation_config = self.generation_config_class.from_pretrained(  # type: ignore[assignment]
+            self.generation_config = self.generation_config_class.from_pretrained(
                 pretrained_model_name_or_path, **kwargs
             )
         except OSError:  # reference checkpoints have none

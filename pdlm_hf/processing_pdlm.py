@@ -126,7 +126,9 @@ class PdlmProcessor(CaptionReaderMixin, ProcessorMixin):
         with reading(path, "tokenizer.json or tokenizer_config.json"):
             return AutoTokenizer.from_pretrained(path, **{k: v for k, v in kwargs.items() if not k.startswith("_")})
 
-    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+    def apply_chat_template(  # type: ignore[override]  # the other arguments are transformers' own
+        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
+    ) -> Any:
         """As of every processor; see [`~prompts_pdlm.bounded_rendering`] for a template of another hand.
 
         Raises:

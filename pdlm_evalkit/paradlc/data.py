@@ -119,10 +119,11 @@ def load_benchmark(folder: str | Path, images: str | Path | None = None, name: s
         raise DataError(f"{path}: is in the form of {found}, not of {name}.")
     try:
         entries: dict[str, tuple[dict, Any]] = {}
-        for mask_id, *entry in _paradlc_masks(annotations) if found == "paradlc" else _dlc_masks(annotations, path):
+        masks = _paradlc_masks(annotations) if found == "paradlc" else _dlc_masks(annotations, path)
+        for mask_id, image, segmentation in masks:
             if mask_id in entries:
                 raise DataError(f"{path}: {mask_id} is annotated twice.")
-            entries[mask_id] = tuple(entry)
+            entries[mask_id] = image, segmentation
         fingerprint = hashlib.sha256(json.dumps([annotations, qa, names]).encode()).hexdigest()[:16]
     except DataError:
         raise

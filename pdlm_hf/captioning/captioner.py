@@ -97,8 +97,7 @@ class RegionCaptioner:
         """
         network, processor = load_checkpoint(model or CHECKPOINT, dtype, **kwargs)
         if "device_map" not in kwargs:
-            # transformers' `to` is typed without its `self`
-            network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+            network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(network, processor, mode)
 
     def caption(self, image: Any, regions: Any, question: str | None = None, **generation: Any) -> list[RegionCaption]:

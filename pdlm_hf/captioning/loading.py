@@ -60,9 +60,11 @@ def load_checkpoint(model: str | Path, dtype: Any = "auto", **kwargs: Any) -> tu
     with _reading(path, _PROCESSOR):
         processor = AutoProcessor.from_pretrained(path, **source)
     with _reading(path, "config.json or the weights"):
-        network, report = AutoModelForImageTextToText.from_pretrained(
+        # transformers types it as the model alone
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, output_loading_info=True, **kwargs
         )
+        network, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise CheckpointError(
                 f"{path}: {len(missing)} weights that config.json asks for are missing, {missing[0]} for example."
