@@ -208,7 +208,9 @@ def _mask_pixels(mask: Image.Image, name: str) -> np.ndarray:
     rgb = mask if mask.mode in ("1", "L", "RGB") else mask.convert("RGB")
     colours = [colour for _, colour in rgb.getcolors(2) or ()] if mask.mode == "P" else []
     if len(colours) == 1 or (0, 0, 0) in colours:
-        rgb = Image.fromarray(np.asarray(rgb).any(-1))  # black, and a colour that stands for the region
+        rgb = Image.fromarray(
+            np.logical_or.reduce(np.asarray(rgb), axis=-1)
+        )  # black, and a colour that stands for the region
     elif rgb.mode == "RGB" and _is_coloured(rgb):
         raise RegionError(
             f"{name}: is a coloured image (mode {mask.mode}), not a mask. A mask is white inside and black outside. "
@@ -233,7 +235,7 @@ def _is_coloured(image: Image.Image) -> bool:
         red, green, blue = image.crop((0, top, image.width, min(top + 512, image.height))).split()
         lightest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
         darkest = ImageChops.darker(ImageChops.darker(red, green), blue)
-        if ImageChops.subtract(lightest, darkest).getextrema()[1] > 64:
+        if any(ImageChops.subtract(lightest, darkest).histogram()[65:]):
             return True
     return False
 
