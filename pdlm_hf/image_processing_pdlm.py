@@ -208,9 +208,7 @@ def _mask_pixels(mask: Image.Image, name: str) -> np.ndarray:
     rgb = mask if mask.mode in ("1", "L", "RGB") else mask.convert("RGB")
     colours = [colour for _, colour in rgb.getcolors(2) or ()] if mask.mode == "P" else []
     if len(colours) == 1 or (0, 0, 0) in colours:
-        rgb = Image.fromarray(
-            np.logical_or.reduce(np.asarray(rgb), axis=-1)
-        )  # black, and a colour that stands for the region
+        rgb = Image.fromarray(np.logical_or.reduce(np.asarray(rgb), axis=-1))  # a colour on black is the region
     elif rgb.mode == "RGB" and _is_coloured(rgb):
         raise RegionError(
             f"{name}: is a coloured image (mode {mask.mode}), not a mask. A mask is white inside and black outside. "
