@@ -292,10 +292,13 @@ def test_a_fault_of_coco_is_named_by_its_ids(tmp_path, changes, message):
             lambda d: d["categories"][1].update(id=1),
             "categories[1].id: got 1, expected an id that no earlier entry has",
         ),
-        (lambda d: d["annotations"][2].update(id=77, image_id=7), "annotations[2].id: got 77, expected an id that no"),
+        (
+            lambda d: d["annotations"][2].update(id=77, image_id=7),
+            "annotations[2].id (image 7): got 77, expected an id that",
+        ),
         (
             lambda d: d["annotations"][1].update(image_id=8),
-            "annotations[1].image_id: got 8, expected the id of one of",
+            "annotations[1].image_id (id 77): got 8, expected the id",
         ),
     ],
 )

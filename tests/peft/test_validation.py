@@ -66,7 +66,12 @@ FAULTS = [
         "broken RLE",
         "the RLE is damaged",
     ),
-    ({"image": "a.png", "regions": [region(segmentation=[[1, 2]])]}, "regions[0]", "broken polygons", "flat list"),
+    (
+        {"image": "a.png", "regions": [region(segmentation=[[1, 2]])]},
+        "regions[0]",
+        "broken polygons",
+        "at least three points",
+    ),
     ({"image": "a.png", "regions": [{"bbox": [50, 0, 5, 5], "caption": "x"}]}, "regions[0]", "broken box", "outside"),
     ({"image": "a.png", "regions": [{"bbox": "a", "caption": "x"}]}, "regions[0].bbox", "wrong type", "[x, y, width"),
     ({"image": "a.png", "regions": [region(segmentation=5)]}, "regions[0].segmentation", "wrong type", "an RLE or"),
