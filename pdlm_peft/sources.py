@@ -137,7 +137,18 @@ def parse_line(line: bytes, number: int) -> Any:
 
 
 def _list_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Read the rows of a JSON list chunk by chunk."""
+    """Yield the rows of a JSON list, read chunk by chunk."""
+    number = 0
+    try:
+        for number, row in _decoded_rows(path):
+            yield number, row
+    except UnicodeDecodeError as error:
+        got = f"{error}, after {number} whole rows"
+        yield number + 1, RowError(Fault(number + 1, "row", "broken JSON", got, "a JSON list in UTF-8"))
+
+
+def _decoded_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """As [`_list_rows`]. Raises: UnicodeDecodeError: the file is not UTF-8."""
     decoder, number, text, place, more = json.JSONDecoder(), 0, "", 0, True
     with open(path, encoding="utf-8-sig") as file:
         while file.read(1) != "[":  # `find_source` has seen it

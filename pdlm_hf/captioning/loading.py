@@ -7,12 +7,15 @@ from typing import Any
 
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from ..adapters_pdlm import BASE_FILE
 from ..configuration_pdlm import HUB_ARGUMENTS, PdlmConfig, as_list
 from ..errors_pdlm import CheckpointError, DataError, reading
 from ..regions.files import load_json
 from .checkpoints import checkpoint_name
+
+logger = logging.get_logger(__name__)
 
 # Sizes in `config.json` far above any model: beyond them building the model takes hours or all memory.
 _LARGEST = (
@@ -60,18 +63,28 @@ def load_checkpoint(model: str | Path, dtype: Any = "auto", **kwargs: Any) -> tu
     with _reading(path, _PROCESSOR):
         processor = AutoProcessor.from_pretrained(path, **source)
     with _reading(path, "config.json or the weights"):
-        # transformers types it as the model alone
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, **kwargs
-        )
-        network, report = loaded
+        network, report = _load_weights(path, dtype=dtype, output_loading_info=True, **kwargs)
         if missing := sorted(report["missing_keys"]):
             raise CheckpointError(
                 f"{path}: {len(missing)} weights that config.json asks for are missing, {missing[0]} for example."
             )
+        if unexpected := sorted(report["unexpected_keys"]):
+            logger.warning(
+                "%s: %d weights have no place in the model, such as %s.", path, len(unexpected), unexpected[0]
+            )
     with _reading(path, "config.json, processor_config.json, tokenizer.json or chat_template.jinja"):
         _check_together(network.config, processor)
     return network, processor
+
+
+def _load_weights(path: str, **kwargs: Any) -> Any:
+    """The model and what was found in the files, without transformers' table of it."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return AutoModelForImageTextToText.from_pretrained(path, **kwargs)
+    finally:
+        logging.set_verbosity(level)
 
 
 @contextmanager

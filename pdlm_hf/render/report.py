@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors_pdlm import DataError
+from ..errors_pdlm import DataError, RegionError
 from ..processing_pdlm import RegionCaption
 from ..regions.files import read_rows, replacing
 from ..regions.images import load_image
@@ -64,7 +64,7 @@ def write_report(
         numbers of images shown, and there; and why some of those shown could not be read.
 
     Raises:
-        DataError: no rows, or other ones; or none of the images can be read.
+        DataError: no rows, or other ones; or none of the images can be shown.
         OSError: the file cannot be written.
     """
     sheet, unread = out.suffix.lower() not in (".html", ".htm"), []
@@ -83,20 +83,20 @@ def write_report(
             else:
                 names.append(group[0]["file_name"])
                 drawn.append(_small(draw_captions(image, regions, captions)))
-        _check_readable(images, groups, unread)
+        _check_readable(rows, images, groups, unread)
         contact_sheet(drawn, names, width=_SIDE).save(out)
     else:
         with replacing(out) as file:
             values = {"title": rows.name, "count": len(groups), "total": len(lowest)}
             stream_template("report.html", file, articles=_articles(images, groups, unread), **values)
-            _check_readable(images, groups, unread)
+            _check_readable(rows, images, groups, unread)
     return len(worst), len(lowest), unread
 
 
-def _check_readable(images: Path, groups: list, unread: list[str]) -> None:
-    """Raises: DataError if none of the images could be read."""
+def _check_readable(rows: Path, images: Path, groups: list, unread: list[str]) -> None:
+    """Raises: DataError if none of the images could be read, or none with its regions."""
     if len(unread) == len(groups):
-        raise DataError(f"{images}: none of the images can be read; see --images. {unread[0]}")
+        raise DataError(f"{rows}: none of its images in {images} can be shown (see --images): {unread[0]}")
 
 
 def _small(image: Image.Image) -> Image.Image:
@@ -143,9 +143,12 @@ def _open(images: Path, group: list[dict]) -> tuple[Image.Image | str, list[Regi
     captions = [RegionCaption(row["caption"], row["score"], row["annotation_id"]) for row in group]
     try:
         image = load_image(images / group[0]["file_name"])
-        return image, [parse_region(row["segmentation"], *image.size) for row in group], captions
+        regions = [parse_region(row["segmentation"], *image.size, row["annotation_id"]) for row in group]
+    except RegionError as error:
+        return f"{group[0]['file_name']}: the rows are damaged, or of another image: {error}", [], captions
     except (ValueError, OSError) as error:
         return str(error), [], captions
+    return image, regions, captions
 
 
 def _articles(images: Path, groups: list[list[dict]], unread: list[str]) -> Iterator[dict[str, Any]]:

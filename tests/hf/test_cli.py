@@ -442,9 +442,10 @@ def test_each_mistake_is_named(files, tiny_checkpoint, arguments, message):
     assert "Traceback" not in result.stderr and result.stdout == ""
 
 
-def test_out_of_memory_is_one_line(pdlm, files, monkeypatch):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_out_of_memory_is_one_line(pdlm, files, monkeypatch, kind):
     def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        raise kind("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr(RegionCaptioner, "generate", fail)
     result = pdlm("caption", files / "image.png", *masks_of(files))

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,16 @@ def test_the_commands_say_the_same_in_one_line(tmp_path, name):
         assert done.exit_code == 2 and file in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_transformers_says_nothing_beside_it(tmp_path):
+    """In a process of its own: transformers' log has the stream of the first moment."""
+    folder = damaged_copy(tmp_path, *DAMAGED["more layers than the weights"])
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    command = [sys.executable, "-m", "pdlm_hf.cli.main", "caption", tmp_path / "image.png", "--box", "1,1,4,4"]
+    done = subprocess.run([*command, "--model", folder], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "9 weights that config.json asks for are missing" in done.stderr
+
+
 @pytest.mark.parametrize(
     "name", ["a text as a size", "settings cut short", "tokenizer cut short", "a list as a token"]
 )
@@ -110,8 +122,6 @@ def test_another_template_of_the_same_kind_works(tmp_path):
 
 
 def test_a_template_of_a_call_is_bounded_and_debuggers_go_on():
-    import sys
-
     processor = AutoProcessor.from_pretrained(pdlm_hf.CHECKPOINT)
     seen = []
     before = sys.gettrace()

@@ -243,8 +243,8 @@ def test_report_command(tmp_path, rows):
         (["--out", tmp_path / "a.foo"], "no image format"),
         (["--out", tmp_path / "none" / "a.html"], "No such file"),
         (["--out", tmp_path / "a.html", "--limit", 0], "must be positive"),
-        (["--out", tmp_path / "a.png", "--images", tmp_path], "none of the images can be read"),
-        (["--out", tmp_path / "a.html", "--images", tmp_path], "none of the images can be read"),
+        (["--out", tmp_path / "a.png", "--images", tmp_path], "none of its images in"),
+        (["--out", tmp_path / "a.html", "--images", tmp_path], "none of its images in"),
     ):
         result = report(tmp_path, *arguments)
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
@@ -255,6 +255,10 @@ def test_report_command(tmp_path, rows):
     )
     with pytest.raises(DataError, match="line 1 has no `image_id`, as rows of `pdlm batch` have; mend or delete this"):
         write_report(tmp_path / "out.jsonl", tmp_path / "images", tmp_path / "a.html")
+    damaged = [{**row, "segmentation": {**row["segmentation"], "counts": [3]}} for row in rows[:1]]
+    (tmp_path / "out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in damaged))
+    said = report(tmp_path, "--out", tmp_path / "a.html").stderr
+    assert f"{damaged[0]['file_name']}: the rows are damaged" in said and "out.jsonl" in said
     (tmp_path / "out.jsonl").unlink()
     assert "no such file" in report(tmp_path, "--out", tmp_path / "a.html").stderr
 

@@ -350,3 +350,14 @@ def test_a_split_keeps_hashes_of_encoded_images(tmp_path):
     assert [(count["rows"], count["images"]) for count in counts] == [(30, 15), (10, 5)]
     sides = [{row["image"].partition("base64,")[2] for row in read_jsonl(tmp_path / name)} for name in "ab"]
     assert not sides[0] & sides[1] and len(sides[1]) == 5
+
+
+@pytest.mark.parametrize("content", [b"[\xdd", b'[{"image": "a\x80.png"}]', b'[{"image": "a.png"}, "\xff"]'])
+def test_a_list_that_is_not_utf_8_is_a_fault_with_its_row(tmp_path, content):
+    (tmp_path / "rows.json").write_bytes(content)
+    for form in ("gar", "reference"):
+        done = run("convert", tmp_path / "rows.json", tmp_path / "out.jsonl", "--from", form)
+        assert done.exit_code == 2 and "row 1" in done.stderr and "expected a JSON list in UTF-8" in done.stderr
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "out.jsonl").exists()
+    found = json.loads(run("validate", tmp_path / "rows.json", "--json").stdout)
+    assert found["faults"][-1]["expected"] == "a JSON list in UTF-8"
