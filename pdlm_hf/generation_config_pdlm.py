@@ -187,7 +187,7 @@ class PdlmGenerationConfig(GenerationConfig):
 
     def update(self, *args: Any, **settings: Any) -> dict[str, Any]:
         """Change settings; a rule of accepting tokens replaces another one. See `GenerationConfig.update`."""
-        return super().update(*args, **replaced_rules(settings), **settings)
+        return super().update(*args, **{**replaced_rules(settings), **settings})
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The settings that are not None, for `generation_config.json`."""

@@ -383,7 +383,7 @@ def split(
     for out in (train, held_out):
         if found.path is not None and found.path.resolve() == out.resolve():
             raise SettingError(f"{out}: the split would read the file that it writes; choose another file.")
-    counts = Counter(), Counter()
+    counts: tuple[Counter[str], Counter[str]] = Counter(), Counter()
     with without_collection():
         keys = sorted({_image_key(row, found.folder) for _, row in reference_rows(found)})
         if len(keys) < 2:

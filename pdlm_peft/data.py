@@ -214,6 +214,7 @@ def chat_messages(number: int, raw: Any) -> tuple[list[Any], list[dict[str, Any]
 
 def _content(value: Any, role: str) -> Any:
     """Content of a message: a text for assistant and system, a list of parts for the user; None if it has a fault."""
+    parts: list[dict[str, str] | None]
     if isinstance(value, list):
         parts = [_part(part) for part in value]
     elif is_text(value) and role == "user":
@@ -223,11 +224,12 @@ def _content(value: Any, role: str) -> Any:
             parts += [{"type": "text", "text": piece.strip()}] * bool(piece.strip())
     else:
         parts = [_part(value)]
-    if None in parts:
+    sound = [part for part in parts if part is not None]
+    if len(sound) < len(parts):
         return None
     if role == "user":
-        return parts or None
-    return "".join(part.get("text", "") for part in parts).strip() or None
+        return sound or None
+    return "".join(part.get("text", "") for part in sound).strip() or None
 
 
 def _part(value: Any) -> dict[str, str] | None:
@@ -237,7 +239,7 @@ def _part(value: Any) -> dict[str, str] | None:
         return {"type": "image"}
     # a part without `type` is a text, if it has one
     is_part = not isinstance(value, dict) or value.get("type", "text") == "text"
-    return {"type": "text", "text": text} if is_part and is_text(text) else None
+    return {"type": "text", "text": str(text)} if is_part and is_text(text) else None
 
 
 def _parts(message: dict) -> list[dict]:

@@ -154,7 +154,7 @@ def _decoded_rows(path: Path) -> Iterator[tuple[int, Any]]:
         while file.read(1) != "[":  # `find_source` has seen it
             pass
         while True:
-            start = _BETWEEN.match(text, place).end()
+            start = next(_BETWEEN.finditer(text, place)).end()  # it can be empty, so there is one at `place`
             if text.startswith("]", start):
                 return
             try:

@@ -114,7 +114,8 @@ def _lowest_scores(path: Path, damaged: Callable[[int, str], None] | None) -> di
     def note(number: int, fault: str) -> None:
         nonlocal first
         first = first or f" of `pdlm batch`: line {number} {fault}"
-        damaged(number, fault)
+        if damaged is not None:
+            damaged(number, fault)
 
     for row in read_rows(path, check=result_fault, damaged=damaged and note):
         key = row["file_name"], row["image_id"]

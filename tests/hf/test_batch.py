@@ -774,8 +774,8 @@ def test_damaged_rows_of_a_shard_are_left_out(tmp_path):
     files = BatchFiles(tmp_path / "out.jsonl", SETTINGS)
     assert len(list(read_rows(files.out))) == len(rows) - 1 and part.read_text().splitlines() == lines
     assert [said.split(":", 1)[1] for said in files.damaged] == [
-        " line 2 has no `image_id`, as rows of `pdlm batch` have; its region is captioned again unless another line has "
-        "it."
+        " line 2 has no `image_id`, as rows of `pdlm batch` have; its region is captioned again unless another line "
+        "has it."
     ]
     files.close()
 
