@@ -161,8 +161,13 @@ def scale(record: dict) -> str:
     counts = sorted({row["annotations"] for row in record["rows"]})
     rows = [["command", *(f"{count:,} annotations" for count in counts)]]
     for name in dict.fromkeys(row["command"] for row in record["rows"]):
-        cells = [found[name, count] for count in counts]
-        rows.append([name, *(f"{cell['cpu_seconds']:.0f} s, {cell['megabytes'] / 1000:.1f} GB" for cell in cells)])
+        cells = (found.get((name, count)) for count in counts)
+        rows.append(
+            [
+                name,
+                *(f"{c['cpu_seconds']:.0f} s, {c['megabytes'] / 1000:.1f} GB" if c else "not measured" for c in cells),
+            ]
+        )
     return table(*rows)
 
 

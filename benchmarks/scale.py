@@ -182,7 +182,12 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
                 rows.append(row)
     if options.out is not None:
-        machine = {"processor": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+        machine = {
+            "processor": processor_name(),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg()[1],
+            "python": platform.python_version(),
+        }
         options.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
