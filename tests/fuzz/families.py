@@ -24,6 +24,7 @@ from pdlm_hf.batch.dataset import open_data
 from pdlm_hf.batch.run import BatchFiles
 from pdlm_hf.errors_pdlm import PdlmError, RegionError
 from pdlm_hf.regions import load_image, parse_regions, read_region_file
+from pdlm_hf.regions.readers import FORMATS as READERS
 from pdlm_hf.regions.region import region_areas
 from pdlm_hf.render.report import write_report
 from pdlm_peft.chat_validation import validate_chat
@@ -117,20 +118,21 @@ region_values = st.sampled_from(GOOD_REGIONS).flatmap(changed) | json_values() |
 # ------------------------------------------------------------------------------------------------------- files
 
 
-def run_region_file(value: tuple[str, bytes], work: Path) -> None:
-    """A file of regions of the image."""
+def run_region_file(value: tuple[str, bytes, str | None], work: Path) -> None:
+    """A file of regions of the image, read as what it shows to be, or as a format that is named."""
     path = work / FORMATS[value[0]][0]
     path.write_bytes(value[1])
     PIXELS.save(work / IMAGE)
     try:
-        found = read_region_file(path, IMAGE, WIDTH, HEIGHT)
+        found = read_region_file(path, IMAGE, WIDTH, HEIGHT, value[2])
     except PdlmError as error:
         assert path.name in str(error), f"the message does not name the file: {error}"
         raise
     check_regions(parse_regions(found, WIDTH, HEIGHT))
 
 
-region_files = st.sampled_from(list(FORMATS)).flatmap(lambda name: st.tuples(st.just(name), FORMATS[name][2]()))
+NAMED = st.none() | st.none() | st.sampled_from([name for name in READERS if name != "masks"])  # that is a folder
+region_files = st.sampled_from(list(FORMATS)).flatmap(lambda name: st.tuples(st.just(name), FORMATS[name][2](), NAMED))
 
 
 def run_image(value: bytes, work: Path) -> None:
