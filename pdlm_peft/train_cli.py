@@ -62,7 +62,7 @@ def merge(
     out: Annotated[Path, typer.Argument(help="New checkpoint folder.")],
     base: Annotated[str | None, typer.Option(help="Folder or hub id of its base, if that has moved.")] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the merged weights: auto (that of the base), bfloat16 or float32.")
+        str, typer.Option(help="Precision of the merged weights: auto (that of the base), bfloat16 or float32.")
     ] = "auto",
 ) -> None:
     """Merge an adapter into its base, which gives a checkpoint for vLLM and for the hub."""

@@ -35,7 +35,9 @@ def batch(
     format: Format = None,
     model: Model = None,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 8,
-    engine: Annotated[str, typer.Option(help="local; or ray: a cluster, and --images may be s3://... too.")] = "local",
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: a cluster, with images also in object storage (s3://...).")
+    ] = "local",
     workers: Annotated[int | None, typer.Option(help="Captioners of the cluster; default: one per GPU.")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: only the i-th of n parts, to OUT.i-of-n.jsonl.")] = None,
     server: Server = None,
@@ -134,7 +136,9 @@ def report(
     rows: Annotated[Path, typer.Argument(help="OUT.jsonl of pdlm batch.")],
     images: Annotated[Path, typer.Option(help="Folder of the images.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Page to write, .html; or a contact sheet, .png.", show_default=False)],
-    limit: Annotated[int | None, typer.Option(help="Images, lowest scores first; default 500, sheets 48.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Number of images, lowest scores first; default: 500, on a contact sheet 48.")
+    ] = None,
 ) -> None:
     """Show the captions: one page to search and sort, or a contact sheet."""
     from ..render.drawing import check_target

@@ -63,7 +63,9 @@ def caption(
         typer.Option(help="COCO, LabelMe, VIA, Label Studio, CVAT, VOC, YOLO, label map, mask folder."),
     ] = None,
     format: Format = None,
-    image_name: Annotated[str | None, typer.Option(help="Name of the image in the file of --regions.")] = None,
+    image_name: Annotated[
+        str | None, typer.Option(help="Name of the image in the file of --regions, if it has another.")
+    ] = None,
     orientation: Annotated[
         str | None, typer.Option(help="Regions are of the image as shown, or stored: before its EXIF orientation.")
     ] = None,

@@ -14,7 +14,7 @@ from .options import RELEASED_BASE, Model, check_positive, embedded_note, exit_o
 @exit_on_error
 def chat(
     image: Annotated[str, typer.Argument(help="The image.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
     model: Model = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Token positions; default: the checkpoint's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; default: one per token position.")] = None,
