@@ -8,7 +8,6 @@ from typing import Any
 from ..errors_pdlm import DataError, RegionError
 from .files import load_json
 from .formats.facts import ImageFacts, base_name
-from .formats.label_map import from_panoptic
 
 
 @dataclass(frozen=True)
@@ -196,6 +195,8 @@ def panoptic_segments(path: Path, annotation: dict[str, Any]) -> list[dict[str, 
         ImageError: the PNG file cannot be opened.
         RegionError: there is no such folder, or the annotation lacks `file_name` or `segments_info`.
     """
+    from .formats.label_map import from_panoptic  # reads images, and so imports torch; commands list without it
+
     folder = path.with_suffix("")
     name, segments = annotation.get("file_name"), annotation.get("segments_info")
     if not isinstance(name, str) or not isinstance(segments, list):
