@@ -38,7 +38,7 @@ export NO_MKDOCS_2_WARNING = 1
 
 demo: .venv/demo
 	@mkdir -p demo_out
-	$(BIN)/pdlm caption examples/shapes.png $(foreach m,$(sort $(wildcard examples/shapes_mask_*.png)),--mask $(m)) --draw demo_out/shapes_captions.png
+	$(BIN)/pdlm caption examples/shapes.png --mask examples/shapes_mask_*.png --draw demo_out/shapes_captions.png
 
 .venv/demo: pyproject.toml constraints/core.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -155,6 +155,22 @@ def batch_throughput(record: dict) -> str:
     return table(*rows)
 
 
+def scale(record: dict) -> str:
+    """CPU seconds and peak memory of each command, by the number of annotations."""
+    found = {(row["command"], row["annotations"]): row for row in record["rows"]}
+    counts = sorted({row["annotations"] for row in record["rows"]})
+    rows = [["command", *(f"{count:,} annotations" for count in counts)]]
+    for name in dict.fromkeys(row["command"] for row in record["rows"]):
+        cells = (found.get((name, count)) for count in counts)
+        rows.append(
+            [
+                name,
+                *(f"{c['cpu_seconds']:.0f} s, {c['megabytes'] / 1000:.1f} GB" if c else "not measured" for c in cells),
+            ]
+        )
+    return table(*rows)
+
+
 def batch_parts(record: dict) -> str:
     """What an image costs a CPU besides the model."""
     parts = record["parts"]
@@ -373,6 +389,7 @@ def tables() -> dict[str, str]:
         "serving": serving(load("serving_cpu_small.json")),
         **{name: make(load("batch_throughput.json")) for name, make in batch.items()},
         "batch_costs": batch_costs(),
+        "scale": scale(load("scale.json")),
         "newest": newest(RESULTS / "newest.json"),
         **gpu_tables({call: load(f"gpu_h100_{call}.json") for call in (1, 2, 3)}),
         **{name: make(load(f"{name}.json")) for name, make in later.items() if (RESULTS / f"{name}.json").is_file()},

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import pdlm_hf
-from pdlm_hf.captioning.captioner import RegionCaptioner, checkpoint_name
+from pdlm_hf.captioning.captioner import RegionCaptioner
+from pdlm_hf.captioning.loading import load_checkpoint
 from pdlm_hf.configuration_pdlm import HUB_ARGUMENTS
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions.images import load_image
@@ -107,18 +107,16 @@ class Answerer:
                 `from_pretrained`.
 
         Raises:
-            CheckpointError: the folder does not exist.
+            CheckpointError: the folder does not exist, or a file of it is missing or damaged.
             SettingError: see the class.
             OSError: the hub has no such checkpoint, or cannot be reached.
         """
         path = {"shapes": pdlm_hf.CHECKPOINT, "shapes_base": pdlm_hf.BASE_CHECKPOINT}.get(str(pretrained), pretrained)
         source = {name: kwargs.pop(name) for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
         attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if k in kwargs}
-        path = checkpoint_name(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **source, **attention)
-        # transformers' `to` is typed without its `self`
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
-        return cls(model, AutoProcessor.from_pretrained(path, **source), **kwargs)
+        model, processor = load_checkpoint(path, dtype, **source, **attention)
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, processor, **kwargs)
 
     def benchmark(self, name: str | None) -> Benchmark | None:
         """The paper's benchmark with this name, overrides included; None if there is none, or presets are off."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pdlm_hf.regions.files import load_json
+
 JUDGED = "_judged.json"  # beside *_results.json
 
 
@@ -99,5 +101,5 @@ def judged_beside(results: Path, task: str) -> dict[str, int] | None:
     file = results.with_name(results.name.replace("_results.json", JUDGED))
     if not file.is_file():
         return None
-    counts = json.loads(file.read_text(encoding="utf-8"))
+    counts = load_json(file)
     return next((found for folder, found in counts.items() if task.startswith(folder)), None)

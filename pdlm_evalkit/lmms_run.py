@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import typer
 
 from pdlm_hf.errors_pdlm import MissingPackageError, PdlmError, SettingError
-from pdlm_hf.regions.files import write_json
+from pdlm_hf.regions.files import load_json, write_json
 
 from .lmms_judge import JUDGED, TaskJudges
 from .manifest import LMMS_TASKS
@@ -98,7 +98,7 @@ def missing_results(tasks: list[str], files: list[Path]) -> list[str]:
     """
     found: set[str] = set()
     for path in files:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = load_json(path)
         scored = {
             name for name, row in content.get("results", {}).items() if any(_is_score(*pair) for pair in row.items())
         }

@@ -4,7 +4,6 @@ A number is right, or it is not printed: the unit of a score comes from what wro
 error, and a score is withheld if some answers were drawn at random, or got no useful reply from the judge.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.regions.files import load_json
 
 from .benchmarks import BENCHMARKS, TOTAL_TILES, Benchmark, find_benchmark
 from .lmms_judge import judged_beside
@@ -112,10 +112,7 @@ def _files_in(paths: list[Path]) -> list[tuple[Path, bool]]:
 
 def _read(file: Path, named: bool) -> list[Measured]:
     """The scores in a file. Another tool's file in a folder has none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read ({error}).") from None
+    content = load_json(file)
     if isinstance(content, list) and all(isinstance(row, dict) and "benchmark" in row for row in content):
         found = [_from_vlmeval(row, file) for row in content]
     elif isinstance(content, dict) and isinstance(content.get("datasets"), dict):

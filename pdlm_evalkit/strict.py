@@ -15,6 +15,7 @@ from typing import Any
 from pdlm_hf.client import ChatClient, Reply, ReplyCache
 from pdlm_hf.client.chat import Request
 from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.regions.files import load_json
 
 from .tables import read_lines, read_table
 
@@ -121,7 +122,7 @@ def _lmms_rows(path: Path) -> list[Row]:
 
 
 def _json_rows(path: Path) -> list[Row]:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    content = load_json(path)
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a list of rows.")
     for number, row in enumerate(content, 1):

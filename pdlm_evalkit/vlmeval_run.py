@@ -197,7 +197,7 @@ def read_config(options: argparse.Namespace) -> dict[str, Any]:
         config = json.loads(Path(options.config).read_text(encoding="utf-8-sig"))
         models = {name: dict(settings) for name, settings in config["model"].items()}
         return config | {"model": models, "data": dict(config["data"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SettingError(f"--config {options.config}: expected JSON with `model` and `data` ({error}).") from None
 
 

@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
 from transformers.utils import cached_file
 
-from .errors_pdlm import CheckpointError, SettingError
+from .errors_pdlm import CheckpointError, SettingError, reading
 from .prompts_pdlm import CAPTION, REGION
 
 # Reference spelling -> ours, for the keys that are copied unchanged.
@@ -91,7 +91,7 @@ def _from_upstream(config: dict[str, Any], folder: str | None, download: dict[st
         folder, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **download
     )
     if tokenizer_file:
-        with open(tokenizer_file, encoding="utf-8") as file:
+        with reading(folder, "tokenizer.json"), open(tokenizer_file, encoding="utf-8") as file:
             ours |= special_token_ids(json.load(file), ours.get("num_region_prompts", 5))
     known = {key: config[key] for key in ("model_type",) if key in config}
     return ours | known | {"roi_replay": "reference", "prefix_attention": "full"}
@@ -215,8 +215,14 @@ class PdlmConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """A configuration from a dictionary, also in the reference's nested spelling (see [`get_config_dict`])."""
-        return super().from_dict(_in_our_spelling(config_dict, kwargs.get("name_or_path"), kwargs), **kwargs)
+        """A configuration from a dictionary, also in the reference's nested spelling (see [`get_config_dict`]).
+
+        Raises:
+            CheckpointError: a value of `config.json` has another type, or is not possible.
+        """
+        folder = kwargs.get("name_or_path") or config_dict.get("_name_or_path") or cls.model_type
+        with reading(folder, "config.json"):
+            return super().from_dict(_in_our_spelling(config_dict, kwargs.get("name_or_path"), kwargs), **kwargs)
 
     def __post_init__(self, **kwargs):
         if self.text_config is None:

@@ -1,5 +1,10 @@
 """The errors this project raises: one base class, and one child for each kind of cause."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from json import JSONDecodeError
+from typing import Any
+
 
 class PdlmError(ValueError):
     """The caller can correct the cause: the message says what was wrong, what came and what to do."""
@@ -23,6 +28,35 @@ class SettingError(PdlmError):
 
 class CheckpointError(PdlmError):
     """There is no such checkpoint, it is damaged, or it is of another kind."""
+
+
+@contextmanager
+def reading(checkpoint: Any, file: str) -> Iterator[None]:
+    """Read a file of a checkpoint: whatever a damaged one makes a library raise becomes one line with its name.
+
+    Args:
+        checkpoint: folder or hub id, for messages.
+        file (`str`): the file, or the files of which one must be damaged.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        OSError: the file is missing, or the hub cannot be reached.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if str(checkpoint) in str(error):
+            raise
+        raise CheckpointError(f"{checkpoint}: {error}") from None
+    except (OSError, ImportError, MemoryError) as error:
+        if not isinstance(error.__context__, (JSONDecodeError, UnicodeDecodeError)):
+            raise
+        raise CheckpointError(f"{checkpoint}: {file}: is not valid JSON ({error.__context__}).") from error
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{checkpoint}: {file}: cannot be loaded, it may be damaged ({reason:.300}).") from error
 
 
 class ServerError(PdlmError):

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .configuration_pdlm import as_list
-from .errors_pdlm import SettingError
+from .errors_pdlm import SettingError, reading
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +31,16 @@ def our_names(settings: dict[str, Any]) -> dict[str, Any]:
             warnings.warn(f"`{old}` is the reference's name for `{new}`; use `{new}`.", FutureWarning, stacklevel=4)
             settings[new] = settings.pop(old)
     return settings
+
+
+def replaced_rules(settings: dict[str, Any]) -> dict[str, None]:
+    """The rules of accepting tokens that given settings replace, for defaults that have another rule."""
+    replaced = []
+    if settings.get("acceptance_threshold") is not None or settings.get("remasking") == "random":
+        replaced = ["entropy_bound"]
+    if settings.get("entropy_bound") is not None:
+        replaced += ["acceptance_threshold", "remasking"]
+    return dict.fromkeys(name for name in replaced if name not in settings)
 
 
 class PdlmGenerationConfig(GenerationConfig):
@@ -110,8 +120,21 @@ class PdlmGenerationConfig(GenerationConfig):
         self.validate()
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name, *args, **kwargs):
+        """Load the settings of a checkpoint.
+
+        Raises:
+            CheckpointError: the file is damaged, or holds a setting that is not possible.
+            OSError: the checkpoint has none.
+        """
+        with reading(pretrained_model_name, "generation_config.json"):
+            return super().from_pretrained(pretrained_model_name, *args, **kwargs)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """From the contents of a `generation_config.json`; settings of other models in it are left out and logged."""
+        if not isinstance(config_dict, dict):
+            raise SettingError(f"expected an object with settings of `generate`, got {config_dict!r:.60}.")
         known = {*cls._FIELDS, *cls._METADATA, *_REFERENCE_NAMES}
         if foreign := sorted(name for name, value in config_dict.items() if name not in known and value is not None):
             logger.warning("generation_config.json: %s mean nothing to PerceptionDLM and are ignored.", foreign)
@@ -161,6 +184,10 @@ class PdlmGenerationConfig(GenerationConfig):
             raise SettingError(f"`seed` must be an integer, got {self.seed!r}.")
         if any(len(stop) == 0 for stop in as_list(self.stop_strings)):
             raise SettingError("`stop_strings` holds an empty string, which would end every text at its start.")
+
+    def update(self, *args: Any, **settings: Any) -> dict[str, Any]:
+        """Change settings; a rule of accepting tokens replaces another one. See `GenerationConfig.update`."""
+        return super().update(*args, **{**replaced_rules(settings), **settings})
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The settings that are not None, for `generation_config.json`."""

@@ -12,7 +12,7 @@ from .configuration_pdlm import HUB_ARGUMENTS, PdlmConfig
 from .denoising_pdlm import DenoisingStep, GenerationTask, cut_at_stop, denoise_regions
 from .diffusion_pdlm import before_end, caption_scores
 from .errors_pdlm import RegionError, SettingError
-from .generation_config_pdlm import CAPTIONS_ONLY, PdlmGenerationConfig, our_names
+from .generation_config_pdlm import CAPTIONS_ONLY, PdlmGenerationConfig, our_names, replaced_rules
 from .graphs_pdlm import CanvasGraphs
 from .tiling_pdlm import num_tiles
 
@@ -76,8 +76,7 @@ class PdlmGenerationMixin:
             self.generation_config = self.generation_config_class()
             return
         try:
-            # transformers types it as the parent's
-            self.generation_config = self.generation_config_class.from_pretrained(  # type: ignore[assignment]
+            self.generation_config = self.generation_config_class.from_pretrained(
                 pretrained_model_name_or_path, **kwargs
             )
         except OSError:  # reference checkpoints have none
@@ -180,15 +179,12 @@ class PdlmGenerationMixin:
                 "whose settings mean nothing here."
             )
         base = (generation_config or self.generation_config).to_dict()
-        given, dropped = our_names(kwargs), set()
+        given = our_names(kwargs)
+        dropped = {*replaced_rules(given)}
         if chat and generation_config is None:
             dropped |= {*CAPTIONS_ONLY}
             if self.config.num_region_prompts:  # lengths of captions, not of answers
                 dropped |= {"max_new_tokens", "max_denoising_steps"}
-        if given.get("acceptance_threshold") is not None or given.get("remasking") == "random":
-            dropped.add("entropy_bound")
-        if given.get("entropy_bound") is not None:
-            dropped.add("acceptance_threshold")
         known = {
             k: v for k, v in base.items() if k in PdlmGenerationConfig._FIELDS and v is not None and k not in dropped
         }

@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .errors_pdlm import ImageError, RegionError, SettingError
+from .errors_pdlm import ImageError, PdlmError, RegionError, SettingError
 from .tiling_pdlm import best_grid, num_tiles, region_patches, tile
 
 MASK_THRESHOLD = 127  # a pixel of a mask above it is inside the region
@@ -31,55 +31,86 @@ NO_TORCHVISION = (
 
 
 def to_rgb(image: Any, name: str = "image") -> Image.Image:
-    """An image as RGB PIL image.
+    """An image as RGB PIL image; not a copy if it is one.
 
     Args:
-        image: PIL image, or uint8 array or tensor of shape (H, W), (H, W, 1 | 3 | 4) or (1 | 3 | 4, H, W).
+        image: PIL image, or array or tensor of shape (H, W), (H, W, 1 | 3 | 4) or (1 | 3 | 4, H, W): uint8, bool,
+            other integers 0..255, or uint16 that uses the upper half of its range (the upper 8 bits are taken, as
+            Pillow does for colour images of 16 bits).
         name (`str`): how to call it in an error message.
 
     Raises:
-        ImageError: not an image, no pixels, NaN, or values that are not 0..255 integers.
+        ImageError: not an image, no pixels, NaN, or other values.
     """
     if isinstance(image, torch.Tensor):
-        image = _as_array(image)
-    if isinstance(image, Image.Image) and image.mode[0] in "IF":  # 16 bits and more: PIL would clip to white
-        image = np.asarray(image)
-    if isinstance(image, np.ndarray):
-        if image.ndim == 3:
-            channels = (3, 4) if {image.shape[0], image.shape[2]} & {3, 4} else (1,)
-            if image.shape[0] in channels and image.shape[2] not in channels:
-                image = image.transpose(1, 2, 0)
-        if image.ndim == 3 and image.shape[2] == 1:
-            image = image[..., 0]
-        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
-            raise ImageError(f"{name}: expected an image of shape (H, W), (H, W, 3) or (3, H, W), got {image.shape}.")
-        if image.dtype != np.uint8:
-            if not np.isfinite(image).all():
-                raise ImageError(f"{name}: holds NaN or infinite values.")
-            if image.min(initial=0) < 0 or image.max(initial=0) > 255 or (image != np.round(image)).any():
-                raise ImageError(
-                    f"{name}: expected integer values 0..255, got {image.dtype} in "
-                    f"[{image.min():.3g}, {image.max():.3g}]. Pass the image before normalisation."
-                )
-            image = image.astype(np.uint8)
-        if 0 in image.shape:
-            raise ImageError(f"{name}: has no pixels, shape {image.shape}.")
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise ImageError(f"{name}: expected a PIL image, an array or a tensor, got {type(image).__name__}.")
+        image = as_array(image, name, ImageError)
     try:
-        return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ImageError(f"{name}: cannot be decoded ({error}).") from error
+        if isinstance(image, Image.Image) and image.mode[0] in "IF":  # 16 bits and more: Pillow would clip to white
+            image = np.asarray(image)
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(_eight_bits(_channels_last(image, name), name))
+        if not isinstance(image, Image.Image):
+            raise ImageError(f"{name}: expected a PIL image, an array or a tensor, got {type(image).__name__}.")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's readers raise errors of any kind for damaged files
+        raise ImageError(f"{name}: cannot be decoded ({str(error) or type(error).__name__}).") from error
+
+
+def _channels_last(image: np.ndarray, name: str) -> np.ndarray:
+    """An array of an image with its channels in the last axis, if it has any."""
+    if image.ndim == 3:
+        channels = (3, 4) if {image.shape[0], image.shape[2]} & {3, 4} else (1,)
+        if image.shape[0] in channels and image.shape[2] not in channels:
+            image = image.transpose(1, 2, 0)
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+        raise ImageError(f"{name}: expected an image of shape (H, W), (H, W, 3) or (3, H, W), got {image.shape}.")
+    if 0 in image.shape:
+        raise ImageError(f"{name}: has no pixels, shape {image.shape}.")
+    return image
+
+
+def _eight_bits(image: np.ndarray, name: str) -> np.ndarray:
+    """The values of an image as uint8."""
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype.kind not in "biuf":
+        raise ImageError(f"{name}: expected numbers, got an array of {image.dtype}.")
+    if image.dtype.kind == "b":
+        return image * np.uint8(255)
+    if not np.isfinite(image).all():
+        raise ImageError(f"{name}: holds NaN or infinite values.")
+    low, high, bits = image.min(), image.max(), 8 * image.dtype.itemsize
+    if image.dtype.kind == "u" and bits == 16 and high > 255:
+        if high < 2**15:  # a dark image, or one of 10, 12 or 14 bits
+            raise ImageError(
+                f"{name}: has 16 bits per pixel, of which it uses values up to {high} only. Stretch them to 8 bits, "
+                "for example with ImageMagick: magick IN.png -auto-level -depth 8 OUT.png"
+            )
+        return (image >> 8).astype(np.uint8)
+    if low < 0 or high > 255 or (image.dtype.kind == "f" and (image != np.round(image)).any()):
+        raise ImageError(
+            f"{name}: expected integer values 0..255, got {image.dtype} ({bits} bits) in [{low:.3g}, {high:.3g}]. "
+            "Pass the image before normalisation, or make a file 8 bits, for example with ImageMagick: "
+            "magick IN.tif -auto-level -depth 8 OUT.png"
+        )
+    return image.astype(np.uint8)
 
 
 def to_binary_mask(
     mask: Any, height: int, width: int, name: str = "mask", threshold: int = MASK_THRESHOLD
 ) -> np.ndarray:
-    """A region mask as boolean array. Accepts bool, 0/1, 0/255 (JPEG noise around them included) and 0.0..1.0.
+    """A region mask as boolean array; a boolean array is not copied.
+
+    Accepts bool, 0/1, 0/255 (JPEG noise around them included), 0/65535, 0.0..1.0, and images of a palette of which
+    they use black and one other colour.
 
     Args:
-        mask: PIL image, array or tensor of shape (H, W), (1, H, W) or (H, W, 1).
+        mask: PIL image, array or tensor of shape (H, W), or with axes of one element before or after.
         height, width (`int`): size of the image it belongs to.
         name (`str`): how to call it in an error message.
         threshold (`int`): in masks of 0..255, a pixel above it is inside. The reference's demo takes 0, so that the
@@ -88,63 +119,123 @@ def to_binary_mask(
     Raises:
         RegionError: wrong shape or size, NaN, a label map, or an empty mask.
     """
-    if isinstance(mask, Image.Image):
-        if "A" in mask.getbands() and len(set(mask.getchannel("A").getextrema())) > 1:
-            raise RegionError(
-                f"{name}: has an alpha channel. Pass the region as an image of one channel; if it is in the alpha "
-                'channel, that is `mask.getchannel("A")`.'
-            )
-        if _is_coloured(mask):
-            raise RegionError(
-                f"{name}: is a coloured image (mode {mask.mode}), not a mask. Pass one image per region, white "
-                "inside and black outside."
-            )
-        mask = mask.convert("L") if mask.mode not in ("1", "L", "I", "F", "I;16") else mask
-    elif isinstance(mask, torch.Tensor):
-        mask = _as_array(mask)
-    array = np.asarray(mask)
-    if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
-        array = array[0] if array.shape[0] == 1 else array[..., 0]
+    try:
+        if isinstance(mask, Image.Image):
+            mask = _mask_pixels(mask, name)
+        elif isinstance(mask, torch.Tensor):
+            mask = as_array(mask, name, RegionError)
+        elif np.ma.is_masked(mask):
+            raise RegionError(f"{name}: is a masked array with values masked out; fill them first.")
+        array = np.asarray(mask)
+    except RegionError:
+        raise
+    except Exception as error:  # Pillow's readers, and whatever else NumPy calls
+        raise RegionError(f"{name}: cannot be read as a mask ({str(error) or type(error).__name__}).") from error
+    while array.ndim > 2 and 1 in (array.shape[0], array.shape[-1]):
+        last = array.shape[-1] == 1 and (array.shape[0] != 1 or array.shape[:-1] == (height, width))
+        array = array[..., 0] if last else array[0]
     if array.ndim != 2 or array.dtype.kind not in "biuf":
         raise RegionError(f"{name}: expected a mask of shape (H, W), got shape {array.shape} of {array.dtype}.")
     if array.shape != (height, width):
-        raise RegionError(
-            f"{name}: has size {array.shape[1]} x {array.shape[0]}, but its image has {width} x {height} "
-            "(width x height). Resize the mask to the image with nearest-neighbour interpolation."
-        )
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise RegionError(f"{name}: holds NaN or infinite values.")
-    high = array.max()
+        raise RegionError(_wrong_size(array.shape[1], array.shape[0], width, height, name))
     if array.dtype.kind != "b":
-        if array.min() < 0:
-            raise RegionError(f"{name}: holds negative values; expected 0 outside and 1 (or 255) inside the region.")
-        # Between black and white there is room for soft edges and JPEG noise, not for most of a region.
-        between, solid = ((array >= 16) & (array < 240)).sum(), (array >= 240).sum()
-        if high > 255 or 1 < high < 128 or (high > 1 and between > 3 * solid + 64):
-            raise RegionError(
-                f"{name}: values go up to {high} and are neither 0/1 nor 0/255. If it is a label map, pass one mask "
-                "per label (`labels == k`); if it is a photo, it is no mask."
-            )
-        array = array > (threshold if high > 1 else 0.5 if array.dtype.kind == "f" else 0)
+        array = _inside(array, name, threshold)
     if not array.any():
         raise RegionError(f"{name}: is empty, no pixel is inside the region. Remove it or check how it was made.")
-    return array.astype(bool)
+    return array
 
 
-def _as_array(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor of any kind of number; NumPy has no bfloat16."""
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+def _wrong_size(own_width: int, own_height: int, width: int, height: int, name: str) -> str:
+    message = f"{name}: has size {own_width} x {own_height}, but its image has {width} x {height} (width x height)"
+    if (own_width, own_height) == (height, width):
+        return (
+            f"{message}: the sides are swapped. A mask of the pixels as the file stores them, before the EXIF "
+            "orientation turns the image, is turned with it by `pdlm caption --orientation stored` and "
+            "`parse_regions(..., orientation=N)`. Transpose an array of shape (W, H)."
+        )
+    if abs(own_width * height - own_height * width) < max(own_width, own_height, width, height):  # the same shape
+        return (
+            f"{message}. Resize the mask with nearest-neighbour interpolation, for example with ImageMagick: "
+            f"magick MASK.png -sample {width}x{height}! OUT.png"
+        )
+    return f"{message}, another shape. It belongs to another image, or to a part of this one."
 
 
-def _is_coloured(mask: Image.Image) -> bool:
-    """More than two colours of a palette, or channels that differ by more than JPEG noise."""
-    if mask.mode == "P":
-        return mask.getcolors(2) is None
-    if mask.mode not in ("RGB", "RGBA"):
-        return mask.mode in ("CMYK", "YCbCr", "LAB", "HSV")
-    channels = np.asarray(mask)[..., :3].astype(np.int16)
-    return bool((channels.max(-1) - channels.min(-1)).max(initial=0) > 64)
+def _inside(array: np.ndarray, name: str, threshold: int) -> np.ndarray:
+    """Which pixels of a mask of numbers are inside the region."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise RegionError(f"{name}: holds NaN or infinite values.")
+    if array.min(initial=0) < 0:
+        raise RegionError(
+            f"{name}: holds negative values; expected 0 outside and 1 (or 255) inside the region. Of logits, pass "
+            "those above 0."
+        )
+    high = array.max(initial=0)
+    if 240 * 256 <= high <= 65535:  # 16 bits
+        array, high = array // 257, high // 257
+    # Between black and white there is room for soft edges and JPEG noise, not for most of a region.
+    solid = np.count_nonzero(array >= 240)
+    between = np.count_nonzero(array >= 16) - solid
+    if high > 255 or 1 < high < 128 or (high > 1 and between > 3 * solid + 64):
+        raise RegionError(
+            f"{name}: values go up to {high} and are neither 0/1 nor 0/255. A label map gives one region per label "
+            "with `pdlm caption IMAGE --regions FILE`; probabilities go from 0 to 1; a photo is no mask."
+        )
+    # Noise of black comes with noise of white. Small labels and 255 alone: most of the labelled pixels would be lost.
+    small = np.count_nonzero(array) - between - solid
+    if small > solid and not between and high == 255 and np.count_nonzero(array == 255) == solid:
+        raise RegionError(
+            f"{name}: holds small values and 255, as a label map does whose 255 means void. It gives one region per "
+            "label with `pdlm caption IMAGE --regions FILE`."
+        )
+    return array > (threshold if high > 1 else 0.5 if array.dtype.kind == "f" else 0)
+
+
+def as_array(tensor: torch.Tensor, name: str, error_class: type[PdlmError]) -> np.ndarray:
+    """A tensor of any kind of number; NumPy has no bfloat16. Raises: `error_class`: sparse, without data, ..."""
+    try:
+        tensor = tensor.detach().cpu()
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    except Exception as error:  # torch raises errors of many kinds here
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise error_class(f"{name}: the tensor cannot be read ({reason:.120}).") from error
+
+
+def _mask_pixels(mask: Image.Image, name: str) -> np.ndarray:
+    """One channel of the pixels of an image of a mask."""
+    if mask.mode[0] in "IF":
+        return np.asarray(mask)
+    rgb = mask if mask.mode in ("1", "L", "RGB") else mask.convert("RGB")
+    colours = [colour for _, colour in rgb.getcolors(2) or ()] if mask.mode == "P" else []
+    if len(colours) == 1 or (0, 0, 0) in colours:
+        rgb = Image.fromarray(np.logical_or.reduce(np.asarray(rgb), axis=-1))  # a colour on black is the region
+    elif rgb.mode == "RGB" and _is_coloured(rgb):
+        raise RegionError(
+            f"{name}: is a coloured image (mode {mask.mode}), not a mask. A mask is white inside and black outside. "
+            "A label map gives one region per colour with `pdlm caption IMAGE --regions FILE`."
+        )
+    elif rgb.mode == "RGB":
+        rgb = rgb.convert("L")
+    if mask.has_transparency_data:
+        alpha = mask.convert("RGBA").getchannel("A").point(lambda value: 255 * (value > MASK_THRESHOLD))
+        grey = rgb.convert("L").point(lambda value: 255 * (value > MASK_THRESHOLD))
+        if len(set(alpha.getextrema())) > 1 and ImageChops.difference(alpha, grey).getbbox():
+            raise RegionError(
+                f"{name}: has an alpha channel that differs from its colours. If the region is in the alpha channel, "
+                "take it out, for example with ImageMagick: magick MASK.png -alpha extract OUT.png"
+            )
+    return np.asarray(rgb)
+
+
+def _is_coloured(image: Image.Image) -> bool:
+    """Whether the channels of an RGB image differ by more than JPEG noise; by bands of rows, for the memory."""
+    for top in range(0, image.height, 512):
+        red, green, blue = image.crop((0, top, image.width, min(top + 512, image.height))).split()
+        lightest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+        darkest = ImageChops.darker(ImageChops.darker(red, green), blue)
+        if any(ImageChops.subtract(lightest, darkest).histogram()[65:]):
+            return True
+    return False
 
 
 class PdlmImageProcessorKwargs(ImagesKwargs, total=False):
@@ -286,7 +377,7 @@ class PdlmImageProcessorPil(PilBackend):
 def _read(image: Any, name: str, settings: dict[str, Any]) -> Image.Image:
     """An image as RGB; of which mode it may be, and where the channels of an array are, as the settings say."""
     if isinstance(image, torch.Tensor):
-        image = _as_array(image)
+        image = as_array(image, name, ImageError)
     if isinstance(image, np.ndarray) and image.ndim == 3 and settings["input_data_format"] == "channels_first":
         image = image.transpose(1, 2, 0)
     mode = image.shape[-1] if isinstance(image, np.ndarray) else getattr(image, "mode", None)

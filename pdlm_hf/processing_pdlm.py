@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 from .batching_pdlm import as_kind, as_lists, images_of_each, list_of_masks, pad_rows, padded_length
 from .captions_pdlm import CaptionReaderMixin, RegionCaption
 from .configuration_pdlm import HUB_ARGUMENTS
-from .errors_pdlm import ImageError, RegionError, SettingError
+from .errors_pdlm import ImageError, RegionError, SettingError, reading
 from .image_processing_pdlm import PdlmImageProcessorKwargs, PdlmImageProcessorPil, to_binary_mask, to_rgb
 from .prompts_pdlm import (
     CHAT_TEMPLATE,
@@ -30,6 +30,7 @@ from .prompts_pdlm import (
     HEADER,
     IMAGE,
     REGION,
+    bounded_rendering,
     question_of,
     repeat_image_tokens,
 )
@@ -79,6 +80,12 @@ class PdlmProcessor(CaptionReaderMixin, ProcessorMixin):
     def __init__(
         self, image_processor, tokenizer, tokens_per_tile: int = 256, tokens_per_region: int = 16, chat_template=None
     ):
+        for name, count, least in (
+            ("tokens_per_tile", tokens_per_tile, 1),
+            ("tokens_per_region", tokens_per_region, 0),
+        ):
+            if not isinstance(count, int) or not least <= count <= 2**16:
+                raise SettingError(f"`{name}` must be a number of tokens, {least} or more, got {count!r:.60}.")
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.tokens_per_tile = tokens_per_tile
         self.tokens_per_region = tokens_per_region
@@ -94,11 +101,13 @@ class PdlmProcessor(CaptionReaderMixin, ProcessorMixin):
         config_file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **source)
         upstream = {}
         if config_file:
-            with open(config_file, encoding="utf-8") as file:
+            with reading(path, "config.json"), open(config_file, encoding="utf-8") as file:
                 upstream = json.load(file)
         if "language_model_config" not in upstream:  # not through AutoImageProcessor, which may ask for torchvision
             visual = {k: v for k, v in kwargs.items() if k != "use_fast"}  # here it is meant for the tokenizer
-            return [PdlmImageProcessorPil.from_pretrained(path, **visual), cls._load_tokenizer(path, **kwargs)]
+            with reading(path, "processor_config.json or preprocessor_config.json"):
+                image_processor = PdlmImageProcessorPil.from_pretrained(path, **visual)
+            return [image_processor, cls._load_tokenizer(path, **kwargs)]
         config = AutoConfig.from_pretrained(path, **source)
         size = config.vision_config.image_size
         image_processor = PdlmImageProcessorPil(
@@ -114,7 +123,19 @@ class PdlmProcessor(CaptionReaderMixin, ProcessorMixin):
 
     @classmethod
     def _load_tokenizer(cls, path, **kwargs):
-        return AutoTokenizer.from_pretrained(path, **{k: v for k, v in kwargs.items() if not k.startswith("_")})
+        with reading(path, "tokenizer.json or tokenizer_config.json"):
+            return AutoTokenizer.from_pretrained(path, **{k: v for k, v in kwargs.items() if not k.startswith("_")})
+
+    def apply_chat_template(  # type: ignore[override]  # the other arguments are transformers' own
+        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As of every processor; see [`~prompts_pdlm.bounded_rendering`] for a template of another hand.
+
+        Raises:
+            SettingError: the template takes too long.
+        """
+        with bounded_rendering(chat_template or self.chat_template):
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:

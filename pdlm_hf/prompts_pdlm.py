@@ -1,5 +1,11 @@
 """The text of a prompt: special tokens, the chat template, and what stands in for images and regions."""
 
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from .errors_pdlm import SettingError
@@ -43,6 +49,60 @@ CHAT_TEMPLATE = """\
 {{- '<|start_header_id|>assistant<|end_header_id|>\\n' -}}
 {%- endif -%}
 """
+
+
+RENDERING_SECONDS = 5.0
+RENDERED_LENGTH = 1_000_000  # characters of a text that a template makes
+_TOO_LARGE = re.compile(r"\*|\d{7}")
+
+
+@contextmanager
+def bounded_rendering(template: Any) -> Iterator[None]:
+    """Bound the work of a chat template, which is a program that a checkpoint brings along.
+
+    transformers renders it without access to the machine, and without limits. Here every line of it is followed by a
+    look at the clock and at the lengths of its texts. A single line cannot be interrupted, so that multiplication and
+    large numbers are refused; a filter that is written to exhaust the memory is not recognised. Our own template,
+    which only loops over the conversation, is rendered as it is. While another one is rendered, a debugger of the same
+    thread is paused.
+
+    Raises:
+        SettingError: the template takes longer than `RENDERING_SECONDS`, makes a text longer than `RENDERED_LENGTH`,
+            calls itself without end, or has an expression with a multiplication or a number of seven digits.
+    """
+    if template in (None, CHAT_TEMPLATE):
+        yield
+        return
+    for part in re.findall(r"\{[{%].*?[}%]\}", str(template), re.DOTALL):
+        if _TOO_LARGE.search(part):
+            raise SettingError(f"The chat template may not multiply or hold large numbers: {part:.60}")
+    end = time.monotonic() + RENDERING_SECONDS
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename != "<template>":
+            return None
+        if time.monotonic() > end or any(map(_is_long, frame.f_locals.values())):
+            raise SettingError(
+                f"The chat template was stopped: it takes more than {RENDERING_SECONDS:.0f} seconds, or makes a text "
+                f"of more than {RENDERED_LENGTH} characters."
+            )
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    except RecursionError:
+        raise SettingError("The chat template calls itself without end.") from None
+    finally:
+        sys.settrace(before)
+
+
+def _is_long(value: Any) -> bool:
+    """Whether a variable of a template, or an attribute of its `namespace`, is a long text."""
+    if type(value).__name__.endswith("Namespace"):
+        return any(map(_is_long, value._Namespace__attrs.values()))
+    return isinstance(value, str) and len(value) > RENDERED_LENGTH
 
 
 def repeat_image_tokens(prompt: str, tiles: list[int], tokens_per_tile: int) -> tuple[str, list[dict[str, Any]]]:

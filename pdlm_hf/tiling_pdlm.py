@@ -114,7 +114,7 @@ def region_patches(
     Returns:
         `np.ndarray` of shape `(num_tiles, tile_size // patch_size, tile_size // patch_size)`, bool.
     """
-    carrier = Image.fromarray(np.where(mask, prompt_id, OUTSIDE).astype(np.uint8))
+    carrier = Image.fromarray(np.where(mask, np.uint8(prompt_id), np.uint8(OUTSIDE)))
     active = tile(carrier, grid, tile_size)[:, ::patch_size, ::patch_size] != OUTSIDE
     if not active.any():
         side = tile_size // patch_size

@@ -64,17 +64,31 @@ def add_adapter(model, processor, adapter: Adapter) -> PeftModel:
     """
     if adapter.new_words:
         processor.tokenizer.add_tokens(adapter.new_words)
-        rows = model.get_input_embeddings().weight.shape[0]
-        if len(processor.tokenizer) > rows:
-            raise SettingError(
-                f"`adapter.new_words`: {len(adapter.new_words)} are too many: with them the tokenizer has "
-                f"{len(processor.tokenizer)} tokens, but the embedding has {rows} rows."
-            )
+        _check_rows(adapter, len(processor.tokenizer), model.get_input_embeddings().weight.shape[0])
     wrapped = get_peft_model(model, lora_config(adapter, bool(model.config.num_region_prompts)))
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped
+
+
+def check_new_words(base: str | Path, processor, adapter: Adapter) -> None:
+    """Whether the new words of an adapter fit into the embedding of its base, without changing anything.
+
+    Raises:
+        SettingError: there are more new words than free rows in the embedding.
+    """
+    known = processor.tokenizer.get_vocab()
+    tokens = len(processor.tokenizer) + len({word for word in adapter.new_words if word not in known})
+    _check_rows(adapter, tokens, AutoConfig.from_pretrained(base).text_config.vocab_size)
+
+
+def _check_rows(adapter: Adapter, tokens: int, rows: int) -> None:
+    if adapter.new_words and tokens > rows:
+        raise SettingError(
+            f"`adapter.new_words`: {len(adapter.new_words)} are too many: with them the tokenizer has {tokens} "
+            f"tokens, but the embedding has {rows} rows."
+        )
 
 
 # ---------------------------------------------------------------- the base

@@ -64,7 +64,9 @@ def caption(
     server: Server,
     server_model: ServerModel,
     images: Images = None,
-    server_style: Annotated[str, typer.Option(help="crops (any model) or regions (our own server).")] = "crops",
+    server_style: Annotated[
+        str, typer.Option(help="crops (any model), or regions (a server with the region route).")
+    ] = "crops",
     prompt: Annotated[str | None, typer.Option(help="Question; default: one for the style.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Also caption regions that have a caption.")] = False,
     max_tokens: MaxTokens = 512,

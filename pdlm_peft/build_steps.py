@@ -23,7 +23,7 @@ CHECK_PROMPT = (
     "knowing the category:\n\n{caption}\n\nIs the described thing one of this category, or a kind, a part or a group "
     "of it? Answer with yes or no only."
 )
-_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
+_THOUGHTS = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
 
 
 def mask_of(task: Task, image: Image.Image) -> np.ndarray:
@@ -105,7 +105,7 @@ def caption_step(server: ChatClient, prompt: str, style: str = "crops", replace:
         if style == "regions":
             try:
                 (text,) = json.loads(text)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 return Verdict(error=f"the reply is not a list of one caption: {text[:80]!r}")
         caption = _THOUGHTS.sub("", str(text)).strip()
         if not caption:

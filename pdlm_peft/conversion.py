@@ -2,26 +2,30 @@
 
 import base64
 import csv
+import hashlib
 import json
 import os
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.regions.coco import CocoIndex
-from pdlm_hf.regions.files import load_json
+from pdlm_hf.regions.files import load_json, replacing, without_collection
 
-from .rows import WHOLE, Fault, RowError, check_row, sound_row
+from .rows import WHOLE, Fault, RowError, check_row, is_rle, sound_row
 from .sources import Source, find_source, raw_rows
 
 FORMS = ("coco-instances", "coco-panoptic", "dam", "gar", "reference")
 
 # Gives the caption of a region for the id of its image, its own id and the name of its category; None: no caption.
 Captions = Callable[[Any, Any, str | None], str | None]
+# A row, and where it is in the source: in messages, before the fault.
+PlacedRow = tuple[str, dict[str, Any]]
 _PROMPT = re.compile(r"<Prompt\d+>")
 
 
@@ -68,43 +72,56 @@ def convert(
         found = find_source(source, images)
         rows, folder = gar_rows(found, counts) if form == "gar" else reference_rows(found), found.own_folder
     start = None if images is not None else folder
-    write_rows(out, count_rows((relocated(row, start, out.parent) for row in rows), counts))
+    with writing(out) as file, without_collection():
+        for row in count_rows(rows, counts, source):
+            write_row(file, relocated(row, start, out.parent))
     return counts
 
 
-def count_rows(rows: Iterable[dict], counts: Counter) -> Iterator[dict]:
+def count_rows(rows: Iterable[PlacedRow], counts: Counter, source: str | Path) -> Iterator[dict]:
     """Check and count rows, and leave out those without regions.
 
+    Args:
+        rows: place in the source and row; a row about one image.
+        counts (`Counter`): changed in place.
+        source (`str` or `Path`): for messages.
+
     Raises:
-        RowError: a row has a fault.
+        DataError: a row has a fault; the message names its place in the source, and its region by its own id.
     """
-    for number, row in enumerate(rows, 1):
+    for place, row in rows:
         if not row["regions"]:
             counts["rows without regions"] += 1
             continue
-        for fault in check_row(row, number):
-            raise RowError(fault)
+        for fault in check_row(row, 0):
+            raise DataError(f"{source}: {_place_of(fault, place, row)}: got {fault.got}, expected {fault.expected}.")
         counts["rows"] += 1
         counts["regions"] += len(row["regions"])
         yield row
 
 
-def write_rows(out: Path, rows: Iterable[dict]) -> None:
-    """Write a JSONL file in one piece: if writing fails, an earlier file is unchanged.
+def _place_of(fault: Fault, place: str, row: dict) -> str:
+    """Where a fault is in the source: regions of a row are named by their ids, since many may have been left out."""
+    found = re.match(r"regions\[(\d+)\]\.?(.*)", fault.field)
+    if found is None:
+        return f"{place}: {fault.field}"
+    return ": ".join([place, f"region {row['regions'][int(found[1])].get('id')!r}", *[found[2]] * bool(found[2])])
+
+
+def writing(out: Path):
+    """Open a JSONL file in one piece: if writing fails, an earlier file is unchanged.
 
     Raises:
         SettingError: the folder does not exist.
     """
     if not out.parent.is_dir():
         raise SettingError(f"{out}: there is no folder {out.parent}.")
-    part = out.with_name(f"{out.name}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    return replacing(out)
+
+
+def write_row(file: TextIO, row: dict) -> None:
+    """Write a line of JSONL."""
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def relocated(row: dict, start: Path | None, folder: Path) -> dict:
@@ -186,46 +203,70 @@ def _png_folder(source: str | Path, masks: Path | None) -> Path:
 
 def coco_rows(
     path: Path, captions: Captions, counts: Counter, crowds: bool = False, png_folder: Path | None = None
-) -> Iterator[dict]:
+) -> Iterator[PlacedRow]:
     """Yield a row for each image of a COCO instances file or, with a folder of PNG files, of a panoptic file."""
     index = CocoIndex.read(path, needed=("id",) if png_folder is None else ())
     index.check()
     for image_id, own in index.annotations.items():
+        if not own:
+            continue
+        image = index.images[image_id]
+        place = f"images[{index.positions[image_id]}] (id {image_id!r}, {image['file_name']})"
         regions = []
-        for segment in own if png_folder is None else _panoptic_segments(path, own, png_folder, counts):
-            category = index.categories.get(segment.get("category_id"))
-            caption = captions(image_id, segment["id"], category)
+        for segment in own if png_folder is None else _panoptic_segments(path, place, own, png_folder, counts):
+            category = _category_of(segment, index)
+            caption = captions(image_id, segment.get("id"), category)
+            shape = {key: segment[key] for key in ("segmentation", "bbox") if segment.get(key)}
             if segment.get("iscrowd") and not crowds:
                 counts["crowd regions"] += 1
+            elif not shape:
+                counts["regions without a shape"] += 1
             elif caption is None:
                 counts["regions without a caption"] += 1
             else:
-                shape = {key: segment[key] for key in ("segmentation", "bbox") if segment.get(key)}
                 extra = {} if category is None else {"category": category}
-                regions.append({"id": segment["id"], **shape, "caption": caption, **extra})
-        if own:
-            image = index.images[image_id]
-            size = {key: image[key] for key in ("width", "height") if key in image}
-            yield {"image": image["file_name"], "regions": regions, **size}
+                regions.append({"id": segment.get("id"), **shape, "caption": caption, **extra})
+        yield place, {"image": image["file_name"], "regions": regions} | sizes_of(image)
 
 
-def _panoptic_segments(path: Path, annotations: list[dict], folder: Path, counts: Counter) -> Iterator[dict]:
+def sizes_of(image: dict) -> dict[str, Any]:
+    """Width and height of COCO's entry of an image, if it has them."""
+    return {key: image[key] for key in ("width", "height") if key in image}
+
+
+def _category_of(segment: dict, index: CocoIndex) -> str | None:
+    """The name of an annotation's category; None if the file has none."""
+    identifier = segment.get("category_id")
+    name = index.categories.get(identifier) if isinstance(identifier, (int, str)) else None
+    return name if isinstance(name, str) else None
+
+
+def _panoptic_segments(
+    path: Path, place: str, annotations: list[dict], folder: Path, counts: Counter
+) -> Iterator[dict]:
     """Yield the segments of an image with their RLE instead of their box."""
     from pdlm_hf.regions.readers import from_panoptic
 
     for annotation in annotations:
         name, segments = annotation.get("file_name"), annotation.get("segments_info")
-        if not isinstance(name, str) or not isinstance(segments, list):
-            raise DataError(f"{path}: is no COCO panoptic file: an annotation lacks `file_name` or `segments_info`.")
+        if not isinstance(name, str) or not isinstance(segments, list) or not all(map(_is_segment, segments)):
+            raise DataError(
+                f"{path}: {place}: its annotation is none of COCO panoptic, which has `file_name` and "
+                "`segments_info`, a list of objects with an `id`."
+            )
         found = from_panoptic(folder / Path(name).name, segments)
         counts["segments without a pixel"] += len(segments) - len(found)
         yield from ({**segment, "bbox": None} for segment in found)
 
 
+def _is_segment(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("id"), int)
+
+
 # ---------------------------------------------------------------------------------------------------- others
 
 
-def dam_rows(path: Path, images: Path | None) -> Iterator[dict]:
+def dam_rows(path: Path, images: Path | None) -> Iterator[PlacedRow]:
     """Read an `annotations.json` of the Describe Anything data set, one row per image.
 
     The file is `{img_id: [{"ann_id", "image", "mask_rle", "caption", ...}]}`. Its images are in the tar files beside
@@ -236,13 +277,15 @@ def dam_rows(path: Path, images: Path | None) -> Iterator[dict]:
     if not all(isinstance(regions, list) for regions in data.values()):
         raise DataError(f"{path}: expected {{img_id: [regions]}}, an annotations.json of describe-anything-dataset.")
     for image_id, own in data.items():
-        try:
-            regions = [
-                {"id": r["ann_id"], "segmentation": _text_rle(r["mask_rle"]), "caption": r["caption"]} for r in own
-            ]
-            yield {"image": _find_image(own[0]["image"], images) if own else image_id, "regions": regions}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: {image_id}: expected ann_id, image, mask_rle, caption ({error!r}).") from None
+        regions = []
+        for k, region in enumerate(own):
+            sound = isinstance(region, dict) and {"ann_id", "caption"} <= region.keys()
+            shape = _text_rle(region.get("mask_rle")) if sound and isinstance(region.get("image"), str) else None
+            if shape is None:
+                expected = "an object with ann_id, image, mask_rle (`size` and `counts`) and caption"
+                raise DataError(f"{path}: {image_id}[{k}]: got {region!r:.80}, expected {expected}.")
+            regions.append({"id": region["ann_id"], "segmentation": shape, "caption": region["caption"]})
+        yield image_id, {"image": _find_image(own[0]["image"], images) if own else image_id, "regions": regions}
 
 
 def _find_image(name: str, images: Path | None) -> str:
@@ -254,7 +297,7 @@ def _find_image(name: str, images: Path | None) -> str:
     return name
 
 
-def gar_rows(source: Source, counts: Counter) -> Iterator[dict]:
+def gar_rows(source: Source, counts: Counter) -> Iterator[PlacedRow]:
     """Read rows of the Grasp Any Region data set.
 
     They are `{"image", "mask_rle", "conversations"}`; the k-th answer describes the k-th mask, and a row without masks
@@ -273,27 +316,33 @@ def gar_rows(source: Source, counts: Counter) -> Iterator[dict]:
             continue
         captions = [turn.get("value") for turn in turns if turn.get("from") == "gpt"]
         masks = raw.get("mask_rle")
-        masks = [None] * len(captions) if not masks else [masks] if isinstance(masks, dict) else masks
+        masks = [None] * len(captions) if masks in (None, []) else masks if isinstance(masks, list) else [masks]
         if len(masks) != len(captions):
             got = f"{len(masks)} masks and {len(captions)} answers"
             raise RowError(Fault(number, "mask_rle", "wrong length", got, "one answer for each mask"))
-        shapes = [{"bbox": WHOLE} if mask is None else {"segmentation": _text_rle(mask)} for mask in masks]
-        pairs = enumerate(zip(shapes, captions, strict=True))
-        yield {
-            "image": raw.get("image"),
-            "regions": [{"id": k, **shape, "caption": text} for k, (shape, text) in pairs],
-        }
+        regions = []
+        for k, (mask, text) in enumerate(zip(masks, captions, strict=True)):
+            shape = {"bbox": WHOLE} if mask is None else {"segmentation": _text_rle(mask)}
+            if None in shape.values():
+                expected = "an RLE with `size` and `counts`, or null for the whole image"
+                raise RowError(Fault(number, f"mask_rle[{k}]", "broken RLE", f"{mask!r:.60}", expected))
+            regions.append({"id": k, **shape, "caption": text})
+        yield f"row {number}", {"image": raw.get("image"), "regions": regions}
 
 
-def reference_rows(source: Source) -> Iterator[dict]:
+def reference_rows(source: Source) -> Iterator[PlacedRow]:
     """Read rows of the reference's training json, or of any source that [`~data.RegionDataset`] reads."""
     for number, raw in raw_rows(source):
-        yield sound_row(raw, number)
+        yield f"row {number}", sound_row(raw, number)
 
 
-def _text_rle(rle: dict) -> dict:
+def _text_rle(rle: Any) -> dict[str, Any] | None:
+    """An RLE with its counts as text; None if it is none."""
+    if not is_rle(rle):
+        return None
     counts = rle["counts"]
-    return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
+    # the counts of compressed RLE are ASCII; other bytes become a fault when the mask is decoded
+    return {"size": list(rle["size"]), "counts": counts.decode("latin-1") if isinstance(counts, bytes) else counts}
 
 
 def _read_json(path: Path) -> dict:
@@ -309,7 +358,8 @@ def _read_json(path: Path) -> dict:
 def split(
     source: str | Path, train: Path, held_out: Path, share: float = 0.05, seed: int = 0, images: Path | None = None
 ) -> tuple[Counter, Counter]:
-    """Split region data into two files without a common image. The rows are read twice.
+    """Split region data into two files without a common image. The rows are read twice; only a key of each image is
+    kept.
 
     Args:
         source (`str` or `Path`): any data that [`~data.RegionDataset`] reads.
@@ -333,26 +383,40 @@ def split(
     for out in (train, held_out):
         if found.path is not None and found.path.resolve() == out.resolve():
             raise SettingError(f"{out}: the split would read the file that it writes; choose another file.")
-    counts: tuple[Counter, Counter] = (Counter(), Counter())
-    keys = sorted({_image_key(row, found.folder) for row in reference_rows(found)})
-    if len(keys) < 2:
-        raise DataError(f"{source}: has {len(keys)} images; a split needs at least two.")
-    random.Random(seed).shuffle(keys)
-    number = min(max(1, round(share * len(keys))), len(keys) - 1)
-    chosen = set(keys[:number])
-    for out, count, wanted in ((train, counts[0], False), (held_out, counts[1], True)):
-        rows = reference_rows(found)
-        own = (row for row in rows if (_image_key(row, found.folder) in chosen) == wanted)
-        write_rows(out, count_rows((relocated(row, found.own_folder, out.parent) for row in own), count))
-        count["images"] = number if wanted else len(keys) - number
+    counts: tuple[Counter[str], Counter[str]] = Counter(), Counter()
+    with without_collection():
+        keys = sorted({_image_key(row, found.folder) for _, row in reference_rows(found)})
+        if len(keys) < 2:
+            raise DataError(f"{source}: has {len(keys)} images; a split needs at least two.")
+        random.Random(seed).shuffle(keys)
+        number = min(max(1, round(share * len(keys))), len(keys) - 1)
+        chosen = set(keys[:number])
+        with ExitStack() as stack:
+            files = [stack.enter_context(writing(out)) for out in (train, held_out)]
+            for _, row in reference_rows(found):
+                side = _image_key(row, found.folder) in chosen
+                write_row(files[side], relocated(row, found.own_folder, (train, held_out)[side].parent))
+                counts[side]["rows"] += 1
+                counts[side]["regions"] += len(row["regions"])
+    counts[0]["images"], counts[1]["images"] = len(keys) - number, number
     return counts
 
 
 def _image_key(row: dict, folder: Path | None) -> str:
-    """A key of the image that does not depend on how its path is written."""
+    """A short key of the image that does not depend on how its path is written; of an encoded image its hash."""
     image = row["image"]
     if isinstance(image, dict):
-        image = image.get("path") if image.get("bytes") is None else base64.b64encode(image["bytes"]).decode()
-    if image.startswith("data:") or folder is None:
-        return image.removeprefix("data:base64,")
+        if image.get("bytes") is not None:
+            return _hash(base64.b64encode(image["bytes"]).decode())
+        image = image["path"]
+    if image.startswith("data:"):
+        return _hash(image.partition("base64,")[2] or image)
+    if folder is None:
+        return image
+    if ".." not in image and not os.path.isabs(image):  # a tenth of the time of the general way
+        return os.path.normpath(image)
     return os.path.relpath(folder / image, folder)
+
+
+def _hash(text: str) -> str:
+    return f"data:{hashlib.blake2b(text.encode(errors='replace'), digest_size=16).hexdigest()}"

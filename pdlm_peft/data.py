@@ -7,10 +7,11 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
+from pdlm_hf.batch.dataset import image_size
 from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.region import parse_region
 
-from .rows import Fault, RowError, open_row_image, row_size, size_fault, sound_row
+from .rows import Fault, RowError, is_image, is_text, open_row_image, row_size, size_fault, sound_row
 from .sources import Source, find_source, open_table, parse_line, raw_rows
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -89,6 +90,17 @@ class ChatDataset(_RowDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, raw = self._rows[index]
         return decode_chat(number, raw, self.source.folder)
+
+    def conversations(self) -> Iterator[tuple[list[tuple[int, int]], list[dict[str, Any]]]]:
+        """Widths and heights of the images, and the messages, of every row; images are not decoded.
+
+        Raises:
+            DataError: a row has a fault.
+        """
+        for index in range(len(self)):
+            number, raw = self._rows[index]
+            paths, messages = chat_messages(number, raw)
+            yield [_size_of(path, number, self.source.folder) for path in paths], messages
 
 
 def stream_rows(source: str | Path, images: str | Path | None = None) -> Iterator[dict[str, Any]]:
@@ -175,13 +187,17 @@ def chat_messages(number: int, raw: Any) -> tuple[list[Any], list[dict[str, Any]
         raise fail(name, turns, "a list of turns")
     paths = raw.get("images") or raw.get("image") or []
     paths = paths if isinstance(paths, list) else [paths]
+    for k, path in enumerate(paths):
+        if not is_image(path):
+            raise fail(f"{'images' if raw.get('images') else 'image'}[{k}]", path, "the path of an image")
     messages = []
     for k, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get(role) not in ROLES:
+        if not isinstance(turn, dict) or not isinstance(turn.get(role), str) or turn[role] not in ROLES:
             raise fail(f"{name}[{k}]", turn, f"`{role}`, one of {', '.join(ROLES)}, and `{text}`")
         content = _content(turn.get(text), ROLES[turn[role]])
         if content is None:
-            raise fail(f"{name}[{k}].{text}", turn.get(text), "a text")
+            expected = "a text of whole characters, or a list of parts with `type`"
+            raise fail(f"{name}[{k}].{text}", turn.get(text), expected)
         messages.append({"role": ROLES[turn[role]], "content": content})
     if messages[-1]["role"] != "assistant":
         raise fail(name, messages[-1]["role"], "an answer as the last turn")
@@ -198,25 +214,47 @@ def chat_messages(number: int, raw: Any) -> tuple[list[Any], list[dict[str, Any]
 
 def _content(value: Any, role: str) -> Any:
     """Content of a message: a text for assistant and system, a list of parts for the user; None if it has a fault."""
-    if isinstance(value, str) and role != "user":
-        return value.strip() or None
-    if isinstance(value, str):
-        parts: list[dict] = []
+    parts: list[dict[str, str] | None]
+    if isinstance(value, list):
+        parts = [_part(part) for part in value]
+    elif is_text(value) and role == "user":
+        parts = []
         for k, piece in enumerate(value.split(IMAGE)):
             parts += [{"type": "image"}] * (k > 0)
             parts += [{"type": "text", "text": piece.strip()}] * bool(piece.strip())
-        return parts or None
-    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+    else:
+        parts = [_part(value)]
+    sound = [part for part in parts if part is not None]
+    if len(sound) < len(parts):
         return None
-    if role != "user":
-        return "".join(part.get("text") or "" for part in value).strip() or None
-    kept = [{"type": "image"} if part.get("type") == "image" else part for part in value]
-    sound = all(part == {"type": "image"} or isinstance(part.get("text"), str) for part in kept)
-    return kept if sound and kept else None
+    if role == "user":
+        return sound or None
+    return "".join(part.get("text", "") for part in sound).strip() or None
+
+
+def _part(value: Any) -> dict[str, str] | None:
+    """A part of a message, text or image; None if it has a fault."""
+    text = value.get("text") if isinstance(value, dict) else value
+    if isinstance(value, dict) and value.get("type") == "image":
+        return {"type": "image"}
+    # a part without `type` is a text, if it has one
+    is_part = not isinstance(value, dict) or value.get("type", "text") == "text"
+    return {"type": "text", "text": str(text)} if is_part and is_text(text) else None
 
 
 def _parts(message: dict) -> list[dict]:
     return message["content"] if isinstance(message["content"], list) else []
+
+
+def _size_of(image: Any, number: int, folder: Path | None) -> tuple[int, int]:
+    """Width and height of an image, of a file from its header."""
+    if isinstance(image, str) and not image.startswith("data:"):
+        try:
+            return image_size(Path(folder or "", image))
+        except ValueError as error:
+            fault = Fault(number, "image", "image", str(error).rstrip("."), "an image that can be decoded")
+            raise RowError(fault) from None
+    return _open({"image": image}, number, folder).size
 
 
 def _open(row: dict, number: int, folder: Path | None) -> Image.Image:

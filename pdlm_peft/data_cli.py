@@ -23,7 +23,10 @@ def validate(
     max_caption_tokens: Annotated[int, typer.Option(help="A longer caption or answer is a fault; 0: no limit.")] = 512,
     max_regions: Annotated[int | None, typer.Option(help="More regions in a row are a fault.")] = None,
     open_images: Annotated[
-        bool, typer.Option("--open-images/--no-images", help="Decode every image, or trust the sizes in the file.")
+        bool,
+        typer.Option(
+            "--open-images/--no-images", help="Decode every image; without, the sizes in the file are trusted."
+        ),
     ] = True,
     max_faults: Annotated[int, typer.Option(help="Number of faults to print; 0: all. All are counted.")] = SHOWN,
     draw: Annotated[Path | None, typer.Option(help="Draw the first sound rows into a .png file or a folder.")] = None,

@@ -5,8 +5,8 @@ Activations are computed from the sizes; the tests compare them with the tensors
 """
 
 import os
+import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoProcessor
@@ -16,12 +16,26 @@ from pdlm_hf.errors_pdlm import CheckpointError, SettingError
 from pdlm_hf.tiling_pdlm import num_tiles
 
 from .adapters import lora_config
-from .plan import RowSize, measure_run
+from .plan import PROMPT_TOKENS, RowSize, measure_run
 from .recipe import Recipe
 
 SHAPES = {"8b": PdlmConfig, "8b_base": PdlmBaseConfig}  # the defaults are the sizes of the paper's model
 GB = 1e9
-TRAINED, ADAM, GRADIENT = 4, 8, 4  # bytes per trained parameter: float32 weight, two moments, gradient
+TRAINED, GRADIENT = 4, 4  # bytes per trained parameter: float32 weight, gradient
+# What `training.optim` keeps per trained parameter, in bytes; the first pattern in its name counts. Low-rank methods
+# (GaLore, APOLLO) keep less than this.
+OPTIMIZERS = (
+    (r"lomo|adafactor", 0.1),  # none, or a row and a column of each matrix
+    (r"ademamix.*8bit", 3),
+    (r"ademamix", 12),
+    (r"(lion|rmsprop).*8bit", 1),
+    (r"lion|rmsprop|adagrad|schedule_free_sgd", 4),
+    (r"8bit", 2),
+    (r"4bit", 1),
+    (r"sgd", 0),  # with momentum 4
+    (r"grokadamw", 12),
+    (r"", 8),  # the two moments of Adam
+)
 FOUR_BIT = 0.5 + 0.016  # bytes per parameter: NF4 with doubly quantized scales
 OVERHEAD = 1.5 * GB  # CUDA context, workspaces of kernels, fragmentation
 # Values that one layer keeps per token for the backward pass: this many times its hidden size, and this many times
@@ -40,6 +54,7 @@ class Estimate:
         steps (`int`, *optional*): optimizer steps; None if they are not known without the data.
         rows (`int`): rows per optimizer step on one device.
         tokens (`int`): tokens of the longest row.
+        left_out (`int`): rows that are longer than `data.max_length`.
         flops (`float`): floating point operations of one optimizer step on one device.
         advice (`list[str]`): settings that would reduce the memory.
     """
@@ -51,6 +66,7 @@ class Estimate:
     rows: int
     tokens: int
     flops: float
+    left_out: int = 0
     advice: list[str] = field(default_factory=list)
 
     @property
@@ -79,6 +95,14 @@ def load_config(recipe: Recipe) -> PdlmConfig:
         ) from error
 
 
+def check_kind(recipe: Recipe, config: PdlmConfig) -> None:
+    """Raises: SettingError for region data with a checkpoint without region prompts."""
+    if recipe.data.kind != "chat" and not config.num_region_prompts:
+        raise SettingError(
+            f"{recipe.model} is a base (chat) checkpoint without region prompts; set `data.kind: chat`."
+        )
+
+
 def meta_model(recipe: Recipe, config: PdlmConfig):
     """The recipe's model on the "meta" device, with its adapter or its frozen parts."""
     from peft import get_peft_model
@@ -93,17 +117,21 @@ def meta_model(recipe: Recipe, config: PdlmConfig):
     return model
 
 
-def largest_row(config: PdlmConfig, num_slots: int = 48) -> RowSize:
+def largest_row(config: PdlmConfig, num_slots: int = 48, max_length: int | None = None) -> RowSize:
     """Size of a row with as many tiles and regions as the model takes, for estimates without the data.
 
     Args:
         config ([`PdlmConfig`])
         num_slots (`int`): token positions per caption.
+        max_length (`int`, *optional*): tokens of a conversation at most, which then are assumed.
     """
     tiles = num_tiles(config.max_tiles, 1)
     regions = config.num_region_prompts
     answer = max(regions, 4) * num_slots
-    tokens = 40 + tiles * config.feature_grid**2 + regions * (config.num_roi_tokens + 2) + answer
+    prompt = PROMPT_TOKENS + tiles * config.feature_grid**2 + regions * (config.num_roi_tokens + 2)
+    if max_length is not None:
+        return RowSize(tiles, max_length, max(1, max_length - prompt))
+    tokens = prompt + answer
     return RowSize(tiles, tokens, answer)
 
 
@@ -136,26 +164,36 @@ def activations(config: PdlmConfig, row: RowSize, rows: int, width: int, checkpo
 
 
 def estimate_recipe(recipe: Recipe, dry_run: bool = False) -> Estimate:
-    """Estimate a recipe, with the steps and row lengths of its data if that is a file of regions.
+    """Estimate a recipe, with the steps and row lengths of its data if that is a file.
 
     Args:
         recipe ([`~recipe.Recipe`]): model, data and training settings.
-        dry_run (`bool`): the data file may be missing, and `model` may be one of [`SHAPES`].
+        dry_run (`bool`): `model` may be one of [`SHAPES`]; its data is not read.
 
     Raises:
-        SettingError: `model` is one of [`SHAPES`], or the data file is missing, and it is no dry run.
+        SettingError: `model` is one of [`SHAPES`], and it is no dry run, or it does not fit `data.kind`.
         CheckpointError: there is no such model.
         DataError: the data cannot be used.
     """
     if recipe.model in SHAPES and not dry_run:
         raise SettingError(f"`model: {recipe.model}` is a shape for --dry-run; give a folder or hub id, model=DIR.")
     config, data, steps = load_config(recipe), recipe.data, recipe.training.get("max_steps", -1)
-    is_there = data.train is not None and (data.train.startswith("hf:") or Path(data.train).exists())
-    if recipe.model in SHAPES or data.kind != "regions" or data.streaming or dry_run and not is_there:
+    check_kind(recipe, config)
+    if recipe.model in SHAPES or data.kind == "drawn" or data.streaming:
         return estimate(recipe, config, steps=steps if steps > 0 else None)
     processes = int(os.environ.get("WORLD_SIZE", recipe.hardware.devices))
-    longest, mean_tokens, steps = measure_run(recipe, AutoProcessor.from_pretrained(recipe.base), processes)
-    return estimate(recipe, config, longest, steps, mean_tokens)
+    run = measure_run(recipe, AutoProcessor.from_pretrained(recipe.base), processes)
+    found = estimate(recipe, config, run.longest, run.steps, run.mean_tokens)
+    found.left_out = run.left_out
+    return found
+
+
+def optimizer_bytes(training: dict) -> float:
+    """Bytes that the optimizer of a recipe keeps for each trained parameter."""
+    name = str(training.get("optim", "adamw_torch"))
+    if name == "sgd" and "momentum" in str(training.get("optim_args", "")):
+        return 4
+    return next(size for pattern, size in OPTIMIZERS if re.search(pattern, name))
 
 
 def device_memory(recipe: Recipe, dry_run: bool = False) -> float | None:
@@ -182,7 +220,7 @@ def estimate(
         steps (`int`, *optional*): optimizer steps, if known.
         mean_tokens (`int`, *optional*): mean tokens per row, for the duration; default: those of `row`.
     """
-    row = row or largest_row(config)
+    row = row or largest_row(config, max_length=recipe.data.max_length)
     training, hardware = recipe.training, recipe.hardware
     batch = training.get("per_device_train_batch_size", 8)
     accumulation = training.get("gradient_accumulation_steps", 1)
@@ -205,7 +243,7 @@ def estimate(
     memory = {
         "weights": (frozen_bytes + trained * TRAINED) / shared,
         "gradients": trained * GRADIENT / spread,
-        "optimizer": trained * ADAM / spread,
+        "optimizer": trained * optimizer_bytes(training) / spread,
         "activations": activations(config, row, batch, 2 if bf16 else 4, checkpointing),
         "overhead": OVERHEAD,
     }
@@ -216,9 +254,8 @@ def estimate(
     vision = parameters.get("vision tower", 0) * row.tiles * config.patch_grid**2
     language = (sum(parameters.values()) - parameters.get("vision tower", 0)) * tokens
     flops = passes * batch * accumulation * (language + vision)
-    result = Estimate(parameters, trainable, memory, steps, batch * accumulation, row.tokens, flops)
-    result.advice = advice(recipe, batch, checkpointing)
-    return result
+    tips = advice(recipe, batch, checkpointing)
+    return Estimate(parameters, trainable, memory, steps, batch * accumulation, row.tokens, flops, advice=tips)
 
 
 def advice(recipe: Recipe, batch: int, checkpointing: bool) -> list[str]:

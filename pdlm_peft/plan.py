@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from pdlm_hf import PdlmProcessor
 from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.tiling_pdlm import num_tiles
-from pdlm_hf.training.collator import partition_regions
+from pdlm_hf.training.collator import PdlmCollator, partition_regions
 
 from .recipe import Data, Recipe
 
@@ -107,7 +107,8 @@ def _file_of(data: Data, name: Literal["train", "held_out"]) -> str:
 def sizes_of(dataset: Rows, data: Data) -> list[tuple[int, int, int, int]] | None:
     """Width, height, number of regions and of caption characters of every image.
 
-    None for conversations and for data sets with an order of their own: their rows are neither sorted nor split.
+    None for conversations, see [`chat_sizes`], and for data sets with an order of their own: their rows are neither
+    sorted nor split.
     """
     if getattr(dataset, "in_order", False) or data.kind == "chat":
         return None
@@ -115,6 +116,36 @@ def sizes_of(dataset: Rows, data: Data) -> list[tuple[int, int, int, int]] | Non
         return list(dataset.sizes())
     rows = (dataset[index] for index in range(len(dataset)))
     return [(*r["image"].size, len(r["regions"]), sum(len(x["caption"]) for x in r["regions"])) for r in rows]
+
+
+def chat_sizes(
+    dataset: Rows, processor: PdlmProcessor, num_slots: int | tuple[int, int] | None = None
+) -> Iterator[RowSize]:
+    """The size of every conversation, with its tokens counted.
+
+    Args:
+        dataset: [`~data.ChatDataset`], or rows for [`~pdlm_hf.training.PdlmCollator`].
+        processor (`PdlmProcessor`)
+        num_slots (`int` or pair, *optional*): token positions that the last answer takes at least.
+    """
+    collator, least = PdlmCollator(processor), max(num_slots) if isinstance(num_slots, tuple) else num_slots or 0
+    if hasattr(dataset, "conversations"):
+        rows = dataset.conversations()
+    else:
+        opened = (dataset[index] for index in range(len(dataset)))
+        rows = (([image.size for image in row.get("images", ())], row["messages"]) for row in opened)
+    for sizes, messages in rows:  # several images have one tile each
+        grids = [processor.image_processor.grid(*size) if len(sizes) == 1 else (1, 1) for size in sizes]
+        tiles = [num_tiles(*grid) for grid in grids]
+        ids, labels = collator.conversation(messages, tiles)
+        answer = sum(label != -100 for label in labels)
+        yield RowSize(sum(tiles), len(ids) + max(0, least - answer), max(least, answer))
+
+
+def _measured(dataset: Rows, data: Data, processor: PdlmProcessor) -> list | None:
+    """What [`sizes_of`] or [`chat_sizes`] finds."""
+    chat = data.kind == "chat" and not getattr(dataset, "in_order", False)
+    return list(chat_sizes(dataset, processor, data.num_slots)) if chat else sizes_of(dataset, data)
 
 
 def measure_row(size: tuple[int, int, int, int], processor: PdlmProcessor, num_slots: int | None = None) -> RowSize:
@@ -165,7 +196,7 @@ def plan(
     """
     if not len(dataset):
         raise DataError("The training data has no rows.")
-    sizes = sizes_of(dataset, data)
+    sizes = _measured(dataset, data, processor)
     order: list[Step] = []
     epoch, wanted = 0, steps * batch if steps > 0 else None
     while wanted is None or len(order) < wanted:
@@ -186,28 +217,35 @@ def num_steps(rows: int, batch: int, epochs: float) -> int:
     return max(1, math.ceil(epochs * rows / batch))
 
 
-def measure_run(recipe: Recipe, processor: PdlmProcessor, processes: int) -> tuple[RowSize, int, int]:
-    """Measure a run on a file of regions before the model is loaded.
+class Run(NamedTuple):
+    """What a run will read: its longest row, the mean tokens of a row, its optimizer steps, and rows left out."""
+
+    longest: RowSize
+    mean_tokens: int
+    steps: int
+    left_out: int
+
+
+def measure_run(recipe: Recipe, processor: PdlmProcessor, processes: int) -> Run:
+    """Measure a run on a file before the model is loaded.
 
     Args:
-        recipe ([`~recipe.Recipe`]): with `data.kind` "regions".
+        recipe ([`~recipe.Recipe`]): with `data.kind` "regions" or "chat".
         processor (`PdlmProcessor`), processes (`int`)
-
-    Returns:
-        the longest row, the mean number of tokens of a row, and the number of optimizer steps.
 
     Raises:
         SettingError: the recipe names no file, or it does not exist.
         DataError: a row cannot be used.
     """
     dataset, training = open_dataset(recipe.data), recipe.training
-    _, measured = _epoch(len(dataset), sizes_of(dataset, recipe.data), recipe.data, processor, 0)
+    _, measured = _epoch(len(dataset), _measured(dataset, recipe.data, processor), recipe.data, processor, 0)
     batch = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1) * processes
     steps = training.get("max_steps", -1)
     if steps < 1:
         steps = num_steps(len(measured), batch, training.get("num_train_epochs", 3.0))
     tokens = [size.tokens for size in measured]
-    return max(measured, key=lambda size: size.tokens), sum(tokens) // len(tokens), steps
+    left_out = len(dataset) - len(measured) if recipe.data.kind == "chat" else 0
+    return Run(max(measured, key=lambda size: size.tokens), sum(tokens) // len(tokens), steps, left_out)
 
 
 def _epoch(
@@ -216,6 +254,8 @@ def _epoch(
     """Rows of an epoch with their sizes, before they are shuffled. Raises: DataError if there are none."""
     if sizes is None:
         return [Step(index, None) for index in range(count)], [RowSize(0, 0, 0)] * count
+    if data.kind == "chat":
+        return _fitting(sizes, data.max_length)
     partition, slots = ("together", None) if held_out else (data.partition, data.num_slots)
     slots = max(slots) if isinstance(slots, tuple) else slots
     rows, measured = [], []
@@ -228,6 +268,15 @@ def _epoch(
     if not rows and not held_out:
         raise DataError("No image in the training data has a region.")
     return rows, measured
+
+
+def _fitting(sizes: list[RowSize], max_length: int | None) -> tuple[list[Step], list[RowSize]]:
+    """The conversations of at most so many tokens. Raises: DataError if there are none."""
+    kept = [index for index, size in enumerate(sizes) if max_length is None or size.tokens <= max_length]
+    if not kept:
+        shortest = min(size.tokens for size in sizes)
+        raise DataError(f"`data.max_length` is {max_length}, but the shortest conversation has {shortest} tokens.")
+    return [Step(index, None) for index in kept], [sizes[index] for index in kept]
 
 
 class TrainingRows(Dataset):
@@ -259,7 +308,7 @@ def with_seed(row: dict[str, Any], regions: list[int] | None, seed: int) -> dict
 
 def held_out_rows(dataset: Rows, data: Data, processor: PdlmProcessor) -> TrainingRows:
     """All held-out images with the same noise at every evaluation; regions are split only where they do not fit."""
-    rows, _ = _epoch(len(dataset), sizes_of(dataset, data), data, processor, 0, held_out=True)
+    rows, _ = _epoch(len(dataset), _measured(dataset, data, processor), data, processor, 0, held_out=True)
     return TrainingRows(dataset, rows, _HELD_OUT_SEED // 2**40)
 
 

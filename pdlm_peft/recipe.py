@@ -1,6 +1,5 @@
 """Recipes: YAML files that say what to train on which data and how. They are checked before anything is loaded."""
 
-import dataclasses
 import difflib
 import re
 from pathlib import Path
@@ -8,26 +7,20 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from transformers import TrainingArguments
 
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmGenerationConfig
 from pdlm_hf.adapters_pdlm import VIRTUAL_TOKENS, refuse_virtual_tokens
 from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.generation_config_pdlm import replaced_rules
+
+from .training_settings import ALIASES, OWN_KEYS, TRAINING_KEYS, is_sharded, newest
 
 RECIPES = Path(__file__).parent / "recipes"
 EMBEDDED = {"shapes": CHECKPOINT, "shapes_base": BASE_CHECKPOINT}
-# older names of transformers -> names in recipes; see `versions_pdlm.CHECKPOINTING`
-ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
-TRAINING_KEYS = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} | {*ALIASES.values()}
-# arguments that a recipe sets by another key, or that must keep their value
-_OWN_KEYS = {
-    "output_dir": "set `output`",
-    "seed": "set `seed`",
-    "data_seed": "set `seed`",
-    "remove_unused_columns": "the collator needs every column",
-    "resume_from_checkpoint": "a run with the same `output` resumes by itself",
-    "push_to_hub": "push the finished folder with `hf upload`",
-}
+SHARDED_SAMPLES = (
+    "`samples.every` writes captions in one process, which has only its part of the weights with FSDP or ZeRO-3: the "
+    "run would hang. Set samples.every=0, and caption with the finished adapter."
+)
 _FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 Count = Annotated[int, Field(ge=1)]
 
@@ -51,7 +44,10 @@ class Data(_Part):
             prompts.
         num_slots (`int` or pair, *optional*): token positions per caption, or a range to draw them from; the rest is
             filled with end-of-turn tokens. None: captions have their own length, as the reference trains.
+        max_length (`int`, *optional*): chat: conversations with more tokens are left out, those of images included.
         noise_floor (`float`): lowest masking probability.
+        at_least_one (`bool`, *optional*): mask at least one token of every row; None: only with `num_slots`, see
+            [`~pdlm_hf.training.PdlmCollator`].
         prompt_ids (`str`): region prompts, "random" as the reference trains, or "ordered" as at inference.
         streaming (`bool`): read the file again and again instead of indexing it; needs `training.max_steps`.
     """
@@ -65,7 +61,9 @@ class Data(_Part):
     held_out_limit: Count | None = 64
     partition: Literal["shuffle", "together"] = "shuffle"
     num_slots: Count | tuple[Count, Count] | None = None
+    max_length: Count | None = None
     noise_floor: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    at_least_one: bool | None = None
     prompt_ids: Literal["random", "ordered"] = "random"
     streaming: bool = False
 
@@ -175,11 +173,7 @@ class Recipe(_Part):
     @field_validator("training")
     @classmethod
     def _newest_names(cls, training: dict[str, Any]) -> dict[str, Any]:
-        """Replace older names by new ones, and the false that YAML 1.1 reads in `eval_strategy: no` by "no"."""
-        if both := [old for old, new in ALIASES.items() if old in training and new in training]:
-            raise SettingError(f"`{both[0]}` is the older name of `{ALIASES[both[0]]}`: give only one of them")
-        training = {ALIASES.get(k, k): v for k, v in training.items()}
-        return {k: "no" if k.endswith("_strategy") and v is False else v for k, v in training.items()}
+        return newest(training)
 
     @property
     def base(self) -> str:
@@ -267,6 +261,9 @@ def _first(error: ValidationError) -> str:
         return f"unknown key `{key}`{nearest(key)}"
     if first["type"] == "missing":
         return f"`{key}` is missing."
+    if first["type"] == "value_error":  # of our own validators
+        reason = str(first["ctx"]["error"])
+        return f"{reason if reason.startswith('`') else f'`{key}`: {reason}'}."
     return f"`{key}`: {first['msg']}, got {first['input']!r}."
 
 
@@ -274,17 +271,22 @@ def _check(recipe: Recipe, where: str) -> None:
     """Check combinations of settings."""
     data, training, adapter = recipe.data, recipe.training, recipe.adapter
     for key in training:
-        if key in _OWN_KEYS:
-            raise SettingError(f"{where}: `training.{key}` cannot be set here: {_OWN_KEYS[key]}.")
+        if key in OWN_KEYS:
+            raise SettingError(f"{where}: `training.{key}` cannot be set here: {OWN_KEYS[key]}.")
         if key not in TRAINING_KEYS:
             raise SettingError(f"{where}: unknown key `training.{key}`{nearest(f'training.{key}')}")
     logging, saving = training.get("logging_steps", 500), training.get("save_steps", 500)
     counts = (isinstance(value, (int, float)) and value >= 1 for value in (logging, saving))
     if training.get("save_strategy") != "no" and (not all(counts) or saving % logging):
         raise SettingError(
-            f"{where}: `training.save_steps` ({saving}) must be a multiple of `training.logging_steps` ({logging}), "
-            "both at least 1, or the loss curve of a resumed run would differ from that of an uninterrupted one."
+            f"{where}: `training.save_steps` ({saving:g}) must be a multiple of `training.logging_steps` "
+            f"({logging:g}), both at least 1, or the loss curve of a resumed run would differ from that of an "
+            "uninterrupted one."
         )
+    if recipe.samples.every and is_sharded(training):
+        raise SettingError(f"{where}: {SHARDED_SAMPLES}")
+    if data.max_length is not None and data.kind != "chat":
+        raise SettingError(f"{where}: `data.max_length` is for `data.kind: chat`, got {data.kind}.")
     if recipe.dtype == "bfloat16" and not training.get("bf16"):
         raise SettingError(
             f"{where}: `dtype: bfloat16` needs `training.bf16: true`, or dtype=float32: adapters are float32."
@@ -345,6 +347,9 @@ def _override(settings: dict[str, Any], override: str) -> None:
         former = {old for old, new in ALIASES.items() if new == ALIASES.get(last, last)}
         settings["training"] = {k: v for k, v in (settings.get("training") or {}).items() if k not in former}
         last = ALIASES.get(last, last)
+    if parents == ["generation"]:
+        dropped = replaced_rules({last: value})
+        settings["generation"] = {k: v for k, v in (settings.get("generation") or {}).items() if k not in dropped}
     for parent in parents:
         if not isinstance(settings.get(parent), dict):
             settings[parent] = {}

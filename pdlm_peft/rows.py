@@ -31,6 +31,7 @@ REGION_KEYS = {
     "meta",
 }
 IMAGE_NAMES = ("image", "image_file", "image_path")  # the reference accepts all three
+BROKEN = "a text of whole characters; this one has half of a UTF-16 pair"
 # A box is clipped to its image, so that this one covers any image.
 WHOLE = [0, 0, 2**31, 2**31]
 
@@ -136,9 +137,9 @@ def check_row(row: Any, number: int, captions: bool = True) -> Iterator[Fault]:
             yield Fault(number, name, "unknown key", "an unknown key", f"one of {', '.join(sorted(ROW_KEYS))}")
     if "image" not in row:
         yield Fault(number, "image", "missing field", "nothing", "the path of an image")
-    elif not (isinstance(row["image"], (str, dict, Image.Image)) and row["image"]):
+    elif not is_image(row["image"]):
         yield Fault(number, "image", "wrong type", _shown(row["image"]), "the path of an image")
-    if "question" in row and not (isinstance(row["question"], str) and row["question"].strip()):
+    if "question" in row and not (is_text(row["question"]) and row["question"].strip()):
         yield Fault(number, "question", "wrong type", _shown(row["question"]), "a text")
     for name in ("width", "height"):
         if name in row and not (_is_whole(row[name]) and row[name] > 0):
@@ -169,6 +170,8 @@ def _check_regions(regions: list, number: int, captions: bool) -> Iterator[Fault
         identifier = region.get("id", k)
         if not isinstance(identifier, (int, str)) or isinstance(identifier, bool):
             yield Fault(number, f"{field}.id", "wrong type", _shown(identifier), "a number or a text")
+        elif isinstance(identifier, str) and not is_text(identifier):
+            yield Fault(number, f"{field}.id", "broken text", _shown(identifier), BROKEN)
         elif identifier in seen:
             yield Fault(number, f"{field}.id", "duplicate id", repr(identifier) + " again", "an id for each region")
         else:
@@ -181,7 +184,7 @@ def _check_regions(regions: list, number: int, captions: bool) -> Iterator[Fault
 def _check_shape(region: dict, field: str, number: int) -> Iterator[Fault]:
     shape, box = region.get("segmentation"), region.get("bbox")
     if shape is not None and shape != [] and shape != {}:
-        if not isinstance(shape, (dict, list)):
+        if not isinstance(shape, list) and not is_rle(shape):
             yield Fault(number, f"{field}.segmentation", "wrong type", _shown(shape), "an RLE or polygons")
     elif box is None:
         yield Fault(number, field, "missing field", "no shape", "`segmentation` (RLE or polygons) or `bbox`")
@@ -195,8 +198,39 @@ def _check_caption(region: dict, field: str, number: int) -> Iterator[Fault]:
         yield Fault(number, field, "missing field", "nothing", "a text")
     elif not isinstance(caption, str):
         yield Fault(number, field, "wrong type", _shown(caption), "a text")
+    elif not is_text(caption):
+        yield Fault(number, field, "broken text", _shown(caption), BROKEN)
     elif not caption.strip():
         yield Fault(number, field, "empty caption", repr(caption), "a text")
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that can be written in UTF-8: JSON can name halves of characters (`\\ud800`)."""
+    if not isinstance(value, str):
+        return False
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_image(value: Any) -> bool:
+    """Whether a value can be the image of a row: a path, an encoded image, or an image; see [`open_row_image`]."""
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), bytes) or bool(value.get("path")) and isinstance(value["path"], str)
+    return isinstance(value, (str, Image.Image)) and bool(value)
+
+
+def is_rle(value: Any) -> bool:
+    """Whether a value has the form of an RLE: `size` (height and width) and `counts`."""
+    if not isinstance(value, dict):
+        return False
+    size, counts = value.get("size"), value.get("counts")
+    whole = isinstance(size, (list, tuple)) and len(size) == 2 and all(map(_is_whole, size))
+    return whole and isinstance(counts, (str, bytes, list))
 
 
 def _shown(value: Any) -> str:
@@ -258,5 +292,5 @@ def open_row_image(image: Any, folder: Path | None) -> Image.Image:
         else:
             data = image["bytes"]
         return load_image(open_image(io.BytesIO(data)))
-    except (binascii.Error, KeyError, TypeError, ValueError) as error:
+    except (binascii.Error, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ImageError(f"the image in the row cannot be decoded ({error}).") from None

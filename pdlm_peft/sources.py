@@ -1,6 +1,7 @@
 """The rows of any data source, one after the other: COCO, JSONL, JSON lists, `datasets` folders, the hub."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pdlm_hf.regions.files import load_json
 from .rows import REGION_KEYS, Fault, RowError
 
 _CHUNK = 1 << 20  # characters read at a time
+_BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")  # two rows of a list
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def _is_one_object(path: Path) -> bool:
         first, second = file.readline(), file.readline()
     try:
         return not (json.loads(first) and second.strip())
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
 
 
@@ -125,7 +127,7 @@ def parse_line(line: bytes, number: int) -> Any:
     """Parse a line of a JSONL file; a [`RowError`] is returned if it is not JSON."""
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         where = (
             f"line {number}, column {error.colno}: {error.msg}"
             if isinstance(error, json.JSONDecodeError)
@@ -135,29 +137,39 @@ def parse_line(line: bytes, number: int) -> Any:
 
 
 def _list_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Read the rows of a JSON list chunk by chunk."""
-    decoder, number, text, more = json.JSONDecoder(), 0, "", True
+    """Yield the rows of a JSON list, read chunk by chunk."""
+    number = 0
+    try:
+        for number, row in _decoded_rows(path):
+            yield number, row
+    except UnicodeDecodeError as error:
+        got = f"{error}, after {number} whole rows"
+        yield number + 1, RowError(Fault(number + 1, "row", "broken JSON", got, "a JSON list in UTF-8"))
+
+
+def _decoded_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """As [`_list_rows`]. Raises: UnicodeDecodeError: the file is not UTF-8."""
+    decoder, number, text, place, more = json.JSONDecoder(), 0, "", 0, True
     with open(path, encoding="utf-8-sig") as file:
         while file.read(1) != "[":  # `find_source` has seen it
             pass
         while True:
-            text = text.lstrip().removeprefix(",").lstrip() if number else text.lstrip()
-            if text.startswith("]"):
+            start = next(_BETWEEN.finditer(text, place)).end()  # it can be empty, so there is one at `place`
+            if text.startswith("]", start):
                 return
             try:
-                row, end = decoder.raw_decode(text)
-                if end == len(text) and more:  # a number may continue in the next chunk
-                    raise json.JSONDecodeError("cut", text, end)
-            except json.JSONDecodeError as error:
-                chunk = file.read(max(_CHUNK, len(text)))
-                text, more = text + chunk, bool(chunk)
-                if more:
+                row, place = decoder.raw_decode(text, start)
+                if place == len(text) and more:  # a number may continue in the next chunk
+                    raise json.JSONDecodeError("cut", text, place)
+            except (ValueError, RecursionError) as error:
+                if isinstance(error, json.JSONDecodeError) and more:
+                    chunk = file.read(max(_CHUNK, len(text) - start))
+                    text, place, more = text[start:] + chunk, 0, bool(chunk)
                     continue
-                got = f"{error.msg}, after {number} whole rows"
+                got = f"{getattr(error, 'msg', error)}, after {number} whole rows"
                 yield number + 1, RowError(Fault(number + 1, "row", "broken JSON", got, "a whole JSON list"))
                 return
             number += 1
-            text = text[end:]
             yield number, row
 
 

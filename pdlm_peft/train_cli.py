@@ -17,7 +17,7 @@ from .options import exit_on_error, fail
 def train(
     recipe: Annotated[str, typer.Argument(help="Name of a packaged recipe (see --list), or a YAML file.")] = "",
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value, dotted keys.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the estimate and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the estimate and stop.")] = False,
     memory: Annotated[
         float | None, typer.Option(help="GB of memory per device; default: as the device reports.", min=0.1)
     ] = None,
@@ -36,6 +36,10 @@ def train(
     from .memory import device_memory, estimate_recipe, refuse
 
     settings = load_recipe(recipe, overrides or ())
+    if dry_run:
+        from .checks import check_run
+
+        check_run(settings)
     found = estimate_recipe(settings, dry_run)
     is_main = int(os.environ.get("RANK", 0)) == 0
     if is_main:
@@ -58,7 +62,7 @@ def merge(
     out: Annotated[Path, typer.Argument(help="New checkpoint folder.")],
     base: Annotated[str | None, typer.Option(help="Folder or hub id of its base, if that has moved.")] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the merged weights: auto (that of the base), bfloat16 or float32.")
+        str, typer.Option(help="Precision of the merged weights: auto (that of the base), bfloat16 or float32.")
     ] = "auto",
 ) -> None:
     """Merge an adapter into its base, which gives a checkpoint for vLLM and for the hub."""
@@ -87,6 +91,7 @@ def _show(settings, found) -> None:
     console.print(
         f"{found.steps or 'unknown'} steps of {found.rows} rows per device, up to {found.tokens} tokens each"
         + (f"; about {hours:.1f} hours at {settings.hardware.tflops:g} TFLOP/s" if hours is not None else "")
+        + (f"; {found.left_out} longer conversations are left out (`data.max_length`)" if found.left_out else "")
     )
 
 

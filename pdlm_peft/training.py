@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import get_available_reporting_integrations, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import TrainerCallback
 
 from pdlm_hf.errors_pdlm import MissingPackageError, SettingError
@@ -28,9 +28,11 @@ from .adapters import (
     write_base,
 )
 from .card import write_run_card
+from .memory import check_kind
 from .plan import StreamedRows, TrainingRows, held_out_rows, open_dataset, plan
-from .recipe import ALIASES, Recipe
+from .recipe import SHARDED_SAMPLES, Recipe
 from .samples import CaptionSamples
+from .training_settings import ALIASES
 
 RUN_FILE = "run.json"  # the number of processes, on which the order of the rows depends
 LEVELS = 5  # bins of the masking probability in the log
@@ -58,24 +60,24 @@ class RegionTrainer(InOrderTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._levels = {mode: torch.zeros(2, LEVELS, dtype=torch.float64) for mode in (True, False)}
+        # on the device: a copy to the host would wait for every step
+        self._levels = {mode: torch.zeros(2, LEVELS, device=self.args.device) for mode in (True, False)}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss, and sum the losses of the samples by masking probability."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if outputs.sample_losses is not None:
-            level = (inputs["mask_probability"].cpu() * LEVELS).long().clamp_max(LEVELS - 1)
-            sums = self._levels[model.training]
-            sums[0].index_add_(0, level, outputs.sample_losses.double().cpu())
-            sums[1].index_add_(0, level, torch.ones(len(level), dtype=torch.float64))
+            level = (inputs["mask_probability"] * LEVELS).long().clamp_max(LEVELS - 1)
+            losses = outputs.sample_losses.detach().float()
+            chosen = torch.nn.functional.one_hot(level, LEVELS).float()
+            self._levels[model.training] += torch.stack([losses, torch.ones_like(losses)]) @ chosen
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the losses by masking probability to the log of training and of evaluation."""
         for training, key in ((True, "loss"), (False, "eval_loss")):
             if key in logs:
-                sums = self._levels[training].to(self.args.device, torch.float32)
-                sums, counts = self.accelerator.reduce(sums, "sum").cpu()
+                sums, counts = self.accelerator.reduce(self._levels[training].clone(), "sum").cpu()
                 self._levels[training].zero_()
                 for bin_, (total, count) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True)):
                     if count:
@@ -101,8 +103,16 @@ class _AdapterFiles(TrainerCallback):
         self.on_save(args, state, control, **kwargs)
 
 
-def arguments(recipe: Recipe) -> TrainingArguments:
+# settings that need a GPU or a package which a machine for a dry run may lack
+_ELSEWHERE = {"deepspeed", "fsdp", "fsdp_config", "tf32", "torch_compile", "use_liger_kernel"}
+
+
+def arguments(recipe: Recipe, dry_run: bool = False) -> TrainingArguments:
     """The `TrainingArguments` of a recipe.
+
+    Args:
+        recipe ([`~recipe.Recipe`])
+        dry_run (`bool`): leave out what only the machine of the real run can decide.
 
     Raises:
         SettingError: transformers refuses a value.
@@ -110,6 +120,8 @@ def arguments(recipe: Recipe) -> TrainingArguments:
     """
     given = {k.replace("activation_checkpointing", CHECKPOINTING): v for k, v in recipe.training.items()}
     settings: dict[str, Any] = {"report_to": "none", "use_cpu": not torch.cuda.is_available()} | given
+    if dry_run and not torch.cuda.is_available():
+        settings = {key: value for key, value in settings.items() if key not in _ELSEWHERE}
     if recipe.data.streaming:
         # dispatching would cut every tensor to the number of rows, but an image has several tiles
         settings["accelerator_config"] = {"dispatch_batches": False}
@@ -180,10 +192,7 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
         device_map={"": torch.cuda.current_device()} if recipe.quantize else None,
     )
     apply_overrides(model, overrides(recipe))
-    if recipe.data.kind != "chat" and not model.config.num_region_prompts:
-        raise SettingError(
-            f"{recipe.model} is a base (chat) checkpoint without region prompts; set `data.kind: chat`."
-        )
+    check_kind(recipe, model.config)  # type: ignore[arg-type]  # a PdlmConfig
     if adapter is not None:
         return add_adapter(model, processor, adapter), processor
     for part in recipe.freeze:
@@ -194,7 +203,7 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
 def collator(recipe: Recipe, processor) -> PdlmCollator:
     """The collator of a recipe."""
     data = recipe.data
-    return PdlmCollator(processor, data.num_slots, data.noise_floor, data.prompt_ids)
+    return PdlmCollator(processor, data.num_slots, data.noise_floor, data.prompt_ids, data.at_least_one)
 
 
 def training_rows(recipe: Recipe, args: TrainingArguments, processor) -> tuple[Any, int]:
@@ -240,6 +249,8 @@ def build(recipe: Recipe) -> RegionTrainer:
     )
     trainer.base_fingerprint = base_fingerprint
     if images:
+        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise SettingError(SHARDED_SAMPLES)
         trainer.add_callback(CaptionSamples(trainer, processor, images, samples.every, out / "samples"))
     return trainer
 

@@ -18,7 +18,7 @@ from .data import decode_row
 from .rows import WHOLE, Fault, RowError, check_row, normal_row, open_row_image, row_size, size_fault
 from .sources import Source, raw_rows
 
-_BATCH = 512  # rows whose masks and captions are checked together
+_BATCH = 32  # rows whose masks and captions are checked together; more of them leave the cache of the processor
 
 
 @dataclass

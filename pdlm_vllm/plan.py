@@ -109,8 +109,7 @@ class Plan:
 def defaults_of(model: str, revision: str | None = None) -> PdlmGenerationConfig:
     """Generation settings beside a checkpoint; a reference checkpoint has none."""
     try:
-        # transformers types it as the parent's
-        return PdlmGenerationConfig.from_pretrained(model, revision=revision or "main")  # type: ignore[return-value]
+        return PdlmGenerationConfig.from_pretrained(model, revision=revision or "main")
     except OSError:
         return PdlmGenerationConfig()
 

@@ -81,12 +81,14 @@ class CaptionRun:
             "settings": settings,
             "finished": False,
         }
-        self.lines = list(read_rows(self.lines_path, repair=True))
+        self.lines = read_lines(self.lines_path, repair=True)
         if not self.lines:
             return
         if not self.run_path.exists():
             raise DataError(f"{folder}: has captions.jsonl, but no run.json with the settings of these captions.")
-        check_same_settings(load_json(self.run_path).get("settings"), settings, folder, "choose another folder")
+        recorded = load_json(self.run_path)
+        before = recorded.get("settings") if isinstance(recorded, dict) else None
+        check_same_settings(before, settings, folder, "choose another folder")
 
     @property
     def captions(self) -> dict[str, str]:
@@ -113,6 +115,28 @@ class CaptionRun:
     def _write_record(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.run_path, self.record)
+
+
+def read_lines(path: Path, repair: bool = False) -> list[dict[str, Any]]:
+    """Read the lines of captions.jsonl.
+
+    Args:
+        path (`Path`): the file; a file that does not exist has no lines.
+        repair (`bool`): see [`~pdlm_hf.regions.files.read_rows`].
+
+    Raises:
+        DataError: a line is damaged; the message has its number.
+    """
+    lines = list(read_rows(path, repair))
+    for number, line in enumerate(lines, 1):
+        captions = line.get("captions")
+        if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
+            raise DataError(f"{path}: line {number}: `captions` must be an object {{mask_id: caption}}.")
+        for name in ("seconds", "num_forwards", "slots", "text_tokens"):
+            value = line.get(name, 0)
+            if value is not None and (not isinstance(value, (int, float)) or not 0 <= value < 1e15):
+                raise DataError(f"{path}: line {number}: `{name}` must be a number or null, got {value!r:.60}.")
+    return lines
 
 
 def totals(lines: list[dict[str, Any]]) -> dict[str, Any]:

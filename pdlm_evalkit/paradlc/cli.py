@@ -46,7 +46,7 @@ def _settings(base: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
             if not name or not equals:
                 raise SettingError
             settings[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise SettingError(f"--setting {text}: expected NAME=JSON, for example --setting temperature=0.") from None
     return {name: value for name, value in settings.items() if value is not None}
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,8 @@ from pdlm_hf.regions.files import load_json
 BENCHMARKS = ("paradlc", "dlc")
 TYPES = ("positive", "negative")
 MAX_CHOICES = 5  # the letters A to E
+MAX_SCORE = 1e6  # of a choice, either sign; the benchmarks have -1 to 1
+MAX_SIDE = 2**20  # pixels of an image
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ def load_benchmark(folder: str | Path, images: str | Path | None = None, name: s
         name (`str`, *optional*): "paradlc" or "dlc"; default: the form of annotations.json decides.
 
     Raises:
-        DataError: a file is missing, cut short or of another form, or a question has no annotation.
+        DataError: a file is missing, cut short or of another form, a question has no annotation, or an annotation
+            occurs twice.
     """
     folder = Path(folder)
     annotations, qa, names = (load_json(folder / f"{file}.json") for file in ("annotations", "qa", "class_names"))
@@ -113,11 +118,16 @@ def load_benchmark(folder: str | Path, images: str | Path | None = None, name: s
     if name is not None and name != found:
         raise DataError(f"{path}: is in the form of {found}, not of {name}.")
     try:
-        pairs = _paradlc_masks(annotations) if found == "paradlc" else _dlc_masks(annotations, path)
-        entries = {mask_id: entry for mask_id, *entry in pairs}
+        entries: dict[str, tuple[dict, Any]] = {}
+        masks = _paradlc_masks(annotations) if found == "paradlc" else _dlc_masks(annotations, path)
+        for mask_id, image, segmentation in masks:
+            if mask_id in entries:
+                raise DataError(f"{path}: {mask_id} is annotated twice.")
+            entries[mask_id] = image, segmentation
+        fingerprint = hashlib.sha256(json.dumps([annotations, qa, names]).encode()).hexdigest()[:16]
     except DataError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not in the form of {found} ({type(error).__name__}: {error}).") from None
     images_by_id: dict[str, dict] = {}
     for mask_id, asked in questions.items():
@@ -137,7 +147,7 @@ def load_benchmark(folder: str | Path, images: str | Path | None = None, name: s
             for p in images_by_id.values()
         ),
         tuple(questions),
-        hashlib.sha256(json.dumps([annotations, qa, names]).encode()).hexdigest()[:16],
+        fingerprint,
     )
 
 
@@ -193,9 +203,9 @@ def _question(entry: Any, where: str) -> Question:
         raise DataError(f"{where}: `choices` must be a list of 2 to {MAX_CHOICES} pairs [text, score].")
     for choice in choices:
         pair = choice if isinstance(choice, list) and len(choice) == 2 else (None, None)
-        number = isinstance(pair[1], (int, float)) and not isinstance(pair[1], bool)
+        number = isinstance(pair[1], (int, float)) and not isinstance(pair[1], bool) and abs(pair[1]) < MAX_SCORE
         if not isinstance(pair[0], str) or not pair[0].strip() or not number:
-            raise DataError(f"{where}: a choice must be a pair [text, score], got {choice!r:.60}.")
+            raise DataError(f"{where}: a choice must be a pair [text, score], got {_shown(choice)}.")
     texts, scores = zip(*choices, strict=True)
     return Question(entry["question"], texts, scores, entry["type"])
 
@@ -218,13 +228,24 @@ def _dlc_masks(annotations: dict, path: Path) -> Iterator[tuple[str, dict, dict]
 
 
 def _image(image: dict, identifier: Any) -> dict[str, Any]:
+    for side in ("width", "height"):
+        value = image[side]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value <= MAX_SIDE
+        if not number or value != math.floor(value):
+            raise ValueError(f"image {identifier}: `{side}` must be a number of pixels, got {_shown(value)}")
     # without folders: a benchmark file must not name files outside its folder
-    return {
-        "id": str(identifier),
-        "file_name": Path(image["file_name"]).name,
-        "width": int(image["width"]),
-        "height": int(image["height"]),
-    }
+    name = Path(image["file_name"]).name
+    if not name or "\0" in name:
+        raise ValueError(f"image {identifier}: `file_name` must be the name of a file, got {_shown(name)}")
+    return {"id": str(identifier), "file_name": name, "width": int(image["width"]), "height": int(image["height"])}
+
+
+def _shown(value: Any) -> str:
+    """The start of a value, for messages; lists within lists need not be readable."""
+    try:
+        return f"{value!r:.60}"
+    except RecursionError:
+        return "a list nested too deeply"
 
 
 def open_image(entry: BenchmarkImage) -> Any:
@@ -233,15 +254,10 @@ def open_image(entry: BenchmarkImage) -> Any:
     Raises:
         ImageError: the file does not exist, is damaged, or has another size than annotated.
     """
-    from PIL import Image
+    from pdlm_hf.image_processing_pdlm import to_rgb
+    from pdlm_hf.regions import images
 
-    try:
-        with Image.open(entry.path) as file:
-            image = file.convert("RGB")
-    except FileNotFoundError:
-        raise ImageError(f"{entry.path}: no such file.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{entry.path}: cannot be opened as an image ({error}).") from None
+    image = to_rgb(images.open_image(entry.path, upright=False), str(entry.path))
     if image.size != (entry.width, entry.height):
         raise ImageError(
             f"{entry.path}: has {image.width} x {image.height} pixels, annotations.json says "
@@ -298,10 +314,8 @@ def check_images(benchmark: Benchmark) -> None:
         ImageError: an image cannot be used, see [`open_image`].
         RegionError: a mask cannot be used, see [`area_shares`].
     """
-    for image in benchmark.images:
-        if not image.path.is_file():
-            missing = sum(not other.path.is_file() for other in benchmark.images)
-            raise ImageError(f"{image.path}: no such file ({missing} of {len(benchmark.images)} are missing).")
+    if missing := [image for image in benchmark.images if not os.path.isfile(image.path)]:
+        raise ImageError(f"{missing[0].path}: no such file ({len(missing)} of {len(benchmark.images)} are missing).")
     for image in benchmark.images:
         open_image(image)
     area_shares(benchmark)

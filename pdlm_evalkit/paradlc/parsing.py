@@ -2,11 +2,14 @@
 
 `parse_reference` applies the rules of the reference's scripts in their order, on which published scores depend.
 `parse_robust` understands more ways to name a choice, and accepts nothing that is not an answer.
+
+A reply is text from outside, of any length: every rule takes time proportional to it.
 """
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 LETTERS = "abcde"
 
@@ -64,9 +67,13 @@ _STATED = re.compile(
     re.IGNORECASE,
 )
 _JOINED = re.compile(
-    r"^[)\].,:;\s]*(?:(?:and|or)\b|[,;/&+]|(?=[(\[]?[A-E][)\]]?(?![\w'])))\s*[(\[]?([A-Ea-e])(?![\w'])"
+    r"[)\].,:;\s]*(?:(?:and|or)\b|[,;/&+]|(?=[(\[]?[A-E][)\]]?(?![\w'])))\s*[(\[]?([A-Ea-e])(?![\w'])"
 )
 _VERB = re.compile(r"\s*(?:$|[^\w\s]|(?:is|because|since|as|seems|would|and|or)\b)")
+# A letter within a sentence, with the words before it that make it a choice, or no choice.
+_NAMED = re.compile(
+    r"(?:\bnot\s+(?:(?:option|choice)\s+)?[(\[]?|\b(?i:option|choice|letter)\s+[(\[]?)?" + _LETTER,
+)
 _DOUBT = re.compile(
     r"\b(?:not (?:sure|certain|clear)|unsure|uncertain|unclear|unknown|undecided|no idea|no way|none of|n/a|neither|"
     r"(?:do not|don't|cannot|can't|could not|couldn't|unable to|impossible to) "
@@ -112,13 +119,27 @@ def parse_robust(reply: str, choices: Sequence[str]) -> int | None:
 
 def _plain(reply: str) -> str:
     """The text without thoughts, Markdown, quotes and tags, in the same lines."""
-    reply = unicodedata.normalize("NFKC", reply)  # full-width letters and colons
-    text = re.sub(r"<think>.*?(?:</think>|$)", " ", reply, flags=re.DOTALL | re.IGNORECASE)
+    text = re.sub(r"<think>.*?(?:</think>|$)", " ", _normalized(reply), flags=re.DOTALL | re.IGNORECASE)
     text = re.sub(r"\\boxed\s*\{(?:\\text\s*\{)?([^{}]*)\}+", r"\1", text)
-    text = re.sub(r"```[a-z]*|</?\w+>|[*`\"\u201c\u201d\u00ab\u00bb{}$]|\b_+|_+\b", " ", text)
+    text = re.sub(r"```[a-z]*|</?\w+>|[*`\"\u201c\u201d\u00ab\u00bb{}$]|\b_+|(?<!_)_+\b", " ", text)
     text = text.replace("\u2019", "'").replace("\u2018", "'")
-    lines = [re.sub(r"^[\s>#\u2022-]+|\s+$", "", line) for line in text.splitlines()]
+    lines = [re.sub(r"^[\s>#\u2022-]+", "", line) for line in text.splitlines()]
     return "\n".join(line.strip().strip("'").strip() for line in lines if line.strip(" '"))
+
+
+def _normalized(text: str) -> str:
+    """The text with full-width letters and colons as ASCII, and accents joined to their letters (NFKC).
+
+    Sorting a run of combining marks takes quadratic time; as in Unicode's stream-safe format 30 in a row are kept.
+    """
+    if text.isascii():
+        return text
+    kept, run = [], 0
+    for char in text:
+        run = run + 1 if unicodedata.combining(unicodedata.normalize("NFKD", char)[0]) else 0
+        if run <= 30:
+            kept.append(char)
+    return unicodedata.normalize("NFKC", "".join(kept))
 
 
 def _words(text: str) -> str:
@@ -140,7 +161,8 @@ def _is_letter(match: re.Match) -> bool:
 
 def _joined(text: str, match: re.Match) -> str:
     """A second letter directly after a letter: "A or B", "A, B", "A/B"."""
-    second = _JOINED.match(text[match.end() :].split("\n")[0])
+    end = text.find("\n", match.end())
+    second = _JOINED.match(text, match.end(), len(text) if end < 0 else end)
     return second.group(1).lower() if second else ""
 
 
@@ -188,12 +210,24 @@ def _by_text(words: str, wanted: list[str]) -> int | None:
         return None  # "no idea" is not "no"
     if any(_offered(a, b, words) for a in wanted for b in wanted if a != b):
         return None  # "yes or no"
-    inner = {a for a in spans for b in spans if a != b and b[0] <= a[0] and a[1] <= b[1] and a[1] - a[0] < b[1] - b[0]}
     if spans:
-        return _only(index for start, end, index in spans if (start, end, index) not in inner)
+        return _only(_outer(spans))
     if len(words.split()) > 1 and not _DOUBT.search(words):  # a choice that was cut short
-        return _only(index for index, choice in enumerate(wanted) if re.search(rf"(?<!\w){re.escape(words)}", choice))
+        return _only(
+            index
+            for index, choice in enumerate(wanted)
+            if words in choice and re.search(rf"(?<!\w){re.escape(words)}", choice)
+        )
     return None
+
+
+def _outer(spans: list[tuple[int, int, int]]) -> Iterator[int]:
+    """The choices of the spans (start, end, choice) that are not a part of a longer one."""
+    reach = -1
+    for (_, end), same in groupby(sorted(spans, key=lambda span: (span[0], -span[1])), lambda span: span[:2]):
+        if end > reach:
+            reach = end
+            yield from (index for _, _, index in same)
 
 
 def _offered(one: str, other: str, words: str) -> bool:
@@ -203,10 +237,11 @@ def _offered(one: str, other: str, words: str) -> bool:
 def _in_prose(text: str, wanted: list[str]) -> int | None:
     """The only letter named in a sentence: "I would choose option B"."""
     letters = set()
-    for match in re.finditer(_LETTER, text):
-        called = re.search(r"\b(?:option|choice|letter)\s+[(\[]?$", text[: match.start()], re.IGNORECASE)
+    for match in _NAMED.finditer(text):
+        before = text[match.start() : match.start(1)]
+        called = re.search("option|choice|letter", before, re.IGNORECASE)
         if (called or match.group(1).isupper()) and _is_letter(match):
-            if re.search(r"\bnot\s+(?:option\s+|choice\s+)?[(\[]?$", text[: match.start()]):
+            if before.startswith("not"):
                 return None
             letters.add(match.group(1).lower())
     index = _only(LETTERS.index(letter) for letter in letters)

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from pdlm_hf.errors_pdlm import DataError
-from pdlm_hf.regions.files import load_json, read_rows
+from pdlm_hf.regions.files import load_json
 
+from .captioning import read_lines
 from .captioning import totals as cost_of
 from .data import Benchmark, area_shares, load_benchmark, read_captions
 from .judging import captions_hash
@@ -61,19 +62,20 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
         [`captioning.totals`], and `by_masks` and `by_area`: lists of totals with their `group`.
 
     Raises:
-        DataError: the run is not judged, its answers belong to other captions, or it is of another benchmark.
+        DataError: the run is not judged, its answers belong to other captions, it is of another benchmark, or one of
+            its files is damaged.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: this is not a run folder.")
     if not (folder / "answers.json").exists():
         raise DataError(f"{folder}: has no answers.json; run `pdlm-eval paradlc judge` first.")
-    judged = load_json(folder / "judge.json")
-    source = folder if (folder / "run.json").exists() else folder / (judged["run"] or "")
+    judged = _read_record(folder / "judge.json", {"judge": str, "captions": str, "fingerprint": str})
+    source = folder if (folder / "run.json").exists() else folder / str(judged.get("run") or "")
     if not (source / "run.json").exists():
         raise DataError(f"{folder}: the captions have no run folder; make one by `caption --captions FILE`.")
-    run = load_json(source / "run.json")
+    run = _read_record(source / "run.json", {"settings": dict} | ({} if annotations else {"annotations": str}))
     benchmark = load_benchmark(annotations or run["annotations"])
-    if {benchmark.fingerprint} != {run["settings"]["fingerprint"], judged["fingerprint"]}:
+    if {benchmark.fingerprint} != {run["settings"].get("fingerprint"), judged["fingerprint"]}:
         raise DataError(f"{folder}: the run was made with other annotations than {annotations or run['annotations']}.")
     if (
         captions_hash(read_captions(source / "captions.json", benchmark.order, allow_missing=True))
@@ -82,7 +84,7 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
         raise DataError(f"{folder}: the answers belong to other captions; run `pdlm-eval paradlc judge` again.")
     questions = {key: mask.questions for key, mask in benchmark.masks.items()}
     scores = score_answers(questions, read_answers(folder / "answers.json", questions), parser, benchmark.name)
-    cost = cost_of(list(read_rows(source / "captions.jsonl")))
+    cost = cost_of(read_lines(source / "captions.jsonl"))
     del cost["n_masks"]  # of the captions; the score's is of all masks
     return {
         "run": folder.name,
@@ -96,6 +98,17 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
         "by_masks": _grouped(scores, _by_masks(benchmark)),
         "by_area": _grouped(scores, {key: _area_group(area) for key, area in area_shares(benchmark).items()}),
     }
+
+
+def _read_record(path: Path, fields: dict[str, type]) -> dict[str, Any]:
+    """The content of judge.json or run.json. Raises: DataError: it has another form, or lacks one of the fields."""
+    record = load_json(path)
+    wrong = [
+        name for name, kind in fields.items() if not isinstance(record, dict) or not isinstance(record.get(name), kind)
+    ]
+    if wrong:
+        raise DataError(f"{path}: `{wrong[0]}` is missing or of another type than `pdlm-eval paradlc` writes.")
+    return record
 
 
 def _by_masks(benchmark: Benchmark) -> dict[str, str]:

@@ -81,7 +81,7 @@ def read_texts(reply: Reply, style: str, count: int) -> list[str] | None:
         return [reply.text.strip()]
     try:
         texts = json.loads(reply.text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(texts, list) and len(texts) == count and all(isinstance(text, str) for text in texts)
     return texts if whole else None

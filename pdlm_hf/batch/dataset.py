@@ -1,6 +1,6 @@
 """Data sets of regions: a COCO file, or a folder with a file of regions for each image."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -8,14 +8,17 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
-from ..errors_pdlm import DataError, ImageError
-from ..regions.coco import CocoFault, CocoIndex
+from ..errors_pdlm import DataError, ImageError, SettingError
+from ..regions.coco import CocoFault, CocoIndex, is_panoptic, panoptic_segments
+from ..regions.files import load_json
+from ..regions.formats.facts import find_image, note
+from ..regions.formats.label_map import is_hidden
 from ..regions.images import orientation_of
-from ..regions.readers import read_region_file
-from ..regions.region import Region
+from ..regions.readers import format_reader, read_region_file, region_id
+from ..render.text import pluralize
 
 # Endings of region files, in the order of preference.
-_REGION_FILES = (".json", ".txt", ".png", ".bmp", ".tif", ".tiff")
+_REGION_FILES = (".json", ".xml", ".txt", ".png", ".bmp", ".tif", ".tiff")
 
 # Identifies a region in a data set: the id of its image and its own id.
 Key = tuple[int | str, int | str]
@@ -61,7 +64,8 @@ class DataSet:
 
     def with_captions(self, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Make a COCO file with `caption` and `score` on every annotation that has a row. The COCO file of a folder
-        has only these annotations.
+        has only these annotations. Its lists are iterators, to be read once and in order, see
+        [`~pdlm_hf.regions.files.write_json_lists`].
 
         Args:
             rows: rows of captions, as [`run_batch`] writes them.
@@ -71,22 +75,30 @@ class DataSet:
                 (row["image_id"], row["annotation_id"]): {"caption": row["caption"], "score": row["score"]}
                 for row in rows
             }
-            annotations = self.coco["annotations"]
-            return {**self.coco, "annotations": [_captioned(annotation, said) for annotation in annotations]}
+            return {**self.coco, "annotations": (_captioned(entry, said) for entry in self.coco["annotations"])}
         shown: dict[Any, dict] = {}
-        annotations = []
-        for row in rows:
-            height, width = row["segmentation"]["size"]
-            image = {"id": row["image_id"], "file_name": row["file_name"], "width": width, "height": height}
-            shown.setdefault(row["image_id"], image)
-            fields = {name: row[name] for name in ("image_id", "segmentation", "bbox", "caption", "score")}
-            annotations.append({"id": row["annotation_id"], **fields})
-        return {"images": list(shown.values()), "annotations": annotations, "categories": []}
+
+        def annotations() -> Iterator[dict[str, Any]]:
+            for row in rows:
+                height, width = row["segmentation"]["size"]
+                image = {"id": row["image_id"], "file_name": row["file_name"], "width": width, "height": height}
+                shown.setdefault(row["image_id"], image)
+                fields = {name: row[name] for name in ("image_id", "segmentation", "bbox", "caption", "score")}
+                yield {"id": row["annotation_id"], **fields}
+
+        def images() -> Iterator[dict[str, Any]]:
+            yield from shown.values()  # all of them are known when the annotations have been read
+
+        return {"annotations": annotations(), "images": images(), "categories": []}
 
 
 def _captioned(annotation: Any, said: dict[Key, dict[str, Any]]) -> Any:
     """The annotation with its caption; of two with the same ids only the first was captioned."""
     try:
+        if "segments_info" in annotation:
+            own = annotation["image_id"]
+            segments = [{**part, **said.pop((own, part["id"]), {})} for part in annotation["segments_info"]]
+            return {**annotation, "segments_info": segments}
         return {**annotation, **said.pop((annotation["image_id"], annotation["id"]))}
     except (TypeError, LookupError):  # its ids are a fault, or it has no caption
         return annotation
@@ -97,24 +109,31 @@ def is_url(images: str | Path | None) -> TypeGuard[str]:
     return isinstance(images, str) and "://" in images
 
 
-def open_data(data: Path, images: Path | str | None = None) -> DataSet:
+def open_data(data: Path, images: Path | str | None = None, format: str | None = None) -> DataSet:
     """Read a data set, without opening its images.
 
     Args:
-        data (`Path`): a COCO file, or a folder that has for an image `a/b.jpg` one of: a file `a/b.json` (regions,
-            LabelMe, COCO), `a/b.txt` (YOLO) or `a/b.png` (label map); or mask images `a/b/*`.
+        data (`Path`): a COCO file (also a panoptic one, with its PNG files), or a folder that has for an image
+            `a/b.jpg` a file that [`~pdlm_hf.regions.read_region_file`] reads: `a/b.json`, `a/b.xml`, `a/b.txt` or
+            `a/b.png`; or mask images `a/b/*`.
         images (`Path` or `str`, *optional*): folder of the images, or the URL of a folder in object storage (only
             with a COCO file; the images are not looked for). Default: the folder of the data.
+        format (`str`, *optional*): of the files in a folder, a key of [`~pdlm_hf.regions.FORMATS`].
 
     Raises:
         DataError: a file or folder does not exist, the file is not a COCO file, or no image has regions.
+        SettingError: there is no such format, or the data is no folder.
     """
+    if format is not None:
+        format_reader(format)
+        if not data.is_dir():
+            raise SettingError(f"--format {format}: is about the files of a folder; {data} is read as COCO.")
     if is_url(images):
         return _open_stored(data, images)
     folder = Path(images) if images else (data if data.is_dir() else data.parent)
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder of images.")
-    found = _open_folder(data, folder) if data.is_dir() else _open_coco(data, folder)
+    found = _open_folder(data, folder, format) if data.is_dir() else _open_coco(data, folder)
     if not found.entries and not found.faults:
         raise DataError(f"{data}: no image in {folder} has regions here.")
     if found.entries and not any(entry.path is not None and entry.path.is_file() for entry in found.entries):
@@ -146,7 +165,9 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _open_coco(path: Path, folder: Path) -> DataSet:
-    index = CocoIndex.read(path, needed=("id",))
+    data = load_json(path)
+    panoptic = is_panoptic(data)  # its annotations have no ids, its segments have
+    index = CocoIndex(data, path, needed=() if panoptic else ("id",))
     faults = []
     for found in index.faults:
         if found.part == "images" and found.key != "file_name":
@@ -157,10 +178,19 @@ def _open_coco(path: Path, folder: Path) -> DataSet:
     for image_id, image in index.images.items():
         name, annotations = image.get("file_name"), index.annotations[image_id]
         if annotations and isinstance(name, str) and name:
-            regions = [(annotation["id"], annotation) for annotation in annotations]
-            ids = tuple(annotation_id for annotation_id, _ in regions)
-            entries.append(Entry(image_id, name, folder / name, partial(list, regions), ids, _size_of(image)))
+            name = find_image(folder, name)
+            read: Callable[[], list[tuple[int | str, Any]]]
+            if panoptic:
+                read, ids = partial(_read_panoptic, path, annotations), None
+            else:
+                regions = [(annotation["id"], annotation) for annotation in annotations]
+                read, ids = partial(list, regions), tuple(annotation_id for annotation_id, _ in regions)
+            entries.append(Entry(image_id, name, folder / name, read, ids, _size_of(image)))
     return DataSet(entries, faults, index.data)
+
+
+def _read_panoptic(path: Path, annotations: list[dict[str, Any]]) -> list[tuple[int | str, Any]]:
+    return [(segment["id"], segment) for entry in annotations for segment in panoptic_segments(path, entry)]
 
 
 def _coco_fault(found: CocoFault, index: CocoIndex) -> dict[str, Any]:
@@ -186,17 +216,39 @@ def fault(image_id: Any, annotation_id: Any, file_name: str | None, reason: Any)
     return {"image_id": image_id, "annotation_id": annotation_id, "file_name": file_name, "reason": str(reason)}
 
 
-def _open_folder(data: Path, folder: Path) -> DataSet:
+def _open_folder(data: Path, folder: Path, format: str | None) -> DataSet:
     Image.init()
     endings = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
-    entries = []
+    entries, used = [], set()
     for path in images:
         name = path.relative_to(folder)
+        if any(map(is_hidden, (name, *name.parents[:-1]))):
+            continue
         source = _region_source(data / name, path)
         if source is not None:
-            entries.append(Entry(name.as_posix(), name.as_posix(), path, partial(_read_source, source, path, name)))
+            used.add(source)
+            read = partial(_read_source, source, path, name, format)
+            entries.append(Entry(name.as_posix(), name.as_posix(), path, read))
+    if others := _without_image(used):
+        shown = f"{others[0].relative_to(data)} for example"
+        note(
+            f"no image {data}",
+            f"{data}: {pluralize(len(others), 'file')} of regions without an image in {folder}, {shown}",
+        )
     return DataSet(entries, [])
+
+
+def _without_image(used: set[Path]) -> list[Path]:
+    """Region files beside those that are used, that belong to no image. `classes.txt` lists the names of YOLO."""
+    known = {source.with_suffix("") for source in used}
+    return [
+        path
+        for folder in sorted({source.parent for source in used})
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in (".json", ".xml", ".txt") and path.with_suffix("") not in known
+        if not is_hidden(path) and path.name != "classes.txt" and path.is_file()
+    ]
 
 
 def _region_source(place: Path, image: Path) -> Path | None:
@@ -209,22 +261,16 @@ def _region_source(place: Path, image: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _read_source(source: Path, image: Path, name: Path) -> list[tuple[int | str, Any]]:
-    if source.is_dir():
-        masks = sorted(path for path in source.iterdir() if path.is_file())
-        values: list[tuple[int | str, Any]] = [(path.stem, path) for path in masks]
-    else:
-        # only the coordinates of YOLO are relative to the size of the image
-        size = image_size(image) if source.suffix.lower() == ".txt" else (0, 0)
-        found = read_region_file(source, image.name, *size)
-        values = [(_own_id(value, k), value) for k, value in enumerate(found)]
+def _read_source(source: Path, image: Path, name: Path, format: str | None) -> list[tuple[int | str, Any]]:
+    found = read_region_file(source, name.as_posix(), *image_size(image), format, image.stat().st_size)
     # here an id is unique within its image, COCO's ids are unique within the data set
-    values = [(f"{name.as_posix()}#{own}", value) for own, value in values]
-    if len({own for own, _ in values}) < len(values):
-        raise DataError(f"{source}: two regions have the same id.")
+    values: list[tuple[int | str, Any]] = []
+    seen: dict[str, int] = {}
+    for position, value in enumerate(found):
+        given = region_id(value, position)
+        own = f"{name.as_posix()}#{given}"
+        if own in seen:
+            raise DataError(f"{source}: the regions {seen[own]} and {position} have the same id {given!r:.40}.")
+        seen[own] = position
+        values.append((own, value))
     return values
-
-
-def _own_id(value: Any, position: int) -> Any:
-    own = value.id if isinstance(value, Region) else value.get("id")
-    return position if own is None else own

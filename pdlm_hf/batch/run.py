@@ -2,10 +2,12 @@
 
 OUT.jsonl gets a row for every region as soon as its image is done, OUT.faults.jsonl a row for every region or image
 without caption, with the reason. OUT.run.json has the settings that the captions depend on. At the end OUT.coco.json
-is the data set with captions.
+is the data set with captions. While a run writes, OUT.lock names its process. Lines of OUT.jsonl that were damaged
+since are moved to OUT.damaged.jsonl, and their regions captioned again.
 """
 
 import re
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,16 +18,24 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors_pdlm import DataError, SettingError
-from ..regions.files import append_rows, check_same_settings, load_json, read_rows, write_json
+from ..regions.files import (
+    FileLock,
+    append_rows,
+    check_same_settings,
+    load_json,
+    move_lines,
+    read_rows,
+    write_json,
+    write_json_lists,
+)
+from ..regions.results import result_fault
 from ..render.text import pluralize
 from .dataset import DataSet, Entry
 from .engines import Answer, Engine
 
-_FIELDS = {"image_id", "annotation_id", "file_name", "caption", "score"}
-
 
 class BatchFiles:
-    """The files of a run.
+    """The files of a run, which no other run can write until [`run_batch`] has ended.
 
     Args:
         out (`Path`): OUT.jsonl; a shard writes OUT.i-of-n.jsonl.
@@ -33,9 +43,13 @@ class BatchFiles:
         shard (`tuple[int, int]`, *optional*): number of this shard of the data set, from 1, and number of shards. A
             run without it takes over the rows of all shards.
 
+    Attributes:
+        damaged (`list[str]`): messages about damaged lines of an earlier run.
+
     Raises:
-        DataError: a file is damaged, or has other rows.
-        SettingError: the name or folder cannot be used, or the files were made with other settings.
+        DataError: a file has other rows.
+        SettingError: the name or folder cannot be used, another run writes the files, or they were made with other
+            settings.
         OSError: a file cannot be written.
     """
 
@@ -49,15 +63,58 @@ class BatchFiles:
         self.out = out if shard is None else out.with_suffix(".{}-of-{}.jsonl".format(*shard))
         self.faults_path, self.coco_path = self.out.with_suffix(".faults.jsonl"), self.out.with_suffix(".coco.json")
         self.rows: dict[Any, dict[Any, Said]] = {}  # by image, by region
-        for row in _read(self.out, settings, repair=True):
+        self.damaged: list[str] = []
+        self.lock()
+        try:
+            self._open(settings, parts)
+        except BaseException:
+            self.close()
+            raise
+
+    def lock(self) -> None:
+        """Keep other runs from writing the files. Raises: SettingError if one does."""
+        self._lock = FileLock(self.out.with_suffix(".lock"), self.out)
+
+    def close(self) -> None:
+        """Let other runs write the files."""
+        self._lock.release()
+
+    @property
+    def closed(self) -> bool:
+        """Whether other runs can write the files."""
+        return self._lock.released
+
+    def _open(self, settings: dict[str, Any], parts: list[Path]) -> None:
+        for row in self._read(self.out, settings):
             self._keep(row)
         write_json(self.out.with_suffix(".run.json"), settings)
         self.faults_path.unlink(missing_ok=True)  # these regions are tried again
         for path in parts:
-            self.add(row for row in _read(path, settings) if not self.has(row))
+            self.add(row for row in self._read(path, settings) if not self.has(row))
+
+    def _read(self, path: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Read the rows of an earlier run, which must have been made with the same settings."""
+        damaged: dict[int, str] = {}
+        if path.exists() and path.stat().st_size:
+            check_same_settings(load_json(path.with_suffix(".run.json")), settings, path)
+        sound = False
+        for row in read_rows(path, path == self.out, result_fault, damaged.__setitem__):
+            sound = True
+            yield row
+        if not damaged:
+            return
+        first = f"line {min(damaged)} {damaged[min(damaged)]}"
+        if not sound:
+            raise DataError(f"{path}: has no row of `pdlm batch` ({first}); choose another file.")
+        then = "its region is captioned again unless another line has it"
+        if path == self.out:
+            place = path.with_suffix(".damaged.jsonl")
+            move_lines(path, damaged, place)
+            then = f"moved to {place.name}; {then}"
+        self.damaged += [f"{path}: line {number} {reason}; {then}." for number, reason in damaged.items()]
 
     def _keep(self, row: dict[str, Any]) -> None:
-        said = Said(row["file_name"], not row["caption"].strip())
+        said = Said(sys.intern(row["file_name"]), not row["caption"].strip())
         self.rows.setdefault(row["image_id"], {})[row["annotation_id"]] = said
 
     def has(self, row: dict[str, Any]) -> bool:
@@ -96,16 +153,6 @@ class Said(NamedTuple):
 
     file_name: str
     empty: bool
-
-
-def _read(out: Path, settings: dict[str, Any], repair: bool = False) -> Iterator[dict[str, Any]]:
-    """Read the rows of an earlier run, which must have been made with the same settings."""
-    for number, row in enumerate(read_rows(out, repair)):
-        if number == 0:
-            check_same_settings(load_json(out.with_suffix(".run.json")), settings, out)
-        if not _FIELDS <= row.keys():
-            raise DataError(f"{out}: has rows without {', '.join(sorted(_FIELDS))}; choose another file.")
-        yield row
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:
@@ -189,19 +236,25 @@ def run_batch(
         DataError: the rows of an earlier run are of another data set.
         OSError: a file cannot be written; the rows written before are complete.
         ServerError: the server cannot be used any more.
+        SettingError: the run of these files has ended, and another run writes them.
     """
-    files.check(data)
-    number, parts = shard or (1, 1)
-    run = _Run(files, progress or (lambda done, counts: None))
-    if number == 1:
-        run.add_faults(data.faults)
-    if todo := run.todo(data.entries[number - 1 :: parts]):
-        open_engine().caption(todo, files.done, run.take)
-    run.counts.empty = sum(said.empty for regions in files.rows.values() for said in regions.values())
-    run.finish(0)
-    if shard is None:
-        write_json(files.coco_path, data.with_captions(read_rows(files.out)))
-    return run.counts
+    if files.closed:
+        files.lock()
+    try:
+        files.check(data)
+        number, parts = shard or (1, 1)
+        run = _Run(files, progress or (lambda done, counts: None))
+        if number == 1:
+            run.add_faults(data.faults)
+        if todo := run.todo(data.entries[number - 1 :: parts]):
+            open_engine().caption(todo, files.done, run.take)
+        run.counts.empty = sum(said.empty for regions in files.rows.values() for said in regions.values())
+        run.finish(0)
+        if shard is None:
+            write_json_lists(files.coco_path, data.with_captions(read_rows(files.out)))
+        return run.counts
+    finally:
+        files.close()
 
 
 class _Run:

@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from pycocotools import mask as coco_mask
 
-from ..configuration_pdlm import HUB_ARGUMENTS
 from ..errors_pdlm import CheckpointError, SettingError
+from ..generation_config_pdlm import replaced_rules
 from ..generation_pdlm import PdlmGenerationOutput
 from ..processing_pdlm import RegionCaption
-from ..regions.images import load_image
-from ..regions.region import Region, parse_regions
-from ..render.report import image_html
-from .checkpoints import CHECKPOINT, checkpoint_name
+from ..regions.hints import load_pair
+from ..regions.region import Region
+from ..render.report import image_html, thumbnail_size
+from .checkpoints import CHECKPOINT
+from .loading import load_checkpoint
 
 # Settings of `generate` for each mode. "default" are the checkpoint's own settings, which compute what the reference
 # computes ("isolated" checkpoints with a cached prefix, which is exact there). "fast" accepts several tokens per step
@@ -28,7 +29,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class RegionCaptions(list[RegionCaption]):
-    """Captions of one image: a list that shows the captions on the image in a notebook.
+    """Captions of one image: a list that shows the captions on the image in a notebook. It keeps a small copy of the
+    image and the run lengths of the masks, so that the captions of many images need little memory.
 
     Args:
         captions: the captions.
@@ -38,10 +40,13 @@ class RegionCaptions(list[RegionCaption]):
 
     def __init__(self, captions: Iterable[RegionCaption], image: Image.Image, regions: list[Region]):
         super().__init__(captions)
-        self.image, self.regions = image, regions
+        size = thumbnail_size(image)
+        self._image = image.resize(size) if size[0] < image.width else image
+        self._shapes = [region.segmentation for region in regions]
 
     def _repr_html_(self) -> str:
-        return image_html(self.image, self.regions, self)
+        masks = [Region(k, coco_mask.decode(shape).astype(bool)) for k, shape in enumerate(self._shapes)]
+        return image_html(self._image, masks, self)
 
 
 class RegionCaptioner:
@@ -85,17 +90,15 @@ class RegionCaptioner:
             **kwargs: passed to `AutoModelForImageTextToText.from_pretrained`, for example `device_map`.
 
         Raises:
-            CheckpointError: the folder does not exist, or the model cannot caption regions.
+            CheckpointError: the folder does not exist, a file of it is missing or damaged, or the model cannot caption
+                regions.
             SettingError: the mode does not exist.
             OSError: the hub has no such checkpoint, or cannot be reached.
         """
-        path = checkpoint_name(model or CHECKPOINT)
-        network = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
-        source = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
+        network, processor = load_checkpoint(model or CHECKPOINT, dtype, **kwargs)
         if "device_map" not in kwargs:
-            # transformers' `to` is typed without its `self`
-            network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
-        return cls(network, AutoProcessor.from_pretrained(path, **source), mode)
+            network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(network, processor, mode)
 
     def caption(self, image: Any, regions: Any, question: str | None = None, **generation: Any) -> list[RegionCaption]:
         """Caption the regions of one image.
@@ -115,8 +118,7 @@ class RegionCaptioner:
             RegionError: a region cannot be parsed, or does not fit the image.
             SettingError: a setting is unknown or out of range.
         """
-        image = load_image(image)
-        found = parse_regions(regions, *image.size)
+        image, found = load_pair(image, regions)
         return RegionCaptions(self.generate([(image, found)], question, **generation)[0][0], image, found)
 
     def caption_many(
@@ -158,18 +160,11 @@ class RegionCaptioner:
         """
         if not pairs:
             raise SettingError("No images given: pass at least one (image, regions) pair.")
-        settings = {**MODES[self.mode], **generation}
-        # A rule of adaptive decoding replaces the other rule of the mode or the checkpoint.
-        rules = {"entropy_bound": "acceptance_threshold", "acceptance_threshold": "entropy_bound"}
-        for rule, other in rules.items():
-            if generation.get(rule) is not None and other not in generation:
-                settings[other] = None
-        if generation.get("remasking") == "random" and "entropy_bound" not in generation:
-            settings["entropy_bound"] = None
-        images = [load_image(image) for image, _ in pairs]
-        regions = [parse_regions(found, *image.size) for image, (_, found) in zip(images, pairs, strict=True)]
+        # a rule of adaptive decoding replaces that of the mode or the checkpoint
+        settings = {**MODES[self.mode], **replaced_rules(generation), **generation}
+        images, regions = zip(*(load_pair(image, found) for image, found in pairs), strict=True)
         masks = [[region.mask for region in found] for found in regions]
-        inputs = self.processor(images=images, segmentation_maps=masks, text=question).to(self.model.device)
+        inputs = self.processor(images=list(images), segmentation_maps=masks, text=question).to(self.model.device)
         output = self.model.generate(**inputs, **settings)
         captions = self.processor.post_process_region_captions(output)
         for found, texts in zip(regions, captions, strict=True):

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
 from ..errors_pdlm import SettingError
-from .checkpoints import checkpoint_name
+from .loading import load_checkpoint
 
 
 def export_checkpoint(model: str | Path, out: Path) -> list[str]:
@@ -22,16 +20,14 @@ def export_checkpoint(model: str | Path, out: Path) -> list[str]:
         `list[str]`: names of the files written.
 
     Raises:
-        CheckpointError: the checkpoint does not exist.
+        CheckpointError: the checkpoint does not exist, or is damaged.
         SettingError: the folder is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise SettingError(
             f"{out} is not empty. Choose a new folder, so that no file of another checkpoint stays in it."
         )
-    name = checkpoint_name(model)
-    network = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-    processor = AutoProcessor.from_pretrained(name)
+    network, processor = load_checkpoint(model)
     network.save_pretrained(out)
     processor.save_pretrained(out)
     return sorted(path.name for path in out.iterdir() if path.is_file())

@@ -8,8 +8,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from ..errors_pdlm import SettingError
 from ..modeling_pdlm import PdlmForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
-from ..regions.images import load_image
-from ..regions.region import parse_regions
+from ..regions.hints import load_pair
 
 TASK = "region-captioning"
 
@@ -56,8 +55,7 @@ class RegionCaptioningPipeline(Pipeline):
         """
         if not isinstance(inputs, dict) or not {"image", "regions"} <= inputs.keys():
             raise SettingError('region-captioning takes {"image": image, "regions": [...]}.')
-        image = load_image(inputs["image"])
-        regions = parse_regions(inputs["regions"], *image.size)
+        image, regions = load_pair(inputs["image"], inputs["regions"])
         batch = self.processor(images=image, segmentation_maps=[r.mask for r in regions], text=question)
         return batch | {"regions": regions}
 

@@ -9,6 +9,7 @@ import typer
 from ..errors_pdlm import MissingPackageError, SettingError
 from .options import (
     Fast,
+    Format,
     KeyEnv,
     Length,
     Model,
@@ -23,15 +24,20 @@ from .options import (
     note_embedded,
 )
 
+_SHOWN = 20  # messages about damaged lines
+
 
 @exit_on_error
 def batch(
     data: Annotated[Path, typer.Argument(help="COCO file, or folder with regions named like the images.")],
     out: Annotated[Path, typer.Option(help="OUT.jsonl: one row per region.", show_default=False)],
     images: Annotated[str | None, typer.Option(help="Folder of the images; default: where DATA is.")] = None,
+    format: Format = None,
     model: Model = None,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 8,
-    engine: Annotated[str, typer.Option(help="local; or ray: a cluster, and --images may be s3://... too.")] = "local",
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: a cluster, with images also in object storage (s3://...).")
+    ] = "local",
     workers: Annotated[int | None, typer.Option(help="Captioners of the cluster; default: one per GPU.")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: only the i-th of n parts, to OUT.i-of-n.jsonl.")] = None,
     server: Server = None,
@@ -53,13 +59,14 @@ def batch(
     _check_engine(engine, workers, server, images)
     if server is not None and fast:
         raise SettingError("--server: --fast is not served; leave it out.")
-    found = open_data(data.absolute(), images)
+    found = open_data(data.absolute(), images, format)
     asked = None
     if server is not None:
         settings = generation if question is None else {**generation, "question": question}
         asked = caption_client(server, model, key_env, concurrency, settings)
     name = str(model or "shapes (embedded)") if asked is None else asked.model
     files = BatchFiles(out, {"model": name, "question": question, "fast": fast, **generation}, part)
+    _show_damaged(files.damaged)
 
     def open_engine():
         if engine == "ray":
@@ -74,6 +81,14 @@ def batch(
     if not counts.whole:
         typer.echo(f"pdlm: not every region has a caption; {files.faults_path} says why", err=True)
         raise typer.Exit(1)
+
+
+def _show_damaged(messages: list[str]) -> None:
+    """Name the first damaged lines of results on stderr, and their number if there are more."""
+    for message in messages[:_SHOWN]:
+        typer.echo(f"pdlm: {message}", err=True)
+    if (more := len(messages) - _SHOWN) > 0:
+        typer.echo(f"pdlm: and {more} more damaged lines", err=True)
 
 
 def _engine(client, model, fast, batch_size, question, generation):
@@ -121,7 +136,9 @@ def report(
     rows: Annotated[Path, typer.Argument(help="OUT.jsonl of pdlm batch.")],
     images: Annotated[Path, typer.Option(help="Folder of the images.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Page to write, .html; or a contact sheet, .png.", show_default=False)],
-    limit: Annotated[int | None, typer.Option(help="Images, lowest scores first; default 500, sheets 48.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Number of images, lowest scores first; default: 500, on a contact sheet 48.")
+    ] = None,
 ) -> None:
     """Show the captions: one page to search and sort, or a contact sheet."""
     from ..render.drawing import check_target
@@ -130,8 +147,11 @@ def report(
 
     if out.suffix.lower() != ".html":
         check_target(out, "--out")
-    shown, total, unread = write_report(rows, images, out, limit)
+    damaged: dict[int, str] = {}
+    shown, total, unread = write_report(rows, images, out, limit, damaged.__setitem__)
+    _show_damaged([f"{rows}: line {number} {fault}; left out." for number, fault in damaged.items()])
     typer.echo(f"{out}: {shown} of {total} images", err=True)
     if unread:
         typer.echo(f"pdlm: {pluralize(len(unread), 'image')} cannot be read: {unread[0]}", err=True)
+    if unread or damaged:
         raise typer.Exit(1)

@@ -17,7 +17,7 @@ def decode(
     batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8",
     slots: Annotated[int, typer.Option(help="Token positions per caption.")] = 32,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Measured runs of everything, in turn.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Measured runs of each setting, taken in turn.")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     scaling: Annotated[bool, typer.Option("--scaling", help="Also vary regions, passes and batch size.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from ..errors_pdlm import RegionError, SettingError
 from .options import (
     Fast,
+    Format,
     Length,
     Model,
     Question,
@@ -57,7 +58,17 @@ def caption(
         list[Path] | None, typer.Option(help="Mask images, white inside the region: one or several files. Repeatable.")
     ] = None,
     box: Annotated[list[str] | None, typer.Option(help="Box X,Y,WIDTH,HEIGHT in pixels. Repeatable.")] = None,
-    regions: Annotated[Path | None, typer.Option(help="COCO, JSON list, LabelMe, YOLO .txt, label map .png.")] = None,
+    regions: Annotated[
+        Path | None,
+        typer.Option(help="COCO, LabelMe, VIA, Label Studio, CVAT, VOC, YOLO, label map, mask folder."),
+    ] = None,
+    format: Format = None,
+    image_name: Annotated[
+        str | None, typer.Option(help="Name of the image in the file of --regions, if it has another.")
+    ] = None,
+    orientation: Annotated[
+        str | None, typer.Option(help="Regions are of the image as shown, or stored: before its EXIF orientation.")
+    ] = None,
     model: Model = None,
     max_new_tokens: Length = 32,
     steps: Steps = 32,
@@ -79,7 +90,11 @@ def caption(
     if not mask and not box and regions is None:
         raise SettingError("No regions: give --mask, --box or --regions.")
     opened = load_image(image)
-    found = _read_regions(mask or [], box or [], regions, Path(image).name, *opened.size)
+    turn = _read_orientation(orientation, image)
+    found = _read_regions(mask or [], box or [], *opened.size, turn)
+    if regions is not None:
+        found += _read_file(regions, format, image, image_name, opened.size, turn, len(found))
+    _print_hints(image, found, mask or [], orientation is None)
     if record is not None:
         check_recording(record)
     if draw is not None:
@@ -114,26 +129,52 @@ def caption(
         raise typer.Exit(1)
 
 
-def _read_regions(
-    masks: list[Path], boxes: list[str], file: Path | None, image_name: str, width: int, height: int
-) -> list[Any]:
-    """Regions as the options give them. Raises: RegionError, which names the file or the box."""
-    from ..regions.readers import read_region_file
-    from ..regions.region import parse_region, parse_regions
+def _read_orientation(orientation: str | None, image: str) -> int:
+    """The EXIF orientation by which regions are turned. Raises: SettingError: the option has no such value."""
+    from ..regions.images import orientation_of
 
-    found = [parse_region(mask, width, height, k) for k, mask in enumerate(masks)]
+    if orientation not in (None, "shown", "stored"):
+        raise SettingError(f"--orientation {orientation}: expected shown or stored.")
+    return orientation_of(image) if orientation == "stored" else 1
+
+
+def _read_regions(masks: list[Path], boxes: list[str], width: int, height: int, turn: int) -> list[Any]:
+    """Regions as the options give them. Raises: RegionError, which names the file or the box."""
+    from ..regions.region import parse_region
+
+    found = [parse_region(mask, width, height, k, turn) for k, mask in enumerate(masks)]
     for text in boxes:
         try:
-            found.append(parse_region(_box(text), width, height, len(found)))
+            found.append(parse_region(_box(text), width, height, len(found), turn))
         except RegionError as error:
             raise RegionError(f"--box {text}: {str(error).partition(': ')[2]}") from None
-    if file is not None:
-        values = read_region_file(file, image_name, width, height)
-        try:
-            found += parse_regions([*found, *values], width, height)[len(found) :]
-        except RegionError as error:
-            raise RegionError(f"{file}: {error}") from None
     return found
+
+
+def _read_file(
+    file: Path, format: str | None, image: str, image_name: str | None, size: tuple[int, int], turn: int, start: int
+) -> list[Any]:
+    """Regions of a file, numbered from `start` where they have no id. Raises: RegionError, which names the file."""
+    from ..regions.readers import read_region_file, region_id
+    from ..regions.region import parse_region
+
+    stored = size[::-1] if turn > 4 else size
+    found = read_region_file(file, image_name or image, *stored, format, Path(image).stat().st_size)
+    try:
+        return [parse_region(value, *size, region_id(value, start + k), turn) for k, value in enumerate(found)]
+    except RegionError as error:
+        raise RegionError(f"{file}: {error}") from None
+
+
+def _print_hints(image: str, regions: list[Any], masks: list[Path], unsettled: bool) -> None:
+    """Say on stderr where regions may not be what was meant; the first regions are those of the mask files."""
+    from ..regions.hints import hint_all_inside, hint_turned
+
+    hints = [hint_all_inside(region, str(mask)) for region, mask in zip(regions, masks, strict=False)]
+    if unsettled:
+        hints.append(hint_turned(image, regions[0].mask.shape))
+    for hint in filter(None, hints):
+        typer.echo(f"pdlm: {hint}", err=True)
 
 
 def _box(text: str) -> list[float]:

@@ -14,7 +14,7 @@ from .options import RELEASED_BASE, Model, check_positive, embedded_note, exit_o
 @exit_on_error
 def chat(
     image: Annotated[str, typer.Argument(help="The image.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
     model: Model = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Token positions; default: the checkpoint's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; default: one per token position.")] = None,
@@ -30,25 +30,23 @@ def chat(
 
     opened = load_image(image)  # the image first: the model takes longer
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils.logging import disable_progress_bar
 
-    from ..captioning.checkpoints import BASE_CHECKPOINT, checkpoint_name
+    from ..captioning.checkpoints import BASE_CHECKPOINT
+    from ..captioning.loading import load_checkpoint
     from ..render.text import pluralize
 
     disable_progress_bar()
     note_embedded(model, RELEASED_BASE)
     settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps, "block_length": block_length}
     settings = {name: value for name, value in settings.items() if value is not None}
-    path = checkpoint_name(model or BASE_CHECKPOINT)
-    processor = load(AutoProcessor.from_pretrained, path)
-    network = load(AutoModelForImageTextToText.from_pretrained, path, dtype="auto").eval()
+    network, processor = load(load_checkpoint, model or str(BASE_CHECKPOINT))
     if network.config.num_region_prompts:
         raise CheckpointError(
             f"{model}: a region checkpoint, which captions regions (`pdlm caption`). For chat give a base checkpoint, "
             f"{RELEASED_BASE} for example."
         )
-    network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+    network = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     inputs = processor(images=opened, text=question).to(network.device)
     start = time.perf_counter()
     output = network.generate(**inputs, **settings, return_dict_in_generate=True)

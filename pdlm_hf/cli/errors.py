@@ -65,6 +65,8 @@ def exit_on_error(program: str) -> Callable[[Callable], Callable]:
                 return command(*args, **kwargs)
             except (ValueError, OSError, ImportError) as error:  # PdlmError, and what libraries raise for bad input
                 raise fail(program, error) from None
+            except MemoryError as error:
+                raise fail(program, f"out of memory: {error}", 1) from None
             except RuntimeError as error:
                 if type(error).__name__ != "OutOfMemoryError":  # torch's, which costs seconds to import
                     raise

@@ -11,11 +11,14 @@ from .errors import exit_on_error as _exit_on_error
 exit_on_error = _exit_on_error("pdlm")
 
 Model = Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; default: the embedded one.")]
-Server = Annotated[str | None, typer.Option(help="Ask this server of ours; --model: a name it has.")]
+Server = Annotated[
+    str | None, typer.Option(help="Address of a vLLM server with the region route; --model is a name that it serves.")
+]
 KeyEnv = Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")]
+Format = Annotated[str | None, typer.Option(help="Format of the region files, if they can be read in several ways.")]
 Length = Annotated[int, typer.Option("--max-new-tokens", help="Token positions per caption.")]
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps at most.")]
-Question = Annotated[str | None, typer.Option(help="Instead of the default question.")]
+Question = Annotated[str | None, typer.Option(help="Question about the regions, instead of the default one.")]
 Fast = Annotated[bool, typer.Option("--fast", help="Accept certain tokens early: fewer forward passes.")]
 
 RELEASED, RELEASED_BASE = "MSALab/PerceptionDLM", "MSALab/PerceptionDLM-Base"  # ids on the hub

@@ -150,6 +150,6 @@ def image_url(path: Path | None, image: Image.Image) -> str:
             plain = file.mode == "RGB" and file.getexif().get(ExifTags.Base.Orientation, 1) == 1
         if path is not None and kind is not None and plain:
             return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    except OSError:  # the file has moved since; its pixels are in memory
+    except Exception:  # moved since, or with EXIF data that Pillow cannot read; the pixels are in memory
         pass
     return png_url(image)

@@ -96,5 +96,5 @@ def _send(connection: Any, body: dict[str, Any]) -> Reply:
             raise TypeError
         # JSON can hold half of a surrogate pair, a file cannot
         return Reply(content.encode("utf-8", "replace").decode(), usage=data.get("usage") or {})
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise NoReplyError(f"the server's answer is no reply: {shorten(text)!r}.") from None

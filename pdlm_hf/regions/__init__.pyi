@@ -10,8 +10,15 @@ from .files import check_same_settings as check_same_settings
 from .files import load_json as load_json
 from .files import read_rows as read_rows
 from .files import write_json as write_json
+from .formats.facts import ImageFacts as ImageFacts
+from .formats.facts import find_image as find_image
+from .hints import load_pair as load_pair
 from .images import load_image as load_image
 from .images import open_image as open_image
+from .images import orientation_of as orientation_of
+from .limits import check_image_pixels as check_image_pixels
+from .limits import check_mask_pixels as check_mask_pixels
+from .readers import FORMATS as FORMATS
 from .readers import from_label_map as from_label_map
 from .readers import from_labelme as from_labelme
 from .readers import from_panoptic as from_panoptic
@@ -19,6 +26,7 @@ from .readers import from_sam as from_sam
 from .readers import from_supervision as from_supervision
 from .readers import from_yolo as from_yolo
 from .readers import read_region_file as read_region_file
+from .readers import region_id as region_id
 from .region import Region as Region
 from .region import parse_region as parse_region
 from .region import parse_regions as parse_regions

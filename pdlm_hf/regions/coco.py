@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors_pdlm import DataError, RegionError
 from .files import load_json
+from .formats.facts import ImageFacts, base_name
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class CocoFault:
         part (`str`): the list: "images", "annotations" or "categories".
         number (`int`): position in this list, from 0.
         key (`str`): the field of the entry.
-        kind (`str`): "missing field", "wrong type", "duplicate id" or "unknown image".
+        kind (`str`): "missing field", "wrong type", "duplicate id", "unknown image", "unknown category" or "corners".
         got, expected (`str`): the value, and the expected one.
         entry: the entry itself.
     """
@@ -36,7 +37,10 @@ class CocoFault:
         return f"{self.part}[{self.number}].{self.key}"
 
     def __str__(self) -> str:
-        return f"{self.place}: got {self.got}, expected {self.expected}"
+        ids = [(name, self.entry.get(key)) for name, key in (("id", "id"), ("image", "image_id"))
+               if isinstance(self.entry, dict) and key != self.key]  # fmt: skip
+        known = ", ".join(f"{name} {value!r:.40}" for name, value in ids if isinstance(value, (int, str)))
+        return f"{self.place}{f' ({known})' if known else ''}: got {self.got}, expected {self.expected}"
 
 
 class CocoIndex:
@@ -70,13 +74,42 @@ class CocoIndex:
             self.images[image["id"]], self.positions[image["id"]] = image, number
             if not isinstance(image.get("file_name"), str) or not image["file_name"]:
                 self._fault("images", number, "file_name", "missing field", "the name of the image file")
-        self.annotations: dict[Any, list[dict[str, Any]]] = {key: [] for key in self.images}
-        for number, annotation in self._sound("annotations", ("image_id", *needed)):
-            if annotation["image_id"] in self.images:
-                self.annotations[annotation["image_id"]].append(annotation)
-            else:
-                self._fault("annotations", number, "image_id", "unknown image", "the id of one of `images`")
         self.categories = {entry["id"]: entry.get("name") for _, entry in self._sound("categories", ("id",))}
+        self.annotations: dict[Any, list[dict[str, Any]]] = {key: [] for key in self.images}
+        is_listed = bool(self.categories) and all(fault.part != "categories" for fault in self.faults)
+        corners = self._are_corners()
+        for number, annotation in self._sound("annotations", ("image_id", *needed)):
+            category = annotation.get("category_id")
+            if annotation["image_id"] not in self.images:
+                self._fault("annotations", number, "image_id", "unknown image", "the id of one of `images`")
+            elif is_listed and category is not None and category not in self.categories:
+                self._fault("annotations", number, "category_id", "unknown category", "the id of one of `categories`")
+            elif corners and _box_of(annotation) is not None:
+                expected = "[x, y, width, height]; boxes of this file are corners [x0, y0, x1, y1]"
+                self._fault("annotations", number, "bbox", "corners", expected)
+            else:
+                self.annotations[annotation["image_id"]].append(annotation)
+        order = ("images", "annotations", "categories")
+        self.faults.sort(key=lambda fault: order.index(fault.part))
+
+    def _are_corners(self) -> bool:
+        """Whether the boxes are two corners: all can be, and as sides some leave their image by more than a pixel."""
+        leaves = False
+        for annotation in self.data["annotations"]:
+            box = _box_of(annotation)
+            if box is None:
+                continue
+            x, y, w, h = box
+            own = annotation.get("image_id")
+            image = self.images.get(own, {}) if isinstance(own, (int, str)) else {}
+            width, height = (
+                side if isinstance(side, (int, float)) else float("inf")
+                for side in (image.get("width"), image.get("height"))
+            )
+            if not (x < w <= width and y < h <= height):
+                return False
+            leaves = leaves or x + w > width + 1 or y + h > height + 1
+        return leaves
 
     @classmethod
     def read(cls, path: Path, needed: Collection[str] = ()) -> "CocoIndex":
@@ -97,21 +130,17 @@ class CocoIndex:
             raise DataError(f"{self.name}: {self.faults[0]}.")
 
     def named(self, file_name: str) -> dict[str, Any]:
-        """The image with a file name, compared without folders; or the only image of the file, whatever its name.
+        """The image with a file name; of several, the one that shares most folders with it. An image that was
+        converted may have another ending.
 
         Raises:
             RegionError: the file has no such image, or several.
         """
-        wanted = Path(file_name).name
-        found = [image for image in self.images.values() if Path(str(image.get("file_name", ""))).name == wanted]
-        if not found and len(self.images) == 1:
-            found = list(self.images.values())
-        if len(found) != 1:
-            reason = f" ({self.faults[0]})" if self.faults else ""
-            raise RegionError(
-                f"{self.name}: has {len(self.images)} images, {len(found)} of them named {wanted}{reason}."
-            )
-        return found[0]
+        images = list(self.images.values())
+        try:
+            return images[ImageFacts(file_name, 0, 0).choose(self.name, [image.get("file_name") for image in images])]
+        except RegionError as error:
+            raise RegionError(f"{error} ({self.faults[0]})" if self.faults else f"{error}") from None
 
     def _sound(self, part: str, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Number and entry of those whose ids are usable; the others become faults."""
@@ -143,28 +172,112 @@ def is_coco(data: Any) -> bool:
     return isinstance(data, dict) and all(isinstance(data.get(key), list) for key in ("images", "annotations"))
 
 
-def regions_in(data: Any, path: Path, image_name: str) -> list[dict[str, Any]]:
+def _box_of(annotation: Any) -> tuple[float, float, float, float] | None:
+    """The box of an annotation that has no other shape, if it is four numbers."""
+    box = annotation.get("bbox") if isinstance(annotation, dict) and not annotation.get("segmentation") else None
+    if not isinstance(box, (list, tuple)) or len(box) != 4:
+        return None
+    if not all(isinstance(side, (int, float)) and abs(side) < 1e9 for side in box):
+        return None
+    return box[0], box[1], box[2], box[3]
+
+
+def is_panoptic(data: Any) -> bool:
+    """Whether a COCO file is a panoptic one, whose regions are in PNG files."""
+    return is_coco(data) and any(isinstance(entry, dict) and "segments_info" in entry for entry in data["annotations"])
+
+
+def panoptic_segments(path: Path, annotation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The segments of an image of a panoptic file, from the PNG file of its annotation. The folder of these files is
+    called as the file, without its ending.
+
+    Raises:
+        ImageError: the PNG file cannot be opened.
+        RegionError: there is no such folder, or the annotation lacks `file_name` or `segments_info`.
+    """
+    from .formats.label_map import from_panoptic  # reads images, and so imports torch; commands list without it
+
+    folder = path.with_suffix("")
+    name, segments = annotation.get("file_name"), annotation.get("segments_info")
+    if not isinstance(name, str) or not isinstance(segments, list):
+        raise RegionError(
+            f"{path}: is a COCO panoptic file, but the annotation of image {annotation.get('image_id')!r:.40} lacks "
+            "`file_name` or `segments_info`."
+        )
+    if not folder.is_dir():
+        raise RegionError(
+            f"{path}: is a COCO panoptic file; its regions are in PNG files like {base_name(name)}, expected in the "
+            f"folder {folder}. Put them there: ln -s FOLDER_OF_THE_PNG_FILES {folder}"
+        )
+    return from_panoptic(folder / base_name(name), segments)
+
+
+def regions_in(data: Any, path: Path, image: ImageFacts) -> list[dict[str, Any]]:
     """The regions of one image, from the content of a JSON file.
 
     Args:
-        data: a COCO file, a list of regions, or `{"regions": [...]}`.
+        data: a COCO file (also a panoptic one), COCO's list of results, a list of regions, `{"regions": [...]}`, or
+            `{"annotations": [...]}` as SA-1B has it.
         path (`Path`): the file, for messages.
-        image_name (`str`): the image in a COCO file; not needed if the file has one image.
+        image (`ImageFacts`): the image; its name and size are compared with what the file states.
 
     Raises:
-        RegionError: the content is of another form, has no such image, or no regions for it.
+        ImageError: the PNG file of a panoptic file cannot be opened.
+        RegionError: the content is of another form, has no such image, states another size, or has no regions for it.
     """
     if is_coco(data):
-        index = CocoIndex(data, path)
-        image = index.named(image_name)
-        for fault in index.faults:  # those of other images do not matter here
-            if isinstance(fault.entry, dict) and fault.entry.get("image_id") == image["id"]:
-                raise RegionError(f"{path}: {fault}.")
-        regions: Any = index.annotations[image["id"]]
+        regions: Any = _of_image(CocoIndex(data, path), path, image)
+    elif isinstance(data, dict):
+        regions = data.get("regions", data.get("annotations"))
+        stated = data["image"] if isinstance(data.get("image"), dict) else data
+        name = data["image"] if isinstance(data.get("image"), str) else stated.get("file_name")
+        image.check_name(path, None if isinstance(name, str) and name.startswith("data:") else name)
+        image.check_size(path, stated.get("width"), stated.get("height"))
     else:
-        regions = data.get("regions", data.get("annotations")) if isinstance(data, dict) else data
+        regions = data
     if not isinstance(regions, list) or not all(isinstance(region, dict) for region in regions):
-        raise RegionError(f"{path}: expected a COCO file or a list of regions with `segmentation` or `bbox`.")
+        raise RegionError(
+            f"{path}: expected a COCO file or a list of regions with `segmentation` or `bbox`, LabelMe, VIA 2 or "
+            f"Label Studio; got {_described(data)}."
+        )
+    regions = _results(regions, path, image) if not isinstance(data, dict) else regions
     if not regions:
-        raise RegionError(f"{path}: holds no regions for {image_name}.")
+        raise RegionError(f"{path}: holds no regions for {image.name}.")
     return regions
+
+
+def _described(data: Any) -> str:
+    if isinstance(data, dict):
+        return f"an object with the keys {', '.join(sorted(map(str, data))[:5])}"[:120]
+    return f"{data!r:.60}"
+
+
+def _of_image(index: CocoIndex, path: Path, image: ImageFacts) -> list[dict[str, Any]]:
+    entry = index.named(image.name)
+    for fault in index.faults:  # those of other images do not matter here
+        if isinstance(fault.entry, dict) and fault.entry.get("image_id") == entry["id"]:
+            raise RegionError(f"{path}: {fault}.")
+    number = index.positions[entry["id"]]
+    image.check_size(f"{path}: images[{number}] (id {entry['id']!r:.40})", entry.get("width"), entry.get("height"))
+    found = index.annotations[entry["id"]]
+    if is_panoptic(index.data):
+        return [segment for annotation in found for segment in panoptic_segments(path, annotation)]
+    return found
+
+
+def _results(regions: list[dict[str, Any]], path: Path, image: ImageFacts) -> list[dict[str, Any]]:
+    """Of COCO's results, those of one image: the only one, or that with the number or the name of the file as id."""
+    ids = {region.get("image_id") if isinstance(region.get("image_id"), (int, str)) else None for region in regions}
+    if len(ids) <= 1:
+        return regions
+    stem = Path(base_name(image.name)).stem
+    digits = stem[len(stem.rstrip("0123456789")) :]
+    wanted = {stem, base_name(image.name), digits.lstrip("0") or digits}
+    found = [own for own in ids if own is not None and str(own) in wanted]
+    if len(found) != 1:
+        shown = ", ".join(sorted(map(str, ids))[:5])
+        raise RegionError(
+            f"{path}: holds results of {len(ids)} images (image_id {shown}{', ...' if len(ids) > 5 else ''}), "
+            f"{len(found)} of them {base_name(image.name)} by its number or name. Name the one: --image-name IMAGE_ID"
+        )
+    return [region for region in regions if region.get("image_id") == found[0]]

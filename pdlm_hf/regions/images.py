@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ..errors_pdlm import ImageError
+from ..errors_pdlm import ImageError, PdlmError
 from ..image_processing_pdlm import to_rgb
+from .limits import check_image_pixels
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -22,9 +24,12 @@ _TURNS = {
 _ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow looks for the orientation
 
 
-def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image, 1 to 8; 1 if it is missing or damaged."""
+def orientation_of(image: Image.Image | str | Path) -> int:
+    """Return the EXIF orientation of an image or an image file, 1 to 8; 1 if it is missing or damaged."""
     try:
+        if not isinstance(image, Image.Image):
+            with Image.open(image) as opened:
+                return orientation_of(opened)
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow raises errors of many kinds for damaged EXIF
         return 1
@@ -35,11 +40,27 @@ def _turned(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation. Pillow's `exif_transpose` fails on tags of a wrong type."""
     turn = _TURNS.get(orientation_of(image))
     if turn is None:
-        return image.copy()
+        return image
     turned = image.transpose(turn)
     for name in _ORIENTED:
         turned.info.pop(name, None)
     return turned
+
+
+def turned_mask(mask: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn a mask of an image's pixels as stored in the way that the image's EXIF orientation turns the image.
+
+    Args:
+        mask (`np.ndarray` of shape `(H, W)`): bool.
+        orientation (`int`): 1 to 8.
+
+    Returns:
+        `np.ndarray` of shape `(H, W)`, from orientation 5 on `(W, H)`: bool.
+    """
+    if orientation == 1:
+        return mask
+    stored = Image.fromarray(mask.astype(np.uint8))
+    return np.asarray(stored.transpose(_TURNS[orientation])).astype(bool)
 
 
 def load_image(source: Any, data: bytes | None = None) -> Image.Image:
@@ -63,14 +84,16 @@ def open_image(
     name: str | None = None,
     check: Callable[[Image.Image], None] | None = None,
     formats: list[str] | tuple[str, ...] | None = None,
+    upright: bool = True,
 ) -> Image.Image:
-    """Read an image file in its own mode, with its EXIF orientation applied.
+    """Read an image file in its own mode; of several frames the first.
 
     Args:
         source: path, or a file in memory.
         name (`str`, *optional*): the name in messages; default: the path.
         check (*optional*): called with the image before it is decoded; may raise an error to refuse it.
         formats (*optional*): Pillow's names of the formats to try; default: all.
+        upright (`bool`): apply the EXIF orientation.
 
     Raises:
         ImageError: as for [`load_image`].
@@ -82,8 +105,11 @@ def open_image(
         with Image.open(source, formats=formats) as image:
             if check is not None:
                 check(image)
+            check_image_pixels(*image.size, name)
             image.load()
-            return _turned(image)
+        return _turned(image) if upright else image  # not a copy: a large image would take its memory twice
+    except PdlmError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file.") from None
     except IsADirectoryError:
@@ -91,5 +117,10 @@ def open_image(
     except UnidentifiedImageError as error:
         reason = error if formats is None else f"the formats are {', '.join(formats)}"
         raise ImageError(f"{name}: cannot be opened as an image ({reason}).") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name}: cannot be opened as an image ({error}).") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{name}: cannot be opened as an image ({error}) Scale it down, or set the environment variable "
+            "PDLM_IMAGE_PIXELS."
+        ) from error
+    except Exception as error:  # Pillow's readers raise errors of any kind for damaged files
+        raise ImageError(f"{name}: cannot be opened as an image ({str(error) or type(error).__name__}).") from error

@@ -4,7 +4,7 @@ import base64
 import io
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -41,6 +41,12 @@ def render_template(name: str, folder: Path = TEMPLATES, **values: Any) -> Marku
         jinja2.UndefinedError: a value is missing.
     """
     return Markup(_environment(folder).get_template(name).render(values))
+
+
+def stream_template(name: str, file: TextIO, **values: Any) -> None:
+    """Write what [`render_template`] gives, piece by piece: iterators among the values are read meanwhile."""
+    for piece in _environment(TEMPLATES).get_template(name).generate(values):
+        file.write(piece)
 
 
 def jpeg_url(image: Image.Image) -> str:

@@ -1,22 +1,23 @@
 """Captioned images as HTML: one in a notebook, many in a report, one file that opens without a network."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..errors_pdlm import DataError
+from ..errors_pdlm import DataError, RegionError
 from ..processing_pdlm import RegionCaption
-from ..regions.files import read_rows
+from ..regions.files import read_rows, replacing
 from ..regions.images import load_image
 from ..regions.region import Region, parse_region
+from ..regions.results import result_fault
 from .drawing import contact_sheet, draw_captions, draw_regions
-from .html import jpeg_url, render_template
+from .html import jpeg_url, render_template, stream_template
 
 IMAGES = 500  # of a report, unless said otherwise
 DRAWINGS = 48  # of a contact sheet
 _SIDE = 480  # pixels of the longer side of an image
-_FIELDS = {"image_id", "annotation_id", "file_name", "caption", "score", "segmentation"}
 
 
 def image_html(image: Image.Image, regions: list[Region], captions: list[RegionCaption]) -> str:
@@ -41,8 +42,14 @@ def thumbnail_size(image: Image.Image) -> tuple[int, int]:
 # ---------------------------------------------------------------- many images
 
 
-def write_report(rows: Path, images: Path, out: Path, limit: int | None = None) -> tuple[int, int, list[str]]:
-    """A report of what `pdlm batch` wrote, or a contact sheet if `out` is an image.
+def write_report(
+    rows: Path,
+    images: Path,
+    out: Path,
+    limit: int | None = None,
+    damaged: Callable[[int, str], None] | None = None,
+) -> tuple[int, int, list[str]]:
+    """A report of what `pdlm batch` wrote, or a contact sheet if `out` is an image. One image is open at a time.
 
     Args:
         rows (`Path`): OUT.jsonl.
@@ -50,16 +57,18 @@ def write_report(rows: Path, images: Path, out: Path, limit: int | None = None) 
         out (`Path`): .html, or an image.
         limit (`int`, *optional*): images at most, those with the lowest score of a region; default 500, of a sheet
             48.
+        damaged (*optional*): called with number and fault of a damaged row, which is then left out; see
+            [`~pdlm_hf.regions.files.read_rows`].
 
     Returns:
         numbers of images shown, and there; and why some of those shown could not be read.
 
     Raises:
-        DataError: no rows, or other ones; or none of the images can be read.
+        DataError: no rows, or other ones; or none of the images can be shown.
         OSError: the file cannot be written.
     """
     sheet, unread = out.suffix.lower() not in (".html", ".htm"), []
-    lowest = _lowest_scores(rows)
+    lowest = _lowest_scores(rows, damaged)
     limit = (DRAWINGS if sheet else IMAGES) if limit is None else limit
     if limit < 1:
         raise DataError(f"The number of images must be positive, got {limit}.")
@@ -73,42 +82,53 @@ def write_report(rows: Path, images: Path, out: Path, limit: int | None = None) 
                 unread.append(image)
             else:
                 names.append(group[0]["file_name"])
-                drawn.append(draw_captions(image, regions, captions))
-        if drawn:
-            contact_sheet(drawn, names).save(out)
+                drawn.append(_small(draw_captions(image, regions, captions)))
+        _check_readable(rows, images, groups, unread)
+        contact_sheet(drawn, names, width=_SIDE).save(out)
     else:
-        articles = [_article(images, group) for group in groups]
-        unread = [article["unread"] for article in articles if article["unread"]]
-        if len(unread) < len(groups):
-            page = render_template("report.html", title=rows.name, articles=articles, total=len(lowest))
-            out.write_text(page, encoding="utf-8", errors="replace")
-    if len(unread) == len(groups):
-        raise DataError(f"{images}: none of the images can be read; see --images. {unread[0]}")
+        with replacing(out) as file:
+            values = {"title": rows.name, "count": len(groups), "total": len(lowest)}
+            stream_template("report.html", file, articles=_articles(images, groups, unread), **values)
+            _check_readable(rows, images, groups, unread)
     return len(worst), len(lowest), unread
 
 
-def _lowest_scores(path: Path) -> dict[tuple[str, Any], float]:
+def _check_readable(rows: Path, images: Path, groups: list, unread: list[str]) -> None:
+    """Raises: DataError if none of the images could be read, or none with its regions."""
+    if len(unread) == len(groups):
+        raise DataError(f"{rows}: none of its images in {images} can be shown (see --images): {unread[0]}")
+
+
+def _small(image: Image.Image) -> Image.Image:
+    """A drawing in the width that it has on a contact sheet."""
+    return image.resize((_SIDE, max(1, round(image.height * _SIDE / image.width))), Image.Resampling.LANCZOS)
+
+
+def _lowest_scores(path: Path, damaged: Callable[[int, str], None] | None) -> dict[tuple[str, Any], float]:
     """Lowest score of every image, by file name and id."""
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
     lowest: dict[tuple[str, Any], float] = {}
-    for number, row in enumerate(read_rows(path), 1):
-        if not _FIELDS <= row.keys():
-            missing = ", ".join(sorted(_FIELDS - row.keys()))
-            raise DataError(f"{path}: line {number}: has no {missing}; expected rows of `pdlm batch`.")
-        key, score = (row["file_name"], row["image_id"]), row["score"]
-        if not isinstance(row["file_name"], str) or not isinstance(score, (int, float)):
-            raise DataError(f"{path}: line {number}: `file_name` must be text and `score` a number.")
-        lowest[key] = min(score, lowest.get(key, 1.0))
+    first = ""
+
+    def note(number: int, fault: str) -> None:
+        nonlocal first
+        first = first or f" of `pdlm batch`: line {number} {fault}"
+        if damaged is not None:
+            damaged(number, fault)
+
+    for row in read_rows(path, check=result_fault, damaged=damaged and note):
+        key = row["file_name"], row["image_id"]
+        lowest[key] = min(row["score"], lowest.get(key, 1.0))
     if not lowest:
-        raise DataError(f"{path}: has no rows.")
+        raise DataError(f"{path}: has no rows{first}.")
     return lowest
 
 
 def _groups(path: Path, chosen: set[tuple[str, Any]]) -> list[list[dict[str, Any]]]:
     """Rows of the chosen images, a list each, by name and id, whatever order they were written in."""
     groups: dict[tuple[str, Any], dict[Any, dict]] = {}
-    for row in read_rows(path):
+    for row in read_rows(path, check=result_fault, damaged=lambda *_: None):  # they were named before
         key = row["file_name"], row["image_id"]
         if key in chosen:
             groups.setdefault(key, {})[row["annotation_id"]] = row
@@ -124,9 +144,20 @@ def _open(images: Path, group: list[dict]) -> tuple[Image.Image | str, list[Regi
     captions = [RegionCaption(row["caption"], row["score"], row["annotation_id"]) for row in group]
     try:
         image = load_image(images / group[0]["file_name"])
-        return image, [parse_region(row["segmentation"], *image.size) for row in group], captions
+        regions = [parse_region(row["segmentation"], *image.size, row["annotation_id"]) for row in group]
+    except RegionError as error:
+        return f"{group[0]['file_name']}: the rows are damaged, or of another image: {error}", [], captions
     except (ValueError, OSError) as error:
         return str(error), [], captions
+    return image, regions, captions
+
+
+def _articles(images: Path, groups: list[list[dict]], unread: list[str]) -> Iterator[dict[str, Any]]:
+    """What the template shows of each image, one after the other; reasons of those that cannot be read are added."""
+    for group in groups:
+        article = _article(images, group)
+        unread += [article["unread"]] if article["unread"] else []
+        yield article
 
 
 def _article(images: Path, group: list[dict]) -> dict[str, Any]:

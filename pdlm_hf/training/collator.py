@@ -61,6 +61,10 @@ class PdlmCollator:
         noise_floor (`float`): lowest masking probability; 1e-3 in the reference.
         prompt_ids (`str`): "random": any of the P region prompts, as the reference trains; "ordered": 0, 1, 2, ... as
             at inference.
+        at_least_one (`bool`, *optional*): mask at least one labelled token of every row, or a row teaches nothing: an
+            answer of n tokens has none with a chance of 1 / (n + 1). `mask_probability` is then the probability that a
+            token is masked in either way, so that the expectation of the loss stays the same. None: only with
+            `num_slots`, which is not the reference's layout; the reference has rows without a masked token.
         replacement_noise (`bool`): also draw `replacement_ids` (for `replacement_noise_mode`).
         vocab_size (`int`, *optional*): rows of the embedding; needed for replacement noise.
         generator (`torch.Generator`, *optional*): for repeatable noise.
@@ -75,6 +79,7 @@ class PdlmCollator:
         num_slots: int | tuple[int, int] | None = None,
         noise_floor: float = NOISE_FLOOR,
         prompt_ids: str = "random",
+        at_least_one: bool | None = None,
         replacement_noise: bool = False,
         vocab_size: int | None = None,
         generator: torch.Generator | None = None,
@@ -87,6 +92,7 @@ class PdlmCollator:
         self.num_slots = num_slots
         self.noise_floor = noise_floor
         self.prompt_ids = prompt_ids
+        self.at_least_one = num_slots is not None if at_least_one is None else at_least_one
         self.replacement_noise = replacement_noise
         self.vocab_size = vocab_size
         self.generator = generator
@@ -220,14 +226,23 @@ class PdlmCollator:
             answer = processor.tokenizer(last["content"] + END_OF_TURN, add_special_tokens=False)["input_ids"]
             answer += answer[-1:] * (num_slots - len(answer))
             return {"input_ids": ids + answer, "labels": [-100] * len(ids) + answer, **visual}
+        ids, labels = self.conversation(row["messages"], tiles)
+        return {"input_ids": ids, "labels": labels, **visual}
+
+    def conversation(self, messages: list[dict[str, Any]], tiles: list[int]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a conversation; only the assistant's turns have labels.
+
+        Args:
+            messages (`list[dict]`): see [`PdlmCollator`].
+            tiles (`list[int]`): tiles of every image in it.
+        """
+        processor = self.processor
         ids, labels, done, used = [], [], "", 0
-        for turn, message in enumerate(row["messages"]):
+        for turn, message in enumerate(messages):
             answering = message["role"] == "assistant"
-            messages = row["messages"][: turn + 1]
+            so_far = messages[: turn + 1]
             # everything up to the answer, then the answer with its end-of-turn
-            pieces = (
-                [(messages[:-1], True, False), (messages, False, True)] if answering else [(messages, False, False)]
-            )
+            pieces = [(so_far[:-1], True, False), (so_far, False, True)] if answering else [(so_far, False, False)]
             for part, header, labelled in pieces:
                 text = processor.apply_chat_template(part, tokenize=False, add_generation_prompt=header, training=True)
                 piece, done = text[len(done) :], text
@@ -236,7 +251,7 @@ class PdlmCollator:
                 used += count
                 ids += tokens
                 labels += tokens if labelled else [-100] * len(tokens)
-        return {"input_ids": ids, "labels": labels, **visual}
+        return ids, labels
 
     def noise(self, labels: torch.Tensor, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
         """Draw a noise level per row and mask labelled tokens with its probability.
@@ -251,7 +266,13 @@ class PdlmCollator:
         generator = generator or self.generator
         probability = noise_probability(torch.rand(len(labels), generator=generator), self.noise_floor)
         uniform = torch.rand(labels.shape, generator=generator)
-        masked = (uniform < probability[:, None]) & (labels != -100)
+        labelled = labels != -100
+        masked = (uniform < probability[:, None]) & labelled
+        if self.at_least_one:
+            # the token with the lowest number, so that nothing more is drawn
+            masked |= labelled & (uniform == uniform.masked_fill(~labelled, 2).amin(1, keepdim=True))
+            count = labelled.sum(1).clamp_min(1)
+            probability = probability + (1 - probability) ** count / count
         out = {"noise_mask": masked, "mask_probability": probability}
         if self.replacement_noise and self.vocab_size is not None:
             torch.rand(len(labels), generator=generator)  # drawn and unused in the reference, docs/quirks.md#q25

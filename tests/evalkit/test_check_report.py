@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -297,4 +298,12 @@ class TestReport:
         assert "There are no scores" in call("report", str(tmp_path)).stderr
         (tmp_path / "a_results.json").write_text('{"results"')
         done = call("report", str(tmp_path))
-        assert done.exit_code == 2 and "cannot be read" in done.stderr
+        assert done.exit_code == 2 and "not valid JSON" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "5"])
+def test_a_damaged_results_file_is_named(tmp_path, text):
+    path = tmp_path / "a_results.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        collect([path])

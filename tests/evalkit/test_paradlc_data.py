@@ -22,7 +22,7 @@ from pdlm_evalkit.paradlc.data import (
 )
 from pdlm_evalkit.paradlc.judging import judge_requests
 from pdlm_evalkit.paradlc.make_example import main as make_example
-from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.errors_pdlm import DataError, ImageError
 from pdlm_hf.regions import region
 
 EXAMPLE = Path(package.__file__).parent / "example"
@@ -164,7 +164,9 @@ def test_images_that_are_missing_or_damaged(folder):
 def test_a_broken_coco_file_is_said_with_the_place(tmp_path):
     folder = Path(shutil.copytree(EXAMPLE / "dlc", tmp_path / "bench"))
     change(folder / "annotations.json", lambda d: d["annotations"][3].update(image_id=99))
-    with pytest.raises(DataError, match=r"annotations.json: annotations\[3\].image_id: got 99, expected the id"):
+    with pytest.raises(
+        DataError, match=r"annotations.json: annotations\[3\].image_id \(id 1003\): got 99, expected the id"
+    ):
         load_benchmark(folder, EXAMPLE / "images")
 
 
@@ -191,3 +193,49 @@ def test_captions_of_another_system_are_checked(captions, said, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(captions))
     with pytest.raises(ValueError, match=said):
         read_captions(tmp_path / "c.json", load_benchmark(EXAMPLE).order)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**400, 0, -3, 12.5, "64", None, [64], True])
+def test_a_size_that_is_no_number_of_pixels_is_a_fault(folder, value):
+    change(folder / "annotations.json", lambda data: data[0].update(width=value))
+    with pytest.raises(DataError, match=r"annotations\.json.*`width` must be a number of pixels"):
+        load_benchmark(folder)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**400, True, "1", None])
+def test_a_score_that_is_no_number_is_a_fault(folder, value):
+    def edit(data):
+        next(iter(data.values()))[0]["choices"][1][1] = value
+
+    change(folder / "qa.json", edit)
+    with pytest.raises(DataError, match=r"qa\.json: \S+, question 1: a choice must be a pair \[text, score\]"):
+        load_benchmark(folder)
+
+
+@pytest.mark.parametrize("file", ["annotations", "qa", "class_names"])
+@pytest.mark.parametrize("depth", [100, 600, 800, 900, 950, 2000, 100_000])
+def test_deep_nesting_is_a_fault_that_names_the_file(folder, file, depth):
+    path = folder / f"{file}.json"
+    deep = "[" * depth + "]" * depth
+    text = path.read_text()
+    at = text.index("{") + 1
+    path.write_text(f'{text[:at]}"deep": {deep}, {text[at:]}')
+    try:
+        found = load_benchmark(folder)
+    except DataError as error:
+        assert ".json" in str(error)
+    else:  # an unused field may be nested as deeply as Python reads
+        assert file != "qa" and depth < 1000 and len(found.order) == len(load_benchmark(EXAMPLE).order)
+
+
+def test_a_mask_that_is_annotated_twice_is_a_fault(folder):
+    change(folder / "annotations.json", lambda data: data.append(data[0]))
+    with pytest.raises(DataError, match=r"annotations\.json: \S+ is annotated twice"):
+        load_benchmark(folder)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b.png", "no/such.png"])
+def test_an_image_name_that_is_no_file(folder, name):
+    change(folder / "annotations.json", lambda data: data[0].update(file_name=name))
+    with pytest.raises((DataError, ImageError), match=r"annotations\.json|no such file"):
+        check_images(load_benchmark(folder))

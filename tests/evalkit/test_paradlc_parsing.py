@@ -238,3 +238,29 @@ def test_the_robust_reader_takes_any_text():
             reply = messy_reply(rng, choices)
             assert parse_robust(reply, choices) in (None, *range(len(choices)))
             assert parse_robust(f" {reply}\n", choices) == parse_robust(reply, choices)
+
+
+@pytest.mark.parametrize(
+    "piece, choices, expected",
+    [
+        ("A" + " " * 200_000 + "B", YES_NO, None),
+        ("x" + "_" * 200_000 + "x", YES_NO, None),
+        ("Answer" + " " * 200_000 + "B", YES_NO, 1),
+        ("Answer: B " * 20_000, YES_NO, 1),
+        ("not" + " " * 200_000 + "B", YES_NO, None),
+        ("I say B, " * 20_000, YES_NO, 1),
+        ("option b, " * 20_000, YES_NO, 1),
+        ("the tie is red " * 20_000, ("the tie is red", "red"), 0),
+        ("<a" * 100_000, YES_NO, None),
+        ("e" + "\u0315\u0300" * 100_000, YES_NO, None),
+        ("<think>" * 30_000, YES_NO, None),
+    ],
+    ids=lambda value: repr(value)[:12],
+)
+def test_long_replies_take_linear_time(piece, choices, expected):
+    """Each took minutes or hours when a rule was quadratic."""
+    assert parse_robust(piece, choices) == expected
+
+
+def test_accents_in_two_spellings_are_the_same():
+    assert parse_robust("cafe\u0301", ("caf\u00e9", "bar")) == parse_robust("caf\u00e9", ("cafe\u0301", "bar")) == 0

@@ -153,7 +153,7 @@ def test_samples_of_lmms_eval(tmp_path):
         ("a.jsonl", '{"doc_id": 1}\n', "row 1 has no target and no filtered_resps"),
         ("a.json", "[]", "the file has no rows"),
         ("a.json", '[{"answer": 1}]', "row 1 has no prediction"),
-        ("a.json", '[{"answer": 1}', "cannot be read"),
+        ("a.json", '[{"answer": 1}', "not valid JSON"),
         ("a.txt", "x", "name ends with one of .jsonl"),
     ],
 )

@@ -20,6 +20,7 @@ from pdlm_hf.batch.dataset import open_data
 from pdlm_hf.batch.engines import ImageEngine, LocalEngine, Outcome, prefetch
 from pdlm_hf.batch.run import BatchFiles, BatchProgress, Counts, parse_shard, run_batch
 from pdlm_hf.cli.main import app
+from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.regions.files import read_rows
 from pdlm_hf.regions.region import Region
 
@@ -214,10 +215,10 @@ def test_bad_images_and_regions_are_listed_and_the_rest_goes_on(tmp_path):
     found = {(f["image_id"], f["annotation_id"]): f["reason"] for f in faults_of(tmp_path)}
     assert "is damaged" in found[0, 0] and "lies outside" in found[0, 2]
     assert "cannot be opened as an image" in found[1, None]
-    assert "annotations[15].image_id: got 77, expected the id of one of `images`" == found[77, 90]
-    assert "annotations[16].id: got 20, expected an id that no earlier entry has" == found[2, 20]
+    assert "annotations[15].image_id (id 90): got 77, expected the id of one of `images`" == found[77, 90]
+    assert "annotations[16].id (image 2): got 20, expected an id that no earlier entry has" == found[2, 20]
     assert "annotations[19].image_id: got 7, expected a number or a text" == found[None, None]
-    assert "images[3].file_name: got None, expected the name" in found[3, None]
+    assert "images[3].file_name (id 3): got None, expected the name" in found[3, None]
     assert "needs `segmentation`" in found[4, 91]
     # repaired: only what is missing is written
     change(tmp_path, lambda data: data["images"][3].update(file_name="3.png"))
@@ -299,6 +300,122 @@ def test_folder_of_images_with_masks(tmp_path):
     engine = Counter()
     counts, _ = caption_all(tmp_path, data="masks", engine=engine)
     assert engine.seen == [] and counts.before == len(found)
+
+
+def folder_of_images(tmp_path, *names, size=(60, 40)):
+    for name in names:
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, "white").save(tmp_path / "images" / name)
+
+
+def test_files_of_the_system_are_passed_over(tmp_path, caplog):
+    """Folders as macOS, Windows and notebooks leave them, and SAM's table beside its masks."""
+    folder_of_images(tmp_path, "a.png", ".ipynb_checkpoints/a.png", "b.png", "__MACOSX/a.png")
+    for name in ("._a.png", ".DS_Store", "Thumbs.db"):
+        (tmp_path / "images" / name).write_bytes(b"\0")
+    masks = tmp_path / "masks" / "a"
+    masks.mkdir(parents=True)
+    Image.fromarray(make_image(0, 60, 40)[1][0]).save(masks / "7.png")
+    for name in ("metadata.csv", ".DS_Store", "._7.png", "desktop.ini"):
+        (masks / name).write_text("id,area\n")
+    (tmp_path / "masks" / "classes.txt").write_text("cat\n")
+    (tmp_path / "masks" / "b.txt").write_text("0 0.5 0.5 0.2 0.5\n")
+    (tmp_path / "masks" / "c.txt").write_text("0 0.5 0.5 0.2 0.5\n")
+    counts, rows = caption_all(tmp_path, data="masks")
+    assert counts.whole and [row["annotation_id"] for row in rows] == ["a.png#7", "b.png#0"]
+    assert "1 file of regions without an image" in caplog.text and "c.txt for example" in caplog.text
+
+
+def test_paths_of_windows_are_understood(tmp_path):
+    folder_of_images(tmp_path, "a/1.png", "2.png")
+    names = ["a\\1.png", "D:\\work\\2.png", "a\\3.png"]
+    images = [{"id": k, "file_name": name, "width": 60, "height": 40} for k, name in enumerate(names)]
+    annotations = [{"id": k, "image_id": k, "bbox": [1, 2, 5, 4]} for k in range(3)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    counts, rows = caption_all(tmp_path)
+    assert [row["file_name"] for row in rows] == ["a/1.png", "2.png"]
+    assert counts.bad_images == 1 and "no such file" in faults_of(tmp_path)[0]["reason"]
+
+
+def test_boxes_that_are_corners_are_faults(tmp_path):
+    """One leaves its image as x, y, width, height; the others of the same file would be read wrongly in silence."""
+    folder_of_images(tmp_path, "a.png")
+    boxes = [[10, 5, 20, 15], [30, 20, 55, 38], [1, 1, 9, 9]]
+
+    def write(boxes):
+        data = {
+            "images": [{"id": 1, "file_name": "a.png", "width": 60, "height": 40}],
+            "annotations": [{"id": k, "image_id": 1, "bbox": box} for k, box in enumerate(boxes)],
+        }
+        (tmp_path / "coco.json").write_text(json.dumps(data))
+
+    write(boxes)
+    counts, _ = caption_all(tmp_path)
+    assert (counts.regions, counts.bad_regions) == (0, 3)
+    assert (
+        "annotations[2].bbox (id 2, image 1): got [1, 1, 9, 9], expected [x, y, width, height]; boxes of this"
+        in (faults_of(tmp_path)[2]["reason"])
+    )
+    write([[x, y, x1 - x, y1 - y] for x, y, x1, y1 in boxes])
+    counts, rows = caption_all(tmp_path)
+    assert counts.whole and [row["bbox"] for row in rows] == [[10, 5, 10, 10], [30, 20, 25, 18], [1, 1, 8, 8]]
+
+
+def test_panoptic_file(tmp_path):
+    folder_of_images(tmp_path, "a.png")
+    labels = np.zeros((40, 60, 3), np.uint8)
+    labels[5:15, 10:30] = (7, 1, 0)
+    labels[20:30, 10:20] = (9, 0, 0)
+    segments = [{"id": 263, "category_id": 1}, {"id": 9, "category_id": 2}, {"id": 5, "category_id": 2}]
+    data = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 60, "height": 40}],
+        "annotations": [{"image_id": 1, "file_name": "a_pan.png", "segments_info": segments}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "sky"}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(data))
+    counts, _ = caption_all(tmp_path)
+    reason = faults_of(tmp_path)[0]["reason"]
+    assert counts.bad_images == 1 and "is a COCO panoptic file" in reason and "ln -s" in reason
+    (tmp_path / "coco").mkdir()
+    Image.fromarray(labels).save(tmp_path / "coco" / "a_pan.png")
+    counts, rows = caption_all(tmp_path)
+    assert counts.whole and {row["annotation_id"]: row["caption"] for row in rows} == {
+        263: "200 pixels",
+        9: "100 pixels",
+    }
+    written = json.loads((tmp_path / "out.coco.json").read_text())["annotations"][0]["segments_info"]
+    assert [part.get("caption") for part in written] == ["200 pixels", "100 pixels", None]
+
+
+def test_the_format_of_a_folder(tmp_path):
+    folder_of_images(tmp_path, "a.png", "b.png")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("0 12 5 20 30")
+    (tmp_path / "labels" / "b.txt").write_text("0 0.2 0.2 0.9 0.9")
+    counts, _ = caption_all(tmp_path, data="labels")
+    reasons = [fault["reason"] for fault in faults_of(tmp_path)]
+    assert counts.bad_images == 2 and all("line 1" in reason and "--format" in reason for reason in reasons)
+    with pytest.raises(ValueError, match="--format nothing: expected one of coco"):
+        open_data(tmp_path / "labels", tmp_path / "images", "nothing")
+    found = open_data(tmp_path / "labels", tmp_path / "images", "pixel-corners")
+    assert found.entries[0].read() == [("a.png#0", {"id": 0, "category": "0", "bbox": [12, 5, 8, 25]})]
+    (tmp_path / "coco.json").write_text('{"images": [], "annotations": []}')
+    with pytest.raises(ValueError, match="--format coco: is about the files of a folder"):
+        open_data(tmp_path / "coco.json", tmp_path / "images", "coco")
+
+
+def test_what_the_files_of_a_folder_state_is_compared(tmp_path):
+    folder_of_images(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "labels").mkdir()
+    shape = {"label": "x", "shape_type": "rectangle", "points": [[1, 2], [6, 6]]}
+    for stem, name, width in (("a", "a.png", 60), ("b", "other.png", 60), ("c", "c.png", 61)):
+        content = {"imagePath": name, "imageWidth": width, "imageHeight": 40, "shapes": [shape]}
+        (tmp_path / "labels" / f"{stem}.json").write_text(json.dumps(content))
+    counts, rows = caption_all(tmp_path, data="labels")
+    assert [row["bbox"] for row in rows] == [[1, 2, 5, 4]]
+    reasons = [fault["reason"] for fault in faults_of(tmp_path)]
+    assert "is about the image other.png, not b.png" in reasons[0]
+    assert "states an image of 61 x 40 pixels, c.png has 60 x 40" in reasons[1]
 
 
 # ---------------------------------------------------------------- stops
@@ -596,3 +713,99 @@ def test_a_request_has_at_most_60_regions(tmp_path, near):
     assert {row["annotation_id"]: row["caption"] for row in rows} == {
         k: f"{9 + 9 * (k % 3)} pixels" for k in range(130)
     }
+
+
+# ---------------------------------------------------------------- damaged results, two runs at once
+
+
+DAMAGED = [
+    ({"caption": None}, "has None as `caption`, expected a text"),
+    ({"image_id": [1]}, "has [1] as `image_id`, expected a number or a text"),
+    ({"annotation_id": {"a": 1}}, "has {'a': 1} as `annotation_id`"),
+    ({"file_name": ["0.png"]}, "has ['0.png'] as `file_name`, expected the name of an image"),
+    ({"score": None}, "has None as `score`, expected a number from 0 to 1"),
+    ({"segmentation": "x"}, "has 'x' as `segmentation`"),
+    ("[1, 2]", "is not a JSON object"),
+    ('{"caption": ', "is damaged ("),
+    ("[" * 100_000, "is damaged ("),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGED)
+def test_a_damaged_row_is_named_and_captioned_again(tmp_path, change, message):
+    write_coco(tmp_path)
+    _, rows = caption_all(tmp_path)
+    out = tmp_path / "out.jsonl"
+    lines = out.read_text().splitlines()
+    lines[2] = change if isinstance(change, str) else json.dumps(rows[2] | change)
+    out.write_text("\n".join(lines) + "\n")
+    files = BatchFiles(out, SETTINGS)
+    (said,) = files.damaged
+    assert said.startswith(f"{out}: line 3 {message}")
+    assert said.endswith("; moved to out.damaged.jsonl; its region is captioned again unless another line has it.")
+    engine = Counter()
+    counts = run_batch(open_data(tmp_path / "coco.json", tmp_path / "images"), lambda: engine, files)
+    assert counts.whole and engine.seen == ["0.png"] and counts.regions == 1
+    assert (tmp_path / "out.damaged.jsonl").read_text() == lines[2] + "\n"
+    found = list(read_rows(out))
+    by_id = lambda row: row["annotation_id"]  # noqa: E731
+    assert sorted(found, key=by_id) == sorted(rows, key=by_id)
+    again = BatchFiles(out, SETTINGS)
+    assert again.damaged == []
+    again.close()
+
+
+def test_a_file_of_other_rows_is_not_taken_for_damaged(tmp_path):
+    write_coco(tmp_path)
+    caption_all(tmp_path)
+    (tmp_path / "out.jsonl").write_text('{"image": "a.png", "regions": []}\n' * 2)
+    with pytest.raises(DataError, match=r"has no row of `pdlm batch` \(line 1 has no `image_id`.*choose another file"):
+        BatchFiles(tmp_path / "out.jsonl", SETTINGS)
+    assert not (tmp_path / "out.damaged.jsonl").exists() and not (tmp_path / "out.lock").exists()
+
+
+def test_damaged_rows_of_a_shard_are_left_out(tmp_path):
+    write_coco(tmp_path)
+    _, rows = caption_all(tmp_path, shard=(1, 2))
+    part = tmp_path / "out.1-of-2.jsonl"
+    lines = part.read_text().splitlines()
+    lines[1] = "{}"
+    part.write_text("\n".join(lines) + "\n")
+    files = BatchFiles(tmp_path / "out.jsonl", SETTINGS)
+    assert len(list(read_rows(files.out))) == len(rows) - 1 and part.read_text().splitlines() == lines
+    assert [said.split(":", 1)[1] for said in files.damaged] == [
+        " line 2 has no `image_id`, as rows of `pdlm batch` have; its region is captioned again unless another line "
+        "has it."
+    ]
+    files.close()
+
+
+def test_one_run_at_a_time(tmp_path):
+    write_coco(tmp_path)
+    files = BatchFiles(tmp_path / "out.jsonl", SETTINGS)
+    holder = f"process {os.getpid()} on "
+    with pytest.raises(
+        SettingError, match=rf"out\.jsonl: {holder}.*, is writing it\. Wait until that run has ended, or"
+    ):
+        BatchFiles(tmp_path / "out.jsonl", SETTINGS)
+    other = BatchFiles(tmp_path / "other.jsonl", SETTINGS)
+    shard = BatchFiles(tmp_path / "out.jsonl", SETTINGS, (1, 2))  # has a file of its own
+    for held in (other, shard):
+        held.close()
+    data = open_data(tmp_path / "coco.json", tmp_path / "images")
+    assert run_batch(data, Counter, files).regions == 15
+    assert files.closed and not (tmp_path / "out.lock").exists()
+    assert run_batch(data, Counter, files).regions == 0  # locks anew
+    with pytest.raises(OSError, match="stopped"):
+        caption_all(tmp_path, "stopped.jsonl", Counter(stop_after=1))
+    assert caption_all(tmp_path, "stopped.jsonl")[0].before == 3
+
+
+def test_the_second_command_is_refused(tmp_path):
+    write_coco(tmp_path)
+    files = BatchFiles(tmp_path / "out.jsonl", SETTINGS)
+    command = ["batch", tmp_path / "coco.json", "--images", tmp_path / "images", "--out", tmp_path / "out.jsonl"]
+    result = CliRunner().invoke(app, [str(part) for part in command])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert f"out.jsonl: process {os.getpid()} on " in result.stderr
+    files.close()

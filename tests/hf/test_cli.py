@@ -116,10 +116,75 @@ def test_watch_keeps_stdout_clean(pdlm, files):
 
 
 @pytest.fixture
+def turned_photo(tmp_path):
+    """A file whose EXIF orientation turns its pixels, and a mask of the pixels as stored."""
+
+    def make(orientation, size=(104, 64)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(make_image(1, *size, 1)[0]).save(tmp_path / "photo.png", exif=exif)
+        mask = Image.new("L", size)
+        mask.paste(255, (10, 20, 40, 30))
+        mask.save(tmp_path / "stored.png")
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("orientation", "box"),
+    [(1, [10, 20, 30, 10]), (3, [64, 34, 30, 10]), (6, [34, 10, 10, 30]), (8, [20, 64, 10, 30])],
+)
+def test_regions_of_the_pixels_as_stored(pdlm, turned_photo, orientation, box):
+    folder = turned_photo(orientation)
+    (folder / "r.json").write_text(json.dumps([{"id": "file", "bbox": [10, 20, 30, 10]}]))
+    given = ("--mask", folder / "stored.png", "--box", "10,20,30,10", "--regions", folder / "r.json")
+    result = pdlm("caption", folder / "photo.png", *given, "--orientation", "stored", "--json")
+    assert result.exit_code == 0, result.output
+    assert [region["bbox"] for region in json.loads(result.stdout)["regions"]] == [box] * 3
+    assert "EXIF" not in result.stderr
+
+
+def test_a_mask_of_the_pixels_as_stored_is_named(pdlm, turned_photo):
+    folder = turned_photo(6)
+    result = pdlm("caption", folder / "photo.png", "--mask", folder / "stored.png")
+    assert result.exit_code == 2 and "Resize" not in result.stderr
+    assert "stored.png: has size 104 x 64, but its image has 64 x 104" in result.stderr
+    assert "the sides are swapped" in result.stderr and "--orientation stored" in result.stderr
+    folder = turned_photo(3)  # the sides fit: nobody can know
+    result = pdlm("caption", folder / "photo.png", "--mask", folder / "stored.png", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["regions"][0]["bbox"] == [10, 20, 30, 10]
+    assert (
+        "photo.png: the EXIF orientation 3 is applied; the regions are taken to be of the image as it" in result.stderr
+    )
+    shown = ("--orientation", "shown")
+    assert "EXIF" not in pdlm("caption", folder / "photo.png", "--mask", folder / "stored.png", *shown).stderr
+    result = pdlm("caption", folder / "photo.png", "--mask", folder / "stored.png", "--orientation", "left")
+    assert result.exit_code == 2 and "--orientation left: expected shown or stored" in result.stderr
+
+
+def test_a_hint_at_masks_that_are_white_or_inverted(pdlm, files):
+    Image.new("L", (104, 64), 255).save(files / "white.png")
+    result = pdlm("caption", files / "image.png", "--mask", files / "mask_0.png", files / "white.png")
+    assert result.exit_code == 0, result.output
+    assert "white.png: 100% of the mask is white" in result.stderr and "magick MASK.png -negate" in result.stderr
+    assert "mask_0.png" not in result.stderr
+    whole = pdlm("caption", files / "image.png", "--box", "0,0,104,64")
+    assert whole.exit_code == 0 and "white" not in whole.stderr
+
+
+@pytest.fixture
 def bad_files(files):
     Image.new("L", (7, 5), 255).save(files / "small.png")
     Image.new("L", (104, 64)).save(files / "empty.png")
     (files / "cut.json").write_text('[{"bbox": [1, 2')
+    (files / "huge.json").write_text(f'[{{"id": 4, "bbox": [1, 2, {"1" * 401}, 5]}}]')
+    (files / "digits.json").write_text(f'[{{"id": 4, "bbox": [1, 2, {"1" * 5000}, 5]}}]')
+    (files / "nested.json").write_text("[" * 100_000)
+    Image.fromarray(np.full((64, 104), 4000, np.uint16)).save(files / "deep.png")
+    frame = Image.new("L", (104, 64), 255)
+    frame.save(files / "two.gif", save_all=True, append_images=[Image.new("L", (104, 64))])
+    Image.fromarray(np.arange(64 * 104, dtype=np.uint8).reshape(64, 104) // 90).save(files / "labels.png")
     (files / "cut.png").write_bytes((files / "image.png").read_bytes()[:2000])
     return files
 
@@ -127,6 +192,13 @@ def bad_files(files):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("image.png --regions huge.json", "huge.json: region 4: holds a number that is too large"),
+        ("image.png --regions digits.json", "digits.json: not valid JSON"),
+        ("image.png --regions nested.json", "nested.json: not valid JSON"),
+        (f"image.png --box 1,2,3,{'1' * 401}", "holds NaN or infinite values"),
+        ("deep.png --box 1,2,3,4", "deep.png: has 16 bits per pixel, of which it uses values up to 4000 only"),
+        ("image.png --mask two.gif", "two.gif: holds 2 images, and a mask is a file of one"),
+        ("image.png --mask labels.png", "labels.png: values go up to 2 and are neither 0/1 nor 0/255. A label map"),
         ("image.png", "No regions: give --mask, --box or --regions"),
         ("nowhere.png --mask mask_0.png", "nowhere.png: no such file"),
         ("cut.png --mask mask_0.png", "cut.png: cannot be opened as an image"),
@@ -370,9 +442,10 @@ def test_each_mistake_is_named(files, tiny_checkpoint, arguments, message):
     assert "Traceback" not in result.stderr and result.stdout == ""
 
 
-def test_out_of_memory_is_one_line(pdlm, files, monkeypatch):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_out_of_memory_is_one_line(pdlm, files, monkeypatch, kind):
     def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        raise kind("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr(RegionCaptioner, "generate", fail)
     result = pdlm("caption", files / "image.png", *masks_of(files))

@@ -321,9 +321,12 @@ def test_files_are_sent_unchanged_where_every_reader_sees_the_same(tmp_path):
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
     image.save(tmp_path / "turned.jpg", exif=turned)
+    image.save(tmp_path / "damaged.png", exif=b"no EXIF at all")
+    with Image.open(tmp_path / "damaged.png") as file, pytest.raises(SyntaxError):
+        file.getexif()
     plain = image_url(tmp_path / "plain.jpg", image)
     assert plain == "data:image/jpeg;base64," + base64.b64encode((tmp_path / "plain.jpg").read_bytes()).decode()
-    for path in (tmp_path / "turned.jpg", tmp_path / "none.jpg", None):
+    for path in (tmp_path / "turned.jpg", tmp_path / "damaged.png", tmp_path / "none.jpg", None):
         url = image_url(path, image)
         pixels = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
         assert pixels.size == (8, 6) and pixels.getpixel((0, 0)) == (255, 0, 0)

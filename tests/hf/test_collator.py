@@ -251,3 +251,39 @@ def test_partition_changes_with_epoch_and_image_only():
 @pytest.mark.parametrize("num_regions", [1, 5, 6, 20, 61])
 def test_groups_fit_a_pass(num_regions, num_prompts):
     assert max(map(len, partition_regions(num_regions, num_prompts, 0, 0))) <= num_prompts
+
+
+# ---------------------------------------------------------------- at least one masked token
+
+
+def test_rows_without_a_masked_token(processor):
+    """The reference has them: 1 of n + 1 answers of n tokens. With slots, and on request, there are none."""
+    labels = torch.full((4000, 7), 5)
+    labels[:, :2] = -100
+    kept = PdlmCollator(processor, generator=generator()).noise(labels)
+    assert (~kept["noise_mask"].any(1)).float().mean().item() == pytest.approx(1 / 6, abs=0.02)
+    for settings in ({"at_least_one": True}, {"num_slots": 12}):
+        drawn = PdlmCollator(processor, generator=generator(), **settings).noise(labels)
+        assert drawn["noise_mask"].any(1).all() and not drawn["noise_mask"][:, :2].any()
+        some = kept["noise_mask"].any(1)
+        assert torch.equal(drawn["noise_mask"][some], kept["noise_mask"][some])  # the same numbers are drawn
+        assert (drawn["noise_mask"][~some].sum(1) == 1).all()
+        expected = kept["mask_probability"] + (1 - kept["mask_probability"]) ** 5 / 5
+        assert torch.allclose(drawn["mask_probability"], expected)
+    none = PdlmCollator(processor, num_slots=12, at_least_one=False, generator=generator()).noise(labels)
+    assert torch.equal(none["noise_mask"], kept["noise_mask"])
+
+
+def test_the_expectation_of_the_loss_stays(processor):
+    """A token weighs one over the probability that it is masked, so that every token weighs 1 in the mean."""
+    labels = torch.zeros(200_000, 3, dtype=torch.long)
+    drawn = PdlmCollator(processor, at_least_one=True, generator=generator()).noise(labels)
+    weight = (drawn["noise_mask"] / drawn["mask_probability"][:, None]).mean(0)
+    assert weight.tolist() == pytest.approx([1, 1, 1], abs=0.01)
+    assert drawn["mask_probability"].min() >= 1 / 3  # no weight is above the number of tokens
+
+
+def test_rows_without_labels_are_left_alone(processor):
+    labels = torch.full((3, 4), -100)
+    drawn = PdlmCollator(processor, at_least_one=True, generator=generator()).noise(labels)
+    assert not drawn["noise_mask"].any() and torch.isfinite(drawn["mask_probability"]).all()

@@ -381,7 +381,7 @@ def test_numbers_out_of_bounds_are_harmless(tab, capfd):
         tab.page.get_by_label(f"number input for {label}").fill(value)
         expect(chosen).to_have_text(row, timeout=WAIT)
     tab.describe()
-    assert tab.page.locator("#captions .status").text_content().startswith("5 captions in 1 pass, ")
+    assert tab.page.locator("#captions .status").text_content().startswith("5 captions in 1 forward pass, ")
     tab.page.get_by_label("number input for Steps at most").fill("")
     tab.page.wait_for_timeout(500)
     assert "Traceback" not in "".join(capfd.readouterr())

@@ -26,8 +26,8 @@ def test_the_page(here):
     assert whole == captions_of("parts.jsonl") == captions_of("large.jsonl") == captions_of("python.jsonl")
     assert list(captions_of("folder.jsonl").values()) == [whole[k] for k in sorted(whole)]
     assert all(text.endswith(" pixels") for text in captions_of("served.jsonl").values())
-    labelme, yolo, label_map = (r.stdout for r in ran if "--regions" in r.command and "coco" not in r.command)
-    assert labelme == yolo and len(labelme.splitlines()) == 6
+    labelme, yolo, named, label_map = (r.stdout for r in ran if "--regions" in r.command and "coco" not in r.command)
+    assert labelme == yolo == named and len(labelme.splitlines()) == 6
     assert [line.split("  ")[1] for line in label_map.splitlines()] == [whole[k] for k in whole if k // 10 == 1]
     for name in ("report.html", "sheet.png", "drawn.png", "steps.html", "steps.gif", "captions.coco.json"):
         assert (here / name).stat().st_size > 1000, name

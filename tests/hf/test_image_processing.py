@@ -1,5 +1,6 @@
 import copy
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from pdlm_hf import CHECKPOINT, PdlmImageProcessorPil
+from pdlm_hf.errors_pdlm import ImageError, RegionError
 from pdlm_hf.image_processing_pdlm import to_binary_mask, to_rgb
 from pdlm_hf.tiling_pdlm import best_grid, num_tiles, region_patches, tile, tile_grids
 
@@ -46,6 +48,24 @@ def filled(value, dtype=np.float32, shape=(HEIGHT, WIDTH)):
         Image.fromarray(MASK.astype(np.float32)),
         Image.fromarray(MASK.astype(np.uint16) * 255),
         Image.fromarray(MASK.astype(np.uint8) * 255).quantize(2),
+        MASK.astype(np.uint16) * 65535,
+        MASK.astype(np.int32) * 65535,
+        MASK.astype(">u2") * np.array(65535, ">u2"),
+        MASK * 65535.0,
+        MASK.astype(np.float16),
+        MASK.astype(np.int8),
+        np.where(MASK, 0.51, 0.5),  # probabilities
+        np.where(MASK, 65000, 700).astype(np.uint16),  # 16 bits, JPEG 2000 noise
+        MASK[None, None],
+        MASK[None, ..., None],
+        torch.from_numpy(MASK)[None, None],
+        torch.from_numpy(MASK.astype(np.float32)).requires_grad_(),
+        Image.fromarray(MASK.astype(np.uint16) * 65535),
+        Image.fromarray(MASK.astype(np.uint8) * 255).convert("LA"),
+        Image.fromarray(MASK.astype(np.uint8) * 255).convert("CMYK"),
+        Image.fromarray(MASK.astype(np.uint8) * 255).convert("YCbCr"),
+        Image.fromarray(np.dstack([MASK.astype(np.uint8) * 255] * 4)),  # white on nothing
+        Image.fromarray(np.dstack([MASK.astype(np.uint8) * 255] * 3 + [MASK.astype(np.uint8) * 0])),
     ],
     ids=lambda m: f"{type(m).__name__}-{m.mode if isinstance(m, Image.Image) else m.dtype}-{getattr(m, 'shape', '')}",
 )
@@ -64,9 +84,9 @@ def test_forms_of_a_mask(mask):
         (filled(0, np.uint8), "is empty, no pixel is inside"),
         (filled(False, bool), "is empty, no pixel is inside"),
         (filled(0.3), "is empty, no pixel is inside"),
-        (MASK * 7, "values go up to 7 .* label map"),
-        (MASK * 2.5, "values go up to 2.5 .* label map"),
-        (MASK.astype(np.int32) * 1001, "values go up to 1001 .* label map"),
+        (MASK * 7, "values go up to 7 .*label map .*`pdlm caption IMAGE --regions FILE`"),
+        (MASK * 2.5, "values go up to 2.5 .*label map"),
+        (MASK.astype(np.int32) * 1001, "values go up to 1001 .*label map"),
         (Image.fromarray(np.stack([MASK * 255, MASK * 0, MASK * 0], -1).astype(np.uint8)), "coloured image"),
         (filled(1, shape=(HEIGHT,)), r"expected a mask of shape \(H, W\), got shape \(6,\)"),
         (filled(1, shape=(3, HEIGHT, WIDTH)), r"got shape \(3, 6, 8\)"),
@@ -76,6 +96,23 @@ def test_forms_of_a_mask(mask):
         (MASK[:-1], "has size 8 x 5"),
         (Image.fromarray(MASK.T.astype(np.uint8)), "has size 6 x 8"),
         (MASK.astype(complex), "complex128"),
+        (MASK * 6.5 - 3, "negative values; .* Of logits, pass those above 0"),
+        (MASK * 40000, "values go up to 40000"),
+        (MASK * 65536, "values go up to 65536"),
+        (MASK * 1 + np.eye(HEIGHT, WIDTH, 7) * 255, "255 means void"),  # one pixel of it
+        (MASK.astype(object), "got shape .* of object"),
+        (np.array([{"a": 1}, None]), "of object"),
+        ([[0, 1], [1]], "cannot be read as a mask"),
+        (np.ma.masked_array(MASK, ~MASK), "is a masked array"),
+        (torch.from_numpy(MASK).to_sparse(), "the tensor cannot be read .*[Ss]parse"),
+        (torch.from_numpy(MASK).to_sparse_csr(), "the tensor cannot be read"),
+        (torch.empty(HEIGHT, WIDTH, device="meta"), "the tensor cannot be read .*meta"),
+        (torch.from_numpy(MASK).to(torch.complex64), "of complex64"),
+        (np.stack([MASK, MASK]), r"got shape \(2, 6, 8\)"),
+        (np.kron(MASK, np.ones((2, 2))), r"has size 16 x 12, .* magick MASK.png -sample 8x6! OUT.png"),
+        (MASK[:4, :4], "has size 4 x 4, .* another shape. It belongs to another image"),
+        (MASK.T, r"the sides are swapped. .* EXIF orientation .*--orientation stored"),
+        (Image.new("RGBA", (WIDTH, HEIGHT), (0, 0, 0, 0)), "is empty"),
         (MASK.astype(str), "got shape"),
         ("mask.png", "got shape"),
         (None, "got shape"),
@@ -83,7 +120,7 @@ def test_forms_of_a_mask(mask):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_masks(mask, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RegionError, match=message):
         to_binary_mask(mask, HEIGHT, WIDTH)
     with pytest.raises(ValueError, match="^image 3, mask 4: "):
         to_binary_mask(mask, HEIGHT, WIDTH, "image 3, mask 4")
@@ -119,6 +156,38 @@ def test_modes_of_a_image(mode):
     assert (got.mode, got.size) == ("RGB", (WIDTH, HEIGHT))
 
 
+def test_images_of_sixteen_bits_and_of_one():
+    """The upper byte, as Pillow takes it of a colour file; white is white."""
+    deep = np.array([[0, 255, 256, 40000, 65535]], np.uint16)
+    for image in (deep, Image.fromarray(deep), deep.astype(">u2"), deep[..., None], deep[None]):
+        assert np.asarray(to_rgb(image))[..., 0].tolist() == [[0, 0, 1, 156, 255]]
+    small = np.array([[0, 1, 255]], np.uint16)  # 8 bits in 16
+    for image in (small, Image.fromarray(small)):
+        assert np.asarray(to_rgb(image))[..., 1].tolist() == [[0, 1, 255]]
+    for image in (MASK, MASK[None], Image.fromarray(MASK)):
+        assert np.array_equal(np.asarray(to_rgb(image))[..., 2], MASK * 255)
+
+
+def test_masks_and_patches_take_a_few_bytes_per_pixel():
+    """Of what NumPy allocates; an image of 13,300 x 13,300 has 177 million pixels."""
+    side = 2000
+    box = Image.new("L", (side, side))
+    box.paste(255, (100, 100, 900, 900))
+    for value in (np.asarray(box), np.asarray(box) > 0, box, box.convert("RGB"), np.asarray(box) * np.uint16(257)):
+        tracemalloc.start()
+        mask = to_binary_mask(value, side, side)
+        patches = region_patches(mask, 0, (1, 1), 512, 16)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert mask.sum() == 800 * 800 and patches.any()
+        assert peak < 5.5 * side * side, peak / side**2
+
+
+def test_an_rgb_image_is_not_copied():
+    image = Image.fromarray(RGB)
+    assert to_rgb(image) is image
+
+
 def test_grey_array_is_a_image():
     assert np.array_equal(np.asarray(to_rgb(RGB[..., 0])), RGB[..., :1].repeat(3, 2))
 
@@ -130,6 +199,16 @@ def test_grey_array_is_a_image():
         (filled(-1.0, shape=(4, 4, 3)), "expected integer values 0..255"),
         (filled(256, np.int32, (4, 4, 3)), "expected integer values 0..255"),
         (filled(0.5, shape=(4, 4, 3)), r"expected integer values 0..255, got float32 .* before normalisation"),
+        (filled(4095, np.uint16), "has 16 bits per pixel, of which it uses values up to 4095 .*magick .*-depth 8"),
+        (Image.fromarray(filled(4095, np.uint16)), "has 16 bits per pixel, .*magick .*-auto-level"),
+        (Image.fromarray(filled(70000, np.int32)), r"got int32 \(32 bits\) in .*magick .*-depth 8"),
+        (Image.fromarray(filled(0.5)), r"got float32 \(32 bits\)"),
+        (filled(1, np.complex64), "expected numbers, got an array of complex64"),
+        (filled(1, object), "expected numbers, got an array of object"),
+        (np.array([["a", "b"]]), "expected numbers"),
+        (torch.zeros(3, 4, 4).to_sparse(), "the tensor cannot be read"),
+        (torch.zeros(3, 4, 4, device="meta"), "the tensor cannot be read"),
+        (Image.new("La", (4, 4)), "cannot be decoded"),
         (filled(1, np.uint8, (5, 5, 2)), r"got \(5, 5, 2\)"),
         (filled(1, np.uint8, (4,)), r"got \(4,\)"),
         (filled(1, np.uint8, (1, 4, 4, 3)), r"got \(1, 4, 4, 3\)"),
@@ -139,7 +218,7 @@ def test_grey_array_is_a_image():
     ],
 )
 def test_bad_images(image, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ImageError, match=message):
         to_rgb(image)
     with pytest.raises(ValueError, match="^image 2: "):
         to_rgb(image, "image 2")
@@ -307,6 +386,32 @@ def test_a_photo_and_a_label_map_are_no_masks():
     soft = np.asarray(Image.fromarray(square).resize((16, 16)).resize((64, 64), Image.Resampling.BICUBIC))
     assert ((soft >= 16) & (soft < 240)).sum() > 50
     assert np.array_equal(to_binary_mask(soft, 64, 64), soft > 127)
+
+
+def test_two_colours_of_a_palette_with_black():
+    """The colour stands for the region, as in the masks of VOC and DAVIS; without black nobody can say which."""
+    for colour, other in [((128, 0, 0), 1), ((0, 0, 1), 1), ((255, 255, 255), 7)]:
+        image = Image.fromarray(MASK.astype(np.uint8) * other).convert("P")
+        image.putpalette([0, 0, 0] * other + list(colour))
+        assert np.array_equal(to_binary_mask(image, HEIGHT, WIDTH), MASK)
+    image.putpalette([255, 255, 255] * 7 + [128, 0, 0])
+    with pytest.raises(ValueError, match="coloured image"):
+        to_binary_mask(image, HEIGHT, WIDTH)
+    inverted = Image.fromarray((~MASK).astype(np.uint8)).convert("P")  # black need not be the first colour
+    inverted.putpalette([200, 10, 10, 0, 0, 0])
+    assert np.array_equal(to_binary_mask(inverted, HEIGHT, WIDTH), MASK)
+    grey = Image.fromarray(np.where(MASK, 250, 3).astype(np.uint8)).convert("P")
+    grey.putpixel((0, 0), 9)  # soft edges that a palette holds
+    assert np.array_equal(to_binary_mask(grey, HEIGHT, WIDTH), MASK)
+
+
+def test_a_damaged_image_in_memory(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:3000])
+    with Image.open(tmp_path / "cut.png") as image, pytest.raises(RegionError, match="cannot be read as a mask"):
+        to_binary_mask(image, 64, 64)
+    with Image.open(tmp_path / "cut.png") as image, pytest.raises(ImageError, match="cannot be decoded"):
+        to_rgb(image)
 
 
 def test_bfloat16_tensors():

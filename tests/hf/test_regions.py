@@ -1,16 +1,22 @@
 import json
+import os
 import re
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pycocotools import mask as coco
 
 from pdlm_hf import Region
-from pdlm_hf.errors_pdlm import DataError
+from pdlm_hf.errors_pdlm import DataError, ImageError, RegionError
+from pdlm_hf.regions import limits
 from pdlm_hf.regions.coco import CocoIndex
-from pdlm_hf.regions.images import load_image
+from pdlm_hf.regions.hints import load_pair
+from pdlm_hf.regions.images import load_image, orientation_of
 from pdlm_hf.regions.readers import read_region_file
 from pdlm_hf.regions.region import parse_region, parse_regions, region_areas
 
@@ -58,6 +64,19 @@ def box_mask(x0, y0, x1, y1):
         ([-5, -5, 8, 8], box_mask(0, 0, 3, 3)),  # cut at the border
         ([25, 15, 100, 100], box_mask(25, 15, 30, 20)),
         ([[0, 0, 10, 0, 10, 10, 0, 10]], box_mask(0, 0, 10, 10)),
+        ([0, 0, 10, 0, 10, 10, 0, 10], box_mask(0, 0, 10, 10)),  # its only ring
+        ([[0, 0], [10, 0], [10, 10], [0, 10]], box_mask(0, 0, 10, 10)),  # the points of its only ring
+        ([[[0, 0], [10, 0], [10, 10], [0, 10]]], box_mask(0, 0, 10, 10)),
+        ((0, 0.0, np.float32(10), 0, 10, 10, 0, 10), box_mask(0, 0, 10, 10)),
+        (np.array([0, 0, 10, 0, 10, 10, 0, 10]), box_mask(0, 0, 10, 10)),
+        ({"segmentation": [0, 0, 10, 0, 10, 10, 0, 10]}, box_mask(0, 0, 10, 10)),
+        ({"segmentation": ((0, 0, 10, 0, 10, 10, 0, 10),)}, box_mask(0, 0, 10, 10)),
+        ({"segmentation": BLOB, "bbox": [1, 1, 2, 2]}, BLOB),  # as SAM's mask generator has it
+        ({"segmentation": torch.from_numpy(BLOB)}, BLOB),
+        ({"segmentation": Image.fromarray(BLOB)}, BLOB),
+        (np.array([3, 4, 5, 6]), box_mask(3, 4, 8, 10)),
+        (list(torch.tensor([3, 4, 5, 6])), box_mask(3, 4, 8, 10)),
+        (uncompressed(BLOB) | {"size": np.array([HEIGHT, WIDTH])}, BLOB),
         (
             [[0, 0, 4, 0, 4, 4, 0, 4], [10, 10, 14, 10, 14, 14, 10, 14]],
             box_mask(0, 0, 4, 4) | box_mask(10, 10, 14, 14),
@@ -92,6 +111,69 @@ def test_run_lengths_agree_with_pycocotools(seed):
     )
 
 
+HUGE = int("1" * 401)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_polygons_partly_outside_agree_with_pycocotools(seed):
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(1, 300, 2).tolist()
+    for reach in (0.5, 2, 8):
+        corners = [(rng.random((rng.integers(3, 30), 2)) - 0.5) * reach * 2 for _ in range(rng.integers(1, 4))]
+        rings = [((ring + 0.5) * (width, height)).ravel().tolist() for ring in corners]
+        expected = coco.decode(coco.merge(coco.frPyObjects(rings, height, width))).astype(bool)
+        assert region_areas([{"segmentation": rings}], [(width, height)]) == [expected.sum()]
+        if expected.any():
+            assert np.array_equal(parse_region(rings, width, height).mask, expected)
+
+
+def test_many_rings():
+    rings = [[x, y, x + 1, y, x + 1, y + 1, x, y + 1] for y in range(0, HEIGHT, 2) for x in range(0, WIDTH, 2)]
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[::2, ::2] = True
+    assert len(rings) == 150 and np.array_equal(parse_region(rings, WIDTH, HEIGHT).mask, mask)
+
+
+def test_the_outline_of_a_polygon_is_bounded(monkeypatch):
+    """Before pycocotools, which takes 40 bytes for every pixel of it, and dies where it gets none."""
+    zigzag = [coordinate for k in range(60_000) for coordinate in (-16 * WIDTH if k % 2 else 16 * WIDTH, k % HEIGHT)]
+    asked = []
+    monkeypatch.setattr(coco, "frPyObjects", lambda *args: asked.append(args))
+    for value in (zigzag, [zigzag], {"segmentation": [zigzag]}, [zigzag[k : k + 6] for k in range(0, 120_000, 6)]):
+        with pytest.raises(RegionError, match="region 0: the outline of the polygon, of 60000 points, is .* long"):
+            parse_region(value, WIDTH, HEIGHT)
+    assert isinstance(region_areas([{"segmentation": [zigzag]}], [(WIDTH, HEIGHT)])[0], RegionError)
+    monkeypatch.setattr(limits, "POLYGON_POINTS", 5)
+    with pytest.raises(RegionError, match="region 0: the polygon has 6 points, at most 5 are read"):
+        parse_region([POLYGON, POLYGON], WIDTH, HEIGHT)
+    assert asked == []
+
+
+def test_an_image_that_is_too_large_is_refused_before_a_mask_is_made():
+    for value in ([1, 1, 2, 2], [POLYGON], {"size": [10**6, 10**6], "counts": [10**12]}, Region(0, BLOB)):
+        with pytest.raises(ImageError, match="has 1000000 x 1000000 pixels, .* PDLM_IMAGE_PIXELS"):
+            parse_region(value, 10**6, 10**6)
+    limits.check_image_pixels(10, 10, limit=100)
+    with pytest.raises(ImageError, match=r"a.png: has 10 x 11 pixels, 110 together; at most 100 are read"):
+        limits.check_image_pixels(10, 11, "a.png", 100)
+    limits.check_mask_pixels(10, 10, 3, limit=300)
+    with pytest.raises(
+        RegionError, match="4 regions of an image of 10 x 10 pixels are 400 pixels together, more than"
+    ):
+        limits.check_mask_pixels(10, 10, 4, limit=300)
+
+
+@pytest.mark.parametrize(("value", "limit"), [("1000", 1000), (None, 178_956_970), ("0", None), ("1e6", None)])
+def test_limits_are_set_by_the_environment(value, limit):
+    environment = dict(os.environ) if value is None else {**os.environ, "PDLM_IMAGE_PIXELS": value}
+    code = "from pdlm_hf.regions import limits; from PIL import Image; print(limits.IMAGE_PIXELS)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if limit is None:
+        assert "SettingError: PDLM_IMAGE_PIXELS must be a positive integer" in done.stderr
+    else:
+        assert done.stdout == f"{limit}\n"
+
+
 @pytest.mark.parametrize("rings", [[POLYGON], [POLYGON, [15, 2, 29, 2, 29, 18]], [[-5.0, -5, 50, -5, 50, 10]]])
 def test_polygons_agree_with_pycocotools(rings):
     expected = coco.decode(coco.merge(coco.frPyObjects(rings, HEIGHT, WIDTH))).astype(bool)
@@ -118,6 +200,28 @@ def damaged(change):
         ({"size": [HEIGHT, WIDTH], "counts": [float("nan"), 600]}, "holds NaN"),
         ({"size": [HEIGHT, WIDTH], "counts": ["a"]}, "expected numbers"),
         ({"size": [HEIGHT, WIDTH], "counts": [600]}, "is empty"),
+        ({"size": [HEIGHT, WIDTH], "counts": [0.5, 600]}, "the RLE is damaged"),
+        ({"size": [HEIGHT, WIDTH], "counts": [2**52] * 4096 + [600]}, "the RLE is damaged"),  # 2**64 + 600
+        ({"size": [HEIGHT, WIDTH], "counts": [0, HUGE]}, "holds a number that is too large"),
+        ({"size": [HEIGHT, HUGE], "counts": [600]}, "holds a number that is too large"),
+        ({"size": [HEIGHT, [WIDTH]], "counts": [600]}, "expected numbers, got .20, .30.."),
+        ([1, 2, HUGE, 5], "holds a number that is too large"),
+        ([1e308, 2, 1e308, 5], "holds a number that is too large"),
+        ({"bbox": [1, 2, 10**5000, 5]}, "holds a number that is too large"),
+        ([[1, 2, 3, 4, HUGE, 5]], "holds a number that is too large"),
+        ([1, 2, 3, 4, HUGE, 5], "holds a number that is too large"),
+        ([1, 2, "a" * 10, 10**5000], "expected numbers, got list"),
+        ({"id": 9, "bbox": {"x": 1}}, "region 9: expected numbers"),
+        ({"id": 9, "bbox": torch.empty(4, device="meta")}, "region 9: expected numbers"),
+        ({"id": 9, "segmentation": torch.from_numpy(BLOB).to_sparse()}, "region 9: the tensor cannot be read"),
+        ({"id": 9, "segmentation": torch.empty(HEIGHT, WIDTH, device="meta")}, "region 9: the tensor cannot be read"),
+        ({"id": 9, "segmentation": np.array([POLYGON])}, r"region 9: has size 6 x 1, but"),
+        ({"id": 9, "segmentation": np.array(["a"])}, r"region 9: expected a mask of shape \(H, W\)"),
+        ({"id": 10**5000, "bbox": [1, 2, 0, 0]}, "region int: .* has no area"),
+        ({"id": 9, "segmentation": np.float32(3)}, "region 9: `segmentation` must be an RLE or polygons"),
+        ({"id": 9, "segmentation": True}, "region 9: `segmentation` must be an RLE or polygons, got True"),
+        (torch.empty(4, device="meta"), "region 3: the tensor cannot be read"),
+        (BLOB[None].repeat(2, 0), r"got shape \(2, 20, 30\)"),
         (
             {"size": [WIDTH, HEIGHT], "counts": "abc"},
             r"the RLE is for size \[30, 20\] \(height, width\), .*\[20, 30\]",
@@ -134,10 +238,13 @@ def damaged(change):
         ([1, 2, float("inf"), 5], "holds NaN or infinite"),
         ([1, 2, "a", 5], "expected numbers"),
         ([[1, 2, 3, 4]], "at least three points"),
-        ([[1, 2, 3, 4, 5, 6, 7]], "flat list"),
-        ([[[1, 2], [3, 4], [5, 6]]], "flat list"),
-        ([], "flat list"),
-        ([1, 2, 3], "polygon is a flat list"),
+        ([[1, 2, 3, 4, 5, 6, 7]], r"polygons are a list of rings \[\[x0, y0, x1, y1, ...\], ...\]"),
+        ([1, 2, 3, 4, 5, 6, 7], "x and y of all points in turn.*got .*1, 2, 3"),
+        ([[[0, 0], [9, 0], [9, 9]], [[2, 2], [4, 2], [4, 4]]], "without brackets around points; got .*0, 0"),
+        ([[1, 2], [3, 4]], "at least three points x, y"),
+        ([], "at least three points x, y"),
+        ([1, 2, 3], "polygons are a list of rings"),
+        ({"segmentation": [1, 2, 3, 4]}, "at least three points x, y"),
         ([[100, 100, 120, 100, 120, 120]], "is empty"),
         ([[0, 0, 1e12, 0, 1e12, 1e12]], "the polygon lies far outside the image of 30 x 20 pixels"),
         ([[float("nan"), 1, 2, 3, 4, 5]], "holds NaN"),
@@ -156,10 +263,12 @@ def damaged(change):
     ],
 )
 def test_bad_regions(value, message):
-    with pytest.raises(ValueError, match=message):
-        parse_region(value, WIDTH, HEIGHT, 3)
-    with pytest.raises(ValueError, match=message):
-        parse_regions([BLOB, value], WIDTH, HEIGHT)
+    for parse in (lambda: parse_region(value, WIDTH, HEIGHT, 3), lambda: parse_regions([BLOB] * 3 + [value], 30, 20)):
+        with pytest.raises((RegionError, ImageError), match=message):
+            parse()
+    if isinstance(value, dict) and "counts" not in value:
+        (area,) = region_areas([value], [(WIDTH, HEIGHT)])
+        assert isinstance(area, RegionError) and re.search(message.replace("region 3", "region 0"), str(area))
 
 
 def test_mask_from_a_file(tmp_path):
@@ -181,14 +290,42 @@ def test_mask_from_a_file(tmp_path):
         (np.stack([BLOB, ~BLOB]), [0, 1]),
         (torch.from_numpy(np.stack([BLOB, ~BLOB])), [0, 1]),
         (BLOB, [0]),
+        (BLOB[..., None], [0]),
+        (np.stack([BLOB, ~BLOB])[:, None], [0, 1]),
+        (torch.from_numpy(BLOB)[None, None], [0]),
+        (Image.fromarray(BLOB), [0]),
+        (Region("x", BLOB), ["x"]),
+        ([3, 4, 5, 6], [0]),
+        (np.array([3, 4, 5, 6]), [0]),
+        (torch.tensor([3, 4, 5, 6]), [0]),
+        (POLYGON, [0]),
+        ([POLYGON], [0]),
+        ([[POLYGON]], [0]),
+        ([POLYGON, [3, 4, 5, 6]], [0, 1]),
         ({"id": 4, "bbox": [1, 1, 2, 2]}, [4]),
         (compressed(BLOB), [0]),
         ((region for region in [BLOB, BLOB]), [0, 1]),
     ],
-    ids=["mixed", "array", "tensor", "one mask", "one annotation", "one RLE", "generator"],
 )
 def test_regions_of_a_image(values, ids):
     assert [region.id for region in parse_regions(values, WIDTH, HEIGHT)] == ids
+
+
+@pytest.mark.parametrize(
+    "values", [5, None, np.float32(3), torch.tensor(3), torch.from_numpy(BLOB)[None].to_sparse(), BLOB.T[..., None]]
+)
+def test_no_list_of_regions(values):
+    with pytest.raises(RegionError, match="expected a list of masks|cannot be read|the sides are swapped"):
+        parse_regions(values, WIDTH, HEIGHT)
+
+
+def test_the_region_is_a_copy_of_the_callers_array():
+    for given in (BLOB.copy(), torch.from_numpy(BLOB.copy())):
+        for value in (given, {"segmentation": given}):
+            region = parse_region(value, WIDTH, HEIGHT)
+            given[:] = False
+            assert np.array_equal(region.mask, BLOB)
+            given[:] = BLOB if isinstance(given, np.ndarray) else torch.from_numpy(BLOB)
 
 
 @pytest.mark.parametrize("values", [[], (), np.zeros((0, HEIGHT, WIDTH))])
@@ -220,7 +357,7 @@ def written(tmp_path, content):
     [
         (COCO, "a.png", [11, 13]),
         (COCO, "some/folder/b.png", [12]),
-        (COCO | {"images": COCO["images"][:1]}, "other name.png", [11, 13]),
+        (COCO, "a.jpg", [11, 13]),  # converted
         ([{"id": 5, "bbox": [1, 1, 2, 2]}], "a.png", [5]),
         ({"regions": [{"id": 6, "bbox": [1, 1, 2, 2]}]}, "a.png", [6]),
         ({"annotations": [{"id": 7, "bbox": [1, 1, 2, 2]}]}, "a.png", [7]),
@@ -238,15 +375,22 @@ def test_read_regions(tmp_path, content, name, ids):
         (COCO | {"images": [COCO["images"][1], COCO["images"][1] | {"id": 9}]}, "has 2 images, 0 of them named a.png"),
         (COCO | {"images": [COCO["images"][0], COCO["images"][0] | {"id": 9}]}, "has 2 images, 2 of them named a.png"),
         (COCO | {"images": []}, "has 0 images"),
+        (
+            COCO | {"images": [COCO["images"][0] | {"file_name": "c.png"}]},
+            "1 images, 0 of them named a.png .*--image-name",
+        ),
         (COCO | {"annotations": []}, "holds no regions for a.png"),
         (
             COCO | {"images": [{"file_name": "a.png"}]},
-            r"0 of them named a.png \(images\[0\].id: got .*, expected a number",
+            r"0 of them named a.png.*\(images\[0\].id: got .*, expected a number",
         ),
         (COCO | {"images": ["a.png"]}, r"images\[0\].id: got 'a.png', expected a number"),
         (COCO | {"annotations": {"id": 1}}, "expected a COCO file or a list of regions"),
         (COCO | {"annotations": [1]}, "holds no regions for a.png"),
-        (COCO | {"annotations": COCO["annotations"][:1] * 2}, r"annotations\[1\].id: got .*, expected an id that no"),
+        (
+            COCO | {"annotations": COCO["annotations"][:1] * 2},
+            r"annotations\[1\].id \(image 1\): got 11, expected an id that no",
+        ),
         ([], "holds no regions"),
         ([1, 2], "expected a COCO file or a list of regions"),
         ({"regions": "all"}, "expected a COCO file or a list of regions"),
@@ -289,7 +433,7 @@ def test_coco_index():
         ("categories[1].id", "missing field", "{'name': 'star'}"),
     ]
     assert str(index.faults[1]) == "images[2].id: got 1, expected an id that no earlier entry has"
-    with pytest.raises(DataError, match=r"x.json: images\[1\].file_name: got .*, expected the name"):
+    with pytest.raises(DataError, match=r"x.json: images\[1\].file_name \(id 'b'\): got .*, expected the name"):
         index.check()
     strict = CocoIndex(data, needed=("id",))
     assert {fault.place for fault in strict.faults} - {fault.place for fault in index.faults} == {
@@ -298,6 +442,21 @@ def test_coco_index():
     }
     with pytest.raises(DataError, match="x.json: expected a COCO file"):
         CocoIndex([], "x.json")
+
+
+def test_ids_and_categories_of_coco_files():
+    """Ids of images and categories are there once; a category of an annotation is one of the list, if there is one."""
+    images = [{"id": 1, "file_name": "a.png"}]
+    annotations = [{"id": k, "image_id": 1, "category_id": own, "bbox": [1, 1, 5, 5]} for k, own in enumerate((3, 4))]
+    categories = [{"id": 3, "name": "x"}]
+    data = {"images": images * 2, "annotations": annotations, "categories": categories}
+    assert [(fault.place, fault.kind) for fault in CocoIndex(data).faults] == [
+        ("images[1].id", "duplicate id"),
+        ("annotations[1].category_id", "unknown category"),
+    ]
+    data = {"images": images, "annotations": annotations, "categories": categories * 2}
+    assert [(fault.place, fault.kind) for fault in CocoIndex(data).faults] == [("categories[1].id", "duplicate id")]
+    assert CocoIndex(data | {"categories": []}).annotations == {1: annotations}
 
 
 def test_missing_region_file(tmp_path):
@@ -375,11 +534,129 @@ def test_a_mask_with_a_meaningful_alpha_channel_is_refused(tmp_path):
     assert parse_regions([opaque], 30, 20)[0].bbox == [5, 5, 5, 5]
 
 
-def test_an_image_of_sixteen_bits_is_refused(tmp_path):
+def test_images_of_sixteen_bits(tmp_path):
+    """Grey as colour: the upper byte. Values of 12 bits in a file of 16 would be black."""
     path = tmp_path / "deep.png"
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(path)
-    with pytest.raises(ValueError, match="integer values 0..255"):
+    assert load_image(path).getpixel((0, 0)) == (156, 156, 156)
+    Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(path)
+    with pytest.raises(ImageError, match="deep.png: has 16 bits per pixel, .* up to 4000 only. .* magick IN.png"):
         load_image(path)
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ImageError, match=r"float.tif: expected integer values 0..255, got float32 \(32 bits\)"):
+        load_image(tmp_path / "float.tif")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "JPEG2000", "DDS", "TGA", "ICO"])
+def test_damaged_files_are_one_kind_of_error(tmp_path, kind):
+    """Whatever Pillow's readers raise, the message has the name of the file."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(tmp_path / "whole", kind)
+    whole, path, refused = (tmp_path / "whole").read_bytes(), tmp_path / "damaged", 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in rng.integers(0, min(len(data), rng.choice([40, 10**6])), rng.integers(1, 6)):
+            data[place] = rng.integers(256)
+        path.write_bytes(data[: rng.integers(len(data) // 2, len(data) + 1)])
+        for read in (load_image, lambda mask: parse_region(mask, 48, 32)):
+            try:
+                read(path)
+            except (ImageError, RegionError) as error:
+                refused += str(error).startswith(str(path))
+    assert refused > 50
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, IndexError, NotImplementedError, MemoryError, KeyError])
+def test_errors_of_pillow(tmp_path, monkeypatch, error):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+
+    def load(self):
+        raise error
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    for read in (load_image, lambda mask: parse_region(mask, 8, 8)):
+        with pytest.raises(ImageError, match=f"a.png: cannot be opened as an image .*{error.__name__}"):
+            read(tmp_path / "a.png")
+
+
+def test_a_mask_is_a_file_of_one_image(tmp_path):
+    frames = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in (BLOB, ~BLOB, BLOB)]
+    for name in ("a.gif", "a.tif", "a.png", "a.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+        with pytest.raises(RegionError, match=f"{name}: holds 3 images, and a mask is a file of one. .*magick"):
+            parse_region(tmp_path / name, WIDTH, HEIGHT)
+        assert load_image(tmp_path / name).size == (WIDTH, HEIGHT)  # the first frame
+    frames[0].convert("RGB").save(tmp_path / "a.mpo", save_all=True, append_images=frames[1:2], quality=100)
+    assert (parse_region(tmp_path / "a.mpo", WIDTH, HEIGHT).mask != BLOB).mean() < 0.02  # a photo with previews
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_regions_of_the_pixels_as_stored_are_turned_with_the_image(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(BLOB.astype(np.uint8) * 255).convert("RGB").save(tmp_path / "photo.png", exif=exif)
+    Image.fromarray(BLOB.astype(np.uint8) * 255).save(tmp_path / "mask.png")
+    Image.fromarray(box_mask(10, 4, 25, 9).astype(np.uint8) * 255).save(tmp_path / "box.png", exif=exif)
+    shown, shown_box = (load_image(tmp_path / name) for name in ("photo.png", "box.png"))
+    expected, expected_box = (np.asarray(image)[..., 0] > 0 for image in (shown, shown_box))
+    assert orientation_of(tmp_path / "photo.png") == orientation
+    for value, mask in [
+        (BLOB, expected),
+        (compressed(BLOB), expected),
+        ({"id": 0, "segmentation": BLOB}, expected),
+        (tmp_path / "mask.png", expected),
+        (tmp_path / "photo.png", expected),  # its own orientation is not applied twice
+        ([10, 4, 15, 5], expected_box),
+        ([[10, 4, 25, 4, 25, 9, 10, 9]], expected_box),
+        (Region(0, expected_box), expected_box),  # it is of the image as shown
+    ]:
+        assert np.array_equal(parse_region(value, *shown.size, 0, orientation).mask, mask)
+        assert np.array_equal(parse_regions([value], *shown.size, orientation)[0].mask, mask)
+    if orientation > 4:
+        with pytest.raises(RegionError, match="mask.png: has size 30 x 20, .*sides are swapped.*EXIF.*stored"):
+            parse_region(tmp_path / "mask.png", *shown.size)
+    for bad in (0, 9, "stored"):
+        with pytest.raises(RegionError, match="an EXIF orientation is 1 to 8"):
+            parse_region(BLOB, *shown.size, 0, bad)
+
+
+def warnings_of(image, regions):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opened, found = load_pair(image, regions)
+    assert opened.mode == "RGB" and all(isinstance(region, Region) for region in found)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_warning_of_an_image_that_is_turned_unseen(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path, unseen = tmp_path / "photo.png", 1 < orientation < 5  # otherwise the sides would not fit
+    Image.new("RGB", (WIDTH, HEIGHT)).save(path, exif=exif)
+    mask = BLOB if orientation < 5 else BLOB.T
+    said = warnings_of(path, [mask])
+    assert len(said) == unseen
+    assert not said or f"photo.png: the EXIF orientation {orientation} is applied" in said[0]
+    assert not said or f"parse_regions(..., orientation={orientation})" in said[0]
+    assert warnings_of(path, [Region(0, mask)]) == []
+    with Image.open(path) as image:
+        said = warnings_of(image, BLOB)
+    assert ["is not applied, because it is in memory" in text for text in said] == [True] * unseen
+    Image.new("RGB", (20, 20)).save(path, exif=exif)
+    assert len(warnings_of(path, [[1, 1, 5, 5]])) == (orientation > 1)
+
+
+def test_warning_of_masks_that_are_white_or_inverted(tmp_path):
+    white = np.ones_like(BLOB)
+    Image.fromarray(~BLOB).save(tmp_path / "inverted.png")
+    image = Image.new("RGB", (WIDTH, HEIGHT))
+    for value in (white, [white], white[None], Image.fromarray(white), torch.from_numpy(white)):
+        assert "region 0: 100% of the mask is white" in warnings_of(image, value)[0]
+    assert "region 1: 87% of the mask is white" in warnings_of(image, [BLOB, tmp_path / "inverted.png"])[0]
+    sky = box_mask(0, 0, WIDTH, 18)
+    for value in (BLOB, sky, [0, 0, WIDTH, HEIGHT], {"bbox": [0, 0, WIDTH, HEIGHT]}, compressed(white)):
+        assert warnings_of(image, value) == warnings_of(image, [Region(0, white)]) == []
 
 
 def test_areas_in_bulk_are_those_of_the_masks():

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from pdlm_hf import RegionCaption, RegionCaptioner
 from pdlm_hf.captioning.captioner import RegionCaptions
 from pdlm_hf.cli.main import app
+from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.files import append_rows
 from pdlm_hf.regions.region import parse_regions
 from pdlm_hf.render.drawing import COLOURS, colour_of, contact_sheet, draw_captions, draw_regions, ink_on
@@ -242,15 +243,50 @@ def test_report_command(tmp_path, rows):
         (["--out", tmp_path / "a.foo"], "no image format"),
         (["--out", tmp_path / "none" / "a.html"], "No such file"),
         (["--out", tmp_path / "a.html", "--limit", 0], "must be positive"),
-        (["--out", tmp_path / "a.png", "--images", tmp_path], "none of the images can be read"),
-        (["--out", tmp_path / "a.html", "--images", tmp_path], "none of the images can be read"),
+        (["--out", tmp_path / "a.png", "--images", tmp_path], "none of its images in"),
+        (["--out", tmp_path / "a.html", "--images", tmp_path], "none of its images in"),
     ):
         result = report(tmp_path, *arguments)
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
     (tmp_path / "out.jsonl").write_text('{"caption": "a"}\n')
-    assert "line 1: has no annotation_id, file_name" in report(tmp_path, "--out", tmp_path / "a.html").stderr
+    assert (
+        "has no rows of `pdlm batch`: line 1 has no `image_id`"
+        in report(tmp_path, "--out", tmp_path / "a.html").stderr
+    )
+    with pytest.raises(DataError, match="line 1 has no `image_id`, as rows of `pdlm batch` have; mend or delete this"):
+        write_report(tmp_path / "out.jsonl", tmp_path / "images", tmp_path / "a.html")
+    damaged = [{**row, "segmentation": {**row["segmentation"], "counts": [3]}} for row in rows[:1]]
+    (tmp_path / "out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in damaged))
+    said = report(tmp_path, "--out", tmp_path / "a.html").stderr
+    assert f"{damaged[0]['file_name']}: the rows are damaged" in said and "out.jsonl" in said
     (tmp_path / "out.jsonl").unlink()
     assert "no such file" in report(tmp_path, "--out", tmp_path / "a.html").stderr
+
+
+DAMAGED = [
+    ({"caption": None}, "has None as `caption`, expected a text"),
+    ({"image_id": [1]}, "has [1] as `image_id`, expected a number or a text"),
+    ({"annotation_id": {}}, "has {} as `annotation_id`"),
+    ({"file_name": 3}, "has 3 as `file_name`"),
+    ({"score": "high"}, "has 'high' as `score`, expected a number from 0 to 1"),
+    ({"score": float("nan")}, "has nan as `score`"),
+    ({"score": 10**400}, "has 1000"),
+    ({"segmentation": {"size": [1]}}, "has {'size': [1]} as `segmentation`, expected an RLE"),
+    ({"bbox": None}, "has None as `bbox`"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGED)
+def test_a_damaged_row_is_named_and_left_out(tmp_path, rows, change, message):
+    lines = [json.dumps(row) for row in rows]
+    lines[1] = json.dumps(rows[1] | change)
+    lines.insert(3, "[" * 100_000)
+    (tmp_path / "out.jsonl").write_text("\n".join(lines) + "\n")
+    result = report(tmp_path, "--out", tmp_path / "a.html")
+    assert result.exit_code == 1 and "4 of 4 images" in result.stderr
+    assert f"out.jsonl: line 2 {message}" in result.stderr and "out.jsonl: line 4 is damaged (" in result.stderr
+    page = (tmp_path / "a.html").read_text()
+    assert "region 0 of 0" in page and "region 1 of 0" not in page and "region 1 of 1" in page
 
 
 # ---------------------------------------------------------------- recordings

@@ -19,7 +19,7 @@ from pdlm_hf.client import server as replies
 from pdlm_hf.regions.region import region_areas
 from pdlm_hf.regions.sam import Segmenter
 from pdlm_peft.build import StepRun, Task, Verdict, region_key, run_step
-from pdlm_peft.build_steps import box_around, iou, remask_step, repetition
+from pdlm_peft.build_steps import _THOUGHTS, box_around, iou, remask_step, repetition
 from pdlm_peft.cli import app
 from pdlm_peft.sources import find_source
 
@@ -268,3 +268,9 @@ def test_an_image_in_the_row_has_the_same_key_in_every_run():
     image = "data:image/png;base64," + "A" * 400
     assert region_key({"image": image}, 7) == (hashlib.sha256(image.encode()).hexdigest(), None, 7)
     assert region_key({"image": "1.jpg", "question": "?"}, 7) == ("1.jpg", "?", 7)
+
+
+def test_thoughts_are_cut_out_in_linear_time():
+    assert _THOUGHTS.sub("", "<think>a</think>A fan.<think>b</think>") == "A fan."
+    assert _THOUGHTS.sub("", "A fan.<think>cut short") == "A fan."
+    assert _THOUGHTS.sub("", "<think>" * 200_000) == ""

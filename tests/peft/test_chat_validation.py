@@ -8,8 +8,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pdlm_peft.cli import app
+from pdlm_peft.data import chat_messages
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is red?"}, {"from": "gpt", "value": "The box"}]
+
+ANSWER = {"role": "assistant", "content": "b"}
 
 
 def run(*arguments):
@@ -63,6 +66,40 @@ def test_sound_conversations_are_summed_up(folder):
             "special tokens",
             "special tokens",
         ),
+        ({"image": 5, "conversations": TURNS}, "image[0]", "conversation", "the path of an image"),
+        ({"image": {"path": 1}, "conversations": TURNS}, "image[0]", "conversation", "the path of an image"),
+        ({"images": ["a.png", []], "conversations": TURNS}, "images[1]", "conversation", "the path of an image"),
+        ({"image": "a.png", "conversations": [{"from": ["human"]}]}, "conversations[0]", "conversation", "`from`"),
+        (
+            {"image": "a.png", "conversations": [{"from": "human", "value": "\ud800 <image>"}, TURNS[1]]},
+            "conversations[0].value",
+            "conversation",
+            "whole characters",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": ["text"], "text": "a"}]}, ANSWER]},
+            "messages[0].content",
+            "conversation",
+            "parts with `type`",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video", "text": "a"}]}, ANSWER]},
+            "messages[0].content",
+            "conversation",
+            "parts with `type`",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{}]}, ANSWER]},
+            "messages[0].content",
+            "conversation",
+            "parts with `type`",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"text": 5}]}]},
+            "messages[1].content",
+            "conversation",
+            "parts with `type`",
+        ),
     ],
 )
 def test_faults(folder, row, field, kind, said):
@@ -77,3 +114,9 @@ def test_faults(folder, row, field, kind, said):
 def test_drawing_is_for_regions(folder):
     result = run(write_jsonl(folder / "chat.jsonl", [{"conversations": TURNS}]), "--draw", folder / "x.png")
     assert result.exit_code == 2 and "not for --chat" in result.output
+
+
+def test_a_part_without_type_is_a_text(folder):
+    row = {"messages": [{"role": "user", "content": [{"text": "a"}, {"type": "text", "text": "b"}]}, ANSWER]}
+    assert chat_messages(1, row)[1][0]["content"] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert run(write_jsonl(folder / "chat.jsonl", [row])).exit_code == 0

@@ -233,3 +233,131 @@ def test_a_split_keeps_images_apart(tmp_path):
         assert result.exit_code == 2 and "would read the file that it writes" in result.stderr
     assert source.read_bytes() == before
     assert run("split", source, train, held, "--held-out", "1").exit_code == 2
+
+
+STARTS = ("data:base64,", "data:image/png;base64,")
+SHAPE = {"size": [10, 20], "counts": [20, 10, 170]}
+
+
+def coco(**changes):
+    """Two images; the first has two annotations."""
+    images = [{"id": 7, "file_name": "a.png"}, {"id": "x", "file_name": "b.png"}]
+    annotations = [
+        {"id": 70, "image_id": 7, "category_id": 1, "bbox": [1, 1, 5, 5]},
+        {"id": 77, "image_id": 7, "category_id": 1, "bbox": [2, 2, 5, 5]},
+        {"id": 78, "image_id": "x", "category_id": 2, "bbox": [3, 3, 5, 5]},
+    ]
+    annotations[1] |= changes
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "box"}, {"id": 2}]}
+
+
+def convert(folder, value, form):
+    source = folder / "source.json"
+    source.write_text(json.dumps(value))
+    captions = ["--category-captions", "A {}."] * form.startswith("coco")
+    return source, run("convert", source, folder / "out.jsonl", "--from", form, *captions)
+
+
+@pytest.mark.parametrize("shape", [{"bbox": []}, {"bbox": None}, {"bbox": [], "segmentation": []}])
+def test_annotations_without_a_shape_are_counted(tmp_path, shape):
+    _, result = convert(tmp_path, coco(**shape), "coco-instances")
+    assert result.exit_code == 0
+    assert (
+        "1 rows; 1 regions; 1 regions without a shape left out; 1 regions without a caption left out" in result.stdout
+    )
+    (row,) = read_jsonl(tmp_path / "out.jsonl")
+    assert [region["id"] for region in row["regions"]] == [70]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bbox": [1, 2, 3]}, "images[0] (id 7, a.png): region 77: bbox: got [1, 2, 3] (list), expected [x, y, width"),
+        ({"segmentation": 5}, "images[0] (id 7, a.png): region 77: segmentation: got 5 (int), expected an RLE or"),
+        ({"segmentation": {"size": [1]}}, "images[0] (id 7, a.png): region 77: segmentation: got {'size': [1]}"),
+        ({"id": "\ud800"}, r"images[0] (id 7, a.png): region '\ud800': id: got '\ud800' (str), expected a text of"),
+    ],
+)
+def test_a_fault_of_coco_is_named_by_its_ids(tmp_path, changes, message):
+    source, result = convert(tmp_path, coco(**changes), "coco-instances")
+    assert result.exit_code == 2 and f"{source}: {message}" in result.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["images"][1].update(id=7), "images[1].id: got 7, expected an id that no earlier entry has"),
+        (
+            lambda d: d["categories"][1].update(id=1),
+            "categories[1].id: got 1, expected an id that no earlier entry has",
+        ),
+        (
+            lambda d: d["annotations"][2].update(id=77, image_id=7),
+            "annotations[2].id (image 7): got 77, expected an id that",
+        ),
+        (
+            lambda d: d["annotations"][1].update(image_id=8),
+            "annotations[1].image_id (id 77): got 8, expected the id",
+        ),
+    ],
+)
+def test_ids_that_occur_twice_are_refused(tmp_path, change, message):
+    data = coco()
+    change(data)
+    source, result = convert(tmp_path, data, "coco-instances")
+    assert result.exit_code == 2 and f"{source}: {message}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (5, "row 2: mask_rle[0]: got 5, expected an RLE with `size` and `counts`"),
+        ([{"size": [1, 2]}], "row 2: mask_rle[0]: got {'size': [1, 2]}, expected an RLE"),
+        ([{"counts": "ab"}], "row 2: mask_rle[0]: got {'counts': 'ab'}"),
+        ([{"size": 3, "counts": "ab"}], "row 2: mask_rle[0]: got"),
+        (["ab"], "row 2: mask_rle[0]: got 'ab'"),
+        ([SHAPE, SHAPE], "row 2: mask_rle: got 2 masks and 1 answers"),
+    ],
+)
+def test_faults_of_grasp_any_region(tmp_path, masks, message):
+    row = {"image": "a.png", "mask_rle": [SHAPE], "conversations": [{"from": "gpt", "value": "A box"}]}
+    _, result = convert(tmp_path, [row, row | {"mask_rle": masks}], "gar")
+    assert result.exit_code == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize("change", [{"mask_rle": 5}, {"mask_rle": {"size": [1, 2]}}, {"image": 3}, {"ann_id": ...}])
+def test_faults_of_describe_anything(tmp_path, change):
+    region = {"ann_id": 1, "image": "a.png", "mask_rle": SHAPE, "caption": "A box"}
+    wrong = {key: value for key, value in (region | change).items() if value is not ...}
+    source, result = convert(tmp_path, {"img1": [region], "img2": [region, wrong]}, "dam")
+    assert (
+        result.exit_code == 2
+        and f"{source}: img2[1]: got {{" in result.stderr
+        and "expected an object" in result.stderr
+    )
+
+
+def test_a_split_keeps_hashes_of_encoded_images(tmp_path):
+    """Not the images themselves; however one is encoded, its rows stay together."""
+    region = {"bbox": [0, 0, 5, 5], "caption": "x"}
+    texts = [base64.b64encode(bytes([k]) * 3000).decode() for k in range(20)]
+    rows = [{"image": start + text, "regions": [region]} for text in texts for start in STARTS]
+    keys = [conversion._image_key(row, tmp_path) for row in rows]
+    assert len(set(keys)) == 20 and max(map(len, keys)) < 50
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    counts = conversion.split(source, tmp_path / "a", tmp_path / "b", 0.25)
+    assert [(count["rows"], count["images"]) for count in counts] == [(30, 15), (10, 5)]
+    sides = [{row["image"].partition("base64,")[2] for row in read_jsonl(tmp_path / name)} for name in "ab"]
+    assert not sides[0] & sides[1] and len(sides[1]) == 5
+
+
+@pytest.mark.parametrize("content", [b"[\xdd", b'[{"image": "a\x80.png"}]', b'[{"image": "a.png"}, "\xff"]'])
+def test_a_list_that_is_not_utf_8_is_a_fault_with_its_row(tmp_path, content):
+    (tmp_path / "rows.json").write_bytes(content)
+    for form in ("gar", "reference"):
+        done = run("convert", tmp_path / "rows.json", tmp_path / "out.jsonl", "--from", form)
+        assert done.exit_code == 2 and "row 1" in done.stderr and "expected a JSON list in UTF-8" in done.stderr
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "out.jsonl").exists()
+    found = json.loads(run("validate", tmp_path / "rows.json", "--json").stdout)
+    assert found["faults"][-1]["expected"] == "a JSON list in UTF-8"

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from small import small
@@ -8,7 +10,7 @@ from pdlm_hf.shapes.dataset import ShapesDataset
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_peft.adapters import add_adapter
 from pdlm_peft.cli import app
-from pdlm_peft.memory import GB, activations, device_memory, estimate, load_config, refuse
+from pdlm_peft.memory import GB, activations, device_memory, estimate, load_config, optimizer_bytes, refuse
 from pdlm_peft.plan import RowSize
 from pdlm_peft.recipe import Adapter, load_recipe, recipe_names
 from pdlm_peft.training import load
@@ -116,3 +118,91 @@ def test_the_command(tmp_path):
     missing = CliRunner().invoke(app, ["train", "lora_8b_80gb", "model=shapes", f"output={tmp_path}/x"])
     assert missing.exit_code == 2 and "there is no file train.json" in missing.stderr
     assert CliRunner().invoke(app, ["train", "--list"]).stdout.count("\n") == len(recipe_names())
+
+
+OPTIMIZERS = {
+    "adamw_torch": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "paged_adamw_32bit": 8,
+    "adamw_torch_4bit": 1,
+    "adafactor": 0.1,
+    "sgd": 0,
+    "lion_32bit": 4,
+    "lion_8bit": 1,
+    "rmsprop": 4,
+    "adagrad": 4,
+    "ademamix": 12,
+    "ademamix_8bit": 3,
+    "schedule_free_adamw": 8,
+    "lomo": 0.1,
+}
+
+
+@pytest.mark.parametrize(("name", "size"), OPTIMIZERS.items())
+def test_memory_of_the_chosen_optimizer(name, size):
+    recipe = load_recipe("lora_8b_80gb", [f"training.optim={name}"])
+    found = estimate(recipe, load_config(recipe))
+    assert found.memory["optimizer"] == pytest.approx(size * sum(found.trainable.values()))
+
+
+def test_states_that_torch_keeps():
+    """What the optimizers of torch really keep per value."""
+    kept = {}
+    for name, kind in (("adamw_torch", torch.optim.AdamW), ("rmsprop", torch.optim.RMSprop), ("sgd", torch.optim.SGD)):
+        weight = torch.nn.Parameter(torch.zeros(1000))
+        optimizer = kind([weight], lr=0.1)
+        weight.grad = torch.ones(1000)
+        optimizer.step()
+        states = [t for t in optimizer.state[weight].values() if torch.is_tensor(t) and t.numel() == 1000]
+        kept[name] = sum(t.nbytes for t in states) / 1000
+    assert kept == {name: OPTIMIZERS[name] for name in kept}
+    assert optimizer_bytes({"optim": "sgd", "optim_args": "momentum=0.9"}) == 4 and optimizer_bytes({}) == 8
+
+
+DRY = [
+    "train",
+    "lora_8b_80gb",
+    "--dry-run",
+    "model=shapes",
+    "data.held_out=null",
+    "dtype=float32",
+    "data.train={rows}",
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["training.deepspeed=none.json"], "`training.deepspeed`: there is no file none.json"),
+        (["training.fsdp_config=none.json"], "`training.fsdp_config`: there is no file none.json"),
+        (["training.accelerator_config={rows}"], "rows.jsonl is not a JSON file of settings"),
+        (["data.train=none.jsonl"], "`data.train`: there is no file none.jsonl"),
+        (["data.held_out=none.jsonl"], "`data.held_out`: there is no file none.jsonl"),
+        (["data.held_out={bad}"], "row 1: regions[0].caption: got nothing"),
+        (["data.train={bad}"], "row 1: regions[0].caption: got nothing"),
+        (["data.images=none"], "`data.images`: there is no folder none"),
+        (["model=shapes_base"], "is a base (chat) checkpoint without region prompts"),
+        (["model=none"], "none has no configuration"),
+        (["training.optim=foo"], "`training`: foo is not a valid OptimizerNames"),
+        (["training.lr_scheduler_type=foo"], "`training`: foo is not a valid SchedulerType"),
+        (["training.report_to=foo"], "`training.report_to`: foo is unknown or not installed"),
+        (["samples.every=5", "hardware.shard=full"], "`samples.every` writes captions in one process"),
+        (["adapter.train_embeddings=true", "adapter.new_words=[{words}]"], "`adapter.new_words`: 999 are too many"),
+        (["output={other}"], "recipe.yaml"),
+    ],
+)
+def test_a_dry_run_finds_what_the_run_would_refuse(tmp_path, changes, message):
+    row = {"image": "a.png", "width": 9, "height": 9, "regions": [{"bbox": [0, 0, 5, 5], "caption": "x"}]}
+    places = {"rows": tmp_path / "rows.jsonl", "bad": tmp_path / "bad.jsonl", "other": tmp_path / "other"}
+    places["words"] = ",".join(f"zz{k}" for k in range(999))
+    places["rows"].write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    places["bad"].write_text('{"image": "a.png", "regions": [{"bbox": [0, 0, 9, 9]}]}\n')
+    places["other"].mkdir()
+    (places["other"] / "notes.txt").write_text("mine")
+    fill = lambda texts: [text.format(**places) if "{" in text else text for text in texts]  # noqa: E731
+    sound = CliRunner().invoke(app, fill([*DRY, f"output={tmp_path}/run"]))
+    assert sound.exit_code == 0, sound.stderr
+    result = CliRunner().invoke(app, fill([*DRY, f"output={tmp_path}/run", *changes]))
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert message in result.stderr or message == "recipe.yaml" and "other" in result.stderr

@@ -1,3 +1,6 @@
+import json
+import re
+
 import pytest
 
 from pdlm_hf.errors_pdlm import SettingError
@@ -103,12 +106,27 @@ def test_overrides():
         ("generation.treshold=0.9", "unknown key `generation.treshold`"),
         ("data.streaming=true training.max_steps=-1", "needs `training.max_steps`"),
         ("data.streaming=true data.kind=drawn", "`data.streaming` is for `data.kind: regions`, got drawn"),
+        ("training.learning_rate=fast", "`training.learning_rate`: expected float, got 'fast'."),
+        ("training.max_steps=2.5", "`training.max_steps`: expected int, got 2.5."),
+        ("training.max_steps=true", "`training.max_steps`: expected int, got True."),
+        ("training.bf16=maybe", "`training.bf16`: expected bool, got 'maybe'."),
+        ("training.warmup_steps=[1]", "`training.warmup_steps`: expected float, got [1]."),
+        ("training.weight_decay=.nan", "`training.weight_decay`: expected float, got nan."),
+        ("training.save_total_limit=x", "`training.save_total_limit`: expected int or null, got 'x'."),
+        (
+            "training.per_device_train_batch_size=0",
+            "`training.per_device_train_batch_size` must be at least 1, got 0.",
+        ),
+        ("training.gradient_accumulation_steps=-1", "must be at least 1, got -1."),
+        ("samples.every=5 training.fsdp=full_shard", "`samples.every` writes captions in one process"),
+        ("samples.every=5 training.deepspeed={zero_optimization: {stage: 3}}", "Set samples.every=0"),
+        ("data.max_length=10", "`data.max_length` is for `data.kind: chat`, got drawn"),
         ("data.streaming=true data.kind=chat", "`data.streaming` is for `data.kind: regions`, got chat"),
     ],
 )
 def test_bad_overrides(override, message):
     with pytest.raises(SettingError) as error:
-        load_recipe("shapes", override.split(" "))
+        load_recipe("shapes", re.split(r" (?=[\w.]+=)", override))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -141,3 +159,21 @@ def test_accelerate_reads_its_configuration(name, kind):
 
 def test_known_keys():
     assert {"model", "adapter.rank", "data.num_slots", "training.fsdp", "hardware.memory"} <= set(known_keys())
+
+
+def test_numbers_as_texts_are_numbers(tmp_path):
+    changes = ["training.learning_rate='3e-4'", "training.num_train_epochs='2'", "training.save_steps=300"]
+    training = load_recipe("shapes", changes).training
+    assert (training["learning_rate"], training["num_train_epochs"], training["save_steps"]) == (3e-4, 2.0, 300)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_samples_with_a_file_of_deepspeed(tmp_path, stage):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    changes = [f"training.deepspeed={path}", "samples.every=5"]
+    if stage == 2:
+        assert load_recipe("shapes", changes).samples.every == 5
+    else:
+        with pytest.raises(SettingError, match="FSDP or ZeRO-3: the run would hang"):
+            load_recipe("shapes", changes)

@@ -9,18 +9,31 @@ import types
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small import ROOT, SMALL, chat_rows, losses, region_rows, run, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import pdlm_hf
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmBaseConfig, PdlmConfig
-from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.training.collator import PdlmCollator, partition_regions
 from pdlm_peft import plan as plan_module
 from pdlm_peft import training
 from pdlm_peft.adapters import base_name
-from pdlm_peft.plan import StreamedRows, TrainingRows, cut, held_out_rows, measure_row, plan, sizes_of
+from pdlm_peft.data import ChatDataset
+from pdlm_peft.memory import estimate_recipe
+from pdlm_peft.plan import (
+    RowSize,
+    StreamedRows,
+    TrainingRows,
+    chat_sizes,
+    cut,
+    held_out_rows,
+    measure_row,
+    plan,
+    sizes_of,
+)
 from pdlm_peft.recipe import Data, load_recipe, recipe_names
 from pdlm_peft.shapes import NEW_DOMAIN, PATTERNS, WORDS
 
@@ -491,6 +504,104 @@ def test_from_a_file(tmp_path, streaming, own_rows, monkeypatch):
     assert len(losses(record["log"])) == 2
 
 
+def write_talks(folder, count=24):
+    """Conversations of very different lengths, about none, one and two images of different sizes."""
+    for k, size in enumerate([(40, 40), (160, 70)]):
+        Image.new("RGB", size).save(folder / f"{k}.png")
+    rows = []
+    for k in range(count):
+        images = [["0.png"], ["1.png"], [], ["0.png", "1.png"]][k % 4]
+        turns = [
+            {"from": "human", "value": "<image>" * len(images) + "What is it?"},
+            {"from": "gpt", "value": "box " * (1 + 7 * (k % 24))},
+        ]
+        rows.append({"image": images, "conversations": turns * (1 + k % 2) if not images else turns})
+    path = folder / "talks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def chat_processor():
+    return AutoProcessor.from_pretrained(BASE_CHECKPOINT)
+
+
+def test_lengths_of_conversations_are_those_of_the_collator(tmp_path, chat_processor):
+    dataset = ChatDataset(write_talks(tmp_path))
+    sizes = list(chat_sizes(dataset, chat_processor))
+    assert sizes == list(chat_sizes([dataset[k] for k in range(len(dataset))], chat_processor))  # opened or not
+    collator = PdlmCollator(chat_processor)
+    for k, size in enumerate(sizes):
+        encoded = collator.encode_chat(dataset[k])
+        tiles = len(encoded["pixel_values"]) if "pixel_values" in encoded else 0
+        answer = sum(label != -100 for label in encoded["labels"])
+        assert size == RowSize(tiles, len(encoded["input_ids"]), answer)
+    assert {size.tiles for size in sizes} >= {0, 1, 2} and sizes[23].answer > 150
+
+
+def test_batches_of_conversations_have_one_length(tmp_path, chat_processor):
+    dataset = ChatDataset(write_talks(tmp_path, 240))
+    sizes = list(chat_sizes(dataset, chat_processor))
+    data = Data(kind="chat", train="x")
+    order = plan(dataset, data, chat_processor, batch=4, steps=-1, epochs=1, seed=0)
+    assert sorted(step.image for step in order) == list(range(240))
+
+    def padding(images):
+        return sum(4 * max(sizes[image].tokens for image in images[k : k + 4]) for k in range(0, 240, 4))
+
+    total = sum(size.tokens for size in sizes)
+    assert padding([step.image for step in order]) < 1.1 * total < padding(list(range(240)))
+    limit = sorted(size.tokens for size in sizes)[119]
+    short = plan(dataset, Data(kind="chat", train="x", max_length=limit), chat_processor, 4, -1, 1, 0)
+    assert sorted(step.image for step in short) == [k for k, size in enumerate(sizes) if size.tokens <= limit]
+    least = min(size.tokens for size in sizes)
+    with pytest.raises(DataError, match=f"`data.max_length` is 5, but the shortest conversation has {least} tokens"):
+        plan(dataset, Data(kind="chat", train="x", max_length=5), chat_processor, 4, -1, 1, 0)
+
+
+def test_the_estimate_of_conversations_is_from_the_data(tmp_path, chat_processor):
+    path = write_talks(tmp_path)
+    sizes = list(chat_sizes(ChatDataset(path), chat_processor))
+    limit = sorted(size.tokens for size in sizes)[15]
+    changes = ["model=shapes_base", f"data.train={path}", "training.max_steps=-1", f"data.max_length={limit}"]
+    found = estimate_recipe(small("chat_8b", tmp_path / "run", *changes), dry_run=True)
+    assert (found.tokens, found.left_out, found.steps, found.rows) == (limit, 8, 8, 2)
+    result = run(["-m", "pdlm_peft.cli", "train", "chat_8b", "--dry-run", *SMALL, *changes])
+    assert result.returncode == 0 and "8 longer conversations are left out" in " ".join(result.stderr.split())
+
+
+def test_one_rule_of_generate_replaces_another(tmp_path):
+    """The embedded checkpoint accepts tokens by their probability; with a bound of entropy it must not do both."""
+    for settings, expected in (
+        ("generation={entropy_bound: 0.1}", (None, 0.1, None)),  # in place of the checkpoint's rule
+        ("generation.entropy_bound=0.1", (None, 0.1, None)),  # and of the recipe's
+        ("generation.acceptance_threshold=0.5", (0.5, None, None)),
+        ("generation={remasking: random}", (0.8, None, "random")),
+        ("generation={max_new_tokens: 9}", (0.8, None, None)),
+    ):
+        model, _ = training.load(small("shapes", tmp_path, settings))
+        found = model.generation_config
+        found.validate()
+        assert (found.acceptance_threshold, found.entropy_bound, found.remasking) == expected
+
+
+@pytest.mark.parametrize("sharded", ["fsdp", "zero3"])
+def test_samples_of_sharded_weights_are_refused(tmp_path, monkeypatch, sharded):
+    """Also if only `accelerate launch` shards them."""
+    if sharded == "fsdp":
+        real = training.RegionTrainer.__init__
+
+        def init(self, *args, **kwargs):
+            real(self, *args, **kwargs)
+            self.is_fsdp_enabled = True
+
+        monkeypatch.setattr(training.RegionTrainer, "__init__", init)
+    else:
+        monkeypatch.setattr(training, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(SettingError, match="the run would hang. Set samples.every=0"):
+        training.build(small("shapes", tmp_path / "run", "samples.every=1"))
+
+
 def test_chat_from_a_file(tmp_path):
     pytest.importorskip("pdlm_peft.data")
     write_rows(tmp_path)
@@ -512,7 +623,7 @@ def test_a_training_step_warns_of_nothing(tmp_path):
 def test_the_command_says_steps_and_time(tmp_path):
     pytest.importorskip("pdlm_peft.data")
     write_rows(tmp_path)
-    source = [f"data.train={tmp_path}/regions.jsonl", "model=shapes", "training.max_steps=-1"]
+    source = [f"data.train={tmp_path}/regions.jsonl", "model=shapes", "training.max_steps=-1", "data.held_out=null"]
     result = run(["-m", "pdlm_peft.cli", "train", "lora_8b_80gb", "--dry-run", *SMALL, *source])
     assert result.returncode == 0, result.stderr
     passes = sum(len(partition_regions(len(row["regions"]), 6, k, 0)) for k, row in enumerate(region_rows()))

@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pdlm_peft.cli import app
-from pdlm_peft.sources import find_source
+from pdlm_peft.sources import find_source, raw_rows
 from pdlm_peft.validation import Validator
 
 
@@ -66,7 +66,12 @@ FAULTS = [
         "broken RLE",
         "the RLE is damaged",
     ),
-    ({"image": "a.png", "regions": [region(segmentation=[[1, 2]])]}, "regions[0]", "broken polygons", "flat list"),
+    (
+        {"image": "a.png", "regions": [region(segmentation=[[1, 2]])]},
+        "regions[0]",
+        "broken polygons",
+        "at least three points",
+    ),
     ({"image": "a.png", "regions": [{"bbox": [50, 0, 5, 5], "caption": "x"}]}, "regions[0]", "broken box", "outside"),
     ({"image": "a.png", "regions": [{"bbox": "a", "caption": "x"}]}, "regions[0].bbox", "wrong type", "[x, y, width"),
     ({"image": "a.png", "regions": [region(segmentation=5)]}, "regions[0].segmentation", "wrong type", "an RLE or"),
@@ -75,6 +80,17 @@ FAULTS = [
     ({"image": "a.png", "regions": [region()] * 5}, "regions", "too many regions", "got 5, expected at most 4"),
     ({"image": "a.png", "regions": [region()], "width": 9, "height": 9}, "width", "other size", "expected 20 x 10"),
     ({"image": "a.png", "regions": [region()], "question": 3}, "question", "wrong type", "a text"),
+    ({"image": "a.png", "regions": [region(caption="a \ud800 b")]}, "regions[0].caption", "broken text", r"\ud800"),
+    ({"image": "a.png", "regions": [region(id="\udfff")]}, "regions[0].id", "broken text", "half of a UTF-16 pair"),
+    ({"image": "a.png", "regions": [region()], "question": "\ud800"}, "question", "wrong type", "a text"),
+    ({"image": {"path": 3}, "regions": [region()]}, "image", "wrong type", "the path of an image"),
+    ({"image": {"bytes": "ab"}, "regions": [region()]}, "image", "wrong type", "the path of an image"),
+    (
+        {"image": "a.png", "regions": [region(segmentation={"size": 3})]},
+        "regions[0].segmentation",
+        "wrong type",
+        "RLE",
+    ),
     ({"image": "a.png", "mask_rles": [rle(ONES)], "captions": []}, "captions", "wrong length", "0 captions"),
 ]
 
@@ -210,3 +226,46 @@ def test_samples_are_drawn(domain, tmp_path):
     assert result.exit_code == 1 and Image.open(tmp_path / "out.png").height > 2 * images[0].image.height
     run(path, "--draw", tmp_path, "--samples", "2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.png", "row_2.png", "row_3.png"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "list"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "9" * 5000])
+def test_json_too_deep_or_too_long_is_a_fault(tmp_path, processor, kind, text):
+    sound = json.dumps({"image": "a.png", "regions": [region()]})
+    path = tmp_path / "rows.json"
+    path.write_text("\n".join([sound, text, sound]) if kind == "jsonl" else f"[{sound}, {text}, {sound}]")
+    report = Validator(processor, open_images=False).validate(find_source(path))
+    (fault,) = report.faults
+    assert (fault.row, fault.kind) == (2, "broken JSON")
+    assert report.summary["rows"] == (3 if kind == "jsonl" else 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda d: d["categories"].append({"name": "x"}), "categories[1].id"),
+        (lambda d: d["categories"].append(5), "categories[1].id"),
+        (lambda d: d["annotations"].append({"id": 9}), "annotations[1].image_id"),
+        (lambda d: d["images"].append({"file_name": "b.png"}), "images[1].id"),
+        (lambda d: d["annotations"][0].update(category_id=[1]), "annotations[0].category_id"),
+    ],
+)
+def test_faults_of_a_coco_file(tmp_path, processor, change, field):
+    data = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 20, "height": 10}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, **region()}],
+        "categories": [{"id": 1, "name": "box"}],
+    }
+    change(data)
+    (tmp_path / "coco.json").write_text(json.dumps(data))
+    report = Validator(processor, open_images=False).validate(find_source(tmp_path / "coco.json"))
+    assert field in [fault.field for fault in report.faults]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
+def test_a_list_is_read_in_chunks(tmp_path, monkeypatch, size):
+    values = [1, -2.5, "a]b,", {"a": [1, {"b": "\u00fc"}]}, [], None, 12345]
+    for text in (json.dumps(values), json.dumps(values, indent=2), json.dumps(values, separators=(",", ":"))):
+        (tmp_path / "rows.json").write_text(text, encoding="utf-8")
+        monkeypatch.setattr("pdlm_peft.sources._CHUNK", size)
+        assert list(raw_rows(find_source(tmp_path / "rows.json"))) == list(enumerate(values, 1))

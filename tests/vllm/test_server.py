@@ -83,7 +83,8 @@ def test_a_caption_that_was_cut_is_marked(server, captioner):
     request = body(image, regions, max_new_tokens=5)
     assert [row.get("truncated", False) for row in server.captions(request)["regions"]] == expected
     _, text = server.post("/v1/region_captions", {**request, "stream": True})
-    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line][:-1]
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    events = [json.loads(line) for line in lines[:-1]]
     assert [row.get("truncated", False) for row in events[-1]["regions"]] == expected
     assert not any("truncated" in row for event in events for row in event["regions"] if not row.get("finished", True))
 

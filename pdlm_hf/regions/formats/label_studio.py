@@ -1,0 +1,156 @@
+"""JSON exports of Label Studio: tasks with their annotations, coordinates in per cent of the image."""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from ...errors_pdlm import RegionError
+from .facts import ImageFacts, base_name, matching
+from .geometry import ellipse, number, rectangle, rle
+
+_SIDES = ("original_width", "original_height")
+
+
+def is_label_studio(data: Any) -> bool:
+    """Whether a JSON value is a list of tasks, or one task."""
+    tasks = [data] if isinstance(data, dict) else data
+    return isinstance(tasks, list) and bool(tasks) and all(map(_is_task, tasks))
+
+
+def _is_task(task: Any) -> bool:
+    has_data = isinstance(task, dict) and isinstance(task.get("data"), dict)
+    return has_data and bool({"annotations", "predictions"} & task.keys())
+
+
+def from_label_studio(data: Any, name: str, image: ImageFacts) -> list[dict[str, Any]]:
+    """Read the regions of one image: rectangles and ellipses (also turned), polygons and brush marks.
+
+    Args:
+        data: the content of the file.
+        name (`str`): the file, for messages.
+        image (`ImageFacts`): the image; the name in `data` and `original_width`, `original_height` are compared.
+
+    Returns:
+        regions with "id" (Label Studio's), "segmentation" or "bbox", and where they are there "category" (the label)
+        and "score".
+
+    Raises:
+        RegionError: the file has no such image, it was annotated several times, states another size, or a result has
+            no area (keypoints).
+    """
+    if not is_label_studio(data):
+        raise RegionError(f"{name}: expected tasks with `data` and `annotations`, Label Studio's JSON export.")
+    tasks = [data] if isinstance(data, dict) else data
+    names = [_image_of(task) for task in tasks]
+    found = [k for k, stated in enumerate(names) if matching([stated], image.name)]
+    task = tasks[found[0] if len(found) == 1 else image.choose(name, names)]
+    where = f"{name}: task {task.get('id')}"
+    kept = [one for one in _dicts(task.get("annotations") or task.get("predictions")) if not one.get("was_cancelled")]
+    if len(kept) != 1:
+        ids = ", ".join(str(one.get("id")) for one in kept)
+        raise RegionError(f"{where}: has {len(kept)} annotations ({ids}); a region file has one. Delete the others.")
+    results: dict[Any, list[dict]] = defaultdict(list)  # a region may have several: shape, labels, text
+    for position, result in enumerate(_dicts(kept[0].get("result"))):
+        own = result.get("id")
+        results[own if isinstance(own, (int, str)) else position].append(result)
+    regions = [
+        {"id": own, **_region(parts, f"{where}: result {own}", image)}
+        for own, parts in results.items()
+        if any("original_width" in part for part in parts)  # others are choices and texts about the image
+    ]
+    if not regions:
+        raise RegionError(f"{where}: holds no regions.")
+    return regions
+
+
+def _dicts(values: Any) -> list[dict]:
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
+
+
+def _image_of(task: dict) -> str:
+    """The image of a task. An uploaded file has eight hexadecimal digits and a dash before its name."""
+    urls = [value for value in task["data"].values() if isinstance(value, str)]
+    stated = base_name((urls or [""])[0].partition("?")[0])
+    head, dash, rest = stated.partition("-")
+    return rest if dash and len(head) == 8 and set(head) <= set("0123456789abcdef") else stated
+
+
+def _region(parts: list[dict], where: str, image: ImageFacts) -> dict[str, Any]:
+    part = next(part for part in parts if "original_width" in part)
+    image.check_size(where, *(part.get(side) for side in _SIDES))
+    if part.get("image_rotation"):
+        raise RegionError(f"{where}: was drawn on the image turned by {part['image_rotation']} degrees; not read.")
+    value = part.get("value")
+    if not isinstance(value, dict):
+        raise RegionError(f"{where}: has no `value`.")
+    found = _shape(value, where, image)
+    labels = [label for one in parts for key, named in (one.get("value") or {}).items()
+              if key.endswith("labels") and isinstance(named, list) for label in named]  # fmt: skip
+    if labels:
+        found["category"] = labels[0]
+    if isinstance(part.get("score"), (int, float)):
+        found["score"] = part["score"]
+    return found
+
+
+def _shape(value: dict, where: str, image: ImageFacts) -> dict[str, Any]:
+    def of(*keys: str) -> np.ndarray:
+        """Values in pixels: x and width of the width, y and height of the height."""
+        sides = [image.width if key in ("x", "width", "radiusX") else image.height for key in keys]
+        numbers = [number(value.get(key), f"{where}.{key}", -1000, 1000) for key in keys]
+        return np.array(numbers) * sides / 100
+
+    degrees = number(value.get("rotation", 0), f"{where}.rotation")
+    if isinstance(value.get("rle"), list):
+        return {"segmentation": rle(_brush(value["rle"], where, image))}
+    if isinstance(value.get("points"), list):
+        points = value["points"]
+        if len(points) < 3 or not all(isinstance(point, list) and len(point) == 2 for point in points):
+            raise RegionError(f"{where}: expected three [x, y] or more, got {points!r:.60}.")
+        scaled = [number(p, where, -1000, 1000) * side / 100 for point in points
+                  for p, side in zip(point, image.size, strict=True)]  # fmt: skip
+        return {"segmentation": [scaled]}
+    if "radiusX" in value:
+        return {"segmentation": [ellipse(of("x", "y", "radiusX", "radiusY").tolist(), degrees)]}
+    if {"x", "y", "width", "height"} <= value.keys() and "keypointlabels" not in value:
+        box = of("x", "y", "width", "height").tolist()
+        return {"segmentation": [rectangle(box, degrees, centred=False)]} if degrees else {"bbox": box}
+    raise RegionError(f"{where}: has no area; a region is a rectangle, ellipse, polygon or brush mark.")
+
+
+def _brush(code: list, where: str, image: ImageFacts) -> np.ndarray:
+    """Decode a brush mark `(H, W)`: bits that give RGBA values, row by row; what is opaque is inside.
+
+    The first 32 bits are the number of values, 5 bits the bits of a value less 1, 4 times 4 bits the bits of a length
+    less 1. A block begins with a bit (1: one value repeated), 2 bits that choose the bits of its length, and the
+    length less 1.
+    """
+    damaged = RegionError(f"{where}: the brush mark is damaged, or not of {image.width} x {image.height} pixels.")
+    try:
+        bits = "".join(f"{byte:08b}" for byte in bytes(code))
+    except (TypeError, ValueError):
+        raise damaged from None
+    place = 0
+
+    def take(count: int) -> int:
+        nonlocal place
+        place += count
+        if place > len(bits):
+            raise damaged
+        return int(bits[place - count : place], 2)
+
+    total, size = take(32), take(5) + 1
+    lengths = [take(4) + 1 for _ in range(4)]
+    if total != 4 * image.width * image.height:
+        raise damaged
+    values = np.zeros(total, dtype=np.uint8)
+    start = 0
+    while start < total:
+        repeated = take(1)
+        end = start + take(lengths[take(2)]) + 1
+        if end > total:
+            raise damaged
+        values[start:end] = take(size) if repeated else [take(size) for _ in range(end - start)]
+        start = end
+    return values.reshape(image.height, image.width, 4)[..., 3] > 0
