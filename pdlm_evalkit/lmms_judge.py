@@ -78,9 +78,9 @@ def _text_of(response: Any) -> str:
 def _folder_of(frame: Any) -> str | None:
     """The folder below `lmms_eval/tasks` of the code of a frame; None for other code."""
     parts = Path(frame.f_code.co_filename).parts
-    if "tasks" in parts[:-1] and parts[parts.index("tasks") - 1] == "lmms_eval":
-        return parts[parts.index("tasks") + 1]
-    return None
+    place = parts.index("tasks") if "tasks" in parts else 0
+    # a file in a folder: tasks/__init__.py itself loads all tasks, ours too
+    return parts[place + 1] if place and parts[place - 1] == "lmms_eval" and len(parts) > place + 2 else None
 
 
 def _task_folder(direct: bool = False) -> str | None:

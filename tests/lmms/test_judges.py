@@ -80,6 +80,8 @@ def test_mathverse_asks_through_openai(judges, monkeypatch):
 
 def test_calls_of_other_code_are_not_counted(judges):
     random.choice("AB")
+    # tasks/__init__.py is in the stack of every task that is loaded
+    exec(compile("import random\nrandom.choice('AB')", "/x/lmms_eval/tasks/__init__.py", "exec"), {})
     with JudgeServer(lambda body: "A") as server:
         body = {"model": "m", "messages": [{"role": "user", "content": "Q"}]}
         assert requests.post(server.url + "/chat/completions", json=body).ok
