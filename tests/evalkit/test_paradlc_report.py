@@ -219,7 +219,7 @@ def test_what_cannot_be_compared_is_said(judged):
 
 
 def test_intervals_are_those_of_a_bootstrap_over_images(judged):
-    """Computed a second way, image by image, with other random numbers: they agree within the error of 2,000 samples."""
+    """Computed a second way, image by image, with other random numbers: equal within the error of sampling."""
     benchmark = load_benchmark(EXAMPLE)
     image_of = {mask.id: image.path.name for image in benchmark.images for mask in image.masks}
     questions = {key: mask.questions for key, mask in benchmark.masks.items()}
