@@ -1,17 +1,19 @@
 """Checks before a run: is the data on this machine, does the judge answer, does the model load."""
 
+import csv
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-import typer
 from rich.table import Table
 
 from pdlm_hf.client import ChatClient, public_url
 from pdlm_hf.errors_pdlm import MissingPackageError, ServerError, SettingError
 
-from .benchmarks import Benchmark, find_benchmark
+from .benchmarks import BENCHMARKS, Benchmark, find_benchmark
 
 RULES = "exact_matching"  # VLMEvalKit's name for scoring without a language model
 OPENAI_URL = "https://api.openai.com/v1"
@@ -99,11 +101,35 @@ def _vlmeval_data(name: str) -> tuple[str | None, str]:
             "or set LMUData to the folder that contains it.",
             "",
         )
-    with found[0].open(encoding="utf-8") as file:
-        columns = file.readline().rstrip("\n").split("\t")
-    if "question" not in columns or "index" not in columns:
-        return f"{found[0]} has no columns index and question; the download may have failed. Delete it.", ""
+    problem = fault_in_table(found[0])
+    if problem:
+        return f"{found[0]} {problem}; the download may have failed. Delete it.", ""
     return None, str(found[0])
+
+
+def fault_in_table(path: Path) -> str | None:
+    """Read a .tsv of VLMEvalKit to its end, and find what shows that it is not whole."""
+    csv.field_size_limit(2**31 - 1)  # images are in the table
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        size = file.tell()
+        file.seek(max(0, size - 1))
+        ended = file.read() == b"\n"
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            rows = csv.reader(file, delimiter="\t", strict=True)
+            columns = next(rows, [])
+            if not {"question", "index"} <= set(columns):
+                return "has no columns index and question"
+            count = 0
+            for count, row in enumerate(rows, 1):
+                if len(row) != len(columns):
+                    return f"has {len(row)} cells in row {count} instead of {len(columns)}"
+        except (csv.Error, UnicodeDecodeError) as error:
+            return f"is damaged or was cut off ({error})"
+    if not count:
+        return "has no rows"
+    return None if ended else f"ends within row {count}"
 
 
 def _lmms_data(name: str) -> tuple[str | None, str]:
@@ -119,7 +145,22 @@ def _lmms_data(name: str) -> tuple[str | None, str]:
             f"`hf download --repo-type dataset {repository}`.",
             "",
         )
+    if any(Path(folder).parents[1].glob("blobs/*.incomplete")):
+        return f"{folder}: a download was not finished; run `hf download --repo-type dataset {repository}` again.", ""
+    if not any(path.suffix in _DATA for path in Path(folder).rglob("*")):
+        return f"{folder} has no data, only a description; run `hf download --repo-type dataset {repository}`.", ""
     return None, folder
+
+
+_DATA = {".parquet", ".arrow", ".json", ".jsonl", ".tsv", ".csv", ".zip", ".tar"}
+
+
+@cache
+def _lmms_tasks() -> dict[str, Any]:
+    """All tasks of lmms-eval, which takes ten seconds to read them."""
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager("ERROR").task_index
 
 
 def _lmms_repository(task: str) -> str:
@@ -130,16 +171,14 @@ def _lmms_repository(task: str) -> str:
         SettingError: lmms-eval has no such task.
     """
     try:
-        from lmms_eval.tasks import TaskManager
         from lmms_eval.utils import load_yaml_config
     except ImportError:
         raise MissingPackageError("lmms-eval", "lmms") from None
-    index = TaskManager("ERROR").task_index
+    index = _lmms_tasks()
     while task in index:
         path = index[task]["yaml_path"]
-        members = index[task]["task"]
         if path == -1:  # a tag: any member tells
-            task = members[0]
+            task = index[task]["task"][0]
             continue
         config = load_yaml_config(path, mode="simple")
         if "dataset_path" in config:
@@ -310,17 +349,11 @@ def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None
     problems = []
     load_vlmeval_environment()
     for name in data:
-        benchmark = find_benchmark(name)
-        if benchmark is None:
-            if judge is None and _environment_key() is None:
-                typer.echo(
-                    f"pdlm-eval: {name} is not a benchmark of the paper; if VLMEvalKit scores it by a language model, "
-                    "it will fall back to rules, since neither --judge nor OPENAI_API_KEY is given.",
-                    err=True,
-                )
-            continue
-        finding = check_judge(benchmark, judge, base_url, key)
-        if finding.problem:
+        # of another data set, only VLMEvalKit knows whether it has a judge; one that is named must answer
+        other = judge is not None or base_url is not None
+        benchmark = find_benchmark(name) or (replace(BENCHMARKS[0], name=name) if other else None)
+        finding = benchmark and check_judge(benchmark, judge, base_url, key)
+        if finding and finding.problem:
             problems.append(f"{name}: {finding.problem}")
     if problems:
         raise SettingError(" ".join(problems))

@@ -17,7 +17,7 @@ from pdlm_hf.regions.files import write_json
 from .benchmarks import BENCHMARKS, choose_benchmarks
 from .manifest import LMMS_TASKS
 from .paradlc.cli import app as paradlc
-from .strict import BASE_URL, MODEL, SETTINGS, judge_results, read_results
+from .strict import BASE_URL, MODEL, SETTINGS, Verdicts, judge_results, read_results
 from .terminal import progress, show_table
 
 app = errors.make_app("pdlm-eval", "Evaluate PerceptionDLM on the paper's benchmarks and compare with its scores.")
@@ -147,7 +147,7 @@ def report(
     results: Annotated[list[Path], typer.Argument(help="Result files or folders of either harness.")],
     as_json: Json = False,
 ) -> None:
-    """Compare measured scores with the paper's."""
+    """Compare measured scores with the paper's. The exit code is 1 if a score is withheld."""
     from .report import as_rows, as_table, collect
 
     measured = collect(results)
@@ -155,6 +155,9 @@ def report(
         typer.echo(json.dumps(as_rows(measured), indent=1))
     else:
         show_table(as_table(measured))
+    if withheld := [row for row in measured if row.score is None]:
+        reasons = "; ".join(f"{row.benchmark} ({row.harness}): {row.problem}" for row in withheld)
+        raise _fail(f"scores withheld: {reasons}", 1)
 
 
 @app.command()
@@ -172,12 +175,13 @@ def strict(
 ) -> None:
     """Score ChartQA, DocVQA or InfoVQA as the paper does, by Qwen3-8B; the same command continues after a stop."""
     rows = read_results(results)
-    name = benchmark or _benchmark_in(results.name)
+    name = choose_benchmarks([benchmark])[0].name if benchmark else _benchmark_in(results.name)
     out = out or results.with_name(f"{results.stem}_strict.json")
     if out.suffix != ".json":
         raise SettingError(f"--out {out}: the name must end in .json; the verdicts go beside it, in .jsonl.")
     options: dict[str, Any] = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
-    client = ChatClient(judge, base_url, key_in(api_key_env), SETTINGS, cache=out.with_suffix(".sqlite"), **options)
+    client = ChatClient(judge, base_url, key_in(api_key_env), SETTINGS, **options)
+    client.cache = Verdicts(out.with_suffix(".sqlite"))
     try:
         with progress("verdicts") as show:
             score, verdicts = judge_results(rows, client, lambda done, _: show(done, len(rows)))
@@ -191,8 +195,8 @@ def strict(
     out.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_json(out, score)
     typer.echo(json.dumps({key: score[key] for key in score if key.startswith(("accuracy", "n_"))}))
-    if score["n_failed"]:
-        raise _fail(f"{score['n_failed']} rows got no verdict and count as wrong; run again to ask for them", 1)
+    if lost := score["n_failed"] + score["n_unparsed"]:
+        raise _fail(f"{lost} rows got no verdict and count as wrong; run again to ask for them", 1)
 
 
 def _benchmark_in(name: str) -> str:

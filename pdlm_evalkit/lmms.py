@@ -23,7 +23,7 @@ from lmms_eval.protocol import ChatMessages
 from pdlm_hf.errors_pdlm import SettingError
 
 from .answering import Answer, Answerer, Question
-from .benchmarks import Benchmark, ask_like_paper
+from .benchmarks import Benchmark, ask_like_paper, place_images
 from .settings import REFERENCE_NAMES, SETTINGS
 
 logger = logging.getLogger(__name__)
@@ -216,13 +216,16 @@ class PdlmChat(_Pdlm):
     is_simple = False
 
     def _read(self, request: Instance) -> tuple[str, dict[str, Any], list[Any], str]:
-        _, to_messages, asked, doc_id, task, split = request.args
+        context, to_messages, asked, doc_id, task, split = request.args
         messages = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
         images, videos, audios = messages.extract_media()
         if videos or audios:
             raise SettingError(f"{task} asks about videos or sound, and PerceptionDLM reads images only.")
-        parts = [part.text for message in messages.messages for part in message.content if part.type == "text"]
-        return ("" if len(images) > 1 else "\n").join(parts), asked, images, task
+        if self.answerer.benchmark(task) is not None and isinstance(context, str) and context:
+            # as the simple interface: MMMU's messages replace `<image 2>` by images, in the order of the images
+            return context, asked, images, task
+        parts = [part for message in messages.messages for part in message.content]
+        return place_images([part.text if part.type == "text" else None for part in parts]), asked, images, task
 
 
 class PdlmSimple(_Pdlm):

@@ -20,8 +20,9 @@ from typing import Any, NoReturn
 import typer
 
 from pdlm_hf.errors_pdlm import MissingPackageError, PdlmError, SettingError
-from pdlm_hf.regions.files import load_json
+from pdlm_hf.regions.files import load_json, write_json
 
+from .lmms_judge import JUDGED, TaskJudges
 from .manifest import LMMS_TASKS
 from .settings import REFERENCE_NAMES, SETTINGS
 
@@ -147,14 +148,42 @@ def run(argv: list[str]) -> int:
     output = Path(known.output_path)
     before = set(output.rglob("*_results.json"))
     sys.argv = ["lmms-eval", *completed]
+    judges = TaskJudges()
+    judges.install()
     cli_evaluate()
+    lost = name_what_failed(judges.counts(), output)
     if int(os.environ.get("RANK", 0)):
-        return 0
+        return int(lost)
     new = sorted(set(output.rglob("*_results.json")) - before)
     missing = missing_results([name.strip() for name in known.tasks.split(",")], new)
     for task in missing:
         typer.echo(f"pdlm-eval: {task}: no result was written; the output of lmms-eval above says why.", err=True)
-    return 1 if missing else 0
+    for path in new:
+        write_json(path.with_name(path.name.replace("_results.json", JUDGED)), judges.counts())
+    return 1 if missing or lost else 0
+
+
+def name_what_failed(counts: dict[str, dict[str, int]], output: Path) -> bool:
+    """Name the tasks with answers that were not scored; lmms-eval keeps no verdict of them for the next run.
+
+    Args:
+        counts (`dict`): counts by folder of the task, see [`TaskJudges.counts`].
+        output (`Path`): the folder of `--output_path`; HallusionBench would read its verdicts there again.
+
+    Returns:
+        whether there are any.
+    """
+    lost = {folder: found for folder, found in counts.items() if found["failed"] or found["random"]}
+    for folder, found in lost.items():
+        asked = found["failed"] + found["judge"]
+        typer.echo(
+            f"pdlm-eval: {folder}: the judge failed on {found['failed']} of {asked} requests, and {found['random']} "
+            "options were drawn at random. Run again; with --use_cache the model is not asked.",
+            err=True,
+        )
+    for path in output.rglob("gpt_response/hallusion_output_*.json") if "hallusion_bench" in lost else ():
+        path.unlink()
+    return bool(lost)
 
 
 def as_command(run: Callable[[list[str]], int]) -> None:

@@ -1,7 +1,10 @@
-"""Measured scores and the paper's, from the result files of both harnesses and of the strict judge."""
+"""Measured scores and the paper's, from the result files of both harnesses and of the strict judge.
 
-import json
-import math
+A number is right, or it is not printed: the unit of a score comes from what wrote it, a score outside 0..100 is an
+error, and a score is withheld if some answers were drawn at random, or got no useful reply from the judge.
+"""
+
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,12 @@ from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.files import load_json
 
 from .benchmarks import BENCHMARKS, TOTAL_TILES, Benchmark, find_benchmark
+from .lmms_judge import judged_beside
+from .scores import as_percent, note_on_splits, score_in
+from .tables import read_lines
+from .vlmeval_judge import counted_in
+
+_LOST = {"failed": "the judge failed on {} answers", "random": "{} answers were scored by options drawn at random"}
 
 
 @dataclass
@@ -21,7 +30,7 @@ class Measured:
     Args:
         benchmark (`str`): the name in the paper.
         harness (`str`): "VLMEvalKit", "lmms-eval" or "strict judge".
-        score (`float`): the score in percent.
+        score (`float`, *optional*): the score in percent; None if it is withheld, for the reason in `problem`.
         metric (`str`): the name of the score in the harness.
         paper (`float`): the score of PerceptionDLM-Base in Table 1, in percent.
         questions (`int`, *optional*): number of questions.
@@ -30,11 +39,16 @@ class Measured:
         seconds (`float`, *optional*): time of the model.
         note (`str`): how the measurement differs from the paper's.
         source (`str`): the file of the score.
+        judged (`dict`, *optional*): number of answers by the way they were scored: by `rules`, by the `judge`, at
+            `random` by the harness, `failed` (no useful reply of the judge), `unparsed` (neither rules nor judge could
+            read the answer, which counts as wrong); None if the harness does not say.
+        problem (`str`): why the score is withheld.
+        replaces (`str`): the folder of the run whose answers were scored again.
     """
 
     benchmark: str
     harness: str
-    score: float
+    score: float | None
     metric: str
     paper: float
     questions: int | None = None
@@ -43,159 +57,216 @@ class Measured:
     seconds: float | None = None
     note: str = ""
     source: str = ""
+    judged: dict[str, int] | None = None
+    problem: str = ""
+    replaces: str = ""
 
     @property
-    def difference(self) -> float:
+    def difference(self) -> float | None:
         """The measured score minus the paper's, in percentage points."""
-        return round(self.score - self.paper, 2)
+        return None if self.score is None else round(self.score - self.paper, 2)
+
+    def withhold(self, judged: dict[str, int] | None) -> None:
+        """Note how the answers were scored, and withhold the score if some of them were not."""
+        self.judged = judged
+        lost = [what.format(judged[name]) for name, what in _LOST.items() if judged and judged.get(name)]
+        if lost:
+            self.score, self.problem = None, " and ".join(lost)
 
 
 def collect(paths: list[Path]) -> list[Measured]:
     """Read all scores of the paper's benchmarks from files and folders.
 
     Returns:
-        the scores in the order of the paper; of one benchmark the oldest first.
+        the scores in the order of the paper; of one benchmark the oldest first. Runs whose answers were scored again
+        are left out.
 
     Raises:
-        DataError: a path does not exist, a result file cannot be read, or there is no score.
+        DataError: a path does not exist, a result file cannot be read, a score is outside 0..100, or there is none.
     """
-    files: set[Path] = set()
-    for path in paths:
-        if not path.exists():
-            raise DataError(f"{path}: no such file or folder.")
-        patterns = ("pdlm_report.json", "*_results.json", "*_strict.json")
-        files |= {path} if path.is_file() else {file for pattern in patterns for file in path.rglob(pattern)}
-    found: list[Measured] = []
-    for file in sorted(files, key=lambda file: file.stat().st_mtime):
-        content = load_json(file)
-        if isinstance(content, list):
-            found += [row for row in map(_from_vlmeval, content) if row is not None]
-        elif not isinstance(content, dict):
-            raise DataError(f"{file}: expected an object or a list of results, got {content!r:.60}.")
-        elif "accuracy" in content:
-            found += [row for row in [_from_strict(content)] if row is not None]
-        else:
-            found += _from_lmms(content, file)
-        for row in found:
-            row.source = row.source or str(file)
+    found = [row for file, named in _files_in(paths) for row in _read(file, named)]
     if not found:
         raise DataError(f"There are no scores of the paper's benchmarks in {', '.join(map(str, paths))}.")
+    replaced = {(row.replaces, row.benchmark) for row in found}
+    found = [row for row in found if (str(Path(row.source).parent), row.benchmark) not in replaced]
     order = [benchmark.name for benchmark in BENCHMARKS]
     return sorted(found, key=lambda row: order.index(row.benchmark))
 
 
-def score_in(metrics: dict[str, Any], wanted: str, percents: bool) -> float | None:
-    """Find a score.
-
-    Args:
-        metrics (`dict`): the scores of a harness by name; in VLMEvalKit the split comes before the name.
-        wanted (`str`): a name, or names joined by "+" for their mean.
-        percents (`bool`): whether the scores are in percent already, instead of shares.
-
-    Returns:
-        the score in percent; None if there is none.
-    """
-    found = []
-    for name in wanted.split("+"):
-        splits = {key.rpartition("|")[0]: value for key, value in metrics.items() if key.rpartition("|")[2] == name}
-        value = next((splits[split] for split in ("", "split=none", "split=Overall") if split in splits), None)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            return None
-        found.append(value)
-    return round(sum(found) / len(found) * (1 if percents else 100), 2)
+def _files_in(paths: list[Path]) -> list[tuple[Path, bool]]:
+    """Result files, the oldest first, and whether each was named itself."""
+    named: dict[Path, bool] = {}
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder.")
+        if path.is_file():
+            named[path] = True
+            continue
+        for pattern in ("pdlm_report.json", "status.json", "*_results.json", "*_strict.json"):
+            for file in path.rglob(pattern):
+                if file.is_symlink() or (file.name == "status.json" and (file.parent / "pdlm_report.json").exists()):
+                    continue  # VLMEvalKit links its newest files; our report has more than its status
+                named.setdefault(file, False)
+    return sorted(named.items(), key=lambda item: item[0].stat().st_mtime)
 
 
-def _from_vlmeval(row: dict[str, Any]) -> Measured | None:
-    benchmark = find_benchmark(row["benchmark"])
+def _read(file: Path, named: bool) -> list[Measured]:
+    """The scores in a file. Another tool's file in a folder has none."""
+    content = load_json(file)
+    if isinstance(content, list) and all(isinstance(row, dict) and "benchmark" in row for row in content):
+        found = [_from_vlmeval(row, file) for row in content]
+    elif isinstance(content, dict) and isinstance(content.get("datasets"), dict):
+        found = [_from_status(name, row, content, file) for name, row in content["datasets"].items()]
+    elif isinstance(content, dict) and {"accuracy", "n_rows"} <= content.keys() and _is_number(content["accuracy"]):
+        found = [_from_strict(content, file)]
+    elif isinstance(content, dict) and isinstance(content.get("results"), dict):
+        found = list(_from_lmms(content, file))
+    elif named:
+        raise DataError(f"{file}: neither a result of lmms-eval or VLMEvalKit nor of pdlm-eval strict.")
+    else:
+        return []
+    rows = [row for row in found if row is not None]
+    for row in rows:
+        row.source = str(file)
+    return rows
+
+
+def _from_vlmeval(row: dict[str, Any], file: Path) -> Measured | None:
+    benchmark = find_benchmark(str(row["benchmark"]))
     if benchmark is None:
         return None
-    metric, value = row.get("primary_metric"), row.get("primary_metric_value")
-    if isinstance(value, dict):  # several main metrics; the paper's is that of all questions
-        metric, value = next(((k, v) for k, v in value.items() if "Overall" in k), (None, None))
-    metrics = {"": value}
-    if benchmark.vlmeval_metric is not None:
-        metric, metrics = benchmark.vlmeval_metric, row.get("metrics") or {}
-    score = score_in(metrics, benchmark.vlmeval_metric or "", benchmark.kind != "letter")
-    if score is None:
+    metric, score = _vlmeval_score(benchmark, row, file)
+    if score is None and not row.get("metrics"):
         return None
     answers = row.get("answers") or {}
-    notes = []
+    notes = [note_on_splits(row.get("metrics") or {}, benchmark)]
     if row.get("paper_settings") is None:
         notes.append("settings differ from the paper's")
     elif row.get("settings"):
         notes.append("changed: " + ", ".join(f"{k}={v}" for k, v in row["settings"].items()))
     if benchmark.paper_judge:
         notes.append(f"the paper: {benchmark.paper_judge}")
-    return Measured(
+    measured = Measured(
         benchmark.name,
         "VLMEvalKit",
         score,
-        str(metric),
+        metric,
         benchmark.paper,
         row.get("infer_total"),
         answers.get("tokens_per_forward"),
         answers.get("text_tokens_per_forward"),
         answers.get("seconds"),
-        "; ".join(notes),
+        "; ".join(filter(None, notes)),
     )
+    if row.get("source_run"):
+        measured.replaces = str(file.parent.parent / str(row["source_run"]))
+    judged = row.get("judged")
+    measured.withhold({"failed": row["judge_failed"]} if judged is None and row.get("judge_failed") else judged)
+    if score is None:
+        measured.problem = f"VLMEvalKit wrote no {metric} of all questions or of the split {benchmark.split}"
+    if row.get("infer_failed"):
+        measured.score, measured.problem = None, f"{row['infer_failed']} questions got no answer"
+    return measured
 
 
-def _from_strict(content: dict[str, Any]) -> Measured | None:
+def _vlmeval_score(benchmark: Benchmark, row: dict[str, Any], file: Path) -> tuple[str, float | None]:
+    """Name and percent of the score, from all that VLMEvalKit wrote, or else from its main score.
+
+    The main score was multiplied by 100 already if VLMEvalKit calls it "Overall Acc"; other names are those of the
+    metrics, and have their unit. The main score of MMVP is not the one of the paper; of HallusionBench it is a third.
+    """
+    if row.get("metrics"):
+        score = score_in(row["metrics"], benchmark.vlmeval_metric, benchmark.vlmeval_percent, benchmark.split)
+        return benchmark.vlmeval_metric, as_percent(score, file, benchmark.name)
+    metric, value = str(row.get("primary_metric")), row.get("primary_metric_value")
+    if metric.startswith("Overall Acc"):
+        score = score_in({metric: value}, metric, True)
+    elif metric.rpartition("|")[2] == benchmark.vlmeval_metric and benchmark.name != "MMVP":
+        score = score_in({metric: value}, benchmark.vlmeval_metric, benchmark.vlmeval_percent)
+    else:
+        score = None
+    return metric, as_percent(score, file, benchmark.name)
+
+
+def _from_status(name: str, status: dict[str, Any], run: dict[str, Any], file: Path) -> Measured | None:
+    """A data set in the status.json of VLMEvalKit, whose run.py was not started by us."""
+    judge = status.get("judge_model") or "exact_matching"
+    row = {key: status.get(key) for key in ("metrics", "source_run")}
+    measured = _from_vlmeval({"benchmark": name, **row}, file)
+    if measured is not None:
+        judged = counted_in(file.parent, run.get("model_name") or file.parents[1].name, name, judge)
+        measured.withhold(judged if any(judged.values()) else None)
+        measured.note = "; ".join([f"VLMEvalKit's own run; judge: {judge}", *filter(None, [measured.note])])
+    return measured
+
+
+def _from_strict(content: dict[str, Any], file: Path) -> Measured | None:
     benchmark = find_benchmark(content.get("benchmark") or "")
     if benchmark is None:
         return None
-    lost = content.get("n_failed", 0) + content.get("n_unparsed", 0)
-    note = f"{content.get('judge')}" + (f"; {lost} rows without a verdict count as wrong" if lost else "")
-    return Measured(
+    score = as_percent(100 * content["accuracy"], file, benchmark.name)
+    measured = Measured(
         benchmark.name,
         "strict judge",
-        round(100 * content["accuracy"], 2),
+        score,
         "CORRECT",
         benchmark.paper,
         content["n_rows"],
-        note=note,
+        note=f"{content.get('judge')}",
     )
+    # a reply that is no verdict is none of use
+    lost = content.get("n_failed", 0) + content.get("n_unparsed", 0)
+    measured.withhold({"rules": 0, "unparsed": 0, "judge": content["n_rows"] - lost, "random": 0, "failed": lost})
+    return measured
 
 
-def _from_lmms(content: dict[str, Any], file: Path) -> list[Measured]:
-    found = []
-    rows = {**content.get("results", {}), **content.get("groups", {})}
+def _from_lmms(content: dict[str, Any], file: Path) -> Iterator[Measured]:
+    groups = content.get("groups")
+    rows = {**content["results"], **(groups if isinstance(groups, dict) else {})}
     for task, metrics in rows.items():
         benchmark = find_benchmark(task)
-        if benchmark is None or (task != benchmark.lmms and benchmark.lmms in rows):
+        if benchmark is None or not isinstance(metrics, dict) or (task != benchmark.lmms and benchmark.lmms in rows):
             continue  # a part of a benchmark whose whole is there too
         scores = {key.split(",")[0]: value for key, value in metrics.items() if "," in key and "_stderr" not in key}
-        score = score_in(scores, benchmark.lmms_metric, benchmark.lmms_percent)
+        score = as_percent(score_in(scores, benchmark.lmms_metric, benchmark.lmms_percent), file, benchmark.name)
         if score is None:
             continue
-        note = "" if task == benchmark.lmms else f"task {task}"
-        measured = Measured(benchmark.name, "lmms-eval", score, benchmark.lmms_metric, benchmark.paper, note=note)
+        notes = ["" if task == benchmark.lmms else f"task {task}"]
+        measured = Measured(benchmark.name, "lmms-eval", score, benchmark.lmms_metric, benchmark.paper)
         _add_costs(measured, file.with_name(file.name.replace("_results.json", f"_samples_{task}.jsonl")))
-        limit = content.get("config", {}).get("limit")
-        if limit:
-            measured.note = "; ".join(filter(None, (measured.note, f"only {limit:g} questions (--limit)")))
-        found.append(measured)
-    return found
+        config = content.get("config")
+        if isinstance(config, dict) and config.get("limit"):
+            notes.append(f"only {float(config['limit']):g} questions (--limit)")
+        judged = judged_beside(file, task)
+        if judged is None and benchmark.lmms_judge != "rules":
+            notes.append("not run by pdlm-eval lmms: whether the judge answered is unknown")
+        elif judged is not None or measured.questions:
+            counts = {"unparsed": 0, "judge": 0, "random": 0, "failed": 0} | (judged or {})
+            measured.withhold({"rules": max(0, (measured.questions or 0) - sum(counts.values()))} | counts)
+        measured.note = "; ".join(filter(None, notes))
+        yield measured
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _add_costs(measured: Measured, samples: Path) -> None:
     """Add tokens, forward passes and time from the samples file, if there is one."""
     if not samples.is_file():
         return
-    rows = read_lines(samples)
+    try:
+        rows = read_lines(samples)
+        counts = [c for row in rows for c in row.get("token_counts") or [] if c and c.get("num_forwards")]
+        names = ("num_forwards", "slots", "output_tokens", "seconds")
+        forwards, slots, tokens, seconds = (sum(float(c.get(name) or 0) for c in counts) for name in names)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{samples}: no samples with the token counts of lmms-eval ({error}).") from None
     measured.questions = len(rows)
-    counts = [c for row in rows for c in row.get("token_counts") or [] if c and c.get("num_forwards")]
-    forwards = sum(c["num_forwards"] for c in counts)
     if forwards:
-        measured.tokens_per_forward = round(sum(c["slots"] for c in counts) / forwards, 3)
-        measured.text_tokens_per_forward = round(sum(c.get("output_tokens") or 0 for c in counts) / forwards, 3)
-        measured.seconds = round(sum(c["seconds"] for c in counts), 1)
-
-
-def read_lines(path: Path) -> list[Any]:
-    """Read a JSON Lines file of another tool; its last line may have no line break. Raises: json.JSONDecodeError."""
-    with path.open(encoding="utf-8") as file:  # not `splitlines`, which also splits at line breaks within a text
-        return [json.loads(line) for line in file if line.strip()]
+        measured.tokens_per_forward = round(slots / forwards, 3)
+        measured.text_tokens_per_forward = round(tokens / forwards, 3)
+        measured.seconds = round(seconds, 1)
 
 
 def as_rows(measured: list[Measured]) -> list[dict[str, Any]]:
@@ -206,29 +277,22 @@ def as_rows(measured: list[Measured]) -> list[dict[str, Any]]:
 def as_table(measured: list[Measured]) -> Table:
     """The scores as a table for the terminal."""
     table = Table(title="PerceptionDLM-Base: measured, and Table 1 of the paper")
-    for name in (
-        "benchmark",
-        "harness",
-        "measured",
-        "paper",
-        "difference",
-        "questions",
-        "TPF",
-        "text TPF",
-        "s",
-        "note",
-    ):
-        table.add_column(name, justify="left" if name in ("benchmark", "harness", "note") else "right")
+    columns = ("benchmark", "harness", "measured", "paper", "difference", "questions", "scored by", "TPF", "text TPF")
+    for name in (*columns, "s", "note"):
+        table.add_column(name, justify="left" if name in ("benchmark", "harness", "scored by", "note") else "right")
     for row in measured:
-        numbers = (row.questions, row.tokens_per_forward, row.text_tokens_per_forward, row.seconds)
+        numbers = (row.tokens_per_forward, row.text_tokens_per_forward, row.seconds)
+        judged = {name: count for name, count in (row.judged or {}).items() if count and name != "requests"}
         table.add_row(
             row.benchmark,
             row.harness,
-            f"{row.score:.1f}",
+            "withheld" if row.score is None else f"{row.score:.1f}",
             f"{row.paper:.1f}",
-            f"{row.difference:+.1f}",
+            "" if row.difference is None else f"{row.difference:+.1f}",
+            "" if row.questions is None else f"{row.questions}",
+            ", ".join(f"{name} {count}" for name, count in judged.items()),
             *("" if number is None else f"{number:g}" for number in numbers),
-            row.note,
+            "; ".join(filter(None, (row.problem, row.note))),
         )
     return table
 
@@ -236,31 +300,33 @@ def as_table(measured: list[Measured]) -> Table:
 def list_table(benchmarks: list[Benchmark]) -> Table:
     """Benchmarks with their settings as a table for the terminal."""
     table = Table(title="The paper's benchmarks")
-    columns = "benchmark VLMEvalKit lmms-eval split judge tokens block steps tiles question paper"
-    for name in columns.split():
-        table.add_column(name, overflow="fold")
+    columns = "VLMEvalKit,lmms-eval,split,scored by,judge of the paper,default judge,tokens/block/steps,question,paper"
+    for name in ("benchmark", *columns.split(",")):
+        table.add_column(name, overflow="fold", no_wrap=name in ("VLMEvalKit", "lmms-eval", "paper"))
     kinds = {b.kind: b.suffix for b in benchmarks}
     table.caption = "\n".join(
         [
             *(f"{kind}: the question ends with {suffix!r}" for kind, suffix in kinds.items()),
-            f"tiles: most tiles of one image, without the thumbnail; several images share {TOTAL_TILES}",
+            f"an image has at most 6 tiles, without the thumbnail; several images share {TOTAL_TILES}",
             'tokens: length of the answer; answers that begin with Yes, No or "B." are reduced to that word or letter',
+            "judge of the paper: as its repository documents it, and the default of its run.py; default judge: of "
+            "VLMEvalKit, and of lmms-eval if that is another",
+            *(f"unverifiable from paper and code: {b.name}, {b.unverifiable}" for b in benchmarks if b.unverifiable),
         ]
     )
     table.caption_justify = "left"
     for b in benchmarks:
-        judge = b.stock_judge + (f"; lmms-eval: {b.lmms_judge}" if b.lmms_judge != b.stock_judge else "")
-        judge += f"; paper: {b.paper_judge}" if b.paper_judge else ""
+        by = b.stock_judge + (f"; lmms-eval: {b.lmms_judge}" if b.lmms_judge != b.stock_judge else "")
+        paper, own, stock, lmms = (b.judges[name] for name in ("paper", "paper_default", "vlmeval", "lmms"))
         table.add_row(
             b.name,
             b.vlmeval,
             b.lmms,
             b.split,
-            judge,
-            str(b.max_new_tokens),
-            str(b.block_length),
-            str(b.max_denoising_steps),
-            str(b.max_tiles),
+            by,
+            paper if own in (paper, "rules") else f"{paper} (run.py: {own})",
+            stock if lmms == stock else f"{stock}; lmms-eval: {lmms}",
+            f"{b.max_new_tokens}/{b.block_length}/{b.max_denoising_steps}",
             b.kind + (", first image doubled" if b.upscale_first else ""),
             f"{b.paper:.1f}",
         )

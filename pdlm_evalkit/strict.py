@@ -2,21 +2,22 @@
 
 The predictions come from the result files of either harness, the judge is a model of any OpenAI-compatible server, and
 a stopped run continues where it stopped. The score is the reference's: the share of rows with the verdict CORRECT.
-Failed requests and other replies count as wrong, and are counted.
+Failed requests and other replies count as wrong, are counted, and are asked for again by the next call.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.client import ChatClient, Reply
+from pdlm_hf.client import ChatClient, Reply, ReplyCache
 from pdlm_hf.client.chat import Request
-from pdlm_hf.errors_pdlm import DataError, MissingPackageError
+from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.files import load_json
 
-from .report import read_lines
+from .tables import read_lines, read_table
 
 MODEL, BASE_URL = "Qwen/Qwen3-8B", "http://127.0.0.1:8000/v1"
 # Settings and wording are the reference's, to the letter, since the scores depend on them.
@@ -130,29 +131,31 @@ def _json_rows(path: Path) -> list[Row]:
 
 
 def _table_rows(path: Path) -> list[Row]:
-    try:
-        import pandas
-    except ImportError:
-        raise MissingPackageError("pandas (to read a table)", "eval") from None
-    try:
-        if path.suffix == ".xlsx":
-            table = pandas.read_excel(path)
-        else:
-            table = pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
-    except Exception as error:  # pandas, openpyxl and zipfile raise what they like on a damaged file
-        raise DataError(f"{path}: cannot be read ({error}).") from None
-    _need(table.columns, ("answer", "prediction"), path, 1)
-    index = table["index"] if "index" in table.columns else table.index
-    return [
-        Row(str(i), str(answer), str(said))
-        for i, answer, said in zip(index, table["answer"], table["prediction"], strict=True)
-    ]
+    table = read_table(path)
+    for number, row in enumerate(table, 1):
+        _need(row, ("answer", "prediction"), path, number)
+    return [Row(str(row.get("index", k)), str(row["answer"]), str(row["prediction"])) for k, row in enumerate(table)]
 
 
 def request_for(row: Row) -> Request:
     """The request about a row; as in the reference, the judge does not see the question."""
     user = f"Ground Truth(s): {row.answer}\nPrediction: {row.prediction}"
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
+
+
+def verdict_in(reply: str) -> str:
+    """The verdict in a reply: "CORRECT" or "INCORRECT", whatever marks are around the word; else "UNPARSED"."""
+    word = re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL).strip(" \n\t.*`\"'!:").upper()
+    return word if word in ("CORRECT", "INCORRECT") else "UNPARSED"
+
+
+class Verdicts(ReplyCache):
+    """Replies with a verdict; the others are asked for again."""
+
+    def get(self, key: str) -> Reply | None:
+        """Return the reply with this key, or None if there is none, or none of use."""
+        reply = super().get(key)
+        return None if reply is None or verdict_in(reply.text or "") == "UNPARSED" else reply
 
 
 def judge_results(
@@ -167,17 +170,17 @@ def judge_results(
 
     Returns:
         the accuracy (share of all rows) with its counts, and the rows with their verdicts: "CORRECT", "INCORRECT",
-        "UNPARSED" or "FAILED".
+        "UNPARSED" or "FAILED"; `accuracy_exact` is the reference's, for which "CORRECT." is not CORRECT.
 
     Raises:
         ServerError: the server cannot be used; the replies so far are in its cache.
     """
-    verdicts = ["FAILED"] * len(rows)
+    verdicts, exact = ["FAILED"] * len(rows), 0
     for index, reply in client.ask_many([request_for(row) for row in rows], progress):
         if reply.text is not None:
-            said = reply.text.strip()
-            verdicts[index] = said if said in ("CORRECT", "INCORRECT") else "UNPARSED"
+            verdicts[index] = verdict_in(reply.text)
+            exact += reply.text.strip() == "CORRECT"
     counts = {name: verdicts.count(name) for name in ("CORRECT", "INCORRECT", "UNPARSED", "FAILED")}
-    score = {"accuracy": counts["CORRECT"] / len(rows), "n_rows": len(rows)}
+    score = {"accuracy": counts["CORRECT"] / len(rows), "accuracy_exact": exact / len(rows), "n_rows": len(rows)}
     score |= {f"n_{name.lower()}": count for name, count in counts.items()}
     return score, [{**vars(row), "verdict": verdict} for row, verdict in zip(rows, verdicts, strict=True)]

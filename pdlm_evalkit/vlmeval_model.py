@@ -10,7 +10,7 @@ from vlmeval.dataset import DATASET_MODALITY, DATASET_TYPE
 from vlmeval.vlm.base import BaseModel
 
 from .answering import Answerer, Question
-from .benchmarks import DIRECT, LETTER, SUFFIX, Benchmark
+from .benchmarks import DIRECT, LETTER, SUFFIX, Benchmark, place_images
 
 _CHINESE_LETTER, _CHINESE_DIRECT = "\n请直接回答选项字母。", "\n请直接回答问题。"
 _SEVERAL_ROUNDS = ("MMDU", "MME-RealWorld", "WeMath_COT", "MMAlignBench")
@@ -65,9 +65,8 @@ class PerceptionDLM(BaseModel):
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
         """Answer one message; the answer is post-processed as in the reference."""
         images = [part["value"] for part in message if part["type"] == "image"]
-        texts = [part["value"] for part in message if part["type"] == "text"]
-        benchmark = self.answerer.benchmark(dataset)
-        question = Question(images, ("" if len(images) > 1 else "\n").join(texts), benchmark)
+        text = place_images([None if part["type"] == "image" else part["value"] for part in message])
+        question = Question(images, text, self.answerer.benchmark(dataset))
         answer = self.answerer.answer([question])[0]
         if self.log is not None:
             row = {"dataset": dataset, "rank": int(os.environ.get("RANK", 0)), **vars(answer)}

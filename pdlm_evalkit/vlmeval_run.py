@@ -1,4 +1,4 @@
-"""`pdlm-eval vlmeval`: run.py of VLMEvalKit with PerceptionDLM, and exit code 1 if a data set has no result.
+"""`pdlm-eval vlmeval`: run.py of VLMEvalKit with PerceptionDLM, and exit code 1 if an answer was not scored.
 
 pdlm-eval vlmeval --data MMStar ChartQA_TEST --model PerceptionDLM-Base --pretrained DIR --judge exact_matching
 torchrun --nproc-per-node=8 -m pdlm_evalkit.vlmeval_run --data ...
@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import runpy
+import shlex
 import sys
 import time
 from functools import partial
@@ -19,13 +20,20 @@ from typing import Any
 import typer
 
 from pdlm_hf.errors_pdlm import SettingError
-from pdlm_hf.regions.files import write_json
+from pdlm_hf.regions.files import read_rows, write_json
 
 from .benchmarks import find_benchmark
 from .lmms_run import OptionParser, as_command
-from .report import read_lines
+from .vlmeval_judge import JudgeLog
+from .vlmeval_resume import REPORT, Attempts, earlier_attempts, go_on, newest_run, remember
 
 HUB = {"PerceptionDLM-Base": "MSALab/PerceptionDLM-Base", "PerceptionDLM": "MSALab/PerceptionDLM"}
+
+
+_LOST = {
+    "failed": "the judge failed on {} of {} answers",
+    "random": "{} of {} answers were scored by options drawn at random",
+}
 
 
 def settings_from(text: str | None) -> dict[str, Any]:
@@ -136,9 +144,15 @@ def problem_of(row: dict[str, Any], mode: str = "all") -> str | None:
         return f"not scored ({row['skip_reason']})"
     if row.get("primary_metric_value") is None:
         return "no score was written"
-    if row.get("judge_failed"):
-        return f"the judge failed on {row['judge_failed']} of {row.get('judge_total')} answers"
-    return None
+    return problem_of_judging(row)
+
+
+def problem_of_judging(row: dict[str, Any]) -> str | None:
+    """Find the fault in the scoring of a data set; see [`problem_of`]."""
+    judged = row.get("judged") or {"failed": row.get("judge_failed") or 0}
+    total = row.get("judge_total") or row.get("infer_total")
+    lost = [what.format(judged[name], total) for name, what in _LOST.items() if judged.get(name)]
+    return " and ".join(lost) or None
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -164,6 +178,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     known.add_argument("--config")
     known.add_argument("--work-dir", default="./outputs")
     known.add_argument("--mode", default="all")
+    known.add_argument("--reuse", action="store_true")
     for name in ("--judge", "--judge-base-url", "--judge-key"):
         known.add_argument(name)
     theirs, _ = known.parse_known_args(rest)
@@ -179,7 +194,7 @@ def read_config(options: argparse.Namespace) -> dict[str, Any]:
     if not options.config:
         return {"model": dict.fromkeys(options.model), "data": dict.fromkeys(options.data)}
     try:
-        config = json.loads(Path(options.config).read_text(encoding="utf-8"))
+        config = json.loads(Path(options.config).read_text(encoding="utf-8-sig"))
         models = {name: dict(settings) for name, settings in config["model"].items()}
         return config | {"model": models, "data": dict(config["data"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -209,8 +224,11 @@ def run(argv: list[str]) -> int:
 
         check_vlmeval_judge(data, options.judge, options.judge_base_url, options.judge_key)
     work_dir = Path(os.environ.get("MMEVAL_ROOT") or options.work_dir)  # as run.py does
-    rank, started = int(os.environ.get("RANK", 0)), time.time()
-    before, log = _status_files(work_dir), work_dir / f"pdlm_answers_{time.strftime('%Y%m%d_%H%M%S')}.{rank}.jsonl"
+    rank, log = int(os.environ.get("RANK", 0)), work_dir / f"pdlm_answers_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+    log = log.with_stem(f"{log.stem}.{rank}")
+    own = {"pretrained": options.pretrained, "dtype": options.dtype, "presets": options.presets, **settings}
+    attempts = attempts_of(config, own, work_dir, options)
+    before = _status_files(work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
     # run.py gives each rank its GPUs by CUDA_VISIBLE_DEVICES, which must not have been read before
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -223,43 +241,90 @@ def run(argv: list[str]) -> int:
         log=log,
         **settings,
     )
+    judge = None
+    if not rank:
+        judge = JudgeLog(work_dir / "pdlm_judge.sqlite")
+        try:
+            remember(attempts)
+            judge.install()
+        except (ImportError, AttributeError) as error:  # an older VLMEvalKit
+            typer.echo(f"pdlm-eval: how this VLMEvalKit scores answers cannot be counted ({error}).", err=True)
     if options.config:
         path = log.with_name(log.name.replace("pdlm_answers", "pdlm_config").removesuffix("l"))
         write_json(path, config_with_logs(config, log))
         rest += ["--config", str(path)]  # the last one counts
+    if reuses(options) or any(len(own.started) > 1 for own in attempts.values()):
+        # VLMEvalKit would also reuse the options that it drew at random; the judge's replies are kept elsewhere
+        rest += ["--reuse", "--reuse-aux", "infer"]
     sys.argv = [str(run_py), *rest]
     try:
         runpy.run_path(str(run_py), run_name="__main__")
     except SystemExit as end:
         if end.code:
             return int(end.code) if isinstance(end.code, int) else 1
-    if rank:
+    if judge is None:
         return 0
-    own = {"pretrained": options.pretrained, "presets": options.presets, **settings}
-    return finish(config, own, _status_files(work_dir) - before, options.mode, started)
+    return finish(config, attempts, _status_files(work_dir) - before, options.mode, judge)
 
 
-def finish(config: dict[str, Any], own: dict[str, Any], files: set[Path], mode: str, started: float) -> int:
-    """Write `pdlm_report.json` into every run, and name the data sets without a result.
+def reuses(options: argparse.Namespace) -> bool:
+    """Whether VLMEvalKit was told to reuse predictions."""
+    return options.reuse or options.mode == "eval"
+
+
+def attempts_of(
+    config: dict[str, Any], own: dict[str, Any], work_dir: Path, options: argparse.Namespace
+) -> dict[str, Attempts]:
+    """Settings and attempts of each model.
 
     Args:
         config (`dict`): models and data sets; the value of a model is None, or its settings in a `--config`.
         own (`dict`): settings of registered models.
+        work_dir (`Path`): the folder of `--work-dir`.
+        options: values from [`parse`].
+
+    Raises:
+        SettingError: predictions with other settings would be reused.
+    """
+    asked, models = reuses(options), {}
+    for model, given in config["model"].items():
+        settings = (own if "class" not in (given or {}) else {}) | (given or {})
+        settings = {name: value for name, value in settings.items() if name not in ("device", "log")}
+        earlier = earlier_attempts(newest_run(work_dir, model))
+        if options.mode == "eval" and earlier is not None:
+            settings = earlier.settings  # those of the predictions
+        models[model] = go_on(
+            work_dir, model, settings, list(config["data"]), asked, partial(problem_of, mode=options.mode)
+        )
+    resumed = [model for model, attempts in models.items() if len(attempts.started) > 1]
+    if not asked and resumed and len(resumed) < len(models):  # --reuse is for all models
+        return {model: Attempts(attempts.settings) for model, attempts in models.items()}
+    for model in resumed if not int(os.environ.get("RANK", 0)) else ():
+        typer.echo(f"pdlm-eval: {model} goes on with {newest_run(work_dir, model)}.", err=True)
+    return models
+
+
+def finish(config: dict[str, Any], attempts: dict[str, Attempts], files: set[Path], mode: str, judge: JudgeLog) -> int:
+    """Write `pdlm_report.json` into every run, and name the data sets with a fault.
+
+    Args:
+        config (`dict`): models and data sets.
+        attempts (`dict`): settings and attempts of each model.
         files (`set[Path]`): the status.json files of this run.
         mode (`str`): `--mode` of run.py.
-        started (`float`): start of the run in seconds since the epoch; older logs belong to other runs.
+        judge ([`JudgeLog`]): how the answers were scored.
 
     Returns:
-        the exit code: 1 if a data set has no result.
+        the exit code: 1 if a data set has no result, or an answer was not scored as it should be.
     """
     from vlmeval.smp import collect_run_benchmark_report
 
-    missing = 0
+    faults, unjudged = 0, False
     for model, given in config["model"].items():
         rows: dict[str, dict[str, Any]] = {}
-        settings = (own if "class" not in (given or {}) else {}) | (given or {})
+        settings = dict(attempts[model].settings)
         pretrained, presets = settings.pop("pretrained", None) or HUB.get(model), settings.pop("presets", "paper")
-        settings = {name: value for name, value in settings.items() if name not in ("class", "device", "dtype", "log")}
+        settings = {name: value for name, value in settings.items() if name not in ("class", "dtype")}
         for path in sorted(path for path in files if path.parts[-3] == model):
             status = json.loads(path.read_text(encoding="utf-8")).get("datasets", {})
             found = {row["benchmark"]: row for row in collect_run_benchmark_report(path.parent)}
@@ -267,34 +332,54 @@ def finish(config: dict[str, Any], own: dict[str, Any], files: set[Path], mode: 
                 benchmark = find_benchmark(name) if presets == "paper" and _is_ours(model, given) else None
                 row |= {"paper_settings": benchmark and benchmark.as_dict(), "settings": settings}
                 row |= {"pretrained": pretrained, "metrics": status.get(name, {}).get("metrics")}
-                row |= {"answers": answer_costs(path, model, name, started)}
-            write_json(path.parent / "pdlm_report.json", list(found.values()))
+                row |= {"answers": answer_costs(path, model, name, attempts[model].started)}
+                row |= {"judge": status.get(name, {}).get("judge_model"), "attempts": len(attempts[model].started)}
+                row |= {"source_run": status.get(name, {}).get("source_run")}
+                if judge.installed and not row["skip_reason"]:
+                    row["judged"] = judge.judged(path.parent, model, row)
+            write_json(path.parent / REPORT, list(found.values()))
             rows |= found
         for name in config["data"]:
             problem = problem_of(rows[name], mode) if name in rows else "no result was written"
             if problem:
-                missing += 1
+                faults += 1
+                unjudged |= name in rows and problem_of_judging(rows[name]) is not None
                 typer.echo(f"pdlm-eval: {model} on {name}: {problem}", err=True)
-    return 1 if missing else 0
+    if unjudged:
+        typer.echo(f"pdlm-eval: to judge only these answers again: {again(sys.argv[1:])}", err=True)
+    return 1 if faults else 0
 
 
-def answer_costs(status: Path, model: str, dataset: str, started: float) -> dict[str, Any]:
-    """Sum the cost of the answers to a data set over the ranks of this run. Reused answers cost nothing.
+def again(argv: list[str]) -> str:
+    """The command that judges the predictions of a run again, without keys."""
+    words = [argument for argument in argv if argument not in ("--reuse", "--reuse-aux", "infer")]
+    for name in ("--judge-key", "--key"):
+        if name in words[:-1]:
+            words[words.index(name) + 1] = "KEY"
+    return f"pdlm-eval vlmeval {shlex.join(words)} --mode eval"
+
+
+def answer_costs(status: Path, model: str, dataset: str, started: list[float]) -> dict[str, Any]:
+    """Sum the cost of the answers to a data set over the ranks and attempts of a run. Reused answers cost nothing.
 
     Args:
         status (`Path`): status.json of the run; the logs are in the working folder above it.
         model, dataset (`str`): names of the model and of the data set.
-        started (`float`): start of the run in seconds since the epoch; older logs belong to other runs.
+        started (`list[float]`): start of each attempt in seconds since the epoch; the log of an attempt is the first
+            one that was written after it started.
     """
     total = {"questions": 0, "num_forwards": 0, "slots": 0, "output_tokens": 0, "seconds": 0.0}
+    used: set[Path] = set()
     for rank in range(int(os.environ.get("WORLD_SIZE", 1))):
         pattern = log_of(Path(f"pdlm_answers_*.{rank}.jsonl"), glob.escape(model)).name
-        logs = sorted(path for path in status.parents[2].glob(pattern) if path.stat().st_mtime >= started)
-        for row in read_lines(logs[-1]) if logs else ():
-            if row["dataset"] == dataset:
-                total["questions"] += 1
-                for name in ("num_forwards", "slots", "output_tokens", "seconds"):
-                    total[name] += row[name]
+        logs = sorted(status.parents[2].glob(pattern))
+        for start in started:
+            used |= set([path for path in logs if path.stat().st_mtime >= start][:1])
+    for row in (row for path in sorted(used) for row in read_rows(path)):
+        if row["dataset"] == dataset:
+            total["questions"] += 1
+            for name in ("num_forwards", "slots", "output_tokens", "seconds"):
+                total[name] += row[name]
     if total["num_forwards"]:
         total["tokens_per_forward"] = round(total["slots"] / total["num_forwards"], 3)
         total["text_tokens_per_forward"] = round(total["output_tokens"] / total["num_forwards"], 3)

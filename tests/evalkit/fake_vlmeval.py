@@ -26,9 +26,27 @@ def DATASET_TYPE(name):
 def DATASET_MODALITY(name):
     return "IMAGE"
 """,
+    "vlmeval/api/__init__.py": "class HFChatModel:\n    def generate(self, message):\n        return message\n",
+    "vlmeval/api/base.py": """
+class BaseAPI:
+    def generate(self, message, **kwargs):
+        return ""
+
+    def working(self):
+        return True
+""",
+    "vlmeval/utils/__init__.py": "",
+    "vlmeval/utils/mp_util.py": "def new_func(number, function, inputs):\n    return number, function(*inputs)\n",
     "vlmeval/smp/__init__.py": """
 import json, os
 from pathlib import Path
+
+def upsert_run_status(folder, **fields):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "status.json").write_text("{}")
+
+def upsert_dataset_status(**fields):
+    pass
 
 def load_env():
     for line in (Path(__file__).parents[2] / ".env").read_text().split():
@@ -43,6 +61,7 @@ import argparse, json, os, sys
 from pathlib import Path
 import torch.distributed as dist
 from vlmeval.config import supported_VLM
+from vlmeval.smp import upsert_run_status
 import vlmeval.vlm
 
 parser = argparse.ArgumentParser()
@@ -50,6 +69,8 @@ for name in ("--data", "--model"):
     parser.add_argument(name, nargs="+")
 for name in ("--config", "--work-dir", "--mode", "--judge", "--judge-base-url", "--judge-key"):
     parser.add_argument(name)
+parser.add_argument("--reuse", action="store_true")
+parser.add_argument("--reuse-aux")
 args = parser.parse_args()
 processes = int(os.environ.get("WORLD_SIZE", 1))
 if processes > 1:
@@ -79,8 +100,7 @@ for name in config["model"] if config else args.model:
         rows.append(row | dict(eval_error="no such column" if bad else None))
     if int(os.environ.get("RANK", 0)) == 0:
         folder = Path(args.work_dir) / name / "T1"
-        folder.mkdir(parents=True)
-        (folder / "status.json").write_text("{}")
+        upsert_run_status(folder, model_name=name)
         (folder / "rows.json").write_text(json.dumps(rows))
 if processes > 1:
     dist.destroy_process_group()

@@ -1,8 +1,10 @@
 """The table of the paper's benchmarks."""
 
+import json
 from dataclasses import replace
 
 import pytest
+from prompt_rows import PROMPTS
 
 from pdlm_evalkit.benchmarks import (
     BENCHMARKS,
@@ -10,6 +12,7 @@ from pdlm_evalkit.benchmarks import (
     SUFFIX,
     ask_like_paper,
     choose_benchmarks,
+    place_images,
     tiles_for,
 )
 from pdlm_evalkit.benchmarks import (
@@ -50,6 +53,13 @@ def test_only_mmmu_doubles_its_first_image():
 
 
 def test_judges():
+    """The README of the reference wants gpt-5.2 everywhere; its run.py has other defaults, VLMEvalKit others again."""
+    assert find("MMStar").judges == {"paper": "gpt-5.2", "paper_default": "chatgpt-0125", "vlmeval": "gpt-4o-mini",
+                                     "lmms": "rules"}  # fmt: skip
+    assert find("MathVista").judges["paper_default"] == "gpt-4o-mini"
+    assert find("ChartQA").judges["paper"] == "Qwen3-8B, strict" and find("ChartQA").judges["vlmeval"] == "rules"
+    assert find("HallusionBench").judges["lmms"] == "gpt-4" and find("MMBench").judges["lmms"] == "gpt-4o-2024-11-20"
+    assert [b.name for b in BENCHMARKS if b.unverifiable] == ["MMBench", "AI2D", "MMVP", "HallusionBench"]
     assert [b.name for b in BENCHMARKS if b.stock_judge == "LLM"] == ["MathVista", "MathVerse Vision-Only"]
     assert [b.name for b in BENCHMARKS if b.paper_judge] == ["ChartQA", "DocVQA", "InfoVQA"]
 
@@ -98,6 +108,47 @@ def test_choose_names_what_it_does_not_know():
     assert len(choose_benchmarks(None)) == 16
     with pytest.raises(ValueError, match="MMStarr.*Known: MMStar, SeedBench"):
         choose_benchmarks(["MMStar", "MMStarr"])
+
+
+RECORDED = json.loads(PROMPTS.read_text())
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.name)
+def test_recorded_prompts(benchmark):
+    """Written by the harnesses' own builders on a made-up row; see prompt_rows.py."""
+    stock, ours = RECORDED["vlmeval"][benchmark.name], RECORDED["lmms"][benchmark.name]
+    text = stock["text"]
+    assert text.endswith(benchmark.suffix)
+    # as in the wrapper that the reference copied: images first, numbered if there are several
+    numbers = (
+        [f"Image-{k}: <image>\n" for k in range(1, stock["images"] + 1)] if stock["images"] > 1 else ["<image>\n"]
+    )
+    assert stock["internvl"] == "".join(numbers) + text
+    if benchmark.kind == "letter":
+        assert stock["internvl_letter"] == text
+    assert ask_like_paper(benchmark, ours["task"]) == ours["text"]
+    assert benchmark.kind == "letter" or ours["text"].endswith(benchmark.suffix)
+
+
+@pytest.mark.parametrize(
+    "name", ["BLINK", "CV-Bench-2D", "MMVP", "AI2D", "V*", "ChartQA", "DocVQA", "InfoVQA", "HallusionBench"]
+)
+def test_both_harnesses_send_the_papers_prompt(name):
+    """Of the others docs/evaluation.md says how lmms-eval's differs."""
+    assert RECORDED["lmms"][name]["text"] == RECORDED["vlmeval"][name]["text"]
+
+
+@pytest.mark.parametrize("parts, text", [
+    (["Compare", None, "with", None], "Compare<Image-1>with<Image-2>"),
+    (["Compare", None, None, "."], "Compare."),  # all in one place, which comes first anyway
+    (["Is", None, "in", None, None], "Is<Image-1>in<Image-2><Image-3>"),
+    ([None, "Which?", None], "<Image-1>Which?<Image-2>"),
+    (["Which?", None], "Which?"),
+    (["Look at", None, "Which?"], "Look at\nWhich?"),
+    (["No image"], "No image"),
+])  # fmt: skip
+def test_places_of_images(parts, text):
+    assert place_images(parts) == text
 
 
 @pytest.mark.parametrize(

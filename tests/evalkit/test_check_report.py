@@ -29,9 +29,12 @@ def no_keys(monkeypatch, tmp_path):
     check._answered.clear()
 
 
-def put_data(tmp_path, name, header="index\timage\tquestion\tanswer\n"):
+ROWS = 'index\timage\tquestion\tanswer\n1\tiVBO\t"How\nmany?"\t7\n2\tiVBO\tWhich?\tred\n'
+
+
+def put_data(tmp_path, name, text=ROWS):
     (tmp_path / "lmu").mkdir(exist_ok=True)
-    (tmp_path / "lmu" / f"{name}.tsv").write_text(header)
+    (tmp_path / "lmu" / f"{name}.tsv").write_text(text)
 
 
 class TestCheck:
@@ -48,8 +51,19 @@ class TestCheck:
         assert "1 of 2 checks failed" in done.stderr
         assert "ChartQA_TEST.tsv does not exist" in " ".join(done.output.replace("│", " ").split())
 
-    def test_a_broken_download(self, tmp_path):
-        put_data(tmp_path, "ChartQA_TEST", "<html>\n")
+    @pytest.mark.parametrize("text, said", [
+        ("<html>\n", "has no columns index and question"),
+        ("", "has no columns index and question"),
+        (ROWS[:28], "has no rows"),
+        (ROWS[:-8], "has 3 cells in row 2 instead of 4"),
+        (ROWS[:-2], "ends within row 2"),
+        (ROWS[:40], "is damaged or was cut off"),  # within a quoted cell
+        (ROWS + "3\t\t\t\t\n", "has 5 cells in row 3"),
+    ])  # fmt: skip
+    def test_a_broken_download(self, tmp_path, text, said):
+        put_data(tmp_path, "ChartQA_TEST", text)
+        finding = check.check_data(find("ChartQA"), "vlmeval")
+        assert said in finding.problem and "ChartQA_TEST.tsv" in finding.problem
         assert call("check", "ChartQA").exit_code == 1
 
     def test_a_judge_without_key(self, tmp_path):
@@ -145,6 +159,10 @@ def test_list_and_tasks():
     rows = json.loads(call("list", "--json").stdout)
     assert len(rows) == 16
     assert rows[4]["name"] == "MathVista" and rows[4]["suffix"] == "\n\n\nPlease reason step by step."
+    assert rows[0]["judges"]["paper"] == "gpt-5.2" and rows[6]["unverifiable"].startswith("with or without mask")
+    shown = " ".join(call("list", "AI2D").stdout.replace("│", " ").split())
+    assert "unverifiable from paper and code: AI2D, with or without mask" in shown
+    assert "gpt-5.2" in shown and "chatgpt-0125" in shown and "gpt-4o-mini" in shown
     assert "mathverse_testmini_vision_only" in call("list", "MathVerse Vision-Only").stdout.replace("\n", "")
     assert call("tasks").stdout.strip() == str(LMMS_TASKS)
     assert (LMMS_TASKS / "pdlm_shapes_regions.yaml").is_file()
@@ -166,7 +184,7 @@ class TestReport:
             {"benchmark": "MMStar", "primary_metric_value": None},
         ]  # fmt: skip
         self.write(tmp_path / "vk" / "pdlm_report.json", rows)
-        strict = {"benchmark": "ChartQA", "accuracy": 0.9, "n_rows": 10, "judge": "q", "n_failed": 1, "n_unparsed": 1}
+        strict = {"benchmark": "ChartQA", "accuracy": 0.9, "n_rows": 10, "judge": "q", "n_failed": 0, "n_unparsed": 0}
         self.write(tmp_path / "vk" / "x_strict.json", strict)
         lmms = {"results": {"mmstar": {"average,none": 0.64, "math,none": 0.1, "average_stderr,none": "N/A"}}}
         lmms["config"] = {"limit": 2.0}
@@ -184,7 +202,7 @@ class TestReport:
         assert (mmstar.questions, mmstar.tokens_per_forward, mmstar.text_tokens_per_forward) == (2, 1.0, 0.5)
         assert (mmstar.seconds, mmstar.note) == (1.0, "only 2 questions (--limit)")
         assert stock.note == "changed: block_length=32; the paper: Qwen3-8B, strict"
-        assert judged.note == "q; 2 rows without a verdict count as wrong"
+        assert judged.note == "q" and judged.judged["judge"] == 10
         printed = json.loads(call("report", str(tmp_path), "--json").stdout)
         assert printed[0]["difference"] == 0.3
         assert "+0.3" in call("report", str(tmp_path)).stdout
@@ -217,14 +235,63 @@ class TestReport:
         self.write(tmp_path / "pdlm_report.json", rows)
         lmms = {"results": {"hallusion_bench_image": {f"{name}Acc,none": 60.0 for name in "afq"}}}
         lmms["results"]["mathvista_testmini_format"] = {"llm_as_judge_eval,none": 0.5}
+        lmms["results"]["mathverse_testmini_vision_only"] = {"gpt_eval_score,none": 0.25}  # a share, unlike the former
         self.write(tmp_path / "1_results.json", lmms)
         assert [(m.benchmark, m.harness, m.score) for m in collect([tmp_path])] == [
             ("MathVista", "lmms-eval", 0.5),
+            ("MathVerse Vision-Only", "lmms-eval", 25.0),
             ("ChartQA", "VLMEvalKit", 0.9),
             ("MMVP", "VLMEvalKit", 60.0),
             ("HallusionBench", "VLMEvalKit", 55.0),
             ("HallusionBench", "lmms-eval", 60.0),
         ]
+
+    def test_files_of_other_tools_have_no_scores(self, tmp_path):
+        """In a folder they are passed over; one that is named is refused."""
+        self.write(tmp_path / "1_results.json", {"results": {"mmstar": {"average,none": 0.5}}})
+        others = (
+            [{"name": "x"}],
+            [1],
+            7,
+            {"metric": 1},
+            {"results": [1]},
+            {"results": {"mmstar": 0.5}},
+            {"accuracy": 1},
+        )
+        for number, value in enumerate(others):
+            self.write(tmp_path / f"other{number}_results.json", value)
+        assert [row.score for row in collect([tmp_path])] == [50.0]
+        done = call("report", str(tmp_path / "other0_results.json"))
+        assert done.exit_code == 2 and "neither a result of lmms-eval or VLMEvalKit" in done.stderr
+
+    def test_token_counts_that_are_text(self, tmp_path):
+        """Numbers in quotes are numbers; anything else is refused with the name of the file."""
+        self.write(tmp_path / "1_results.json", {"results": {"mmstar": {"average,none": 0.5}}})
+        samples = tmp_path / "1_samples_mmstar.jsonl"
+        counts = {"num_forwards": "2", "slots": "4", "output_tokens": None, "seconds": "0.5"}
+        samples.write_text("\ufeff" + json.dumps({"token_counts": [counts]}), encoding="utf-8")
+        (row,) = collect([tmp_path])
+        assert (row.tokens_per_forward, row.text_tokens_per_forward, row.seconds) == (2.0, 0.0, 0.5)
+        for text in ('{"token_counts": [{"num_forwards": "many"}]}', '{"token_counts": ["12"]}', '{"token_', "[1]"):
+            samples.write_text(text)
+            done = call("report", str(tmp_path))
+            assert done.exit_code == 2 and "1_samples_mmstar.jsonl: no samples" in done.stderr
+
+    @pytest.mark.parametrize("kept, problem", [({"n_failed": 1}, "on 1 answers"), ({"n_unparsed": 2}, "on 2 answers")])
+    def test_a_strict_judge_that_failed(self, tmp_path, kept, problem):
+        strict = {"benchmark": "ChartQA", "accuracy": 0.9, "n_rows": 10, "judge": "q", "n_failed": 0, "n_unparsed": 0}
+        self.write(tmp_path / "x_strict.json", strict | kept)
+        done = call("report", str(tmp_path), "--json")
+        assert done.exit_code == 1 and f"the judge failed {problem}" in done.stderr
+        (row,) = json.loads(done.stdout)
+        assert row["score"] is None and row["difference"] is None and row["judged"]["failed"] == sum(kept.values())
+
+    @pytest.mark.parametrize("content", [{"results": {"mmstar": {"average,none": 64.0}}},
+                                         {"benchmark": "ChartQA", "accuracy": 90, "n_rows": 1}])  # fmt: skip
+    def test_no_percentage(self, tmp_path, content):
+        self.write(tmp_path / "1_results.json", content)
+        done = call("report", str(tmp_path))
+        assert done.exit_code == 2 and "1_results.json" in done.stderr and "no percentage" in done.stderr
 
     def test_nothing_to_report(self, tmp_path):
         assert "no such file" in call("report", str(tmp_path / "x")).stderr

@@ -7,7 +7,7 @@ from judge_server import JudgeServer, text_of
 from typer.testing import CliRunner
 
 from pdlm_evalkit.cli import app
-from pdlm_evalkit.strict import SETTINGS, SYSTEM_PROMPT, Row, read_results, request_for
+from pdlm_evalkit.strict import SETTINGS, SYSTEM_PROMPT, Row, read_results, request_for, verdict_in
 from pdlm_hf.client import server as client
 
 ROWS = [
@@ -27,8 +27,8 @@ def quick(monkeypatch):
 
 def verdict(body):
     said = text_of(body).rsplit("Prediction: ", 1)[1]
-    return {"It is 12.30": "CORRECT", "blue": " INCORRECT\n", "I think 7 of them": "CORRECT"}.get(
-        said, "correct, I guess"
+    return {"It is 12.30": "CORRECT", "blue": " INCORRECT\n", "I think 7 of them": "**Correct.**"}.get(
+        said, "INCORRECT"
     )
 
 
@@ -54,11 +54,12 @@ def test_scores_are_the_references_and_nothing_is_paid_twice(tmp_path):
         assert len(server.answered) == 4
     score = json.loads((tmp_path / "M_ChartQA_TEST_strict.json").read_text())
     assert (score["accuracy"], score["n_rows"]) == (0.5, 4)
-    assert (score["n_correct"], score["n_incorrect"], score["n_unparsed"], score["n_failed"]) == (2, 1, 1, 0)
+    assert score["accuracy_exact"] == 0.25  # for the reference "**Correct.**" is wrong
+    assert (score["n_correct"], score["n_incorrect"], score["n_unparsed"], score["n_failed"]) == (2, 2, 0, 0)
     assert (score["benchmark"], score["judge"]) == ("ChartQA", "m")
     assert json.loads(again.stdout)["accuracy"] == 0.5
     rows = [json.loads(line) for line in (tmp_path / "M_ChartQA_TEST_strict.jsonl").read_text().splitlines()]
-    assert [row["verdict"] for row in rows] == ["CORRECT", "INCORRECT", "CORRECT", "UNPARSED"]
+    assert [row["verdict"] for row in rows] == ["CORRECT", "INCORRECT", "CORRECT", "INCORRECT"]
     assert server.bodies[0]["top_k"] == 20
 
 
@@ -74,6 +75,38 @@ def test_a_failed_call_is_wrong_is_said_and_is_asked_again(tmp_path):
         server.faults = None
         assert json.loads(judge(path, server).stdout)["accuracy"] == 0.5
         assert len(server.answered) == 4
+
+
+@pytest.mark.parametrize("reply, verdict", [
+    ("CORRECT", "CORRECT"), ("CORRECT.", "CORRECT"), ("`Incorrect`", "INCORRECT"),
+    ("<think></think>CORRECT", "CORRECT"),
+    ("correct, I guess", "UNPARSED"), ("", "UNPARSED"), ("INCORRECT or CORRECT", "UNPARSED"), ("Yes", "UNPARSED"),
+])  # fmt: skip
+def test_verdict_in(reply, verdict):
+    assert verdict_in(reply) == verdict
+
+
+def test_a_reply_without_verdict_is_failed_and_asked_again(tmp_path):
+    path = tmp_path / "M_ChartQA_TEST.json"
+    path.write_text(json.dumps(ROWS))
+    with JudgeServer(lambda body: "I am a teapot" if "Prediction: odd" in text_of(body) else verdict(body)) as server:
+        done = judge(path, server)
+        assert done.exit_code == 1 and "1 rows got no verdict and count as wrong; run again" in done.stderr
+        assert json.loads(done.stdout)["n_unparsed"] == 1
+        server.reply = verdict
+        again = judge(path, server)
+        assert again.exit_code == 0 and json.loads(again.stdout)["n_incorrect"] == 2
+        assert len(server.answered) == 5
+
+
+def test_a_benchmark_that_does_not_exist(tmp_path):
+    path = tmp_path / "M_ChartQA_TEST.json"
+    path.write_text(json.dumps(ROWS))
+    with JudgeServer(verdict) as server:
+        done = judge(path, server, "--benchmark", "ChartQ")
+        assert done.exit_code == 2 and "No benchmark of the paper: ChartQ." in done.stderr and not server.bodies
+        assert judge(path, server, "--benchmark", "chartqa").exit_code == 0
+    assert json.loads((tmp_path / "M_ChartQA_TEST_strict.json").read_text())["benchmark"] == "ChartQA"
 
 
 def test_with_all_verdicts_there_no_server_is_needed(tmp_path):

@@ -148,9 +148,9 @@ def test_answers_of_another_run_cost_nothing(tmp_path):
     log = log_of(tmp_path / "pdlm_answers_20260101_000000.0.jsonl", "M")
     row = {"dataset": "MMStar", "num_forwards": 2, "slots": 2, "output_tokens": 1, "seconds": 0.5, "text": "a\u2028b"}
     log.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert answer_costs(status, "M", "MMStar", log.stat().st_mtime + 1)["questions"] == 0
-    assert answer_costs(status, "M", "MMStar", log.stat().st_mtime)["questions"] == 1
-    assert answer_costs(status, "N", "MMStar", log.stat().st_mtime)["questions"] == 0
+    assert answer_costs(status, "M", "MMStar", [log.stat().st_mtime + 1])["questions"] == 0
+    assert answer_costs(status, "M", "MMStar", [log.stat().st_mtime])["questions"] == 1
+    assert answer_costs(status, "N", "MMStar", [log.stat().st_mtime])["questions"] == 0
 
 
 def test_data_sets_without_result_are_named(checkout, tmp_path):

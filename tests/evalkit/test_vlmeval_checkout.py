@@ -8,12 +8,17 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from judge_server import JudgeServer, text_of
+from prompt_rows import PROMPTS
 
+from pdlm_evalkit.report import collect
 from pdlm_hf.shapes.evaluate_base import held_out_question
 
 CHECKOUT = os.environ.get("VLMEVALKIT")
@@ -39,11 +44,20 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(data: Path, work: Path, *arguments: str, launcher: tuple[str, ...] = ()):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI")}
-    environment |= {"LMUData": str(data), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", *launcher, "pdlm_evalkit.vlmeval_run", *arguments, "--work-dir", str(work)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+def environment(data: Path, **more: str) -> dict[str, str]:
+    own = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI")}
+    return own | {"LMUData": str(data), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+
+
+def command(work: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, "-m", *launcher, "pdlm_evalkit.vlmeval_run", *arguments, "--work-dir", str(work)]
+
+
+def run(data: Path, work: Path, *arguments: str, launcher: tuple[str, ...] = (), **more: str):
+    words = command(work, *arguments, launcher=launcher)
+    done = subprocess.run(
+        words, env=environment(data, **more), capture_output=True, text=True, timeout=600, check=False
+    )
     reports = sorted(work.rglob("pdlm_report.json"))
     return done, json.loads(reports[-1].read_text()) if reports else None
 
@@ -71,6 +85,112 @@ def test_a_run_scores_what_our_own_evaluation_says(alone):
     assert report[0]["primary_metric_value"] == pytest.approx(own["right"], abs=6e-5)
     assert report[0]["paper_settings"]["max_new_tokens"] == 2
     assert report[0]["answers"]["num_forwards"] == 2 * ROWS
+
+
+def test_prompts_of_all_sixteen():
+    """Those of VLMEvalKit's InternVL wrapper, whose copy the reference is, but for the reference's own ends."""
+    script = "import json, prompt_rows; print(json.dumps(prompt_rows.vlmeval_prompts()))"
+    own = environment(Path("none"), PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    done = subprocess.run([sys.executable, "-c", script], env=own, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == json.loads(PROMPTS.read_text())["vlmeval"]
+
+
+def predict(data: Path, work: Path, names: tuple[str, ...], unread: int) -> None:
+    """Answers of our model, of which no rule can read the first ones."""
+    done, _ = run(data, work, "--data", *names, *OPTIONS[2:], "--mode", "infer", PRED_FORMAT="tsv")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        (path,) = work.glob(f"PerceptionDLM-Base/T*/PerceptionDLM-Base_{name}.tsv")
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        for row in rows[:unread]:
+            row["prediction"] = f"It shows no such thing, number {row['index']}"
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def asked(server: JudgeServer) -> list[str]:
+    return [text_of(body) for body in server.bodies if "hello" not in text_of(body)]
+
+
+def test_a_judge_that_dies_is_counted_and_only_its_rows_are_judged_again(data, tmp_path):
+    """In a benchmark of the paper, and in a data set that is none."""
+    names = ("MMStar_shapes", "Others")
+    shutil.copy(data / "MMStar_shapes.tsv", data / "Others.tsv")
+    predict(data, tmp_path, names, 4)
+    options = ("--data", *names, *OPTIONS[2:], "--mode", "eval", "--judge", "m", "--judge-retry", "1")
+
+    def judge(faults):
+        with JudgeServer(lambda body: "A", faults) as server:
+            arguments = ("--judge-base-url", server.url, "--judge-key", "secret")
+            done, report = run(data, tmp_path, *options, *arguments, PRED_FORMAT="tsv", NO_PROXY="127.0.0.1")
+        return done, {row["benchmark"]: row["judged"] for row in report}, asked(server)
+
+    def dies(number, body):
+        return None if "hello" in text_of(body) or "number 2" in text_of(body) else "400"
+
+    done, judged, _ = judge(dies)
+    counts = {"rules": ROWS - 4, "unparsed": 0, "judge": 1, "random": 3, "failed": 0}
+    assert done.returncode == 1
+    for name in names:
+        assert {key: judged[name][key] for key in counts} == counts
+        assert f"on {name}: 3 of {ROWS} answers were scored by options drawn at random" in done.stderr
+    assert "judge only these answers again: pdlm-eval vlmeval --data MMStar_shapes Others" in done.stderr
+    assert "secret" not in done.stderr and done.stderr.rstrip().splitlines()[-1].endswith("--mode eval")
+    done, judged, questions = judge(None)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(questions) == 6 and not any("number 2" in question for question in questions)
+    counts |= {"judge": 4, "random": 0}
+    assert all({key: judged[name][key] for key in counts} == counts for name in names)
+    done, judged, questions = judge(None)
+    assert done.returncode == 0 and not questions and judged[names[0]]["judge"] == 4
+    (row,) = collect([tmp_path])  # the newest of four runs with the same answers
+    assert row.score is not None and row.judged["judge"] == 4
+
+
+def test_a_judge_that_stops_before_the_first_row_is_no_scoring_by_rules(data, tmp_path):
+    predict(data, tmp_path, ("Others",), 2)
+    with JudgeServer(lambda body: "A", lambda number, body: "500") as server:
+        options = ("--data", "Others", *OPTIONS[2:], "--mode", "eval", "--judge", "m", "--judge-retry", "1")
+        options += ("--judge-base-url", server.url, "--judge-key", "k")
+        done, report = run(data, tmp_path, *options, PRED_FORMAT="tsv", NO_PROXY="127.0.0.1")
+    assert done.returncode == 1 and report[0]["primary_metric_value"] is None
+    assert "on Others: the judge does not answer" in done.stderr
+
+
+def test_the_same_command_goes_on_after_a_kill(data, tmp_path):
+    """VLMEvalKit writes its answers ten at a time; what came after is asked again. Costs are those of all attempts."""
+    rows = 60
+    with (data / "MMStar_shapes.tsv").open(newline="") as file:
+        first = list(csv.DictReader(file, delimiter="\t"))
+    with (data / "MMStar_long.tsv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(first[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(first[k % ROWS] | {"index": k} for k in range(rows))
+    options = ("--data", "MMStar_long", *OPTIONS[2:], "--judge", "exact_matching")
+    process = subprocess.Popen(command(tmp_path, *options), env=environment(data), stderr=subprocess.DEVNULL)
+
+    def answers() -> int:
+        return sum(len(path.read_text().splitlines()) for path in tmp_path.glob("pdlm_answers_*.jsonl"))
+
+    while process.poll() is None and answers() < 25:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    before = answers()
+    assert 25 <= before < rows
+    done, _ = run(data, tmp_path, *options, "--settings", "block_length=1", "--reuse")
+    assert done.returncode == 1 and "made with block_length None instead of 1" in done.stderr
+    done, report = run(data, tmp_path, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "goes on with" in done.stderr and report[0]["attempts"] == 2
+    assert report[0]["answers"]["questions"] == answers() <= rows + 10
+    assert report[0]["answers"]["num_forwards"] == 2 * answers()
+    done, report = run(data, tmp_path, *options)  # finished: a new run, from the start
+    assert report[0]["attempts"] == 1 and report[0]["answers"]["questions"] == rows
 
 
 def test_two_ranks(data, alone, tmp_path):
