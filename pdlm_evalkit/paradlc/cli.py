@@ -262,25 +262,11 @@ def judge(
         timeout=timeout,
         max_calls=max_calls,
     )
-    number, seen = judging.count_requests(data, texts), 0
-
-    def note(done: int, _: Any) -> None:
-        nonlocal seen
-        seen = done
-        show(done, number)
-
+    number = judging.count_requests(data, texts)
     lock = FileLock(folder / "answers.lock", folder / "answers.json", "give another --out")
     try:
-        with progress("replies") as show:
-            answers, counts = judging.judge_captions(client, data, texts, shown, note)
+        answers, counts = _ask(client, data, texts, shown, number)
         judging.write_answers(folder, run, judge, client, data, texts, shown, answers, counts)
-    except ServerError as error:
-        if not seen:
-            raise  # nothing was judged: the call is wrong, or the server is down
-        typer.echo(
-            f"pdlm-eval: {error} {seen} of {number} questions are answered; run the same command to go on.", err=True
-        )
-        raise typer.Exit(1) from None
     finally:
         lock.release()
         client.close()
@@ -292,6 +278,28 @@ def judge(
     if counts["n_failed"]:
         typer.echo("pdlm-eval: some requests failed and score 0; run the same command to repeat them.", err=True)
         raise typer.Exit(1)
+
+
+def _ask(client: ChatClient, data: Any, texts: dict[str, str], shown: bool, number: int) -> tuple:
+    """The answers of a judge, and their counts. If it fails after some answers: exit code 1, the call was right."""
+    from .judging import judge_captions
+
+    seen = 0
+    try:
+        with progress("replies") as show:
+
+            def note(done: int, _: Any) -> None:
+                nonlocal seen
+                seen = done
+                show(done, number)
+
+            return judge_captions(client, data, texts, shown, note)
+    except ServerError as error:
+        if not seen:
+            raise
+        answered = f"{seen} of {number} questions are answered; run the same command to go on."
+        typer.echo(f"pdlm-eval: {error} {answered}", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command()
