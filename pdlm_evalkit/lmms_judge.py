@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.files import load_json
 
 JUDGED = "_judged.json"  # beside *_results.json
@@ -102,4 +103,6 @@ def judged_beside(results: Path, task: str) -> dict[str, int] | None:
     if not file.is_file():
         return None
     counts = load_json(file)
+    if not isinstance(counts, dict):
+        raise DataError(f"{file}: expected an object {{task: counts}}.")
     return next((found for folder, found in counts.items() if task.startswith(folder)), None)

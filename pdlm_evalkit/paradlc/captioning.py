@@ -1,7 +1,8 @@
 """Caption a benchmark into a run folder; a stopped run is resumed from it.
 
 A run folder contains run.json (settings, hardware, totals), captions.jsonl (one line per call of `generate` or request
-to a server, written when it ends) and, at the end, captions.json in the reference's form `{mask_id: caption}`.
+to a server, written when it ends) and, at the end, captions.json in the reference's form `{mask_id: caption}`. While a
+run writes, run.lock names its process.
 """
 
 import hashlib
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pdlm_hf.errors_pdlm import DataError, SettingError
-from pdlm_hf.regions.files import append_rows, check_same_settings, load_json, read_rows, write_json
+from pdlm_hf.generation_config_pdlm import replaced_rules
+from pdlm_hf.regions.files import FileLock, append_rows, check_same_settings, load_json, read_rows, write_json
 
 from .data import Benchmark, BenchmarkImage, Mask, decode_masks, open_image
 
@@ -53,42 +55,67 @@ class Job:
     limit: int | None
     generation: dict[str, Any]
 
-    def run(self, settings: dict[str, Any]) -> "CaptionRun":
+    def run(self, settings: dict[str, Any], effective: dict[str, Any] | None = None) -> "CaptionRun":
         """The run folder for these settings. Raises: DataError, SettingError: see [`CaptionRun`]."""
-        return CaptionRun(self.folder, self.benchmark, settings, self.annotations)
+        return CaptionRun(self.folder, self.benchmark, settings, self.annotations, effective)
 
 
 class CaptionRun:
-    """A run folder.
+    """A run folder. No other run can write it until [`close`](CaptionRun.close), or until this process ends.
 
     Args:
-        folder (`Path`): the folder, which is created with the first line.
+        folder (`Path`): the folder, which is created if it does not exist.
         benchmark (`Benchmark`): the benchmark.
         settings (`dict`): everything the captions depend on; a run is resumed only with the same settings.
         annotations (`Path`, *optional*): the folder of the benchmark, recorded for the report.
+        effective (`dict`, *optional*): all settings of `generate`, inherited ones too, recorded for the report; None:
+            unknown, as for a server.
 
     Raises:
         DataError: captions.jsonl is damaged before its last line, or run.json is missing.
-        SettingError: the folder contains a run with other settings.
+        SettingError: the folder contains a run with other settings, or another process writes it.
     """
 
-    def __init__(self, folder: Path, benchmark: Benchmark, settings: dict[str, Any], annotations: Path | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        benchmark: Benchmark,
+        settings: dict[str, Any],
+        annotations: Path | None = None,
+        effective: dict[str, Any] | None = None,
+    ):
         self.folder, self.benchmark = folder, benchmark
         self.lines_path, self.run_path = folder / "captions.jsonl", folder / "run.json"
         settings = {"benchmark": benchmark.name, "fingerprint": benchmark.fingerprint, **settings}
         self.record: dict[str, Any] = {
             "annotations": None if annotations is None else str(annotations.resolve()),
             "settings": settings,
+            "effective": effective,
             "finished": False,
         }
-        self.lines = read_lines(self.lines_path, repair=True)
-        if not self.lines:
-            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / "run.lock", folder, "choose another folder")
+        try:
+            self.lines = self._resume(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other runs write the folder."""
+        self._lock.release()
+
+    def _resume(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """The lines of an earlier run, which must have been made with the same settings."""
+        lines = read_lines(self.lines_path, repair=True)
+        if not lines:
+            return lines
         if not self.run_path.exists():
-            raise DataError(f"{folder}: has captions.jsonl, but no run.json with the settings of these captions.")
+            raise DataError(f"{self.folder}: has captions.jsonl, but no run.json with the settings of these captions.")
         recorded = load_json(self.run_path)
         before = recorded.get("settings") if isinstance(recorded, dict) else None
-        check_same_settings(before, settings, folder, "choose another folder")
+        check_same_settings(before, settings, self.folder, "choose another folder")
+        return lines
 
     @property
     def captions(self) -> dict[str, str]:
@@ -113,7 +140,6 @@ class CaptionRun:
         return self.record
 
     def _write_record(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.run_path, self.record)
 
 
@@ -211,6 +237,19 @@ def model_settings(captioner: Any, model: str | None, **settings: Any) -> dict[s
         "dtype": str(network.dtype).removeprefix("torch."),
         "mode": captioner.mode,
         **settings,
+    }
+
+
+def effective_settings(captioner: Any, generation: dict[str, Any]) -> dict[str, Any]:
+    """All settings with which a captioner calls `generate`: given, of its mode, and of the checkpoint."""
+    from pdlm_hf.captioning.captioner import MODES
+
+    settings = {**MODES[captioner.mode], **replaced_rules(generation), **generation}
+    found = {**captioner.model.generation_config.to_diff_dict(), **settings}
+    return {
+        name: value
+        for name, value in sorted(found.items())
+        if name not in ("transformers_version", "_from_model_config")
     }
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from pdlm_hf.cli.errors import exit_on_error
 from pdlm_hf.cli.options import check_positive, note_embedded
 from pdlm_hf.client import ChatClient, key_in, public_url
-from pdlm_hf.errors_pdlm import DataError, SettingError
-from pdlm_hf.regions.files import load_json, write_json
+from pdlm_hf.errors_pdlm import DataError, ServerError, SettingError
+from pdlm_hf.regions.files import FileLock, load_json, write_json
 
 from ..terminal import progress
 from .data import check_images, load_benchmark, load_questions, read_captions
@@ -122,9 +122,12 @@ def caption(
         run, lines, hardware = _from_server(job, server, server_model, server_style, setting, options, failed)
     else:
         run, lines, hardware = _from_model(job, model, "fast" if fast else "default", device, dtype, batch_size)
-    with progress("captions") as show:
-        caption_into(run, lines, show)
-    record = run.finish(hardware)
+    try:
+        with progress("captions") as show:
+            caption_into(run, lines, show)
+        record = run.finish(hardware)
+    finally:
+        run.close()
     _say_captioned(out, record["totals"], len(data.order))
     if not record["finished"]:
         why = f"{len(failed)} requests failed: {failed[0]}" if failed else "not all masks have a caption."
@@ -157,7 +160,8 @@ def _from_model(job: Any, model: str | None, mode: str, device: str | None, dtyp
         "batch_size": batch_size,
         "masks_per_pass": limit,
     }
-    run = job.run(captioning.model_settings(captioner, model, **settings))
+    effective = captioning.effective_settings(captioner, job.generation)
+    run = job.run(captioning.model_settings(captioner, model, **settings), effective)
     passes = captioning.passes_of(job.benchmark, limit)
     note_embedded(model, program="pdlm-eval")
     lines = captioning.model_lines(captioner, passes, batch_size, prompt, job.generation, run)
@@ -259,10 +263,13 @@ def judge(
         max_calls=max_calls,
     )
     number = judging.count_requests(data, texts)
-    with progress("replies") as show:
-        answers, counts = judging.judge_captions(client, data, texts, shown, lambda done, _: show(done, number))
-    judging.write_answers(folder, run, judge, client, data, texts, shown, answers, counts)
-    client.close()
+    lock = FileLock(folder / "answers.lock", folder / "answers.json", "give another --out")
+    try:
+        answers, counts = _ask(client, data, texts, shown, number)
+        judging.write_answers(folder, run, judge, client, data, texts, shown, answers, counts)
+    finally:
+        lock.release()
+        client.close()
     typer.echo(
         f"{folder / 'answers.json'}: {number} questions; {counts['n_calls']} replies received, {counts['n_cached']} "
         f"from the cache, {counts['n_failed']} requests failed; {counts['prompt_tokens']} tokens read, "
@@ -271,6 +278,28 @@ def judge(
     if counts["n_failed"]:
         typer.echo("pdlm-eval: some requests failed and score 0; run the same command to repeat them.", err=True)
         raise typer.Exit(1)
+
+
+def _ask(client: ChatClient, data: Any, texts: dict[str, str], shown: bool, number: int) -> tuple:
+    """The answers of a judge, and their counts. If it fails after some answers: exit code 1, the call was right."""
+    from .judging import judge_captions
+
+    seen = 0
+    try:
+        with progress("replies") as show:
+
+            def note(done: int, _: Any) -> None:
+                nonlocal seen
+                seen = done
+                show(done, number)
+
+            return judge_captions(client, data, texts, shown, note)
+    except ServerError as error:
+        if not seen:
+            raise
+        answered = f"{seen} of {number} questions are answered; run the same command to go on."
+        typer.echo(f"pdlm-eval: {error} {answered}", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command()

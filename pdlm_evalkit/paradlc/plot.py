@@ -38,6 +38,10 @@ def save_plot(path: Path, reports: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     overall, by_masks, by_area = figure.subplots(1, 3, width_ratios=(2, 1, 1))
     bars = [(report["run"], [100 * report[name] for name, _ in SCORES]) for report in reports]
+    errors = [
+        [[abs(100 * (report[name] - report["intervals"][name][side])) for name, _ in SCORES] for side in (0, 1)]
+        for report in reports
+    ]
     for title, rows in paper_beside(reports):
         ours = rows[-1]
         name = ours["name"] if "table" in ours["name"] else f"{ours['name']} ({title.removeprefix('paper, ')})"
@@ -45,7 +49,8 @@ def save_plot(path: Path, reports: list[dict[str, Any]]) -> None:
     width = 0.8 / len(bars)
     for number, (name, values) in enumerate(bars):
         places = [x + number * width for x in range(len(SCORES))]
-        drawn = overall.bar(places, values, width, label=name)
+        error = errors[number] if number < len(errors) else None  # the paper gives no intervals
+        drawn = overall.bar(places, values, width, label=name, yerr=error, capsize=2)
         overall.bar_label(drawn, fmt="%.1f", fontsize=7)
     overall.set_xticks([x + 0.4 - width / 2 for x in range(len(SCORES))], [label for _, label in SCORES])
     overall.set_ylabel("%")

@@ -12,7 +12,7 @@ from .captioning import totals as cost_of
 from .data import Benchmark, area_shares, load_benchmark, read_captions
 from .judging import captions_hash
 from .paper import paper_rows
-from .scoring import MaskScore, read_answers, score_answers, totals
+from .scoring import MaskScore, intervals, read_answers, score_answers, totals
 
 AREAS = ((0.01, "< 1 %"), (0.05, "1-5 %"), (0.20, "5-20 %"), (float("inf"), ">= 20 %"))  # share of the image
 MANY_MASKS = 6  # images with as many masks or more are one group
@@ -58,8 +58,10 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
         parser (`str`): "robust" or "reference".
 
     Returns:
-        `run`, `model`, `benchmark`, `judge`, `parser`, `settings`, all of [`scoring.totals`], all of
-        [`captioning.totals`], and `by_masks` and `by_area`: lists of totals with their `group`.
+        `run`, `model`, `benchmark`, `judge`, `judging` (model, settings and `with_images`), `parser`, `settings`,
+        `effective` (all settings of `generate`, if known), all of [`scoring.totals`], `intervals` (see
+        [`scoring.intervals`]), all of [`captioning.totals`], and `by_masks` and `by_area`: lists of totals with their
+        `group`.
 
     Raises:
         DataError: the run is not judged, its answers belong to other captions, it is of another benchmark, or one of
@@ -91,9 +93,14 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
         "model": run["settings"].get("name") or run["settings"].get("model"),
         "benchmark": benchmark.name,
         "judge": judged["judge"],
+        "judging": {name: judged.get(name) for name in ("model", "settings", "with_images")},
         "parser": parser,
         "settings": run["settings"],
+        "effective": run.get("effective") if isinstance(run.get("effective"), dict) else None,
         **totals(scores),
+        "intervals": intervals(
+            scores, {mask.id: image.path.name for image in benchmark.images for mask in image.masks}
+        ),
         **cost,
         "by_masks": _grouped(scores, _by_masks(benchmark)),
         "by_area": _grouped(scores, {key: _area_group(area) for key, area in area_shares(benchmark).items()}),
@@ -154,6 +161,17 @@ def notes_of(reports: list[dict[str, Any]]) -> list[str]:
         notes.append(
             "TPF: tokens per forward pass, with the positions after a caption's end, as in the paper, and without."
         )
+    notes += [note for report in reports for note in _differences(report)]
+    judges: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for report in reports:
+        judges.setdefault((report["benchmark"], report["judge"]), []).append(report)
+    for same in judges.values():
+        if any(report["judging"] != same[0]["judging"] for report in same):
+            names = ", ".join(report["run"] for report in same)
+            notes.append(
+                f"{names}: judged by {same[0]['judge']} with different settings; do not compare their scores."
+            )
+    notes.append("In brackets: 95 % intervals, by a bootstrap over the images.")
     if any(report["n_missing"] or report["n_failed"] or report["n_unparsed"] for report in reports):
         notes.append(
             "Missing captions, failed requests and replies that name no choice score 0 and count in all means."
@@ -161,9 +179,31 @@ def notes_of(reports: list[dict[str, Any]]) -> list[str]:
     return notes
 
 
+def _differences(report: dict[str, Any]) -> list[str]:
+    """Notes on how a run differs from the paper's row, for which it is printed beside it."""
+    settings, notes = report["effective"] or {}, []
+    rules = [f"{name} {settings[name]}" for name in ("acceptance_threshold", "entropy_bound") if settings.get(name)]
+    if rules:
+        notes.append(
+            f"{report['run']}: accepts tokens early ({', '.join(rules)}), the paper's row has fixed steps: do not "
+            "compare TPF and seconds with it."
+        )
+    if (batch := report["settings"].get("batch_size") or 1) > 1:
+        notes.append(
+            f"{report['run']}: a batch has {batch} passes, in the paper one: do not compare TPF and seconds with it."
+        )
+    shown = report["judging"]["with_images"]
+    if isinstance(shown, bool) and shown != (report["benchmark"] == "paradlc"):
+        how = "saw the region" if shown else "read the text only"
+        notes.append(
+            f"{report['run']}: the judge {how}, unlike the paper's: do not compare its scores with the paper."
+        )
+    return notes
+
+
 def tables_of(reports: list[dict[str, Any]]) -> list[Table]:
     """The report as tables."""
-    overall = [_overall(report["run"], report, 100) for report in reports]
+    overall = [_overall(report["run"], report) for report in reports]
     columns = ["", "Pos", "Neg", "Avg", "mean of masks", "TPF", "TPF, text", "seconds"]
     tables = [Table("Scores (%)", columns, overall)]
     for title, rows in paper_beside(reports):
@@ -197,9 +237,14 @@ def _percent(values: dict[str, Any]) -> list[str]:
     return [_number(100 * values[name]) for name in ("avg_pos", "avg_neg", "avg", "mean_mask_score")]
 
 
-def _overall(name: str, report: dict[str, Any], scale: int) -> list[str]:
+def _overall(name: str, report: dict[str, Any]) -> list[str]:
     cost = [report["tokens_per_forward"], report["text_tokens_per_forward"], report["seconds"]]
-    return [name, *_percent(report), *(_number(value, 2) for value in cost)]
+    limits = report["intervals"].values()
+    scores = [
+        f"{score} [{100 * low:.1f}, {100 * high:.1f}]"
+        for score, (low, high) in zip(_percent(report), limits, strict=True)
+    ]
+    return [name, *scores, *(_number(value, 2) for value in cost)]
 
 
 def _number(value: float | None, digits: int = 1) -> str:

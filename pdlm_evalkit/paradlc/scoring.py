@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.regions.files import load_json
 
@@ -178,6 +180,31 @@ def totals(scores: Iterable[MaskScore]) -> dict[str, Any]:
         "n_failed": sum(score.num_failed for score in scores),
         "n_no_positive": sum(score.num_positive == 0 for score in scores),
     }
+
+
+def intervals(scores: Sequence[MaskScore], image_of: Mapping[str, str]) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the scores: percentiles over 2,000 samples of the images, drawn with replacement, seed 0. The
+    masks of an image are drawn together, since their captions are written together.
+
+    Args:
+        scores: the scores of all masks.
+        image_of: the image of every mask, by mask id.
+
+    Returns:
+        lower and upper limit of `avg_pos`, `avg_neg`, `avg` and `mean_mask_score`, as in [`totals`].
+    """
+    images = sorted(set(image_of.values()))
+    row = {image: k for k, image in enumerate(images)}
+    sums = np.zeros((len(images), 5))  # positive, negative and all scores, masks, masks with a negative score
+    for score in scores:
+        negative = score.score_neg
+        sums[row[image_of[score.id]]] += (score.score_pos, negative or 0, score.score, 1, negative is not None)
+    drawn = np.random.default_rng(0).multinomial(len(images), [1 / len(images)] * len(images), size=2000) @ sums
+    masks, negatives = np.maximum(drawn[:, 3], 1), np.maximum(drawn[:, 4], 1)
+    pos, neg, mean = drawn[:, 0] / masks, drawn[:, 1] / negatives, drawn[:, 2] / masks
+    found = {"avg_pos": pos, "avg_neg": neg, "avg": (pos + neg) / 2, "mean_mask_score": mean}
+    low, high = np.percentile(list(found.values()), (2.5, 97.5), axis=1).tolist()
+    return dict(zip(found, zip(low, high, strict=True), strict=True))
 
 
 def _mean(values: Sequence[float], count: int | None = None) -> float:

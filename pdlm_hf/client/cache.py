@@ -32,12 +32,19 @@ class Reply:
     @property
     def prompt_tokens(self) -> int | None:
         """Tokens of the request, as the server counted them."""
-        return self.usage.get("prompt_tokens")
+        return _count(self.usage.get("prompt_tokens"))
 
     @property
     def completion_tokens(self) -> int | None:
         """Tokens of the reply, as the server counted them."""
-        return self.usage.get("completion_tokens")
+        return _count(self.usage.get("completion_tokens"))
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens; some servers send it as a text. None for anything else."""
+    if isinstance(value, str) and value.isdecimal() and len(value) < 16:
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 class ReplyCache:

@@ -1,4 +1,4 @@
-"""A client for chat completions. No reply is paid for twice, and no failure passes for a reply."""
+"""A client for chat completions. No stored reply is asked for again, and no failure passes for a reply."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,7 @@
 """Many requests to an OpenAI-compatible server: several at a time, retries, limits.
 
-With a cache no reply is paid for twice: replies are on disk the moment they arrive, so that a run can be stopped at
-any point, also by kill -9, and is resumed there.
+With a cache replies are on disk the moment they arrive, so that a run can be stopped at any point, also by kill -9,
+and is resumed there: only requests that were in flight are sent again.
 """
 
 import os

@@ -1,6 +1,7 @@
 """Runs: passes as the reference cuts them, resuming, importing, and captions from servers."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pdlm_evalkit.paradlc.data import load_benchmark
 from pdlm_hf import RegionCaptioner
 from pdlm_hf.client import server as client
 from pdlm_hf.regions.crops import OUTLINE, draw_outline
+from pdlm_hf.regions.files import FileLock
 
 EXAMPLE = Path(package.__file__).parent / "example"
 
@@ -58,6 +60,18 @@ def test_a_run_is_what_the_captioner_says(finished):
     assert (run["totals"]["slots"], run["totals"]["text_tokens"]) == (20 * 32, text)
     assert run["totals"]["tokens_per_forward"] == 20 * 32 / forwards
     assert run["totals"]["n_requests"] == 6 and run["totals"]["seconds"] > 0
+
+
+def test_a_second_process_on_the_same_folder_is_refused(tmp_path):
+    lock = FileLock(tmp_path / "run.lock", tmp_path)
+    result = caption(tmp_path)
+    assert (
+        result.exit_code == 2 and f"process {os.getpid()} on " in result.stderr and "another folder" in result.stderr
+    )
+    lock.release()
+    assert caption(tmp_path, "--max-new-tokens", "8", "--steps", "2").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.json", "captions.jsonl", "run.json"]
+    assert json.loads((tmp_path / "run.json").read_text())["effective"]["max_denoising_steps"] == 2
 
 
 def test_passes_are_cut_before_they_are_sorted():

@@ -21,6 +21,8 @@ from pdlm_evalkit.paradlc.cli import app
 from pdlm_evalkit.paradlc.data import Question, decode_masks, load_benchmark, open_image
 from pdlm_evalkit.paradlc.make_example import draw_scenes
 from pdlm_hf.client import server as client
+from pdlm_hf.client.cache import Reply
+from pdlm_hf.regions.files import FileLock
 from pdlm_hf.shapes.scenes import describe
 
 EXAMPLE = Path(package.__file__).parent / "example"
@@ -250,10 +252,30 @@ def test_an_unreachable_judge(captions, tmp_path):
     assert "does not answer: no connection" in result.stderr and not (tmp_path / "answers.json").exists()
 
 
+def test_a_second_process_on_the_same_answers_is_refused(captions, tmp_path):
+    with JudgeServer() as server:
+        lock = FileLock(tmp_path / "answers.lock", "x")
+        result = judge(captions, server.url)
+        assert result.exit_code == 2 and f"answers.json: process {os.getpid()} on " in result.stderr
+        assert not server.answered or len(server.answered) <= 1  # the trial request only
+        lock.release()
+        assert judge(captions, server.url).exit_code == 0
+    assert not (tmp_path / "answers.lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [(7, 7), ("7", 7), (None, None), ("seven", None), (-1, None), (True, None), (1.5, None)]
+)
+def test_token_counts_as_servers_send_them(given, read):
+    reply = Reply("a", usage={"prompt_tokens": given, "completion_tokens": given})
+    assert (reply.prompt_tokens, reply.completion_tokens) == (read, read)
+
+
 def test_a_judge_that_dies_half_way(captions, tmp_path):
     with JudgeServer(faults=lambda number, _: "drop" if number >= 40 else None) as server:
         result = judge(captions, server.url, "--concurrency", "2", "--retries", "1")
-        assert result.exit_code == 2 and "calls to any failed" in result.stderr
+        assert result.exit_code == 1 and "calls to any failed" in result.stderr
+        assert f"of {NUM_QUESTIONS} questions are answered; run the same command to go on" in result.stderr
         assert len(server.answered) == 40 and not (tmp_path / "answers.json").exists()
         server.faults = None
         assert judge(captions, server.url).exit_code == 0

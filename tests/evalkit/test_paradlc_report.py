@@ -1,6 +1,7 @@
 """From images to a report: captions of the embedded checkpoint, a truthful judge, scores computed a second way."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from pdlm_evalkit.paradlc.data import load_benchmark
 from pdlm_evalkit.paradlc.make_example import draw_scenes
 from pdlm_evalkit.paradlc.paper import COLUMNS, TABLE_2, TABLE_2_DLC, TABLE_8, paper_rows
 from pdlm_evalkit.paradlc.report import Table, notes_of, report_run
+from pdlm_evalkit.paradlc.scoring import intervals, read_answers, score_answers, totals
 from pdlm_hf.shapes.scenes import read
 
 EXAMPLE = Path(package.__file__).parent / "example"
@@ -192,6 +194,45 @@ def test_the_papers_rows():
 
 def test_tables_and_notes():
     assert Table("t", ["", "n"], [["a", "1"]]).markdown() == "**t**\n\n|  | n |\n| --- | ---: |\n| a | 1 |"
-    base = dict.fromkeys(("n_no_positive", "n_missing", "n_failed", "n_unparsed", "text_tokens_per_forward"))
-    assert len(notes_of([base | {"n_masks": 9}])) == 1
+    names = ("n_no_positive", "n_missing", "n_failed", "n_unparsed", "text_tokens_per_forward", "effective")
+    base: dict = dict.fromkeys(names)
+    base |= {"run": "a", "benchmark": "paradlc", "judge": "j", "settings": {}, "judging": {"with_images": True}}
+    assert len(notes_of([base | {"n_masks": 9}])) == 2
     assert "at most 0.95987" in notes_of([base | {"n_masks": 299, "n_no_positive": 12}])[0]
+
+
+def test_what_cannot_be_compared_is_said(judged):
+    """The embedded checkpoint accepts tokens early by its own configuration, which the command does not name."""
+    report = report_run(judged / "paradlc")
+    assert report["effective"]["acceptance_threshold"] == 0.8 and "acceptance_threshold" not in report["settings"]
+    assert any(
+        note.startswith("paradlc: accepts tokens early (acceptance_threshold 0.8), the paper's row has fixed steps")
+        for note in notes_of([report])
+    )
+    other = {**report, "run": "b", "effective": {}, "settings": {"batch_size": 4}}
+    other["judging"] = {**report["judging"], "with_images": False}
+    notes = notes_of([report, other])
+    assert "b: a batch has 4 passes, in the paper one: do not compare TPF and seconds with it." in notes
+    assert "b: the judge read the text only, unlike the paper's: do not compare its scores with the paper." in notes
+    assert "paradlc, b: judged by qwen3.5-27b with different settings; do not compare their scores." in notes
+    assert not any(note.startswith("b: accepts") for note in notes)
+
+
+def test_intervals_are_those_of_a_bootstrap_over_images(judged):
+    """Computed a second way, image by image, with other random numbers: equal within the error of sampling."""
+    benchmark = load_benchmark(EXAMPLE)
+    image_of = {mask.id: image.path.name for image in benchmark.images for mask in image.masks}
+    questions = {key: mask.questions for key, mask in benchmark.masks.items()}
+    scores = score_answers(questions, read_answers(judged / "paradlc" / "answers.json", questions))
+    found = intervals(scores, image_of)
+    assert found == {name: tuple(limits) for name, limits in report_run(judged / "paradlc")["intervals"].items()}
+    by_image = [[score for score in scores if image_of[score.id] == name] for name in sorted(set(image_of.values()))]
+    rng, samples = random.Random(3), []
+    for _ in range(4000):
+        drawn = [score for group in rng.choices(by_image, k=len(by_image)) for score in group]
+        samples.append(totals(drawn))
+    for name, (low, high) in found.items():
+        values = sorted(sample[name] for sample in samples)
+        assert low <= totals(scores)[name] <= high
+        assert (low, high) == pytest.approx((values[100], values[3899]), abs=0.04)
+    assert intervals(scores[:1], {scores[0].id: "one"})["avg_neg"] == (scores[0].score_neg,) * 2
