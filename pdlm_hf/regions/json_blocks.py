@@ -4,10 +4,18 @@ import json
 import re
 from typing import Any, TextIO
 
-_BLOCK = 1 << 22  # characters
+_BLOCK = 1 << 20  # characters
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BETWEEN = re.compile(r"\}[ \t\n\r]*,[ \t\n\r]*\{")  # two objects of a list
 _DECODER = json.JSONDecoder()
+
+
+class _Integers(dict[str, int]):
+    """Integers by their text. One that occurs often in a block, as the size of an image, is kept once."""
+
+    def __missing__(self, text: str) -> int:
+        number = self[text] = int(text)
+        return number
 
 
 def read_object(file: TextIO, block: int = _BLOCK) -> dict[str, Any]:
@@ -88,7 +96,8 @@ class _Text:
             if between is not None:
                 cut = self.text.rfind(between[0], self.place)
                 try:  # brackets around anything but whole items would not be valid
-                    found += json.loads(f"[{self.text[self.place : cut + 1]}]")
+                    decoder = json.JSONDecoder(parse_int=_Integers().__getitem__)
+                    found += decoder.decode(f"[{self.text[self.place : cut + 1]}]")
                     self.place = cut + len(between[0]) - 1
                     self._more()
                     continue

@@ -75,7 +75,8 @@ def test_what_json_loads_refuses_is_never_read():
 @pytest.mark.parametrize(
     "text",
     [
-        '{"a": [{}, {},]}', '{"a": [,{}]}', '{"a": [{}, {}], }', '{"a": 1} x', '{"a": [{}, {}] "b": 1}', "{1: 2}", "", "[1]",
+        '{"a": [{}, {},]}', '{"a": [,{}]}', '{"a": [{}, {}], }', '{"a": 1} x', '{"a": [{}, {}] "b": 1}', "{1: 2}", "",
+        "[1]",
         "{", '{"a"', '{"a":', '{"a": [', '{"a": [{"b": "}, {', '{"a": [{"b": 1}, {"b"', '{"a": [{}; {}]}', '\ufeff{}',
         '{"a": ' + "9" * 5000 + "}", '{"a": "\n"}', "{'a': 1}", '{"a": [{}, {}}, {}]}', '{"a": [{}], {}, {}]}',
     ],
@@ -108,7 +109,8 @@ def test_large_files_have_the_results_and_errors_of_small_ones(tmp_path, monkeyp
         monkeypatch.setattr(files, "_LARGE", limit)
         results = []
         for data in (
-            text.encode(), b"\xef\xbb\xbf" + text.encode(), text[:-9].encode(), text.encode()[:120], text.encode("utf-16"),
+            text.encode(), b"\xef\xbb\xbf" + text.encode(), text[:-9].encode(), text.encode()[:120],
+            text.encode("utf-16"),
             b"[" * 100_000, b'{"a": ' + b"[" * 100_000, b'{"a": [{}, {"b": \xff}]}', b"[1, 2]", b'{"a": NaN}', b"",
             text.replace(" ", "\r\n").encode(), b'{"a": ' + b"9" * 5000 + b"}",
         ):  # fmt: skip
