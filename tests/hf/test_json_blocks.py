@@ -3,6 +3,8 @@
 import io
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -123,3 +125,16 @@ def test_large_files_have_the_results_and_errors_of_small_ones(tmp_path, monkeyp
     assert kept[0] == kept[1]
     assert kept[0][0] == kept[0][1] == repr(value)
     assert "Unterminated string" in kept[0][3] or "Expecting" in kept[0][3]
+
+
+def test_annotations_are_read_without_torch(tmp_path):
+    entry = {"id": 1, "image_id": 1, "bbox": [0, 0, 2, 2], "category_id": 1}
+    data = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [entry]}
+    (tmp_path / "a.json").write_text(json.dumps(data | {"categories": [{"id": 1, "name": "cup"}]}))
+    code = (
+        "import sys, pathlib; from pdlm_peft.conversion import category_captions, convert; "
+        "counts = convert('a.json', pathlib.Path('b.jsonl'), 'coco-instances', captions=category_captions()); "
+        "print(counts['regions'], 'torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["1", "False"]
