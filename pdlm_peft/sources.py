@@ -188,8 +188,9 @@ def _coco_rows(path: Path) -> Iterator[tuple[int, Any]]:
     for fault in index.faults:
         number = fault.number + 1
         yield number, RowError(Fault(number, fault.place, fault.kind, fault.got, fault.expected))
+    data["annotations"].clear()  # each is let go with its row
     for image_id, image in index.images.items():
-        own = index.annotations[image_id]
+        own = index.annotations.pop(image_id)
         if own and "file_name" in image:
             row = {"image": image["file_name"], "regions": [_coco_region(entry, index.categories) for entry in own]}
             size = {name: image[name] for name in ("width", "height") if name in image}

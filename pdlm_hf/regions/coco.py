@@ -145,20 +145,21 @@ class CocoIndex:
     def _sound(self, part: str, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Number and entry of those whose ids are usable; the others become faults."""
         entries = self.data.get(part)
-        seen: set[tuple] = set()
+        seen: dict[Any, dict[Any, None]] = {}  # ids by image: some tools begin to count annotations anew in each one
         for number, entry in enumerate(entries if isinstance(entries, list) else []):
             fields = entry if isinstance(entry, dict) else {}
             ids = {key: fields.get(key) for key in (*needed, "id", "category_id")}
             wrong = [key for key, value in ids.items() if value is not None and not isinstance(value, (int, str))]
             missing = [key for key in needed if ids[key] is None]
-            known_as = (ids.get("image_id"), ids["id"])  # some tools begin to count annotations anew in each image
             if missing or wrong:
                 kind = "missing field" if missing else "wrong type"
                 self._fault(part, number, (missing or wrong)[0], kind, "a number or a text")
-            elif ids["id"] is not None and known_as in seen:
+                continue
+            known = seen.setdefault(ids.get("image_id"), {})
+            if ids["id"] is not None and ids["id"] in known:
                 self._fault(part, number, "id", "duplicate id", "an id that no earlier entry has")
             else:
-                seen.add(known_as)
+                known[ids["id"]] = None
                 yield number, entry
 
     def _fault(self, part: str, number: int, key: str, kind: str, expected: str) -> None:

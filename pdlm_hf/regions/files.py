@@ -18,6 +18,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from ..errors_pdlm import DataError, SettingError
+from .json_blocks import read_object
+
+_LARGE = 1 << 24  # bytes; a smaller file is decoded as a whole
 
 
 def load_json(path: Path) -> Any:
@@ -28,6 +31,9 @@ def load_json(path: Path) -> Any:
     """
     try:
         with without_collection():
+            if path.stat().st_size > _LARGE:
+                with suppress(ValueError, RecursionError), open(path, encoding="utf-8-sig") as file:
+                    return read_object(file)
             return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.") from None

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors_pdlm import ImageError, PdlmError
-from ..image_processing_pdlm import to_rgb
 from .limits import check_image_pixels
 
 _TURNS = {
@@ -74,6 +73,8 @@ def load_image(source: Any, data: bytes | None = None) -> Image.Image:
     Raises:
         ImageError: the file does not exist, is not an image, is cut short, or is too large to be opened safely.
     """
+    from ..image_processing_pdlm import to_rgb  # imports torch, which reading annotations would wait seconds for
+
     if isinstance(source, (str, Path)):
         return to_rgb(open_image(source if data is None else io.BytesIO(data), str(source)), str(source))
     return to_rgb(source)

@@ -189,17 +189,19 @@ def region_areas(annotations: Sequence[dict], sizes: Sequence[tuple[int, int]]) 
         except RegionError as error:
             areas[k] = error
     runs, lengths, damaged = run_lengths(list(texts.values()))
-    totals, negative, areas_of = np.zeros((3, len(lengths)), np.int64)
+    totals, areas_of = np.zeros((2, len(lengths)), np.int64)
     filled = np.flatnonzero(lengths)
     if len(filled):
         starts = (np.cumsum(lengths) - lengths)[filled]
-        inside = (np.arange(len(runs)) - np.repeat(starts, lengths[filled])) & 1
         totals[filled] = np.add.reduceat(runs, starts)
-        negative[filled] = np.minimum.reduceat(runs, starts) < 0
-        areas_of[filled] = np.add.reduceat(runs * inside, starts)
+        if runs.min() < 0:
+            damaged[filled] |= np.minimum.reduceat(runs, starts) < 0
+        runs[1::2] *= -1
+        balance = np.add.reduceat(runs, starts) * np.where(starts % 2, -1, 1)  # outside minus inside
+        areas_of[filled] = (totals[filled] - balance) // 2
     for position, k in enumerate(texts):
         width, height = sizes[k]
-        if damaged[position] or negative[position] or totals[position] != width * height:
+        if damaged[position] or totals[position] != width * height:
             areas[k] = _damaged(_shape_of(annotations[k], k)[0], width, height)
         else:
             areas[k] = int(areas_of[position])
@@ -343,7 +345,7 @@ def _rle_counts(rle: dict, width: int, height: int, name: str) -> bytes | np.nda
     if "counts" not in rle:
         raise RegionError(f"{name}: the RLE has no `counts`.")
     size = list(rle["size"]) if isinstance(rle.get("size"), (list, tuple, np.ndarray)) else []
-    if _numbers(size, name).tolist() != [height, width]:
+    if size != [height, width] and _numbers(size, name).tolist() != [height, width]:
         raise RegionError(f"{name}: the RLE is for size {size} (height, width), the image has {[height, width]}.")
     counts = rle["counts"]
     if isinstance(counts, (bytes, str)):

@@ -29,18 +29,38 @@ def run_lengths(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     lengths[filled] = np.diff(np.searchsorted(ends, text_ends, "right"), prepend=0)
     starts = np.concatenate([[0], ends[:-1] + 1])
     count = ends - starts + 1  # characters of each run
-    damaged[np.repeat(np.arange(len(texts)), lengths)[count > 12]] = True  # more bits than an integer has
+    longest = int(count.max())
+    if longest > 12:  # more bits than an integer has
+        damaged[np.repeat(np.arange(len(texts)), lengths)[count > 12]] = True
     runs = (digits[starts] & 31).astype(np.int64)
-    for place in range(1, min(int(count.max()), 12)):  # most runs have one or two characters
+    for place in range(1, min(longest, 12)):  # most runs have one or two characters
         longer = np.flatnonzero(count > place)
         runs[longer] |= (digits[starts[longer] + place] & 31).astype(np.int64) << (5 * place)
-    runs -= np.where(digits[ends] & 16, np.int64(1) << (5 * np.minimum(count, 12)), 0)
-    number = np.arange(len(runs)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # of each run in its text
-    # sums over every second run of a text; the first run is not part of them
-    for parity in (0, 1):
-        chosen = np.flatnonzero((number % 2 == parity) & (number > 0))
-        sums = np.cumsum(runs[chosen])
-        first = np.flatnonzero(number[chosen] <= 2)
-        before = sums[first] - runs[chosen][first]
-        runs[chosen] = sums - np.repeat(before, np.diff(np.append(first, len(chosen))))
-    return runs, lengths, damaged
+    negative = np.flatnonzero(digits[ends] & 16)
+    runs[negative] -= np.int64(1) << (5 * np.minimum(count[negative], 12))
+    return _summed(runs, lengths[filled]), lengths, damaged
+
+
+def _summed(runs: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Sums over every second run of a text. The first run is not part of them.
+
+    The sums run through all texts at first. What they have too much is a number for each of the first three runs of a
+    text and for those that follow every second one, so that summing the changes of this number takes it away again.
+
+    Args:
+        runs (`np.ndarray`): relative runs of all texts.
+        lengths (`np.ndarray`): number of runs in each text, at least 1.
+    """
+    pairs = np.zeros((len(runs) + 3) // 2 * 2, np.int64)  # two zeros before the first text
+    pairs[2 : len(runs) + 2] = runs
+    sums = pairs.reshape(-1, 2).cumsum(axis=0).ravel()
+    starts = np.cumsum(lengths) - lengths + 2
+
+    def surplus(places: np.ndarray) -> np.ndarray:
+        start = starts[np.maximum(np.searchsorted(starts, places, "right") - 1, 0)]
+        own = places - start
+        return sums[np.where(own <= 0, np.maximum(places - 2, 0), start - own % 2)]
+
+    places = (starts[:, None] + np.arange(3))[np.arange(3) < lengths[:, None]]
+    pairs[places] += surplus(places - 2) - surplus(places)
+    return pairs.reshape(-1, 2).cumsum(axis=0).ravel()[2 : len(runs) + 2]

@@ -19,6 +19,7 @@ from pdlm_hf.regions.hints import load_pair
 from pdlm_hf.regions.images import load_image, orientation_of
 from pdlm_hf.regions.readers import read_region_file
 from pdlm_hf.regions.region import parse_region, parse_regions, region_areas
+from pdlm_hf.regions.rle import run_lengths
 
 WIDTH, HEIGHT = 30, 20
 BLOB = np.zeros((HEIGHT, WIDTH), dtype=bool)
@@ -707,3 +708,40 @@ def test_areas_in_bulk_are_those_of_the_masks():
         elif area:
             assert parse_region(annotation, *size).mask.sum() == area
     assert region_areas([], []) == []
+
+
+def plain_runs(text: bytes) -> list[int]:
+    """Run lengths by COCO's definition, character by character."""
+    runs, value, place = [], 0, 0
+    for digit in (byte - 48 for byte in text):
+        value |= (digit & 31) << (5 * place)
+        place += 1
+        if not digit & 32:
+            value -= (1 << (5 * place)) if digit & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, place = 0, 0
+    return runs
+
+
+def test_run_lengths_of_many_texts_are_those_of_each():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        texts = []
+        for count in rng.choice([0, 1, 2, 3, 4, 7, 40], rng.integers(1, 9)):  # runs
+            digits = [[*rng.integers(32, 64, rng.integers(0, 3)), rng.integers(0, 32)] for _ in range(count)]
+            texts.append(bytes(int(digit) + 48 for run in digits for digit in run))
+        runs, lengths, damaged = run_lengths(texts)
+        expected = [plain_runs(text) for text in texts]
+        assert lengths.tolist() == [len(own) for own in expected]
+        assert runs.tolist() == [run for own in expected for run in own]
+        assert damaged.tolist() == [not text for text in texts]
+
+
+def test_areas_of_many_masks_are_those_of_each():
+    rng = np.random.default_rng(1)
+    masks = [rng.random((9, 13)) < share for share in (0, 0.01, 0.3, 0.5, 0.99, 1) for _ in range(20)]
+    annotations = [{"segmentation": Region(0, mask).segmentation} for mask in masks]
+    broken = {"segmentation": {"size": [9, 13], "counts": "c3N"}}
+    areas = region_areas([*annotations, broken, *annotations], [(13, 9)] * (2 * len(masks) + 1))
+    assert areas[: len(masks)] == areas[len(masks) + 1 :] == [int(mask.sum()) for mask in masks]
+    assert "its runs do not add up to the 117 pixels" in str(areas[len(masks)])
