@@ -172,8 +172,7 @@ def _open_coco(path: Path, folder: Path) -> DataSet:
     for found in index.faults:
         if found.part == "images" and found.key != "file_name":
             raise DataError(f"{path}: {found}.")  # without its id an image has no annotations
-        if found.part != "categories":  # which no caption depends on
-            faults.append(_coco_fault(found, index))
+        faults.append(_coco_fault(found, index))
     entries = []
     for image_id, image in index.images.items():
         name, annotations = image.get("file_name"), index.annotations[image_id]

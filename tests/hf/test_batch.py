@@ -361,6 +361,15 @@ def test_boxes_that_are_corners_are_faults(tmp_path):
     assert counts.whole and [row["bbox"] for row in rows] == [[10, 5, 10, 10], [30, 20, 25, 18], [1, 1, 8, 8]]
 
 
+def test_categories_with_the_same_id_are_a_fault(tmp_path):
+    data = write_coco(tmp_path, 1)
+    change(tmp_path, lambda data: data.update(categories=[{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]))
+    counts, rows = caption_all(tmp_path)
+    reason = "categories[1].id: got 1, expected an id that no earlier entry has"
+    assert faults_of(tmp_path) == [{"image_id": None, "annotation_id": None, "file_name": None, "reason": reason}]
+    assert not counts.whole and len(rows) == len(data["annotations"])
+
+
 def test_panoptic_file(tmp_path):
     folder_of_images(tmp_path, "a.png")
     labels = np.zeros((40, 60, 3), np.uint8)

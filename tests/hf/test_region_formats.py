@@ -568,6 +568,20 @@ def test_several_images_in_a_file(tmp_path):
         boxes_of(path, name="a.png")
 
 
+def test_ids_that_are_there_twice_are_refused(tmp_path):
+    content = coco([{"bbox": [3, 2, 20, 12]}])
+    categories = [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]
+    path = write(tmp_path, "a.json", content | {"categories": categories})
+    with pytest.raises(RegionError, match=r"a.json: categories\[1\].id: got 1, expected an id that no earlier entry has"):
+        read(path)
+    other = {**content["images"][0], "file_name": "b.png"}
+    path = write(tmp_path, "a.json", content | {"images": [*content["images"], other]})
+    with pytest.raises(RegionError, match=r"a.json: images\[1\].id: got 139"):
+        read(path)
+    apart = [*content["images"], {**other, "id": 7}, {**other, "id": 7, "file_name": "c.png"}]
+    assert boxes_of(write(tmp_path, "a.json", content | {"images": apart})) == [[3, 2, 20, 12]]
+
+
 def test_results_of_several_images(tmp_path):
     rows = [{"image_id": k, "bbox": BOXES[k], "score": 0.5} for k in range(3)]
     path = write(tmp_path, "a.json", rows)
