@@ -572,7 +572,9 @@ def test_ids_that_are_there_twice_are_refused(tmp_path):
     content = coco([{"bbox": [3, 2, 20, 12]}])
     categories = [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]
     path = write(tmp_path, "a.json", content | {"categories": categories})
-    with pytest.raises(RegionError, match=r"a.json: categories\[1\].id: got 1, expected an id that no earlier entry has"):
+    with pytest.raises(
+        RegionError, match=r"a.json: categories\[1\].id: got 1, expected an id that no earlier entry has"
+    ):
         read(path)
     other = {**content["images"][0], "file_name": "b.png"}
     path = write(tmp_path, "a.json", content | {"images": [*content["images"], other]})
