@@ -403,6 +403,29 @@ def test_yolo_keypoints_give_the_box(tmp_path):
     assert boxes_of(path, format="yolo-pose-2d") == [list(FIRST), list(SECOND)]
 
 
+@pytest.mark.parametrize("end", ["", "-conf", "-id", "-track"])
+@pytest.mark.parametrize("count", [1, 3, 4, 17])
+def test_yolo_keypoints_with_confidences(tmp_path, count, end):
+    """What is predicted has a confidence for each keypoint; as an outline its numbers would cross each other."""
+    rng = np.random.default_rng(count)
+    texts = []
+    for k, (x, y, w, h) in enumerate((FIRST, SECOND), 1):
+        points = rng.uniform((x + 1, y + 1), (x + w - 1, y + h - 1), (count, 2)) / (WIDTH, HEIGHT)
+        points[:2] = (np.array([[x + 1, y + 1], [x + w - 1, y + h - 1]]) / (WIDTH, HEIGHT))[:count]
+        shown = " ".join(f"{a:.6f} {b:.6f} {c:.3f}" for (a, b), c in zip(points, rng.uniform(size=count), strict=True))
+        last = {"": "", "-conf": " 0.5", "-id": f" {k}", "-track": f" 0.5 {k}"}[end]
+        texts.append(f"0 {yolo_box(x, y, w, h)} {shown}{last}")
+    path = write(tmp_path, "a.txt", "\n".join(texts))
+    try:
+        assert boxes_of(path) == [list(FIRST), list(SECOND)]
+    except RegionError as error:
+        assert f"--format yolo-keypoints{end}" in str(error)
+    found = read_region_file(path, NAME, WIDTH, HEIGHT, f"yolo-keypoints{end}")
+    assert [region["bbox"] for region in found] == [list(FIRST), list(SECOND)]
+    assert [region["id"] for region in found] == ([1, 2] if end in ("-id", "-track") else [0, 1])
+    assert [region.get("score") for region in found] == ([0.5, 0.5] if end in ("-conf", "-track") else [None, None])
+
+
 def corners_of(*boxes, places="{:.6f}", scale=(WIDTH, HEIGHT), start="0 "):
     rows = [[x / scale[0], y / scale[1], (x + w) / scale[0], (y + h) / scale[1]] for x, y, w, h in boxes]
     return "\n".join(start + " ".join(places.format(value) for value in row) for row in rows)
