@@ -4,14 +4,10 @@ Those in `files` are read by every run; the slow test lets the tools write them 
 """
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from scene import BOXES, CLASSES, HEIGHT, LABELS, MASKS, NAME, SCORE, SLANTED, UPLOADED, WIDTH, block
 
 from pdlm_hf.errors_pdlm import RegionError

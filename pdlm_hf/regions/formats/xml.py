@@ -170,9 +170,8 @@ def from_labelme_xml(root: Element, name: str, image: ImageFacts) -> list[dict[s
     kept = [item for item in root.findall("object") if item.findtext("deleted", "0") != "1"]
     for k, item in enumerate(kept):
         where = f"{name}: object {k} ({item.findtext('name')})"
-        points = [
-            number(point.findtext(key), f"{where}.{key}") for point in item.iterfind("polygon/pt") for key in "xy"
-        ]
+        places = [place for point in item.iterfind("polygon/pt") for place in (point.find("x"), point.find("y"))]
+        points = [number(None if place is None else place.text, where) for place in places]
         if len(points) < 6:
             mask = item.findtext("segm/mask")
             what = "a line" if mask is None else f"a mask, {mask}; caption with the folder of these"
