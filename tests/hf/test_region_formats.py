@@ -104,6 +104,24 @@ def voc(boxes, width=None, height=None, database="The VOC2012 Database", name="a
     return f"<annotation><filename>{name}</filename>{source}{size}{objects}</annotation>"
 
 
+def labelme_xml(outlines, width=None, height=None, name="a.png", deleted=0):
+    objects = "".join(
+        f"<object><name>figure</name><deleted>{deleted}</deleted><polygon>"
+        + "".join(f"<pt><x>{x}</x><y>{y}</y></pt>" for x, y in points)
+        + "</polygon></object>"
+        for points in outlines
+    )
+    size = f"<imagesize><nrows>{height or HEIGHT}</nrows><ncols>{width or WIDTH}</ncols></imagesize>"
+    return f"<annotation><filename>{name}</filename>{size}{objects}</annotation>"
+
+
+def json_min(values, width=None, height=None, name="a.png"):
+    (task,) = label_studio(values, width, height, name)
+    sides = {"original_width": width or WIDTH, "original_height": height or HEIGHT}
+    label = [{**result["value"], **sides} for result in task["annotations"][0]["result"]]
+    return [{"id": 5, "image": task["data"]["image"], "label": label, "annotator": 1, "annotation_id": 9}]
+
+
 def label_studio(values, width=None, height=None, name="a.png"):
     width, height = width or WIDTH, height or HEIGHT
     results = [
@@ -227,6 +245,8 @@ POLYGONS = {
             for points in OUTLINES
         ]),
     ),
+    "Label Studio JSON-MIN": ("min.json", json_min([{"format": "rle", "rle": brush(mask)} for mask in MASKS])),
+    "LabelMe XML": ("labelme.xml", labelme_xml(OUTLINES)),
     "Label Studio brush": ("studio.json", label_studio([{"format": "rle", "rle": brush(mask)} for mask in MASKS])),
 }  # fmt: skip
 FOLDERS = {
@@ -579,6 +599,34 @@ def test_turned_boxes(tmp_path):
     assert boxes_of(path) == [[10, 10, 10, 20]]
 
 
+def test_older_files_of_labelme(tmp_path):
+    for change in ({"width": 65}, {"name": "b.png"}):
+        with pytest.raises(RegionError, match="states an image of 65 x 48|is about the image b.png"):
+            read(write(tmp_path, "a.xml", labelme_xml(OUTLINES, **change)))
+    with pytest.raises(RegionError, match="holds no regions"):
+        read(write(tmp_path, "a.xml", labelme_xml(OUTLINES, deleted=1)))
+
+
+def test_dota(tmp_path):
+    lines = (
+        "imagesource:GoogleEarth\ngsd:0.15\n3.0 2.0 23.0 2.0 23.0 14.0 3.0 14.0 ship 0\n30 8 40 8 40 38 30 38 tank 1\n"
+    )
+    path = write(tmp_path, "a.txt", lines)
+    assert boxes_of(path) == [[3, 2, 20, 12], [30, 8, 10, 30]]
+    assert [(region["id"], region["category"]) for region in read_region_file(path, NAME, WIDTH, HEIGHT)] == [
+        (0, "ship"), (1, "tank")
+    ]  # fmt: skip
+
+
+def test_json_min_of_another_image(tmp_path):
+    box = {"x": 50, "y": 25, "width": 25, "height": 50}
+    path = write(tmp_path, "a.json", json_min([box]))
+    assert boxes_of(path) == boxes_of(path, name="0a1b2c3d-a.png") == [[32, 12, 16, 24]]
+    for change in ({"width": 65}, {"name": "b.png"}):
+        with pytest.raises(RegionError, match="task 5.*65 x 48|0 of them named a.png"):
+            read(write(tmp_path, "a.json", json_min([box], **change)))
+
+
 def test_several_images_in_a_file(tmp_path):
     """The one whose folders agree; several of one name are refused."""
     one, other = (cvat([f'<box label="x" xtl="{x}" ytl="1" xbr="9" ybr="9"/>'], name=f"{folder}/a.png")
@@ -687,6 +735,14 @@ def test_voc_boxes(tmp_path, caplog):
         ("a.json", label_studio([{"rle": [0, 0, 0, 1, 2]}]), "result r0: the brush mark is damaged"),
         ("a.json", [label_studio([])[0] | {"annotations": [{"id": 1}, {"id": 2}]}], r"2 annotations \(1, 2\)"),
         ("a.json", {"nothing": 1}, "got an object with the keys nothing"),
+        ("a.csv", "filename,region_count", "CSV is not read; export JSON"),
+        ("a.xml", labelme_xml([[(1, 1), (9, 9)]]), r"object 0 \(figure\): is a line"),
+        ("a.xml", labelme_xml([]).replace("</a", "<object><segm><mask>b.png</mask></segm></object></a"),
+         "is a mask, b.png; caption with the folder of these"),
+        ("a.xml", labelme_xml([[(1, 1), (9, "x"), (9, 9)]]), "expected a number, got 'x'"),
+        ("a.txt", "gsd:1\n1 1 9 1 9 9 1 9 ship 7", "line 2: expected `x0 y0 x1 y1 x2 y2 x3 y3 class difficult`"),
+        ("a.txt", "imagesource:GoogleEarth\ngsd:0.1\n", "holds no regions"),
+        ("a.txt", "1 1 9 1 9 9 1 nine ship 0", "line 1: expected a number, got 'nine'"),
         ("pan.json", coco([]) | {"annotations": [{"image_id": 139, "file_name": "p.png", "segments_info": []}]},
          "is a COCO panoptic file; .*p.png.* ln -s"),
     ],
