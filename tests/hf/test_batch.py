@@ -255,6 +255,15 @@ def test_a_file_that_is_no_data_set(tmp_path, content, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["cvat.xml", "via.json", "regions.csv"])
+def test_a_file_of_several_images_in_another_format(tmp_path, name):
+    """Its images go into a folder, a file for each; it is not taken for damaged JSON."""
+    project = {"_via_img_metadata": {"a": {"filename": "a.png", "size": -1, "regions": []}}}
+    (tmp_path / name).write_text(json.dumps(project) if name.endswith("json") else "<annotations/>")
+    with pytest.raises(DataError, match=r"expected a COCO file.* from a folder with one file for each.* export them"):
+        open_data(tmp_path / name, tmp_path)
+
+
 def test_empty_captions_are_told_also_by_the_next_run(tmp_path):
     write_coco(tmp_path, 1)
     for _ in range(2):
