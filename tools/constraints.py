@@ -1,6 +1,6 @@
 """Write constraints/*.txt: the exact version of every package in the environments that `make test` has tested.
 
-python tools/constraints.py           # all four; `make constraints` tests new environments first
+python tools/constraints.py           # all five; `make constraints` tests new environments first
 python tools/constraints.py core      # one of them
 """
 
@@ -13,7 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENTS = {"core": ".venv", "oldest": ".venv-oldest", "vllm": ".venv-vllm", "lmms": ".venv-lmms"}
+NAMES = ("core", "formats", "lmms", "oldest", "vllm")
+ENVIRONMENTS = {name: ".venv" if name == "core" else f".venv-{name}" for name in NAMES}
 # The project itself, the installer, and packages that only a torch built for GPUs installs.
 LEFT_OUT = re.compile("perceptiondlm|pip|triton|nvidia-.*|cuda-.*", re.IGNORECASE)
 

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from PIL import Image
 
 from ..errors_pdlm import DataError, ImageError, SettingError
-from ..regions.coco import CocoFault, CocoIndex, is_panoptic, panoptic_segments
+from ..regions.coco import CocoFault, CocoIndex, is_coco, is_panoptic, panoptic_segments
 from ..regions.files import load_json
 from ..regions.formats.facts import find_image, note
 from ..regions.formats.label_map import is_hidden
@@ -165,15 +165,20 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _open_coco(path: Path, folder: Path) -> DataSet:
-    data = load_json(path)
+    known = path.suffix.lower() not in (".xml", ".txt", ".csv")
+    data = load_json(path) if known else None
+    if not is_coco(data):
+        raise DataError(
+            f'{path}: expected a COCO file, {{"images": [...], "annotations": [...]}}. The images of another format '
+            "are read from a folder with one file for each, a/b.json or a/b.xml for a/b.jpg; or export them as COCO."
+        )
     panoptic = is_panoptic(data)  # its annotations have no ids, its segments have
     index = CocoIndex(data, path, needed=() if panoptic else ("id",))
     faults = []
     for found in index.faults:
         if found.part == "images" and found.key != "file_name":
             raise DataError(f"{path}: {found}.")  # without its id an image has no annotations
-        if found.part != "categories":  # which no caption depends on
-            faults.append(_coco_fault(found, index))
+        faults.append(_coco_fault(found, index))
     entries = []
     for image_id, image in index.images.items():
         name, annotations = image.get("file_name"), index.annotations[image_id]

@@ -256,7 +256,9 @@ def _described(data: Any) -> str:
 def _of_image(index: CocoIndex, path: Path, image: ImageFacts) -> list[dict[str, Any]]:
     entry = index.named(image.name)
     for fault in index.faults:  # those of other images do not matter here
-        if isinstance(fault.entry, dict) and fault.entry.get("image_id") == entry["id"]:
+        fields = fault.entry if isinstance(fault.entry, dict) else {}
+        own = fields.get("id" if fault.part == "images" else "image_id")
+        if fault.part == "categories" or own == entry["id"]:
             raise RegionError(f"{path}: {fault}.")
     number = index.positions[entry["id"]]
     image.check_size(f"{path}: images[{number}] (id {entry['id']!r:.40})", entry.get("width"), entry.get("height"))

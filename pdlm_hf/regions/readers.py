@@ -12,12 +12,13 @@ from ..errors_pdlm import RegionError, SettingError
 from .coco import regions_in
 from .files import load_json
 from .formats.detections import from_sam, from_supervision
+from .formats.dota import from_dota, is_dota
 from .formats.facts import ImageFacts
 from .formats.label_map import from_label_map, from_panoptic, mask_files
 from .formats.label_studio import from_label_studio, is_label_studio
 from .formats.labelme import from_labelme
 from .formats.via import from_via, is_via
-from .formats.xml import from_cvat, from_voc, read_xml
+from .formats.xml import from_cvat, from_labelme_xml, from_voc, read_xml
 from .formats.yolo import FORMS, from_yolo
 from .limits import check_mask_pixels
 from .region import Region
@@ -77,13 +78,17 @@ def _read_any(path: Path, image: ImageFacts) -> list[Any]:
     if path.is_dir():
         return mask_files(path)
     if ending == ".txt":
-        return from_yolo(path, image.width, image.height)
+        return from_dota(path) if is_dota(path) else from_yolo(path, image.width, image.height)
     if ending == ".xml":
         return _read_xml(path, image)
     if ending in _LOSSLESS:
         return from_label_map(path, image=image)
     if ending in (".jpg", ".jpeg"):
         raise RegionError(f"{path}: JPEG changes the labels; save the label map as PNG, or give a mask with --mask.")
+    if ending in (".csv", ".tsv", ".zip"):
+        raise RegionError(
+            f"{path}: {ending[1:].upper()} is not read; export JSON, XML or YOLO's text files, unpacked."
+        )
     return _read_json(path, image)
 
 
@@ -103,7 +108,8 @@ def _read_xml(path: Path, image: ImageFacts) -> list[Any]:
     if root.tag == "annotations":
         return from_cvat(root, str(path), image)
     if root.tag == "annotation":
-        return from_voc(root, str(path), image)
+        is_labelme = root.find("imagesize") is not None or root.find("object/polygon/pt") is not None
+        return (from_labelme_xml if is_labelme else from_voc)(root, str(path), image)
     raise RegionError(
         f"{path}: expected <annotations> (CVAT for images) or <annotation> (PASCAL VOC), got <{root.tag:.40}>."
     )
@@ -120,6 +126,8 @@ FORMATS: dict[str, _Reader] = {
     "via-resaved": lambda path, image: from_via(load_json(path), str(path), image, resaved=True),
     "label-studio": lambda path, image: from_label_studio(load_json(path), str(path), image),
     "cvat": lambda path, image: from_cvat(read_xml(path), str(path), image),
+    "dota": lambda path, image: from_dota(path),
+    "labelme-xml": lambda path, image: from_labelme_xml(read_xml(path), str(path), image),
     "voc": lambda path, image: from_voc(read_xml(path), str(path), image, corners=False),
     "voc-corners": lambda path, image: from_voc(read_xml(path), str(path), image, corners=True),
     "label-map": lambda path, image: from_label_map(path, every=True, image=image),

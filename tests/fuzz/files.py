@@ -123,6 +123,20 @@ VOC = (
     f"<annotation><filename>{IMAGE}</filename><source><database>The VOC2012 Database</database></source>\n"
     f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>\n{_OBJECTS}</annotation>\n"
 ).encode()
+LABELME_XML = (
+    f"<annotation><filename>{IMAGE}</filename><imagesize><nrows>{HEIGHT}</nrows><ncols>{WIDTH}</ncols></imagesize>\n"
+    + "".join(
+        "<object><name>a</name><deleted>0</deleted><polygon>"
+        + "".join(f"<pt><x>{x}</x><y>{y}</y></pt>" for x, y in zip(points[::2], points[1::2], strict=True))
+        + "</polygon></object>\n"
+        for points in POLYGONS
+    )
+    + "</annotation>\n"
+).encode()
+DOTA = ("gsd:0.1\n" + "".join(f"{' '.join(map(str, points))} ship 0\n" for points in POLYGONS)).encode()
+MIN = [
+    {"id": 5, "image": IMAGE, "annotator": 1, "annotation_id": 9, "label": [{**_SIDES, **value} for value in _PERCENT]}
+]
 
 
 # name of the file, a good one, and the strategy for others. A new format is one line.
@@ -134,8 +148,11 @@ FORMATS: dict[str, tuple[str, bytes, Callable[[], st.SearchStrategy[bytes]]]] = 
     "yolo": ("photo.txt", YOLO, lambda: changed_text(YOLO)),
     "via": ("via.json", json.dumps(VIA).encode(), lambda: json_bytes(VIA)),
     "label studio": ("studio.json", json.dumps(STUDIO).encode(), lambda: json_bytes(STUDIO)),
+    "json-min": ("min.json", json.dumps(MIN).encode(), lambda: json_bytes(MIN)),
     "cvat": ("cvat.xml", CVAT, lambda: changed_text(CVAT)),
     "voc": ("voc.xml", VOC, lambda: changed_text(VOC)),
+    "labelme-xml": ("labelme.xml", LABELME_XML, lambda: changed_text(LABELME_XML)),
+    "dota": ("dota.txt", DOTA, lambda: changed_text(DOTA)),
     "labels": ("photo_labels.png", LABELS, lambda: damaged(LABELS)),
 }
 

@@ -255,6 +255,15 @@ def test_a_file_that_is_no_data_set(tmp_path, content, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["cvat.xml", "via.json", "regions.csv"])
+def test_a_file_of_several_images_in_another_format(tmp_path, name):
+    """Its images go into a folder, a file for each; it is not taken for damaged JSON."""
+    project = {"_via_img_metadata": {"a": {"filename": "a.png", "size": -1, "regions": []}}}
+    (tmp_path / name).write_text(json.dumps(project) if name.endswith("json") else "<annotations/>")
+    with pytest.raises(DataError, match=r"expected a COCO file.* from a folder with one file for each.* export them"):
+        open_data(tmp_path / name, tmp_path)
+
+
 def test_empty_captions_are_told_also_by_the_next_run(tmp_path):
     write_coco(tmp_path, 1)
     for _ in range(2):
@@ -359,6 +368,15 @@ def test_boxes_that_are_corners_are_faults(tmp_path):
     write([[x, y, x1 - x, y1 - y] for x, y, x1, y1 in boxes])
     counts, rows = caption_all(tmp_path)
     assert counts.whole and [row["bbox"] for row in rows] == [[10, 5, 10, 10], [30, 20, 25, 18], [1, 1, 8, 8]]
+
+
+def test_categories_with_the_same_id_are_a_fault(tmp_path):
+    data = write_coco(tmp_path, 1)
+    change(tmp_path, lambda data: data.update(categories=[{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]))
+    counts, rows = caption_all(tmp_path)
+    reason = "categories[1].id: got 1, expected an id that no earlier entry has"
+    assert faults_of(tmp_path) == [{"image_id": None, "annotation_id": None, "file_name": None, "reason": reason}]
+    assert not counts.whole and len(rows) == len(data["annotations"])
 
 
 def test_panoptic_file(tmp_path):

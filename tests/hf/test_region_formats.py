@@ -104,6 +104,24 @@ def voc(boxes, width=None, height=None, database="The VOC2012 Database", name="a
     return f"<annotation><filename>{name}</filename>{source}{size}{objects}</annotation>"
 
 
+def labelme_xml(outlines, width=None, height=None, name="a.png", deleted=0):
+    objects = "".join(
+        f"<object><name>figure</name><deleted>{deleted}</deleted><polygon>"
+        + "".join(f"<pt><x>{x}</x><y>{y}</y></pt>" for x, y in points)
+        + "</polygon></object>"
+        for points in outlines
+    )
+    size = f"<imagesize><nrows>{height or HEIGHT}</nrows><ncols>{width or WIDTH}</ncols></imagesize>"
+    return f"<annotation><filename>{name}</filename>{size}{objects}</annotation>"
+
+
+def json_min(values, width=None, height=None, name="a.png"):
+    (task,) = label_studio(values, width, height, name)
+    sides = {"original_width": width or WIDTH, "original_height": height or HEIGHT}
+    label = [{**result["value"], **sides} for result in task["annotations"][0]["result"]]
+    return [{"id": 5, "image": task["data"]["image"], "label": label, "annotator": 1, "annotation_id": 9}]
+
+
 def label_studio(values, width=None, height=None, name="a.png"):
     width, height = width or WIDTH, height or HEIGHT
     results = [
@@ -227,6 +245,8 @@ POLYGONS = {
             for points in OUTLINES
         ]),
     ),
+    "Label Studio JSON-MIN": ("min.json", json_min([{"format": "rle", "rle": brush(mask)} for mask in MASKS])),
+    "LabelMe XML": ("labelme.xml", labelme_xml(OUTLINES)),
     "Label Studio brush": ("studio.json", label_studio([{"format": "rle", "rle": brush(mask)} for mask in MASKS])),
 }  # fmt: skip
 FOLDERS = {
@@ -403,6 +423,29 @@ def test_yolo_keypoints_give_the_box(tmp_path):
     assert boxes_of(path, format="yolo-pose-2d") == [list(FIRST), list(SECOND)]
 
 
+@pytest.mark.parametrize("end", ["", "-conf", "-id", "-track"])
+@pytest.mark.parametrize("count", [1, 3, 4, 17])
+def test_yolo_keypoints_with_confidences(tmp_path, count, end):
+    """What is predicted has a confidence for each keypoint; as an outline its numbers would cross each other."""
+    rng = np.random.default_rng(count)
+    texts = []
+    for k, (x, y, w, h) in enumerate((FIRST, SECOND), 1):
+        points = rng.uniform((x + 1, y + 1), (x + w - 1, y + h - 1), (count, 2)) / (WIDTH, HEIGHT)
+        points[:2] = (np.array([[x + 1, y + 1], [x + w - 1, y + h - 1]]) / (WIDTH, HEIGHT))[:count]
+        shown = " ".join(f"{a:.6f} {b:.6f} {c:.3f}" for (a, b), c in zip(points, rng.uniform(size=count), strict=True))
+        last = {"": "", "-conf": " 0.5", "-id": f" {k}", "-track": f" 0.5 {k}"}[end]
+        texts.append(f"0 {yolo_box(x, y, w, h)} {shown}{last}")
+    path = write(tmp_path, "a.txt", "\n".join(texts))
+    try:
+        assert boxes_of(path) == [list(FIRST), list(SECOND)]
+    except RegionError as error:
+        assert f"--format yolo-keypoints{end}" in str(error)
+    found = read_region_file(path, NAME, WIDTH, HEIGHT, f"yolo-keypoints{end}")
+    assert [region["bbox"] for region in found] == [list(FIRST), list(SECOND)]
+    assert [region["id"] for region in found] == ([1, 2] if end in ("-id", "-track") else [0, 1])
+    assert [region.get("score") for region in found] == ([0.5, 0.5] if end in ("-conf", "-track") else [None, None])
+
+
 def corners_of(*boxes, places="{:.6f}", scale=(WIDTH, HEIGHT), start="0 "):
     rows = [[x / scale[0], y / scale[1], (x + w) / scale[0], (y + h) / scale[1]] for x, y, w, h in boxes]
     return "\n".join(start + " ".join(places.format(value) for value in row) for row in rows)
@@ -556,6 +599,34 @@ def test_turned_boxes(tmp_path):
     assert boxes_of(path) == [[10, 10, 10, 20]]
 
 
+def test_older_files_of_labelme(tmp_path):
+    for change in ({"width": 65}, {"name": "b.png"}):
+        with pytest.raises(RegionError, match="states an image of 65 x 48|is about the image b.png"):
+            read(write(tmp_path, "a.xml", labelme_xml(OUTLINES, **change)))
+    with pytest.raises(RegionError, match="holds no regions"):
+        read(write(tmp_path, "a.xml", labelme_xml(OUTLINES, deleted=1)))
+
+
+def test_dota(tmp_path):
+    lines = (
+        "imagesource:GoogleEarth\ngsd:0.15\n3.0 2.0 23.0 2.0 23.0 14.0 3.0 14.0 ship 0\n30 8 40 8 40 38 30 38 tank 1\n"
+    )
+    path = write(tmp_path, "a.txt", lines)
+    assert boxes_of(path) == [[3, 2, 20, 12], [30, 8, 10, 30]]
+    assert [(region["id"], region["category"]) for region in read_region_file(path, NAME, WIDTH, HEIGHT)] == [
+        (0, "ship"), (1, "tank")
+    ]  # fmt: skip
+
+
+def test_json_min_of_another_image(tmp_path):
+    box = {"x": 50, "y": 25, "width": 25, "height": 50}
+    path = write(tmp_path, "a.json", json_min([box]))
+    assert boxes_of(path) == boxes_of(path, name="0a1b2c3d-a.png") == [[32, 12, 16, 24]]
+    for change in ({"width": 65}, {"name": "b.png"}):
+        with pytest.raises(RegionError, match="task 5.*65 x 48|0 of them named a.png"):
+            read(write(tmp_path, "a.json", json_min([box], **change)))
+
+
 def test_several_images_in_a_file(tmp_path):
     """The one whose folders agree; several of one name are refused."""
     one, other = (cvat([f'<box label="x" xtl="{x}" ytl="1" xbr="9" ybr="9"/>'], name=f"{folder}/a.png")
@@ -566,6 +637,22 @@ def test_several_images_in_a_file(tmp_path):
     assert boxes_of(path, name="park/a.png") == [[3, 1, 6, 8]]
     with pytest.raises(RegionError, match=r"2 images, 2 of them named a.png \(a.png, a.png\).*--image-name"):
         boxes_of(path, name="a.png")
+
+
+def test_ids_that_are_there_twice_are_refused(tmp_path):
+    content = coco([{"bbox": [3, 2, 20, 12]}])
+    categories = [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]
+    path = write(tmp_path, "a.json", content | {"categories": categories})
+    with pytest.raises(
+        RegionError, match=r"a.json: categories\[1\].id: got 1, expected an id that no earlier entry has"
+    ):
+        read(path)
+    other = {**content["images"][0], "file_name": "b.png"}
+    path = write(tmp_path, "a.json", content | {"images": [*content["images"], other]})
+    with pytest.raises(RegionError, match=r"a.json: images\[1\].id: got 139"):
+        read(path)
+    apart = [*content["images"], {**other, "id": 7}, {**other, "id": 7, "file_name": "c.png"}]
+    assert boxes_of(write(tmp_path, "a.json", content | {"images": apart})) == [[3, 2, 20, 12]]
 
 
 def test_results_of_several_images(tmp_path):
@@ -648,6 +735,14 @@ def test_voc_boxes(tmp_path, caplog):
         ("a.json", label_studio([{"rle": [0, 0, 0, 1, 2]}]), "result r0: the brush mark is damaged"),
         ("a.json", [label_studio([])[0] | {"annotations": [{"id": 1}, {"id": 2}]}], r"2 annotations \(1, 2\)"),
         ("a.json", {"nothing": 1}, "got an object with the keys nothing"),
+        ("a.csv", "filename,region_count", "CSV is not read; export JSON"),
+        ("a.xml", labelme_xml([[(1, 1), (9, 9)]]), r"object 0 \(figure\): is a line"),
+        ("a.xml", labelme_xml([]).replace("</a", "<object><segm><mask>b.png</mask></segm></object></a"),
+         "is a mask, b.png; caption with the folder of these"),
+        ("a.xml", labelme_xml([[(1, 1), (9, "x"), (9, 9)]]), "expected a number, got 'x'"),
+        ("a.txt", "gsd:1\n1 1 9 1 9 9 1 9 ship 7", "line 2: expected `x0 y0 x1 y1 x2 y2 x3 y3 class difficult`"),
+        ("a.txt", "imagesource:GoogleEarth\ngsd:0.1\n", "holds no regions"),
+        ("a.txt", "1 1 9 1 9 9 1 nine ship 0", "line 1: expected a number, got 'nine'"),
         ("pan.json", coco([]) | {"annotations": [{"image_id": 139, "file_name": "p.png", "segments_info": []}]},
          "is a COCO panoptic file; .*p.png.* ln -s"),
     ],

@@ -1,4 +1,4 @@
-"""JSON exports of Label Studio: tasks with their annotations, coordinates in per cent of the image."""
+"""JSON and JSON-MIN exports of Label Studio: tasks with their annotations, coordinates in per cent of the image."""
 
 from collections import defaultdict
 from typing import Any
@@ -10,12 +10,28 @@ from .facts import ImageFacts, base_name, matching
 from .geometry import ellipse, number, rectangle, rle
 
 _SIDES = ("original_width", "original_height")
+_MIN = {"annotator", "annotation_id"}  # what entries of JSON-MIN have
 
 
 def is_label_studio(data: Any) -> bool:
     """Whether a JSON value is a list of tasks, or one task."""
-    tasks = [data] if isinstance(data, dict) else data
-    return isinstance(tasks, list) and bool(tasks) and all(map(_is_task, tasks))
+    tasks = _tasks(data)
+    return bool(tasks) and all(map(_is_task, tasks))
+
+
+def _tasks(data: Any) -> list[Any]:
+    """The tasks of a file. JSON-MIN has the values of an annotation, by the name of their tag, beside the data."""
+    tasks = [data] if isinstance(data, dict) else data if isinstance(data, list) else []
+    return [_whole(task) if isinstance(task, dict) and task.keys() >= _MIN else task for task in tasks]
+
+
+def _whole(task: dict) -> dict:
+    """The task of an entry of JSON-MIN."""
+    named = [values for values in task.values() if isinstance(values, list)]
+    values = [value for values in named for value in _dicts(values) if {*_SIDES} <= value.keys()]
+    results = [{**{side: value[side] for side in _SIDES}, "value": value} for value in values]
+    texts = {key: text for key, text in task.items() if isinstance(text, str)}
+    return {"id": task.get("id"), "data": texts, "annotations": [{"id": task["annotation_id"], "result": results}]}
 
 
 def _is_task(task: Any) -> bool:
@@ -41,10 +57,10 @@ def from_label_studio(data: Any, name: str, image: ImageFacts) -> list[dict[str,
     """
     if not is_label_studio(data):
         raise RegionError(f"{name}: expected tasks with `data` and `annotations`, Label Studio's JSON export.")
-    tasks = [data] if isinstance(data, dict) else data
+    tasks = _tasks(data)
     names = [_image_of(task) for task in tasks]
-    found = [k for k, stated in enumerate(names) if matching([stated], image.name)]
-    task = tasks[found[0] if len(found) == 1 else image.choose(name, names)]
+    found = [k for k, stated in enumerate(names) if matching([stated, _without_upload(stated)], image.name)]
+    task = tasks[found[0] if len(found) == 1 else image.choose(name, [_without_upload(stated) for stated in names])]
     where = f"{name}: task {task.get('id')}"
     kept = [one for one in _dicts(task.get("annotations") or task.get("predictions")) if not one.get("was_cancelled")]
     if len(kept) != 1:
@@ -69,9 +85,12 @@ def _dicts(values: Any) -> list[dict]:
 
 
 def _image_of(task: dict) -> str:
-    """The image of a task. An uploaded file has eight hexadecimal digits and a dash before its name."""
     urls = [value for value in task["data"].values() if isinstance(value, str)]
-    stated = base_name((urls or [""])[0].partition("?")[0])
+    return base_name((urls or [""])[0].partition("?")[0])
+
+
+def _without_upload(stated: str) -> str:
+    """The name of an image before it was uploaded: Label Studio puts eight hexadecimal digits and a dash before it."""
     head, dash, rest = stated.partition("-")
     return rest if dash and len(head) == 8 and set(head) <= set("0123456789abcdef") else stated
 

@@ -1,4 +1,4 @@
-"""Annotations in XML: CVAT for images, and the boxes of PASCAL VOC."""
+"""Annotations in XML: CVAT for images, the boxes of PASCAL VOC, and the polygons of LabelMe's older files."""
 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -12,6 +12,7 @@ from .facts import ImageFacts, note
 from .geometry import ellipse, number, pasted, rectangle, rle
 
 _VOC = ("xmin", "ymin", "xmax", "ymax")
+_FROM_ZERO = ("Unknown", "MyDatabase")  # as labelImg and Label Studio write as the source; corners from 0
 
 
 def read_xml(path: Path) -> Element:
@@ -129,7 +130,7 @@ def from_voc(root: Element, name: str, image: ImageFacts, corners: bool | None =
     if corners is None:
         source = root.findtext("source/database") or ""
         written = any("." in text for found in texts for text in found if text) and "VOC" not in source
-        corners = bool((boxes[:, :2] < 1).any() or written or source == "Unknown")
+        corners = bool((boxes[:, :2] < 1).any() or written or source in _FROM_ZERO)
         if not corners:
             note("voc", f"{name}: boxes count pixels from 1, as in PASCAL VOC; corners from 0: --format voc-corners")
     elif not corners and (boxes[:, :2] < 1).any():
@@ -144,4 +145,38 @@ def from_voc(root: Element, name: str, image: ImageFacts, corners: bool | None =
                 f"x {image.height} pixels."
             )
         regions.append({"id": k, "category": item.findtext("name"), "bbox": [x0, y0, x1 - x0, y1 - y0]})
+    return regions
+
+
+def from_labelme_xml(root: Element, name: str, image: ImageFacts) -> list[dict[str, Any]]:
+    """Read the polygons of LabelMe on the web, which CVAT and Datumaro write too. Deleted objects are left out.
+
+    Args:
+        root (`Element`): `<annotation>`.
+        name (`str`): the file, for messages.
+        image (`ImageFacts`): the image; `filename` and `imagesize` are compared with it.
+
+    Returns:
+        regions with "id" (the position), "category" (the name of the object) and "segmentation".
+
+    Raises:
+        RegionError: the file is about another image, or an object is no polygon: a mask in a file of its own, a line.
+    """
+    image.check_name(name, root.findtext("filename"))
+    sides = [root.findtext(f"imagesize/{key}") for key in ("ncols", "nrows")]
+    if all(sides):
+        image.check_size(name, *(int(number(side, f"{name}: imagesize")) for side in sides))
+    regions: list[dict[str, Any]] = []
+    kept = [item for item in root.findall("object") if item.findtext("deleted", "0") != "1"]
+    for k, item in enumerate(kept):
+        where = f"{name}: object {k} ({item.findtext('name')})"
+        places = [place for point in item.iterfind("polygon/pt") for place in (point.find("x"), point.find("y"))]
+        points = [number(None if place is None else place.text, where) for place in places]
+        if len(points) < 6:
+            mask = item.findtext("segm/mask")
+            what = "a line" if mask is None else f"a mask, {mask}; caption with the folder of these"
+            raise RegionError(f"{where}: is {what}; a region is a polygon of three points or more.")
+        regions.append({"id": k, "category": item.findtext("name"), "segmentation": [points]})
+    if not regions:
+        raise RegionError(f"{name}: holds no regions.")
     return regions

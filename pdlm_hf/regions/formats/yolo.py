@@ -19,6 +19,7 @@ from .geometry import snap
 
 _ID = re.compile(r"0*[1-9][0-9]{0,15}")
 _MOST_KEYPOINTS = 400
+_FEW = 10
 _SLACK = 0.01  # of the image, by which a coordinate may leave it, as in the labels of augmented images
 
 
@@ -43,6 +44,7 @@ class Form:
             numbers for each keypoint.
         first, last (`tuple[str, ...]`): columns before and after the shape: "conf" or "id".
         pixels (`bool`): coordinates are pixels, not fractions of the image.
+        scores (`bool`): the third number of a keypoint is a confidence, not 0, 1 or 2.
     """
 
     layout: str
@@ -51,6 +53,7 @@ class Form:
     last: tuple[str, ...] = ()
     pixels: bool = False
     step: int = 0
+    scores: bool = False
 
     def parts(self, line: Line) -> tuple[np.ndarray, dict[str, str]] | None:
         """The numbers of the shape, and the text of the other columns; None if the number of columns differs."""
@@ -66,6 +69,7 @@ class Form:
 
 
 BOX, CORNERS = "class x y w h", "class x0 y0 x1 y1"
+_POINTS = f"{BOX} and keypoints x y confidence"
 FORMS = {
     "yolo-box": Form(BOX, "box"),
     "yolo-corners": Form(f"{CORNERS} (fractions)", "corners"),
@@ -79,6 +83,11 @@ FORMS = {
     "yolo-polygon-track": Form(f"{CORNERS} x2 y2 ... confidence id", "polygon", last=("conf", "id")),
     "yolo-pose": Form(f"{BOX} and keypoints x y visibility", "pose", step=3),
     "yolo-pose-2d": Form(f"{BOX} and keypoints x y", "pose", step=2),
+    # as predictions have them: a confidence in place of the visibility
+    "yolo-keypoints": Form(_POINTS, "pose", step=3, scores=True),
+    "yolo-keypoints-id": Form(f"{_POINTS}, id", "pose", last=("id",), step=3, scores=True),
+    "yolo-keypoints-conf": Form(f"{_POINTS}, confidence", "pose", last=("conf",), step=3, scores=True),
+    "yolo-keypoints-track": Form(f"{_POINTS}, confidence id", "pose", last=("conf", "id"), step=3, scores=True),
 }
 # Boxes in pixels, of other tools: corners, corner and sides, or centre and sides; confidence first, last, or absent.
 _PIXELS = {"corners": CORNERS, "boxes": "class left top w h", "centres": BOX}
@@ -182,6 +191,8 @@ class _File:
             return False
         if not any(form.parts(line) for line in self.lines):
             return False
+        if form.shape == "pose" and len({len(line.words) for line in self.lines}) > 1 + ("id" in form.last):
+            return False  # all objects have the same keypoints
         ids = [parts[1]["id"] for line in self.lines if "id" in form.last and (parts := form.parts(line))]
         return len(set(ids)) == len(ids)
 
@@ -198,7 +209,8 @@ class _File:
             inside = -_SLACK <= shape.min() and shape[: 4 if form.shape == "pose" else None].max() <= 1 + _SLACK
         if not inside or form.shape == "polygon":
             return bool(inside)
-        if form.shape == "pose" and form.step == 3 and not set(shape[6::3].tolist()) <= {0, 1, 2}:
+        thirds = shape[6::3] if form.shape == "pose" and form.step == 3 else np.zeros(0)
+        if not (((thirds >= 0) & (thirds <= 1)).all() if form.scores else np.isin(thirds, (0, 1, 2)).all()):
             return False
         x0, y0, x1, y1 = self.edges(form, shape)
         return bool(x1 > x0 and y1 > y0 and (form.shape != "pose" or _around(shape, form.step)))
@@ -277,8 +289,10 @@ def _chosen(file: _File) -> str:
         fitting.remove("yolo-conf")
     if "yolo-pose" in fitting and len(file.lines[0].words) > 7:  # every third number is 0, 1 or 2
         fitting = ["yolo-pose"]
-    if "yolo-pose-2d" in fitting and _are_outlines(file):
-        fitting.remove("yolo-pose-2d")
+    outlines = [_corners(file, FORMS[name]) for name in fitting if FORMS[name].shape == "polygon"]
+    for scores, fewest in {False: 4, True: _FEW}.items():  # few points may not cross by chance
+        if any(_are_outlines(polygons, fewest) for polygons in outlines):
+            fitting = [name for name in fitting if FORMS[name].shape != "pose" or FORMS[name].scores != scores]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -290,13 +304,19 @@ def _chosen(file: _File) -> str:
     raise _unknown(file)
 
 
-def _are_outlines(file: _File) -> bool:
-    """Whether all lines are outlines rather than keypoints: rectangles, or polygons that do not cross themselves."""
-    polygons = [line.values.reshape(-1, 2) * file.image.size for line in file.lines]
-    if len(polygons[0]) <= 3:
-        return False  # a triangle never crosses itself
+def _corners(file: _File, form: Form) -> list[np.ndarray]:
+    """The polygons `(N, 2)` in pixels that the lines are in a form."""
+    return [parts[0].reshape(-1, 2) * file.image.size for line in file.lines if (parts := form.parts(line))]
+
+
+def _are_outlines(polygons: list[np.ndarray], fewest: int) -> bool:
+    """Whether all are outlines rather than keypoints: rectangles, or polygons that do not cross themselves, of as many
+    points at least; a triangle never crosses itself.
+    """
     if len(polygons[0]) == 4:
         return all(_is_rectangle(points) for points in polygons)
+    if len(polygons[0]) < fewest:
+        return False
     return not any(len(points) < _MOST_KEYPOINTS and _crosses_itself(points) for points in polygons)
 
 
