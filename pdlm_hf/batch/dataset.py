@@ -24,7 +24,7 @@ _REGION_FILES = (".json", ".xml", ".txt", ".png", ".bmp", ".tif", ".tiff")
 Key = tuple[int | str, int | str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """An image of a data set.
 
@@ -188,10 +188,13 @@ def _open_coco(path: Path, folder: Path) -> DataSet:
             if panoptic:
                 read, ids = partial(_read_panoptic, path, annotations), None
             else:
-                regions = [(annotation["id"], annotation) for annotation in annotations]
-                read, ids = partial(list, regions), tuple(annotation_id for annotation_id, _ in regions)
+                read, ids = partial(_pairs, annotations), tuple(annotation["id"] for annotation in annotations)
             entries.append(Entry(image_id, name, folder / name, read, ids, _size_of(image)))
     return DataSet(entries, faults, index.data)
+
+
+def _pairs(annotations: list[dict[str, Any]]) -> list[tuple[int | str, Any]]:
+    return [(annotation["id"], annotation) for annotation in annotations]
 
 
 def _read_panoptic(path: Path, annotations: list[dict[str, Any]]) -> list[tuple[int | str, Any]]:
