@@ -273,6 +273,7 @@ def main() -> None:
                     text = path.read_text(encoding="utf-8")
                     for secret, public in ((data, "DATA"), (work, "WORK"), (server.url, "http://127.0.0.1:8000/v1")):
                         text = text.replace(secret, public)
+                    text = re.sub(r'"[^"]*/run\.py"', '"run.py"', text)  # where the checkout is
                     (kept / path.name).write_text(text, encoding="utf-8")
     (HERE / "scores.json").write_text(json.dumps(expected(), indent=1) + "\n")
 
