@@ -86,6 +86,7 @@ def test_a_run_has_settings_costs_and_exit_code(finished):
     assert measured[0].score == 100 * report[0]["primary_metric_value"]
 
 
+@pytest.mark.slow
 def test_every_family_has_its_settings(checkout, tmp_path):
     """Letters, yes or no, documents in one block, reasoning in autoregressive order: one run, one judge."""
     families = {"MMStar": (2, 2, 2), "HallusionBench": (2, 2, 2), "ChartQA_TEST": (128,) * 3}
@@ -105,6 +106,7 @@ def test_every_family_has_its_settings(checkout, tmp_path):
         assert (row["answers"]["slots"], row["answers"]["num_forwards"]) == (slots, steps)
 
 
+@pytest.mark.slow
 def test_two_ranks_without_cuda(checkout, finished, tmp_path):
     """run.py asks for NCCL; the wrapper gives it gloo."""
     torchrun = ("torch.distributed.run", "--nproc-per-node=2", "--master-port=29671", "-m")

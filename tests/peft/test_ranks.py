@@ -20,6 +20,7 @@ def curves(folder):
     return record, losses(record["log"])
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     command = ["-m", "pdlm_peft.cli", "train", "shapes", *SMALL, *STEPS]
     one = run([*command, f"output={tmp_path}/one", "training.per_device_train_batch_size=4"])
