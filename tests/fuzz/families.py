@@ -233,7 +233,7 @@ def run_data(value: tuple[str, bytes], work: Path) -> None:
     else:
         form = "coco-instances" if kind == "instances" else kind
         counts = convert(path, out, form, captions=category_captions() if kind == "instances" else None)
-        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        rows = [json.loads(line) for line in out.read_bytes().splitlines()]
         assert len(rows) == counts["rows"] and not any(list(check_row(row, 1)) for row in rows)
 
 

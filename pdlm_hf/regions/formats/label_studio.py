@@ -100,11 +100,12 @@ def _region(parts: list[dict], where: str, image: ImageFacts) -> dict[str, Any]:
     image.check_size(where, *(part.get(side) for side in _SIDES))
     if part.get("image_rotation"):
         raise RegionError(f"{where}: was drawn on the image turned by {part['image_rotation']} degrees; not read.")
+    values = [one.get("value") or {} for one in parts]
     value = part.get("value")
-    if not isinstance(value, dict):
-        raise RegionError(f"{where}: has no `value`.")
+    if not isinstance(value, dict) or not all(isinstance(given, dict) for given in values):
+        raise RegionError(f"{where}: has no `value`, or one that is no object.")
     found = _shape(value, where, image)
-    labels = [label for one in parts for key, named in (one.get("value") or {}).items()
+    labels = [label for given in values for key, named in given.items()
               if key.endswith("labels") and isinstance(named, list) for label in named]  # fmt: skip
     if labels:
         found["category"] = labels[0]
