@@ -876,3 +876,13 @@ def test_the_command(tmp_path, tiny_checkpoint):
     found = json.loads(run("--regions", pixels, "--format", "pixel-centres").stdout)["regions"]
     assert [region["bbox"] for region in found] == [[12, 4, 16, 12]]
     assert "As fractions it would be 12.8,9.6,19.2,14.4 in pixels" in run("--box", "0.2,0.2,0.3,0.3").stderr
+
+
+@pytest.mark.parametrize("value", [True, 5, "x", [1]])
+def test_a_result_of_label_studio_whose_value_is_no_object(tmp_path, value):
+    """Also where an earlier result of the same id, which makes one region with it, is sound."""
+    (task,) = label_studio([{"x": 10, "y": 10, "width": 20, "height": 20, "rectanglelabels": ["x"]}])
+    results = task["annotations"][0]["result"]
+    results.append({**results[0], "value": value})
+    with pytest.raises(RegionError, match=r"has no `value`, or one that is no object"):
+        read(write(tmp_path, "a.json", [task]))
