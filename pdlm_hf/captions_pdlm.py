@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.processing_utils import ProcessorMixin
 
 from .prompts_pdlm import CAPTION, END_OF_TURN, HEADER_END
 
@@ -35,8 +36,9 @@ class RegionCaption:
         return row | {"truncated": True} if self.truncated else row
 
 
-class CaptionReaderMixin:
-    """Decode the output of `generate` into captions."""
+class CaptionReaderMixin(ProcessorMixin):
+    """Decode the output of `generate` into captions. A ProcessorMixin, because transformers' own tests look for
+    its methods in the first base class of a processor."""
 
     tokenizer: Any
 

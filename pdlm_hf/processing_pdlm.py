@@ -11,7 +11,6 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import (
     AudioKwargs,
     ProcessingKwargs,
-    ProcessorMixin,
     TextKwargs,
     Unpack,
     VideosKwargs,
@@ -62,7 +61,7 @@ def area_order(masks: list[np.ndarray]) -> list[int]:
     return np.argsort([int(mask.sum()) for mask in masks], kind="stable")[::-1].tolist()
 
 
-class PdlmProcessor(CaptionReaderMixin, ProcessorMixin):
+class PdlmProcessor(CaptionReaderMixin):
     """Builds the inputs of PerceptionDLM and reads its captions.
 
     Args:
