@@ -124,7 +124,7 @@ def measured(arguments: list[str]) -> dict[str, float]:
     _, status, usage = os.wait4(pid, 0)
     if status:
         raise SystemExit(f"{arguments} ended with {os.waitstatus_to_exitcode(status)}.")
-    per_megabyte = 1e6 if sys.platform == "darwin" else 1e3  # bytes or kB
+    per_megabyte = 1e6 if sys.platform == "darwin" else 1e6 / 1024  # bytes, or units of 1024
     cpu = usage.ru_utime + usage.ru_stime
     return {
         "cpu_seconds": round(cpu, 1),

@@ -7,7 +7,6 @@ from .chat_validation import validate_chat as validate_chat
 from .conversion import category_captions as category_captions
 from .conversion import convert as convert
 from .conversion import read_captions as read_captions
-from .conversion import split as split
 from .data import ChatDataset as ChatDataset
 from .data import RegionDataset as RegionDataset
 from .data import stream_rows as stream_rows
@@ -21,6 +20,7 @@ from .rows import Fault as Fault
 from .rows import RowError as RowError
 from .sources import Source as Source
 from .sources import find_source as find_source
+from .splitting import split as split
 from .training import train as train
 from .validation import Report as Report
 from .validation import Validator as Validator

@@ -139,7 +139,7 @@ def split(
     images: Images = None,
 ) -> None:
     """Split region data into two files without a common image."""
-    from .conversion import split as split_rows
+    from .splitting import split as split_rows
 
     for out, counts in zip((train, held_out), split_rows(data, train, held_out, share, seed, images), strict=True):
         _print_counts(out, counts)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
+from pdlm_hf.regions.rle import encode
 from pdlm_hf.shapes.scenes import WORDS, Figure, Scene, draw_scene
 
 NUM_SCENES = 6
@@ -76,12 +76,6 @@ def questions_of(figure: Figure, others: list[Figure], with_positives: bool) -> 
     foreign = sorted({other.colour for other in others} - {figure.colour})
     colour = foreign[0] if foreign else next(name for name in WORDS["colour"] if name != figure.colour)
     return [*asked, negative_question(f"The colour {colour}"), negative_question("A word written on the surface")]
-
-
-def encode(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's compressed run lengths of a mask (H, W)."""
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
 
 
 def build(scenes: list[Scene]) -> dict[str, Any]:

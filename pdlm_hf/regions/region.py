@@ -16,7 +16,7 @@ from ..image_processing_pdlm import as_array, to_binary_mask
 from .images import open_image, turned_mask
 from .limits import MASK_PIXELS as MASK_PIXELS
 from .limits import check_image_pixels, check_outline
-from .rle import run_lengths
+from .rle import encode, run_lengths
 
 _TOO_LARGE = 2.0**53  # beyond it floats skip integers
 _MERGED = 64  # rings of a polygon at a time
@@ -44,8 +44,7 @@ class Region:
     @property
     def segmentation(self) -> dict[str, Any]:
         """The mask as COCO's compressed RLE, with counts as text, ready for JSON."""
-        rle = coco_mask.encode(np.asfortranarray(self.mask, dtype=np.uint8))
-        return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
+        return encode(self.mask)
 
 
 def parse_regions(values: Any, width: int, height: int, orientation: int = 1) -> list[Region]:

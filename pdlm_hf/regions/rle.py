@@ -1,6 +1,15 @@
 """COCO's compressed run lengths."""
 
+from typing import Any
+
 import numpy as np
+from pycocotools import mask as coco_mask
+
+
+def encode(mask: np.ndarray) -> dict[str, Any]:
+    """Encode a mask `(H, W)` as COCO's compressed RLE, with counts as text, ready for JSON."""
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
 
 
 def run_lengths(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -28,9 +28,10 @@ from pdlm_hf.regions.readers import FORMATS as READERS
 from pdlm_hf.regions.region import region_areas
 from pdlm_hf.render.report import write_report
 from pdlm_peft.chat_validation import validate_chat
-from pdlm_peft.conversion import category_captions, convert, split
+from pdlm_peft.conversion import category_captions, convert
 from pdlm_peft.rows import check_row
 from pdlm_peft.sources import find_source
+from pdlm_peft.splitting import split
 from pdlm_peft.validation import Validator
 
 PIXELS = Image.fromarray(np.arange(HEIGHT * WIDTH * 3, dtype=np.uint8).reshape(HEIGHT, WIDTH, 3))

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from drawn import tiny_sam as tiny_first_sam
 from PIL import Image
 from tiny import make_image, tiny_sam
-from transformers import SamConfig, SamImageProcessorPil, SamModel, SamProcessor
+from transformers import SamModel, SamProcessor
 
 from pdlm_hf.errors_pdlm import CheckpointError
 from pdlm_hf.regions.sam import Segmenter
@@ -21,20 +22,7 @@ def image():
 @pytest.fixture(scope="module")
 def first_sam(tmp_path_factory):
     """A folder with the first SAM, with random weights, and its processor."""
-    folder = tmp_path_factory.mktemp("sam")
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    grid = {"image_size": 64, "patch_size": 16}
-    vision = {**small, **grid, "output_channels": 16, "global_attn_indexes": [0], "window_size": 2, "num_pos_feats": 8}
-    config = SamConfig(
-        vision_config=vision,
-        prompt_encoder_config={"hidden_size": 16, "mask_input_channels": 4, **grid},
-        mask_decoder_config={**small, "mlp_dim": 16, "iou_head_hidden_dim": 16},
-    )
-    torch.manual_seed(0)
-    SamModel(config).save_pretrained(folder)
-    size = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
-    SamProcessor(SamImageProcessorPil(**size)).save_pretrained(folder)
-    return folder
+    return tiny_first_sam(tmp_path_factory.mktemp("sam"))
 
 
 def grown(low, size):

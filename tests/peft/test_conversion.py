@@ -11,7 +11,7 @@ from drawn import as_coco, drawn_rows, read_jsonl, write_jsonl
 from PIL import Image
 from typer.testing import CliRunner
 
-from pdlm_peft import conversion
+from pdlm_peft import conversion, splitting
 from pdlm_peft.cli import app
 from pdlm_peft.data import RegionDataset
 
@@ -221,10 +221,10 @@ def test_a_split_keeps_images_apart(tmp_path):
         r["id"] for row in rows for r in row["regions"]
     )
     assert sides[1][0]["image"].startswith("../")
-    again = conversion.split(write_jsonl(tmp_path / "other.jsonl", rows[::-1]), tmp_path / "a", tmp_path / "b", 0.1, 3)
+    again = splitting.split(write_jsonl(tmp_path / "other.jsonl", rows[::-1]), tmp_path / "a", tmp_path / "b", 0.1, 3)
     assert {os.path.basename(row["image"]) for row in read_jsonl(tmp_path / "b")} == names[1]
     assert again[1]["images"] == 4
-    conversion.split(source, tmp_path / "a", tmp_path / "b", 0.1, 4)
+    splitting.split(source, tmp_path / "a", tmp_path / "b", 0.1, 4)
     assert {os.path.basename(row["image"]) for row in read_jsonl(tmp_path / "b")} != names[1]
     assert run("split", source, train, train).exit_code == 2
     before = source.read_bytes()
@@ -343,10 +343,10 @@ def test_a_split_keeps_hashes_of_encoded_images(tmp_path):
     region = {"bbox": [0, 0, 5, 5], "caption": "x"}
     texts = [base64.b64encode(bytes([k]) * 3000).decode() for k in range(20)]
     rows = [{"image": start + text, "regions": [region]} for text in texts for start in STARTS]
-    keys = [conversion._image_key(row, tmp_path) for row in rows]
+    keys = [splitting._image_key(row, tmp_path) for row in rows]
     assert len(set(keys)) == 20 and max(map(len, keys)) < 50
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    counts = conversion.split(source, tmp_path / "a", tmp_path / "b", 0.25)
+    counts = splitting.split(source, tmp_path / "a", tmp_path / "b", 0.25)
     assert [(count["rows"], count["images"]) for count in counts] == [(30, 15), (10, 5)]
     sides = [{row["image"].partition("base64,")[2] for row in read_jsonl(tmp_path / name)} for name in "ab"]
     assert not sides[0] & sides[1] and len(sides[1]) == 5

@@ -7,7 +7,7 @@ import torch
 
 from ...errors_pdlm import RegionError
 from ..region import Region
-from .geometry import rle
+from ..rle import encode
 
 
 def from_supervision(detections: Any) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def from_supervision(detections: Any) -> list[dict[str, Any]]:
         "id": range(count) if detections.tracker_id is None else [int(k) for k in detections.tracker_id],
     }
     if detections.mask is not None:
-        fields["segmentation"] = [rle(np.asarray(mask, dtype=bool)) for mask in detections.mask]
+        fields["segmentation"] = [encode(np.asarray(mask, dtype=bool)) for mask in detections.mask]
     elif data.get("xyxyxyxy") is not None:
         corners = np.asarray(data["xyxyxyxy"], dtype=float).reshape(count, 8)
         fields["segmentation"] = [[points] for points in corners.tolist()]
@@ -55,7 +55,7 @@ def from_sam(masks: Any) -> list[Any]:
         found: list[dict[str, Any]] = []
         for k, mask in enumerate(masks):
             shape = mask.get("segmentation")
-            shape = shape if isinstance(shape, dict) else rle(np.asarray(shape, dtype=bool))
+            shape = shape if isinstance(shape, dict) else encode(np.asarray(shape, dtype=bool))
             score = {"score": float(mask["predicted_iou"])} if "predicted_iou" in mask else {}
             found.append({"id": k, "segmentation": shape, **score})
         return found

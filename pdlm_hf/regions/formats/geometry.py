@@ -1,11 +1,10 @@
-"""Shapes that several formats have: rectangles, ellipses, run lengths; and coordinates that a file has rounded."""
+"""Shapes that several formats have: rectangles, ellipses, parts of masks; and coordinates that a file has rounded."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from ...errors_pdlm import RegionError
 from .facts import ImageFacts
@@ -51,12 +50,6 @@ def turned(points: np.ndarray, degrees: float, about: np.ndarray) -> np.ndarray:
     """Points `(N, 2)` turned clockwise on the screen, where y points down."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return (points - about) @ np.array([[cos, sin], [-sin, cos]]) + about
-
-
-def rle(mask: np.ndarray) -> dict[str, Any]:
-    """The mask `(H, W)` as COCO's compressed RLE: an image may have hundreds of regions."""
-    found = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in found["size"]], "counts": found["counts"].decode()}
 
 
 def pasted(part: np.ndarray, x: int, y: int, image: ImageFacts, where: str) -> np.ndarray:

@@ -9,8 +9,8 @@ from PIL import Image
 
 from ...errors_pdlm import RegionError
 from ..images import open_image
+from ..rle import encode
 from .facts import ImageFacts, note
-from .geometry import rle
 
 VOID = 255  # the outlines and unlabelled parts of PASCAL VOC's palette images
 MAX_LABELS = 1000
@@ -61,7 +61,7 @@ def from_label_map(source: Any, every: bool = False, image: ImageFacts | None = 
             f"{name}: looks like a photograph or a drawing, not like a label map: {reason}. If each of its "
             f"{len(values)} values is a region: --format label-map"
         )
-    return [{"id": int(value), "segmentation": rle(labels == value)} for value in values]
+    return [{"id": int(value), "segmentation": encode(labels == value)} for value in values]
 
 
 def _size_check(name: str, image: ImageFacts) -> Callable[[Image.Image], None]:
@@ -107,7 +107,7 @@ def from_panoptic(path: str | Path, segments: list[dict[str, Any]]) -> list[dict
         twice = next(own for own in ids if ids.count(own) > 1)
         raise RegionError(f"{path}: two of `segments_info` have the id {twice}.")
     masks = ((segment, labels == segment["id"]) for segment in segments)
-    return [{**segment, "segmentation": rle(mask)} for segment, mask in masks if mask.any()]
+    return [{**segment, "segmentation": encode(mask)} for segment, mask in masks if mask.any()]
 
 
 def _labels(source: Any, name: str) -> np.ndarray:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from ...errors_pdlm import RegionError
+from ..rle import encode
 from .facts import ImageFacts, base_name, matching
-from .geometry import ellipse, number, rectangle, rle
+from .geometry import ellipse, number, rectangle
 
 _SIDES = ("original_width", "original_height")
 _MIN = {"annotator", "annotation_id"}  # what entries of JSON-MIN have
@@ -123,7 +124,7 @@ def _shape(value: dict, where: str, image: ImageFacts) -> dict[str, Any]:
 
     degrees = number(value.get("rotation", 0), f"{where}.rotation")
     if isinstance(value.get("rle"), list):
-        return {"segmentation": rle(_brush(value["rle"], where, image))}
+        return {"segmentation": encode(_brush(value["rle"], where, image))}
     if isinstance(value.get("points"), list):
         points = value["points"]
         if len(points) < 3 or not all(isinstance(point, list) and len(point) == 2 for point in points):

@@ -11,8 +11,9 @@ from PIL import Image
 from ...errors_pdlm import RegionError
 from ..files import load_json
 from ..region import MASK_PIXELS, parse_region
+from ..rle import encode
 from .facts import ImageFacts
-from .geometry import ellipse, pasted, rectangle, rle
+from .geometry import ellipse, pasted, rectangle
 
 
 def from_labelme(
@@ -48,7 +49,7 @@ def from_labelme(
         if not isinstance(shape, dict):
             raise RegionError(f"{where}: expected an object with `points`, got {shape!r:.60}.")
         is_mask = shape.get("shape_type") == "mask"
-        found = rle(_mask(shape, _size(data, image, name), where)) if is_mask else [_polygon(shape, where)]
+        found = encode(_mask(shape, _size(data, image, name), where)) if is_mask else [_polygon(shape, where)]
         part = {"id": len(regions), "segmentation": found, "category": shape.get("label")}
         group = None if shape.get("group_id") is None else (str(shape.get("label")), str(shape["group_id"]))
         if group in groups:
@@ -78,7 +79,7 @@ def _joined(first: dict, second: dict, size: Any) -> dict:
     if isinstance(one, list) and isinstance(other, list):
         return {**first, "segmentation": one + other}
     masks = [parse_region(part, *size().size).mask for part in (first, second)]
-    return {**first, "segmentation": rle(masks[0] | masks[1])}
+    return {**first, "segmentation": encode(masks[0] | masks[1])}
 
 
 def _points(shape: dict, where: str) -> np.ndarray:

@@ -8,8 +8,9 @@ from xml.etree.ElementTree import Element
 import numpy as np
 
 from ...errors_pdlm import RegionError
+from ..rle import encode
 from .facts import ImageFacts, note
-from .geometry import ellipse, number, pasted, rectangle, rle
+from .geometry import ellipse, number, pasted, rectangle
 
 _VOC = ("xmin", "ymin", "xmax", "ymax")
 _FROM_ZERO = ("Unknown", "MyDatabase")  # as labelImg and Label Studio write as the source; corners from 0
@@ -94,7 +95,7 @@ def _cvat_shape(shape: Element, where: str, image: ImageFacts) -> dict[str, Any]
         if min(width, height) < 1 or sum(runs) != width * height or width > image.width or height > image.height:
             raise RegionError(f"{where}: the runs of `rle` do not add up to {width} x {height} pixels of the image.")
         part = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
-        return {"segmentation": rle(pasted(part, left, top, image, where))}
+        return {"segmentation": encode(pasted(part, left, top, image, where))}
     raise RegionError(f"{where}: a {shape.tag} has no area; a region is a box, polygon, ellipse or mask.")
 
 
