@@ -11,7 +11,7 @@ from drawn import as_coco, drawn_rows, read_jsonl, write_jsonl
 from PIL import Image
 from typer.testing import CliRunner
 
-from pdlm_peft import conversion, splitting
+from pdlm_peft import splitting
 from pdlm_peft.cli import app
 from pdlm_peft.data import RegionDataset
 
