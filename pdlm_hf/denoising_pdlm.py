@@ -195,7 +195,9 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
         # Finished regions stay for forward passes that also compute the prompts, which may see them.
         current = everything if whole else view
         hidden = canvas.forward(current, whole, keep=caching)
-        draft, log_odds, ranking, entropy = _score_view(task, canvas, current, hidden)
+        # Accepted tokens are final in adaptive decoding. Random numbers are drawn for every slot, whatever is open.
+        only_open = adaptive and task.random is None
+        draft, log_odds, ranking, entropy = _score_view(task, canvas, current, hidden, only_open)
         if task.history is not None:
             shown = torch.where(canvas.masked, canvas.mask_id, canvas.tokens)
             task.history.append(
@@ -231,16 +233,26 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
     return canvas
 
 
-def _score_view(task: GenerationTask, canvas: RegionCanvas, view: CanvasView, hidden: torch.Tensor):
-    """Drafts, log odds, ranking and entropies of a view's slots, put in their places among all rows and regions."""
-    rows = view.rows.tolist() if task.random is not None else [0] * len(view.rows)
-    slots = hidden.flatten(1, 2)
-    draft, log_odds, entropy = task.score(slots, rows, view.counts)
-    ranking = task.ranking(log_odds, rows, view.counts)
+def _score_view(task: GenerationTask, canvas: RegionCanvas, view: CanvasView, hidden: torch.Tensor, only_open: bool):
+    """Drafts, log odds, ranking and entropies of a view's slots, put in their places among all rows and regions.
+
+    With `only_open`, of the open slots alone; draft -1 in the others.
+    """
+    where: tuple[torch.Tensor, ...] = (view.row_of, view.region_of)
+    if only_open:
+        slots = hidden.flatten(0, 1)[view.place]
+        block, slot = canvas.masked[where].nonzero(as_tuple=True)
+        where = (view.row_of[block], view.region_of[block], slot)
+        slots, rows, counts = slots[block, slot][:, None], [0] * len(block), [1] * len(block)
+    else:
+        rows = view.rows.tolist() if task.random is not None else [0] * len(view.rows)
+        slots, counts = hidden.flatten(1, 2), view.counts
+    draft, log_odds, entropy = task.score(slots, rows, counts)
+    ranking = task.ranking(log_odds, rows, counts)
 
     def spread(values: torch.Tensor, fill: Any) -> torch.Tensor:
         out = values.new_full(canvas.tokens.shape, fill)
-        out[view.row_of, view.region_of] = values.view(-1, canvas.num_slots)[view.place]
+        out[where] = values[:, 0] if only_open else values.view(-1, canvas.num_slots)[view.place]
         return out
 
     return (

@@ -7,7 +7,13 @@ import torch
 from tiny import lively_model, make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from pdlm_hf import CHECKPOINT, PdlmForConditionalGeneration, PdlmGenerationConfig, PdlmGenerationOutput
+from pdlm_hf import (
+    CHECKPOINT,
+    PdlmForConditionalGeneration,
+    PdlmGenerationConfig,
+    PdlmGenerationOutput,
+    denoising_pdlm,
+)
 from pdlm_hf.denoising_pdlm import RandomRows
 from pdlm_hf.errors_pdlm import SettingError
 
@@ -406,6 +412,24 @@ def test_logits_exist_for_the_slots_only(processor, inputs):
     most = output.region_tokens.shape[1]
     assert sum(shape[0] for shape in shapes) == 4 * STEPS
     assert {shape[1] for shape in shapes} == {most * SLOTS}
+
+
+@pytest.mark.parametrize("settings", [{"acceptance_threshold": 0.1}, {"entropy_bound": 2.0}], ids=str)
+def test_adaptive_decoding_scores_open_positions_only(model, inputs, monkeypatch, settings):
+    scored = []
+    handle = model.lm_head.register_forward_hook(lambda head, args, logits: scored.append(logits.shape[:-1].numel()))
+    output = run(model, inputs, **settings, max_denoising_steps=32, output_history=True)
+    handle.remove()
+    assert sum(scored) == sum(int(step.masked.sum()) for step in output.history)
+    assert sum(scored) < sum((step.tokens >= 0).sum() for step in output.history)
+    monkeypatch.setattr(denoising_pdlm, "_score_view", scoring_all(denoising_pdlm._score_view))
+    everything = run(model, inputs, **settings, max_denoising_steps=32)
+    assert torch.equal(output.region_tokens, everything.region_tokens)
+    assert torch.allclose(output.region_scores, everything.region_scores, atol=1e-6)
+
+
+def scoring_all(score):
+    return lambda task, canvas, view, hidden, only_open: score(task, canvas, view, hidden, False)
 
 
 def test_inputs_stay_as_they_are(model, inputs):
