@@ -37,29 +37,44 @@ def as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass
 class CanvasView:
-    """The blocks that take part in a forward pass: of some rows, some regions, packed to the left.
+    """What takes part in a forward pass: of some rows, the blocks of some regions, packed to the left.
 
     Args:
         rows: numbers of the rows, `(R,)`.
-        blocks: region in each place, `(R, K)`.
-        present: places that hold a region, `(R, K)`.
-        row_of, region_of, place: the same as indices, for each present block: its row and region in the batch, and its
-            place in `(R * K,)`.
-        counts: slots of each row, in Python.
-        positions: of the canvas rows in their sequences, `(R, K * block length)`.
+        blocks: regions of each row, `(R, K)`, packed to the left.
+        columns: column of the canvas in each place, `(R, W)`, the canvas being the blocks of all regions in a row.
+        present: places that are in use, `(R, W)`.
+        slots: places of the token positions, `(R, S)`, packed to the left.
+        counts: token positions of each row, in Python.
+        place: indices of the token positions that are in use, in `(R * S,)`.
+        where: row and region in the batch, and position in the caption, of each of them.
         masks: attention mask of a forward pass over prompts and canvas (True) and over the canvas alone (False), once
             built.
     """
 
     rows: torch.Tensor
     blocks: torch.Tensor
+    columns: torch.Tensor
     present: torch.Tensor
-    row_of: torch.Tensor
-    region_of: torch.Tensor
-    place: torch.Tensor
+    slots: torch.Tensor
     counts: list[int]
-    positions: torch.Tensor
+    place: torch.Tensor
+    where: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     masks: dict[bool, Any] = field(default_factory=dict)
+
+
+def packed(wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns that are wanted, packed to the left.
+
+    Args:
+        wanted (`torch.BoolTensor` of shape `(rows, columns)`)
+
+    Returns:
+        columns `(rows, most wanted in a row)`, and where they are real; behind them are columns that are not wanted.
+    """
+    counts = wanted.sum(1)
+    columns = (~wanted).int().argsort(dim=1, stable=True)[:, : int(counts.max())]
+    return columns, torch.arange(columns.shape[1], device=wanted.device) < counts[:, None]
 
 
 class RegionCanvas:
@@ -110,31 +125,39 @@ class RegionCanvas:
         """Caption token, slots and closing newline (or end of turn) of every region, `(rows, regions, slots + 2)`."""
         return torch.cat([self.opening[..., None], tokens, self.closing[..., None]], -1)
 
-    def view(self, active: torch.Tensor) -> CanvasView:
-        """The blocks where `active` `(rows, regions)` is true."""
-        rows = active.any(1).nonzero()[:, 0]
-        active = active[rows]
-        counts = active.sum(1)
-        most = int(counts.max())
-        blocks = (~active).int().argsort(dim=1, stable=True)[:, :most]
-        present = torch.arange(most, device=active.device) < counts[:, None]
-        place = present.flatten().nonzero()[:, 0]
-        row_of, column = place // most, place % most
-        offset = torch.arange(self.num_slots + 2, device=active.device)
-        positions = self.lengths[rows, None, None] + blocks[..., None] * (self.num_slots + 2) + offset
+    def ended(self) -> torch.Tensor:
+        """Token positions that are final and end their caption, `(rows, regions, slots)`."""
+        return (self.tokens == self.end) & ~self.masked
+
+    def view(self, active: torch.Tensor, trimmed: bool = False) -> CanvasView:
+        """The blocks of the regions where `active` `(rows, regions)` is true.
+
+        With `trimmed`, without the token positions behind the end of a caption.
+        """
+        rows, size = active.any(1).nonzero()[:, 0], self.num_slots + 2
+        wanted = active[rows, :, None].expand(-1, -1, size)
+        if trimmed:
+            ends = self.ended()[rows]
+            wanted = wanted.clone()
+            wanted[..., 1:-1] &= ends.cumsum(-1) - ends.long() == 0
+        columns, present = packed(wanted.flatten(1))
+        offset = columns % size
+        slots, real = packed(present & (offset > 0) & (offset <= self.num_slots))
+        row, slot = real.nonzero(as_tuple=True)
+        column = columns[row, slots[row, slot]]
         return CanvasView(
             rows,
-            blocks,
+            packed(active[rows])[0],
+            columns,
             present,
-            rows[row_of],
-            blocks[row_of, column],
-            place,
-            (counts * self.num_slots).tolist(),
-            positions.flatten(1),
+            slots,
+            real.sum(1).tolist(),
+            row * slots.shape[1] + slot,
+            (rows[row], column // size, column % size - 1),
         )
 
     def forward(self, view: CanvasView, whole: bool, keep: bool = False) -> torch.Tensor:
-        """One forward pass; hidden states of the slots, `(R, K, num_slots, hidden_size)`.
+        """One forward pass; hidden states of the token positions, `(R, S, hidden_size)`.
 
         Args:
             view (`CanvasView`): blocks that take part.
@@ -142,11 +165,11 @@ class RegionCanvas:
             keep (`bool`): with `whole`: cache the prompts' keys and values.
         """
         self.task.num_forwards += 1
-        rows, size = view.rows, self.num_slots + 2
+        rows = view.rows
         shown = torch.where(self.masked, self.mask_id, self.tokens)
-        ids = self.blocks(shown)[rows[:, None], view.blocks].flatten(1)
+        ids = self.blocks(shown).flatten(1)[rows[:, None], view.columns]
         embeds = self.model.get_input_embeddings()(ids).to(self.prompt.dtype)
-        positions = view.positions
+        positions = self.lengths[rows, None] + view.columns
         cache: PrefixCache | SplitCache | None = None
         if whole:
             prompt_positions = (self.prompt_mask[rows].cumsum(1) - 1).clamp_min(0)
@@ -156,10 +179,9 @@ class RegionCanvas:
         else:
             cache = self._cache_of(rows)
         if isinstance(cache, SplitCache):
-            hidden = self._split_pass(view, embeds, positions, cache)
-            return hidden.view(*view.blocks.shape, size, -1)[:, :, 1:-1]
+            return _places(self._split_pass(view, embeds, positions, cache), view.slots)
         if whole not in view.masks:
-            view.masks[whole] = self._mask(view, embeds, cache, size)
+            view.masks[whole] = self._mask(view, embeds, cache)
         hidden = self.model.model.language_model(
             inputs_embeds=embeds,
             attention_mask=view.masks[whole],
@@ -171,7 +193,7 @@ class RegionCanvas:
             self._keep(cache, rows)
         if whole:
             hidden = hidden[:, self.prompt.shape[1] :]
-        return hidden.view(*view.blocks.shape, size, -1)[:, :, 1:-1]
+        return _places(hidden, view.slots)
 
     def _keep(self, cache: PrefixCache, rows: torch.Tensor) -> None:
         """Cache the prompts' keys and values of a forward pass over prompts and canvas."""
@@ -202,16 +224,15 @@ class RegionCanvas:
             return self.graph(embeds, positions)
         return split_pass(self.model.model.language_model, embeds, positions, cache)
 
-    def _mask(self, view: CanvasView, embeds: torch.Tensor, cache: PrefixCache | None, size: int) -> Any:
+    def _mask(self, view: CanvasView, embeds: torch.Tensor, cache: PrefixCache | None) -> Any:
         """Attention of this view's queries over the prompts and its own blocks."""
         rows = view.rows
-        blocks = self.block_layout[rows[:, None], view.blocks].flatten(1)
-        layout = torch.cat([self.prompt_layout[rows], blocks], 1)
-        present = view.present[..., None].expand(-1, -1, size).flatten(1)
+        canvas = self.block_layout.flatten(1)[rows[:, None], view.columns]
+        layout = torch.cat([self.prompt_layout[rows], canvas], 1)
         mask = create_bidirectional_mask(
             config=self.model.model.language_model.config,
             inputs_embeds=embeds,
-            attention_mask=torch.cat([self.prompt_mask[rows], present], 1).long(),
+            attention_mask=torch.cat([self.prompt_mask[rows], view.present], 1).long(),
             and_mask_function=region_attention(layout, self.task.config.prefix_attention),
             **{CACHE: cache if cache is not None and cache.prefix_length is not None else None},
         )
@@ -223,3 +244,8 @@ class RegionCanvas:
             self.cache.select(torch.searchsorted(self.cached_rows, rows))
             self.cached_rows = rows
         return self.cache
+
+
+def _places(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Hidden states `(R, W, hidden_size)` in these places `(R, S)`."""
+    return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))

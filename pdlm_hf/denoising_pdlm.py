@@ -18,7 +18,9 @@ from .diffusion_pdlm import (
     token_log_odds,
 )
 from .errors_pdlm import CheckpointError
+from .generation_config_pdlm import PdlmGenerationConfig
 from .graphs_pdlm import graphs_usable
+from .split_attention_pdlm import NAME as REGION_SPLIT
 
 # Slots x vocabulary scored at a time: bounds the float32 logits to 256 MB.
 _MAX_LOGITS = 2**26
@@ -187,7 +189,12 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
     if settings.cuda_graphs and graphs_usable(task.device, caching, task.config.text_config._attn_implementation):
         canvas.graphs = task.model.canvas_graphs()
     adaptive = settings.acceptance_threshold is not None or settings.entropy_bound is not None
+    # A graph has a fixed shape, and finished regions cost it nearly nothing.
+    shrinking = adaptive and caching and canvas.graphs is None
+    split = task.config.text_config._attn_implementation == REGION_SPLIT  # its blocks have one length
+    trimming = shrinking and bool(settings.trim_canvas) and not split
     everything = view = canvas.view(canvas.exists)
+    size = (sum(counts), 0)
     schedule = [[masks_left(n * canvas.num_slots, step, num_steps) for n in counts] for step in range(num_steps)]
     masks_after = torch.tensor(schedule, device=task.device)  # one copy, not one a step
     for step in range(num_steps):
@@ -212,12 +219,7 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
         if not adaptive:
             _fill_by_schedule(canvas, draft, log_odds, ranking, masks_after[step])
         else:
-            if step == num_steps - 1:
-                accepted = canvas.masked
-            elif settings.entropy_bound is not None:
-                accepted = accept_bounded(entropy, canvas.masked, settings.entropy_bound)
-            else:
-                accepted = accept_confident(ranking.sigmoid(), canvas.masked, settings.acceptance_threshold)
+            accepted = canvas.masked if step == num_steps - 1 else _accepted(settings, canvas, ranking, entropy)
             _fill_accepted(canvas, draft, log_odds, accepted)
         if task.streamer is not None:
             task.stream(by_image(torch.where(canvas.masked, draft, canvas.tokens), -1))
@@ -225,9 +227,10 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
             active = canvas.masked.any(-1)
             if not active.any():
                 break
-            # A graph has a fixed shape, and finished regions cost it nearly nothing.
-            if caching and canvas.graphs is None and int(active.sum()) < len(view.place):
-                view = canvas.view(active)
+            if shrinking:
+                left, ends = int(active.sum()), int(canvas.ended().sum()) if trimming else 0
+                if (left, ends) != size:
+                    view, size = canvas.view(active, trimming), (left, ends)
         elif not any(schedule[step]):
             break
     return canvas
@@ -238,21 +241,21 @@ def _score_view(task: GenerationTask, canvas: RegionCanvas, view: CanvasView, hi
 
     With `only_open`, of the open slots alone; draft -1 in the others.
     """
-    where: tuple[torch.Tensor, ...] = (view.row_of, view.region_of)
+    where: tuple[torch.Tensor, ...] = view.where
+    place, slots = view.place, hidden
+    rows, counts = view.rows.tolist() if task.random is not None else [0] * len(view.rows), view.counts
     if only_open:
-        slots = hidden.flatten(0, 1)[view.place]
-        block, slot = canvas.masked[where].nonzero(as_tuple=True)
-        where = (view.row_of[block], view.region_of[block], slot)
-        slots, rows, counts = slots[block, slot][:, None], [0] * len(block), [1] * len(block)
-    else:
-        rows = view.rows.tolist() if task.random is not None else [0] * len(view.rows)
-        slots, counts = hidden.flatten(1, 2), view.counts
+        is_open = canvas.masked[where]
+        where = tuple(index[is_open] for index in where)
+        slots = hidden.flatten(0, 1)[place[is_open]][:, None]
+        place = torch.arange(len(slots), device=place.device)
+        rows, counts = [0] * len(slots), [1] * len(slots)
     draft, log_odds, entropy = task.score(slots, rows, counts)
     ranking = task.ranking(log_odds, rows, counts)
 
     def spread(values: torch.Tensor, fill: Any) -> torch.Tensor:
         out = values.new_full(canvas.tokens.shape, fill)
-        out[where] = values[:, 0] if only_open else values.view(-1, canvas.num_slots)[view.place]
+        out[where] = values.flatten()[place]
         return out
 
     return (
@@ -269,6 +272,13 @@ def _fill_by_schedule(canvas: RegionCanvas, draft, log_odds, ranking, left: torc
     canvas.written = torch.where(canvas.masked, log_odds, canvas.written)
     score = ranking.masked_fill(~canvas.exists[..., None], torch.inf).flatten(1)
     canvas.masked = lowest_mask(score, left).view_as(canvas.masked)
+
+
+def _accepted(settings: PdlmGenerationConfig, canvas: RegionCanvas, ranking, entropy) -> torch.Tensor:
+    """The drafts that an adaptive step accepts, region by region."""
+    if settings.acceptance_threshold is not None:
+        return accept_confident(ranking.sigmoid(), canvas.masked, settings.acceptance_threshold)
+    return accept_bounded(entropy, canvas.masked, settings.entropy_bound or 0.0)
 
 
 def _fill_accepted(canvas: RegionCanvas, draft, log_odds, accepted) -> None:

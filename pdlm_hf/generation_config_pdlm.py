@@ -14,7 +14,7 @@ from .errors_pdlm import SettingError, reading
 logger = logging.get_logger(__name__)
 
 # for region captions, not for chat
-CAPTIONS_ONLY = ("acceptance_threshold", "entropy_bound", "cuda_graphs", "max_batch_tokens")
+CAPTIONS_ONLY = ("acceptance_threshold", "entropy_bound", "trim_canvas", "cuda_graphs", "max_batch_tokens")
 # Names the reference uses -> ours
 _REFERENCE_NAMES = {"steps": "max_denoising_steps", "gen_length": "max_new_tokens", "gen_len": "max_new_tokens"}
 
@@ -61,6 +61,8 @@ class PdlmGenerationConfig(GenerationConfig):
         prefix_refresh_interval (`int`): how often the prompt's keys and values are recomputed: 1 = at every step,
             k = every k steps, 0 = never. Default 1 for `prefix_attention` "full", 0 for "isolated", where it is exact;
             with "full" a cached prefix is an approximation (the first step is still the same).
+        trim_canvas (`bool`): adaptive decoding with a prefix cache: token positions behind the end of a caption leave
+            the canvas as soon as that end is final. An approximation; ignored with "region_split". Default: off.
         cuda_graphs (`bool`): replay forward passes over the canvas as CUDA graphs, which takes the launch of every
             kernel off the CPU. With a prefix cache on a GPU and `attn_implementation={"text_config": "region_split"}`;
             ignored elsewhere, with a warning. Default: off.
@@ -81,6 +83,7 @@ class PdlmGenerationConfig(GenerationConfig):
     acceptance_threshold: float | None
     entropy_bound: float | None
     prefix_refresh_interval: int | None
+    trim_canvas: bool | None
     cuda_graphs: bool | None
     max_batch_tokens: int | None
     generation_suffix: str | list[int] | None
@@ -96,6 +99,7 @@ class PdlmGenerationConfig(GenerationConfig):
         "acceptance_threshold",
         "entropy_bound",
         "prefix_refresh_interval",
+        "trim_canvas",
         "cuda_graphs",
         "max_batch_tokens",
         "guidance_scale",

@@ -32,6 +32,7 @@ _REASONS = {
     "generation_suffix": "it is not served; use pdlm_hf",
     "stop_strings": "it is not served with regions",
     "streamer": 'use "stream": true',
+    "trim_canvas": "it is a setting of pdlm_hf",
     "cuda_graphs": "it is a setting of pdlm_hf",
     "max_batch_tokens": "the server batches by itself",
 }

@@ -24,7 +24,7 @@ from .loading import load_checkpoint
 # by their entropy; benchmarks/results/shapes_quality.json has the accuracy of each rule and value.
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"entropy_bound": 0.1, "acceptance_threshold": None, "prefix_refresh_interval": 0},
+    "fast": {"entropy_bound": 0.1, "acceptance_threshold": None, "prefix_refresh_interval": 0, "trim_canvas": True},
 }
 
 

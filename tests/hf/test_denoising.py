@@ -3,7 +3,12 @@
 import pytest
 import torch
 
+from pdlm_hf import PdlmGenerationConfig
+from pdlm_hf.canvas_pdlm import RegionCanvas
+from pdlm_hf.captioning.captioner import RegionCaptioner
+from pdlm_hf.denoising_pdlm import GenerationTask
 from pdlm_hf.generation_pdlm import _chunks
+from pdlm_hf.shapes.evaluate import held_out
 
 SETTINGS = {"max_new_tokens": 8, "max_denoising_steps": 8}
 
@@ -148,3 +153,53 @@ def test_flex_attention_with_the_cache(isolated_model, processor, scenes):
         isolated_model.set_attn_implementation("sdpa")
     assert torch.equal(output.region_tokens, expected.region_tokens)
     torch.testing.assert_close(output.region_scores, expected.region_scores, atol=1e-4, rtol=1e-3)
+
+
+def test_a_trimmed_canvas_hides_what_is_behind_the_ends(isolated_model, inputs):
+    """Left out of a forward pass is the same as seen by nobody."""
+    slots = 8
+    counts = (inputs["region_order"] >= 0).sum(1).tolist()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    task = GenerationTask(isolated_model, PdlmGenerationConfig(), ids, mask)
+    names = ("pixel_values", "image_grids", "region_masks", "region_boxes", "original_sizes")
+    with torch.no_grad():
+        prompt = isolated_model.model.embed(ids, **{name: inputs[name] for name in names})
+        canvas = RegionCanvas(task, prompt, counts, slots)
+        whole = canvas.view(canvas.exists)
+        canvas.forward(whole, True, keep=True)
+        canvas.masked[0, 0, :4] = canvas.masked[1, 1, 2] = False
+        canvas.tokens[0, 0, :3], canvas.tokens[0, 0, 3], canvas.tokens[1, 1, 2] = 7, canvas.end, canvas.end
+        canvas.tokens[0, 0, 6] = canvas.end  # a draft, not final
+        trimmed = canvas.view(canvas.exists, trimmed=True)
+        assert [n - m for n, m in zip(whole.counts, trimmed.counts, strict=True)] == [4, 5] + [0] * (len(counts) - 2)
+        found = canvas.forward(trimmed, False).flatten(0, 1)[trimmed.place]
+
+        row, region, slot = whole.where
+        behind = torch.zeros_like(canvas.masked)
+        behind[0, 0, 4:] = behind[1, 1, 3:] = True
+        canvas.forward(whole, False)  # builds its mask
+        bias = whole.masks[False]
+        seen = torch.zeros(whole.columns.shape, dtype=torch.bool)
+        place = whole.slots.flatten()[whole.place]
+        seen[row, place] = behind[row, region, slot]
+        width = canvas.prompt.shape[1]
+        bias[..., width:] = bias[..., width:].masked_fill(seen[:, None, None], -torch.inf)
+        expected = canvas.forward(whole, False).flatten(0, 1)[whole.place][~behind[whole.where]]
+    assert all(torch.equal(a, b[~behind[whole.where]]) for a, b in zip(trimmed.where, whole.where, strict=True))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_trimmed_canvases_run_fewer_rows(monkeypatch):
+    captioner = RegionCaptioner.from_pretrained()
+    scenes = list(held_out(5, 4))
+    lengths = hidden_rows(captioner.model, monkeypatch)
+
+    def run(scenes, **settings):
+        lengths.clear()
+        found = captioner.caption_many([(scene.image, scene.masks) for scene in scenes], **settings)
+        captions = [[caption.text for caption in captions] for captions in found]
+        return captions, sum(batch * length for batch, length in lengths)
+
+    plain, trimmed = run(scenes), run(scenes, trim_canvas=True)
+    assert trimmed[1] < 0.9 * plain[1]
+    assert [run([scene], trim_canvas=True)[0][0] for scene in scenes] == trimmed[0]
