@@ -611,15 +611,6 @@ def test_chat_from_a_file(tmp_path):
     assert len(losses(record["log"])) == 2
 
 
-def test_a_training_step_warns_of_nothing(tmp_path):
-    """Not even of an older name that PEFT or transformers' Trainer uses on our model."""
-    strict = ["-W", "error::FutureWarning", "-W", "error::DeprecationWarning"]
-    settings = [*SMALL, "training.activation_checkpointing=true", f"output={tmp_path}/run"]
-    result = run([*strict, "-m", "pdlm_peft.cli", "train", "shapes", *settings])
-    assert result.returncode == 0, result.stderr
-    assert "Warning" not in result.stderr and "deprecated" not in result.stderr
-
-
 def test_the_command_says_steps_and_time(tmp_path):
     pytest.importorskip("pdlm_peft.data")
     write_rows(tmp_path)
