@@ -1,6 +1,5 @@
 """Checks before a run: is the data on this machine, does the judge answer, does the model load."""
 
-import csv
 import importlib.util
 import os
 from dataclasses import dataclass, replace
@@ -11,9 +10,10 @@ from typing import Any
 from rich.table import Table
 
 from pdlm_hf.client import ChatClient, public_url
-from pdlm_hf.errors_pdlm import MissingPackageError, ServerError, SettingError
+from pdlm_hf.errors_pdlm import MissingPackageError, PdlmError, RefusedError, ServerError, SettingError
 
 from .benchmarks import BENCHMARKS, Benchmark, find_benchmark
+from .local_data import hub_data, vlmeval_data
 
 RULES = "exact_matching"  # VLMEvalKit's name for scoring without a language model
 OPENAI_URL = "https://api.openai.com/v1"
@@ -28,12 +28,14 @@ class Finding:
         what (`str`): "data", "judge" or "model".
         problem (`str`, *optional*): the fault; None if the check passed.
         note (`str`): the result of the check.
+        down (`bool`): the fault is a judge that does not work now, and the settings may be right.
     """
 
     subject: str
     what: str
     problem: str | None = None
     note: str = ""
+    down: bool = False
 
 
 def check_all(
@@ -77,82 +79,40 @@ def findings_table(findings: list[Finding]) -> Table:
 
 
 def check_data(benchmark: Benchmark, harness: str) -> Finding:
-    """Check that the data of a benchmark is on this machine, where the harness looks for it.
+    """Read the data of a benchmark to their end, on this machine, where the harness looks for them.
 
     Args:
         benchmark (`Benchmark`): the benchmark.
         harness (`str`): "vlmeval" or "lmms".
     """
-    name = benchmark.vlmeval if harness == "vlmeval" else benchmark.lmms
     try:
-        problem, note = (_vlmeval_data if harness == "vlmeval" else _lmms_data)(name)
+        if harness == "vlmeval":
+            problem, note = vlmeval_data(benchmark.vlmeval, "AB" if benchmark.kind == "letter" else "")
+        else:
+            problem, note = _lmms_data(benchmark.lmms)
+    except MissingPackageError as error:
+        problem, note = str(error), ""
     except Exception as error:  # of the harness or the hub, which raise what they like
         problem, note = f"the check itself failed: {type(error).__name__}: {error}", ""
     return Finding(benchmark.name, "data", problem, note)
-
-
-def _vlmeval_data(name: str) -> tuple[str | None, str]:
-    root = Path(os.environ.get("LMUData") or Path.home() / "LMUData")  # VLMEvalKit's own spelling
-    found = [path for path in (root / f"{name}.tsv", root / f"{name}_local.tsv") if path.is_file()]
-    if not found:
-        return (
-            f"{root / name}.tsv does not exist. VLMEvalKit downloads it when online: "
-            f"`python -c \"from vlmeval.dataset import build_dataset; build_dataset('{name}')\"`, "
-            "or set LMUData to the folder that contains it.",
-            "",
-        )
-    problem = fault_in_table(found[0])
-    if problem:
-        return f"{found[0]} {problem}; the download may have failed. Delete it.", ""
-    return None, str(found[0])
-
-
-def fault_in_table(path: Path) -> str | None:
-    """Read a .tsv of VLMEvalKit to its end, and find what shows that it is not whole."""
-    csv.field_size_limit(2**31 - 1)  # images are in the table
-    with path.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        size = file.tell()
-        file.seek(max(0, size - 1))
-        ended = file.read() == b"\n"
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            rows = csv.reader(file, delimiter="\t", strict=True)
-            columns = next(rows, [])
-            if not {"question", "index"} <= set(columns):
-                return "has no columns index and question"
-            count = 0
-            for count, row in enumerate(rows, 1):
-                if len(row) != len(columns):
-                    return f"has {len(row)} cells in row {count} instead of {len(columns)}"
-        except (csv.Error, UnicodeDecodeError) as error:
-            return f"is damaged or was cut off ({error})"
-    if not count:
-        return "has no rows"
-    return None if ended else f"ends within row {count}"
 
 
 def _lmms_data(name: str) -> tuple[str | None, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    repository = _lmms_repository(name)
+    repository, split = _lmms_repository(name)
+    if Path(repository).is_dir():
+        return hub_data(Path(repository), split)
+    download = f"`hf download --repo-type dataset {repository}`"
     try:
-        folder = snapshot_download(repository, repo_type="dataset", local_files_only=True)
+        folder = Path(snapshot_download(repository, repo_type="dataset", local_files_only=True))
     except LocalEntryNotFoundError:
-        return (
-            f"the data set {repository} is not on this machine. lmms-eval downloads it when online: "
-            f"`hf download --repo-type dataset {repository}`.",
-            "",
-        )
-    if any(Path(folder).parents[1].glob("blobs/*.incomplete")):
-        return f"{folder}: a download was not finished; run `hf download --repo-type dataset {repository}` again.", ""
-    if not any(path.suffix in _DATA for path in Path(folder).rglob("*")):
-        return f"{folder} has no data, only a description; run `hf download --repo-type dataset {repository}`.", ""
-    return None, folder
-
-
-_DATA = {".parquet", ".arrow", ".json", ".jsonl", ".tsv", ".csv", ".zip", ".tar"}
+        return f"the data set {repository} is not on this machine. lmms-eval downloads it when online: {download}.", ""
+    if any(folder.parents[1].glob("blobs/*.incomplete")):
+        return f"{folder}: a download was not finished; run {download} again.", ""
+    problem, note = hub_data(folder, split)
+    return problem and f"{problem}; run {download} again.", note
 
 
 @cache
@@ -163,8 +123,8 @@ def _lmms_tasks() -> dict[str, Any]:
     return TaskManager("ERROR").task_index
 
 
-def _lmms_repository(task: str) -> str:
-    """Repository of a task's data.
+def _lmms_repository(task: str) -> tuple[str, str | None]:
+    """Repository of a task's data, and the split that it asks about.
 
     Raises:
         MissingPackageError: lmms-eval is not installed.
@@ -182,7 +142,7 @@ def _lmms_repository(task: str) -> str:
             continue
         config = load_yaml_config(path, mode="simple")
         if "dataset_path" in config:
-            return config["dataset_path"]
+            return config["dataset_path"], config.get("test_split")
         task = config["task"][0]
     raise SettingError(f"lmms-eval has no task {task}.")
 
@@ -295,8 +255,8 @@ def check_judge(
     """
     scored_by = benchmark.stock_judge if harness == "vlmeval" else benchmark.lmms_judge
 
-    def finding(problem: str | None, note: str = "") -> Finding:
-        return Finding(benchmark.name, "judge", problem, note)
+    def finding(problem: str | None, note: str = "", down: bool = False) -> Finding:
+        return Finding(benchmark.name, "judge", problem, note, down)
 
     if scored_by == "rules":
         return finding(None, "scored by rules")
@@ -317,12 +277,12 @@ def check_judge(
     url = url.rstrip("/").removesuffix(COMPLETIONS)
     try:
         probe_once(model, url, key)
-    except (ServerError, ValueError, ImportError) as error:
-        return finding(str(error))
+    except PdlmError as error:
+        return finding(str(error), down=isinstance(error, ServerError) and not isinstance(error, RefusedError))
     return finding(None, f"{model} at {public_url(url)}")
 
 
-_answered: dict[tuple[str, str], str | None] = {}
+_answered: dict[tuple[str, str], ServerError | None] = {}
 
 
 def probe_once(model: str, url: str, key: str | None) -> None:
@@ -333,11 +293,11 @@ def probe_once(model: str, url: str, key: str | None) -> None:
             judge.probe()
             _answered[model, url] = None
         except ServerError as error:
-            _answered[model, url] = str(error)
+            _answered[model, url] = error
         finally:
             judge.close()
-    if _answered[model, url] is not None:
-        raise ServerError(_answered[model, url])
+    if (error := _answered[model, url]) is not None:
+        raise error
 
 
 def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None, key: str | None) -> None:
@@ -345,29 +305,32 @@ def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None
 
     Raises:
         SettingError: a data set would be scored in another way than requested.
+        ServerError: a judge does not answer.
     """
-    problems = []
+    findings = []
     load_vlmeval_environment()
     for name in data:
         # of another data set, only VLMEvalKit knows whether it has a judge; one that is named must answer
         other = judge is not None or base_url is not None
-        benchmark = find_benchmark(name) or (replace(BENCHMARKS[0], name=name) if other else None)
-        finding = benchmark and check_judge(benchmark, judge, base_url, key)
-        if finding and finding.problem:
-            problems.append(f"{name}: {finding.problem}")
-    if problems:
-        raise SettingError(" ".join(problems))
+        if (benchmark := find_benchmark(name) or (BENCHMARKS[0] if other else None)) is not None:
+            findings.append(check_judge(replace(benchmark, name=name), judge, base_url, key))
+    _refuse(findings)
 
 
 def check_lmms_judge(tasks: list[str]) -> None:
-    """Check the judges of a run of lmms-eval. Raises: SettingError: see [`check_vlmeval_judge`]."""
+    """Check the judges of a run of lmms-eval. Raises: SettingError, ServerError: see [`check_vlmeval_judge`]."""
     found = {
         benchmark.name: benchmark for name in tasks if (benchmark := find_benchmark(name)) and "static" not in name
     }
-    findings = [check_judge(benchmark, None, harness="lmms") for benchmark in found.values()]
-    problems = [f"{finding.subject}: {finding.problem}" for finding in findings if finding.problem]
-    if problems:
-        raise SettingError(f"{' '.join(problems)} --no-check starts anyway.")
+    _refuse([check_judge(benchmark, None, harness="lmms") for benchmark in found.values()])
+
+
+def _refuse(findings: list[Finding]) -> None:
+    faults = [finding for finding in findings if finding.problem]
+    if faults:
+        kind = ServerError if all(finding.down for finding in faults) else SettingError
+        problems = " ".join(f"{finding.subject}: {finding.problem}" for finding in faults)
+        raise kind(f"{problems} --no-check starts anyway.")
 
 
 def check_model(pretrained: str) -> Finding:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from pdlm_hf.cli import errors
 from pdlm_hf.client import ChatClient, key_in, public_url
-from pdlm_hf.errors_pdlm import PdlmError, ServerError, SettingError
+from pdlm_hf.errors_pdlm import PdlmError, SettingError
 from pdlm_hf.regions.files import write_json
 
 from .benchmarks import BENCHMARKS, choose_benchmarks
@@ -22,6 +23,23 @@ from .terminal import progress, show_table
 
 app = errors.make_app("pdlm-eval", "Evaluate PerceptionDLM on the paper's benchmarks and compare with its scores.")
 app.add_typer(paradlc, name="paradlc")
+
+
+class HarnessCommand(TyperCommand):
+    """A command that hands its options to a harness; its help ends with what is missing of that harness."""
+
+    def get_help(self, ctx: Any) -> str:
+        """The help; it needs no harness."""
+        if self.name == "lmms":
+            from .lmms_run import find_harness
+        else:
+            from .vlmeval_run import find_run_py as find_harness
+        try:
+            find_harness()
+        except PdlmError as error:
+            return f"{super().get_help(ctx)}\n\nNot to be run yet: {error}"
+        return super().get_help(ctx)
+
 
 _fail = partial(errors.fail, "pdlm-eval")
 _exit_on_error = errors.exit_on_error("pdlm-eval")
@@ -51,7 +69,7 @@ def tasks() -> None:
     typer.echo(str(LMMS_TASKS))
 
 
-@app.command(context_settings=_PASSED_ON)
+@app.command(cls=HarnessCommand, context_settings=_PASSED_ON)
 def lmms(context: typer.Context) -> None:
     """Run lmms-eval with PerceptionDLM as the model.
 
@@ -74,7 +92,7 @@ def lmms(context: typer.Context) -> None:
     _run_harness(context, run)
 
 
-@app.command(context_settings=_PASSED_ON)
+@app.command(cls=HarnessCommand, context_settings=_PASSED_ON)
 def vlmeval(context: typer.Context) -> None:
     """Run VLMEvalKit with PerceptionDLM as the model.
 
@@ -175,7 +193,7 @@ def strict(
 ) -> None:
     """Score ChartQA, DocVQA or InfoVQA as the paper does, by Qwen3-8B; the same command continues after a stop."""
     rows = read_results(results)
-    name = choose_benchmarks([benchmark])[0].name if benchmark else _benchmark_in(results.name)
+    name = _strict_benchmark(benchmark, results.name)
     out = out or results.with_name(f"{results.stem}_strict.json")
     if out.suffix != ".json":
         raise SettingError(f"--out {out}: the name must end in .json; the verdicts go beside it, in .jsonl.")
@@ -185,8 +203,6 @@ def strict(
     try:
         with progress("verdicts") as show:
             score, verdicts = judge_results(rows, client, lambda done, _: show(done, len(rows)))
-    except ServerError as error:
-        raise _fail(error, 1) from None
     finally:
         client.close()
     score |= {"benchmark": name, "judge": judge, "base_url": public_url(base_url), "settings": SETTINGS}
@@ -199,17 +215,24 @@ def strict(
         raise _fail(f"{lost} rows got no verdict and count as wrong; run again to ask for them", 1)
 
 
-def _benchmark_in(name: str) -> str:
-    """The paper's benchmark that is named in a file name.
+def _strict_benchmark(given: str | None, file_name: str) -> str:
+    """The benchmark that `--benchmark` or the file name names.
 
     Raises:
-        SettingError: the file name has no benchmark in it.
+        SettingError: neither names one that the paper scores by the strict judge.
     """
-    for benchmark in BENCHMARKS:
-        if benchmark.vlmeval in name or benchmark.lmms in name:
+    strict = [benchmark for benchmark in BENCHMARKS if benchmark.kind == "document"]
+    names = ", ".join(benchmark.name for benchmark in strict)
+    if given is not None:
+        (benchmark,) = choose_benchmarks([given])
+        if benchmark not in strict:
+            raise SettingError(f"--benchmark {given}: the paper scores only {names} by the strict judge.")
+        return benchmark.name
+    for benchmark in strict:
+        if any(name in file_name for name in (benchmark.name, benchmark.vlmeval, benchmark.lmms)):
             return benchmark.name
     raise SettingError(
-        f"{name}: the file name does not say which benchmark this is; give --benchmark, for example "
+        f"{file_name}: the file name does not say which of {names} this is; give --benchmark, for example "
         "--benchmark ChartQA."
     )
 

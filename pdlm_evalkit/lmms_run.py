@@ -8,6 +8,7 @@
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from pdlm_hf.cli.errors import fail
 from pdlm_hf.errors_pdlm import MissingPackageError, PdlmError, SettingError
 from pdlm_hf.regions.files import load_json, write_json
 
@@ -35,6 +37,12 @@ class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises: SettingError."""
         raise SettingError(f"{message}.")
+
+
+def find_harness() -> None:
+    """See whether lmms-eval is installed. Raises: MissingPackageError: it is not."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise MissingPackageError("lmms-eval (in an environment of its own)", "lmms")
 
 
 def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
@@ -133,11 +141,10 @@ def run(argv: list[str]) -> int:
         MissingPackageError: lmms-eval is not installed.
     """
     completed, known = arguments_for(argv)
+    find_harness()
     try:
         from lmms_eval.__main__ import cli_evaluate
     except ImportError as error:
-        if error.name == "lmms_eval":
-            raise MissingPackageError("lmms-eval (in an environment of its own)", "lmms") from None
         raise ImportError(f"lmms-eval is installed, but cannot be imported ({error}).") from error
     if known.check and not int(os.environ.get("RANK", 0)):
         from .check import check_lmms_judge
@@ -190,8 +197,8 @@ def as_command(run: Callable[[list[str]], int]) -> None:
     """Run with the arguments of this process, as torchrun starts it: `torchrun -m pdlm_evalkit.lmms_run ...`."""
     try:
         sys.exit(run(sys.argv[1:]))
-    except PdlmError as error:
-        sys.exit(f"pdlm-eval: {error}")
+    except (PdlmError, ImportError) as error:
+        sys.exit(fail("pdlm-eval", error).exit_code)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,14 @@ def register(pretrained: str | None = None, log: Path | None = None, **kwargs: A
     vlmeval.vlm.PerceptionDLM = PerceptionDLM
     for name, hub_id in HUB.items():
         own = kwargs if log is None else kwargs | {"log": str(log_of(log, name))}
-        supported_VLM[name] = partial(PerceptionDLM, pretrained=pretrained or hub_id, **own)
+        supported_VLM[name] = partial(build, PerceptionDLM, dict(os.environ), pretrained=pretrained or hub_id, **own)
+
+
+def build(kind: type, environment: dict[str, str], **settings: Any) -> Any:
+    """A model. run.py hides WORLD_SIZE from it, and forgets it if a `--config` has the model without a class."""
+    model = kind(**settings)
+    os.environ |= {name: value for name, value in environment.items() if name == "WORLD_SIZE"}
+    return model
 
 
 def log_of(log: Path, model: str) -> Path:

@@ -63,6 +63,10 @@ class ServerError(PdlmError):
     """A server cannot be reached, refuses the request, or fails again and again."""
 
 
+class RefusedError(ServerError):
+    """A server refuses everything it is asked: key, model, address or settings must be others."""
+
+
 class MissingPackageError(PdlmError, ImportError):
     """An optional package is not installed.
 

@@ -328,9 +328,18 @@ def score(
         write_json(per_mask, {found.id: found.as_dict() for found in scores})
     if as_json:
         typer.echo(json.dumps(totals))
-        return
-    for name, value in totals.items():
-        typer.echo(f"{name:<16} {value:>9}" if isinstance(value, int) else f"{name:<16} {value:>9.6f}")
+    else:
+        for name, value in totals.items():
+            typer.echo(f"{name:<16} {value:>9}" if isinstance(value, int) else f"{name:<16} {value:>9.6f}")
+    _check_judged({answers: totals["n_failed"]})
+
+
+def _check_judged(failed: dict[Path, int]) -> None:
+    """Exit code 1 if the judge gave no reply to some questions, which score 0 without having been judged."""
+    if lost := {path: count for path, count in failed.items() if count}:
+        counts = ", ".join(f"{path}: {count} questions" for path, count in lost.items())
+        typer.echo(f"pdlm-eval: {counts} got no reply from the judge; `pdlm-eval paradlc judge` asks again.", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -365,6 +374,7 @@ def report(
         markdown.write_text(reporting.markdown_of(reports), encoding="utf-8")
     if plot is not None:
         plotting.save_plot(plot, reports)
+    _check_judged({run: report["n_failed"] for run, report in zip(runs, reports, strict=True)})
 
 
 if __name__ == "__main__":

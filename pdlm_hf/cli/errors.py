@@ -6,20 +6,23 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors_pdlm import MissingPackageError
+from ..errors_pdlm import MissingPackageError, RefusedError, ServerError
 
 # What a package that is not there belongs to, where nobody asks before it is imported.
 EXTRAS = {"peft": "peft", "accelerate": "peft", "yaml": "peft"}
 
 
-def fail(program: str, message: Any, code: int = 2) -> typer.Exit:
+def fail(program: str, message: Any, code: int | None = None) -> typer.Exit:
     """Print the error and return the exception that ends the command.
 
     Args:
         program (`str`): name of the command.
         message: text or exception; line breaks are taken out.
-        code (`int`): 2: the call was wrong; 1: it could not be finished; 130: stopped by the user.
+        code (`int`, *optional*): 2: the call was wrong; 1: it could not be finished; 130: stopped by the user.
+            Default: 1 for a server that does not work, or not any more, else 2.
     """
+    if code is None:
+        code = 1 if isinstance(message, ServerError) and not isinstance(message, RefusedError) else 2
     if isinstance(message, ModuleNotFoundError) and message.name in EXTRAS:
         message = MissingPackageError(message.name, EXTRAS[message.name])
     elif isinstance(message, OSError) and message.filename is not None:

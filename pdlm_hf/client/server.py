@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from ..errors_pdlm import MissingPackageError, ServerError, SettingError
+from ..errors_pdlm import MissingPackageError, RefusedError, ServerError, SettingError
 from .cache import Reply, ReplyCache, key_of
 
 LONGEST_WAIT = 120.0  # seconds; a server that asks for more has run out of quota
@@ -171,8 +171,9 @@ class ServerClient:
         """
         reply = self._attempt(self._body(self._trial), threading.Event(), min(self.retries, 2))
         if reply.text is None:
-            what = "refuses even a small request" if reply.refused else "does not answer"
-            raise ServerError(f"{self.name} {what}: {reply.error}")
+            if reply.refused:
+                raise RefusedError(f"{self.name} refuses even a small request: {reply.error}")
+            raise ServerError(f"{self.name} does not answer: {reply.error}")
         self._works = True
 
     def check_model(self) -> None:
@@ -189,7 +190,9 @@ class ServerClient:
             raise self.error("does not answer", error) from error
         self.model = self.model or next(iter(known), "")
         if not self.model or (known and self.model not in known):
-            raise ServerError(f"{self.name} has no model {self.model!r}, but {', '.join(known[:9]) or 'none at all'}.")
+            raise RefusedError(
+                f"{self.name} has no model {self.model!r}, but {', '.join(known[:9]) or 'none at all'}."
+            )
 
     def error(self, what: str, error: Exception) -> ServerError:
         """Make a ServerError from an exception of `openai`, without the key.
@@ -276,7 +279,8 @@ class ServerClient:
                 403: "refuses access",
                 404: f"does not know {self.model!r} or the address",
             }
-            raise self.error(what[status], error) from error
+            kind = ServerError if self._works or self._answered else RefusedError  # or: it was right before
+            raise kind(f"{self.name} {what[status]}: {self._reason(error)}") from error
         if getattr(error, "code", None) == "insufficient_quota":
             raise ServerError(f"The account behind the key has no quota left: {self._reason(error)}") from error
         if isinstance(error, NoReplyError):

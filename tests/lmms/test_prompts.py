@@ -48,7 +48,8 @@ def test_mmmu_keeps_its_own_marks():
 
 def test_the_data_of_all_sixteen_is_looked_for():
     found = {benchmark.name: _lmms_repository(benchmark.lmms) for benchmark in BENCHMARKS}
-    assert found["MMStar"] == "Lin-Chen/MMStar" and found["BLINK"] == "BLINK-Benchmark/BLINK"
-    assert found["MathVista"] == "AI4Math/MathVista" and all("/" in name for name in found.values())
+    assert found["MMStar"] == ("Lin-Chen/MMStar", "val")
+    assert found["BLINK"][0] == "BLINK-Benchmark/BLINK" and found["MathVista"][0] == "AI4Math/MathVista"
+    assert all("/" in repository for repository, _ in found.values())
     with pytest.raises(ValueError, match="no task none_such"):
         _lmms_repository("none_such")
