@@ -86,13 +86,22 @@ def register(pretrained: str | None = None, log: Path | None = None, **kwargs: A
     vlmeval.vlm.PerceptionDLM = PerceptionDLM
     for name, hub_id in HUB.items():
         own = kwargs if log is None else kwargs | {"log": str(log_of(log, name))}
-        supported_VLM[name] = partial(build, PerceptionDLM, dict(os.environ), pretrained=pretrained or hub_id, **own)
+        supported_VLM[name] = partial(build, os.environ.get("WORLD_SIZE"), pretrained=pretrained or hub_id, **own)
 
 
-def build(kind: type, environment: dict[str, str], **settings: Any) -> Any:
-    """A model. run.py hides WORLD_SIZE from it, and forgets it if a `--config` has the model without a class."""
-    model = kind(**settings)
-    os.environ |= {name: value for name, value in environment.items() if name == "WORLD_SIZE"}
+def build(world: str | None, **settings: Any) -> Any:
+    """Build a model of VLMEvalKit.
+
+    Args:
+        world (`str`, *optional*): WORLD_SIZE. run.py hides it from models, and forgets it if a `--config` names one
+            without its class; each rank would then answer all questions.
+        **settings: arguments of [`vlmeval_model.PerceptionDLM`].
+    """
+    from .vlmeval_model import PerceptionDLM
+
+    model = PerceptionDLM(**settings)
+    if world is not None:
+        os.environ["WORLD_SIZE"] = world
     return model
 
 

@@ -183,7 +183,7 @@ def test_the_same_command_goes_on_after_a_kill(data, tmp_path):
     before = answers()
     assert 25 <= before < rows
     done, _ = run(data, tmp_path, *options, "--settings", "block_length=1", "--reuse")
-    assert done.returncode == 1 and "made with block_length None instead of 1" in done.stderr
+    assert done.returncode == 2 and "made with block_length None instead of 1" in done.stderr
     done, report = run(data, tmp_path, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "goes on with" in done.stderr and report[0]["attempts"] == 2
