@@ -12,8 +12,8 @@ from .check import check_judge as check_judge
 from .check import check_model as check_model
 from .manifest import LMMS_TASKS as LMMS_TASKS
 from .manifest import lmms_manifest as lmms_manifest
-from .manifest import vlmeval_models as vlmeval_models
 from .report import Measured as Measured
 from .report import collect as collect
 from .strict import judge_results as judge_results
 from .strict import read_results as read_results
+from .vlmeval_run import vlmeval_models as vlmeval_models

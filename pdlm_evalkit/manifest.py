@@ -1,8 +1,5 @@
-"""What the harnesses find of this package: entry points, and the folder of our tasks for lmms-eval."""
+"""What lmms-eval finds of this package: its entry point, and the folder of our tasks."""
 
-import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,3 @@ def lmms_manifest() -> Any:
         simple_class_path="pdlm_evalkit.lmms.PdlmSimple",
         aliases=("perceptiondlm",),
     )
-
-
-def vlmeval_models() -> dict[str, Callable]:
-    """Entry point `vlmeval.models`: by name, functions that build a model of VLMEvalKit.
-
-    Today's VLMEvalKit reads no entry points; docs/evaluation.md has the lines that would let it.
-    """
-    from .vlmeval_run import HUB, build
-
-    world = os.environ.get("WORLD_SIZE")
-    return {name: partial(build, world, pretrained=hub_id) for name, hub_id in HUB.items()}

@@ -178,7 +178,7 @@ def test_data_sets_without_result_are_named(checkout, tmp_path):
 )
 def test_calls_that_cannot_work_end_before_the_start(checkout, tmp_path, arguments, message):
     done = run(checkout, tmp_path, *arguments)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert message in done.stderr
     assert not list(tmp_path.iterdir())
 
