@@ -249,7 +249,7 @@ def test_an_unreachable_server_is_said_first(tmp_path):
     with JudgeServer() as host:
         pass
     result = caption(tmp_path / "run", "--server", host.url, "--server-model", "any")
-    assert result.exit_code == 2 and "no connection" in result.stderr
+    assert result.exit_code == 1 and "no connection" in result.stderr
 
 
 def test_killed_half_way(tmp_path):

@@ -248,7 +248,7 @@ def test_an_unreachable_judge(captions, tmp_path):
     with JudgeServer() as server:
         pass
     result = judge(captions, server.url)
-    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert result.exit_code == 1 and len(result.stderr.strip().splitlines()) == 1
     assert "does not answer: no connection" in result.stderr and not (tmp_path / "answers.json").exists()
 
 
