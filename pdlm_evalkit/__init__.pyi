@@ -16,4 +16,4 @@ from .report import Measured as Measured
 from .report import collect as collect
 from .strict import judge_results as judge_results
 from .strict import read_results as read_results
-from .vlmeval_run import vlmeval_models as vlmeval_models
+from .vlmeval_plugin import vlmeval_models as vlmeval_models

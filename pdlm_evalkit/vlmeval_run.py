@@ -13,7 +13,6 @@ import runpy
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,8 @@ from pdlm_hf.regions.files import read_rows, write_json
 from .benchmarks import find_benchmark
 from .lmms_run import OptionParser, as_command
 from .vlmeval_judge import JudgeLog
+from .vlmeval_plugin import HUB, build
 from .vlmeval_resume import REPORT, Attempts, earlier_attempts, go_on, newest_run, remember
-
-HUB = {"PerceptionDLM-Base": "MSALab/PerceptionDLM-Base", "PerceptionDLM": "MSALab/PerceptionDLM"}
-
 
 _LOST = {
     "failed": "the judge failed on {} of {} answers",
@@ -88,31 +85,6 @@ def register(pretrained: str | None = None, log: Path | None = None, **kwargs: A
     for name, hub_id in HUB.items():
         own = kwargs if log is None else kwargs | {"log": str(log_of(log, name))}
         supported_VLM[name] = partial(build, os.environ.get("WORLD_SIZE"), pretrained=pretrained or hub_id, **own)
-
-
-def build(world: str | None, **settings: Any) -> Any:
-    """Build a model of VLMEvalKit.
-
-    Args:
-        world (`str`, *optional*): WORLD_SIZE. run.py hides it from models, and forgets it if a `--config` names one
-            without its class; each rank would then answer all questions.
-        **settings: arguments of [`vlmeval_model.PerceptionDLM`].
-    """
-    from .vlmeval_model import PerceptionDLM
-
-    model = PerceptionDLM(**settings)
-    if world is not None:
-        os.environ["WORLD_SIZE"] = world
-    return model
-
-
-def vlmeval_models() -> dict[str, Callable]:
-    """Entry point `vlmeval.models`: by name, functions that build a model.
-
-    Today's VLMEvalKit reads no entry points; docs/evaluation.md has the lines that would let it.
-    """
-    world = os.environ.get("WORLD_SIZE")
-    return {name: partial(build, world, pretrained=hub_id) for name, hub_id in HUB.items()}
 
 
 def log_of(log: Path, model: str) -> Path:

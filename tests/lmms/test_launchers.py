@@ -14,9 +14,10 @@ import pytest
 from test_lmms import LMMS_EVAL, QUESTIONS, Run, arguments_for, run
 
 pytestmark = pytest.mark.slow
-# what `accelerate launch` runs; the command `accelerate` itself imports timm, and so torchvision, which is not there
+# What `accelerate launch` runs; the command `accelerate` itself imports timm, and so torchvision, which is not there.
+# With `--cpu` it starts one process, whatever `--num_processes` says; with ACCELERATE_USE_CPU the two use gloo.
 ACCELERATE = [
-    sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29677", "-m",
 ]  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29678", "-m"]
@@ -89,6 +90,7 @@ def test_two_processes_that_were_killed_go_on_from_the_cache(folder):
         )  # fmt: skip
         while process.poll() is None and not (len(kept()) == 2 and all(kept())):
             time.sleep(0.02)
+        assert process.poll() is None, (place / "first.log").read_text()[-3000:]
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     before = sum(kept())
