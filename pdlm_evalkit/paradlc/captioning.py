@@ -1,6 +1,6 @@
 """Caption a benchmark into a run folder; a stopped run is resumed from it.
 
-A run folder contains run.json (settings, hardware, totals), captions.jsonl (one line per call of `generate` or request
+A run folder contains run.json (settings, hardware, totals, number of attempts), captions.jsonl (one line per call of `generate` or request
 to a server, written when it ends) and, at the end, captions.json in the reference's form `{mask_id: caption}`. While a
 run writes, run.lock names its process.
 """
@@ -60,8 +60,13 @@ class Job:
         return CaptionRun(self.folder, self.benchmark, settings, self.annotations, effective)
 
 
+def locked(folder: Path) -> FileLock:
+    """A lock on a run folder. Raises: SettingError: another process writes it."""
+    return FileLock(folder / "run.lock", folder, "choose another folder")
+
+
 class CaptionRun:
-    """A run folder. No other run can write it until [`close`](CaptionRun.close), or until this process ends.
+    """A run folder, which must be [`locked`].
 
     Args:
         folder (`Path`): the folder, which is created if it does not exist.
@@ -73,7 +78,7 @@ class CaptionRun:
 
     Raises:
         DataError: captions.jsonl is damaged before its last line, or run.json is missing.
-        SettingError: the folder contains a run with other settings, or another process writes it.
+        SettingError: the folder contains a run with other settings.
     """
 
     def __init__(
@@ -92,18 +97,10 @@ class CaptionRun:
             "settings": settings,
             "effective": effective,
             "finished": False,
+            "attempts": 1,
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / "run.lock", folder, "choose another folder")
-        try:
-            self.lines = self._resume(settings)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Let other runs write the folder."""
-        self._lock.release()
+        self._recorded = False
+        self.lines = self._resume(settings)
 
     def _resume(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
         """The lines of an earlier run, which must have been made with the same settings."""
@@ -115,6 +112,7 @@ class CaptionRun:
         recorded = load_json(self.run_path)
         before = recorded.get("settings") if isinstance(recorded, dict) else None
         check_same_settings(before, settings, self.folder, "choose another folder")
+        self.record["attempts"] = recorded.get("attempts", 1) + (not recorded.get("finished"))
         return lines
 
     @property
@@ -125,8 +123,9 @@ class CaptionRun:
 
     def append(self, line: dict[str, Any]) -> None:
         """Write one line; it is in the file when this returns. The settings are written before the first line."""
-        if not self.lines:
+        if not self._recorded:
             self._write_record()
+            self._recorded = True
         append_rows(self.lines_path, [line])
         self.lines.append(line)
 

@@ -88,7 +88,7 @@ def caption(
     name: Annotated[str | None, typer.Option(help="Name of the model in reports.")] = None,
 ) -> None:
     """Caption a benchmark by our model or a server, or import the captions of another system."""
-    from .captioning import MASKS_PER_PASS, Job, caption_into
+    from .captioning import MASKS_PER_PASS, Job, caption_into, locked
 
     if sum(value is not None for value in (model, server, captions)) > 1:
         raise SettingError("Give one of --model, --server and --captions.")
@@ -115,19 +115,18 @@ def caption(
     generation = {key: value for key, value in generation.items() if value is not None}
     job = Job(data, annotations, out, name, prompt, masks_per_pass or MASKS_PER_PASS[data.name], generation)
     failed: list[str] = []
-    if captions is not None:
-        run, lines, hardware = _from_file(job, captions, allow_missing)
-    elif server is not None and server_model is not None:  # always both
-        options = {"api_key": key_in(api_key_env), "concurrency": concurrency, "retries": retries, "timeout": timeout}
-        run, lines, hardware = _from_server(job, server, server_model, server_style, setting, options, failed)
-    else:
-        run, lines, hardware = _from_model(job, model, "fast" if fast else "default", device, dtype, batch_size)
-    try:
+    with locked(out):  # before a model is loaded
+        if captions is not None:
+            run, lines, hardware = _from_file(job, captions, allow_missing)
+        elif server is not None and server_model is not None:  # always both
+            options = {"api_key": key_in(api_key_env), "concurrency": concurrency}
+            options |= {"retries": retries, "timeout": timeout}
+            run, lines, hardware = _from_server(job, server, server_model, server_style, setting, options, failed)
+        else:
+            run, lines, hardware = _from_model(job, model, "fast" if fast else "default", device, dtype, batch_size)
         with progress("captions") as show:
             caption_into(run, lines, show)
         record = run.finish(hardware)
-    finally:
-        run.close()
     _say_captioned(out, record["totals"], len(data.order))
     if not record["finished"]:
         why = f"{len(failed)} requests failed: {failed[0]}" if failed else "not all masks have a caption."
@@ -250,26 +249,24 @@ def judge(
     if shown:
         check_images(data)
     folder = out or path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    client = ChatClient(
-        preset.model,
-        preset.base_url,
-        key,
-        _settings(preset.settings, setting),
-        cache=cache or folder / "judge_cache.sqlite",
-        concurrency=concurrency,
-        retries=retries,
-        timeout=timeout,
-        max_calls=max_calls,
-    )
     number = judging.count_requests(data, texts)
-    lock = FileLock(folder / "answers.lock", folder / "answers.json", "give another --out")
-    try:
-        answers, counts = _ask(client, data, texts, shown, number)
-        judging.write_answers(folder, run, judge, client, data, texts, shown, answers, counts)
-    finally:
-        lock.release()
-        client.close()
+    with FileLock(folder / "answers.lock", folder / "answers.json", "give another --out"):
+        client = ChatClient(
+            preset.model,
+            preset.base_url,
+            key,
+            _settings(preset.settings, setting),
+            cache=cache or folder / "judge_cache.sqlite",
+            concurrency=concurrency,
+            retries=retries,
+            timeout=timeout,
+            max_calls=max_calls,
+        )
+        try:
+            answers, counts = _ask(client, data, texts, shown, number)
+            judging.write_answers(folder, run, judge, client, data, texts, shown, answers, counts)
+        finally:
+            client.close()
     typer.echo(
         f"{folder / 'answers.json'}: {number} questions; {counts['n_calls']} replies received, {counts['n_cached']} "
         f"from the cache, {counts['n_failed']} requests failed; {counts['prompt_tokens']} tokens read, "
