@@ -12,7 +12,7 @@ import typer
 from pdlm_hf.cli import errors
 from pdlm_hf.client import ChatClient, key_in, public_url
 from pdlm_hf.errors_pdlm import PdlmError, ServerError, SettingError
-from pdlm_hf.regions.files import write_json
+from pdlm_hf.regions.files import FileLock, replacing, write_json
 
 from .benchmarks import BENCHMARKS, choose_benchmarks
 from .manifest import LMMS_TASKS
@@ -180,20 +180,21 @@ def strict(
     if out.suffix != ".json":
         raise SettingError(f"--out {out}: the name must end in .json; the verdicts go beside it, in .jsonl.")
     options: dict[str, Any] = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
-    client = ChatClient(judge, base_url, key_in(api_key_env), SETTINGS, **options)
-    client.cache = Verdicts(out.with_suffix(".sqlite"))
-    try:
-        with progress("verdicts") as show:
-            score, verdicts = judge_results(rows, client, lambda done, _: show(done, len(rows)))
-    except ServerError as error:
-        raise _fail(error, 1) from None
-    finally:
-        client.close()
-    score |= {"benchmark": name, "judge": judge, "base_url": public_url(base_url), "settings": SETTINGS}
-    score |= {"results": results.name, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
-    lines = [json.dumps(row, ensure_ascii=False) for row in verdicts]
-    out.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_json(out, score)
+    with FileLock(out.with_suffix(".lock"), out, "give another --out"):
+        client = ChatClient(judge, base_url, key_in(api_key_env), SETTINGS, **options)
+        client.cache = Verdicts(out.with_suffix(".sqlite"))
+        try:
+            with progress("verdicts") as show:
+                score, verdicts = judge_results(rows, client, lambda done, _: show(done, len(rows)))
+        except ServerError as error:
+            raise _fail(error, 1) from None
+        finally:
+            client.close()
+        score |= {"benchmark": name, "judge": judge, "base_url": public_url(base_url), "settings": SETTINGS}
+        score |= {"results": results.name, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with replacing(out.with_suffix(".jsonl")) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in verdicts)
+        write_json(out, score)
     typer.echo(json.dumps({key: score[key] for key in score if key.startswith(("accuracy", "n_"))}))
     if lost := score["n_failed"] + score["n_unparsed"]:
         raise _fail(f"{lost} rows got no verdict and count as wrong; run again to ask for them", 1)

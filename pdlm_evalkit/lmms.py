@@ -24,6 +24,7 @@ from pdlm_hf.errors_pdlm import SettingError
 
 from .answering import Answer, Answerer, Question
 from .benchmarks import Benchmark, ask_like_paper, place_images
+from .lmms_resume import keep_costs
 from .settings import REFERENCE_NAMES, SETTINGS
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class _Pdlm(lmms):
         **settings: Any,
     ):
         super().__init__()
+        keep_costs()
         self.accelerator = Accelerator()
         if self.accelerator.num_processes > 1:
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes

@@ -170,17 +170,19 @@ def judge_results(
 
     Returns:
         the accuracy (share of all rows) with its counts, and the rows with their verdicts: "CORRECT", "INCORRECT",
-        "UNPARSED" or "FAILED"; `accuracy_exact` is the reference's, for which "CORRECT." is not CORRECT.
+        "UNPARSED" or "FAILED"; `accuracy_exact` is the reference's, for which "CORRECT." is not CORRECT. Tokens are
+        those of all replies, of earlier attempts too.
 
     Raises:
         ServerError: the server cannot be used; the replies so far are in its cache.
     """
-    verdicts, exact = ["FAILED"] * len(rows), 0
+    verdicts, exact, tokens = ["FAILED"] * len(rows), 0, {"prompt_tokens": 0, "completion_tokens": 0}
     for index, reply in client.ask_many([request_for(row) for row in rows], progress):
         if reply.text is not None:
             verdicts[index] = verdict_in(reply.text)
             exact += reply.text.strip() == "CORRECT"
+            tokens = {name: count + (getattr(reply, name) or 0) for name, count in tokens.items()}
     counts = {name: verdicts.count(name) for name in ("CORRECT", "INCORRECT", "UNPARSED", "FAILED")}
     score = {"accuracy": counts["CORRECT"] / len(rows), "accuracy_exact": exact / len(rows), "n_rows": len(rows)}
-    score |= {f"n_{name.lower()}": count for name, count in counts.items()}
+    score |= {f"n_{name.lower()}": count for name, count in counts.items()} | tokens
     return score, [{**vars(row), "verdict": verdict} for row, verdict in zip(rows, verdicts, strict=True)]

@@ -1,8 +1,8 @@
 """Caption a benchmark into a run folder; a stopped run is resumed from it.
 
-A run folder contains run.json (settings, hardware, totals, number of attempts), captions.jsonl (one line per call of `generate` or request
-to a server, written when it ends) and, at the end, captions.json in the reference's form `{mask_id: caption}`. While a
-run writes, run.lock names its process.
+A run folder contains run.json (settings, hardware, totals, number of attempts), captions.jsonl (one line per call of
+`generate` or request to a server, written when it ends) and, at the end, captions.json in the reference's form
+`{mask_id: caption}`. While a run writes, run.lock names its process.
 """
 
 import hashlib

@@ -9,8 +9,10 @@ import socket
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
@@ -197,7 +199,7 @@ class FileLock:
 
     Args:
         path (`Path`): the file of the lock, which names the holder and is removed by [`release`](FileLock.release).
-            Its folder is created if it does not exist.
+            Its folder is created if it does not exist, and then removed by `release` if nothing was written into it.
         name: the file or folder of the run, for messages.
         otherwise (`str`): what else a user can do, for messages.
 
@@ -212,6 +214,7 @@ class FileLock:
 
     def __init__(self, path: Path, name: Any, otherwise: str = "choose another file"):
         self.path = path
+        self._made = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             self._file = open(path, "a+", encoding="utf-8")
@@ -229,6 +232,8 @@ class FileLock:
                     f"{name}: {holder}, is writing it. Wait until that run has ended, or {otherwise}."
                 ) from None
             self._file.close()
+        if hasattr(os, "register_at_fork"):  # or a worker that outlives this process would keep the lock
+            os.register_at_fork(after_in_child=partial(_close, weakref.ref(self._file)))
         left = os.fstat(self._file.fileno())
         self.died = left.st_mtime if left.st_size else None
         self._file.truncate(0)
@@ -263,7 +268,14 @@ class FileLock:
         if not self.released:
             with suppress(OSError):  # the lock ends with the file being closed, not with its removal
                 self.path.unlink()
+                if self._made:
+                    self.path.parent.rmdir()
             self._file.close()
+
+
+def _close(found: weakref.ref[TextIO]) -> None:
+    if (file := found()) is not None:
+        file.close()
 
 
 def _command(argv: list[str]) -> str:

@@ -17,7 +17,9 @@ from judge_server import JudgeServer
 from pdlm_evalkit.benchmarks import LETTER, SUFFIX
 from pdlm_evalkit.benchmarks import find_benchmark as find
 from pdlm_evalkit.report import collect
-from pdlm_evalkit.vlmeval_run import answer_costs, find_run_py, log_of, parse, problem_of, settings_from
+from pdlm_evalkit.vlmeval_resume import log_of, logs_of
+from pdlm_evalkit.vlmeval_run import answer_costs, find_run_py, parse, problem_of, settings_from
+from pdlm_hf.regions.files import FileLock
 from pdlm_hf.shapes.evaluate_base import held_out_question
 
 ROWS = 4
@@ -145,14 +147,23 @@ def test_each_model_of_a_config_has_its_own_settings_and_costs(checkout, tmp_pat
 
 
 def test_answers_of_another_run_cost_nothing(tmp_path):
-    """With --reuse no question is asked."""
-    status = tmp_path / "M" / "T1" / "status.json"
     log = log_of(tmp_path / "pdlm_answers_20260101_000000.0.jsonl", "M")
     row = {"dataset": "MMStar", "num_forwards": 2, "slots": 2, "output_tokens": 1, "seconds": 0.5, "text": "a\u2028b"}
     log.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert answer_costs(status, "M", "MMStar", [log.stat().st_mtime + 1])["questions"] == 0
-    assert answer_costs(status, "M", "MMStar", [log.stat().st_mtime])["questions"] == 1
-    assert answer_costs(status, "N", "MMStar", [log.stat().st_mtime])["questions"] == 0
+    second = log_of(tmp_path / "pdlm_answers_20260101_000000.1.jsonl", "M")
+    second.write_bytes(log.read_bytes() + b'{"cut sho')
+    changed = log.stat().st_mtime
+    assert logs_of(tmp_path, "M", [changed + 1]) == logs_of(tmp_path, "N", [changed]) == []
+    assert logs_of(tmp_path, "M", [changed]) == [log, second]
+    costs = answer_costs([log, second], "MMStar")
+    assert (costs["questions"], costs["num_forwards"], costs["seconds"]) == (2, 4, 1.0)
+    assert answer_costs([log], "MMVP")["questions"] == 0
+
+
+def test_a_second_process_on_the_same_model_is_refused(checkout, tmp_path):
+    with FileLock(tmp_path / "PerceptionDLM-Base" / "pdlm_run.lock", "x"):
+        done = run(checkout, tmp_path, *OPTIONS)
+        assert done.returncode != 0 and f"process {os.getpid()} on " in done.stderr and "--work-dir" in done.stderr
 
 
 def test_data_sets_without_result_are_named(checkout, tmp_path):

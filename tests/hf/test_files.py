@@ -118,15 +118,16 @@ def test_a_lock_has_one_holder(tmp_path, monkeypatch):
     assert str(error.value).endswith(end)
     lock.release()
     lock.release()
-    assert lock.released and not path.exists()
+    assert lock.released and not path.parent.exists()
     FileLock(path, "out.jsonl").release()
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
     path = tmp_path / "out.lock"
     code = (
-        f"import pathlib, time; from pdlm_hf.regions.files import FileLock\n"
-        f"lock = FileLock(pathlib.Path({str(path)!r}), 'out'); print('held', flush=True); time.sleep(60)"
+        f"import os, pathlib, time; from pdlm_hf.regions.files import FileLock\n"
+        f"lock = FileLock(pathlib.Path({str(path)!r}), 'out'); worker = os.fork()\n"
+        f"worker or print('held', flush=True); time.sleep(60 if worker else 10)"  # the worker lives on
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
