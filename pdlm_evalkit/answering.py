@@ -137,18 +137,31 @@ class Answerer:
         settings = {**base, **explicit, "max_new_tokens": slots}
         return settings | {"block_length": min(settings["block_length"], slots)}
 
-    @torch.inference_mode()
     def answer(self, questions: list[Question]) -> list[Answer]:
-        """Answer questions, those with the same settings in batches; the answers are in the order of the questions."""
+        """Answer questions, which may have different settings; they are put into batches by their settings.
+
+        Returns:
+            the answers, in the order of the questions.
+        """
+        found = {i: answer for batch in self.batches(questions) for i, answer in self.answer_batch(questions, batch)}
+        return [found[i] for i in range(len(questions))]
+
+    def batches(self, questions: list[Question]) -> list[list[int]]:
+        """Positions of the questions of each batch: alike in settings and tiles, and as near to their order as can be.
+
+        Whoever reads answers in order needs the batches in this order.
+        """
         keys = [(q.masks is not None, repr(sorted(self.settings_of(q).items())), self._tiles(q)) for q in questions]
-        order = sorted(range(len(questions)), key=lambda i: (keys[i], len(questions[i].images), questions[i].text))
-        answers: dict[int, Answer] = {}
-        for _, group in groupby(order, key=lambda i: keys[i]):
-            alike = list(group)
-            for first in range(0, len(alike), self.batch_size):
-                batch = alike[first : first + self.batch_size]
-                answers.update(zip(batch, self._batch([questions[i] for i in batch]), strict=True))
-        return [answers[i] for i in range(len(questions))]
+        alike: dict[tuple, list[int]] = {}
+        for position, key in enumerate(keys):
+            alike.setdefault(key, []).append(position)
+        size = self.batch_size
+        return sorted(group[k : k + size] for group in alike.values() for k in range(0, len(group), size))
+
+    @torch.inference_mode()
+    def answer_batch(self, questions: list[Question], batch: list[int]) -> list[tuple[int, Answer]]:
+        """Answer the questions at some positions in one batch. Returns: positions with their answers."""
+        return list(zip(batch, self._batch([questions[i] for i in batch]), strict=True))
 
     def _tiles(self, question: Question) -> int:
         own = self.processor.image_processor.max_tiles
