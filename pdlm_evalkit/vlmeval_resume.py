@@ -122,6 +122,18 @@ def logs_of(work_dir: Path, model: str, started: list[float]) -> list[Path]:
     return sorted({path for paths in by_rank.values() for start in started for path in _since(paths, start)[:1]})
 
 
+def logging_of(attempts: dict[str, Attempts], work_dir: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """By model, its arguments that name files of answers: `log` of this attempt, and `kept` of earlier ones."""
+    log = work_dir / f"pdlm_answers_{time.strftime('%Y%m%d_%H%M%S')}.{rank}.jsonl"
+    return {
+        model: {
+            "log": str(log_of(log, model)),
+            "kept": [str(path) for path in logs_of(work_dir, model, found.started[:-1])],
+        }
+        for model, found in attempts.items()
+    }
+
+
 def _since(paths: list[Path], start: float) -> list[Path]:
     return [path for path in paths if path.stat().st_mtime >= start]
 

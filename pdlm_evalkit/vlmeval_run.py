@@ -31,7 +31,7 @@ from .vlmeval_resume import (
     earlier_attempts,
     go_on,
     is_reusable,
-    log_of,
+    logging_of,
     logs_of,
     newest_run,
     remember,
@@ -281,18 +281,6 @@ def observe(work_dir: Path, attempts: dict[str, Attempts]) -> JudgeLog:
     except (ImportError, AttributeError) as error:  # an older VLMEvalKit
         typer.echo(f"pdlm-eval: how this VLMEvalKit scores answers cannot be counted ({error}).", err=True)
     return judge
-
-
-def logging_of(attempts: dict[str, Attempts], work_dir: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """By model, its arguments that name files of answers: `log` of this attempt, and `kept` of earlier ones."""
-    log = work_dir / f"pdlm_answers_{time.strftime('%Y%m%d_%H%M%S')}.{rank}.jsonl"
-    return {
-        model: {
-            "log": str(log_of(log, model)),
-            "kept": [str(path) for path in logs_of(work_dir, model, found.started[:-1])],
-        }
-        for model, found in attempts.items()
-    }
 
 
 def reuses(options: argparse.Namespace) -> bool:
