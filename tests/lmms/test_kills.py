@@ -9,7 +9,6 @@ from judge_server import JudgeServer
 from kills import KILLS, PER_CHAIN, Command, bytes_of, record, rows_of
 
 import pdlm_evalkit
-from pdlm_evalkit.report import as_rows, collect
 
 EXAMPLE = next(iter(pdlm_evalkit.__path__)) + "/paradlc/example"
 JUDGES = 10  # requests at a time
@@ -31,7 +30,7 @@ def lmms(folder: Path, url: str) -> Command:
 def result(folder: Path) -> bytes:
     """The scores, every answer, and the tokens and forward passes of all attempts."""
     results = max((folder / "out").rglob("*_results.json"))  # a run that was killed at its very end has two
-    found = [json.loads(results.read_text())["results"], as_rows(collect([results]))]
+    found = [json.loads(results.read_text())["results"]]
     for samples in sorted((folder / "out").rglob(results.name.replace("_results.json", "_samples_*.jsonl"))):
         rows = rows_of(samples)
         found.append([[row[name] for name in SAMPLE] + [row["token_counts"]] for row in rows])

@@ -136,6 +136,8 @@ def test_a_second_run_comes_from_the_cache(folder, regions):
     assert again.score("pdlm_shapes_regions", "exact") == regions.score("pdlm_shapes_regions", "exact")
     assert sum(call["total_requests"] for call in regions.calls) == QUESTIONS
     assert sum(call["total_requests"] for call in again.calls) == 0
+    counts, kept = ([row["token_counts"] for row in run.samples["pdlm_shapes_regions"]] for run in (regions, again))
+    assert kept == counts and all(row[0]["num_forwards"] > 0 for row in kept)
 
 
 def test_what_was_answered_before_a_kill_is_kept(folder):
@@ -163,6 +165,10 @@ def test_what_was_answered_before_a_kill_is_kept(folder):
     again = run(place, ["pdlm-eval", "lmms"], *arguments)
     assert again.code == 0, again.text
     assert 64 - before - 1 <= sum(call["total_requests"] for call in again.calls) <= 64 - before
+    counts = [row["token_counts"][0] for row in again.samples["pdlm_shapes_open"]]
+    assert len(counts) == 64 and all(count["num_forwards"] == 8 for count in counts)  # of both attempts
+    judged = json.loads(max(place.rglob("*_judged.json")).read_text())
+    assert judged == {"attempts": 2}
 
 
 def run_two(folder: Path, *arguments: str) -> Run:
