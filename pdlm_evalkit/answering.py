@@ -21,6 +21,7 @@ from pdlm_hf.regions.images import load_image
 from pdlm_hf.tiling_pdlm import resize
 
 from .benchmarks import OVERRIDES, Benchmark, find_benchmark, tiles_for
+from .manifests import effective_settings, text_hash
 from .settings import DEFAULT_GENERATION, our_settings
 
 _CHAT_ONLY = ("block_length", "generation_suffix", "guidance_scale")
@@ -57,6 +58,7 @@ class Answer:
         slots (`int`): token positions that were denoised, padding included.
         num_forwards (`int`): forward passes of the language model for the batch of the answer.
         seconds (`float`): time of the batch, divided by the number of its answers.
+        prompt (`str`): hash of the prompt, with the marks of images in it.
     """
 
     text: str
@@ -65,6 +67,7 @@ class Answer:
     slots: int
     num_forwards: int
     seconds: float
+    prompt: str = ""
 
 
 class Answerer:
@@ -137,6 +140,16 @@ class Answerer:
         settings = {**base, **explicit, "max_new_tokens": slots}
         return settings | {"block_length": min(settings["block_length"], slots)}
 
+    def effective_settings(self, question: Question) -> dict[str, Any]:
+        """Everything that an answer depends on beside prompt and checkpoint: all settings of `generate`, also those of
+        the checkpoint and the defaults, and how the images are read."""
+        chat = question.masks is None
+        settings = effective_settings(self.model, self.settings_of(question), chat) | {"batch_size": self.batch_size}
+        if chat:
+            settings |= {"max_tiles": self._tiles(question), "shorten": self._shortens(question)}
+            settings["upscale_first"] = self._upscales(question)
+        return settings
+
     def answer(self, questions: list[Question]) -> list[Answer]:
         """Answer questions, which may have different settings; they are put into batches by their settings.
 
@@ -187,7 +200,8 @@ class Answerer:
         output = self.model.generate(**inputs, **settings, return_dict_in_generate=True)
         slots = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         answers = []
-        for question, tokens, mask in zip(questions, slots, inputs["attention_mask"], strict=True):
+        rows = zip(questions, prompts, slots, inputs["attention_mask"], strict=True)
+        for question, prompt, tokens, mask in rows:
             said = self.processor.read_caption(tokens)
             answers.append(
                 Answer(
@@ -197,6 +211,7 @@ class Answerer:
                     settings["max_new_tokens"],
                     output.num_forwards,
                     0.0,
+                    text_hash(prompt),
                 )
             )
         return answers
@@ -216,12 +231,16 @@ class Answerer:
             for found in captions:
                 spoken = json.dumps([caption.text for caption in found], ensure_ascii=False)
                 tokens = sum(len(caption.token_ids) for caption in found)
-                answers.append(Answer(spoken, None, tokens, slots * len(found), output["num_forwards"], 0.0))
+                cost = (tokens, slots * len(found), output["num_forwards"], 0.0)
+                answers.append(Answer(spoken, None, *cost, text_hash(text)))
         return answers
+
+    def _upscales(self, question: Question) -> bool:
+        return question.benchmark is not None and question.benchmark.upscale_first and self.presets == "paper"
 
     def _images(self, question: Question) -> list[Image.Image]:
         images = [load_image(image) for image in question.images]
-        if images and question.benchmark is not None and question.benchmark.upscale_first and self.presets == "paper":
+        if images and self._upscales(question):
             images[0] = resize(images[0], (images[0].width * 2, images[0].height * 2), Image.Resampling.BILINEAR)
         return images
 

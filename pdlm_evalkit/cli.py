@@ -17,7 +17,7 @@ from pdlm_hf.regions.files import FileLock, replacing, write_json
 from .benchmarks import BENCHMARKS, choose_benchmarks
 from .manifest import LMMS_TASKS
 from .paradlc.cli import app as paradlc
-from .strict import BASE_URL, MODEL, SETTINGS, Verdicts, judge_results, read_results
+from .strict import BASE_URL, MODEL, SETTINGS, Verdicts, judge_results, manifest_of, read_results
 from .terminal import progress, show_table
 
 app = errors.make_app("pdlm-eval", "Evaluate PerceptionDLM on the paper's benchmarks and compare with its scores.")
@@ -146,11 +146,18 @@ def check(
 def report(
     results: Annotated[list[Path], typer.Argument(help="Result files or folders of either harness.")],
     as_json: Json = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of the scores to this image file.")] = None,
 ) -> None:
     """Compare measured scores with the paper's. The exit code is 1 if a score is withheld."""
     from .report import as_rows, as_table, collect
 
+    if plot is not None:
+        from .plot import check_target, save_scores
+
+        check_target(plot)
     measured = collect(results)
+    if plot is not None:
+        save_scores(plot, measured)
     if as_json:
         typer.echo(json.dumps(as_rows(measured), indent=1))
     else:
@@ -191,6 +198,7 @@ def strict(
         finally:
             client.close()
         score |= {"benchmark": name, "judge": judge, "base_url": public_url(base_url), "settings": SETTINGS}
+        score["manifest"] = manifest_of(results, name, judge, base_url)
         score |= {"results": results.name, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
         with replacing(out.with_suffix(".jsonl")) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in verdicts)

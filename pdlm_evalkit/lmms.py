@@ -23,7 +23,9 @@ from pdlm_hf.errors_pdlm import SettingError
 
 from .answering import Answer, Answerer, Question
 from .benchmarks import Benchmark, ask_like_paper, place_images
+from .lmms_manifests import MODELS
 from .lmms_resume import keep_costs
+from .manifests import note_model
 from .settings import REFERENCE_NAMES, SETTINGS
 
 logger = logging.getLogger(__name__)
@@ -92,17 +94,19 @@ class DenoisingCounts(TokenCounts):
         num_forwards (`int`): forward passes of the language model.
         slots (`int`): token positions that were denoised, padding included.
         seconds (`float`): time of the batch, divided by the number of its answers.
-        settings (`dict`): settings of `generate`.
+        settings (`dict`): every effective setting.
+        prompt (`str`): hash of the prompt.
     """
 
     num_forwards: int | None = None
     slots: int | None = None
     seconds: float | None = None
     settings: dict[str, Any] | None = None
+    prompt: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All counts as a dict."""
-        own = ("num_forwards", "slots", "seconds", "settings")
+        own = ("num_forwards", "slots", "seconds", "settings", "prompt")
         return super().to_dict() | {name: getattr(self, name) for name in own}
 
 
@@ -139,6 +143,8 @@ class _Pdlm(lmms):
         )
         self.device = self.answerer.model.device  # lmms-eval gathers the counts of all ranks on it
         self._said: set[str] = set()
+        if not self.rank and (models := os.environ.get(MODELS)):
+            note_model(Path(models), self.answerer.model, pretrained)
 
     def generate_until(self, requests: list[Instance]) -> Sequence[GenerationResult]:
         """Answer requests; the results, in the same order, are computed when they are read, see [`Answers`]."""
@@ -207,7 +213,8 @@ class _Pdlm(lmms):
             num_forwards=answer.num_forwards,
             slots=answer.slots,
             seconds=answer.seconds,
-            settings=self.answerer.settings_of(question) | self.answerer.overrides,
+            settings=self.answerer.effective_settings(question),
+            prompt=answer.prompt,
         )
 
     def _log(self, answers: list[Answer], seconds: float) -> None:

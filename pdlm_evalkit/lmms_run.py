@@ -22,6 +22,7 @@ from pdlm_hf.errors_pdlm import MissingPackageError, PdlmError, SettingError
 from pdlm_hf.regions.files import load_json, write_json
 
 from .lmms_judge import JUDGED, TaskJudges
+from .lmms_manifests import name_models, write_manifests
 from .lmms_resume import RUN_NAME, cache_folder, hold, unfinished_run
 from .manifest import LMMS_TASKS
 from .settings import REFERENCE_NAMES, SETTINGS
@@ -126,6 +127,7 @@ def run(argv: list[str]) -> int:
     if known.use_cache and not os.environ.get(RUN_NAME):
         os.environ[RUN_NAME] = unfinished_run(known.use_cache, completed)
     output, cache = Path(known.output_path), cache_folder(known.use_cache) if known.use_cache else None
+    models = name_models(cache or output, completed)
     sys.argv = ["lmms-eval", *completed]
     if int(os.environ.get("RANK", 0)):
         return int(name_what_failed(evaluate(output)))
@@ -143,6 +145,7 @@ def run(argv: list[str]) -> int:
         new = sorted(set(output.rglob("*_results.json")) - before)
         missing = missing_results(tasks, new)
         for path in new:
+            write_manifests(path, models, cached=cache is not None)
             write_json(path.with_name(path.name.replace("_results.json", JUDGED)), counts | {"attempts": attempt})
     for task in missing:
         typer.echo(f"pdlm-eval: {task}: no result was written; the output of lmms-eval above says why.", err=True)

@@ -17,6 +17,8 @@ from pdlm_hf.client.chat import Request
 from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.files import load_json
 
+from .benchmarks import find_benchmark
+from .manifests import file_hash, judge_part, manifest_beside, text_hash
 from .tables import read_lines, read_table
 
 MODEL, BASE_URL = "Qwen/Qwen3-8B", "http://127.0.0.1:8000/v1"
@@ -156,6 +158,27 @@ class Verdicts(ReplyCache):
         """Return the reply with this key, or None if there is none, or none of use."""
         reply = super().get(key)
         return None if reply is None or verdict_in(reply.text or "") == "UNPARSED" else reply
+
+
+def manifest_of(results: Path, benchmark: str, judge: str, base_url: str) -> dict[str, Any]:
+    """The manifest of a strict score: that of the predictions, if there is one beside them, with this judge.
+
+    Args:
+        results (`Path`): the file of the predictions.
+        benchmark (`str`): the name of the benchmark in the paper.
+        judge, base_url (`str`): name and address of the judge.
+    """
+    found: dict[str, Any] = {}
+    report = results.with_name("pdlm_report.json")
+    if results.suffix == ".jsonl":  # RUN_samples_TASK.jsonl of lmms-eval
+        run, _, task = results.stem.partition("_samples_")
+        found = manifest_beside(results.with_name(f"{run}_results.json"), task) or {}
+    elif report.is_file():
+        rows = [row for row in load_json(report) if row["benchmark"] in results.name]
+        same = [row for row in rows if getattr(find_benchmark(row["benchmark"]), "name", None) == benchmark]
+        found = (same[0].get("manifest") if same else None) or {}
+    own = judge_part(judge, judge, base_url, SETTINGS) | {"prompt": text_hash(SYSTEM_PROMPT)}
+    return {**found, "judge": own, "predictions": {"file": results.name, "sha256": file_hash(results)}}
 
 
 def judge_results(

@@ -14,6 +14,7 @@ from pdlm_hf.regions.files import read_rows
 
 from .answering import Answerer, Question
 from .benchmarks import DIRECT, LETTER, SUFFIX, Benchmark, place_images
+from .manifests import log_answer, models_of, note_model
 
 _CHINESE_LETTER, _CHINESE_DIRECT = "\n请直接回答选项字母。", "\n请直接回答问题。"
 _SEVERAL_ROUNDS = ("MMDU", "MME-RealWorld", "WeMath_COT", "MMAlignBench")
@@ -52,6 +53,9 @@ class PerceptionDLM(BaseModel):
         self.kept: dict[str, list[str]] = {}  # the texts of answers by question, which a data set may have twice
         for row in (row for path in kept or () for row in read_rows(Path(path))):
             self.kept.setdefault(row.get("key", ""), []).append(row["text"])
+        self.rank = int(os.environ.get("RANK", 0))
+        if self.log is not None and not self.rank:
+            note_model(models_of(self.log), self.answerer.model, pretrained)
 
     def use_custom_prompt(self, dataset: str) -> bool:
         """Whether [`build_prompt`] writes the question; it does for single questions about images."""
@@ -81,10 +85,8 @@ class PerceptionDLM(BaseModel):
         question = Question(images, text, self.answerer.benchmark(dataset))
         answer = self.answerer.answer([question])[0]
         if self.log is not None:
-            row = {"dataset": dataset, "key": key, "rank": int(os.environ.get("RANK", 0)), **vars(answer)}
-            row["settings"] = self.answerer.settings_of(question) | self.answerer.overrides
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            more = {"key": key, "rank": self.rank}
+            log_answer(self.log, dataset, answer, self.answerer.effective_settings(question), **more)
         return answer.text
 
 

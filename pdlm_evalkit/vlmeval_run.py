@@ -20,10 +20,12 @@ from typing import Any
 import typer
 
 from pdlm_hf.errors_pdlm import SettingError
-from pdlm_hf.regions.files import FileLock, read_rows, write_json
+from pdlm_hf.regions.files import FileLock, write_json
 
 from .benchmarks import find_benchmark
+from .check import RULES, judge_address
 from .lmms_run import OptionParser, as_command
+from .manifests import data_part, judge_part, manifest, read_logs
 from .vlmeval_judge import JudgeLog
 from .vlmeval_resume import (
     REPORT,
@@ -185,7 +187,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     known.add_argument("--work-dir", default="./outputs")
     known.add_argument("--mode", default="all")
     known.add_argument("--reuse", action="store_true")
-    for name in ("--judge", "--judge-base-url", "--judge-key"):
+    for name in ("--judge", "--judge-base-url", "--judge-key", "--judge-args"):
         known.add_argument(name)
     theirs, _ = known.parse_known_args(rest)
     return argparse.Namespace(**vars(theirs), **vars(ours)), rest
@@ -342,12 +344,16 @@ def finish(config: dict[str, Any], attempts: dict[str, Attempts], files: set[Pat
         for path in sorted(path for path in files if path.parts[-3] == model):
             status = json.loads(path.read_text(encoding="utf-8")).get("datasets", {})
             found = {row["benchmark"]: row for row in collect_run_benchmark_report(path.parent)}
+            models, answers = read_logs(logs_of(path.parents[2], model, attempts[model].started))
             for name, row in found.items():
                 benchmark = find_benchmark(name) if presets == "paper" and _is_ours(model, given) else None
                 row |= {"paper_settings": benchmark and benchmark.as_dict(), "settings": settings}
                 row |= {"pretrained": pretrained, "metrics": status.get(name, {}).get("metrics")}
-                row |= {"answers": answer_costs(logs_of(path.parents[2], model, attempts[model].started), name)}
-                row |= {"judge": status.get(name, {}).get("judge_model"), "attempts": len(attempts[model].started)}
+                own = [answer for answer in answers if answer["dataset"] == name]
+                row |= {"answers": answer_costs(own), "attempts": len(attempts[model].started)}
+                row |= {"judge": status.get(name, {}).get("judge_model")}
+                data = data_part(name, [vlmeval_table(name)])
+                row["manifest"] = manifest(models, own, judge_of(name, row["judge"]), data, attempts[model].started)
                 row |= {"source_run": status.get(name, {}).get("source_run")}
                 if judge.installed and not row["skip_reason"]:
                     row["judged"] = judge.judged(path.parent, model, row)
@@ -373,19 +379,35 @@ def again(argv: list[str]) -> str:
     return f"pdlm-eval vlmeval {shlex.join(words)} --mode eval"
 
 
-def answer_costs(logs: list[Path], dataset: str) -> dict[str, Any]:
-    """Sum the cost of the answers to a data set over the processes and attempts of a run. Kept answers cost nothing.
+def vlmeval_table(dataset: str) -> Path:
+    """The file of a data set, as VLMEvalKit downloads it."""
+    return Path(os.environ.get("LMUData") or Path.home() / "LMUData") / f"{dataset}.tsv"
+
+
+def judge_of(dataset: str, name: str | None) -> dict[str, Any] | None:
+    """The judge of a data set for its manifest, by the arguments of run.py in `sys.argv`; None: rules alone.
 
     Args:
-        logs (`list[Path]`): files of answers.
-        dataset (`str`): name of the data set.
+        dataset (`str`): the name of the data set.
+        name (`str`, *optional*): the name of the judge, from VLMEvalKit's status.
     """
-    total = {"questions": 0, "num_forwards": 0, "slots": 0, "output_tokens": 0, "seconds": 0.0}
-    for row in (row for path in logs for row in read_rows(path)):
-        if row["dataset"] == dataset:
-            total["questions"] += 1
-            for name in ("num_forwards", "slots", "output_tokens", "seconds"):
-                total[name] += row[name]
+    benchmark = find_benchmark(dataset)
+    if name in (None, "", RULES) or (benchmark is not None and benchmark.stock_judge == "rules"):
+        return None
+    options, _ = parse(sys.argv[1:])
+    settings = json.loads(options.judge_args or "{}")
+    secret = {option: settings.pop(option, None) for option in ("key", "api_base", "model")}
+    try:
+        model, address = judge_address(name, options.judge_base_url)
+    except SettingError:  # a judge that VLMEvalKit reaches in its own way
+        model, address = None, None
+    return judge_part(name, model, secret["api_base"] or address, settings)
+
+
+def answer_costs(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sum the cost of the answers to a data set over the ranks and attempts of a run. Reused answers cost nothing."""
+    names = ("num_forwards", "slots", "output_tokens", "seconds")
+    total = {"questions": len(answers)} | {name: sum(answer[name] for answer in answers) for name in names}
     if total["num_forwards"]:
         total["tokens_per_forward"] = round(total["slots"] / total["num_forwards"], 3)
         total["text_tokens_per_forward"] = round(total["output_tokens"] / total["num_forwards"], 3)

@@ -5,6 +5,7 @@ VLMEVALKIT=path/to/VLMEvalKit python -m pytest tests/evalkit/test_vlmeval_checko
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import os
@@ -189,7 +190,13 @@ def test_the_same_command_goes_on_after_a_kill(data, tmp_path):
     assert "goes on with" in done.stderr and report[0]["attempts"] == 2
     assert report[0]["answers"]["questions"] == answers() == rows  # some have the same image and text
     assert report[0]["answers"]["num_forwards"] == 2 * rows
+    killed = report[0]["manifest"]
+    assert killed["attempts"]["number"] == 2 and killed["prompts"]["distinct"] == ROWS and not killed["mixed"]
+    assert killed["data"]["md5"] == {
+        "MMStar_long.tsv": hashlib.md5((data / "MMStar_long.tsv").read_bytes()).hexdigest()
+    }
     done, report = run(data, tmp_path, *options)  # finished: a new run, from the start
+    assert {**report[0]["manifest"], "attempts": 0} == {**killed, "attempts": 0}
     assert report[0]["attempts"] == 1 and report[0]["answers"]["questions"] == rows
 
 
