@@ -38,7 +38,7 @@ export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
 
 .PHONY: demo install docs dist browser test environments test-core test-wheel test-vllm test-lmms test-full test-newest \
-	test-peers vllm-signatures wheel constraints lint clean
+	test-kills test-peers vllm-signatures wheel constraints lint clean
 
 demo: .venv/demo
 	@mkdir -p demo_out
@@ -140,6 +140,13 @@ vllm-signatures: .venv/dev
 
 test-lmms: .venv-lmms/ready
 	$(LMMS_BIN)/python -m pytest -q -m "not slow" tests/lmms
+
+# kill -9 of every command of the evaluation. VLMEVALKIT is a checkout of VLMEvalKit, and VLMEVALKIT_PYTHON the Python in
+# which it and this project are installed; without them its part is left out.
+test-kills: .venv/dev .venv-lmms/ready
+	PDLM_KILLS=25 $(BIN)/python -m pytest -q tests/evalkit/test_kills.py
+	PDLM_KILLS=25 $(LMMS_BIN)/python -m pytest -q tests/lmms/test_kills.py
+	test -z "$(VLMEVALKIT)" || PDLM_KILLS=25 $(VLMEVALKIT_PYTHON) -m pytest -q tests/evalkit/test_kills_vlmeval.py
 
 # The tools whose region files are read; they write some for the slow tests. ultralytics wants another build of OpenCV
 # than Label Studio does, and the two cannot be installed together.

@@ -171,6 +171,15 @@ def scale(record: dict) -> str:
     return table(*rows)
 
 
+def kills(record: dict) -> str:
+    """Kills of every command of the evaluation, and the requests that were asked again."""
+    rows = [["command", "kills", "runs", "requests to the judge", "asked again"]]
+    for row in record["rows"]:
+        counts = (row["kills"], row["runs"], row.get("requests", "-"), row.get("asked_again", "-"))
+        rows.append([f"`{row['name']}`", *map(str, counts)])
+    return table(*rows, ["all", str(sum(row["kills"] for row in record["rows"])), "", "", ""])
+
+
 def batch_parts(record: dict) -> str:
     """What an image costs a CPU besides the model."""
     parts = record["parts"]
@@ -390,6 +399,7 @@ def tables() -> dict[str, str]:
         **{name: make(load("batch_throughput.json")) for name, make in batch.items()},
         "batch_costs": batch_costs(),
         "scale": scale(load("scale.json")),
+        "kills": kills(load("kills.json")),
         "newest": newest(RESULTS / "newest.json"),
         **gpu_tables({call: load(f"gpu_h100_{call}.json") for call in (1, 2, 3)}),
         **{name: make(load(f"{name}.json")) for name, make in later.items() if (RESULTS / f"{name}.json").is_file()},

@@ -21,6 +21,7 @@ from pdlm_hf.regions.images import load_image
 from pdlm_hf.tiling_pdlm import resize
 
 from .benchmarks import OVERRIDES, Benchmark, find_benchmark, tiles_for
+from .manifests import effective_settings, text_hash
 from .settings import DEFAULT_GENERATION, our_settings
 
 _CHAT_ONLY = ("block_length", "generation_suffix", "guidance_scale")
@@ -57,6 +58,7 @@ class Answer:
         slots (`int`): token positions that were denoised, padding included.
         num_forwards (`int`): forward passes of the language model for the batch of the answer.
         seconds (`float`): time of the batch, divided by the number of its answers.
+        prompt (`str`): hash of the prompt, with the marks of images in it.
     """
 
     text: str
@@ -65,6 +67,7 @@ class Answer:
     slots: int
     num_forwards: int
     seconds: float
+    prompt: str = ""
 
 
 class Answerer:
@@ -137,18 +140,41 @@ class Answerer:
         settings = {**base, **explicit, "max_new_tokens": slots}
         return settings | {"block_length": min(settings["block_length"], slots)}
 
-    @torch.inference_mode()
+    def effective_settings(self, question: Question) -> dict[str, Any]:
+        """Everything that an answer depends on beside prompt and checkpoint: all settings of `generate`, also those of
+        the checkpoint and the defaults, and how the images are read."""
+        chat = question.masks is None
+        settings = effective_settings(self.model, self.settings_of(question), chat) | {"batch_size": self.batch_size}
+        if chat:
+            settings |= {"max_tiles": self._tiles(question), "shorten": self._shortens(question)}
+            settings["upscale_first"] = self._upscales(question)
+        return settings
+
     def answer(self, questions: list[Question]) -> list[Answer]:
-        """Answer questions, those with the same settings in batches; the answers are in the order of the questions."""
+        """Answer questions, which may have different settings; they are put into batches by their settings.
+
+        Returns:
+            the answers, in the order of the questions.
+        """
+        found = {i: answer for batch in self.batches(questions) for i, answer in self.answer_batch(questions, batch)}
+        return [found[i] for i in range(len(questions))]
+
+    def batches(self, questions: list[Question]) -> list[list[int]]:
+        """Positions of the questions of each batch: alike in settings and tiles, and as near to their order as can be.
+
+        Whoever reads answers in order needs the batches in this order.
+        """
         keys = [(q.masks is not None, repr(sorted(self.settings_of(q).items())), self._tiles(q)) for q in questions]
-        order = sorted(range(len(questions)), key=lambda i: (keys[i], len(questions[i].images), questions[i].text))
-        answers: dict[int, Answer] = {}
-        for _, group in groupby(order, key=lambda i: keys[i]):
-            alike = list(group)
-            for first in range(0, len(alike), self.batch_size):
-                batch = alike[first : first + self.batch_size]
-                answers.update(zip(batch, self._batch([questions[i] for i in batch]), strict=True))
-        return [answers[i] for i in range(len(questions))]
+        alike: dict[tuple, list[int]] = {}
+        for position, key in enumerate(keys):
+            alike.setdefault(key, []).append(position)
+        size = self.batch_size
+        return sorted(group[k : k + size] for group in alike.values() for k in range(0, len(group), size))
+
+    @torch.inference_mode()
+    def answer_batch(self, questions: list[Question], batch: list[int]) -> list[tuple[int, Answer]]:
+        """Answer the questions at some positions in one batch. Returns: positions with their answers."""
+        return list(zip(batch, self._batch([questions[i] for i in batch]), strict=True))
 
     def _tiles(self, question: Question) -> int:
         own = self.processor.image_processor.max_tiles
@@ -174,7 +200,8 @@ class Answerer:
         output = self.model.generate(**inputs, **settings, return_dict_in_generate=True)
         slots = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         answers = []
-        for question, tokens, mask in zip(questions, slots, inputs["attention_mask"], strict=True):
+        rows = zip(questions, prompts, slots, inputs["attention_mask"], strict=True)
+        for question, prompt, tokens, mask in rows:
             said = self.processor.read_caption(tokens)
             answers.append(
                 Answer(
@@ -184,6 +211,7 @@ class Answerer:
                     settings["max_new_tokens"],
                     output.num_forwards,
                     0.0,
+                    text_hash(prompt),
                 )
             )
         return answers
@@ -203,12 +231,16 @@ class Answerer:
             for found in captions:
                 spoken = json.dumps([caption.text for caption in found], ensure_ascii=False)
                 tokens = sum(len(caption.token_ids) for caption in found)
-                answers.append(Answer(spoken, None, tokens, slots * len(found), output["num_forwards"], 0.0))
+                cost = (tokens, slots * len(found), output["num_forwards"], 0.0)
+                answers.append(Answer(spoken, None, *cost, text_hash(text)))
         return answers
+
+    def _upscales(self, question: Question) -> bool:
+        return question.benchmark is not None and question.benchmark.upscale_first and self.presets == "paper"
 
     def _images(self, question: Question) -> list[Image.Image]:
         images = [load_image(image) for image in question.images]
-        if images and question.benchmark is not None and question.benchmark.upscale_first and self.presets == "paper":
+        if images and self._upscales(question):
             images[0] = resize(images[0], (images[0].width * 2, images[0].height * 2), Image.Resampling.BILINEAR)
         return images
 

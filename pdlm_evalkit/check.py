@@ -164,7 +164,7 @@ _VLMEVAL_ELSEWHERE = ("qwen-7b", "qwen-72b", "deepseek", "llama31-8b")
 _LMMS_FULL_URL = ("MMBench", "HallusionBench")  # ask OPENAI_API_URL as it is; MathVista adds the path; MathVerse both
 
 
-def _vlmeval_judge(judge: str | None, base_url: str | None) -> tuple[str, str]:
+def judge_address(judge: str | None, base_url: str | None) -> tuple[str, str]:
     """The model and address that VLMEvalKit will use.
 
     Raises:
@@ -190,7 +190,7 @@ def _vlmeval_judge(judge: str | None, base_url: str | None) -> tuple[str, str]:
     return model, url
 
 
-def _lmms_judge(benchmark: Benchmark) -> tuple[str, str]:
+def lmms_judge_address(benchmark: Benchmark) -> tuple[str, str]:
     """The model and address that lmms-eval will use for a benchmark.
 
     Raises:
@@ -267,7 +267,7 @@ def check_judge(
     if judge == RULES:
         return finding("lmms-eval has no --judge; mmbench_en_dev_static is its task that is scored by rules.")
     try:
-        model, url = _vlmeval_judge(judge, base_url) if harness == "vlmeval" else _lmms_judge(benchmark)
+        model, url = judge_address(judge, base_url) if harness == "vlmeval" else lmms_judge_address(benchmark)
     except ValueError as error:
         return finding(f"{error} Otherwise {_SILENT[harness]}")
     key, wants_key = key or _environment_key(), harness == "lmms" and benchmark.name == "MathVista"

@@ -13,12 +13,12 @@ from typer.core import TyperCommand
 from pdlm_hf.cli import errors
 from pdlm_hf.client import ChatClient, key_in, public_url
 from pdlm_hf.errors_pdlm import PdlmError, SettingError
-from pdlm_hf.regions.files import write_json
+from pdlm_hf.regions.files import FileLock, replacing, write_json
 
 from .benchmarks import BENCHMARKS, choose_benchmarks
 from .manifest import LMMS_TASKS
 from .paradlc.cli import app as paradlc
-from .strict import BASE_URL, MODEL, SETTINGS, Verdicts, judge_results, read_results
+from .strict import BASE_URL, MODEL, SETTINGS, Verdicts, judge_results, manifest_of, read_results
 from .terminal import progress, show_table
 
 app = errors.make_app("pdlm-eval", "Evaluate PerceptionDLM on the paper's benchmarks and compare with its scores.")
@@ -164,11 +164,18 @@ def check(
 def report(
     results: Annotated[list[Path], typer.Argument(help="Result files or folders of either harness.")],
     as_json: Json = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of the scores to this image file.")] = None,
 ) -> None:
     """Compare measured scores with the paper's. The exit code is 1 if a score is withheld."""
     from .report import as_rows, as_table, collect
 
+    if plot is not None:
+        from .plot import check_target, save_scores
+
+        check_target(plot)
     measured = collect(results)
+    if plot is not None:
+        save_scores(plot, measured)
     if as_json:
         typer.echo(json.dumps(as_rows(measured), indent=1))
     else:
@@ -198,18 +205,20 @@ def strict(
     if out.suffix != ".json":
         raise SettingError(f"--out {out}: the name must end in .json; the verdicts go beside it, in .jsonl.")
     options: dict[str, Any] = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
-    client = ChatClient(judge, base_url, key_in(api_key_env), SETTINGS, **options)
-    client.cache = Verdicts(out.with_suffix(".sqlite"))
-    try:
-        with progress("verdicts") as show:
-            score, verdicts = judge_results(rows, client, lambda done, _: show(done, len(rows)))
-    finally:
-        client.close()
-    score |= {"benchmark": name, "judge": judge, "base_url": public_url(base_url), "settings": SETTINGS}
-    score |= {"results": results.name, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
-    lines = [json.dumps(row, ensure_ascii=False) for row in verdicts]
-    out.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_json(out, score)
+    with FileLock(out.with_suffix(".lock"), out, "give another --out"):
+        client = ChatClient(judge, base_url, key_in(api_key_env), SETTINGS, **options)
+        client.cache = Verdicts(out.with_suffix(".sqlite"))
+        try:
+            with progress("verdicts") as show:
+                score, verdicts = judge_results(rows, client, lambda done, _: show(done, len(rows)))
+        finally:
+            client.close()
+        score |= {"benchmark": name, "judge": judge, "base_url": public_url(base_url), "settings": SETTINGS}
+        score["manifest"] = manifest_of(results, name, judge, base_url)
+        score |= {"results": results.name, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with replacing(out.with_suffix(".jsonl")) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in verdicts)
+        write_json(out, score)
     typer.echo(json.dumps({key: score[key] for key in score if key.startswith(("accuracy", "n_"))}))
     if lost := score["n_failed"] + score["n_unparsed"]:
         raise _fail(f"{lost} rows got no verdict and count as wrong; run again to ask for them", 1)

@@ -8,8 +8,7 @@ them. Only lmms-eval imports this module.
 import json
 import logging
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,9 @@ from pdlm_hf.errors_pdlm import SettingError
 
 from .answering import Answer, Answerer, Question
 from .benchmarks import Benchmark, ask_like_paper, place_images
+from .lmms_manifests import MODELS
+from .lmms_resume import keep_costs
+from .manifests import note_model
 from .settings import REFERENCE_NAMES, SETTINGS
 
 logger = logging.getLogger(__name__)
@@ -35,15 +37,20 @@ _DIFFUSION = {*SETTINGS, *REFERENCE_NAMES, "cfg_scale"} - {"max_new_tokens", "te
 _WITHOUT_MEANING = {"until", "top_p", "top_k", "num_beams", "do_sample", "image_aspect_ratio", "use_cache"}
 
 
+Made = tuple[GenerationResult, Answer, float]  # a result, its answer, and the seconds it took
+
+
 class Answers(Sequence):
-    """Results that are computed window by window, when they are first read.
+    """Results that are computed batch by batch, when they are first read.
 
     lmms-eval passes all requests of a run at once, and writes each answer into its response cache when it reads it. So
-    only the images of one window are in memory, and after a kill the answers of earlier windows are in the cache.
+    only the images of one window are in memory, and after a kill all answers but those of the last batches are in the
+    cache.
 
     Args:
         requests (`list[Instance]`): all requests of the run.
-        make: function from a window of requests to its [(result, answer, seconds)].
+        make: function from a window of requests to its results, a batch at a time: {position in the window: (result,
+            answer, seconds)}.
         window (`int`): number of requests in a window.
         finished: function that is called after the last window, with all answers and the seconds they took.
     """
@@ -51,12 +58,13 @@ class Answers(Sequence):
     def __init__(
         self,
         requests: list[Instance],
-        make: Callable[[list[Instance]], list[tuple[GenerationResult, Answer, float]]],
+        make: Callable[[list[Instance]], Iterator[dict[int, Made]]],
         window: int,
         finished: Callable[[list[Answer], float], None],
     ):
         self.requests, self._make, self._window, self._finished = requests, make, window, finished
-        self._made: list[tuple[GenerationResult, Answer, float]] = []
+        self._made: dict[int, Made] = {}
+        self._batches = self._all_batches()
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -65,12 +73,17 @@ class Answers(Sequence):
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        while len(self._made) <= index:
-            self._made += self._make(self.requests[len(self._made) : len(self._made) + self._window])
+        while index not in self._made:
+            self._made |= next(self._batches)
             if len(self._made) == len(self):
-                _, answers, seconds = zip(*self._made, strict=True)
+                _, answers, seconds = zip(*self._made.values(), strict=True)
                 self._finished(list(answers), sum(seconds))
         return self._made[index][0]
+
+    def _all_batches(self) -> Iterator[dict[int, Made]]:
+        for start in range(0, len(self), self._window):
+            for batch in self._make(self.requests[start : start + self._window]):
+                yield {start + position: made for position, made in batch.items()}
 
 
 @dataclass
@@ -81,17 +94,19 @@ class DenoisingCounts(TokenCounts):
         num_forwards (`int`): forward passes of the language model.
         slots (`int`): token positions that were denoised, padding included.
         seconds (`float`): time of the batch, divided by the number of its answers.
-        settings (`dict`): settings of `generate`.
+        settings (`dict`): every effective setting.
+        prompt (`str`): hash of the prompt.
     """
 
     num_forwards: int | None = None
     slots: int | None = None
     seconds: float | None = None
     settings: dict[str, Any] | None = None
+    prompt: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All counts as a dict."""
-        own = ("num_forwards", "slots", "seconds", "settings")
+        own = ("num_forwards", "slots", "seconds", "settings", "prompt")
         return super().to_dict() | {name: getattr(self, name) for name in own}
 
 
@@ -118,6 +133,7 @@ class _Pdlm(lmms):
         **settings: Any,
     ):
         super().__init__()
+        keep_costs()
         self.accelerator = Accelerator()
         if self.accelerator.num_processes > 1:
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -127,21 +143,21 @@ class _Pdlm(lmms):
         )
         self.device = self.answerer.model.device  # lmms-eval gathers the counts of all ranks on it
         self._said: set[str] = set()
+        if not self.rank and (models := os.environ.get(MODELS)):
+            note_model(Path(models), self.answerer.model, pretrained)
 
     def generate_until(self, requests: list[Instance]) -> Sequence[GenerationResult]:
         """Answer requests; the results, in the same order, are computed when they are read, see [`Answers`]."""
         return Answers(requests, self._results, WINDOW * self.answerer.batch_size, self._log)
 
-    def _results(self, requests: list[Instance]) -> list[tuple[GenerationResult, Answer, float]]:
-        """Results of some requests, with their answers and seconds."""
+    def _results(self, requests: list[Instance]) -> Iterator[dict[int, Made]]:
+        """Results of some requests by position, a batch at a time, with their answers and seconds."""
         questions = [self._question(*self._read(request)) for request in requests]
-        start = time.perf_counter()
-        answers = self.answerer.answer(questions)
-        seconds = (time.perf_counter() - start) / len(questions)
-        return [
-            (GenerationResult(answer.text, self._counts(question, answer)), answer, seconds)
-            for question, answer in zip(questions, answers, strict=True)
-        ]
+        for batch in self.answerer.batches(questions):
+            yield {
+                i: (GenerationResult(answer.text, self._counts(questions[i], answer)), answer, answer.seconds)
+                for i, answer in self.answerer.answer_batch(questions, batch)
+            }
 
     def loglikelihood(self, requests: list[Instance]) -> list:
         """Raises: NotImplementedError: a masked diffusion model has no token-by-token likelihood."""
@@ -197,7 +213,8 @@ class _Pdlm(lmms):
             num_forwards=answer.num_forwards,
             slots=answer.slots,
             seconds=answer.seconds,
-            settings=self.answerer.settings_of(question) | self.answerer.overrides,
+            settings=self.answerer.effective_settings(question),
+            prompt=answer.prompt,
         )
 
     def _log(self, answers: list[Answer], seconds: float) -> None:

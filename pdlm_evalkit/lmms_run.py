@@ -7,14 +7,12 @@
 """
 
 import argparse
-import hashlib
 import importlib.util
-import json
 import math
 import os
 import sys
 from collections.abc import Callable
-from itertools import count
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,10 +23,10 @@ from pdlm_hf.errors_pdlm import MissingPackageError, PdlmError, SettingError
 from pdlm_hf.regions.files import load_json, write_json
 
 from .lmms_judge import JUDGED, TaskJudges
+from .lmms_manifests import name_models, write_manifests
+from .lmms_resume import RUN_NAME, cache_folder, hold, unfinished_run
 from .manifest import LMMS_TASKS
 from .settings import REFERENCE_NAMES, SETTINGS
-
-RUN_NAMES = ("LMMS_CACHE_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")  # lmms-eval takes a run's name from these
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -82,21 +80,6 @@ def arguments_for(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
     return completed, known
 
 
-def unfinished_run(cache: str, arguments: list[str]) -> str:
-    """Name of the run in lmms-eval's response cache that this command continues, or begins.
-
-    lmms-eval stores answers by run, gives runs random names, and reads only runs that were finished. A name made from
-    the arguments lets the same command find its own unfinished run.
-
-    Args:
-        cache (`str`): the folder of `--use_cache`.
-        arguments (`list[str]`): all arguments of lmms-eval.
-    """
-    folder = Path(cache).absolute().parent if cache.endswith(".db") else Path(cache).absolute()
-    digest = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:16]
-    return next(f"{digest}-{k}" for k in count() if not (folder / "runs" / f"{digest}-{k}" / ".merged").exists())
-
-
 def missing_results(tasks: list[str], files: list[Path]) -> list[str]:
     """The tasks (or groups, or tags) without a score in the result files.
 
@@ -142,40 +125,52 @@ def run(argv: list[str]) -> int:
     """
     completed, known = arguments_for(argv)
     find_harness()
+    if known.use_cache and not os.environ.get(RUN_NAME):
+        os.environ[RUN_NAME] = unfinished_run(known.use_cache, completed)
+    output, cache = Path(known.output_path), cache_folder(known.use_cache) if known.use_cache else None
+    models = name_models(cache or output, completed)
+    sys.argv = ["lmms-eval", *completed]
+    if int(os.environ.get("RANK", 0)):
+        return int(name_what_failed(evaluate(output)))
+    tasks = [name.strip() for name in known.tasks.split(",")]
+    if known.check:
+        from .check import check_lmms_judge
+
+        check_lmms_judge(tasks)
+    with ExitStack() as held:
+        attempt = hold(held, output, cache, os.environ.get(RUN_NAME, ""))
+        if attempt > 1:
+            typer.echo(f"pdlm-eval: attempt {attempt}; answers of earlier ones are in {cache}.", err=True)
+        before = set(output.rglob("*_results.json"))
+        counts = evaluate(output)
+        new = sorted(set(output.rglob("*_results.json")) - before)
+        missing = missing_results(tasks, new)
+        for path in new:
+            write_manifests(path, models, cached=cache is not None)
+            write_json(path.with_name(path.name.replace("_results.json", JUDGED)), counts | {"attempts": attempt})
+    for task in missing:
+        typer.echo(f"pdlm-eval: {task}: no result was written; the output of lmms-eval above says why.", err=True)
+    return 1 if name_what_failed(counts) or missing else 0
+
+
+def evaluate(output: Path) -> dict[str, dict[str, int]]:
+    """Run lmms-eval with the arguments of this process. Returns: how its judges did, see [`TaskJudges.counts`]."""
     try:
         from lmms_eval.__main__ import cli_evaluate
     except ImportError as error:
         raise ImportError(f"lmms-eval is installed, but cannot be imported ({error}).") from error
-    if known.check and not int(os.environ.get("RANK", 0)):
-        from .check import check_lmms_judge
-
-        check_lmms_judge([name.strip() for name in known.tasks.split(",")])
-    if known.use_cache and not any(map(os.environ.get, RUN_NAMES)):
-        os.environ[RUN_NAMES[0]] = unfinished_run(known.use_cache, completed)
-    output = Path(known.output_path)
-    before = set(output.rglob("*_results.json"))
-    sys.argv = ["lmms-eval", *completed]
-    judges = TaskJudges()
+    output.mkdir(parents=True, exist_ok=True)
+    judges = TaskJudges(output / "pdlm_judge.sqlite")
     judges.install()
     cli_evaluate()
-    lost = name_what_failed(judges.counts(), output)
-    if int(os.environ.get("RANK", 0)):
-        return int(lost)
-    new = sorted(set(output.rglob("*_results.json")) - before)
-    missing = missing_results([name.strip() for name in known.tasks.split(",")], new)
-    for task in missing:
-        typer.echo(f"pdlm-eval: {task}: no result was written; the output of lmms-eval above says why.", err=True)
-    for path in new:
-        write_json(path.with_name(path.name.replace("_results.json", JUDGED)), judges.counts())
-    return 1 if missing or lost else 0
+    return judges.counts()
 
 
-def name_what_failed(counts: dict[str, dict[str, int]], output: Path) -> bool:
-    """Name the tasks with answers that were not scored; lmms-eval keeps no verdict of them for the next run.
+def name_what_failed(counts: dict[str, dict[str, int]]) -> bool:
+    """Name the tasks with answers that were not scored.
 
     Args:
         counts (`dict`): counts by folder of the task, see [`TaskJudges.counts`].
-        output (`Path`): the folder of `--output_path`; HallusionBench would read its verdicts there again.
 
     Returns:
         whether there are any.
@@ -185,11 +180,10 @@ def name_what_failed(counts: dict[str, dict[str, int]], output: Path) -> bool:
         asked = found["failed"] + found["judge"]
         typer.echo(
             f"pdlm-eval: {folder}: the judge failed on {found['failed']} of {asked} requests, and {found['random']} "
-            "options were drawn at random. Run again; with --use_cache the model is not asked.",
+            "options were drawn at random. Run again: the judge is asked about these only, and with --use_cache the "
+            "model is not asked.",
             err=True,
         )
-    for path in output.rglob("gpt_response/hallusion_output_*.json") if "hallusion_bench" in lost else ():
-        path.unlink()
     return bool(lost)
 
 

@@ -4,8 +4,10 @@ A number is right, or it is not printed: the unit of a score comes from what wro
 error, and a score is withheld if some answers were drawn at random, or got no useful reply from the judge.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.files import load_json
 
 from .benchmarks import BENCHMARKS, TOTAL_TILES, Benchmark, find_benchmark
+from .comparing import differences, not_comparable
 from .lmms_judge import judged_beside
+from .manifests import manifest_beside
+from .outcomes import Outcomes, interval_of, of_lmms, of_strict, of_vlmeval
 from .scores import as_percent, note_on_splits, score_in
 from .tables import read_lines
 from .vlmeval_judge import counted_in
@@ -44,6 +49,11 @@ class Measured:
             read the answer, which counts as wrong); None if the harness does not say.
         problem (`str`): why the score is withheld.
         replaces (`str`): the folder of the run whose answers were scored again.
+        interval (`tuple[float, float]`, *optional*): the 95 % interval of the score, by a bootstrap over questions.
+        no_interval (`str`): why there is no interval.
+        manifest (`dict`, *optional*): what the score depends on, see [`manifests.manifest`].
+        not_comparable (`list[str]`): what the score does not share with the paper's.
+        differs (`list[str]`): what the score does not share with the first one of this benchmark.
     """
 
     benchmark: str
@@ -60,11 +70,35 @@ class Measured:
     judged: dict[str, int] | None = None
     problem: str = ""
     replaces: str = ""
+    interval: tuple[float, float] | None = None
+    no_interval: str = ""
+    manifest: dict[str, Any] | None = None
+    not_comparable: list[str] = field(default_factory=list)
+    differs: list[str] = field(default_factory=list)
 
     @property
     def difference(self) -> float | None:
         """The measured score minus the paper's, in percentage points."""
         return None if self.score is None else round(self.score - self.paper, 2)
+
+    def add_interval(self, read: Callable[[], Outcomes]) -> None:
+        """Add the interval of a score that is not withheld; `read` reads the points, see [`outcomes.interval_of`]."""
+        if self.score is not None:
+            self.interval, self.no_interval = interval_of(self.score, read)
+
+    def add_manifest(self, benchmark: Benchmark, manifest: Any) -> None:
+        """Add the manifest, if there is one, and what is not comparable with the paper."""
+        if isinstance(manifest, dict):
+            self.manifest = manifest
+            self.not_comparable += not_comparable(benchmark, manifest, self.tokens_per_forward, self.harness)
+
+    @property
+    def notes(self) -> str:
+        """All notes in one text."""
+        parts = [self.problem, self.note]
+        parts += [f"not comparable with the paper: {', '.join(self.not_comparable)}"] * bool(self.not_comparable)
+        parts += [f"differs from the first row: {', '.join(self.differs)}"] * bool(self.differs)
+        return "; ".join(filter(None, [*parts, self.no_interval and f"no interval: {self.no_interval}"]))
 
     def withhold(self, judged: dict[str, int] | None) -> None:
         """Note how the answers were scored, and withhold the score if some of them were not."""
@@ -90,7 +124,12 @@ def collect(paths: list[Path]) -> list[Measured]:
     replaced = {(row.replaces, row.benchmark) for row in found}
     found = [row for row in found if (str(Path(row.source).parent), row.benchmark) not in replaced]
     order = [benchmark.name for benchmark in BENCHMARKS]
-    return sorted(found, key=lambda row: order.index(row.benchmark))
+    found.sort(key=lambda row: order.index(row.benchmark))
+    for rows in (list(group) for _, group in groupby(found, key=lambda row: row.benchmark)):
+        for row in rows[1:]:
+            if row.manifest is not None and rows[0].manifest is not None:
+                row.differs = differences(row.manifest, rows[0].manifest)
+    return found
 
 
 def _files_in(paths: list[Path]) -> list[tuple[Path, bool]]:
@@ -142,7 +181,7 @@ def _from_vlmeval(row: dict[str, Any], file: Path) -> Measured | None:
     notes = [note_on_splits(row.get("metrics") or {}, benchmark)]
     if row.get("paper_settings") is None:
         notes.append("settings differ from the paper's")
-    elif row.get("settings"):
+    elif row.get("settings") and not row.get("manifest"):
         notes.append("changed: " + ", ".join(f"{k}={v}" for k, v in row["settings"].items()))
     if benchmark.paper_judge:
         notes.append(f"the paper: {benchmark.paper_judge}")
@@ -158,6 +197,7 @@ def _from_vlmeval(row: dict[str, Any], file: Path) -> Measured | None:
         answers.get("seconds"),
         "; ".join(filter(None, notes)),
     )
+    measured.add_manifest(benchmark, row.get("manifest"))
     if row.get("source_run"):
         measured.replaces = str(file.parent.parent / str(row["source_run"]))
     judged = row.get("judged")
@@ -166,6 +206,7 @@ def _from_vlmeval(row: dict[str, Any], file: Path) -> Measured | None:
         measured.problem = f"VLMEvalKit wrote no {metric} of all questions or of the split {benchmark.split}"
     if row.get("infer_failed"):
         measured.score, measured.problem = None, f"{row['infer_failed']} questions got no answer"
+    measured.add_interval(partial(of_vlmeval, benchmark, file.parent, str(row["benchmark"]), row.get("judge")))
     return measured
 
 
@@ -192,7 +233,7 @@ def _from_status(name: str, status: dict[str, Any], run: dict[str, Any], file: P
     """A data set in the status.json of VLMEvalKit, whose run.py was not started by us."""
     judge = status.get("judge_model") or "exact_matching"
     row = {key: status.get(key) for key in ("metrics", "source_run")}
-    measured = _from_vlmeval({"benchmark": name, **row}, file)
+    measured = _from_vlmeval({"benchmark": name, "judge": judge, **row}, file)
     if measured is not None:
         judged = counted_in(file.parent, run.get("model_name") or file.parents[1].name, name, judge)
         measured.withhold(judged if any(judged.values()) else None)
@@ -214,9 +255,11 @@ def _from_strict(content: dict[str, Any], file: Path) -> Measured | None:
         content["n_rows"],
         note=f"{content.get('judge')}",
     )
+    measured.add_manifest(benchmark, content.get("manifest"))
     # a reply that is no verdict is none of use
     lost = content.get("n_failed", 0) + content.get("n_unparsed", 0)
     measured.withhold({"rules": 0, "unparsed": 0, "judge": content["n_rows"] - lost, "random": 0, "failed": lost})
+    measured.add_interval(partial(of_strict, file.with_suffix(".jsonl")))
     return measured
 
 
@@ -233,10 +276,12 @@ def _from_lmms(content: dict[str, Any], file: Path) -> Iterator[Measured]:
             continue
         notes = ["" if task == benchmark.lmms else f"task {task}"]
         measured = Measured(benchmark.name, "lmms-eval", score, benchmark.lmms_metric, benchmark.paper)
-        _add_costs(measured, file.with_name(file.name.replace("_results.json", f"_samples_{task}.jsonl")))
+        samples = _samples_of(task, content, file)
+        _add_costs(measured, samples)
         config = content.get("config")
         if isinstance(config, dict) and config.get("limit"):
-            notes.append(f"only {float(config['limit']):g} questions (--limit)")
+            measured.not_comparable.append(f"only {float(config['limit']):g} questions (--limit)")
+        measured.add_manifest(benchmark, manifest_beside(file, task))
         judged = judged_beside(file, task)
         if judged is None and benchmark.lmms_judge != "rules":
             notes.append("not run by pdlm-eval lmms: whether the judge answered is unknown")
@@ -244,29 +289,39 @@ def _from_lmms(content: dict[str, Any], file: Path) -> Iterator[Measured]:
             counts = {"unparsed": 0, "judge": 0, "random": 0, "failed": 0} | (judged or {})
             measured.withhold({"rules": max(0, (measured.questions or 0) - sum(counts.values()))} | counts)
         measured.note = "; ".join(filter(None, notes))
+        measured.add_interval(partial(of_lmms, benchmark, samples))
         yield measured
+
+
+def _samples_of(task: str, content: dict[str, Any], file: Path) -> list[Path]:
+    """The samples files of a task, or of the tasks in a group."""
+    members = (content.get("group_subtasks") or {}).get(task) or [task]
+    files = [file.with_name(file.name.replace("_results.json", f"_samples_{name}.jsonl")) for name in members]
+    return [path for path in files if path.is_file()]
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _add_costs(measured: Measured, samples: Path) -> None:
-    """Add tokens, forward passes and time from the samples file, if there is one."""
-    if not samples.is_file():
-        return
-    try:
-        rows = read_lines(samples)
-        counts = [c for row in rows for c in row.get("token_counts") or [] if c and c.get("num_forwards")]
-        names = ("num_forwards", "slots", "output_tokens", "seconds")
-        forwards, slots, tokens, seconds = (sum(float(c.get(name) or 0) for c in counts) for name in names)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{samples}: no samples with the token counts of lmms-eval ({error}).") from None
-    measured.questions = len(rows)
-    if forwards:
-        measured.tokens_per_forward = round(slots / forwards, 3)
-        measured.text_tokens_per_forward = round(tokens / forwards, 3)
-        measured.seconds = round(seconds, 1)
+def _add_costs(measured: Measured, samples: list[Path]) -> None:
+    """Add questions, tokens, forward passes and time from the samples files, if there are any."""
+    names = ("num_forwards", "slots", "output_tokens", "seconds")
+    questions, totals = 0, dict.fromkeys(names, 0.0)
+    for path in samples:
+        try:
+            rows = read_lines(path)
+            counts = [c for row in rows for c in row.get("token_counts") or [] if c and c.get("num_forwards")]
+            for name in names:
+                totals[name] += sum(float(c.get(name) or 0) for c in counts)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: no samples with the token counts of lmms-eval ({error}).") from None
+        questions += len(rows)
+    measured.questions = questions or None
+    if totals["num_forwards"]:
+        measured.tokens_per_forward = round(totals["slots"] / totals["num_forwards"], 3)
+        measured.text_tokens_per_forward = round(totals["output_tokens"] / totals["num_forwards"], 3)
+        measured.seconds = round(totals["seconds"], 1)
 
 
 def as_rows(measured: list[Measured]) -> list[dict[str, Any]]:
@@ -277,8 +332,8 @@ def as_rows(measured: list[Measured]) -> list[dict[str, Any]]:
 def as_table(measured: list[Measured]) -> Table:
     """The scores as a table for the terminal."""
     table = Table(title="PerceptionDLM-Base: measured, and Table 1 of the paper")
-    columns = ("benchmark", "harness", "measured", "paper", "difference", "questions", "scored by", "TPF", "text TPF")
-    for name in (*columns, "s", "note"):
+    columns = ("benchmark", "harness", "measured", "95 %", "paper", "difference", "questions", "scored by", "TPF")
+    for name in (*columns, "text TPF", "s", "note"):
         table.add_column(name, justify="left" if name in ("benchmark", "harness", "scored by", "note") else "right")
     for row in measured:
         numbers = (row.tokens_per_forward, row.text_tokens_per_forward, row.seconds)
@@ -287,12 +342,13 @@ def as_table(measured: list[Measured]) -> Table:
             row.benchmark,
             row.harness,
             "withheld" if row.score is None else f"{row.score:.1f}",
+            "" if row.interval is None else f"{row.interval[0]:.1f}-{row.interval[1]:.1f}",
             f"{row.paper:.1f}",
             "" if row.difference is None else f"{row.difference:+.1f}",
             "" if row.questions is None else f"{row.questions}",
             ", ".join(f"{name} {count}" for name, count in judged.items()),
             *("" if number is None else f"{number:g}" for number in numbers),
-            "; ".join(filter(None, (row.problem, row.note))),
+            row.notes,
         )
     return table
 

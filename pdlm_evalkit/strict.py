@@ -17,6 +17,8 @@ from pdlm_hf.client.chat import Request
 from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.files import load_json
 
+from .benchmarks import find_benchmark
+from .manifests import file_hash, judge_part, manifest_beside, text_hash
 from .tables import read_lines, read_table
 
 MODEL, BASE_URL = "Qwen/Qwen3-8B", "http://127.0.0.1:8000/v1"
@@ -158,6 +160,27 @@ class Verdicts(ReplyCache):
         return None if reply is None or verdict_in(reply.text or "") == "UNPARSED" else reply
 
 
+def manifest_of(results: Path, benchmark: str, judge: str, base_url: str) -> dict[str, Any]:
+    """The manifest of a strict score: that of the predictions, if there is one beside them, with this judge.
+
+    Args:
+        results (`Path`): the file of the predictions.
+        benchmark (`str`): the name of the benchmark in the paper.
+        judge, base_url (`str`): name and address of the judge.
+    """
+    found: dict[str, Any] = {}
+    report = results.with_name("pdlm_report.json")
+    if results.suffix == ".jsonl":  # RUN_samples_TASK.jsonl of lmms-eval
+        run, _, task = results.stem.partition("_samples_")
+        found = manifest_beside(results.with_name(f"{run}_results.json"), task) or {}
+    elif report.is_file():
+        rows = [row for row in load_json(report) if row["benchmark"] in results.name]
+        same = [row for row in rows if getattr(find_benchmark(row["benchmark"]), "name", None) == benchmark]
+        found = (same[0].get("manifest") if same else None) or {}
+    own = judge_part(judge, judge, base_url, SETTINGS) | {"prompt": text_hash(SYSTEM_PROMPT)}
+    return {**found, "judge": own, "predictions": {"file": results.name, "sha256": file_hash(results)}}
+
+
 def judge_results(
     rows: list[Row], client: ChatClient, progress: Callable[[int, Reply], None] | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -170,17 +193,19 @@ def judge_results(
 
     Returns:
         the accuracy (share of all rows) with its counts, and the rows with their verdicts: "CORRECT", "INCORRECT",
-        "UNPARSED" or "FAILED"; `accuracy_exact` is the reference's, for which "CORRECT." is not CORRECT.
+        "UNPARSED" or "FAILED"; `accuracy_exact` is the reference's, for which "CORRECT." is not CORRECT. Tokens are
+        those of all replies, of earlier attempts too.
 
     Raises:
         ServerError: the server cannot be used; the replies so far are in its cache.
     """
-    verdicts, exact = ["FAILED"] * len(rows), 0
+    verdicts, exact, tokens = ["FAILED"] * len(rows), 0, {"prompt_tokens": 0, "completion_tokens": 0}
     for index, reply in client.ask_many([request_for(row) for row in rows], progress):
         if reply.text is not None:
             verdicts[index] = verdict_in(reply.text)
             exact += reply.text.strip() == "CORRECT"
+            tokens = {name: count + (getattr(reply, name) or 0) for name, count in tokens.items()}
     counts = {name: verdicts.count(name) for name in ("CORRECT", "INCORRECT", "UNPARSED", "FAILED")}
     score = {"accuracy": counts["CORRECT"] / len(rows), "accuracy_exact": exact / len(rows), "n_rows": len(rows)}
-    score |= {f"n_{name.lower()}": count for name, count in counts.items()}
+    score |= {f"n_{name.lower()}": count for name, count in counts.items()} | tokens
     return score, [{**vars(row), "verdict": verdict} for row, verdict in zip(rows, verdicts, strict=True)]

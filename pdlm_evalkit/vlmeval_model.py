@@ -1,5 +1,6 @@
 """PerceptionDLM as a model of VLMEvalKit. Only [`vlmeval_run`] imports it, since VLMEvalKit has no plugins."""
 
+import hashlib
 import json
 import os
 import string
@@ -9,8 +10,11 @@ from typing import Any
 from vlmeval.dataset import DATASET_MODALITY, DATASET_TYPE
 from vlmeval.vlm.base import BaseModel
 
+from pdlm_hf.regions.files import read_rows
+
 from .answering import Answerer, Question
 from .benchmarks import DIRECT, LETTER, SUFFIX, Benchmark, place_images
+from .manifests import log_answer, models_of, note_model
 
 _CHINESE_LETTER, _CHINESE_DIRECT = "\n请直接回答选项字母。", "\n请直接回答问题。"
 _SEVERAL_ROUNDS = ("MMDU", "MME-RealWorld", "WeMath_COT", "MMAlignBench")
@@ -25,6 +29,8 @@ class PerceptionDLM(BaseModel):
         dtype (`str`): as in `from_pretrained`.
         presets (`str`): "paper", or "none": the reference's general settings everywhere.
         log (`str`, *optional*): file to append a JSON line per answer to, with tokens, forward passes and seconds.
+        kept (`list[str]`, *optional*): such files of earlier attempts with the same settings; their questions are not
+            asked again.
         **settings: settings of `generate`, and arguments of [`Answerer`]; they take precedence over the benchmark's.
     """
 
@@ -38,11 +44,18 @@ class PerceptionDLM(BaseModel):
         dtype: str = "auto",
         presets: str = "paper",
         log: str | None = None,
+        kept: list[str] | None = None,
         **settings: Any,
     ):
         super().__init__()
         self.answerer = Answerer.from_pretrained(pretrained, device=device, dtype=dtype, presets=presets, **settings)
         self.log = Path(log) if log else None
+        self.kept: dict[str, list[str]] = {}  # the texts of answers by question, which a data set may have twice
+        for row in (row for path in kept or () for row in read_rows(Path(path))):
+            self.kept.setdefault(row.get("key", ""), []).append(row["text"])
+        self.rank = int(os.environ.get("RANK", 0))
+        if self.log is not None and not self.rank:
+            note_model(models_of(self.log), self.answerer.model, pretrained)
 
     def use_custom_prompt(self, dataset: str) -> bool:
         """Whether [`build_prompt`] writes the question; it does for single questions about images."""
@@ -66,14 +79,21 @@ class PerceptionDLM(BaseModel):
         """Answer one message; the answer is post-processed as in the reference."""
         images = [part["value"] for part in message if part["type"] == "image"]
         text = place_images([None if part["type"] == "image" else part["value"] for part in message])
+        key = key_of(dataset, text, images)
+        if self.kept.get(key):
+            return self.kept[key].pop(0)
         question = Question(images, text, self.answerer.benchmark(dataset))
         answer = self.answerer.answer([question])[0]
         if self.log is not None:
-            row = {"dataset": dataset, "rank": int(os.environ.get("RANK", 0)), **vars(answer)}
-            row["settings"] = self.answerer.settings_of(question) | self.answerer.overrides
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            more = {"key": key, "rank": self.rank}
+            log_answer(self.log, dataset, answer, self.answerer.effective_settings(question), **more)
         return answer.text
+
+
+def key_of(dataset: str | None, text: str, images: list[str]) -> str:
+    """A hash of a question: name of the data set, text, and contents of the images."""
+    parts = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in images]
+    return hashlib.sha256(json.dumps([dataset, text, *parts]).encode()).hexdigest()
 
 
 def question_text(line: Any, kind: str, benchmark: Benchmark | None) -> str:

@@ -2,10 +2,16 @@
 
 VLMEvalKit starts over unless `--reuse` is given, and `--reuse` takes the newest predictions of the model, whatever the
 settings were. Here every run folder gets a `pdlm_run.json` with its settings and attempts; a run goes on where the
-newest one with the same settings stopped, and other settings are refused by name.
+newest one with the same settings stopped, and other settings are refused by name. VLMEvalKit writes its answers ten at
+a time, and a kill can cut its files short; our models log each answer at once and take those of earlier attempts from
+their logs.
 """
 
+import glob
 import json
+import os
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -91,6 +97,47 @@ def go_on(
     return Attempts(settings, [*earlier.started, time.time()])
 
 
+def is_reusable(work_dir: Path, model: str, attempts: Attempts) -> bool:
+    """Whether `--reuse`, which is for all models, is right for this one: it goes on, or has nothing to reuse."""
+    return len(attempts.started) > 1 or newest_run(work_dir, model) is None
+
+
+def log_of(log: Path, model: str) -> Path:
+    """The file of answers of one model."""
+    return log.with_name(f"{log.stem}.{model.replace(os.sep, '_')}{log.suffix}")
+
+
+def logs_of(work_dir: Path, model: str, started: list[float]) -> list[Path]:
+    """The files of a model's answers, of all processes of some attempts.
+
+    Args:
+        work_dir (`Path`): the folder of `--work-dir`.
+        model (`str`): the name of the model.
+        started (`list[float]`): start of each attempt in seconds since the epoch; the log of a process is the first
+            one that was written after it.
+    """
+    by_rank: dict[str, list[Path]] = {}
+    for path in sorted(work_dir.glob(log_of(Path("pdlm_answers_*.jsonl"), glob.escape(model)).name)):
+        by_rank.setdefault(path.name.split(".")[1], []).append(path)
+    return sorted({path for paths in by_rank.values() for start in started for path in _since(paths, start)[:1]})
+
+
+def logging_of(attempts: dict[str, Attempts], work_dir: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """By model, its arguments that name files of answers: `log` of this attempt, and `kept` of earlier ones."""
+    log = work_dir / f"pdlm_answers_{time.strftime('%Y%m%d_%H%M%S')}.{rank}.jsonl"
+    return {
+        model: {
+            "log": str(log_of(log, model)),
+            "kept": [str(path) for path in logs_of(work_dir, model, found.started[:-1])],
+        }
+        for model, found in attempts.items()
+    }
+
+
+def _since(paths: list[Path], start: float) -> list[Path]:
+    return [path for path in paths if path.stat().st_mtime >= start]
+
+
 def remember(attempts: dict[str, Attempts]) -> None:
     """Let VLMEvalKit write `pdlm_run.json` into each run folder as soon as it makes one."""
     import vlmeval.smp
@@ -98,9 +145,34 @@ def remember(attempts: dict[str, Attempts]) -> None:
     original = vlmeval.smp.upsert_run_status
 
     def upsert_run_status(folder: Any, **fields: Any) -> Any:
-        status = original(folder, **fields)
         if (own := attempts.get(fields.get("model_name") or Path(folder).parent.name)) is not None:
-            write_json(Path(folder) / RUN, vars(own))
-        return status
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write_json(Path(folder) / RUN, vars(own))  # before anything else: a folder without it is another's
+        return original(folder, **fields)
 
     vlmeval.smp.upsert_run_status = upsert_run_status
+
+
+def write_whole() -> None:
+    """Let VLMEvalKit write predictions, and images of its data sets, so that a kill leaves a whole file or none."""
+    places = {"dump": "vlmeval.inference", "copy_prediction_file": "vlmeval.smp.file"}
+    places |= {"decode_base64_to_image_file": "vlmeval."}
+    for name, prefix in places.items():
+        for module in [module for key, module in sys.modules.items() if key.startswith(prefix)]:
+            if (original := getattr(module, name, None)) is not None:
+                setattr(module, name, _whole(original))
+
+
+def _whole(original: Callable) -> Callable:
+    """A function that writes the file named by its second argument: it writes beside it, and moves the file there."""
+
+    def write(source: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pdlm_") as part:
+            result = original(source, os.path.join(part, target.name), *args, **kwargs)
+            for file in Path(part).iterdir():  # the name may have changed: VLMEvalKit takes .pkl if another form fails
+                os.replace(file, target.parent / file.name)
+        return result
+
+    return write

@@ -5,7 +5,6 @@ torchrun --nproc-per-node=8 -m pdlm_evalkit.vlmeval_run --data ...
 """
 
 import argparse
-import glob
 import importlib.util
 import json
 import os
@@ -13,6 +12,7 @@ import runpy
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,26 @@ from typing import Any
 import typer
 
 from pdlm_hf.errors_pdlm import SettingError
-from pdlm_hf.regions.files import read_rows, write_json
+from pdlm_hf.regions.files import FileLock, write_json
 
 from .benchmarks import find_benchmark
+from .check import RULES, judge_address
 from .lmms_run import OptionParser, as_command
+from .manifests import data_part, judge_part, manifest, read_logs
 from .vlmeval_judge import JudgeLog
 from .vlmeval_plugin import HUB, build
-from .vlmeval_resume import REPORT, Attempts, earlier_attempts, go_on, newest_run, remember
+from .vlmeval_resume import (
+    REPORT,
+    Attempts,
+    earlier_attempts,
+    go_on,
+    is_reusable,
+    logging_of,
+    logs_of,
+    newest_run,
+    remember,
+    write_whole,
+)
 
 _LOST = {
     "failed": "the judge failed on {} of {} answers",
@@ -68,12 +81,12 @@ def find_run_py() -> Path:
     return path
 
 
-def register(pretrained: str | None = None, log: Path | None = None, **kwargs: Any) -> None:
+def register(pretrained: str | None = None, logs: dict[str, dict[str, Any]] | None = None, **kwargs: Any) -> None:
     """Register both models in VLMEvalKit, by name for `--model` and by class for `--config`.
 
     Args:
         pretrained (`str`, *optional*): the checkpoint of both names; default: the released checkpoints.
-        log (`Path`, *optional*): the file of answers; the name of the model is added to the file name.
+        logs (`dict`, *optional*): by model, its arguments that name the files of answers.
         **kwargs: arguments of [`vlmeval_model.PerceptionDLM`].
     """
     import vlmeval.vlm
@@ -83,19 +96,16 @@ def register(pretrained: str | None = None, log: Path | None = None, **kwargs: A
 
     vlmeval.vlm.PerceptionDLM = PerceptionDLM
     for name, hub_id in HUB.items():
-        own = kwargs if log is None else kwargs | {"log": str(log_of(log, name))}
-        supported_VLM[name] = partial(build, os.environ.get("WORLD_SIZE"), pretrained=pretrained or hub_id, **own)
+        own = (logs or {}).get(name, {})
+        supported_VLM[name] = partial(
+            build, os.environ.get("WORLD_SIZE"), pretrained=pretrained or hub_id, **kwargs, **own
+        )
 
 
-def log_of(log: Path, model: str) -> Path:
-    """The file of answers of one model."""
-    return log.with_name(f"{log.stem}.{model.replace(os.sep, '_')}{log.suffix}")
-
-
-def config_with_logs(config: dict[str, Any], log: Path) -> dict[str, Any]:
-    """A copy of a `--config` in which the models of our class or name log their answers."""
+def config_with_logs(config: dict[str, Any], logs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A copy of a `--config` in which the models of our class or name log their answers, see [`logging`]."""
     models = {
-        name: {"log": str(log_of(log, name)), **settings} if _is_ours(name, settings) else settings
+        name: {**logs[name], **settings} if _is_ours(name, settings) else settings
         for name, settings in config["model"].items()
     }
     return config | {"model": models}
@@ -177,7 +187,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     known.add_argument("--work-dir", default="./outputs")
     known.add_argument("--mode", default="all")
     known.add_argument("--reuse", action="store_true")
-    for name in ("--judge", "--judge-base-url", "--judge-key"):
+    for name in ("--judge", "--judge-base-url", "--judge-key", "--judge-args"):
         known.add_argument(name)
     theirs, _ = known.parse_known_args(rest)
     return argparse.Namespace(**vars(theirs), **vars(ours)), rest
@@ -214,55 +224,65 @@ def run(argv: list[str]) -> int:
     options, rest = parse(argv)
     settings, run_py = settings_from(options.settings), find_run_py()
     config = read_config(options)
-    data = list(config["data"])
-    if not config["model"] or not data:
+    if not config["model"] or not config["data"]:
         raise SettingError("No model or no data set: give --model and --data, or --config.")
     if not options.no_check and options.mode != "infer":
         from .check import check_vlmeval_judge
 
-        check_vlmeval_judge(data, options.judge, options.judge_base_url, options.judge_key)
-    work_dir = Path(os.environ.get("MMEVAL_ROOT") or options.work_dir)  # as run.py does
-    rank, log = int(os.environ.get("RANK", 0)), work_dir / f"pdlm_answers_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
-    log = log.with_stem(f"{log.stem}.{rank}")
-    own = {"pretrained": options.pretrained, "dtype": options.dtype, "presets": options.presets, **settings}
-    attempts = attempts_of(config, own, work_dir, options)
-    before = _status_files(work_dir)
-    work_dir.mkdir(parents=True, exist_ok=True)
-    # run.py gives each rank its GPUs by CUDA_VISIBLE_DEVICES, which must not have been read before
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    use_gloo_without_cuda()
-    register(
-        options.pretrained,
-        device=options.device,
-        dtype=options.dtype,
-        presets=options.presets,
-        log=log,
-        **settings,
-    )
-    judge = None
-    if not rank:
-        judge = JudgeLog(work_dir / "pdlm_judge.sqlite")
-        try:
-            remember(attempts)
-            judge.install()
-        except (ImportError, AttributeError) as error:  # an older VLMEvalKit
-            typer.echo(f"pdlm-eval: how this VLMEvalKit scores answers cannot be counted ({error}).", err=True)
-    if options.config:
-        path = log.with_name(log.name.replace("pdlm_answers", "pdlm_config").removesuffix("l"))
-        write_json(path, config_with_logs(config, log))
-        rest += ["--config", str(path)]  # the last one counts
-    if reuses(options) or any(len(own.started) > 1 for own in attempts.values()):
-        # VLMEvalKit would also reuse the options that it drew at random; the judge's replies are kept elsewhere
-        rest += ["--reuse", "--reuse-aux", "infer"]
-    sys.argv = [str(run_py), *rest]
+        check_vlmeval_judge(list(config["data"]), options.judge, options.judge_base_url, options.judge_key)
+    work_dir, rank = Path(os.environ.get("MMEVAL_ROOT") or options.work_dir), int(os.environ.get("RANK", 0))
+    with ExitStack() as held:
+        for model in config["model"] if not rank else ():
+            folder = work_dir / model
+            held.enter_context(FileLock(folder / "pdlm_run.lock", folder, "use another --work-dir"))
+        own = {"pretrained": options.pretrained, "dtype": options.dtype, "presets": options.presets, **settings}
+        attempts = attempts_of(config, own, work_dir, options)
+        before = _status_files(work_dir)
+        logs = logging_of(attempts, work_dir, rank)
+        # run.py gives each rank its GPUs by CUDA_VISIBLE_DEVICES, which must not have been read before
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        use_gloo_without_cuda()
+        shape = {"device": options.device, "dtype": options.dtype, "presets": options.presets}
+        register(options.pretrained, logs, **shape, **settings)
+        judge = None if rank else observe(work_dir, attempts)
+        if options.config:
+            path = work_dir / f"pdlm_config_{time.strftime('%Y%m%d_%H%M%S')}.{rank}.json"
+            write_json(path, config_with_logs(config, logs))
+            rest += ["--config", str(path)]  # the last one counts
+        if reuses(options) or all(is_reusable(work_dir, model, found) for model, found in attempts.items()):
+            # Our models have their own logs, which no kill cuts short. VLMEvalKit would also reuse the options that it
+            # drew at random; the judge's replies are kept elsewhere.
+            ours = all(_is_ours(model, given) for model, given in config["model"].items())
+            rest += ["--reuse", "--reuse-aux", "none" if ours else "infer"]
+        sys.argv = [str(run_py), *rest]
+        if code := run_harness(run_py):
+            return code
+        if judge is None:
+            return 0
+        return finish(config, attempts, _status_files(work_dir) - before, options.mode, judge)
+
+
+def run_harness(run_py: Path) -> int:
+    """Run run.py with the arguments of this process. Returns: its exit code."""
+    import vlmeval.inference  # noqa: F401 - whose functions are replaced
+
+    write_whole()
     try:
         runpy.run_path(str(run_py), run_name="__main__")
     except SystemExit as end:
-        if end.code:
-            return int(end.code) if isinstance(end.code, int) else 1
-    if judge is None:
-        return 0
-    return finish(config, attempts, _status_files(work_dir) - before, options.mode, judge)
+        return int(end.code) if isinstance(end.code, int) else 1 if end.code else 0
+    return 0
+
+
+def observe(work_dir: Path, attempts: dict[str, Attempts]) -> JudgeLog:
+    """Let VLMEvalKit note attempts, and observe how it scores answers."""
+    judge = JudgeLog(work_dir / "pdlm_judge.sqlite")
+    try:
+        remember(attempts)
+        judge.install()
+    except (ImportError, AttributeError) as error:  # an older VLMEvalKit
+        typer.echo(f"pdlm-eval: how this VLMEvalKit scores answers cannot be counted ({error}).", err=True)
+    return judge
 
 
 def reuses(options: argparse.Namespace) -> bool:
@@ -287,18 +307,16 @@ def attempts_of(
     asked, models = reuses(options), {}
     for model, given in config["model"].items():
         settings = (own if "class" not in (given or {}) else {}) | (given or {})
-        settings = {name: value for name, value in settings.items() if name not in ("device", "log")}
+        settings = {name: value for name, value in settings.items() if name not in ("device", "log", "kept")}
         earlier = earlier_attempts(newest_run(work_dir, model))
         if options.mode == "eval" and earlier is not None:
             settings = earlier.settings  # those of the predictions
         models[model] = go_on(
             work_dir, model, settings, list(config["data"]), asked, partial(problem_of, mode=options.mode)
         )
-    resumed = [model for model, attempts in models.items() if len(attempts.started) > 1]
-    if not asked and resumed and len(resumed) < len(models):  # --reuse is for all models
-        return {model: Attempts(attempts.settings) for model, attempts in models.items()}
-    for model in resumed if not int(os.environ.get("RANK", 0)) else ():
-        typer.echo(f"pdlm-eval: {model} goes on with {newest_run(work_dir, model)}.", err=True)
+    for model, found in models.items() if not int(os.environ.get("RANK", 0)) else ():
+        if len(found.started) > 1:
+            typer.echo(f"pdlm-eval: {model} goes on with {newest_run(work_dir, model)}.", err=True)
     return models
 
 
@@ -326,12 +344,16 @@ def finish(config: dict[str, Any], attempts: dict[str, Attempts], files: set[Pat
         for path in sorted(path for path in files if path.parts[-3] == model):
             status = json.loads(path.read_text(encoding="utf-8")).get("datasets", {})
             found = {row["benchmark"]: row for row in collect_run_benchmark_report(path.parent)}
+            models, answers = read_logs(logs_of(path.parents[2], model, attempts[model].started))
             for name, row in found.items():
                 benchmark = find_benchmark(name) if presets == "paper" and _is_ours(model, given) else None
                 row |= {"paper_settings": benchmark and benchmark.as_dict(), "settings": settings}
                 row |= {"pretrained": pretrained, "metrics": status.get(name, {}).get("metrics")}
-                row |= {"answers": answer_costs(path, model, name, attempts[model].started)}
-                row |= {"judge": status.get(name, {}).get("judge_model"), "attempts": len(attempts[model].started)}
+                own = [answer for answer in answers if answer["dataset"] == name]
+                row |= {"answers": answer_costs(own), "attempts": len(attempts[model].started)}
+                row |= {"judge": status.get(name, {}).get("judge_model")}
+                data = data_part(name, [vlmeval_table(name)])
+                row["manifest"] = manifest(models, own, judge_of(name, row["judge"]), data, attempts[model].started)
                 row |= {"source_run": status.get(name, {}).get("source_run")}
                 if judge.installed and not row["skip_reason"]:
                     row["judged"] = judge.judged(path.parent, model, row)
@@ -357,27 +379,35 @@ def again(argv: list[str]) -> str:
     return f"pdlm-eval vlmeval {shlex.join(words)} --mode eval"
 
 
-def answer_costs(status: Path, model: str, dataset: str, started: list[float]) -> dict[str, Any]:
-    """Sum the cost of the answers to a data set over the ranks and attempts of a run. Reused answers cost nothing.
+def vlmeval_table(dataset: str) -> Path:
+    """The file of a data set, as VLMEvalKit downloads it."""
+    return Path(os.environ.get("LMUData") or Path.home() / "LMUData") / f"{dataset}.tsv"
+
+
+def judge_of(dataset: str, name: str | None) -> dict[str, Any] | None:
+    """The judge of a data set for its manifest, by the arguments of run.py in `sys.argv`; None: rules alone.
 
     Args:
-        status (`Path`): status.json of the run; the logs are in the working folder above it.
-        model, dataset (`str`): names of the model and of the data set.
-        started (`list[float]`): start of each attempt in seconds since the epoch; the log of an attempt is the first
-            one that was written after it started.
+        dataset (`str`): the name of the data set.
+        name (`str`, *optional*): the name of the judge, from VLMEvalKit's status.
     """
-    total = {"questions": 0, "num_forwards": 0, "slots": 0, "output_tokens": 0, "seconds": 0.0}
-    used: set[Path] = set()
-    for rank in range(int(os.environ.get("WORLD_SIZE", 1))):
-        pattern = log_of(Path(f"pdlm_answers_*.{rank}.jsonl"), glob.escape(model)).name
-        logs = sorted(status.parents[2].glob(pattern))
-        for start in started:
-            used |= set([path for path in logs if path.stat().st_mtime >= start][:1])
-    for row in (row for path in sorted(used) for row in read_rows(path)):
-        if row["dataset"] == dataset:
-            total["questions"] += 1
-            for name in ("num_forwards", "slots", "output_tokens", "seconds"):
-                total[name] += row[name]
+    benchmark = find_benchmark(dataset)
+    if name in (None, "", RULES) or (benchmark is not None and benchmark.stock_judge == "rules"):
+        return None
+    options, _ = parse(sys.argv[1:])
+    settings = json.loads(options.judge_args or "{}")
+    secret = {option: settings.pop(option, None) for option in ("key", "api_base", "model")}
+    try:
+        model, address = judge_address(name, options.judge_base_url)
+    except SettingError:  # a judge that VLMEvalKit reaches in its own way
+        model, address = None, None
+    return judge_part(name, model, secret["api_base"] or address, settings)
+
+
+def answer_costs(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sum the cost of the answers to a data set over the ranks and attempts of a run. Reused answers cost nothing."""
+    names = ("num_forwards", "slots", "output_tokens", "seconds")
+    total = {"questions": len(answers)} | {name: sum(answer[name] for answer in answers) for name in names}
     if total["num_forwards"]:
         total["tokens_per_forward"] = round(total["slots"] / total["num_forwards"], 3)
         total["text_tokens_per_forward"] = round(total["output_tokens"] / total["num_forwards"], 3)

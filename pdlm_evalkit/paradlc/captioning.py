@@ -1,13 +1,10 @@
 """Caption a benchmark into a run folder; a stopped run is resumed from it.
 
-A run folder contains run.json (settings, hardware, totals), captions.jsonl (one line per call of `generate` or request
-to a server, written when it ends) and, at the end, captions.json in the reference's form `{mask_id: caption}`. While a
-run writes, run.lock names its process.
+A run folder contains run.json (settings, hardware, totals, number of attempts), captions.jsonl (one line per call of
+`generate` or request to a server, written when it ends) and, at the end, captions.json in the reference's form
+`{mask_id: caption}`. While a run writes, run.lock names its process.
 """
 
-import hashlib
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.generation_config_pdlm import replaced_rules
 from pdlm_hf.regions.files import FileLock, append_rows, check_same_settings, load_json, read_rows, write_json
 
+from ..manifests import checkpoint_hash, effective_settings
 from .data import Benchmark, BenchmarkImage, Mask, decode_masks, open_image
 
 # The reference's prompts: from its README for ParaDLC-Bench, from its script for DLC-Bench.
@@ -60,8 +58,13 @@ class Job:
         return CaptionRun(self.folder, self.benchmark, settings, self.annotations, effective)
 
 
+def locked(folder: Path) -> FileLock:
+    """A lock on a run folder. Raises: SettingError: another process writes it."""
+    return FileLock(folder / "run.lock", folder, "choose another folder")
+
+
 class CaptionRun:
-    """A run folder. No other run can write it until [`close`](CaptionRun.close), or until this process ends.
+    """A run folder, which must be [`locked`].
 
     Args:
         folder (`Path`): the folder, which is created if it does not exist.
@@ -73,7 +76,7 @@ class CaptionRun:
 
     Raises:
         DataError: captions.jsonl is damaged before its last line, or run.json is missing.
-        SettingError: the folder contains a run with other settings, or another process writes it.
+        SettingError: the folder contains a run with other settings.
     """
 
     def __init__(
@@ -92,18 +95,10 @@ class CaptionRun:
             "settings": settings,
             "effective": effective,
             "finished": False,
+            "attempts": 1,
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / "run.lock", folder, "choose another folder")
-        try:
-            self.lines = self._resume(settings)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Let other runs write the folder."""
-        self._lock.release()
+        self._recorded = False
+        self.lines = self._resume(settings)
 
     def _resume(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
         """The lines of an earlier run, which must have been made with the same settings."""
@@ -115,6 +110,7 @@ class CaptionRun:
         recorded = load_json(self.run_path)
         before = recorded.get("settings") if isinstance(recorded, dict) else None
         check_same_settings(before, settings, self.folder, "choose another folder")
+        self.record["attempts"] = recorded.get("attempts", 1) + (not recorded.get("finished"))
         return lines
 
     @property
@@ -125,16 +121,24 @@ class CaptionRun:
 
     def append(self, line: dict[str, Any]) -> None:
         """Write one line; it is in the file when this returns. The settings are written before the first line."""
-        if not self.lines:
+        if not self._recorded:
             self._write_record()
+            self._recorded = True
         append_rows(self.lines_path, [line])
         self.lines.append(line)
 
-    def finish(self, hardware: dict[str, Any]) -> dict[str, Any]:
-        """Write captions.json and run.json. Returns: the content of run.json."""
+    def finish(self, description: dict[str, Any]) -> dict[str, Any]:
+        """Write captions.json and run.json.
+
+        Args:
+            description (`dict`): checkpoint, versions, commits and hardware, from [`manifests.describe_model`].
+
+        Returns:
+            the content of run.json.
+        """
         captions = self.captions
         complete = len(captions) == len(self.benchmark.order) or self.record["settings"].get("allow_missing", False)
-        self.record |= {"finished": complete, "hardware": hardware, "totals": totals(self.lines)}
+        self.record |= {"finished": complete, "totals": totals(self.lines), **description}
         self._write_record()
         write_json(self.folder / "captions.json", captions)
         return self.record
@@ -232,7 +236,7 @@ def model_settings(captioner: Any, model: str | None, **settings: Any) -> dict[s
     return {
         "source": "model",
         "model": model or "shapes (embedded)",
-        "weights": _fingerprint(Path(model)) if model and Path(model).is_dir() else None,
+        "weights": checkpoint_hash(network),
         "device": network.device.type,
         "dtype": str(network.dtype).removeprefix("torch."),
         "mode": captioner.mode,
@@ -240,17 +244,13 @@ def model_settings(captioner: Any, model: str | None, **settings: Any) -> dict[s
     }
 
 
-def effective_settings(captioner: Any, generation: dict[str, Any]) -> dict[str, Any]:
-    """All settings with which a captioner calls `generate`: given, of its mode, and of the checkpoint."""
+def effective(captioner: Any, generation: dict[str, Any]) -> dict[str, Any]:
+    """All settings with which a captioner calls `generate`: given, of its mode, of the checkpoint, and defaults."""
     from pdlm_hf.captioning.captioner import MODES
 
-    settings = {**MODES[captioner.mode], **replaced_rules(generation), **generation}
-    found = {**captioner.model.generation_config.to_diff_dict(), **settings}
-    return {
-        name: value
-        for name, value in sorted(found.items())
-        if name not in ("transformers_version", "_from_model_config")
-    }
+    return effective_settings(
+        captioner.model, {**MODES[captioner.mode], **replaced_rules(generation), **generation}, False
+    )
 
 
 def model_lines(
@@ -317,32 +317,6 @@ class TimedModel:
         wait()
         self.seconds = time.perf_counter() - start
         return output
-
-
-def hardware_of(captioner: Any) -> dict[str, Any]:
-    """The hardware and library versions, for run.json."""
-    import torch
-    import transformers
-
-    cuda = captioner.model.device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(terse=True),
-        "cpus": os.cpu_count(),
-        "device": torch.cuda.get_device_name(captioner.model.device) if cuda else platform.processor() or "cpu",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _fingerprint(folder: Path) -> str:
-    """Fingerprint of a checkpoint folder; of weights, which may have many gigabytes, only size and time are read."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
-    for path in sorted(folder.glob("*.json")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 # -------------------------------------------------------------------- any source

@@ -13,6 +13,7 @@ from pdlm_hf.client import ChatClient, key_in, public_url
 from pdlm_hf.errors_pdlm import DataError, ServerError, SettingError
 from pdlm_hf.regions.files import FileLock, load_json, write_json
 
+from ..manifests import describe_model
 from ..terminal import progress
 from .data import check_images, load_benchmark, load_questions, read_captions
 
@@ -88,7 +89,7 @@ def caption(
     name: Annotated[str | None, typer.Option(help="Name of the model in reports.")] = None,
 ) -> None:
     """Caption a benchmark by our model or a server, or import the captions of another system."""
-    from .captioning import MASKS_PER_PASS, Job, caption_into
+    from .captioning import MASKS_PER_PASS, Job, caption_into, locked
 
     if sum(value is not None for value in (model, server, captions)) > 1:
         raise SettingError("Give one of --model, --server and --captions.")
@@ -115,19 +116,18 @@ def caption(
     generation = {key: value for key, value in generation.items() if value is not None}
     job = Job(data, annotations, out, name, prompt, masks_per_pass or MASKS_PER_PASS[data.name], generation)
     failed: list[str] = []
-    if captions is not None:
-        run, lines, hardware = _from_file(job, captions, allow_missing)
-    elif server is not None and server_model is not None:  # always both
-        options = {"api_key": key_in(api_key_env), "concurrency": concurrency, "retries": retries, "timeout": timeout}
-        run, lines, hardware = _from_server(job, server, server_model, server_style, setting, options, failed)
-    else:
-        run, lines, hardware = _from_model(job, model, "fast" if fast else "default", device, dtype, batch_size)
-    try:
+    with locked(out):  # before a model is loaded
+        if captions is not None:
+            run, lines, described = _from_file(job, captions, allow_missing)
+        elif server is not None and server_model is not None:  # always both
+            options = {"api_key": key_in(api_key_env), "concurrency": concurrency}
+            options |= {"retries": retries, "timeout": timeout}
+            run, lines, described = _from_server(job, server, server_model, server_style, setting, options, failed)
+        else:
+            run, lines, described = _from_model(job, model, "fast" if fast else "default", device, dtype, batch_size)
         with progress("captions") as show:
             caption_into(run, lines, show)
-        record = run.finish(hardware)
-    finally:
-        run.close()
+        record = run.finish(described)
     _say_captioned(out, record["totals"], len(data.order))
     if not record["finished"]:
         why = f"{len(failed)} requests failed: {failed[0]}" if failed else "not all masks have a caption."
@@ -136,7 +136,7 @@ def caption(
 
 
 def _from_file(job: Any, path: Path, allow_missing: bool) -> tuple:
-    """The run, lines and hardware (none) of imported captions."""
+    """The run, lines and description (none) of imported captions."""
     from .judging import captions_hash
 
     captions = read_captions(path, job.benchmark.order, allow_missing)
@@ -146,7 +146,7 @@ def _from_file(job: Any, path: Path, allow_missing: bool) -> tuple:
 
 
 def _from_model(job: Any, model: str | None, mode: str, device: str | None, dtype: str, batch_size: int) -> tuple:
-    """The run, lines and hardware of our model."""
+    """The run, lines and description of our model."""
     from . import captioning
 
     captioner = captioning.load_captioner(model, mode, device, dtype)
@@ -160,18 +160,18 @@ def _from_model(job: Any, model: str | None, mode: str, device: str | None, dtyp
         "batch_size": batch_size,
         "masks_per_pass": limit,
     }
-    effective = captioning.effective_settings(captioner, job.generation)
+    effective = captioning.effective(captioner, job.generation)
     run = job.run(captioning.model_settings(captioner, model, **settings), effective)
     passes = captioning.passes_of(job.benchmark, limit)
     note_embedded(model, program="pdlm-eval")
     lines = captioning.model_lines(captioner, passes, batch_size, prompt, job.generation, run)
-    return run, lines, captioning.hardware_of(captioner)
+    return run, lines, describe_model(captioner.model, model or "shapes (embedded)")
 
 
 def _from_server(
     job: Any, url: str, model: str, style: str, extra: list[str] | None, options: dict[str, Any], failed: list[str]
 ) -> tuple:
-    """The run, lines and hardware (unknown) of a server."""
+    """The run, lines and description (unknown) of a server."""
     from pdlm_hf.regions.crops import CROPS_PROMPT
 
     from . import server as serving
@@ -250,26 +250,24 @@ def judge(
     if shown:
         check_images(data)
     folder = out or path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    client = ChatClient(
-        preset.model,
-        preset.base_url,
-        key,
-        _settings(preset.settings, setting),
-        cache=cache or folder / "judge_cache.sqlite",
-        concurrency=concurrency,
-        retries=retries,
-        timeout=timeout,
-        max_calls=max_calls,
-    )
     number = judging.count_requests(data, texts)
-    lock = FileLock(folder / "answers.lock", folder / "answers.json", "give another --out")
-    try:
-        answers, counts = _ask(client, data, texts, shown, number)
-        judging.write_answers(folder, run, judge, client, data, texts, shown, answers, counts)
-    finally:
-        lock.release()
-        client.close()
+    with FileLock(folder / "answers.lock", folder / "answers.json", "give another --out"):
+        client = ChatClient(
+            preset.model,
+            preset.base_url,
+            key,
+            _settings(preset.settings, setting),
+            cache=cache or folder / "judge_cache.sqlite",
+            concurrency=concurrency,
+            retries=retries,
+            timeout=timeout,
+            max_calls=max_calls,
+        )
+        try:
+            answers, counts = _ask(client, data, texts, shown, number)
+            judging.write_answers(folder, run, judge, client, data, texts, shown, answers, counts)
+        finally:
+            client.close()
     typer.echo(
         f"{folder / 'answers.json'}: {number} questions; {counts['n_calls']} replies received, {counts['n_cached']} "
         f"from the cache, {counts['n_failed']} requests failed; {counts['prompt_tokens']} tokens read, "
@@ -353,11 +351,12 @@ def report(
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the report to this image file.")] = None,
 ) -> None:
     """Compare the scores and costs of runs with each other and with the paper."""
+    from ..plot import check_target
     from . import plot as plotting
     from . import report as reporting
 
     if plot is not None:
-        plotting.check_target(plot)
+        check_target(plot)
     reports = [reporting.report_run(run, annotations, parser) for run in runs]
     notes = reporting.notes_of(reports)
     if as_json:

@@ -202,8 +202,8 @@ def judge_captions(
 
     Returns:
         the list of replies by mask id, in the order of the benchmark, with None for requests that failed after all
-        retries; and the counts `n_calls` (replies received now), `n_cached`, `n_failed`, `prompt_tokens`,
-        `completion_tokens`.
+        retries; and the counts `n_calls` (replies received now), `n_cached`, `n_failed`; `prompt_tokens` and
+        `completion_tokens` of all replies, those of earlier attempts too.
 
     Raises:
         ServerError: the server cannot be used; the replies so far are in its cache.
@@ -224,7 +224,7 @@ def judge_captions(
         mask_id, position = where[index]
         answers[mask_id][position] = reply.text
         counts["n_failed" if reply.text is None else "n_cached" if reply.cached else "n_calls"] += 1
-        if reply.text is not None and not reply.cached:
+        if reply.text is not None:  # of kept replies too: an earlier attempt paid for them
             counts["prompt_tokens"] += reply.prompt_tokens or 0
             counts["completion_tokens"] += reply.completion_tokens or 0
     return answers, counts

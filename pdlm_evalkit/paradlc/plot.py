@@ -3,27 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.errors_pdlm import MissingPackageError, SettingError
-
 from .report import paper_beside
 
 SCORES = (("avg_pos", "Pos"), ("avg_neg", "Neg"), ("avg", "Avg"))
-
-
-def check_target(path: Path) -> None:
-    """Check that a plot can be written.
-
-    Raises:
-        MissingPackageError: matplotlib is not installed.
-        SettingError: matplotlib cannot write files with this name.
-    """
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise MissingPackageError("matplotlib", "eval") from None
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.lower().lstrip(".") not in kinds:
-        raise SettingError(f"{path}: this kind of file cannot be written as an image; choose a name like report.png.")
 
 
 def save_plot(path: Path, reports: list[dict[str, Any]]) -> None:

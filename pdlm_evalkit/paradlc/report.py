@@ -7,6 +7,8 @@ from typing import Any
 from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.files import load_json
 
+from ..comparing import differences
+from ..manifests import data_part, judge_part, text_hash
 from .captioning import read_lines
 from .captioning import totals as cost_of
 from .data import Benchmark, area_shares, load_benchmark, read_captions
@@ -15,6 +17,7 @@ from .paper import paper_rows
 from .scoring import MaskScore, intervals, read_answers, score_answers, totals
 
 AREAS = ((0.01, "< 1 %"), (0.05, "1-5 %"), (0.20, "5-20 %"), (float("inf"), ">= 20 %"))  # share of the image
+FILES = ("annotations.json", "qa.json", "class_names.json")
 MANY_MASKS = 6  # images with as many masks or more are one group
 
 
@@ -59,9 +62,9 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
 
     Returns:
         `run`, `model`, `benchmark`, `judge`, `judging` (model, settings and `with_images`), `parser`, `settings`,
-        `effective` (all settings of `generate`, if known), all of [`scoring.totals`], `intervals` (see
-        [`scoring.intervals`]), all of [`captioning.totals`], and `by_masks` and `by_area`: lists of totals with their
-        `group`.
+        `effective` (all settings of `generate`, if known), `manifest` (see [`manifests.manifest`]), all of
+        [`scoring.totals`], `intervals` (see [`scoring.intervals`]), all of [`captioning.totals`], and `by_masks` and
+        `by_area`: lists of totals with their `group`.
 
     Raises:
         DataError: the run is not judged, its answers belong to other captions, it is of another benchmark, or one of
@@ -87,6 +90,8 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
     questions = {key: mask.questions for key, mask in benchmark.masks.items()}
     scores = score_answers(questions, read_answers(folder / "answers.json", questions), parser, benchmark.name)
     cost = cost_of(read_lines(source / "captions.jsonl"))
+    folder_of_data = Path(annotations or run["annotations"])
+    data = data_part(benchmark.name, [folder_of_data / name for name in FILES]) | {"images": benchmark.fingerprint}
     del cost["n_masks"]  # of the captions; the score's is of all masks
     return {
         "run": folder.name,
@@ -95,6 +100,7 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
         "judge": judged["judge"],
         "judging": {name: judged.get(name) for name in ("model", "settings", "with_images")},
         "parser": parser,
+        "manifest": _manifest(run, judged, cost, data),
         "settings": run["settings"],
         "effective": run.get("effective") if isinstance(run.get("effective"), dict) else None,
         **totals(scores),
@@ -104,6 +110,26 @@ def report_run(folder: Path, annotations: Path | None = None, parser: str = "rob
         **cost,
         "by_masks": _grouped(scores, _by_masks(benchmark)),
         "by_area": _grouped(scores, {key: _area_group(area) for key, area in area_shares(benchmark).items()}),
+    }
+
+
+def _manifest(
+    run: dict[str, Any], judged: dict[str, Any], cost: dict[str, Any], data: dict[str, Any]
+) -> dict[str, Any]:
+    """The manifest of a run's scores, see [`manifests.manifest`]."""
+    given = run["settings"]
+    prompt = given.get("prompt")
+    settings = run["effective"] if isinstance(run.get("effective"), dict) else {}
+    settings = settings | {name: given[name] for name in ("batch_size", "masks_per_pass") if name in given}
+    judge = judge_part(judged["judge"], judged.get("model"), judged.get("base_url"), judged.get("settings") or {})
+    return {
+        "prompts": {"sha256": prompt and text_hash(prompt), "distinct": int(prompt is not None)},
+        "settings": settings or given,
+        "checkpoint": run.get("checkpoint") or {"name": given.get("model") or given.get("name"), "sha256": None},
+        **{name: run.get(name) for name in ("versions", "commits", "hardware")},
+        "judge": judge | {"with_images": judged.get("with_images")},
+        "data": data,
+        "attempts": {"number": run.get("attempts"), **cost},
     }
 
 
@@ -171,6 +197,9 @@ def notes_of(reports: list[dict[str, Any]]) -> list[str]:
             notes.append(
                 f"{names}: judged by {same[0]['judge']} with different settings; do not compare their scores."
             )
+    for report in reports[1:]:
+        if found := differences(report["manifest"], reports[0]["manifest"]):
+            notes.append(f"{report['run']} differs from {reports[0]['run']}: {', '.join(found)}.")
     notes.append("In brackets: 95 % intervals, by a bootstrap over the images.")
     if any(report["n_missing"] or report["n_failed"] or report["n_unparsed"] for report in reports):
         notes.append(

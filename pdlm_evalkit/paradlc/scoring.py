@@ -18,6 +18,7 @@ import numpy as np
 from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.regions.files import load_json
 
+from ..bootstrap import limits, resample
 from .data import BENCHMARKS, Question
 from .parsing import Parser, parse_reference, parse_robust
 
@@ -183,8 +184,8 @@ def totals(scores: Iterable[MaskScore]) -> dict[str, Any]:
 
 
 def intervals(scores: Sequence[MaskScore], image_of: Mapping[str, str]) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the scores: percentiles over 2,000 samples of the images, drawn with replacement, seed 0. The
-    masks of an image are drawn together, since their captions are written together.
+    """95 % intervals of the scores, by a bootstrap over the images (see [`bootstrap.resample`]). The masks of an image
+    are drawn together, since their captions are written together.
 
     Args:
         scores: the scores of all masks.
@@ -199,12 +200,11 @@ def intervals(scores: Sequence[MaskScore], image_of: Mapping[str, str]) -> dict[
     for score in scores:
         negative = score.score_neg
         sums[row[image_of[score.id]]] += (score.score_pos, negative or 0, score.score, 1, negative is not None)
-    drawn = np.random.default_rng(0).multinomial(len(images), [1 / len(images)] * len(images), size=2000) @ sums
+    drawn = resample(sums)[:, 0]
     masks, negatives = np.maximum(drawn[:, 3], 1), np.maximum(drawn[:, 4], 1)
     pos, neg, mean = drawn[:, 0] / masks, drawn[:, 1] / negatives, drawn[:, 2] / masks
     found = {"avg_pos": pos, "avg_neg": neg, "avg": (pos + neg) / 2, "mean_mask_score": mean}
-    low, high = np.percentile(list(found.values()), (2.5, 97.5), axis=1).tolist()
-    return dict(zip(found, zip(low, high, strict=True), strict=True))
+    return {name: limits(values) for name, values in found.items()}
 
 
 def _mean(values: Sequence[float], count: int | None = None) -> float:

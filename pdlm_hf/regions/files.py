@@ -4,11 +4,16 @@ import errno
 import gc
 import json
 import os
+import shlex
 import socket
+import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -190,18 +195,27 @@ def write_json_lists(path: Path, values: dict[str, Any]) -> None:
 class FileLock:
     """A lock on the files of a run, so that no second run writes them. It ends with its process, even by kill -9.
 
+    A `with` block releases it at its end.
+
     Args:
         path (`Path`): the file of the lock, which names the holder and is removed by [`release`](FileLock.release).
+            Its folder is created if it does not exist, and then removed by `release` if nothing was written into it.
         name: the file or folder of the run, for messages.
         otherwise (`str`): what else a user can do, for messages.
 
+    Attributes:
+        died (`float`, *optional*): when the last holder took the lock, in seconds since the epoch, if it ended without
+            releasing it; None if it released it.
+
     Raises:
-        SettingError: another run has the lock; the message has its process, host and start.
+        SettingError: another run has the lock; the message has its process, host, start and command.
         OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path, name: Any, otherwise: str = "choose another file"):
         self.path = path
+        self._made = not path.parent.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             self._file = open(path, "a+", encoding="utf-8")
             try:
@@ -218,10 +232,13 @@ class FileLock:
                     f"{name}: {holder}, is writing it. Wait until that run has ended, or {otherwise}."
                 ) from None
             self._file.close()
+        if hasattr(os, "register_at_fork"):  # or a worker that outlives this process would keep the lock
+            os.register_at_fork(after_in_child=partial(_close, weakref.ref(self._file)))
+        left = os.fstat(self._file.fileno())
+        self.died = left.st_mtime if left.st_size else None
         self._file.truncate(0)
-        self._file.write(
-            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        )
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since} ({_command(sys.argv)})")
         self._file.flush()
 
     def _acquire(self) -> None:
@@ -240,12 +257,31 @@ class FileLock:
         """Whether the lock was released."""
         return self._file.closed
 
+    def __enter__(self) -> "FileLock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def release(self) -> None:
         """Release the lock; a second time nothing happens."""
         if not self.released:
             with suppress(OSError):  # the lock ends with the file being closed, not with its removal
                 self.path.unlink()
+                if self._made:
+                    self.path.parent.rmdir()
             self._file.close()
+
+
+def _close(found: weakref.ref[TextIO]) -> None:
+    if (file := found()) is not None:
+        file.close()
+
+
+def _command(argv: list[str]) -> str:
+    """The command of a process up to its first option: what follows may be a key."""
+    words = [Path(argv[0]).name, *takewhile(lambda word: not word.startswith("-"), argv[1:])]
+    return shlex.join(words)[:200]
 
 
 def check_same_settings(before: Any, now: dict[str, Any], name: Any, otherwise: str = "choose another file") -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 FILES = {
     "vlmeval/__init__.py": "",
     "vlmeval/config.py": "supported_VLM = {}\n",
+    "vlmeval/inference.py": "",
     "vlmeval/vlm/__init__.py": "",
     "vlmeval/vlm/base.py": """
 class BaseModel:

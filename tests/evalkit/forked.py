@@ -21,6 +21,8 @@ PRELOAD = [
 ]
 if find_spec("lmms_eval") is not None:
     PRELOAD += ["lmms_eval.__main__", "lmms_eval.evaluator", "pdlm_evalkit.lmms"]
+if os.environ.get("VLMEVALKIT"):
+    PRELOAD += ["vlmeval.config", "vlmeval.dataset", "vlmeval.inference", "vlmeval.smp", "vlmeval.vlm"]
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(PRELOAD)
 
@@ -49,7 +51,20 @@ def call(command: str, arguments: list[str], environment: dict[str, str], log: P
     return process.exitcode
 
 
+def kill(process: multiprocessing.Process) -> None:
+    """End a command and all its processes as `kill -9` does."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group of its own yet
+        process.kill()
+    process.join()
+
+
 def _run(command: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+    os.setpgrp()
+    if "PYTHONPATH" in environment:  # of a stand-in for VLMEvalKit, where the real one may be imported already
+        for name in [name for name in sys.modules if name.split(".")[0] == "vlmeval"]:
+            del sys.modules[name]
     for name in [name for name in os.environ if name.startswith("OPENAI")]:
         del os.environ[name]  # keys of whoever runs the tests
     os.environ.update(environment)

@@ -178,7 +178,7 @@ class TestReport:
         ]
         mmstar, stock, judged = measured
         assert (mmstar.questions, mmstar.tokens_per_forward, mmstar.text_tokens_per_forward) == (2, 1.0, 0.5)
-        assert (mmstar.seconds, mmstar.note) == (1.0, "only 2 questions (--limit)")
+        assert (mmstar.seconds, mmstar.not_comparable) == (1.0, ["only 2 questions (--limit)"])
         assert stock.note == "changed: block_length=32; the paper: Qwen3-8B, strict"
         assert judged.note == "q" and judged.judged["judge"] == 10
         printed = json.loads(call("report", str(tmp_path), "--json").stdout)

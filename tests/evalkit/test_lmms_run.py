@@ -1,13 +1,21 @@
 """What `pdlm-eval lmms` adds to lmms-eval, without lmms-eval. Real runs are in tests/lmms."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
 
 import pytest
 import yaml
 
 from pdlm_evalkit import LMMS_TASKS
 from pdlm_evalkit.check import check_lmms_judge
-from pdlm_evalkit.lmms_run import arguments_for, missing_results, unfinished_run
+from pdlm_evalkit.lmms_resume import hold, unfinished_run
+from pdlm_evalkit.lmms_run import arguments_for, missing_results
+from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.regions.files import FileLock
 
 
 def test_arguments_are_completed():
@@ -69,6 +77,49 @@ def test_a_run_that_did_not_end_goes_on(tmp_path):
     assert unfinished_run(str(tmp_path), ["a"]) == first
     (tmp_path / "runs" / first / ".merged").touch()
     assert unfinished_run(str(tmp_path), ["a"]) not in (first, unfinished_run(str(tmp_path), ["b"]))
+
+
+def begin(output, cache=None):
+    with ExitStack() as held:
+        return hold(held, output, cache, "run-0")
+
+
+def test_a_second_process_on_the_same_folders_is_refused(tmp_path):
+    output, cache = tmp_path / "out", tmp_path / "cache"
+    with FileLock(output / "pdlm_run.lock", "x"), pytest.raises(SettingError, match="out: process .*--output_path"):
+        begin(output)
+    with (
+        FileLock(cache / "runs" / "run-0" / "pdlm_run.lock", "x"),
+        pytest.raises(SettingError, match="run-0: process .*--use_cache"),
+    ):
+        begin(output, cache)
+    assert [begin(output, cache) for _ in range(3)] == [1, 2, 3] and begin(output) == 1
+
+
+def test_what_a_killed_run_left_is_out_of_the_way(tmp_path):
+    results, merging = tmp_path / "m" / "1_results.json", tmp_path / "runs" / ".merge.lock"
+    results.parent.mkdir()
+    for number in (1, 2, 3):
+        results.with_name(f"{number}_results.json").write_text("{")
+    results.with_name("2_judged.json").write_text("{}")
+    verdicts = tmp_path / "m" / "gpt_response" / "hallusion_output_vd_model.json"
+    verdicts.parent.mkdir()
+    verdicts.write_text("[]")
+    merging.mkdir(parents=True)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (merging / "owner.json").write_text(json.dumps({"pid": process.pid, "hostname": socket.gethostname()}))
+    (tmp_path / "pdlm_run.lock").write_text("process 1 on here")  # which no process has locked
+    os.utime(tmp_path / "pdlm_run.lock", (9, 9))
+    os.utime(results, (1, 1))  # older than the run that died
+    begin(tmp_path, tmp_path)
+    names = sorted(path.name for path in results.parent.glob("*_results.json*"))
+    assert names == ["1_results.json", "2_results.json", "3_results.json.unfinished"]
+    assert not verdicts.exists() and not merging.exists()
+    merging.mkdir()
+    (merging / "owner.json").write_text(json.dumps({"pid": os.getpid(), "hostname": socket.gethostname()}))
+    begin(tmp_path, tmp_path)
+    assert merging.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """From images to a report: captions of the embedded checkpoint, a truthful judge, scores computed a second way."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -9,6 +10,8 @@ from judge_server import JudgeServer
 from typer.testing import CliRunner
 
 import pdlm_evalkit.paradlc as package
+import pdlm_hf
+from pdlm_evalkit.manifests import content_hash, text_hash
 from pdlm_evalkit.paradlc.cli import app
 from pdlm_evalkit.paradlc.data import load_benchmark
 from pdlm_evalkit.paradlc.make_example import draw_scenes
@@ -210,12 +213,27 @@ def test_what_cannot_be_compared_is_said(judged):
         for note in notes_of([report])
     )
     other = {**report, "run": "b", "effective": {}, "settings": {"batch_size": 4}}
+    other["manifest"] = report["manifest"] | {"settings": report["manifest"]["settings"] | {"temperature": 1.0}}
     other["judging"] = {**report["judging"], "with_images": False}
     notes = notes_of([report, other])
+    assert "b differs from paradlc: temperature 1.0 instead of 0." in notes
     assert "b: a batch has 4 passes, in the paper one: do not compare TPF and seconds with it." in notes
     assert "b: the judge read the text only, unlike the paper's: do not compare its scores with the paper." in notes
     assert "paradlc, b: judged by qwen3.5-27b with different settings; do not compare their scores." in notes
     assert not any(note.startswith("b: accepts") for note in notes)
+
+
+def test_a_report_has_the_manifest_of_its_scores(judged):
+    manifest = report_run(judged / "paradlc")["manifest"]
+    assert manifest["checkpoint"]["sha256"] == content_hash(pdlm_hf.CHECKPOINT)
+    assert manifest["prompts"] == {"sha256": text_hash("Describe the masked region in detail."), "distinct": 1}
+    assert {n: manifest["settings"][n] for n in ("acceptance_threshold", "batch_size", "prefix_attention")} == {
+        "acceptance_threshold": 0.8, "batch_size": 1, "prefix_attention": "isolated",
+    }  # fmt: skip
+    assert manifest["judge"]["name"] == "qwen3.5-27b" and manifest["judge"]["with_images"] is True
+    annotations = (EXAMPLE / "annotations.json").read_bytes()
+    assert manifest["data"]["md5"]["annotations.json"] == hashlib.md5(annotations).hexdigest()
+    assert manifest["attempts"]["num_forwards"] > 0 and manifest["hardware"]["dtype"] == "float32"
 
 
 def test_intervals_are_those_of_a_bootstrap_over_images(judged):

@@ -1,6 +1,7 @@
 """The strict judge: reads files of both harnesses, counts as the reference, pays nothing twice."""
 
 import json
+import os
 
 import pytest
 from judge_server import JudgeServer, text_of
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 from pdlm_evalkit.cli import app
 from pdlm_evalkit.strict import SETTINGS, SYSTEM_PROMPT, Row, read_results, request_for, verdict_in
 from pdlm_hf.client import server as client
+from pdlm_hf.regions.files import FileLock
 
 ROWS = [
     {"index": 1, "answer": "12:30", "prediction": "It is 12.30"},
@@ -57,6 +59,7 @@ def test_scores_are_the_references_and_nothing_is_paid_twice(tmp_path):
     assert score["accuracy_exact"] == 0.25  # for the reference "**Correct.**" is wrong
     assert (score["n_correct"], score["n_incorrect"], score["n_unparsed"], score["n_failed"]) == (2, 2, 0, 0)
     assert (score["benchmark"], score["judge"]) == ("ChartQA", "m")
+    assert (score["prompt_tokens"], score["completion_tokens"]) == (4 * 7, 4)  # none were asked by the second call
     assert json.loads(again.stdout)["accuracy"] == 0.5
     rows = [json.loads(line) for line in (tmp_path / "M_ChartQA_TEST_strict.jsonl").read_text().splitlines()]
     assert [row["verdict"] for row in rows] == ["CORRECT", "INCORRECT", "CORRECT", "INCORRECT"]
@@ -97,6 +100,14 @@ def test_a_reply_without_verdict_is_failed_and_asked_again(tmp_path):
         again = judge(path, server)
         assert again.exit_code == 0 and json.loads(again.stdout)["n_incorrect"] == 2
         assert len(server.answered) == 5
+
+
+def test_a_second_process_on_the_same_verdicts_is_refused(tmp_path):
+    path = tmp_path / "M_ChartQA_TEST.json"
+    path.write_text(json.dumps(ROWS))
+    with JudgeServer(verdict) as server, FileLock(tmp_path / "M_ChartQA_TEST_strict.lock", "x"):
+        done = judge(path, server)
+        assert done.exit_code == 2 and f"process {os.getpid()} on " in done.stderr and not server.bodies
 
 
 def test_a_benchmark_that_does_not_exist(tmp_path):

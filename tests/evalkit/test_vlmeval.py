@@ -16,8 +16,11 @@ from judge_server import JudgeServer
 
 from pdlm_evalkit.benchmarks import LETTER, SUFFIX
 from pdlm_evalkit.benchmarks import find_benchmark as find
+from pdlm_evalkit.manifests import read_logs
 from pdlm_evalkit.report import collect
-from pdlm_evalkit.vlmeval_run import answer_costs, find_run_py, log_of, parse, problem_of, settings_from
+from pdlm_evalkit.vlmeval_resume import log_of, logs_of
+from pdlm_evalkit.vlmeval_run import answer_costs, find_run_py, parse, problem_of, settings_from
+from pdlm_hf.regions.files import FileLock
 from pdlm_hf.shapes.evaluate_base import held_out_question
 
 ROWS = 4
@@ -86,6 +89,23 @@ def test_a_run_has_settings_costs_and_exit_code(finished):
     assert measured[0].score == 100 * report[0]["primary_metric_value"]
 
 
+def test_a_run_has_a_manifest(finished):
+    (row,) = report_of(finished)
+    found = row["manifest"]
+    assert found["checkpoint"]["name"] == "shapes_base" and len(found["checkpoint"]["sha256"]) == 64
+    settings = {"batch_size": 1, "block_length": 2, "max_denoising_steps": 2, "remasking": "low_confidence"}
+    assert settings.items() <= found["settings"].items()
+    assert found["prompts"]["distinct"] == ROWS and found["judge"] is None and found["data"]["name"] == "MMStar"
+    assert {n: found["attempts"][n] for n in ("number", "answers", "num_forwards")} == {
+        "number": 1, "answers": ROWS, "num_forwards": 2 * ROWS,
+    }  # fmt: skip
+    (measured,) = collect([finished])
+    assert measured.manifest == found
+    size = found["checkpoint"]["parameters"] / 1e6
+    rules = "scored by rules; the paper's judge: chatgpt-0125 or gpt-5.2"
+    assert measured.not_comparable == [f"a model of {size:.1f} M parameters", rules]
+
+
 @pytest.mark.slow
 def test_every_family_has_its_settings(checkout, tmp_path):
     """Letters, yes or no, documents in one block, reasoning in autoregressive order: one run, one judge."""
@@ -115,6 +135,7 @@ def test_two_ranks_without_cuda(checkout, finished, tmp_path):
     (one,), (two,) = report_of(finished), report_of(tmp_path)
     assert one["primary_metric_value"] == two["primary_metric_value"]
     assert two["answers"]["questions"] == ROWS
+    assert all(one["manifest"][name] == two["manifest"][name] for name in ("prompts", "settings", "checkpoint"))
     assert len(list(tmp_path.glob("pdlm_answers_*.jsonl"))) == 2
 
 
@@ -126,7 +147,7 @@ def test_config_knows_the_class(checkout, tmp_path):
     (row,) = report_of(tmp_path, "mine")
     assert (row["pretrained"], row["settings"]) == ("shapes_base", {"block_length": 1})
     assert row["paper_settings"]["block_length"] == 2 and row["answers"]["questions"] == 1
-    assert collect([tmp_path])[0].note == "changed: block_length=1"
+    assert "block_length 1 instead of 2" in collect([tmp_path])[0].not_comparable
 
 
 def test_each_model_of_a_config_has_its_own_settings_and_costs(checkout, tmp_path):
@@ -145,14 +166,24 @@ def test_each_model_of_a_config_has_its_own_settings_and_costs(checkout, tmp_pat
 
 
 def test_answers_of_another_run_cost_nothing(tmp_path):
-    """With --reuse no question is asked."""
-    status = tmp_path / "M" / "T1" / "status.json"
     log = log_of(tmp_path / "pdlm_answers_20260101_000000.0.jsonl", "M")
     row = {"dataset": "MMStar", "num_forwards": 2, "slots": 2, "output_tokens": 1, "seconds": 0.5, "text": "a\u2028b"}
     log.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert answer_costs(status, "M", "MMStar", [log.stat().st_mtime + 1])["questions"] == 0
-    assert answer_costs(status, "M", "MMStar", [log.stat().st_mtime])["questions"] == 1
-    assert answer_costs(status, "N", "MMStar", [log.stat().st_mtime])["questions"] == 0
+    second = log_of(tmp_path / "pdlm_answers_20260101_000000.1.jsonl", "M")
+    second.write_bytes(log.read_bytes() + b'{"cut sho')
+    changed = log.stat().st_mtime
+    assert logs_of(tmp_path, "M", [changed + 1]) == logs_of(tmp_path, "N", [changed]) == []
+    assert logs_of(tmp_path, "M", [changed]) == [log, second]
+    _, answers = read_logs([log, second])
+    costs = answer_costs(answers)
+    assert (costs["questions"], costs["num_forwards"], costs["seconds"]) == (2, 4, 1.0)
+    assert answer_costs([])["questions"] == 0
+
+
+def test_a_second_process_on_the_same_model_is_refused(checkout, tmp_path):
+    with FileLock(tmp_path / "PerceptionDLM-Base" / "pdlm_run.lock", "x"):
+        done = run(checkout, tmp_path, *OPTIONS)
+        assert done.returncode != 0 and f"process {os.getpid()} on " in done.stderr and "--work-dir" in done.stderr
 
 
 def test_data_sets_without_result_are_named(checkout, tmp_path):

@@ -5,6 +5,7 @@ VLMEVALKIT=path/to/VLMEvalKit python -m pytest tests/evalkit/test_vlmeval_checko
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import os
@@ -162,7 +163,7 @@ def test_a_judge_that_stops_before_the_first_row_is_no_scoring_by_rules(data, tm
 
 
 def test_the_same_command_goes_on_after_a_kill(data, tmp_path):
-    """VLMEvalKit writes its answers ten at a time; what came after is asked again. Costs are those of all attempts."""
+    """VLMEvalKit writes its answers ten at a time; ours are kept at once. Costs are those of all attempts."""
     rows = 60
     with (data / "MMStar_shapes.tsv").open(newline="") as file:
         first = list(csv.DictReader(file, delimiter="\t"))
@@ -187,9 +188,15 @@ def test_the_same_command_goes_on_after_a_kill(data, tmp_path):
     done, report = run(data, tmp_path, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "goes on with" in done.stderr and report[0]["attempts"] == 2
-    assert report[0]["answers"]["questions"] == answers() <= rows + 10
-    assert report[0]["answers"]["num_forwards"] == 2 * answers()
+    assert report[0]["answers"]["questions"] == answers() == rows  # some have the same image and text
+    assert report[0]["answers"]["num_forwards"] == 2 * rows
+    killed = report[0]["manifest"]
+    assert killed["attempts"]["number"] == 2 and killed["prompts"]["distinct"] == ROWS and not killed["mixed"]
+    assert killed["data"]["md5"] == {
+        "MMStar_long.tsv": hashlib.md5((data / "MMStar_long.tsv").read_bytes()).hexdigest()
+    }
     done, report = run(data, tmp_path, *options)  # finished: a new run, from the start
+    assert {**report[0]["manifest"], "attempts": 0} == {**killed, "attempts": 0}
     assert report[0]["attempts"] == 1 and report[0]["answers"]["questions"] == rows
 
 

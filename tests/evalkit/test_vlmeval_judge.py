@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pdlm_evalkit.vlmeval_judge import FAILURE, JudgeLog, outcome_of
-from pdlm_evalkit.vlmeval_resume import Attempts, go_on
+from pdlm_evalkit.vlmeval_resume import Attempts, go_on, is_reusable, write_whole
 from pdlm_evalkit.vlmeval_run import again, problem_of
 
 NUMBER = {"index": 1, "question_type": "free_form", "answer_type": "integer", "choices": "[]"}
@@ -142,6 +144,13 @@ class TestGoOn:
         self.run(tmp_path, "T30", {"steps": 2}, [row | {"judged": {"random": 1}}])
         assert self.attempts(tmp_path, {"steps": 2}) == 2
 
+    def test_a_model_that_goes_on_does_so_beside_one_that_begins(self, tmp_path):
+        """`--reuse` is for all models: right if the other one has nothing to reuse, wrong if it has other settings."""
+        self.run(tmp_path, "T10", {"steps": 2})
+        goes_on = go_on(tmp_path, "M", {"steps": 2}, ["MMStar"], False, problem_of)
+        assert is_reusable(tmp_path, "M", goes_on) and is_reusable(tmp_path, "New", Attempts({}))
+        assert not is_reusable(tmp_path, "M", go_on(tmp_path, "M", {"steps": 4}, ["MMStar"], False, problem_of))
+
     def test_other_settings_are_refused_by_name(self, tmp_path):
         self.run(tmp_path, "T10", {"steps": 2, "presets": "paper"})
         with pytest.raises(ValueError, match="T10: the predictions to reuse were made with steps 2 instead of 4. Use"):
@@ -151,6 +160,28 @@ class TestGoOn:
         (tmp_path / "M" / "T10").mkdir(parents=True)
         (tmp_path / "M" / "T10" / "status.json").write_text("{}")
         assert self.attempts(tmp_path, {}) == 1 and self.attempts(tmp_path, {}, asked=True) == 1
+
+
+def test_files_of_vlmevalkit_are_whole_or_missing(tmp_path, monkeypatch):
+    """Whatever ends the function that writes them; VLMEvalKit's own changes the form if one cannot be written."""
+
+    def dump(rows, path):
+        place = Path(path)
+        place.write_text(rows[0])
+        if rows[1:] == ["fails"]:
+            raise KeyboardInterrupt
+        if rows[1:]:
+            place.rename(place.with_suffix(".pkl"))
+
+    module = SimpleNamespace(dump=dump)
+    monkeypatch.setitem(sys.modules, "vlmeval.inference", module)
+    write_whole()
+    module.dump(["old"], str(tmp_path / "a.xlsx"))
+    with pytest.raises(KeyboardInterrupt):
+        module.dump(["cut", "fails"], str(tmp_path / "a.xlsx"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.xlsx"] and (tmp_path / "a.xlsx").read_text() == "old"
+    module.dump(["new", "form"], str(tmp_path / "b.xlsx"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.xlsx", "b.pkl"]
 
 
 def test_the_settings_of_an_attempt_start_with_now():

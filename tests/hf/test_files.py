@@ -105,25 +105,29 @@ def test_lists_are_written_as_they_come(tmp_path):
     assert json.loads(path.read_text()) == {} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_lock_has_one_holder(tmp_path):
-    path = tmp_path / "out.lock"
+def test_a_lock_has_one_holder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/pdlm-eval", "paradlc", "caption", "--key", "secret"])
+    path = tmp_path / "new" / "out.lock"
     lock = FileLock(path, "out.jsonl")
+    assert lock.died is None
     with pytest.raises(SettingError) as error:
         FileLock(path, "out.jsonl", "choose another folder")
     holder = f"out.jsonl: process {os.getpid()} on {socket.gethostname()}, since "
     assert str(error.value).startswith(holder)
-    assert str(error.value).endswith(", is writing it. Wait until that run has ended, or choose another folder.")
+    end = " (pdlm-eval paradlc caption), is writing it. Wait until that run has ended, or choose another folder."
+    assert str(error.value).endswith(end)
     lock.release()
     lock.release()
-    assert lock.released and not path.exists()
+    assert lock.released and not path.parent.exists()
     FileLock(path, "out.jsonl").release()
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
     path = tmp_path / "out.lock"
     code = (
-        f"import pathlib, time; from pdlm_hf.regions.files import FileLock\n"
-        f"lock = FileLock(pathlib.Path({str(path)!r}), 'out'); print('held', flush=True); time.sleep(60)"
+        f"import os, pathlib, time; from pdlm_hf.regions.files import FileLock\n"
+        f"lock = FileLock(pathlib.Path({str(path)!r}), 'out'); worker = os.fork()\n"
+        f"worker or print('held', flush=True); time.sleep(60 if worker else 10)"  # the worker lives on
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
@@ -132,6 +136,8 @@ def test_a_lock_ends_with_its_process(tmp_path):
         FileLock(path, "out")
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    assert path.exists()
-    FileLock(path, "out").release()
+    taken = path.stat().st_mtime
+    lock = FileLock(path, "out")
+    assert lock.died == taken
+    lock.release()
     assert not path.exists()

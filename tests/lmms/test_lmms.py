@@ -69,6 +69,11 @@ def arguments_for(task: str, pretrained: str, **more: str) -> list[str]:
     return [part for name, value in (given | more).items() for part in (f"--{name}", value)]
 
 
+def manifest_of(folder: Path) -> dict:
+    (path,) = folder.rglob("*_manifest.json")
+    return json.loads(path.read_text())
+
+
 LMMS_EVAL = ["lmms-eval", "--model", "pdlm", "--include_path", pdlm_evalkit.LMMS_TASKS]
 
 
@@ -136,6 +141,8 @@ def test_a_second_run_comes_from_the_cache(folder, regions):
     assert again.score("pdlm_shapes_regions", "exact") == regions.score("pdlm_shapes_regions", "exact")
     assert sum(call["total_requests"] for call in regions.calls) == QUESTIONS
     assert sum(call["total_requests"] for call in again.calls) == 0
+    counts, kept = ([row["token_counts"] for row in run.samples["pdlm_shapes_regions"]] for run in (regions, again))
+    assert kept == counts and all(row[0]["num_forwards"] > 0 for row in kept)
 
 
 def test_what_was_answered_before_a_kill_is_kept(folder):
@@ -163,6 +170,14 @@ def test_what_was_answered_before_a_kill_is_kept(folder):
     again = run(place, ["pdlm-eval", "lmms"], *arguments)
     assert again.code == 0, again.text
     assert 64 - before - 1 <= sum(call["total_requests"] for call in again.calls) <= 64 - before
+    counts = [row["token_counts"][0] for row in again.samples["pdlm_shapes_open"]]
+    assert len(counts) == 64 and all(count["num_forwards"] == 8 for count in counts)  # of both attempts
+    judged = json.loads(max(place.rglob("*_judged.json")).read_text())
+    assert judged == {"attempts": 2}
+    found = manifest_of(place)["pdlm_shapes_open"]
+    assert found["attempts"]["number"] == 2 and found["attempts"]["answers"] == 64 and not found["mixed"]
+    assert found["prompts"]["distinct"] > 1 and found["settings"]["block_length"] == 1 and found["judge"] is None
+    assert found["checkpoint"]["name"] == "shapes_base" and found["data"]["limit"] == 64
 
 
 def run_two(folder: Path, *arguments: str) -> Run:

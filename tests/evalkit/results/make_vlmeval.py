@@ -3,7 +3,8 @@
     python tests/evalkit/results/make_vlmeval.py            # in an environment with a checkout of VLMEvalKit
 
 A scripted model answers, a scripted judge scores what the rules of VLMEvalKit cannot read, and the MD5 check of the
-data is off. Of every run the status.json of VLMEvalKit, our pdlm_report.json and the tables of the judge are kept:
+data is off. Of every run the status.json of VLMEvalKit, our pdlm_report.json and the tables with the points of the
+questions are kept:
 
 - `plain`: data without a column `split`; `split`: with one; `judge_died`: the judge answers VLMEvalKit's trial only;
   `rules`: no judge, without the two benchmarks that need one;
@@ -32,7 +33,7 @@ from pdlm_evalkit.benchmarks import BENCHMARKS  # noqa: E402
 ROWS = 6
 OPTIONS = {"A": "red", "B": "green", "C": "blue", "D": "white"}
 WRONG = {"MMStar": 1, "SEEDBench_IMG": 2, "AI2D_TEST": 3, "BLINK": 4, "RealWorldQA": 5, "VStarBench": 0}
-TABLES = ("_result", "_auxmatch", "_scripted", "_extract", "_score")
+TABLES = ("_result", "_results", "_auxmatch", "_scripted", "_extract", "_score")
 TEXT = "It shows no such thing"  # an answer that no rule can read
 
 
@@ -267,8 +268,7 @@ def main() -> None:
             kept.mkdir()
             for path in sorted(folder.iterdir()):
                 wanted = path.name in ("status.json", "pdlm_report.json")
-                if died or rules:
-                    wanted |= path.suffix == ".tsv" and path.stem.endswith(TABLES)
+                wanted |= path.suffix == ".tsv" and path.stem.endswith(TABLES)
                 if wanted:
                     text = path.read_text(encoding="utf-8")
                     for secret, public in ((data, "DATA"), (work, "WORK"), (server.url, "http://127.0.0.1:8000/v1")):
