@@ -296,8 +296,8 @@ def probe_once(model: str, url: str, key: str | None) -> None:
             _answered[model, url] = error
         finally:
             judge.close()
-    if (error := _answered[model, url]) is not None:
-        raise error
+    if (fault := _answered[model, url]) is not None:
+        raise fault
 
 
 def check_vlmeval_judge(data: list[str], judge: str | None, base_url: str | None, key: str | None) -> None:

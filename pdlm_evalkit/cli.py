@@ -30,12 +30,14 @@ class HarnessCommand(TyperCommand):
 
     def get_help(self, ctx: Any) -> str:
         """The help; it needs no harness."""
-        if self.name == "lmms":
-            from .lmms_run import find_harness
-        else:
-            from .vlmeval_run import find_run_py as find_harness
+        from .lmms_run import find_harness
+        from .vlmeval_run import find_run_py
+
         try:
-            find_harness()
+            if self.name == "lmms":
+                find_harness()
+            else:
+                find_run_py()
         except PdlmError as error:
             return f"{super().get_help(ctx)}\n\nNot to be run yet: {error}"
         return super().get_help(ctx)

@@ -133,7 +133,7 @@ class _Pdlm(lmms):
         **settings: Any,
     ):
         super().__init__()
-        keep_costs()
+        keep_costs(DenoisingCounts)
         self.accelerator = Accelerator()
         if self.accelerator.num_processes > 1:
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes

@@ -119,29 +119,30 @@ def _note_attempt(path: Path) -> int:
     return len(started) + 1
 
 
-def keep_costs() -> None:
+def keep_costs(kind: Any) -> None:
     """Let lmms-eval's response cache keep the token counts and the cost of our answers, and return them with the text.
 
     The cache is asked with the name and arguments of the model, so that no other model reads these entries.
+
+    Args:
+        kind (`type`): the class of our token counts.
     """
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.caching.response_cache import ResponseCache
-
-    from .lmms import DenoisingCounts
 
     extract, lookup = ResponseCache._extract_cacheable, ResponseCache._lookup
     if extract.__module__ == __name__:
         return
 
     def cacheable(response: Any) -> Any:
-        if isinstance(response, GenerationResult) and isinstance(response.token_counts, DenoisingCounts):
+        if isinstance(response, GenerationResult) and isinstance(response.token_counts, kind):
             return {"text": response.text, "counts": response.token_counts.to_dict()}
         return extract(response)
 
     def found(cache: Any, key: str) -> Any:
         kept = lookup(cache, key)
         if isinstance(kept, dict) and kept.keys() == {"text", "counts"}:
-            return GenerationResult(kept["text"], DenoisingCounts(**kept["counts"]))
+            return GenerationResult(kept["text"], kind(**kept["counts"]))
         return kept
 
     ResponseCache._extract_cacheable, ResponseCache._lookup = staticmethod(cacheable), found

@@ -89,8 +89,9 @@ def listed_md5(name: str) -> set[str] | None:
         if "DATASET_MD5" not in source or name not in source:
             continue
         for node in ast.walk(ast.parse(source)):
-            targets = node.targets if isinstance(node, ast.Assign) else []
-            if any(getattr(target, "id", None) == "DATASET_MD5" for target in targets):
+            if not isinstance(node, ast.Assign):
+                continue
+            if any(getattr(target, "id", None) == "DATASET_MD5" for target in node.targets):
                 pairs = zip(getattr(node.value, "keys", ()), getattr(node.value, "values", ()), strict=True)
                 found |= {value.value for key, value in pairs if _is_text(key, name) and _is_text(value)}
     return found

@@ -39,12 +39,15 @@ def save_scores(path: Path, measured: list[Measured]) -> None:
     paper = {row.benchmark: row.paper for row in measured}
     axes.scatter([paper[name] for name in names], range(len(names)), marker="|", s=400, color="black", label="paper")
     for number, harness in enumerate(harnesses):
-        rows = [row for row in measured if row.harness == harness and row.score is not None]
-        scores = [row.score for row in rows]
-        places = [names.index(row.benchmark) + 0.15 * (number + 1) for row in rows]
-        limits = [row.interval or (row.score, row.score) for row in rows]
-        errors = [[abs(limit[side] - score) for limit, score in zip(limits, scores, strict=True)] for side in (0, 1)]
-        axes.errorbar(scores, places, xerr=errors, fmt="o", markersize=4, capsize=2, label=harness)
+        scores, places, errors = [], [], []
+        for row in measured:
+            if row.harness == harness and row.score is not None:
+                low, high = row.interval or (row.score, row.score)
+                scores.append(row.score)
+                places.append(names.index(row.benchmark) + 0.15 * (number + 1))
+                errors.append((row.score - low, high - row.score))
+        bars = list(zip(*errors, strict=True)) or None
+        axes.errorbar(scores, places, xerr=bars, fmt="o", markersize=4, capsize=2, label=harness)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)

@@ -120,7 +120,7 @@ def caption(
         if captions is not None:
             run, lines, described = _from_file(job, captions, allow_missing)
         elif server is not None and server_model is not None:  # always both
-            options = {"api_key": key_in(api_key_env), "concurrency": concurrency}
+            options: dict[str, Any] = {"api_key": key_in(api_key_env), "concurrency": concurrency}
             options |= {"retries": retries, "timeout": timeout}
             run, lines, described = _from_server(job, server, server_model, server_style, setting, options, failed)
         else:
