@@ -11,6 +11,11 @@ from typing import Any
 HUB = {"PerceptionDLM-Base": "MSALab/PerceptionDLM-Base", "PerceptionDLM": "MSALab/PerceptionDLM"}
 
 
+def is_ours(name: str, settings: dict[str, Any] | None) -> bool:
+    """Whether a model of a `--config`, by its name and settings, is of our class."""
+    return (settings or {}).get("class", name) in ("PerceptionDLM", *HUB)
+
+
 def build(world: str | None, **settings: Any) -> Any:
     """Build a model of VLMEvalKit.
 

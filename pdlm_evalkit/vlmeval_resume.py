@@ -77,7 +77,7 @@ def go_on(
         settings (`dict`): everything that changes answers.
         data (`list[str]`): the data sets of the run.
         asked (`bool`): whether `--reuse` or `--mode eval` was given.
-        problem_of: finds the fault in a row of `pdlm_report.json`, see [`vlmeval_run.problem_of`].
+        problem_of: finds the fault in a row of `pdlm_report.json`, see [`vlmeval_report.problem_of`].
 
     Raises:
         SettingError: `--reuse` was given, and the newest predictions were made with other settings.

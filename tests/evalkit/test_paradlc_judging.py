@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from forked import start
 from judge_server import JudgeServer, parts_of, text_of
+from kills import bytes_of
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -283,7 +284,7 @@ def test_a_judge_that_dies_half_way(captions, tmp_path):
 
 
 def test_killed_half_way(tmp_path, truth):
-    """kill -9 and go on: answers and report are the same bytes; at most what was on its way is asked again."""
+    """kill -9: answers and report are the same bytes, attempts aside; at most what was on its way is asked again."""
     (tmp_path / "theirs.json").write_text(json.dumps(truth))
     for folder in ("calm", "killed"):
         out = tmp_path / folder / "run"
@@ -309,7 +310,8 @@ def test_killed_half_way(tmp_path, truth):
     for folder in ("calm", "killed"):
         run = tmp_path / folder / "run"
         command = ["report", str(run), "--json", "--markdown", str(tmp_path / folder / "report.md")]
-        reports.append((CliRunner().invoke(app, command).stdout, (tmp_path / folder / "report.md").read_bytes()))
+        report = json.loads(CliRunner().invoke(app, command).stdout)
+        reports.append((bytes_of(report, tmp_path / folder), (tmp_path / folder / "report.md").read_bytes()))
         reports[-1] += ((run / "answers.json").read_bytes(),)
     assert reports[0] == reports[1]
 

@@ -18,8 +18,9 @@ from pdlm_evalkit.benchmarks import LETTER, SUFFIX
 from pdlm_evalkit.benchmarks import find_benchmark as find
 from pdlm_evalkit.manifests import read_logs
 from pdlm_evalkit.report import collect
+from pdlm_evalkit.vlmeval_report import answer_costs, problem_of
 from pdlm_evalkit.vlmeval_resume import log_of, logs_of
-from pdlm_evalkit.vlmeval_run import answer_costs, find_run_py, parse, problem_of, settings_from
+from pdlm_evalkit.vlmeval_run import find_run_py, parse, settings_from
 from pdlm_hf.regions.files import FileLock
 from pdlm_hf.shapes.evaluate_base import held_out_question
 

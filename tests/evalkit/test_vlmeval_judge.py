@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from pdlm_evalkit.vlmeval_judge import FAILURE, JudgeLog, outcome_of
+from pdlm_evalkit.vlmeval_report import again, problem_of
 from pdlm_evalkit.vlmeval_resume import Attempts, go_on, is_reusable, write_whole
-from pdlm_evalkit.vlmeval_run import again, problem_of
 
 NUMBER = {"index": 1, "question_type": "free_form", "answer_type": "integer", "choices": "[]"}
 OPTION = {"index": 1, "question_type": "multi_choice", "answer_type": "text", "choices": "['red', 'dark blue']"}
