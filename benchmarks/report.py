@@ -30,18 +30,23 @@ def table(*rows: list[str]) -> str:
 
 def held_out(record: dict) -> str:
     """Accuracy of the embedded checkpoint, from its training.json."""
-    score = record["held_out"]
-    attributes = [percent(score["by_attribute"][name]) for name in ATTRIBUTES]
-    return table(
-        ["exact", "well formed", *ATTRIBUTES],
-        [percent(score["exact"]), percent(score["well_formed"]), *attributes],
-    )
+    rows = [["checkpoint", "exact", "well formed", *ATTRIBUTES]]
+    for name, score in stages(record).items():
+        attributes = [percent(score["by_attribute"][attribute]) for attribute in ATTRIBUTES]
+        rows.append([name, percent(score["exact"]), percent(score["well_formed"]), *attributes])
+    return table(*rows)
+
+
+def stages(record: dict) -> dict[str, dict]:
+    """The scores of the embedded checkpoint and of the careful one that it was trained from."""
+    return {"embedded": record["held_out"], "careful": record["initialised_from"]["held_out"]}
 
 
 def by_regions(record: dict) -> str:
     """The same, by the number of regions."""
-    shares = record["held_out"]["by_regions"]
-    return table(["regions in the image", *shares], ["exact", *(percent(share) for share in shares.values())])
+    found = {name: score["by_regions"] for name, score in stages(record).items()}
+    rows = [[f"{name}, exact", *(percent(share) for share in shares.values())] for name, shares in found.items()]
+    return table(["regions in the image", *found["embedded"]], *rows)
 
 
 def quality(record: dict, only: tuple[str, ...] = ()) -> str:
@@ -51,6 +56,19 @@ def quality(record: dict, only: tuple[str, ...] = ()) -> str:
         if not only or name in only:
             numbers = [percent(row["exact"]), percent(row["well_formed"])]
             rows.append([name, *numbers, f"{row['steps_per_region']:.1f}", f"{row['num_forwards']:.1f}"])
+    return table(*rows)
+
+
+def commit_sweep(record: dict) -> str:
+    """Forward passes against right captions, before and after `pdlm-peft commit` of the embedded checkpoint."""
+    rows = [
+        ["setting", "careful: exact", "forwards an image", "commits: exact", "at six regions", "forwards an image"]
+    ]
+    for name, after in record["commits"].items():
+        before = record["careful"][name]
+        cells = [percent(before["exact"]), f"{before['forwards']:.1f}"]
+        cells += [percent(after["exact"]), percent(after["six_regions"]), f"{after['forwards']:.2f}"]
+        rows.append([name, *cells])
     return table(*rows)
 
 
@@ -327,7 +345,7 @@ DECODES = {
 }
 
 
-def headlines(held: dict, cpu: dict, gpu: dict, served: dict, tuned: dict) -> str:
+def headlines(held: dict, cpu: dict, gpu: dict, served: dict, tuned: dict, commit: dict) -> str:
     """The README's table: what every part gains and loses, with a link to the conditions."""
     page = "docs/performance.md"
     rows = [
@@ -336,6 +354,12 @@ def headlines(held: dict, cpu: dict, gpu: dict, served: dict, tuned: dict) -> st
             f"[Embedded checkpoint]({page}#accuracy-of-the-embedded-checkpoint)",
             "captions of held-out drawings in which all is right",
             percent(held["held_out"]["exact"]),
+            "",
+        ],
+        [
+            f"[Forward passes an image]({page}#forward-passes-an-image)",
+            "embedded checkpoint, before and after it learned to commit",
+            " → ".join(f"{commit[stage]['threshold 0.8']['forwards']:.1f}" for stage in ("careful", "commits")),
             "",
         ],
     ]
@@ -386,12 +410,19 @@ def tables() -> dict[str, str]:
     kept = ("32 steps, recomputed", "32 steps, prompt every 8", "32 steps", "threshold 0.8", "threshold 0.9")
     return {
         "headlines": headlines(
-            checkpoint, speed, load("gpu_h100_2.json"), load("serving_cpu_small.json"), load("lora_shapes.json")
+            checkpoint,
+            speed,
+            load("gpu_h100_2.json"),
+            load("serving_cpu_small.json"),
+            load("lora_shapes.json"),
+            load("shapes_commit.json"),
         ),
         "held_out": held_out(checkpoint),
         "by_regions": by_regions(checkpoint),
         "quality": quality(load("shapes_quality.json")),
+        "quality_careful": quality(load("shapes_quality_careful.json")),
         "quality_full": quality(load("shapes_quality_full.json"), kept),
+        "commit": commit_sweep(load("shapes_commit.json")),
         "ablation": ablation(load("shapes_ablation.json")),
         "decode": decode(speed),
         "scaling": scaling(speed),

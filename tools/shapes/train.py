@@ -13,7 +13,8 @@
     $train --out runs/isolated2 --init runs/isolated $isolated --steps 900 --learning-rate 7e-4 --seed 1
     $train --out runs/isolated3 --init runs/isolated2 $isolated --steps 700 --learning-rate 6e-4 --seed 2
     $train --out runs/isolated4 --init runs/isolated3 $isolated --steps 700 --learning-rate 6e-4 --seed 3
-    $train --out runs/isolated5 --init runs/isolated4 $isolated --steps 2400 --learning-rate 6e-4 --seed 5
+    $train --out runs/careful --init runs/isolated4 $isolated --steps 2400 --learning-rate 6e-4 --seed 5
+    $train --out runs/commit --init runs/careful $isolated --lesson commit --steps 700 --learning-rate 6e-4 --seed 21
 
 With the same `--out` a stopped training is resumed from the last saved step. Images are drawn during training, none
 twice in a run; runs of the same lesson with the same seed draw the same images.
@@ -30,7 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pdlm_hf.modeling_pdlm import PdlmForConditionalGeneration
 from pdlm_hf.processing_pdlm import PdlmProcessor
-from pdlm_hf.shapes.dataset import ShapesDataset
+from pdlm_hf.shapes.dataset import CommitDataset, ShapesDataset
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_hf.training.trainer import Clock, InOrderTrainer
 
@@ -114,8 +115,11 @@ def main(
     prefix_attention: Annotated[str, typer.Option(help='"full" or "isolated".')] = "full",
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     lesson: Annotated[
-        Literal["vision", "images", "words", "captions"],
-        typer.Option(help="vision, images: attributes of small, then all images. words, captions: their captions."),
+        Literal["vision", "images", "words", "captions", "commit"],
+        typer.Option(
+            help="vision, images: attributes of small, then all images. words, captions: their captions. "
+            "commit: one wording from an empty canvas."
+        ),
     ] = "captions",
     linear_head: Annotated[
         bool, typer.Option("--linear-head", help="vision, images: classify attributes by one linear layer.")
@@ -142,10 +146,11 @@ def main(
     easy = lesson in ("vision", "words")
     seeing = lesson in ("vision", "images")
     slots = EASY_SLOTS if easy else SLOTS
+    scenes = CommitDataset if lesson == "commit" else ShapesDataset
     trainer = InOrderTrainer(
         model=RegionClassifier(model, linear_head) if seeing else model,
         args=arguments(out, steps, batch_size, learning_rate, seed),
-        train_dataset=ShapesDataset(seed, steps * batch_size, batch_size, easy),
+        train_dataset=scenes(seed, steps * batch_size, batch_size, easy),
         data_collator=AttributeCollator(processor)
         if seeing
         else PdlmCollator(processor, num_slots=slots, noise_floor=0.1, prompt_ids="ordered"),
