@@ -48,9 +48,12 @@ class PdlmOutput(CausalLMOutputWithPast):
         sample_losses (`torch.FloatTensor` of shape `(batch_size,)`, *optional*, returned when `labels` are given):
             What every sample adds to the loss, without gradient; `loss` is their mean. Beside `mask_probability` it
             shows how well the model does at each noise level. None in replacement mode.
+        masked_logits (`torch.FloatTensor` of shape `(num_masked, vocab_size)`, *optional*, with `labels`):
+            Logits at the masked positions, row after row, for a loss of one's own. None in replacement mode.
     """
 
     sample_losses: torch.FloatTensor | None = None
+    masked_logits: torch.FloatTensor | None = None
 
 
 class _WithoutFlashAttention(PreTrainedModel):
@@ -416,15 +419,18 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        loss = logits = sample_losses = None
+        loss = logits = sample_losses = masked_logits = None
         if labels is None or noise_mask is None or mask_probability is None:  # the labels come with both
             logits = self.lm_head(outputs.last_hidden_state)
         else:
-            loss, sample_losses = self._loss(outputs.last_hidden_state, labels, noise_mask, mask_probability)
+            loss, sample_losses, masked_logits = self._loss(
+                outputs.last_hidden_state, labels, noise_mask, mask_probability
+            )
         return PdlmOutput(
             loss=loss,
             logits=logits,
             sample_losses=sample_losses,
+            masked_logits=masked_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},
@@ -444,11 +450,15 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
         logits = self.lm_head(hidden[scored]).float()
         targets = labels[scored]
         if self.config.replacement_noise_mode:
-            return nn.functional.cross_entropy(logits, targets, reduction="sum") / answer.sum().clamp_min(1), None
+            return (
+                nn.functional.cross_entropy(logits, targets, reduction="sum") / answer.sum().clamp_min(1),
+                None,
+                None,
+            )
         row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)[scored]
         probability = probability.reshape(len(labels), -1)[:, 0]
         terms = diffusion_loss(logits, targets, probability[row], answer.sum(1)[row])
-        return terms.sum() / len(labels), terms.new_zeros(len(labels)).index_add(0, row, terms.detach())
+        return terms.sum() / len(labels), terms.new_zeros(len(labels)).index_add(0, row, terms.detach()), logits
 
 
 class PdlmBaseForConditionalGeneration(PdlmForConditionalGeneration):

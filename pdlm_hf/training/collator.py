@@ -50,7 +50,8 @@ class PdlmCollator:
     Random numbers are drawn in the reference's order: t per sample, then one uniform number per token (in replacement
     mode the same again, and the replacement tokens). If every row has a "seed", the noise, slots and prompt ids of a
     row depend on its seed only, not on earlier batches or on the other rows of its batch: a resumed run draws the same
-    numbers, and so do several processes that share the rows of one.
+    numbers, and so do several processes that share the rows of one. Such a row may have a "mask_probability", which
+    then replaces the drawn one.
 
     Args:
         processor (`PdlmProcessor`): the checkpoint's processor.
@@ -112,12 +113,15 @@ class PdlmCollator:
         encode = {True: self.encode_regions, False: self.encode_chat}
         encoded = [encode["regions" in r](r, r.get("num_slots", n)) for r, n in zip(rows, slots, strict=True)]
         batch = self.processor.pad(encoded, "right")
-        return batch | (self._row_noise(encoded, generators) if generators else self.noise(batch["labels"]))
+        return batch | (self._row_noise(rows, encoded, generators) if generators else self.noise(batch["labels"]))
 
-    def _row_noise(self, encoded: list[dict[str, Any]], generators: list[torch.Generator]) -> dict[str, torch.Tensor]:
+    def _row_noise(
+        self, rows: Sequence[dict[str, Any]], encoded: list[dict[str, Any]], generators: list[torch.Generator]
+    ) -> dict[str, torch.Tensor]:
         """Draw the [`noise`] of each row separately, over its own length, so that it does not depend on padding."""
         labels = [torch.tensor([row["labels"]]) for row in encoded]
-        drawn = [self.noise(row, generator) for row, generator in zip(labels, generators, strict=True)]
+        levels = [row.get("mask_probability") for row in rows]
+        drawn = [self.noise(*row) for row in zip(labels, generators, levels, strict=True)]
         noise = {"mask_probability": torch.cat([row["mask_probability"] for row in drawn])}
         for name, padding in (("noise_mask", False), ("replacement_ids", -1)):
             if name in drawn[0]:
@@ -253,18 +257,23 @@ class PdlmCollator:
                 labels += tokens if labelled else [-100] * len(tokens)
         return ids, labels
 
-    def noise(self, labels: torch.Tensor, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+    def noise(
+        self, labels: torch.Tensor, generator: torch.Generator | None = None, level: float | None = None
+    ) -> dict[str, torch.Tensor]:
         """Draw a noise level per row and mask labelled tokens with its probability.
 
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 for tokens without label.
             generator (`torch.Generator`, *optional*): default: the collator's.
+            level (`float`, *optional*): the masking probability, instead of a drawn one; 1 = an empty canvas.
 
         Returns:
             noise_mask (bool, same shape) and mask_probability `(batch_size,)`; replacement_ids in replacement mode.
         """
         generator = generator or self.generator
         probability = noise_probability(torch.rand(len(labels), generator=generator), self.noise_floor)
+        if level is not None:
+            probability = torch.full_like(probability, level)
         uniform = torch.rand(labels.shape, generator=generator)
         labelled = labels != -100
         masked = (uniform < probability[:, None]) & labelled

@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pdlm_hf.modeling_pdlm import PdlmForConditionalGeneration
 from pdlm_hf.processing_pdlm import PdlmProcessor
-from pdlm_hf.shapes.dataset import ShapesDataset
+from pdlm_hf.shapes.dataset import CommitDataset, ShapesDataset
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_hf.training.trainer import Clock, InOrderTrainer
 
@@ -114,8 +114,10 @@ def main(
     prefix_attention: Annotated[str, typer.Option(help='"full" or "isolated".')] = "full",
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     lesson: Annotated[
-        Literal["vision", "images", "words", "captions"],
-        typer.Option(help="vision, images: attributes of small, then all images. words, captions: their captions."),
+        Literal["vision", "images", "words", "captions", "commit"],
+        typer.Option(
+            help="vision, images: attributes of small, then all images. words, captions, commit: their captions."
+        ),
     ] = "captions",
     linear_head: Annotated[
         bool, typer.Option("--linear-head", help="vision, images: classify attributes by one linear layer.")
@@ -142,10 +144,11 @@ def main(
     easy = lesson in ("vision", "words")
     seeing = lesson in ("vision", "images")
     slots = EASY_SLOTS if easy else SLOTS
+    scenes = CommitDataset if lesson == "commit" else ShapesDataset
     trainer = InOrderTrainer(
         model=RegionClassifier(model, linear_head) if seeing else model,
         args=arguments(out, steps, batch_size, learning_rate, seed),
-        train_dataset=ShapesDataset(seed, steps * batch_size, batch_size, easy),
+        train_dataset=scenes(seed, steps * batch_size, batch_size, easy),
         data_collator=AttributeCollator(processor)
         if seeing
         else PdlmCollator(processor, num_slots=slots, noise_floor=0.1, prompt_ids="ordered"),
