@@ -26,14 +26,15 @@ def write_run_card(recipe: Recipe, record: dict[str, Any], folder: Path) -> None
     source = f"drawn images (domain: {data.domain})" if data.kind == "drawn" else f"`{data.train}`"
     base = base_name(recipe.base, folder)
     named = f"the embedded checkpoint `{recipe.model}`" if recipe.model in EMBEDDED else f"`{base}`"
+    command = "commit" if recipe.commit else "train"
     settings = recipe.model_dump(mode="json", exclude={"output", "hardware", "samples"})
     settings["model"] = recipe.model if recipe.model in EMBEDDED else base
     write_card(
         folder,
         title=folder.name,
-        summary=f"A {kind} of PerceptionDLM for {named}, trained by `pdlm-peft train`.",
+        summary=f"A {kind} of PerceptionDLM for {named}, trained by `pdlm-peft {command}`.",
         data=f"{data.kind}, {source}; held out: {f'`{data.held_out}`' if data.held_out else _drawn(data.kind)}.",
-        scores=_scores(record["scores"]),
+        scores=_scores(record["scores"]) + (commit_table(record["commit"]) if "commit" in record else ""),
         training=f"{record['steps']} steps in {record['seconds']:.0f} s on {hardware['device']}"
         f" ({hardware['processes']} processes, torch {hardware['torch']}).\n\n"
         f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```",
@@ -60,3 +61,25 @@ def _scores(scores: dict[str, dict[str, float]]) -> str:
         rows.append(f"| {name} | {' | '.join(cells)} |")
     text = "Diffusion loss on held-out rows, over all rows and by masking probability (`_t0.2`: from 0.2 to 0.4):\n\n"
     return text + "\n".join(rows)
+
+
+def commit_table(commit: dict[str, Any]) -> str:
+    """Forward passes an image and right captions on held-out images, before and after, by rule of acceptance."""
+    rows = ["| rule | forward passes before | right before | after | right after |", "|---|---|---|---|---|"]
+    before = {str(row["rule"]): row for row in commit["before"]}
+    own = before.pop("{}")
+    rows.append(f"| the base's own | {own['forwards']:.2f} | {own['exact']:.1%} | | |")
+    for after in commit["after"]:
+        old = before[str(after["rule"])]
+        name = ", ".join(f"`{key}: {value}`" for key, value in after["rule"].items())
+        chosen = " (chosen)" * (after["rule"] == commit["rule"])
+        cells = [f"{old['forwards']:.2f}", f"{old['exact']:.1%}", f"{after['forwards']:.2f}", f"{after['exact']:.1%}"]
+        rows.append(f"| {name}{chosen} | {' | '.join(cells)} |")
+    text = f"\n\nForward passes an image and right captions on {own['images']} held-out images, one at a time:\n\n"
+    text += "\n".join(rows)
+    if found := commit["calibration"]:
+        text += (
+            f"\n\nExpected calibration error of the scores: {own['ece']:.3f} before, {found['ece']:.3f} after, "
+            f"{found['ece_at_temperature']:.3f} at temperature {found['temperature']:g}."
+        )
+    return text

@@ -8,6 +8,7 @@ from transformers import AutoProcessor
 from pdlm_hf.errors_pdlm import SettingError
 
 from .adapters import check_new_words, fingerprint
+from .commit_captions import on_own_captions
 from .memory import SHAPES, check_kind, load_config
 from .plan import held_out_rows, open_dataset
 from .recipe import SHARDED_SAMPLES, Recipe
@@ -39,9 +40,10 @@ def check_run(recipe: Recipe) -> None:
     if data.kind != "drawn":
         open_dataset(data)
         held_out = open_dataset(data, held_out=True)
-        if held_out is not None:
+        if held_out is not None and recipe.commit is None:  # its rows have no captions yet
             held_out_rows(held_out, data, processor)
     if recipe.adapter is not None:
         check_new_words(recipe.base, processor, recipe.adapter)
     processes = int(os.environ.get("WORLD_SIZE", recipe.hardware.devices))
+    recipe = recipe if recipe.commit is None else on_own_captions(recipe)
     check_folder(recipe, Path(recipe.output), fingerprint(recipe.base), processes)

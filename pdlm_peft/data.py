@@ -119,21 +119,23 @@ def stream_rows(source: str | Path, images: str | Path | None = None) -> Iterato
         yield decode_row(number, raw, found.folder)
 
 
-def decode_row(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
+def decode_row(number: int, raw: Any, folder: Path | None, captions: bool = True) -> dict[str, Any]:
     """Open the image and decode the masks of a row.
 
     Args:
         number (`int`): number of the row, from 1.
         raw: the row as it was read.
         folder (`Path`, *optional*): folder that relative paths start from.
+        captions (`bool`): whether every region needs a caption.
 
     Returns:
-        dict: `{"image": PIL.Image (RGB), "regions": [{"id", "mask": bool (H, W), "caption"}], "question"?}`
+        dict: `{"image": PIL.Image (RGB), "regions": [{"id", "mask": bool (H, W), "caption"}], "question"?}`, the
+        caption None where there is none.
 
     Raises:
         RowError: the row has a fault: "row N: field: got ..., expected ...".
     """
-    row = sound_row(raw, number)
+    row = sound_row(raw, number, captions)
     image = _open(row, number, folder)
     if fault := size_fault(row, number, image.size):  # polygons and boxes would be in the wrong place
         raise RowError(fault)
@@ -144,7 +146,7 @@ def decode_row(number: int, raw: Any, folder: Path | None) -> dict[str, Any]:
         except ValueError as error:
             fault = Fault(number, f"regions[{k}]", "mask", str(error).rstrip("."), "a mask inside the image")
             raise RowError(fault) from None
-        regions.append({"id": parsed.id, "mask": parsed.mask, "caption": region["caption"]})
+        regions.append({"id": parsed.id, "mask": parsed.mask, "caption": region.get("caption")})
     return {"image": image, "regions": regions, **({"question": row["question"]} if "question" in row else {})}
 
 

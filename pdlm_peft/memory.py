@@ -179,7 +179,7 @@ def estimate_recipe(recipe: Recipe, dry_run: bool = False) -> Estimate:
         raise SettingError(f"`model: {recipe.model}` is a shape for --dry-run; give a folder or hub id, model=DIR.")
     config, data, steps = load_config(recipe), recipe.data, recipe.training.get("max_steps", -1)
     check_kind(recipe, config)
-    if recipe.model in SHAPES or data.kind == "drawn" or data.streaming:
+    if recipe.model in SHAPES or data.kind == "drawn" or data.streaming or recipe.commit is not None:
         return estimate(recipe, config, steps=steps if steps > 0 else None)
     processes = int(os.environ.get("WORLD_SIZE", recipe.hardware.devices))
     run = measure_run(recipe, AutoProcessor.from_pretrained(recipe.base), processes)

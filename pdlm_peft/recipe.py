@@ -122,6 +122,35 @@ class Samples(_Part):
     every: Annotated[int, Field(ge=0)] = 0
 
 
+class Commit(_Part):
+    """How a checkpoint learns to write a caption in few forward passes, see [`~commit.commit`].
+
+    Args:
+        captions (`str`): "own": train on the checkpoint's own careful captions; "given": on those of `data.train`.
+        careful (`dict`): settings of `generate` for the own captions.
+        min_score (`float`): own captions with a lower score are dropped.
+        scenes (`int`): for `data.kind: drawn`: number of scenes to draw.
+        empty, own_states (`float`): shares of the rows that start from an empty canvas, and from what the model itself
+            accepts in its first pass; the other rows are masked at random.
+        certainty (`float`): weight of the loss that makes right tokens certain.
+        rules (`list[dict]`): settings of `generate` to choose from on the held-out rows.
+        tolerance (`float`): the rule with the fewest forward passes wins whose share of right captions is at most
+            this much below the best.
+    """
+
+    captions: Literal["own", "given"] = "own"
+    careful: dict[str, Any] = {"acceptance_threshold": 0.95}
+    min_score: Annotated[float, Field(ge=0, le=1)] = 0.0
+    scenes: Count = 4000
+    empty: Annotated[float, Field(ge=0, le=1)] = 0.5
+    own_states: Annotated[float, Field(ge=0, le=1)] = 0.25
+    certainty: Annotated[float, Field(ge=0)] = 1.0
+    rules: Annotated[list[dict[str, Any]], Field(min_length=1)] = [
+        {"acceptance_threshold": threshold} for threshold in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    ]
+    tolerance: Annotated[float, Field(ge=0, le=1)] = 0.005
+
+
 class Hardware(_Part):
     """The hardware a recipe is meant for, used by the estimate before the start.
 
@@ -151,6 +180,7 @@ class Recipe(_Part):
         adapter ([`Adapter`], *optional*): None trains all weights.
         freeze (`list[str]`): without an adapter, parts of the model that are not trained.
         generation (`dict`): settings of `generate` that the trained model has by default.
+        commit ([`Commit`], *optional*): for `pdlm-peft commit`.
         data, switches, samples, hardware: see [`Data`], [`Switches`], [`Samples`], [`Hardware`].
         training (`dict`): transformers' `TrainingArguments`, by their newest names.
     """
@@ -165,6 +195,7 @@ class Recipe(_Part):
     freeze: list[Literal["vision_tower", "region_embedding", "multi_modal_projector", "language_model"]] = []
     data: Data = Data()
     switches: Switches = Switches()
+    commit: Commit | None = None
     generation: dict[str, Any] = {}
     samples: Samples = Samples()
     hardware: Hardware = Hardware()
@@ -305,10 +336,9 @@ def _check(recipe: Recipe, where: str) -> None:
         raise SettingError(
             f"{where}: `adapter.new_words` need `adapter.train_embeddings: true`, or their embeddings stay random."
         )
-    try:
-        PdlmGenerationConfig(**recipe.generation).validate()
-    except (ValueError, TypeError) as error:
-        raise SettingError(f"{where}: `generation`: {error}") from None
+    _check_generation(recipe.generation, f"{where}: `generation`")
+    if recipe.commit is not None:
+        _check_commit(recipe.commit, data, where)
     if data.kind == "drawn" and data.train:
         raise SettingError(
             f"{where}: `data.kind: drawn` draws its images; remove `data.train` or set `kind: regions`."
@@ -321,6 +351,34 @@ def _check(recipe: Recipe, where: str) -> None:
         )
     if data.streaming and data.kind != "regions":
         raise SettingError(f"{where}: `data.streaming` is for `data.kind: regions`, got {data.kind}.")
+
+
+def _check_generation(settings: dict[str, Any], where: str) -> None:
+    try:
+        PdlmGenerationConfig(**settings).validate()
+    except (ValueError, TypeError) as error:
+        raise SettingError(f"{where}: {error}") from None
+
+
+def _check_commit(commit: Commit, data: Data, where: str) -> None:
+    """Check how `commit` fits the data."""
+    for k, settings in enumerate([commit.careful, *commit.rules]):
+        _check_generation(settings, f"{where}: `commit.{f'rules[{k - 1}]' if k else 'careful'}`")
+    if commit.empty + commit.own_states > 1:
+        raise SettingError(
+            f"{where}: `commit.empty` and `commit.own_states` are shares of the rows and add up to "
+            f"{commit.empty + commit.own_states:g}; lower one of them."
+        )
+    if data.streaming:
+        raise SettingError(f"{where}: `commit` reads its rows by position; set data.streaming=false.")
+    if data.kind != "drawn" and data.held_out is None:
+        raise SettingError(f"{where}: `commit` chooses its rule on held-out rows; set data.held_out=FILE.")
+    if data.num_slots is None:
+        raise SettingError(
+            f"{where}: `commit` fills token positions as inference does; set `data.num_slots`, [24, 32] for example."
+        )
+    if data.kind == "drawn" and data.domain != "shapes":
+        raise SettingError(f"{where}: `commit` draws scenes of the embedded checkpoint; set data.domain=shapes.")
 
 
 def _floats(value: Any) -> Any:

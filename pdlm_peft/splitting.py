@@ -45,7 +45,7 @@ def split(
             raise SettingError(f"{out}: the split would read the file that it writes; choose another file.")
     counts: tuple[Counter[str], Counter[str]] = Counter(), Counter()
     with without_collection():
-        keys = sorted({_image_key(row, found.folder) for _, row in reference_rows(found)})
+        keys = sorted({image_key(row, found.folder) for _, row in reference_rows(found)})
         if len(keys) < 2:
             raise DataError(f"{source}: has {len(keys)} images; a split needs at least two.")
         random.Random(seed).shuffle(keys)
@@ -54,7 +54,7 @@ def split(
         with ExitStack() as stack:
             files = [stack.enter_context(writing(out)) for out in (train, held_out)]
             for _, row in reference_rows(found):
-                side = _image_key(row, found.folder) in chosen
+                side = image_key(row, found.folder) in chosen
                 write_row(files[side], relocated(row, found.own_folder, (train, held_out)[side].parent))
                 counts[side]["rows"] += 1
                 counts[side]["regions"] += len(row["regions"])
@@ -62,7 +62,7 @@ def split(
     return counts
 
 
-def _image_key(row: dict, folder: Path | None) -> str:
+def image_key(row: dict, folder: Path | None) -> str:
     """A short key of the image that does not depend on how its path is written; of an encoded image its hash."""
     image = row["image"]
     if isinstance(image, dict):

@@ -33,27 +33,75 @@ def train(
         return
     if not recipe:
         raise fail("Give a recipe; `pdlm-peft train --list` lists them.")
-    from .memory import device_memory, estimate_recipe, refuse
+    settings = load_recipe(recipe, overrides or ())
+    if settings.commit is not None:
+        raise fail(f"{recipe} has `commit`: run `pdlm-peft commit {recipe}`.")
+    if not _ready(settings, dry_run, memory):
+        return
+    from .training import train as train_by_recipe
+
+    record = train_by_recipe(settings)
+    if _is_main():
+        typer.echo(f"{settings.output}: {record['steps']} steps, {record['seconds']:.0f} s; {_scores(record)}")
+
+
+@exit_on_error
+def commit(
+    recipe: Annotated[str, typer.Argument(help="commit_shapes, commit_8b ... (`train --list`), or a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value, dotted keys.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the estimate and stop.")] = False,
+    memory: Annotated[
+        float | None, typer.Option(help="GB of memory per device; default: as the device reports.", min=0.1)
+    ] = None,
+    only_captions: Annotated[
+        bool, typer.Option("--only-captions", help="Write the captions and stop, before `torchrun`.")
+    ] = False,
+) -> None:
+    """Teach a checkpoint to write its captions in few forward passes. The same command resumes a stopped run."""
+    from .recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
+    if settings.commit is None:
+        raise fail(f"{recipe} has no `commit`: run `pdlm-peft train {recipe}`.")
+    if not _ready(settings, dry_run, memory):
+        return
+    from .commit import commit as commit_by_recipe
+
+    record = commit_by_recipe(settings, lambda line: typer.echo(line, err=True), only_captions)
+    if only_captions:
+        typer.echo(f"{settings.output}: {', '.join(f'{count} {name}' for name, count in record.items())}")
+    elif _is_main():
+        typer.echo(f"{settings.output}: {_gain(record['commit'])}")
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _ready(settings, dry_run: bool, memory: float | None) -> bool:
+    """Check a recipe, print its estimate and refuse it if it does not fit; False after a dry run."""
+    from .memory import device_memory, estimate_recipe, refuse
+
     if dry_run:
         from .checks import check_run
 
         check_run(settings)
     found = estimate_recipe(settings, dry_run)
-    is_main = int(os.environ.get("RANK", 0)) == 0
-    if is_main:
+    if _is_main():
         _show(settings, found)
     limit = memory or device_memory(settings, dry_run)
     if limit is not None:
         refuse(found, limit)
-    if dry_run:
-        return
-    from .training import train as train_by_recipe
+    return not dry_run
 
-    record = train_by_recipe(settings)
-    if is_main:
-        typer.echo(f"{settings.output}: {record['steps']} steps, {record['seconds']:.0f} s; {_scores(record)}")
+
+def _gain(commit: dict[str, Any]) -> str:
+    before = commit["before"][0]
+    after = next(row for row in commit["after"] if row["rule"] == commit["rule"])
+    return (
+        f"forward passes {before['forwards']:.1f} -> {after['forwards']:.1f}, right captions "
+        f"{before['exact']:.1%} -> {after['exact']:.1%}; {commit['rule']}"
+    )
 
 
 @exit_on_error

@@ -2,6 +2,8 @@
 
 import json
 import platform
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from .recipe import SHARDED_SAMPLES, Recipe
 from .samples import CaptionSamples
 from .training_settings import ALIASES
 
+CAPTIONS = "captions"  # folder of a run: what `pdlm-peft commit` trains on
 RUN_FILE = "run.json"  # the number of processes, on which the order of the rows depends
 LEVELS = 5  # bins of the masking probability in the log
 # settings that may differ when a run is resumed
@@ -200,13 +203,33 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
     return model, processor
 
 
-def collator(recipe: Recipe, processor) -> PdlmCollator:
+@dataclass
+class Parts:
+    """The parts of a training that [`~commit.commit`] replaces by its own.
+
+    Args:
+        rows, collator, trainer: make [`~plan.TrainingRows`], the collator and the trainer, from the same arguments.
+        callbacks: gets the trainer, the processor and the held-out rows, and returns further callbacks.
+    """
+
+    rows: Callable[..., TrainingRows] = TrainingRows
+    collator: Callable[..., PdlmCollator] = PdlmCollator
+    trainer: Callable[..., RegionTrainer] = RegionTrainer
+    callbacks: Callable[..., list[TrainerCallback]] = lambda trainer, processor, held_out: []
+
+
+PLAIN = Parts()
+
+
+def collator(recipe: Recipe, processor, make: Callable[..., PdlmCollator] = PdlmCollator) -> PdlmCollator:
     """The collator of a recipe."""
     data = recipe.data
-    return PdlmCollator(processor, data.num_slots, data.noise_floor, data.prompt_ids, data.at_least_one)
+    return make(processor, data.num_slots, data.noise_floor, data.prompt_ids, data.at_least_one)
 
 
-def training_rows(recipe: Recipe, args: TrainingArguments, processor) -> tuple[Any, int]:
+def training_rows(
+    recipe: Recipe, args: TrainingArguments, processor, make: Callable[..., TrainingRows] = TrainingRows
+) -> tuple[Any, int]:
     """Open the training rows and count the optimizer steps."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if recipe.data.streaming:
@@ -214,11 +237,14 @@ def training_rows(recipe: Recipe, args: TrainingArguments, processor) -> tuple[A
     length = batch * max(args.max_steps, 1)
     dataset = open_dataset(recipe.data, length=length, group=batch, seed=recipe.seed)
     steps = plan(dataset, recipe.data, processor, batch, args.max_steps, args.num_train_epochs, recipe.seed)
-    return TrainingRows(dataset, steps, recipe.seed), len(steps) // batch
+    return make(dataset, steps, recipe.seed), len(steps) // batch
 
 
-def build(recipe: Recipe) -> RegionTrainer:
+def build(recipe: Recipe, parts: Parts = PLAIN) -> RegionTrainer:
     """Make the trainer of a recipe, before its first step.
+
+    Args:
+        recipe ([`~recipe.Recipe`]), parts ([`Parts`])
 
     Raises:
         SettingError: the settings do not fit, or `output` holds another run.
@@ -232,18 +258,19 @@ def build(recipe: Recipe) -> RegionTrainer:
     check_folder(recipe, out, base_fingerprint, args.world_size)
     set_seed(recipe.seed)
     processor = AutoProcessor.from_pretrained(recipe.base)
-    rows, args.max_steps = training_rows(recipe, args, processor)  # before the model is loaded, to find bad data early
+    # before the model is loaded, to find bad data early
+    rows, args.max_steps = training_rows(recipe, args, processor, parts.rows)
     held_out = open_dataset(recipe.data, held_out=True, length=64, seed=recipe.seed)
     samples, images = recipe.samples, []
     if samples.every and held_out is not None and recipe.data.kind != "chat":
         images = [held_out[k] for k in range(min(samples.images, len(held_out)))]
     model, processor = load(recipe)
-    trainer = RegionTrainer(
+    trainer = parts.trainer(
         model=model,
         args=args,
         train_dataset=rows,
         eval_dataset=held_out_rows(held_out, recipe.data, processor) if held_out is not None else None,
-        data_collator=collator(recipe, processor),
+        data_collator=collator(recipe, processor, parts.collator),
         processing_class=processor,
         callbacks=[Clock(), _AdapterFiles(recipe, base_fingerprint)],
     )
@@ -252,6 +279,8 @@ def build(recipe: Recipe) -> RegionTrainer:
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise SettingError(SHARDED_SAMPLES)
         trainer.add_callback(CaptionSamples(trainer, processor, images, samples.every, out / "samples"))
+    for callback in parts.callbacks(trainer, processor, held_out):
+        trainer.add_callback(callback)
     return trainer
 
 
@@ -263,7 +292,8 @@ def check_folder(recipe: Recipe, out: Path, base_fingerprint: str, processes: in
     """
     if not (out / "recipe.yaml").is_file():
         # a start that failed before its first step leaves an empty folder for the steps
-        if out.exists() and any(path.name != "checkpoints" or any(path.iterdir()) for path in out.iterdir()):
+        others = [path for path in out.iterdir() if path.name != CAPTIONS] if out.exists() else []
+        if any(path.name != "checkpoints" or any(path.iterdir()) for path in others):
             raise SettingError(f"{out} is not empty and holds no run; give another `output`.")
         return
     old, new = yaml.safe_load((out / "recipe.yaml").read_text()), recipe.model_dump(mode="json")
@@ -295,11 +325,12 @@ def last_complete(folder: Path) -> str | None:
     return None
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe, parts: Parts = PLAIN) -> dict[str, Any]:
     """Train by a recipe, or resume the run in its `output`, and write the finished folder.
 
     Args:
         recipe ([`~recipe.Recipe`]): model, data, adapter and training settings.
+        parts ([`Parts`])
 
     Returns:
         the content of `training.json`, with steps, seconds, hardware, scores and the log.
@@ -310,7 +341,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         CheckpointError: there is no such base checkpoint.
         ImportError: an optional package is missing.
     """
-    trainer = build(recipe)
+    trainer = build(recipe, parts)
     out, main = Path(recipe.output), trainer.is_world_process_zero()
     if main:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,35 @@
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from small import region_rows
-from transformers import AutoProcessor
+from small import ROOT, SMALL, chat_rows, losses, region_rows, run, small
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pdlm_hf import CHECKPOINT
+from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, RegionCaptioner
+from pdlm_hf.errors_pdlm import DataError, SettingError
+from pdlm_hf.regions.region import parse_regions
+from pdlm_peft.commit import calibration, commit
+from pdlm_peft.commit_captions import drawn_row, write_captions
+from pdlm_peft.commit_rules import (
+    Measured,
+    at_temperature,
+    calibration_error,
+    choose,
+    fit_temperature,
+    is_right,
+    measure_regions,
+)
 from pdlm_peft.commit_states import OWN_STATE, CommitCollator, CommitRows, certainty_loss, own_states
+from pdlm_peft.data import RegionDataset
 from pdlm_peft.plan import Step
+from pdlm_peft.recipe import load_recipe
 
 
 def log_of(*probabilities):
@@ -70,3 +91,226 @@ def test_the_collator_masks_as_the_row_says():
     length = plain["noise_mask"].shape[1]
     assert torch.equal(batch["noise_mask"][1, :length], plain["noise_mask"][0])
     assert np.isclose(batch["mask_probability"][1], plain["mask_probability"][0])
+
+
+# ---------------------------------------------------------------- captions
+
+
+def unlabelled(folder, count=4):
+    """A JSONL file of images with regions and no captions, the last row a copy of the first."""
+    lines = []
+    for index, row in enumerate(region_rows(count)):
+        row["image"].save(folder / f"{index}.png")
+        regions = parse_regions([region["mask"] for region in row["regions"]], *row["image"].size)
+        found = [{"id": region.id, "segmentation": region.segmentation} for region in regions]
+        lines.append(json.dumps({"image": f"{index}.png", "regions": found}))
+    path = folder / "regions.jsonl"
+    path.write_text("\n".join([*lines, lines[0]]) + "\n")
+    return path
+
+
+def recipe_for(path, out, *more):
+    files = [f"data.train={path}", f"data.held_out={path}"]
+    return small("commit_8b", out, f"model={CHECKPOINT}", "training.bf16=false", *files, *more)
+
+
+def test_own_captions_are_the_careful_ones(tmp_path):
+    path = unlabelled(tmp_path)
+    recipe = recipe_for(path, tmp_path / "run", "commit.min_score=0")
+    out = write_captions(recipe, tmp_path / "run" / "captions", show=lambda done: None)
+    counts = json.loads(out.with_suffix(".json").read_text())["counts"]
+    rows = region_rows(4)
+    regions = sum(len(row["regions"]) for row in rows)
+    assert counts == {"regions": regions, "duplicate": len(rows[0]["regions"]), "rows": 4}
+    captioner = RegionCaptioner.from_pretrained()
+    for row, learned in zip(rows, RegionDataset(out), strict=True):
+        masks = [region["mask"] for region in row["regions"]]
+        said = captioner.caption(row["image"], masks, acceptance_threshold=0.95)
+        assert [region["caption"] for region in learned["regions"]] == [caption.text for caption in said]
+        assert all((a["mask"] == b).all() for a, b in zip(learned["regions"], masks, strict=True))
+
+
+def test_low_scores_are_dropped(tmp_path):
+    path = unlabelled(tmp_path)
+    every = recipe_for(path, tmp_path / "a", "commit.min_score=0")
+    out = write_captions(every, tmp_path / "a" / "captions", show=lambda done: None)
+    scores = [r["meta"]["score"] for line in out.read_text().splitlines() for r in json.loads(line)["regions"]]
+    limit = sorted(scores)[2]
+    some = recipe_for(path, tmp_path / "b", f"commit.min_score={limit}")
+    kept = write_captions(some, tmp_path / "b" / "captions", show=lambda done: None)
+    counts = json.loads(kept.with_suffix(".json").read_text())["counts"]
+    assert counts["low score"] >= 2 and counts["regions"] == sum(score >= limit for score in scores)
+    with pytest.raises(DataError, match="no caption is left"):
+        write_captions(recipe_for(path, tmp_path / "c", "commit.min_score=1"), tmp_path / "c", show=lambda done: None)
+
+
+def test_captions_go_on_where_they_stopped(tmp_path):
+    path = unlabelled(tmp_path)
+    recipe = recipe_for(path, tmp_path / "run", "commit.min_score=0")
+    whole = write_captions(recipe, tmp_path / "whole", show=lambda done: None)
+    part = tmp_path / "part"
+    part.mkdir()
+    lines = (tmp_path / "whole" / "train.all.jsonl").read_text().splitlines(keepends=True)
+    (part / "train.all.jsonl").write_text("".join(lines[:2]) + lines[2][:30])  # killed while it wrote the third row
+    seen = []
+    assert write_captions(recipe, part, show=seen.append).read_text() == whole.read_text()
+    assert seen == [5] and (part / "train.all.jsonl").read_text() == "".join(lines)
+    assert write_captions(recipe, part, show=seen.append) and seen == [5]
+    with pytest.raises(SettingError, match="min_score was 0.0, now 0.5"):
+        write_captions(recipe_for(path, tmp_path / "run", "commit.min_score=0.5"), part, show=seen.append)
+
+
+def test_given_captions(tmp_path):
+    rows = [drawn_row(3, index, tmp_path) for index in range(3)]
+    path = tmp_path / "given.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_for(path, tmp_path / "run", "commit.captions=given")
+    learned = write_captions(recipe, tmp_path / "run" / "captions", show=lambda done: None)
+    said = [[region["caption"] for region in row["regions"]] for row in RegionDataset(learned)]
+    assert said == [[region["caption"] for region in row["regions"]] for row in rows]
+
+
+# ---------------------------------------------------------------- rules and scores
+
+
+def test_the_rule_with_the_fewest_passes_within_the_tolerance():
+    found = [
+        Measured({"acceptance_threshold": t}, 9, 9, f, e)
+        for t, f, e in ((0.5, 2, 0.95), (0.8, 3, 0.975), (0.9, 5, 0.98))
+    ]
+    assert choose(found, 0.005).rule == {"acceptance_threshold": 0.8}
+    assert choose(found, 0.0).rule == {"acceptance_threshold": 0.9}
+    assert choose(found, 0.05).rule == {"acceptance_threshold": 0.5}
+
+
+def test_what_is_right():
+    assert is_right("A big red plain disc", "This circle is red, solid and large.")
+    assert not is_right("A big red plain disc", "This circle is red, solid and small.")
+    assert is_right("a cat  on a mat", "a cat on a mat") and not is_right("a cat", "a dog")
+
+
+def test_measures_are_those_of_the_captioner():
+    rows = region_rows(3)
+    captioner = RegionCaptioner.from_pretrained()
+    found = measure_regions(captioner, rows, acceptance_threshold=0.7)
+    outputs = [
+        captioner.generate([(r["image"], [x["mask"] for x in r["regions"]])], acceptance_threshold=0.7) for r in rows
+    ]
+    assert found.forwards == pytest.approx(sum(output.num_forwards for _, output in outputs) / 3)
+    said = [caption for captions, _ in outputs for caption in captions[0]]
+    expected = [region["caption"] for row in rows for region in row["regions"]]
+    assert found.right == [is_right(caption.text, text) for caption, text in zip(said, expected, strict=True)]
+    assert found.scores == [caption.score for caption in said]
+
+
+def test_calibration_error():
+    assert calibration_error([0.95, 0.95, 0.15, 0.15], [True, True, False, True]) == pytest.approx(
+        (2 * 0.05 + 2 * 0.35) / 4
+    )
+    assert calibration_error([1.0, 0.0], [True, False]) == 0
+
+
+def test_a_temperature_mends_scores_that_are_too_certain():
+    rng = np.random.default_rng(0)
+    odds = rng.normal(1, 1, 4000)
+    right = rng.random(4000) < 1 / (1 + np.exp(-odds))
+    certain = 1 / (1 + np.exp(-3 * odds))  # three times too certain
+    temperature = fit_temperature(certain, right)
+    assert temperature == pytest.approx(3, rel=0.1)
+    assert calibration_error(at_temperature(certain, temperature), right) < calibration_error(certain, right) / 3
+    found = calibration(Measured({}, 1, 4000, 1.0, 0.7, certain.tolist(), right.tolist()))
+    assert found["ece_at_temperature"] < found["ece"] and found["temperature"] == pytest.approx(3, rel=0.15)
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("name", ["commit_shapes", "commit_8b", "commit_8b_24gb"])
+def test_commit_in_miniature(name, tmp_path):
+    path = unlabelled(tmp_path)
+    files = [] if name == "commit_shapes" else [f"data.train={path}", f"data.held_out={path}"]
+    extra = ["quantize=null", "training.bf16=false", "commit.scenes=4", "commit.min_score=0", "samples.every=1"]
+    extra += ["commit.rules=[{acceptance_threshold: 0.6}, {acceptance_threshold: 0.9}]", "samples.images=1"]
+    recipe = small(name, tmp_path / "run", f"model={CHECKPOINT}", *files, *extra)
+    record = commit(recipe, show=lambda line: None)
+    found = record["commit"]
+    assert [row["rule"] for row in found["before"]] == [{}, *recipe.commit.rules]
+    assert [row["rule"] for row in found["after"]] == recipe.commit.rules and found["rule"] in recipe.commit.rules
+    progress = [(entry["step"], entry["forwards"]) for entry in record["log"] if "forwards" in entry]
+    assert [step for step, _ in progress] == [1, 2]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"| the base's own | {found['before'][0]['forwards']:.2f} |" in card and "(chosen)" in card
+    assert "trained by `pdlm-peft commit`" in card and "Expected calibration error" in card
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
+    assert model.generation_config.acceptance_threshold == found["rule"]["acceptance_threshold"]
+
+
+def test_chat_commits_too(tmp_path):
+    lines = []
+    for index, row in enumerate(chat_rows(3)):
+        row["images"][0].save(tmp_path / f"{index}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "?"}]
+        lines.append(json.dumps({"image": f"{index}.png", "conversations": turns}) + "\n")
+    (tmp_path / "chat.jsonl").write_text("".join(lines))
+    files = [f"data.{name}={tmp_path / 'chat.jsonl'}" for name in ("train", "held_out")]
+    rules = "commit.rules=[{max_denoising_steps: 2, max_new_tokens: 8}]"
+    extra = [f"model={BASE_CHECKPOINT}", "training.bf16=false", "commit.careful={max_new_tokens: 8}", rules]
+    record = commit(small("commit_chat_8b", tmp_path / "run", *files, *extra), show=lambda line: None)
+    learned = [json.loads(line) for line in (tmp_path / "run/captions/train.jsonl").read_text().splitlines()]
+    assert all(row["conversations"][-1]["value"] not in ("", "?") for row in learned)
+    assert record["commit"]["before"][0]["forwards"] > 2 == record["commit"]["after"][0]["forwards"]
+    assert record["commit"]["calibration"] is None
+
+
+def test_a_killed_commit_goes_on(tmp_path):
+    """kill -9 in the middle of the training; the losses, the captions and the result are those of a whole run."""
+    path = unlabelled(tmp_path)
+
+    def arguments(out):
+        files = [f"data.train={path}", f"data.held_out={path}", f"model={CHECKPOINT}", "commit.min_score=0"]
+        steps = ["training.max_steps=6", "training.save_steps=2", "training.bf16=false"]
+        return ["-m", "pdlm_peft.cli", "commit", "commit_8b", *SMALL, *files, *steps, f"output={out}"]
+
+    whole = run(arguments(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *arguments(tmp_path / "killed")], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+    )
+    saved = tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    while not saved.is_file() and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = run(arguments(tmp_path / "killed"))
+    assert again.returncode == 0, again.stderr
+    records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "killed")]
+    assert losses(records[0]["log"]) == losses(records[1]["log"]) and records[1]["resumed_from"] >= 2
+    assert records[0]["commit"] == records[1]["commit"]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("commit.empty=0.9", "add up to 1.15; lower one"),
+        ("data.num_slots=null", "set `data.num_slots`"),
+        ("data.held_out=null", "held-out rows; set data.held_out=FILE"),
+        ("commit.rules=[]", "at least 1 item"),
+        ("commit.careful={acceptance_threshold: 2}", "`commit.careful`: .*acceptance_threshold"),
+        ("commit.rules=[{max_denoising_steps: 0}]", r"`commit.rules\[0\]`"),
+        ("commit.min_scores=1", "did you mean `commit.min_score`"),
+    ],
+)
+def test_wrong_settings(override, message):
+    with pytest.raises(SettingError, match=message):
+        load_recipe("commit_8b", [override])
+
+
+def test_train_and_commit_have_their_own_recipes():
+    for command, name in (("train", "commit_shapes"), ("commit", "shapes")):
+        result = run(["-m", "pdlm_peft.cli", command, name])
+        other = "commit" if command == "train" else "train"
+        assert result.returncode == 2 and f"run `pdlm-peft {other} {name}`" in result.stderr

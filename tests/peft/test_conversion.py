@@ -343,7 +343,7 @@ def test_a_split_keeps_hashes_of_encoded_images(tmp_path):
     region = {"bbox": [0, 0, 5, 5], "caption": "x"}
     texts = [base64.b64encode(bytes([k]) * 3000).decode() for k in range(20)]
     rows = [{"image": start + text, "regions": [region]} for text in texts for start in STARTS]
-    keys = [splitting._image_key(row, tmp_path) for row in rows]
+    keys = [splitting.image_key(row, tmp_path) for row in rows]
     assert len(set(keys)) == 20 and max(map(len, keys)) < 50
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
     counts = splitting.split(source, tmp_path / "a", tmp_path / "b", 0.25)

@@ -9,6 +9,10 @@ from pdlm_peft.recipe import RECIPES, known_keys, load_recipe, recipe_names
 NAMES = [
     "aligned_8b",
     "chat_8b",
+    "commit_8b",
+    "commit_8b_24gb",
+    "commit_chat_8b",
+    "commit_shapes",
     "full_8b",
     "isolated_8b",
     "lora_8b_80gb",

@@ -166,7 +166,7 @@ def test_the_new_domain_is_new_and_fits_its_slots(shapes_processor):
 # ---------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith("commit")])
 def test_every_recipe_in_miniature(name, own_rows, tmp_path):
     """The same YAML with a tiny model; 4 bits and several devices left out."""
     model = str(BASE_CHECKPOINT if name == "chat_8b" else CHECKPOINT)

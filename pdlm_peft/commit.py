@@ -1,0 +1,205 @@
+"""`pdlm-peft commit`: teach a checkpoint to write its own captions in few forward passes.
+
+First the checkpoint captions unlabelled images carefully. Then an adapter is trained on these captions, mostly from an
+empty canvas (see [`~commit_states`]). At the end the rule of acceptance is chosen on held-out images, and the adapter
+has it as its default.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.trainer_callback import TrainerCallback
+
+from pdlm_hf import RegionCaptioner
+from pdlm_hf.captioning.loading import load_checkpoint
+from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.regions.files import FileLock, load_json, write_json
+
+from .adapters import fingerprint, load_adapter, write_base
+from .card import write_run_card
+from .commit_captions import answer, on_own_captions, write_captions
+from .commit_rules import (
+    Measured,
+    at_temperature,
+    calibration_error,
+    choose,
+    fit_temperature,
+    is_right,
+    measure_regions,
+    sweep,
+)
+from .commit_states import CommitCollator, CommitRows, CommitTrainer
+from .plan import open_dataset
+from .recipe import Recipe
+from .training import CAPTIONS, Parts, train
+
+PROGRESS_IMAGES = 16
+
+
+class CommitProgress(TrainerCallback):
+    """Logs forward passes an image and right captions of held-out images, every `every` steps and after the last."""
+
+    def __init__(self, trainer: CommitTrainer, measure: Callable[[], Measured], every: int):
+        self.trainer, self.measure, self.every = trainer, measure, every
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Measure if this step is due."""
+        if not self.every or (state.global_step % self.every and state.global_step != state.max_steps):
+            return
+        if state.is_world_process_zero:
+            with self.trainer.accelerator.autocast():
+                found = self.measure()
+            self.trainer.log({"forwards": round(found.forwards, 2), "exact": round(found.exact, 4)})
+
+
+def commit(recipe: Recipe, show: Callable[[str], None] = print, only_captions: bool = False) -> dict[str, Any]:
+    """Write the captions, train on them and choose the rule of acceptance; a run that was stopped goes on.
+
+    Args:
+        recipe ([`~recipe.Recipe`]): with `commit`.
+        show: called with a line of progress.
+        only_captions (`bool`): stop after the captions, before a training with several processes.
+
+    Returns:
+        what [`~training.train`] returns, and under "commit" the numbers before and after; only the counts of the
+        captions with `only_captions`.
+
+    Raises:
+        SettingError: the recipe has no `commit`, or `output` holds another run.
+        DataError: the data cannot be used.
+        CheckpointError: there is no such base checkpoint.
+    """
+    if recipe.commit is None:
+        raise SettingError("the recipe has no `commit`; use `commit_shapes`, or `pdlm-peft train` for other training")
+    out = Path(recipe.output)
+    _write_captions(recipe, out / CAPTIONS, show)
+    learned = on_own_captions(recipe)
+    if only_captions:
+        return load_json(out / CAPTIONS / "train.json")["counts"]
+    rows = open_dataset(learned.data, held_out=True)
+    before = _measured_before(recipe, rows, out / CAPTIONS / "before.json")
+    record = train(learned, _parts(learned))
+    if int(os.environ.get("RANK", 0)):  # one process measures
+        return record
+    model, processor = _load(out, learned)
+    after = sweep(_measure(model, processor, rows), recipe.commit.rules)
+    best = choose(after, recipe.commit.tolerance)
+    record["commit"] = {
+        "captions": load_json(out / CAPTIONS / "train.json")["counts"],
+        "before": before,
+        "after": [found.to_row() for found in after],
+        "rule": best.rule,
+        "calibration": calibration(best),
+    }
+    finished = learned.model_copy(update={"generation": learned.generation | best.rule})
+    _store_rule(out, finished)
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_run_card(finished, record, out)
+    return record
+
+
+def _write_captions(recipe: Recipe, folder: Path, show: Callable[[str], None]) -> None:
+    """Write the files of captions, unless another process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock", folder.parent, "give another `output`")
+    try:
+        for name in ("held_out", "train"):
+            write_captions(recipe, folder, name == "held_out", lambda done, name=name: show(f"{name}: {done} rows"))
+    finally:
+        lock.release()
+
+
+def _parts(recipe: Recipe) -> Parts:
+    """What trains by states instead of plain noise."""
+    settings = recipe.commit
+
+    def callbacks(trainer, processor, held_out) -> list[TrainerCallback]:
+        rows = [held_out[k] for k in range(min(PROGRESS_IMAGES, len(held_out)))]
+        measure = _measure(trainer.model, processor, rows)
+        return [CommitProgress(trainer, partial(measure, **settings.rules[-1]), recipe.samples.every)]
+
+    return Parts(
+        rows=partial(CommitRows, empty=settings.empty, own=settings.own_states),
+        collator=CommitCollator,
+        trainer=partial(CommitTrainer, certainty=settings.certainty),
+        callbacks=callbacks,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- measures
+
+
+def _measure(model, processor, rows) -> Callable[..., Measured]:
+    """The function that measures a rule with this model on held-out rows."""
+    if not model.config.num_region_prompts:
+        return partial(measure_chat, model, processor, rows)
+    return partial(measure_regions, RegionCaptioner(model, processor), rows)
+
+
+def measure_chat(model, processor, rows, **rule: Any) -> Measured:
+    """Answer held-out conversations one at a time; an answer is right if it is the one in the row.
+
+    Args:
+        model, processor: a base checkpoint.
+        rows: conversations, see [`~data.ChatDataset`].
+        **rule: settings of `generate`.
+    """
+    model.eval()
+    found = [answer(model, processor, row, **rule) for row in rows]
+    right = [is_right(said, row["messages"][-1]["content"]) for (said, _), row in zip(found, rows, strict=True)]
+    forwards = float(np.mean([number for _, number in found]))
+    return Measured(rule, len(right), len(right), forwards, float(np.mean(right)))
+
+
+def _measured_before(recipe: Recipe, rows, path: Path) -> list[dict[str, Any]]:
+    """The numbers of the base: with its own settings, then with each rule. They are kept for a resumed run."""
+    if not path.is_file():
+        model, processor = load_checkpoint(recipe.base, getattr(torch, recipe.dtype))
+        measure = _measure(_placed(model), processor, rows)
+        write_json(path, [found.to_row() for found in sweep(measure, [{}, *recipe.commit.rules])])
+    return load_json(path)
+
+
+def calibration(found: Measured) -> dict[str, float] | None:
+    """Calibration error of the scores before and after a temperature, which is fitted on the other half of them."""
+    if not found.scores:
+        return None
+    halves = [(found.scores[k::2], found.right[k::2]) for k in (0, 1)]
+    temperature = fit_temperature(*halves[0])
+    scores, right = halves[1]
+    return {
+        "ece": round(calibration_error(scores, right), 4),
+        "temperature": round(temperature, 3),
+        "ece_at_temperature": round(calibration_error(at_temperature(scores, temperature), right), 4),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- the result
+
+
+def _placed(model):
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _load(out: Path, recipe: Recipe) -> tuple[Any, Any]:
+    """The finished adapter or checkpoint."""
+    if recipe.adapter is not None:
+        model, processor = load_adapter(out, recipe.base, dtype=getattr(torch, recipe.dtype))
+        return _placed(model), processor
+    return _placed(AutoModelForImageTextToText.from_pretrained(out)), AutoProcessor.from_pretrained(out)
+
+
+def _store_rule(out: Path, recipe: Recipe) -> None:
+    """Make the chosen rule the default of the adapter, or of the checkpoint."""
+    if recipe.adapter is not None:
+        write_base(out, recipe, fingerprint(recipe.base))
+        return
+    path = out / "generation_config.json"
+    write_json(path, load_json(path) | recipe.generation)
