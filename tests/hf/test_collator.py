@@ -287,3 +287,16 @@ def test_rows_without_labels_are_left_alone(processor):
     labels = torch.full((3, 4), -100)
     drawn = PdlmCollator(processor, at_least_one=True, generator=generator()).noise(labels)
     assert not drawn["noise_mask"].any() and torch.isfinite(drawn["mask_probability"]).all()
+
+
+def test_a_row_can_say_how_much_of_it_is_masked(processor, rows):
+    collator = PdlmCollator(processor, num_slots=24)
+    first, second = ({**row, "seed": k} for k, row in enumerate(rows))
+    batch, plain = collator([first | {"mask_probability": 1.0}, second]), collator([first, second])
+    assert torch.equal(batch["noise_mask"][0], batch["labels"][0] != -100) and batch["mask_probability"][0] == 1
+    assert plain["mask_probability"][0] < 1
+    assert torch.equal(batch["noise_mask"][1], plain["noise_mask"][1])
+    labelled = int((batch["labels"][0] != -100).sum())
+    tenth = collator([first | {"mask_probability": 0.1}])
+    chance = 0.1 + 0.9**labelled / labelled  # one token is masked in any case
+    assert tenth["mask_probability"].item() == pytest.approx(chance) and tenth["noise_mask"].sum() < labelled / 2

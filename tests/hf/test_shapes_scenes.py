@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from pdlm_hf.shapes.dataset import ShapesDataset
+from pdlm_hf.shapes.dataset import COMMITTED_WORDS, CommitDataset, ShapesDataset, committed
 from pdlm_hf.shapes.evaluate import Tally, evaluate, held_out
 from pdlm_hf.shapes.scenes import MAX_REGIONS, PATTERNS, TILE, WORDS, Figure, Scene, describe, draw_scene, read
 from pdlm_hf.tiling_pdlm import best_grid
@@ -154,6 +154,26 @@ def test_dataset_captions_are_true():
         for region in row["regions"]:
             assert read(region["caption"]) is not None
             assert region["mask"].any()
+
+
+def test_the_one_wording_is_true():
+    assert committed(Figure("small", "red", "dotted", "square")) == "One spotted box, little and red."
+    assert committed(Figure("large", "blue", "plain", "star")) == "One plain star, big and blue."
+    words = {word: value for values in WORDS.values() for value, found in values.items() for word in found}
+    assert all(words[word] == value for value, word in COMMITTED_WORDS.items())
+
+
+def test_commit_rows_have_the_one_wording_where_nothing_is_written():
+    rows = list(CommitDataset(3, 64, 4))
+    empty = [row for row in rows if row["mask_probability"] == 1]
+    assert 20 < len(empty) < 50
+    own = [all(r["caption"] == committed(read(r["caption"])) for r in row["regions"]) for row in rows]
+    assert all(found for found, row in zip(own, rows, strict=True) if row["mask_probability"] == 1)
+    assert not all(own) and all(0.1 <= row["mask_probability"] for row in rows)
+    groups = [rows[start : start + 4] for start in range(0, 64, 4)]
+    for group in groups:  # short captions or long ones, and as many regions in each image
+        assert len({row["num_slots"] < 20 for row in group}) == len({len(row["regions"]) for row in group}) == 1
+    assert 0 < sum(group[0]["num_slots"] < 20 for group in groups) < 16
 
 
 @pytest.mark.parametrize("easy", [False, True])
