@@ -54,6 +54,19 @@ def quality(record: dict, only: tuple[str, ...] = ()) -> str:
     return table(*rows)
 
 
+def commit_sweep(record: dict) -> str:
+    """Forward passes against right captions, before and after `pdlm-peft commit` of the embedded checkpoint."""
+    rows = [
+        ["setting", "careful: exact", "forwards an image", "commits: exact", "at six regions", "forwards an image"]
+    ]
+    for name, after in record["commits"].items():
+        before = record["careful"][name]
+        cells = [percent(before["exact"]), f"{before['forwards']:.1f}"]
+        cells += [percent(after["exact"]), percent(after["six_regions"]), f"{after['forwards']:.2f}"]
+        rows.append([name, *cells])
+    return table(*rows)
+
+
 # Table 7 of the paper: average of its benchmarks
 PAPER_ABLATION = {
     "full model": 53.7,
@@ -392,6 +405,7 @@ def tables() -> dict[str, str]:
         "by_regions": by_regions(checkpoint),
         "quality": quality(load("shapes_quality.json")),
         "quality_full": quality(load("shapes_quality_full.json"), kept),
+        "commit": commit_sweep(load("shapes_commit.json")),
         "ablation": ablation(load("shapes_ablation.json")),
         "decode": decode(speed),
         "scaling": scaling(speed),

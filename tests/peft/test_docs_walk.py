@@ -23,21 +23,31 @@ ELSEWHERE = {
 def test_the_walk(here):
     rows, images = drawn_rows(here / "photos", 3)
     (here / "regions.json").write_text(json.dumps(as_coco(rows, images)))
+    for name in ("unlabelled", "unlabelled_held_out"):
+        found = [{**row, "regions": [{**r, "caption": None} for r in row["regions"]]} for row in rows]
+        (here / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
 
     def change(text):
         text = text.replace("MODEL", str(CHECKPOINT))
-        return " ".join([text, *SMALL]) if re.match("pdlm-peft train (?!--list)", text) else text
+        if text.startswith("pdlm-peft commit"):
+            text += " commit.scenes=2 commit.min_score=0 commit.rules='[{acceptance_threshold: 0.9}]'"
+            text += "" if "shapes" in text else " training.bf16=false"
+        return " ".join([text, *SMALL]) if re.match("pdlm-peft (train (?!--list)|commit)", text) else text
 
     ran = Page("fine-tuning.md", ELSEWHERE).run(change)
+    gains = [r.stdout for r in ran if re.match("pdlm-peft commit (?!.*--dry-run)", r.command)]
+    assert len(gains) == 2 and all(
+        re.search(r"forward passes [\d.]+ -> [\d.]+, right captions", text) for text in gains
+    )
     assert "lora_8b_80gb" in next(r.stdout for r in ran if "--list" in r.command)
-    assert [r.command.split("\n")[0] for r in ran[-2:]] == [
+    assert [r.command.split("\n")[0] for r in ran if r.command.startswith(("import", "from"))] == [
         "import pdlm_hf",
         "from pdlm_peft import estimate_recipe, load_recipe",
     ]
 
 
 def test_every_command_names_a_recipe_and_known_keys():
-    commands = re.findall(r"(?:pdlm-peft|pdlm_peft\.cli) train (\w+)((?: [\w.]+=\S+)*)", TEXT)
+    commands = re.findall(r"(?:pdlm-peft|pdlm_peft\.cli) (?:train|commit) (\w+)((?: [\w.]+=\S+)*)", TEXT)
     assert len(commands) >= 5
     for name, overrides in commands:
         load_recipe(name, overrides.split())
@@ -48,6 +58,6 @@ def test_the_table_has_every_recipe():
     assert set(recipe_names()) <= set(re.findall(r"`(\w+)`", table))
 
 
-@pytest.mark.parametrize("key", re.findall(r"`((?:data|adapter|samples|hardware|switches)\.\w+)`", TEXT))
+@pytest.mark.parametrize("key", re.findall(r"`((?:data|adapter|commit|samples|hardware|switches)\.\w+)`", TEXT))
 def test_keys_exist(key):
     assert key in known_keys()

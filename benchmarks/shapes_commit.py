@@ -1,0 +1,77 @@
+"""Forward passes against right captions, by acceptance threshold: the careful checkpoint and the one that commits.
+
+    git show COMMIT:pdlm_hf/shapes/checkpoint/model.safetensors > careful/model.safetensors    # and its other files
+    python benchmarks/shapes_commit.py --careful careful --json benchmarks/results/shapes_commit.json
+
+One image at a time; the pass over the prompt counts. Every number is the mean of the seeds.
+"""
+
+import json
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import pdlm_hf  # noqa: F401  registers the model
+from pdlm_hf.captioning.checkpoints import CHECKPOINT
+from pdlm_hf.shapes.evaluate import evaluate
+
+THRESHOLDS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+SEEDS = (21, 22, 23)
+
+
+def score(model, processor, images: int, **generation: Any) -> dict[str, Any]:
+    """Score a checkpoint with one setting, on every seed.
+
+    Returns:
+        `dict` with forwards, exact and six_regions (exact at six regions): means, and a list with one per seed.
+    """
+    rows = [evaluate(model, processor, seed, images, batch_size=1, **generation) for seed in SEEDS]
+    found = {
+        "forwards": [row["num_forwards"] for row in rows],
+        "exact": [row["exact"] for row in rows],
+        "six_regions": [row["by_regions"].get("6") for row in rows],
+    }
+    return {name: round(float(np.mean(values)), 4) for name, values in found.items()} | {"by_seed": found}
+
+
+def sweep(folder: Path, images: int) -> dict[str, dict[str, Any]]:
+    """Score a checkpoint with every threshold and with its fewest steps."""
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    settings: dict[str, dict[str, Any]] = {f"threshold {t}": {"acceptance_threshold": t} for t in THRESHOLDS}
+    settings |= {f"{n} steps": {"acceptance_threshold": None, "max_denoising_steps": n} for n in (1, 2, 4)}
+    rows = {}
+    for name, generation in settings.items():
+        with torch.inference_mode():
+            rows[name] = score(model, processor, images, **generation) | {"settings": generation}
+        row = rows[name]
+        print(f"{folder.name:20} {name:16} exact {row['exact']:.4f}  forwards {row['forwards']:.2f}", flush=True)
+    return rows
+
+
+def main(
+    careful: Annotated[Path, typer.Option(help="The checkpoint before `commit`.")],
+    model: Annotated[Path, typer.Option(help="The checkpoint that commits.")] = CHECKPOINT,
+    images: Annotated[int, typer.Option(help="Held-out images of every seed.")] = 100,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here.")] = None,
+) -> None:
+    """Score both checkpoints."""
+    torch.set_num_threads(threads)
+    record = {
+        "what": f"{images} held-out images of each of the seeds {SEEDS}, one at a time",
+        "machine": f"{platform.machine()}, {threads} thread(s), torch {torch.__version__}",
+        "careful": sweep(careful, images),
+        "commits": sweep(model, images),
+    }
+    if json_file:
+        json_file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
