@@ -5,6 +5,7 @@ The reference's own `config.json` (nested under other names) is translated here 
 
 import json
 import os
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
@@ -175,6 +176,8 @@ class PdlmConfig(PreTrainedConfig):
         prefix_attention (`str`): "full": prompt rows see the captions (reference), so regions can influence each
             other through the prompt and a cached prefix is an approximation. "isolated": they do not, so regions are
             independent and a cached prefix is exact; for weights trained that way.
+        score_temperature (`float`): temperature of the captions' scores, which makes them probabilities of being
+            right; `pdlm-peft commit` fits it. 1: the mean probability of the tokens.
         replacement_noise_mode (`bool`): training loss over all answer tokens, with part of the noise drawn as random
             tokens instead of the mask token.
         *_token_id, region_token_ids, caption_token_ids: special tokens the model itself has to recognise or write.
@@ -194,6 +197,7 @@ class PdlmConfig(PreTrainedConfig):
     roi_output_size: _Size = 4
     roi_replay: str = "reference"
     prefix_attention: str = "full"
+    score_temperature: float = 1.0
     replacement_noise_mode: bool = False
     bos_token_id: int | None = 126080
     eos_token_id: int | list[int] | None = 126081
@@ -250,6 +254,8 @@ class PdlmConfig(PreTrainedConfig):
         }.items():
             if getattr(self, name) not in allowed:
                 raise SettingError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+        if not (isfinite(self.score_temperature) and self.score_temperature > 0):
+            raise SettingError(f"`score_temperature` must be positive, got {self.score_temperature!r}.")
         for name in ("region_token_ids", "caption_token_ids"):
             if len(getattr(self, name)) != self.num_region_prompts:
                 raise SettingError(

@@ -129,19 +129,21 @@ def before_end(tokens: torch.Tensor, closing: Sequence[int]) -> torch.Tensor:
     return torch.isin(tokens, torch.tensor(closing, device=tokens.device)).cumsum(-1) == 0
 
 
-def caption_scores(probability: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+def caption_scores(probability: torch.Tensor, text: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Mean probability of the tokens of each caption's text; an empty one is scored by the token that ends it.
 
     Args:
         probability (`torch.FloatTensor` of shape `(..., num_slots)`): of the tokens, as of the step that wrote each.
         text (`torch.BoolTensor` of that shape): see [`before_end`].
+        temperature (`float`): divides the log odds of the means, so that scores become probabilities of being right.
 
     Returns:
         `torch.FloatTensor` of shape `(...,)`.
     """
     scored = text.clone()
     scored[..., 0] = True
-    return (probability * scored).sum(-1) / scored.sum(-1)
+    mean = (probability * scored).sum(-1) / scored.sum(-1)
+    return mean if temperature == 1 else torch.sigmoid(torch.logit(mean, eps=1e-6) / temperature)
 
 
 def token_entropy(logits: torch.Tensor) -> torch.Tensor:

@@ -251,7 +251,7 @@ class PdlmGenerationMixin:
         return {
             "sequences": sequences,
             "tokens": by_image(tokens, -1),
-            "scores": by_image(caption_scores(canvas.written.sigmoid(), text), 0.0),
+            "scores": by_image(caption_scores(canvas.written.sigmoid(), text, self.config.score_temperature), 0.0),
             "steps": by_image(canvas.steps, 0),
             "text": int(text.sum()),
             "forwards": task.num_forwards,

@@ -80,6 +80,7 @@ def commit_table(commit: dict[str, Any]) -> str:
     if found := commit["calibration"]:
         text += (
             f"\n\nExpected calibration error of the scores: {own['ece']:.3f} before, {found['ece']:.3f} after, "
-            f"{found['ece_at_temperature']:.3f} at temperature {found['temperature']:g}."
+            f"{found['ece_at_temperature']:.3f} at temperature {found['temperature']:g}"
+            + (", which the scores have." if found["ece_at_temperature"] < found["ece"] else ", which is not used.")
         )
     return text

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_callback import TrainerCallback
 
 from pdlm_hf import RegionCaptioner
@@ -22,7 +22,7 @@ from pdlm_hf.captioning.loading import load_checkpoint
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions.files import FileLock, load_json, write_json
 
-from .adapters import fingerprint, load_adapter, write_base
+from .adapters import fingerprint, finish_adapter, load_adapter, overrides, write_base
 from .card import write_run_card
 from .commit_captions import answer, on_own_captions, write_captions
 from .commit_rules import (
@@ -98,8 +98,8 @@ def commit(recipe: Recipe, show: Callable[[str], None] = print, only_captions: b
         "rule": best.rule,
         "calibration": calibration(best),
     }
-    finished = learned.model_copy(update={"generation": learned.generation | best.rule})
-    _store_rule(out, finished)
+    finished = _finished(learned, best.rule, record["commit"]["calibration"])
+    _store(out, finished)
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     write_run_card(finished, record, out)
     return record
@@ -184,6 +184,14 @@ def calibration(found: Measured) -> dict[str, float] | None:
 # ---------------------------------------------------------------------------------------------------- the result
 
 
+def _finished(recipe: Recipe, rule: dict[str, Any], found: dict[str, float] | None) -> Recipe:
+    """The recipe with the chosen rule, and with the temperature of the scores where that lowers their error."""
+    update: dict[str, Any] = {"generation": recipe.generation | rule}
+    if found is not None and found["ece_at_temperature"] < found["ece"]:
+        update["switches"] = recipe.switches.model_copy(update={"score_temperature": found["temperature"]})
+    return recipe.model_copy(update=update)
+
+
 def _placed(model):
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
@@ -196,10 +204,16 @@ def _load(out: Path, recipe: Recipe) -> tuple[Any, Any]:
     return _placed(AutoModelForImageTextToText.from_pretrained(out)), AutoProcessor.from_pretrained(out)
 
 
-def _store_rule(out: Path, recipe: Recipe) -> None:
-    """Make the chosen rule the default of the adapter, or of the checkpoint."""
+def _store(out: Path, recipe: Recipe) -> None:
+    """Give the chosen rule and the temperature of the scores to the adapter, or to the checkpoint."""
     if recipe.adapter is not None:
         write_base(out, recipe, fingerprint(recipe.base))
+        config = AutoConfig.from_pretrained(out)
+        config.update(overrides(recipe)["switches"])
+        finish_adapter(out, recipe, config)
         return
-    path = out / "generation_config.json"
-    write_json(path, load_json(path) | recipe.generation)
+    for name, settings in (
+        ("generation_config.json", recipe.generation),
+        ("config.json", overrides(recipe)["switches"]),
+    ):
+        write_json(out / name, load_json(out / name) | settings)

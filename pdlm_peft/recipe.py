@@ -108,6 +108,7 @@ class Switches(_Part):
 
     prefix_attention: Literal["full", "isolated"] | None = None
     roi_replay: Literal["reference", "aligned"] | None = None
+    score_temperature: Annotated[float, Field(gt=0)] | None = None
 
 
 class Samples(_Part):

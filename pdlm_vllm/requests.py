@@ -189,7 +189,7 @@ def read_report(report: dict[str, Any], work: Pass, processor: PdlmProcessor, co
     probability = torch.tensor(report["logprobs"]).view(blocks, -1)[:, 1:-1].exp()
     still = torch.tensor(report["open"]).view(blocks, -1)[:, 1:-1].bool()
     text = before_end(tokens, config.closing_token_ids)
-    scores = caption_scores(probability, text)
+    scores = caption_scores(probability, text, config.score_temperature)
     captions, closed = {}, {}
     for k, (position, region) in enumerate(zip(work.positions, work.regions, strict=True)):
         caption = processor.read_caption(tokens[k].tolist(), float(scores[k]), region.id)

@@ -138,3 +138,6 @@ def test_a_caption_is_scored_up_to_its_end():
     probability = torch.tensor([[0.5, 1.0, 0.1, 0.1], [0.2, 0.4, 0.6, 0.8], [0.75, 0.0, 0.0, 0.0]])
     scores = caption_scores(probability, text)  # an empty caption: the probability of its end
     torch.testing.assert_close(scores, torch.tensor([0.75, 0.5, 0.75]))
+    # odds of 3 and of 1, to the power of 1 / 2
+    scores = caption_scores(probability, text, temperature=2.0)
+    torch.testing.assert_close(scores, torch.tensor([3**0.5 / (1 + 3**0.5), 0.5, 3**0.5 / (1 + 3**0.5)]))

@@ -243,6 +243,8 @@ def test_commit_in_miniature(name, tmp_path):
     assert "trained by `pdlm-peft commit`" in card and "Expected calibration error" in card
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
     assert model.generation_config.acceptance_threshold == found["rule"]["acceptance_threshold"]
+    helps = found["calibration"]["ece_at_temperature"] < found["calibration"]["ece"]
+    assert model.config.score_temperature == (found["calibration"]["temperature"] if helps else 1.0)
 
 
 def test_chat_commits_too(tmp_path):
