@@ -30,18 +30,23 @@ def table(*rows: list[str]) -> str:
 
 def held_out(record: dict) -> str:
     """Accuracy of the embedded checkpoint, from its training.json."""
-    score = record["held_out"]
-    attributes = [percent(score["by_attribute"][name]) for name in ATTRIBUTES]
-    return table(
-        ["exact", "well formed", *ATTRIBUTES],
-        [percent(score["exact"]), percent(score["well_formed"]), *attributes],
-    )
+    rows = [["checkpoint", "exact", "well formed", *ATTRIBUTES]]
+    for name, score in stages(record).items():
+        attributes = [percent(score["by_attribute"][attribute]) for attribute in ATTRIBUTES]
+        rows.append([name, percent(score["exact"]), percent(score["well_formed"]), *attributes])
+    return table(*rows)
+
+
+def stages(record: dict) -> dict[str, dict]:
+    """The scores of the embedded checkpoint and of the careful one that it was trained from."""
+    return {"embedded": record["held_out"], "careful": record["initialised_from"]["held_out"]}
 
 
 def by_regions(record: dict) -> str:
     """The same, by the number of regions."""
-    shares = record["held_out"]["by_regions"]
-    return table(["regions in the image", *shares], ["exact", *(percent(share) for share in shares.values())])
+    found = {name: score["by_regions"] for name, score in stages(record).items()}
+    rows = [[f"{name}, exact", *(percent(share) for share in shares.values())] for name, shares in found.items()]
+    return table(["regions in the image", *found["embedded"]], *rows)
 
 
 def quality(record: dict, only: tuple[str, ...] = ()) -> str:

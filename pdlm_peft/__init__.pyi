@@ -4,6 +4,7 @@ from .adapters import add_adapter as add_adapter
 from .adapters import load_adapter as load_adapter
 from .adapters import merge as merge
 from .chat_validation import validate_chat as validate_chat
+from .committing import commit as commit
 from .conversion import category_captions as category_captions
 from .conversion import convert as convert
 from .conversion import read_captions as read_captions

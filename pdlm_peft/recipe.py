@@ -124,7 +124,7 @@ class Samples(_Part):
 
 
 class Commit(_Part):
-    """How a checkpoint learns to write a caption in few forward passes, see [`~commit.commit`].
+    """How a checkpoint learns to write a caption in few forward passes, see [`~committing.commit`].
 
     Args:
         captions (`str`): "own": train on the checkpoint's own careful captions; "given": on those of `data.train`.

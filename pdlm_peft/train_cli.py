@@ -65,7 +65,7 @@ def commit(
         raise fail(f"{recipe} has no `commit`: run `pdlm-peft train {recipe}`.")
     if not _ready(settings, dry_run, memory):
         return
-    from .commit import commit as commit_by_recipe
+    from .committing import commit as commit_by_recipe
 
     record = commit_by_recipe(settings, lambda line: typer.echo(line, err=True), only_captions)
     if only_captions:

@@ -205,7 +205,7 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
 
 @dataclass
 class Parts:
-    """The parts of a training that [`~commit.commit`] replaces by its own.
+    """The parts of a training that [`~committing.commit`] replaces by its own.
 
     Args:
         rows, collator, trainer: make [`~plan.TrainingRows`], the collator and the trainer, from the same arguments.

@@ -1,4 +1,4 @@
-"""The embedded checkpoint: its size, what it can do, and that it needs several steps to do it."""
+"""The embedded checkpoint: its size, what it can do, and that it needs few forward passes to do it."""
 
 import json
 
@@ -11,6 +11,7 @@ from pdlm_hf import RegionCaptioner
 from pdlm_hf.captioning.checkpoints import CHECKPOINT
 from pdlm_hf.shapes.evaluate import evaluate, held_out
 from pdlm_hf.shapes.scenes import read
+from pdlm_hf.training.collator import PdlmCollator, region_rows
 
 RECORD = json.loads((CHECKPOINT / "training.json").read_text())
 CLAIMED = RECORD["held_out"]["exact"]  # measured when it was put into the package
@@ -51,6 +52,9 @@ def test_says_how_it_was_made():
 def test_the_claim():
     assert CLAIMED >= 0.97
     assert RECORD["held_out"]["by_regions"]["6"] >= 0.95
+    assert RECORD["held_out"]["num_forwards"] <= 4.0 and RECORD["held_out"]["batch_size"] == 1
+    careful = RECORD["initialised_from"]["held_out"]
+    assert careful["num_forwards"] > 3 * RECORD["held_out"]["num_forwards"]
 
 
 def test_accuracy_on_images_it_has_not_seen(shapes):
@@ -65,22 +69,44 @@ def test_accuracy_on_images_it_has_not_seen(shapes):
 @pytest.mark.parametrize("seed", [11, 12])
 def test_accuracy_on_many_images(shapes, seed):
     with torch.inference_mode():
-        report = evaluate(*shapes, seed=seed, images=400)
+        report = evaluate(*shapes, seed=seed, images=400, batch_size=1)
     assert report["exact"] >= 0.96
     assert report["by_regions"]["6"] >= 0.94
+    assert report["num_forwards"] <= 4.0
 
 
-def test_one_step_is_not_enough(shapes):
+def test_it_has_learned_to_commit(shapes):
+    """One image at a time; even a single pass writes sentences, for it keeps to one wording."""
     with torch.inference_mode():
-        report = evaluate(*shapes, seed=11, images=24, max_denoising_steps=1)
-    assert report["num_forwards"] == 1
-    assert report["exact"] < 0.5 * CLAIMED
+        report = evaluate(*shapes, seed=11, images=24, batch_size=1)
+        single = evaluate(*shapes, seed=11, images=24, batch_size=1, max_denoising_steps=1)
+    assert report["num_forwards"] <= 4.0 and report["exact"] >= CLAIMED - SPREAD
+    assert single["num_forwards"] == 1 and single["well_formed"] >= 0.9
 
 
-def test_six_regions_cost_one_pass(shapes, six):
+def test_a_sentence_that_has_begun_is_continued_in_its_words(shapes):
+    """Where a template has its words, the open positions get the words that belong there."""
+    model, processor = shapes
+    scene = next(scene for scene in held_out(123, 50) if len(scene.masks) == 1)
+    collator = PdlmCollator(processor, num_slots=32, prompt_ids="ordered")
+    figure = scene.figures[0]
+    sentence = f"This {figure.shape} is {figure.colour}, {figure.texture} and {figure.size}."
+    batch = collator([region_rows(scene.image, scene.masks, [sentence])])
+    words = [processor.tokenizer.encode(f" {word}")[0] for word in vars(figure).values()]
+    noise = torch.isin(batch["labels"], torch.tensor(words)) & (batch["labels"] != -100)
+    with torch.no_grad():
+        logits = model(**batch | {"noise_mask": noise, "mask_probability": torch.ones(1)}).masked_logits
+    said = sentence.split()
+    for at, word in zip((1, 3, 4, 6), logits.argmax(-1).tolist(), strict=True):
+        end = "".join(c for c in said[at] if not c.isalpha())
+        said[at] = processor.tokenizer.decode(word).strip() + end
+    assert read(" ".join(said)) == figure
+
+
+def test_six_regions_cost_few_passes(shapes, six):
     model, processor = shapes
     output = model.generate(**processor(images=six.image, segmentation_maps=six.masks))
-    assert output.num_forwards <= model.generation_config.max_denoising_steps
+    assert output.num_forwards <= 6
     assert output.region_tokens.shape[:2] == (1, 6)
     assert len(processor.post_process_region_captions(output)[0]) == 6
 
@@ -149,7 +175,7 @@ def test_adaptive_decoding_is_faster_and_still_right(shapes):
         bounded = evaluate(*shapes, seed=11, images=24, acceptance_threshold=None, entropy_bound=0.1)
     assert min(report["exact"], bounded["exact"]) >= fixed["exact"] - SPREAD
     assert fixed["steps_per_region"] > 30
-    assert max(report["steps_per_region"], bounded["steps_per_region"]) <= 14
+    assert max(report["steps_per_region"], bounded["steps_per_region"]) <= 4
 
 
 def test_its_caption_settings_do_not_count_in_chat(shapes):

@@ -15,7 +15,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, RegionCaptioner
 from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.regions.region import parse_regions
-from pdlm_peft.commit import calibration, commit
 from pdlm_peft.commit_captions import drawn_row, write_captions
 from pdlm_peft.commit_rules import (
     Measured,
@@ -27,6 +26,7 @@ from pdlm_peft.commit_rules import (
     measure_regions,
 )
 from pdlm_peft.commit_states import OWN_STATE, CommitCollator, CommitRows, certainty_loss, own_states
+from pdlm_peft.committing import calibration, commit
 from pdlm_peft.data import RegionDataset
 from pdlm_peft.plan import Step
 from pdlm_peft.recipe import load_recipe

@@ -55,7 +55,8 @@ def write_shapes_card(folder: Path) -> None:
         scores = (
             f"On {report['images']} held-out images, seed {report['seed']}: {exact} of the captions are well formed"
         )
-        scores += f" and true in all four attributes, {formed} are well formed."
+        scores += f" and true in all four attributes, {formed} are well formed. "
+        scores += f"An image takes {report['num_forwards']} forward passes, captioned alone."
     else:
         kinds = "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in report["by_kind"].items())
         scores = f"Right answers to {report['questions']} held-out questions of each kind:\n\n"
@@ -81,7 +82,7 @@ def _regions(folder: Path, processor: PdlmProcessor, threshold: float) -> Any:
     # The default is adaptive decoding: a fixed schedule accepts a number of tokens per step, however uncertain.
     model.generation_config.acceptance_threshold = threshold
     model.generation_config.save_pretrained(folder)
-    return lambda seed, count: evaluate.evaluate(model, processor, seed, count, show=True)
+    return lambda seed, count: evaluate.evaluate(model, processor, seed, count, batch_size=1, show=True)
 
 
 def _chat(folder: Path, processor: PdlmProcessor) -> Any:

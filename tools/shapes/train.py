@@ -13,7 +13,8 @@
     $train --out runs/isolated2 --init runs/isolated $isolated --steps 900 --learning-rate 7e-4 --seed 1
     $train --out runs/isolated3 --init runs/isolated2 $isolated --steps 700 --learning-rate 6e-4 --seed 2
     $train --out runs/isolated4 --init runs/isolated3 $isolated --steps 700 --learning-rate 6e-4 --seed 3
-    $train --out runs/isolated5 --init runs/isolated4 $isolated --steps 2400 --learning-rate 6e-4 --seed 5
+    $train --out runs/careful --init runs/isolated4 $isolated --steps 2400 --learning-rate 6e-4 --seed 5
+    $train --out runs/commit --init runs/careful $isolated --lesson commit --steps 700 --learning-rate 6e-4 --seed 21
 
 With the same `--out` a stopped training is resumed from the last saved step. Images are drawn during training, none
 twice in a run; runs of the same lesson with the same seed draw the same images.
@@ -116,7 +117,8 @@ def main(
     lesson: Annotated[
         Literal["vision", "images", "words", "captions", "commit"],
         typer.Option(
-            help="vision, images: attributes of small, then all images. words, captions, commit: their captions."
+            help="vision, images: attributes of small, then all images. words, captions: their captions. "
+            "commit: one wording from an empty canvas."
         ),
     ] = "captions",
     linear_head: Annotated[
