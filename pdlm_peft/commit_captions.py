@@ -26,6 +26,7 @@ from pdlm_hf.shapes.scenes import describe, draw_scene
 from .adapters import fingerprint
 from .conversion import relocated, write_row, writing
 from .data import chat_messages, decode_chat, decode_row
+from .plan import file_of
 from .recipe import Recipe
 from .rows import sound_row
 from .sources import find_source, raw_rows
@@ -70,7 +71,7 @@ def write_captions(recipe: Recipe, folder: Path, held_out: bool = False, show: C
         append_rows(every, caption(batch))
         done += len(batch)
         show(done)
-    counts = _select(every, out, recipe.commit.min_score, recipe.data.kind == "chat")
+    counts = _select(every, out, recipe.committing.min_score, recipe.data.kind == "chat")
     if not counts["rows"]:
         out.unlink()
         raise DataError(f"{every}: no caption is left ({counts['low score']} with a low score); see commit.min_score.")
@@ -88,7 +89,7 @@ def on_own_captions(recipe: Recipe) -> Recipe:
 
 def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
     """What the captions depend on."""
-    data, commit = recipe.data, recipe.commit
+    data, commit = recipe.data, recipe.committing
     source = data.train if name == "train" else data.held_out
     limit = data.limit if name == "train" else data.held_out_limit
     drawn = {"scenes": commit.scenes, "seed": recipe.seed} if data.kind == "drawn" else {}
@@ -104,17 +105,17 @@ def _source_rows(recipe: Recipe, folder: Path, name: str) -> Iterator[Row]:
     """The rows without own captions, with paths that start from `folder`."""
     data, held_out = recipe.data, name == "held_out"
     if data.kind == "drawn":
-        count = data.held_out_limit or 64 if held_out else recipe.commit.scenes
+        count = data.held_out_limit or 64 if held_out else recipe.committing.scenes
         yield from (drawn_row(recipe.seed, index, folder, held_out) for index in range(count))
         return
-    found = find_source(data.held_out if held_out else data.train, data.images)
+    found = find_source(file_of(data, "held_out" if held_out else "train"), data.images)
     limit = data.held_out_limit if held_out else data.limit
     for number, raw in islice(raw_rows(found), limit):
         if data.kind == "chat":
             chat_messages(number, raw)
             yield relocated(raw, found.folder, folder)
         else:
-            row = sound_row(raw, number, captions=recipe.commit.captions == "given")
+            row = sound_row(raw, number, captions=recipe.committing.captions == "given")
             yield relocated(row, found.folder, folder)
 
 
@@ -144,7 +145,7 @@ def drawn_row(seed: int, index: int, folder: Path, held_out: bool = False) -> Ro
 
 def _captioner(recipe: Recipe, folder: Path, name: str) -> Callable[[list[Row]], list[Row]]:
     """A function that puts the own captions into rows."""
-    commit, data = recipe.commit, recipe.data
+    commit, data = recipe.committing, recipe.data
     if commit.captions == "given" or name == "held_out" and data.kind == "drawn":
         return list
     model, processor = load_checkpoint(recipe.base, getattr(torch, recipe.dtype))

@@ -63,7 +63,7 @@ def measure_regions(captioner: RegionCaptioner, rows: Sequence[dict[str, Any]], 
         masks = [region["mask"] for region in row["regions"]]
         with torch.inference_mode():
             found, output = captioner.generate([(row["image"], masks)], row.get("question"), **rule)
-        forwards += output.num_forwards
+        forwards += output.num_forwards or 0
         for region, caption in zip(row["regions"], found[0], strict=True):
             scores.append(caption.score)
             right.append(is_right(caption.text, region["caption"]))

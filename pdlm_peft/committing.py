@@ -19,7 +19,6 @@ from transformers.trainer_callback import TrainerCallback
 
 from pdlm_hf import RegionCaptioner
 from pdlm_hf.captioning.loading import load_checkpoint
-from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions.files import FileLock, load_json, write_json
 
 from .adapters import fingerprint, finish_adapter, load_adapter, overrides, write_base
@@ -76,9 +75,7 @@ def commit(recipe: Recipe, show: Callable[[str], None] = print, only_captions: b
         DataError: the data cannot be used.
         CheckpointError: there is no such base checkpoint.
     """
-    if recipe.commit is None:
-        raise SettingError("the recipe has no `commit`; use `commit_shapes`, or `pdlm-peft train` for other training")
-    out = Path(recipe.output)
+    settings, out = recipe.committing, Path(recipe.output)
     _write_captions(recipe, out / CAPTIONS, show)
     learned = on_own_captions(recipe)
     if only_captions:
@@ -89,8 +86,8 @@ def commit(recipe: Recipe, show: Callable[[str], None] = print, only_captions: b
     if int(os.environ.get("RANK", 0)):  # one process measures
         return record
     model, processor = _load(out, learned)
-    after = sweep(_measure(model, processor, rows), recipe.commit.rules)
-    best = choose(after, recipe.commit.tolerance)
+    after = sweep(_measure(model, processor, rows), settings.rules)
+    best = choose(after, settings.tolerance)
     record["commit"] = {
         "captions": load_json(out / CAPTIONS / "train.json")["counts"],
         "before": before,
@@ -110,15 +107,15 @@ def _write_captions(recipe: Recipe, folder: Path, show: Callable[[str], None]) -
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock", folder.parent, "give another `output`")
     try:
-        for name in ("held_out", "train"):
-            write_captions(recipe, folder, name == "held_out", lambda done, name=name: show(f"{name}: {done} rows"))
+        write_captions(recipe, folder, held_out=True, show=lambda done: show(f"held out: {done} rows"))
+        write_captions(recipe, folder, show=lambda done: show(f"training: {done} rows"))
     finally:
         lock.release()
 
 
 def _parts(recipe: Recipe) -> Parts:
     """What trains by states instead of plain noise."""
-    settings = recipe.commit
+    settings = recipe.committing
 
     def callbacks(trainer, processor, held_out) -> list[TrainerCallback]:
         rows = [held_out[k] for k in range(min(PROGRESS_IMAGES, len(held_out)))]
@@ -163,7 +160,7 @@ def _measured_before(recipe: Recipe, rows, path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         model, processor = load_checkpoint(recipe.base, getattr(torch, recipe.dtype))
         measure = _measure(_placed(model), processor, rows)
-        write_json(path, [found.to_row() for found in sweep(measure, [{}, *recipe.commit.rules])])
+        write_json(path, [found.to_row() for found in sweep(measure, [{}, *recipe.committing.rules])])
     return load_json(path)
 
 

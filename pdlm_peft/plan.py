@@ -83,14 +83,14 @@ def open_dataset(data: Data, held_out: bool = False, length: int = 0, group: int
         return drawn_scenes(data.domain, seed + 2**18 * held_out, limit or length, group)
     if held_out and data.held_out is None:
         return None
-    source = _file_of(data, "held_out" if held_out else "train")
+    source = file_of(data, "held_out" if held_out else "train")
     from .data import ChatDataset, RegionDataset
 
     images = Path(data.images) if data.images else None
     return (RegionDataset if data.kind == "regions" else ChatDataset)(source, images=images, limit=limit)
 
 
-def _file_of(data: Data, name: Literal["train", "held_out"]) -> str:
+def file_of(data: Data, name: Literal["train", "held_out"]) -> str:
     """The data file that a recipe names.
 
     Raises:
@@ -325,7 +325,7 @@ class StreamedRows(IterableDataset):
 
     def __init__(self, data: Data, processor: PdlmProcessor, seed: int):
         self.data, self.seed = data, seed
-        self.source = _file_of(data, "train")
+        self.source = file_of(data, "train")
         self.prompts = processor.image_processor.num_region_prompts
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -212,6 +212,13 @@ class Recipe(_Part):
         """Folder or hub id of the base checkpoint."""
         return str(EMBEDDED.get(self.model, self.model))
 
+    @property
+    def committing(self) -> Commit:
+        """The part `commit`. Raises: SettingError: the recipe has none."""
+        if self.commit is None:
+            raise SettingError("the recipe has no `commit`; start from commit_shapes or commit_8b, or train by it.")
+        return self.commit
+
 
 def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read and check a recipe.
