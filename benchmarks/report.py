@@ -345,7 +345,7 @@ DECODES = {
 }
 
 
-def headlines(held: dict, cpu: dict, gpu: dict, served: dict, tuned: dict) -> str:
+def headlines(held: dict, cpu: dict, gpu: dict, served: dict, tuned: dict, commit: dict) -> str:
     """The README's table: what every part gains and loses, with a link to the conditions."""
     page = "docs/performance.md"
     rows = [
@@ -354,6 +354,12 @@ def headlines(held: dict, cpu: dict, gpu: dict, served: dict, tuned: dict) -> st
             f"[Embedded checkpoint]({page}#accuracy-of-the-embedded-checkpoint)",
             "captions of held-out drawings in which all is right",
             percent(held["held_out"]["exact"]),
+            "",
+        ],
+        [
+            f"[Forward passes an image]({page}#forward-passes-an-image)",
+            "embedded checkpoint, before and after it learned to commit",
+            " → ".join(f"{commit[stage]['threshold 0.8']['forwards']:.1f}" for stage in ("careful", "commits")),
             "",
         ],
     ]
@@ -404,11 +410,17 @@ def tables() -> dict[str, str]:
     kept = ("32 steps, recomputed", "32 steps, prompt every 8", "32 steps", "threshold 0.8", "threshold 0.9")
     return {
         "headlines": headlines(
-            checkpoint, speed, load("gpu_h100_2.json"), load("serving_cpu_small.json"), load("lora_shapes.json")
+            checkpoint,
+            speed,
+            load("gpu_h100_2.json"),
+            load("serving_cpu_small.json"),
+            load("lora_shapes.json"),
+            load("shapes_commit.json"),
         ),
         "held_out": held_out(checkpoint),
         "by_regions": by_regions(checkpoint),
         "quality": quality(load("shapes_quality.json")),
+        "quality_careful": quality(load("shapes_quality_careful.json")),
         "quality_full": quality(load("shapes_quality_full.json"), kept),
         "commit": commit_sweep(load("shapes_commit.json")),
         "ablation": ablation(load("shapes_ablation.json")),

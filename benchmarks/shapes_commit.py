@@ -57,7 +57,7 @@ def sweep(folder: Path, images: int) -> dict[str, dict[str, Any]]:
 def main(
     careful: Annotated[Path, typer.Option(help="The checkpoint before `commit`.")],
     model: Annotated[Path, typer.Option(help="The checkpoint that commits.")] = CHECKPOINT,
-    images: Annotated[int, typer.Option(help="Held-out images of every seed.")] = 60,
+    images: Annotated[int, typer.Option(help="Held-out images of every seed.")] = 40,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here.")] = None,
 ) -> None:

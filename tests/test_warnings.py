@@ -33,7 +33,7 @@ def run(*command: str, folder: Path = CLONE, path: str | None = None) -> str:
 
 def test_captions():
     out = run("-m", "pdlm_hf.cli.main", "caption", "examples/shapes.png", "--mask", "examples/shapes_mask_0.png")
-    assert "One dotted cross, big and blue." in out
+    assert "One spotted cross, big and blue." in out
 
 
 def test_chat():
