@@ -59,4 +59,4 @@ def test_exported_code(tmp_path):
 
 
 def test_snippet_of_the_readme():
-    assert "12 forward passes for 6 captions" in run("examples/caption_regions.py")
+    assert "2 forward passes for 6 captions" in run("examples/caption_regions.py")

@@ -130,9 +130,9 @@ def agreement(run: Run) -> None:
 def _beside_whole(run: Run, graphs: bool) -> dict[str, float]:
     task, canvas, view = canvas_of(run, REGIONS, 1, graphs)
     whole = canvas.forward(view, True, keep=True)
-    expected, expected_odds, _ = task.score(whole.flatten(1, 2), [0], view.counts)
+    expected, expected_odds, _ = task.score(whole, [0], view.counts)
     hidden = canvas.forward(view, False)
-    draft, odds, _ = task.score(hidden.flatten(1, 2), [0], view.counts)
+    draft, odds, _ = task.score(hidden, [0], view.counts)
     values = {"hidden_error": relative(hidden, whole), "same_drafts": share(draft, expected)}
     return values | {"log_odds": (odds - expected_odds).abs().max().item(), "captured": float(_captured(canvas))}
 
@@ -162,7 +162,7 @@ def pass_times(run: Run, regions: int, batch: int, graphs: bool) -> dict[str, fl
     hidden = canvas.forward(view, False).clone()
     taken = {
         "canvas_ms": run.milliseconds(lambda: canvas.forward(view, False)),
-        "score_ms": run.milliseconds(lambda: task.score(hidden.flatten(1, 2), [0] * batch, view.counts)),
+        "score_ms": run.milliseconds(lambda: task.score(hidden, [0] * batch, view.counts)),
         "prompt_ms": run.milliseconds(lambda: canvas.forward(view, True, keep=True), 3, 1),
     }
     two, one = (bound(run.bench, regions, run.slots, "cached", n, batch, run.limits) for n in (2, 1))

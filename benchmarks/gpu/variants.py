@@ -95,7 +95,7 @@ def fp8(run: Run) -> None:
 
 def _drafts(run: Run) -> torch.Tensor:
     task, canvas, view = canvas_of(run, REGIONS, 1, False)
-    return task.score(canvas.forward(view, True).flatten(1, 2), [0], view.counts)[0]
+    return task.score(canvas.forward(view, True), [0], view.counts)[0]
 
 
 def lora(run: Run) -> None:

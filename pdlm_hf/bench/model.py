@@ -195,7 +195,7 @@ class Bench:
             hidden = canvas.forward(view, whole=False)
             found["canvas"].append(self.clock() - start)
             start = self.clock()
-            task.score(hidden.flatten(1, 2), [0], view.counts)
+            task.score(hidden, [0], view.counts)
             found["score"].append(self.clock() - start)
             if self.shape.layers == SHAPES["8b"].layers:
                 size, tiles = self.model.config.vision_config.image_size, self.shape.image_tokens // 256

@@ -3,8 +3,8 @@
 An image has up to six figures, each with a size, a colour, a texture and a shape; they may touch and overlap. Size and
 aspect ratio of the images vary, so that they have 1 to 6 tiles. A caption is true if it is a sentence of this domain
 and all four attributes are those of the region. Sentences differ in pattern, order and synonyms, so that the words of
-a caption depend on each other: a model that has learned all of them and writes them in a single step mixes sentences and
-fails, unless it has learned to commit to one wording (see `dataset.CommitDataset`).
+a caption depend on each other: a model that knows all sentences and writes in a single step mixes them and fails,
+unless it has learned to commit to one wording (see `dataset.CommitDataset`).
 """
 
 import math
