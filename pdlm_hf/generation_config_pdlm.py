@@ -157,7 +157,7 @@ class PdlmGenerationConfig(GenerationConfig):
             if value is None:
                 continue
             if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-                raise SettingError(f"`{name}` must be {rule}, got {value!r}.")
+                raise SettingError(f"`{name}` must be {rule}, got {value!r:.60}.")
             setattr(self, name, int(value))
         for name, rule in (
             ("temperature", "0 (greedy) or positive"),
@@ -167,25 +167,25 @@ class PdlmGenerationConfig(GenerationConfig):
         ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or not isfinite(value)):
-                raise SettingError(f"`{name}` must be {rule}, got {value!r}.")
+                raise SettingError(f"`{name}` must be {rule}, got {value!r:.60}.")
         if self.temperature is not None and self.temperature < 0:
-            raise SettingError(f"`temperature` must be 0 (greedy) or positive, got {self.temperature!r}.")
+            raise SettingError(f"`temperature` must be 0 (greedy) or positive, got {self.temperature!r:.60}.")
         if self.remasking not in (None, "low_confidence", "random"):
-            raise SettingError(f'`remasking` must be "low_confidence" or "random", got {self.remasking!r}.')
+            raise SettingError(f'`remasking` must be "low_confidence" or "random", got {self.remasking!r:.60}.')
         if self.acceptance_threshold is not None and not 0 < self.acceptance_threshold <= 1:
-            raise SettingError(f"`acceptance_threshold` must be in (0, 1], got {self.acceptance_threshold!r}.")
+            raise SettingError(f"`acceptance_threshold` must be in (0, 1], got {self.acceptance_threshold!r:.60}.")
         if self.entropy_bound is not None:
             if self.entropy_bound < 0:
-                raise SettingError(f"`entropy_bound` must be 0 or positive, got {self.entropy_bound!r}.")
+                raise SettingError(f"`entropy_bound` must be 0 or positive, got {self.entropy_bound!r:.60}.")
             if self.acceptance_threshold is not None or self.remasking == "random":
                 raise SettingError(
                     "`entropy_bound` decides alone which tokens are accepted: leave out `acceptance_threshold` and "
                     "random remasking."
                 )
         if self.guidance_scale is not None and not self.guidance_scale >= 1:
-            raise SettingError(f"`guidance_scale` must be at least 1 (1 = off), got {self.guidance_scale!r}.")
+            raise SettingError(f"`guidance_scale` must be at least 1 (1 = off), got {self.guidance_scale!r:.60}.")
         if self.seed is not None and not isinstance(self.seed, Integral):
-            raise SettingError(f"`seed` must be an integer, got {self.seed!r}.")
+            raise SettingError(f"`seed` must be an integer, got {self.seed!r:.60}.")
         if any(len(stop) == 0 for stop in as_list(self.stop_strings)):
             raise SettingError("`stop_strings` holds an empty string, which would end every text at its start.")
 

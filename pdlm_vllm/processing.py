@@ -1,6 +1,7 @@
 """Images and regions into vLLM's multimodal inputs, by the processor of the transformers model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,14 +16,16 @@ from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalPro
 
 from pdlm_hf import PdlmConfig, PdlmProcessor
 from pdlm_hf.errors_pdlm import RegionError, SettingError
-from pdlm_hf.image_processing_pdlm import to_rgb
 from pdlm_hf.processing_pdlm import area_order
-from pdlm_hf.regions.region import MASK_PIXELS, parse_regions
+from pdlm_hf.regions.limits import check_mask_pixels
+from pdlm_hf.regions.region import parse_regions
 from pdlm_hf.tiling_pdlm import num_tiles
 
+from .media import decoded
 from .plan import DEFAULT_TOKENS, MAX_TAIL
 
 _PER_TILE = ("pixel_values", "region_masks")
+_OPTIONS = ("regions", "question")  # `mm_processor_kwargs`; without a question it is the prompt
 
 
 @cache
@@ -45,16 +48,6 @@ def refuse_paths(regions: Any) -> None:
                 f"region {k}: expected a COCO region with `segmentation` (RLE or polygons) or `bbox`, got "
                 f"{type(region).__name__}."
             )
-
-
-def check_pixels(image: Any, regions: Any) -> None:
-    """Raises: SettingError if the masks would take more memory than a request should, before any is decoded."""
-    pixels = image.width * image.height * len(regions)
-    if pixels > MASK_PIXELS:
-        raise SettingError(
-            f"{len(regions)} regions of an image of {image.width} x {image.height} pixels are too many pixels at "
-            "once; send fewer regions, or a smaller image."
-        )
 
 
 def check_question(processor: PdlmProcessor, question: str | None) -> None:
@@ -93,7 +86,7 @@ class PdlmProcessingInfo(BaseProcessingInfo):
 
     def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
         """`mm_processor_kwargs` that a request may have."""
-        return {"text_kwargs": set(), "images_kwargs": {"regions"}, "common_kwargs": {"regions"}}
+        return {"text_kwargs": set(), "images_kwargs": set(_OPTIONS), "common_kwargs": set(_OPTIONS)}
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         """Any number of images in chat; region requests are checked for one."""
@@ -145,30 +138,50 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
             SettingError: unknown arguments, no or several images with regions, more regions than prompts, a region
                 that cannot be used, a question that is too long.
         """
-        options = dict(inputs.hf_processor_mm_kwargs)
-        regions = options.pop("regions", None)
-        if options:
-            raise SettingError(f"Unknown mm_processor_kwargs {sorted(options)}; PerceptionDLM takes `regions`.")
-        images = []
+        options = inputs.hf_processor_mm_kwargs
+        if unknown := sorted(set(options) - set(_OPTIONS)):
+            raise SettingError(f"Unknown mm_processor_kwargs {unknown}; PerceptionDLM takes `regions`.")
+        regions, images, prompt = options.get("regions"), [], list(inputs.prompt)
         if "image" in inputs.mm_data_items:
             items = inputs.mm_data_items.get_items("image", ImageProcessorItems)
-            images = [items.get(i) for i in range(items.get_count())]
-            images = [to_rgb(getattr(image, "media", image)) for image in images]
+            images = [decoded(items.get_item_for_hash(i)) for i in range(items.get_count())]
+        # the client's own names for images are no key: two clients may call different images the same
+        inputs = replace(inputs, mm_uuid_items=None)
+        hashes = inputs.get_mm_hashes(self.info.model_id, self.info.ctx.get_mm_config().mm_hasher_algorithm)
         with timing_ctx.record("apply_hf_processor"):
             if regions is not None:
-                ids, visual = self._regions(images, regions, list(inputs.prompt))
-            else:
-                ids, visual = self._chat(images, list(inputs.prompt))
-        check_length(
-            self.info.get_hf_config(), len(ids), 1 if regions is None else len(regions) * (DEFAULT_TOKENS + 2)
-        )
+                masks = self._masks(images, regions)
+                return self.region_input(images[0], masks, self._question(options, prompt), hashes)
+            ids, visual = self._chat(images, prompt)
+        check_length(self.info.get_hf_config(), len(ids), 1)
+        if len(images) > 1:  # each is one tile then, and not what it is alone
+            hashes = {name: [f"{value}-1" for value in values] for name, values in hashes.items()}
+        return self._input(ids, visual, hashes)
+
+    def region_input(
+        self, image: Image.Image, masks: list[np.ndarray], question: str | None, hashes: Mapping[str, list[str]]
+    ):
+        """vLLM's input for the regions of one image.
+
+        Args:
+            image (`PIL.Image.Image`): RGB.
+            masks (`list[np.ndarray]`): boolean (H, W), at most as many as the checkpoint has region prompts.
+            question (`str`, *optional*)
+            hashes (`dict`): {"image": [name]}, under which vLLM keeps what it computes of the image and the regions.
+
+        Raises:
+            SettingError: the prompt is too long.
+        """
+        row = self.info.get_hf_processor().region_row(image, [masks[k] for k in area_order(masks)], question)
+        ids = list(row.pop("input_ids"))
+        check_length(self.info.get_hf_config(), len(ids), len(masks) * (DEFAULT_TOKENS + 2))
+        return self._input(ids, dict(row), hashes)
+
+    def _input(self, ids: list[int], visual: dict[str, torch.Tensor], hashes: Mapping[str, list[str]]):
         kwargs = MultiModalKwargsItems({})
         if visual:
             data = BatchFeature(visual)
             kwargs = MultiModalKwargsItems.from_hf_inputs(data, self._get_mm_fields_config(data, {}))
-        hashes = inputs.get_mm_hashes(self.info.model_id, self.info.ctx.get_mm_config().mm_hasher_algorithm)
-        if len(images) > 1:  # each is one tile then, and not what it is alone
-            hashes = {name: [f"{value}-1" for value in values] for name, values in hashes.items()}
         return mm_input(
             prompt_token_ids=ids,
             mm_kwargs=kwargs,
@@ -176,8 +189,18 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
             mm_placeholders={"image": self._placeholders(ids, visual)} if visual else {},
         )
 
-    def _regions(self, images: list, regions: Any, prompt: list[int]) -> tuple[list[int], dict[str, torch.Tensor]]:
-        processor, config = self.info.get_hf_processor(), self.info.get_hf_config()
+    def _question(self, options: Mapping[str, Any], prompt: list[int]) -> str | None:
+        """The question of a region request: the option, or else the text of the prompt, unless it is empty."""
+        processor = self.info.get_hf_processor()
+        question = options.get("question")
+        if question is None:
+            text = processor.tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            question = text or None
+        check_question(processor, question)
+        return question
+
+    def _masks(self, images: list, regions: Any) -> list[np.ndarray]:
+        config = self.info.get_hf_config()
         if not config.num_region_prompts:
             raise SettingError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
         if len(images) != 1:
@@ -188,13 +211,8 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
                 f"{len(regions)} regions in one request, but the checkpoint has {config.num_region_prompts} region "
                 "prompts. /v1/region_captions and pdlm_vllm.caption_many split them by themselves."
             )
-        check_pixels(images[0], regions)
-        masks = [region.mask for region in parse_regions(regions, *images[0].size)]
-        question = processor.tokenizer.decode(prompt, skip_special_tokens=True).strip() or None
-        check_question(processor, question)
-        row = processor.region_row(images[0], [masks[k] for k in area_order(masks)], question)
-        ids = list(row.pop("input_ids"))
-        return ids, dict(row)
+        check_mask_pixels(images[0].width, images[0].height, len(regions))
+        return [region.mask for region in parse_regions(regions, images[0].width, images[0].height)]
 
     def _chat(self, images: list, prompt: list[int]) -> tuple[list[int], dict[str, torch.Tensor]]:
         processor, config = self.info.get_hf_processor(), self.info.get_hf_config()

@@ -4,6 +4,7 @@ The engine takes as many regions a request as the checkpoint has region prompts;
 the transformers processor does.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,17 @@ import torch
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from pdlm_hf import PdlmGenerationConfig, Region, RegionCaption
+from pdlm_hf import PdlmGenerationConfig, RegionCaption
 from pdlm_hf.diffusion_pdlm import before_end, caption_scores
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.processing_pdlm import PdlmProcessor, area_order
 from pdlm_hf.regions.images import load_image
-from pdlm_hf.regions.region import parse_regions
+from pdlm_hf.regions.limits import check_mask_pixels
+from pdlm_hf.regions.region import list_of_regions, parse_region
 from pdlm_hf.tiling_pdlm import num_tiles
 
 from .plan import DEFAULT_TOKENS, REPORT, STREAM
-from .processing import check_length, check_pixels, check_question
+from .processing import check_length, check_question
 
 REGION_SETTINGS = ("max_new_tokens", "max_denoising_steps", "acceptance_threshold", "prefix_refresh_interval")
 _REASONS = {
@@ -39,19 +41,32 @@ _REASONS = {
 
 
 @dataclass
+class Place:
+    """A region without its mask.
+
+    Args:
+        id: as given.
+        bbox (`list[int]`): x, y, width, height in pixels.
+    """
+
+    id: Any
+    bbox: list[int]
+
+
+@dataclass
 class Pass:
     """One engine request: some of the regions of an image.
 
     Args:
         prompt (`dict`): for vLLM.
         params (`SamplingParams`)
-        regions (`list[Region]`): in the order of its caption blocks.
+        regions (`list[Place]`): in the order of its caption blocks.
         positions (`list[int]`): of each of them as given.
     """
 
     prompt: dict[str, Any]
     params: SamplingParams
-    regions: list[Region]
+    regions: list[Place]
     positions: list[int]
 
 
@@ -70,12 +85,17 @@ def check_settings(settings: dict[str, Any], known: tuple[str, ...] = REGION_SET
             raise SettingError("`temperature` must be 0 or left out: the server decodes greedily.")
         if name not in known:
             reason = _REASONS.get(name, f"known settings are {', '.join(known)}")
-            raise SettingError(f"`{name}` has no meaning here: {reason}. Leave it out.")
+            raise SettingError(f"`{name:.60}` has no meaning here: {reason}. Leave it out.")
     PdlmGenerationConfig(**settings)
     return settings | ({"acceptance_threshold": 0} if fixed else {})  # 0: not even the checkpoint's own
 
 
-def region_requests(
+def region_requests(*args: Any, **kwargs: Any) -> list[Pass]:
+    """The engine requests for one image; see [`region_passes`]."""
+    return list(region_passes(*args, **kwargs))
+
+
+def region_passes(
     processor: PdlmProcessor,
     config,
     defaults: PdlmGenerationConfig,
@@ -85,8 +105,8 @@ def region_requests(
     room: int | None = None,
     stream: bool = False,
     **settings: Any,
-) -> list[Pass]:
-    """The engine requests for one image.
+) -> Iterator[Pass]:
+    """The engine requests for one image, one by one, so that their masks need not be in memory together.
 
     Args:
         processor (`PdlmProcessor`), config (`PdlmConfig`): of the served checkpoint.
@@ -106,39 +126,43 @@ def region_requests(
         raise SettingError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
     check_question(processor, question)
     image = load_image(image)
-    check_pixels(image, regions)
-    found = parse_regions(regions, *image.size)
+    width, height = image.size
+    listed = list_of_regions(regions, width, height)
+    check_mask_pixels(width, height, len(listed))
     limit = config.num_region_prompts
-    room = room or config.canvas_length
     count = settings.get("max_new_tokens") or defaults.max_new_tokens or DEFAULT_TOKENS
-    if min(len(found), limit) * (count + 2) > room:
-        most = room // min(len(found), limit) - 2
-        raise SettingError(
-            f"`max_new_tokens` {count} for {min(len(found), limit)} regions together is more than the served canvas "
-            f"of {room} rows; at most {most}, or start the server with a larger --diffusion-config canvas_length."
-        )
-    tiles = num_tiles(*processor.image_processor.grid(*image.size))
-    passes = []
-    for start in range(0, len(found), limit):
-        chunk = found[start : start + limit]
+    _check_room(min(len(listed), limit), count, room or config.canvas_length)
+    tiles = num_tiles(*processor.image_processor.grid(width, height))
+    for start in range(0, len(listed), limit):
+        values = enumerate(listed[start : start + limit], start)
+        chunk = [parse_region(value, width, height, k) for k, value in values]
         order = area_order([region.mask for region in chunk])
-        width = len(chunk) * (count + 2)
-        check_length(config, len(processor.region_ids(len(chunk), tiles, question)), width)
+        rows = len(chunk) * (count + 2)
+        check_length(config, len(processor.region_ids(len(chunk), tiles, question)), rows)
         params = SamplingParams(
-            max_tokens=width,
+            max_tokens=rows,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
             extra_args={**settings, REPORT: True, STREAM: stream},
         )
         prompt = {
-            "prompt": question or "",
+            "prompt": "",
             "multi_modal_data": {"image": image},
             # as given: the processor sorts them by area, and twice sorted is not the same where areas are equal
             # Decoded: vLLM runs its multimodal processor in this process, so that masks need no encoding on the way.
-            "mm_processor_kwargs": {"regions": [region.mask for region in chunk]},
+            "mm_processor_kwargs": {"regions": [region.mask for region in chunk]}
+            | ({} if question is None else {"question": question}),
         }
-        passes.append(Pass(prompt, params, [chunk[k] for k in order], [start + k for k in order]))
-    return passes
+        places = [Place(chunk[k].id, chunk[k].bbox) for k in order]
+        yield Pass(prompt, params, places, [start + k for k in order])
+
+
+def _check_room(regions: int, count: int, room: int) -> None:
+    if regions * (count + 2) > room:
+        raise SettingError(
+            f"`max_new_tokens` {count} for {regions} regions together is more than the served canvas of {room} rows; "
+            f"at most {room // regions - 2}, or start the server with a larger --diffusion-config canvas_length."
+        )
 
 
 @dataclass

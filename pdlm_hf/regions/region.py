@@ -1,6 +1,7 @@
 """Parse regions in any form: masks, boxes, polygons, RLE, COCO annotations. Field names are those of COCO."""
 
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from .rle import encode, run_lengths
 _TOO_LARGE = 2.0**53  # beyond it floats skip integers
 _MERGED = 64  # rings of a polygon at a time
 _TOLERANCE = 1e-3  # pixels by which a side of a box may miss a whole number
+_BRIEF = reprlib.Repr()  # the start of a value, without writing all of it: a polygon may have a million numbers
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 30
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 200
 
 
 @dataclass
@@ -59,6 +63,16 @@ def parse_regions(values: Any, width: int, height: int, orientation: int = 1) ->
         ImageError: the image file of a mask cannot be opened.
         RegionError: there is no region, or a region cannot be parsed; the message names it.
     """
+    listed = list_of_regions(values, width, height)
+    return [parse_region(value, width, height, k, orientation) for k, value in enumerate(listed)]
+
+
+def list_of_regions(values: Any, width: int, height: int) -> list[Any]:
+    """List what [`parse_regions`] takes, region by region, without parsing it; see there for the arguments.
+
+    Raises:
+        RegionError: there is no region.
+    """
     if isinstance(values, torch.Tensor):
         values = as_array(values, "Regions", RegionError)
     if _is_one(values, width, height):
@@ -67,10 +81,10 @@ def parse_regions(values: Any, width: int, height: int, orientation: int = 1) ->
         raise RegionError("Regions: detections of supervision go through `pdlm_hf.regions.from_supervision` first.")
     if not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
         raise RegionError(f"Regions: expected a list of masks, boxes, polygons or RLE, got {type(values).__name__}.")
-    regions = [parse_region(value, width, height, k, orientation) for k, value in enumerate(values)]
-    if not regions:
+    listed = list(values)
+    if not listed:
         raise RegionError("No regions given. Pass at least one mask, box, polygon or RLE.")
-    return regions
+    return listed
 
 
 def _is_one(values: Any, width: int, height: int) -> bool:
@@ -210,7 +224,7 @@ def region_areas(annotations: Sequence[dict], sizes: Sequence[tuple[int, int]]) 
 def _shape_of(annotation: dict, index: int | str) -> tuple[str, str, Any]:
     """The name for messages, the kind ("rle", "polygons", "mask", "bbox") and the value of an annotation's shape."""
     own = annotation.get("id", index)
-    name = f"region {own if isinstance(own, str) else _shown(own)}"
+    name = f"region {own[:60] if isinstance(own, str) else _shown(own)}"
     shape = annotation.get("segmentation")
     if isinstance(shape, (np.ndarray, torch.Tensor, Image.Image)):
         return name, "mask", shape
@@ -248,7 +262,7 @@ def _numbers(values: Any, name: str) -> np.ndarray:
 
 def _shown(value: Any) -> str:
     try:
-        return f"{value!r:.60}"
+        return _BRIEF.repr(value)[:60]
     except Exception:  # an integer of more digits than Python writes
         return type(value).__name__
 
@@ -260,7 +274,7 @@ def _box_pixels(box: Any, width: int, height: int, name: str) -> tuple[int, int,
     """
     array = _numbers(box, name)
     if array.shape != (4,):
-        raise RegionError(f"{name}: a box is [x, y, width, height], got {box!r:.60}.")
+        raise RegionError(f"{name}: a box is [x, y, width, height], got {_shown(box)}.")
     x, y, w, h = array.tolist()
     given = "[" + ", ".join(f"{side:.6g}" for side in (x, y, w, h)) + "]"
     if w <= 0 or h <= 0:
@@ -345,7 +359,9 @@ def _rle_counts(rle: dict, width: int, height: int, name: str) -> bytes | np.nda
         raise RegionError(f"{name}: the RLE has no `counts`.")
     size = list(rle["size"]) if isinstance(rle.get("size"), (list, tuple, np.ndarray)) else []
     if size != [height, width] and _numbers(size, name).tolist() != [height, width]:
-        raise RegionError(f"{name}: the RLE is for size {size} (height, width), the image has {[height, width]}.")
+        raise RegionError(
+            f"{name}: the RLE is for size {_shown(size)} (height, width), the image has {[height, width]}."
+        )
     counts = rle["counts"]
     if isinstance(counts, (bytes, str)):
         return counts if isinstance(counts, bytes) else counts.encode("latin-1", "replace")

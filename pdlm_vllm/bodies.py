@@ -1,0 +1,102 @@
+"""Bodies of requests, bounded and parsed away from the event loop, which goes on answering others meanwhile."""
+
+import asyncio
+import json
+from typing import Any
+
+import pydantic_core
+from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.responses import JSONResponse
+
+from .limits import Limits
+
+_DRAINED = 8  # times the limit: read and dropped, so that a client that writes before it reads gets the answer
+_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
+
+
+class BoundedBodies:
+    """ASGI middleware: refuses a body that is too large, before any route reads it.
+
+    Args:
+        app: the next application.
+        limits (`Limits`)
+    """
+
+    def __init__(self, app, limits: Limits):
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope, receive, send) -> None:
+        """Called by the server for each request."""
+        service = getattr(scope["app"].state, "pdlm", None) if scope["type"] == "http" else None
+        if service is None or not service.ours or scope["method"] in _WITHOUT_BODY:
+            await self.app(scope, receive, send)
+            return
+        body, problem = await self._read(receive)
+        if problem:
+            error = {"message": problem, "type": "BadRequestError", "param": None, "code": 400}
+            await JSONResponse({"error": error}, 400)(scope, receive, send)
+            return
+        if body is None:  # the client has gone
+            return
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay():
+            return messages.pop() if messages else await receive()
+
+        await self.app(scope, replay, send)
+
+    async def _read(self, receive) -> tuple[bytes | None, str | None]:
+        """The body, or None if the client hangs up before its end; and what is wrong with it."""
+        chunks: list[bytes] = []
+        size, values, problem = 0, 0, None
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None, None
+            chunk = message.get("body", b"")
+            size, values = size + len(chunk), values + chunk.count(b",")
+            if size > self.limits.body_bytes:
+                problem = (
+                    f"The body has more than {self.limits.body_bytes} bytes (body_bytes). Send a smaller or "
+                    "more compressed image, or its URL."
+                )
+            elif values > self.limits.body_values:
+                problem = (
+                    f"The body has more than {self.limits.body_values} values (body_values). Send regions as "
+                    "compressed RLE, or fewer of them."
+                )
+            if problem:
+                chunks.clear()
+            else:
+                chunks.append(chunk)
+            if not message.get("more_body") or size > _DRAINED * self.limits.body_bytes:
+                return b"".join(chunks), problem
+
+
+class ParsedAside(Request):
+    """A request whose JSON is parsed in a thread."""
+
+    async def json(self) -> Any:
+        """The body as JSON. Raises: JSONDecodeError."""
+        return await asyncio.to_thread(_parsed, await self.body())
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise json.JSONDecodeError(str(error), "", 0) from None
+
+
+class AsideRoute(APIRoute):
+    """A route with [`ParsedAside`] requests."""
+
+    def get_route_handler(self):
+        """Called by FastAPI."""
+        handler = super().get_route_handler()
+
+        async def handle(request: Request):
+            return await handler(ParsedAside(request.scope, request.receive))
+
+        return handle

@@ -1,0 +1,94 @@
+"""What a request to the server may cost, checked before memory is taken for it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from PIL import Image
+
+from pdlm_hf.errors_pdlm import RegionError, SettingError
+from pdlm_hf.regions import limits as reading_limits
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a server, each a key of `--additional-config`, or the environment variable of its name after `PDLM_`.
+
+    Args:
+        body_bytes (`int`): body of a request to any route.
+        body_values (`int`): commas in it, which bound the numbers and objects of its JSON.
+        max_regions (`int`): regions of a request.
+        image_pixels (`int`): one image.
+        request_pixels (`int`): image and masks of a request together.
+        polygon_points (`int`): polygons of one region.
+        polygon_length (`int`): their outline, in pixels.
+        rle_bytes (`int`): compressed run lengths of one region.
+        parsers (`int`): requests whose images and regions are decoded at a time.
+    """
+
+    body_bytes: int = 2**25
+    body_values: int = 2**17
+    max_regions: int = 64
+    image_pixels: int = 2**26
+    request_pixels: int = 2**29
+    polygon_points: int = 2**16
+    polygon_length: int = 2**17
+    rle_bytes: int = 2**20
+    parsers: int = 2
+
+    def check_count(self, regions: int) -> None:
+        """Raises: RegionError if there are too many regions."""
+        if regions > self.max_regions:
+            raise RegionError(
+                f"{regions} regions, but this server takes at most {self.max_regions} a request (max_regions); send "
+                "several."
+            )
+
+    def check_pixels(self, width: int, height: int, regions: int) -> None:
+        """Raises: RegionError if the image and the masks have too many pixels together."""
+        pixels = width * height * (1 + regions)
+        if pixels > self.request_pixels:
+            raise RegionError(
+                f"An image of {width} x {height} pixels and {regions} masks are {pixels} pixels together; this "
+                f"server takes at most {self.request_pixels} a request (request_pixels). Send fewer regions, "
+                "or a smaller image."
+            )
+
+    def check_run_lengths(self, regions: Sequence[Any]) -> None:
+        """Raises: RegionError if the compressed run lengths of a region are too long."""
+        for k, region in enumerate(regions):
+            shape = region.get("segmentation", region) if isinstance(region, dict) else None
+            counts = shape.get("counts") if isinstance(shape, dict) else None
+            if isinstance(counts, str) and len(counts) > self.rle_bytes:
+                raise RegionError(
+                    f"region {k}: `counts` of its RLE has {len(counts)} characters; this server reads at most "
+                    f"{self.rle_bytes} (rle_bytes)."
+                )
+
+    def apply(self) -> None:
+        """Make the readers of this process keep to the limits on images and polygons."""
+        reading_limits.IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS = self.image_pixels
+        reading_limits.POLYGON_POINTS = self.polygon_points
+        reading_limits.POLYGON_LENGTH = self.polygon_length
+
+
+def read_limits(options: Mapping[str, Any] | None) -> Limits:
+    """Limits from `--additional-config` and the environment.
+
+    Raises:
+        SettingError: a value that is not a positive integer.
+    """
+    given = {}
+    for field in fields(Limits):
+        variable = f"PDLM_{field.name.upper()}"
+        name, value = field.name, (options or {}).get(field.name)
+        if value is None and variable in os.environ:
+            name, value = variable, os.environ[variable]
+            value = int(value) if value.isdecimal() and len(value) < 16 else value
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise SettingError(f"`{name}` must be a positive integer, got {value!r:.60}.")
+        given[field.name] = value
+    return Limits(**given)

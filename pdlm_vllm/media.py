@@ -1,0 +1,101 @@
+"""Images of requests: vLLM fetches the bytes, our reader decodes them; so captions are those of transformers."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pybase64
+from PIL import Image
+from vllm import envs
+from vllm.multimodal.image import ALLOWED_IMAGE_FORMATS
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+from vllm.multimodal.media.base import MediaIO, MediaWithBytes
+
+from pdlm_hf.errors_pdlm import ImageError
+from pdlm_hf.image_processing_pdlm import to_rgb
+from pdlm_hf.regions.images import open_image
+from pdlm_hf.regions.limits import check_image_pixels
+
+from .limits import Limits
+
+CONNECTOR = "pdlm"
+_NAME = "the image"
+
+
+def read_image(data: bytes, check: Callable[[Image.Image], None] | None = None) -> Image.Image:
+    """Decode the bytes of an image file as RGB, as transformers' `load_image` and our processor do.
+
+    Args:
+        data (`bytes`): the file.
+        check (*optional*): called with the image before it is decoded; may raise an error to refuse it.
+
+    Raises:
+        ImageError: it is not an image, is cut short, or has too many pixels.
+    """
+    return to_rgb(open_image(io.BytesIO(data), _NAME, check, ALLOWED_IMAGE_FORMATS), _NAME)
+
+
+def decoded(item: Any) -> Image.Image:
+    """An image of vLLM's parsed inputs as RGB: of its file where it came as one, else the PIL image or array."""
+    if not isinstance(item, MediaWithBytes):
+        return to_rgb(item)
+    item.media = read_image(item.original_bytes)  # vLLM hashes the bytes; what it decoded itself may go
+    return item.media
+
+
+class EncodedImage(MediaIO[bytes]):
+    """The bytes of an image, not decoded.
+
+    Args:
+        limits (`Limits`)
+    """
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+
+    def get_max_bytes(self) -> int:
+        """For vLLM's downloads."""
+        return self.limits.body_bytes
+
+    def load_bytes(self, data: bytes) -> Any:
+        """Bytes of a file."""
+        return data
+
+    def load_base64(self, media_type: str, data: str) -> Any:
+        """Bytes of a data URL."""
+        return self.load_bytes(pybase64.b64decode(data, validate=True))
+
+    def load_file(self, filepath: Path) -> Any:
+        """Bytes of a local file."""
+        return self.load_bytes(filepath.read_bytes())
+
+
+class OpenedImage(EncodedImage):
+    """An image whose header was read; [`decoded`] decodes it when it is its turn."""
+
+    def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
+        """Bytes of a file. Raises: ImageError if it is no image, or has too many pixels."""
+        try:
+            image = Image.open(io.BytesIO(data), formats=ALLOWED_IMAGE_FORMATS)
+        except Exception as error:  # Pillow's readers raise errors of any kind for damaged files
+            raise ImageError(f"{_NAME}: cannot be opened as an image ({error}).") from error
+        check_image_pixels(*image.size, _NAME)
+        return MediaWithBytes(image, data)
+
+
+@MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
+class PdlmConnector(MediaConnector):
+    """vLLM's connector without its decoding, for the routes of vLLM itself. `limits` are set by the server."""
+
+    limits = Limits()
+
+    def fetch_image(self, image_url: str, **unused: Any) -> Any:
+        """An image by its address. Raises: ValueError if it cannot be read."""
+        timeout = envs.VLLM_IMAGE_FETCH_TIMEOUT
+        return self.load_from_url(image_url, OpenedImage(self.limits), fetch_timeout=timeout)
+
+    async def fetch_image_async(self, image_url: str, **unused: Any) -> Any:
+        """An image by its address. Raises: ValueError if it cannot be read."""
+        timeout = envs.VLLM_IMAGE_FETCH_TIMEOUT
+        return await self.load_from_url_async(image_url, OpenedImage(self.limits), fetch_timeout=timeout)
