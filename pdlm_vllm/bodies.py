@@ -13,10 +13,11 @@ from .limits import Limits
 
 _DRAINED = 8  # times the limit: read and dropped, so that a client that writes before it reads gets the answer
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
+_NO_EXPERTS = {"/scale_elastic_ep": "PerceptionDLM has no experts to be scaled."}  # vLLM would try, and fail
 
 
 class BoundedBodies:
-    """ASGI middleware: refuses a body that is too large, before any route reads it.
+    """ASGI middleware: refuses a body that is too large before any route reads it.
 
     Args:
         app: the next application.
@@ -33,6 +34,7 @@ class BoundedBodies:
             await self.app(scope, receive, send)
             return
         body, problem = await self._read(receive)
+        problem = problem or _NO_EXPERTS.get(scope["path"])
         if problem:
             error = {"message": problem, "type": "BadRequestError", "param": None, "code": 400}
             await JSONResponse({"error": error}, 400)(scope, receive, send)

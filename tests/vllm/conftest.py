@@ -35,3 +35,17 @@ def captioner():
     from pdlm_hf import RegionCaptioner
 
     return RegionCaptioner.from_pretrained(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A server with the embedded checkpoint, and a cache so small that requests lose their places under load."""
+    from server import serve
+
+    from pdlm_hf import CHECKPOINT
+
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    options = ["--num-gpu-blocks-override", "400", "--additional-config", '{"max_regions": 60}']
+    options += ["--enable-log-requests", "--enable-log-outputs", "--enable-server-load-tracking"]
+    with serve(CHECKPOINT, log, "--served-model-name", "shapes", *options) as running:
+        yield running

@@ -16,21 +16,11 @@ import pytest
 from drawn_images import coco, data_url, drawn_images, texts
 from pages import Page
 from PIL import Image
-from server import serve
 
 from pdlm_hf import CHECKPOINT
 
 ROOT = Path(__file__).parents[2]
 MODES = [{}, {"prefix_refresh_interval": 1}, {"acceptance_threshold": 0.6, "prefix_refresh_interval": 3}]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    # a cache so small that requests lose their places under load
-    options = ["--num-gpu-blocks-override", "400", "--additional-config", '{"max_regions": 60}']
-    with serve(CHECKPOINT, log, "--served-model-name", "shapes", *options) as running:
-        yield running
 
 
 def body(image, regions, **settings) -> dict:

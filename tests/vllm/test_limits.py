@@ -1,0 +1,124 @@
+"""Limits of a server, without a server."""
+
+import asyncio
+import json
+
+import pytest
+
+from pdlm_hf.errors_pdlm import RegionError, SettingError
+from pdlm_vllm.bodies import BoundedBodies
+from pdlm_vllm.limits import Limits, read_limits
+from pdlm_vllm.media import EncodedImage, OpenedImage
+
+SMALL = Limits(body_bytes=100, body_values=5, max_regions=2, request_pixels=300, rle_bytes=4)
+
+
+def test_limits_come_from_the_command_line_then_from_the_environment(monkeypatch):
+    monkeypatch.setenv("PDLM_BODY_BYTES", "1000")
+    monkeypatch.setenv("PDLM_MAX_REGIONS", "7")
+    found = read_limits({"max_regions": 5, "other": "x"})
+    assert (found.body_bytes, found.max_regions, found.image_pixels) == (1000, 5, 2**26)
+    assert read_limits(None).max_regions == 7
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "9", 1.5, [1]], ids=repr)
+def test_a_limit_is_a_positive_integer(value):
+    with pytest.raises(SettingError, match="`image_pixels` must be a positive integer, got"):
+        read_limits({"image_pixels": value})
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "1e6", "9" * 20])
+def test_a_variable_is_a_positive_integer(value, monkeypatch):
+    monkeypatch.setenv("PDLM_POLYGON_POINTS", value)
+    with pytest.raises(SettingError, match="`PDLM_POLYGON_POINTS` must be a positive integer, got"):
+        read_limits({})
+
+
+def test_what_is_refused_names_its_limit():
+    SMALL.check_count(2)
+    SMALL.check_pixels(10, 10, 2)
+    SMALL.check_run_lengths([{"segmentation": {"counts": "1234"}}, {"counts": [1] * 9}, [1, 2], {"segmentation": []}])
+    with pytest.raises(RegionError, match=r"3 regions, but this server takes at most 2 a request \(max_regions\)"):
+        SMALL.check_count(3)
+    with pytest.raises(RegionError, match=r"400 pixels together; this server takes at most 300 .*\(request_pixels\)"):
+        SMALL.check_pixels(10, 10, 3)
+    with pytest.raises(RegionError, match=r"region 1: .* has 5 characters; .* at most 4 \(rle_bytes\)"):
+        SMALL.check_run_lengths([{"bbox": [1, 2, 3, 4]}, {"counts": "12345"}])
+
+
+class State:
+    """Of an application with our model, or without."""
+
+    def __init__(self, ours: bool):
+        self.state = type("state", (), {"pdlm": type("service", (), {"ours": ours})})
+
+
+def sent(chunks: list[bytes], ours: bool = True, path: str = "/v1/x", hangs_up: bool = False) -> tuple:
+    """What the next application reads, and what the client gets, of a body in chunks."""
+    messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    messages[-1]["more_body"] = hangs_up
+    messages.append({"type": "http.disconnect"})
+    read, answers = [], []
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        answers.append(message)
+
+    async def application(scope, receive, send):
+        more = True
+        while more:
+            message = await receive()
+            read.append(message.get("body"))
+            more = message.get("more_body", False)
+
+    scope = {"type": "http", "method": "POST", "path": path, "app": State(ours), "headers": []}
+    asyncio.run(BoundedBodies(application, SMALL)(scope, receive, send))
+    return read, answers
+
+
+def test_a_body_within_the_limits_arrives_whole():
+    assert sent([b"ab", b"", b"c,d"]) == ([b"abc,d"], [])
+    assert sent([b"ab", b"c"], hangs_up=True) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "chunks, message",
+    [
+        ([b"x" * 101], "more than 100 bytes (body_bytes)"),
+        ([b"x" * 60] * 2 + [b"y"], "more than 100 bytes (body_bytes)"),
+        ([b"x" * 60] * 50, "more than 100 bytes (body_bytes)"),
+        ([b"[1,2,3,", b"4,5,6,7]"], "more than 5 values (body_values)"),
+    ],
+)
+def test_a_body_beyond_them_is_refused_before_anyone_reads_it(chunks, message):
+    read, (start, body) = sent(chunks)
+    assert read == [] and start["status"] == 400
+    assert message in json.loads(body["body"])["error"]["message"]
+
+
+def test_other_models_keep_their_bodies():
+    read, answers = sent([b"x" * 60] * 3, ours=False)
+    assert len(b"".join(read)) == 180 and answers == []
+
+
+def test_a_route_that_can_only_fail_says_so():
+    read, (start, body) = sent([b"{}"], path="/scale_elastic_ep")
+    assert read == [] and start["status"] == 400 and "no experts" in json.loads(body["body"])["error"]["message"]
+
+
+def test_an_image_is_opened_without_being_decoded(monkeypatch):
+    from hostile import flat_image, png_header
+
+    from pdlm_hf.errors_pdlm import ImageError
+    from pdlm_hf.regions import limits
+
+    data = flat_image(9000, "PNG")
+    assert EncodedImage(SMALL).load_bytes(data) is data
+    opened = OpenedImage(SMALL).load_bytes(data)
+    assert opened.media.size == (9000, 9000) and opened.media._im is None and opened.original_bytes is data
+    monkeypatch.setattr(limits, "IMAGE_PIXELS", 9000 * 9000 - 1)
+    for large in (data, png_header(60000, 60000)):
+        with pytest.raises(ImageError, match="pixels"):
+            OpenedImage(SMALL).load_bytes(large)
