@@ -15,7 +15,7 @@ from vllm.multimodal.media.base import MediaIO, MediaWithBytes
 from pdlm_hf.errors_pdlm import ImageError
 from pdlm_hf.image_processing_pdlm import to_rgb
 from pdlm_hf.regions.images import open_image
-from pdlm_hf.regions.limits import check_image_pixels
+from pdlm_hf.regions.limits import bomb_error, check_image_pixels
 
 from .limits import Limits
 
@@ -78,6 +78,8 @@ class OpenedImage(EncodedImage):
         """Bytes of a file. Raises: ImageError if it is no image, or has too many pixels."""
         try:
             image = Image.open(io.BytesIO(data), formats=ALLOWED_IMAGE_FORMATS)
+        except Image.DecompressionBombError as error:
+            raise bomb_error(_NAME, error) from error
         except Exception as error:  # Pillow's readers raise errors of any kind for damaged files
             raise ImageError(f"{_NAME}: cannot be opened as an image ({error}).") from error
         check_image_pixels(*image.size, _NAME)

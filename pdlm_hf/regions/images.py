@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors_pdlm import ImageError, PdlmError
-from .limits import check_image_pixels
+from .limits import bomb_error, check_image_pixels
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -119,9 +119,6 @@ def open_image(
         reason = error if formats is None else f"the formats are {', '.join(formats)}"
         raise ImageError(f"{name}: cannot be opened as an image ({reason}).") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"{name}: cannot be opened as an image ({error}) Scale it down, or set the environment variable "
-            "PDLM_IMAGE_PIXELS."
-        ) from error
+        raise bomb_error(name, error) from error
     except Exception as error:  # Pillow's readers raise errors of any kind for damaged files
         raise ImageError(f"{name}: cannot be opened as an image ({str(error) or type(error).__name__}).") from error

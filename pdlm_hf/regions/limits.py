@@ -49,6 +49,14 @@ def check_image_pixels(width: int, height: int, name: str = "image", limit: int 
         )
 
 
+def bomb_error(name: str, error: Image.DecompressionBombError) -> ImageError:
+    """Pillow's refusal of an image that has far more pixels than [`IMAGE_PIXELS`], in our words."""
+    return ImageError(
+        f"{name}: cannot be opened as an image: at most {IMAGE_PIXELS} pixels are read ({error}) Scale it down, or "
+        "set the environment variable PDLM_IMAGE_PIXELS."
+    )
+
+
 def check_mask_pixels(width: int, height: int, regions: int, limit: int | None = None) -> None:
     """Check how many pixels the masks of several regions have together, before any is decoded.
 
