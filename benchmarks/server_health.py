@@ -70,7 +70,7 @@ def worst() -> dict[str, Callable[[], dict]]:
         },
         "image with the most masks": lambda: {
             "image": url_of(Image.new("L", (masked, masked)), "PNG"),
-            "regions": [[0, 0, masked, masked - k] for k in range(64)],
+            "regions": [[0, 0, masked, masked - k] for k in range(LIMITS.max_regions)],
         },
         "run lengths": masks,
         "polygons": polygons,
