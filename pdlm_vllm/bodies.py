@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import traceback
 from typing import Any
 
 import pydantic_core
 from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.responses import JSONResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 
 from .limits import Limits
 
@@ -36,8 +39,7 @@ class BoundedBodies:
         body, problem = await self._read(receive)
         problem = problem or _NO_EXPERTS.get(scope["path"])
         if problem:
-            error = {"message": problem, "type": "BadRequestError", "param": None, "code": 400}
-            await JSONResponse({"error": error}, 400)(scope, receive, send)
+            await JSONResponse(create_error_response(problem).model_dump(), 400)(scope, receive, send)
             return
         if body is None:  # the client has gone
             return
@@ -74,6 +76,15 @@ class BoundedBodies:
                 chunks.append(chunk)
             if not message.get("more_body") or size > _DRAINED * self.limits.body_bytes:
                 return b"".join(chunks), problem
+
+
+async def refuse_unreadable(request: Request, error: Exception) -> JSONResponse:
+    """Handler of exceptions that vLLM's models of bodies raise for values of other types than they expect."""
+    frames = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    if "validate_python" not in frames:
+        return await exception_handler(request, error)
+    problem = f"The body is not what this route takes ({type(error).__name__}: {error})."
+    return JSONResponse(create_error_response(problem[:300]).model_dump(), 400)
 
 
 class ParsedAside(Request):

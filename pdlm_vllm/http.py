@@ -21,7 +21,7 @@ from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
 from pdlm_hf.errors_pdlm import SettingError
 
-from .bodies import AsideRoute, BoundedBodies
+from .bodies import AsideRoute, BoundedBodies, refuse_unreadable
 from .doors import check_chat, refuse_for_captions
 from .limits import read_limits
 from .protocol import CaptionEvent, CaptionProgress, RegionCaptionsRequest, RegionCaptionsResponse
@@ -55,8 +55,8 @@ def _event(value: dict[str, Any]) -> str:
 @router.post(
     "/v1/region_captions",
     dependencies=[Depends(validate_json_request)],
-    response_model=RegionCaptionsResponse,
-    responses={200: {"content": _EVENTS}, **_ERRORS},
+    response_model=None,  # nothing is sent to a client that has gone
+    responses={200: {"model": RegionCaptionsResponse, "content": _EVENTS}, **_ERRORS},
 )
 @with_cancellation
 @load_aware_call
@@ -120,8 +120,8 @@ def _progress(reading: Reading, position: int, finished: bool) -> CaptionProgres
 @router.post(
     "/v1/chat/completions",
     dependencies=[Depends(validate_json_request)],
-    response_model=ChatCompletionResponse,
-    responses={200: {"content": _EVENTS}, **_ERRORS},
+    response_model=None,
+    responses={200: {"model": ChatCompletionResponse, "content": _EVENTS}, **_ERRORS},
 )
 async def chat_completions(request: ChatCompletionRequest, raw_request: Request):
     """Chat; with `mm_processor_kwargs` {"regions": [...]} captions of the regions of the image, as a JSON list."""
@@ -214,3 +214,5 @@ class RegionCaptionEndpoint:
         self.limits = read_limits(app.state.args.additional_config)
         app.add_middleware(BoundedBodies, limits=self.limits)
         app.include_router(router)
+        for kind in (AttributeError, LookupError, RecursionError):
+            app.add_exception_handler(kind, refuse_unreadable)

@@ -236,7 +236,7 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         ids += prompt[last:]
         if config.num_region_prompts:  # the same tensors for every image, so that vLLM can batch them
             grid = config.patch_grid
-            visual["region_masks"] = torch.zeros(sum(tiles), config.num_region_prompts, grid, grid, dtype=torch.bool)
+            visual["region_masks"] = torch.zeros(sum(tiles), config.num_region_prompts, grid, grid, dtype=torch.uint8)
             visual["region_boxes"] = torch.full((len(images), config.num_region_prompts, 4), -1)
             visual["original_sizes"] = torch.tensor([[image.height, image.width] for image in images])
         return ids, visual

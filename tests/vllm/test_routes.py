@@ -86,6 +86,9 @@ def refusals() -> dict[str, tuple[str, dict | bytes, str]]:
         ),
         "tools with regions": (CHAT, region_chat(stop=["."]), "`stop` has no meaning with regions"),
         "few tokens for regions": (CHAT, region_chat(max_tokens=2), "less than a token for each of the 4 regions"),
+        "settings of another type": (CHAT, CHATTING | {"structured_outputs": "x"}, "not what this route takes"),
+        "settings of completions": (COMPLETIONS, PROMPT | {"structured_outputs": "x"}, "not what this route takes"),
+        "settings of /invocations": ("/invocations", PROMPT | {"structured_outputs": "x"}, ""),
         "scaling of experts": ("/scale_elastic_ep", {"new_data_parallel_size": 2}, "no experts"),
     }
 

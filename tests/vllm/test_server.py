@@ -199,6 +199,31 @@ def test_a_crowd_of_large_images(server, captioner):
     assert [[row["caption"] for row in answer["regions"]] for answer in answers] == expected
 
 
+def test_a_crowd_of_region_and_chat_requests_with_images(server, captioner):
+    """Their images go through the vision tower together."""
+    pairs = [(image.resize((160, 96)), [[8 + k, 8, 50, 60]]) for k, (image, _) in enumerate(drawn_images(12, seed=6))]
+
+    def one(number: int) -> str:
+        image, regions = pairs[number // 2]
+        if number % 2 == 0:
+            return server.captions(body(image, regions))["regions"][0]["caption"]
+        content = [
+            {"type": "image_url", "image_url": {"url": data_url(image)}},
+            {"type": "text", "text": "What is it?"},
+        ]
+        request = {"messages": [{"role": "user", "content": content}], "max_tokens": 8}
+        status, text = server.post("/v1/chat/completions", request)
+        assert status == 200, text
+        return json.loads(text)["choices"][0]["message"]["content"].strip()
+
+    with ThreadPoolExecutor(24) as pool:
+        found = list(pool.map(one, range(24)))
+    assert found[::2] == [texts(captions)[0] for captions in captioner.caption_many(pairs)]
+    inputs = [captioner.processor(images=image, text="What is it?") for image, _ in pairs]
+    outputs = [captioner.model.generate(**one, max_new_tokens=8, acceptance_threshold=None) for one in inputs]
+    assert found[1::2] == [captioner.processor.post_process_answers(output)[0].strip() for output in outputs]
+
+
 def test_a_crowd_of_large_canvases(server, captioner):
     """All places taken by six regions of 64 slots each: no canvas is cut either."""
     settings = {"max_new_tokens": 64, "max_denoising_steps": 4}

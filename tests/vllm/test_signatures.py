@@ -73,10 +73,41 @@ EXPECTED = {
         ("EndpointPlugin", "init_state"): ["engine_client", "state", "args"],
     },
     "multimodal/processing/processor.py": {("BaseMultiModalProcessor", "apply"): ["inputs", "timing_ctx"]},
-    "multimodal/media/connector.py": {("MediaConnector", "fetch_image_async"): ["image_url"]},
+    "multimodal/processing/inputs.py": {("ProcessorInputs", "get_mm_hashes"): ["model_id", "hash_algorithm"]},
+    "multimodal/parse.py": {("ProcessorBatchItems", "get_item_for_hash"): ["index"]},
+    "multimodal/media/base.py": {("MediaIO", "get_max_bytes"): [], ("MediaIO", "load_base64"): ["media_type", "data"]},
+    "multimodal/media/connector.py": {
+        ("MediaConnector", "fetch_image"): ["image_url"],
+        ("MediaConnector", "fetch_image_async"): ["image_url"],
+        ("MediaConnector", "load_from_url"): ["url", "media_io", "fetch_timeout"],
+        ("MediaConnector", "load_from_url_async"): ["url", "media_io", "fetch_timeout"],
+    },
+    "inputs/engine.py": {
+        ("", "mm_input"): ["prompt_token_ids", "mm_kwargs", "mm_hashes", "mm_placeholders"],
+    },
+    "renderers/base.py": {("BaseRenderer", "get_mm_processor"): []},
+    "entrypoints/serve/exception_handling/error_response.py": {
+        ("", "create_error_response"): ["message", "err_type", "status_code", "param"]
+    },
+    "entrypoints/serve/utils/request_logger.py": {
+        ("RequestLogger", "__init__"): ["max_log_len"],
+        ("RequestLogger", "log_inputs"): [
+            "request_id",
+            "prompt",
+            "prompt_token_ids",
+            "prompt_embeds",
+            "params",
+            "lora_request",
+        ],
+        ("RequestLogger", "log_outputs"): ["request_id", "outputs", "output_token_ids", "finish_reason"],
+    },
+    "entrypoints/serve/utils/sse_keep_alive.py": {("", "with_sse_keep_alive"): ["generator", "interval"]},
+    "entrypoints/serve/utils/api_utils.py": {("", "load_aware_call"): ["func"], ("", "with_cancellation"): []},
     "entrypoints/openai/chat_completion/api_router.py": {("", "create_chat_completion"): ["request", "raw_request"]},
     "model_executor/models/config.py": {("VerifyAndUpdateConfig", "verify_and_update_config"): ["vllm_config"]},
-    "v1/engine/async_llm.py": {("AsyncLLM", "generate"): ["prompt", "sampling_params", "request_id"]},
+    "v1/engine/async_llm.py": {
+        ("AsyncLLM", "generate"): ["prompt", "sampling_params", "request_id", "lora_request", "priority"]
+    },
 }
 FIELDS = {
     "v1/worker/gpu/sample/output.py": {
