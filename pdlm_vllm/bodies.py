@@ -44,6 +44,7 @@ class BoundedBodies:
         if body is None:  # the client has gone
             return
         messages = [{"type": "http.request", "body": body, "more_body": False}]
+        del body  # or it would be in memory until the answer is written
 
         async def replay():
             return messages.pop() if messages else await receive()

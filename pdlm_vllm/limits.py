@@ -20,7 +20,7 @@ class Limits:
         body_values (`int`): commas in it, which bound the numbers and objects of its JSON.
         max_regions (`int`): regions of a request.
         image_pixels (`int`): one image.
-        request_pixels (`int`): image and masks of a request together.
+        request_pixels (`int`): image and masks of a request together, or all images of a chat.
         polygon_points (`int`): polygons of one region.
         polygon_length (`int`): their outline, in pixels.
         rle_bytes (`int`): compressed run lengths of one region.
@@ -69,6 +69,7 @@ class Limits:
     def apply(self) -> None:
         """Make the readers of this process keep to the limits on images and polygons."""
         reading_limits.IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS = self.image_pixels
+        reading_limits.MASK_PIXELS = self.request_pixels
         reading_limits.POLYGON_POINTS = self.polygon_points
         reading_limits.POLYGON_LENGTH = self.polygon_length
 

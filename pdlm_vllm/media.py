@@ -14,6 +14,7 @@ from vllm.multimodal.media.base import MediaIO, MediaWithBytes
 
 from pdlm_hf.errors_pdlm import ImageError
 from pdlm_hf.image_processing_pdlm import to_rgb
+from pdlm_hf.regions import limits as reading_limits
 from pdlm_hf.regions.images import open_image
 from pdlm_hf.regions.limits import bomb_error, check_image_pixels
 
@@ -36,8 +37,23 @@ def read_image(data: bytes, check: Callable[[Image.Image], None] | None = None) 
     return to_rgb(open_image(io.BytesIO(data), _NAME, check, ALLOWED_IMAGE_FORMATS), _NAME)
 
 
-def decoded(item: Any) -> Image.Image:
-    """An image of vLLM's parsed inputs as RGB: of its file where it came as one, else the PIL image or array."""
+def decode_all(items: list[Any]) -> list[Image.Image]:
+    """Images of vLLM's parsed inputs as RGB: of their files where they came as such, else the PIL images or arrays.
+
+    Raises:
+        ImageError: one of them cannot be read, or those of files have too many pixels together.
+    """
+    sizes = [item.media.size for item in items if isinstance(item, MediaWithBytes)]
+    pixels = sum(width * height for width, height in sizes)
+    if pixels > reading_limits.MASK_PIXELS:
+        raise ImageError(
+            f"{len(sizes)} images have {pixels} pixels together; at most {reading_limits.MASK_PIXELS} are read "
+            "(request_pixels). Send fewer, or scale them down."
+        )
+    return [_decoded(item) for item in items]
+
+
+def _decoded(item: Any) -> Image.Image:
     if not isinstance(item, MediaWithBytes):
         return to_rgb(item)
     item.media = read_image(item.original_bytes)  # vLLM hashes the bytes; what it decoded itself may go

@@ -21,7 +21,7 @@ from pdlm_hf.regions.limits import check_mask_pixels
 from pdlm_hf.regions.region import parse_regions
 from pdlm_hf.tiling_pdlm import num_tiles
 
-from .media import decoded
+from .media import decode_all
 from .plan import DEFAULT_TOKENS, MAX_TAIL
 
 _PER_TILE = ("pixel_values", "region_masks")
@@ -144,7 +144,7 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         regions, images, prompt = options.get("regions"), [], list(inputs.prompt)
         if "image" in inputs.mm_data_items:
             items = inputs.mm_data_items.get_items("image", ImageProcessorItems)
-            images = [decoded(items.get_item_for_hash(i)) for i in range(items.get_count())]
+            images = decode_all([items.get_item_for_hash(i) for i in range(items.get_count())])
         # the client's own names for images are no key: two clients may call different images the same
         inputs = replace(inputs, mm_uuid_items=None)
         hashes = inputs.get_mm_hashes(self.info.model_id, self.info.ctx.get_mm_config().mm_hasher_algorithm)

@@ -52,6 +52,18 @@ def refusals() -> dict[str, tuple[str, dict | bytes, str]]:
             },
             "at most 67108864",
         ),
+        "many images in chat": (
+            CHAT,
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": {"url": url_of(png_header(8192, 8192))}}] * 9,
+                    }
+                ]
+            },
+            "at most 536870912 are read (request_pixels)",
+        ),
         "many pixels": (
             REGIONS,
             {"image": url_of(flat_image(6000, "PNG")), "regions": [[0, 0, 9, 9]] * 20},
