@@ -17,7 +17,7 @@ from vllm.entrypoints.serve.utils.request_logger import RequestLogger
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from pdlm_hf import PdlmConfig
-from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.errors_pdlm import ImageError, SettingError
 from pdlm_hf.regions.limits import check_image_pixels
 
 from .config import fit_length
@@ -153,7 +153,11 @@ class Service:
             check_image_pixels(width, height, "the image")
             self.limits.check_pixels(width, height, len(regions))
 
-        image, made = read_image(data, check), []
+        try:
+            image = read_image(data, check)
+        except ImageError as error:
+            raise ImageError(f"The image cannot be read: {error}") from error
+        made = []
         arguments = (self.processor, self.config, self.defaults, image, regions, question, self.room, stream)
         for work in region_passes(*arguments, **settings):
             masks = work.prompt["mm_processor_kwargs"]["regions"]
