@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 START = 600  # seconds: on a machine that does other things too
-# Memory goes back to the system when it is free, see docs/vllm.md: without these glibc and oneDNN keep half as much again.
+# Freed memory goes back to the system, see docs/vllm.md; without these glibc and oneDNN keep half as much again.
 FREE_EARLY = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": "131072",
