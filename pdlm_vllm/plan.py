@@ -11,6 +11,7 @@ from pdlm_hf.masking_pdlm import caption_canvas
 
 MAX_TAIL = 192  # shared rows behind the RoI tokens: question and header, at most
 REPORT, STREAM = "pdlm_report", "pdlm_stream"  # extra arguments: hand back scores at the end, drafts at every step
+DEFAULTS = ("max_new_tokens", "max_denoising_steps", "acceptance_threshold", "prefix_refresh_interval", "block_length")
 DEFAULT_TOKENS = 32  # of a caption
 DEFAULT_ANSWER = 64  # tokens of a chat answer
 
@@ -112,6 +113,25 @@ def defaults_of(model: str, revision: str | None = None) -> PdlmGenerationConfig
         return PdlmGenerationConfig.from_pretrained(model, revision=revision or "main")
     except OSError:
         return PdlmGenerationConfig()
+
+
+def served_defaults(model_config) -> PdlmGenerationConfig:
+    """Generation settings of a server, as its flags --generation-config and --override-generation-config say.
+
+    Args:
+        model_config (`vllm.config.ModelConfig`)
+    """
+    source = model_config.generation_config
+    if source == "vllm":  # nothing of the checkpoint
+        defaults = PdlmGenerationConfig()
+    elif source == "auto":
+        defaults = defaults_of(model_config.model, model_config.revision)
+    else:
+        defaults = defaults_of(source)
+    for name, value in model_config.override_generation_config.items():
+        setattr(defaults, name, value)
+    defaults.validate()
+    return defaults
 
 
 def make_plan(

@@ -12,7 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 from .config import lookahead_tokens
-from .plan import REPORT, STREAM, Plan, defaults_of, make_plan
+from .plan import REPORT, STREAM, Plan, served_defaults, make_plan
 
 
 class _PdlmScheduling(Scheduler):
@@ -22,7 +22,7 @@ class _PdlmScheduling(Scheduler):
         super().__init__(vllm_config, *args, **kwargs)
         self.pdlm_config = vllm_config.model_config.hf_config
         self.pdlm_room = vllm_config.diffusion_config.canvas_length
-        self.pdlm_defaults = defaults_of(vllm_config.model_config.model, vllm_config.model_config.revision)
+        self.pdlm_defaults = served_defaults(vllm_config.model_config)
         self.pdlm_plans: dict[str, Plan] = {}
         self.num_lookahead_tokens = lookahead_tokens(vllm_config)
 
