@@ -169,6 +169,8 @@ def make_plan(
         steps = whole("max_denoising_steps", 1, defaults.max_denoising_steps or 32)
         length = count
     else:
+        # one token less than the widest canvas, by which vLLM knows steps that it may replay as a CUDA graph
+        room -= getattr(config, "cuda_graphs", False)
         count = max(1, min(whole("max_new_tokens", 1, max_tokens or DEFAULT_ANSWER), room))
         joint, threshold = True, None
         length = whole("block_length", 1, defaults.block_length or count)

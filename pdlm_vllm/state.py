@@ -87,7 +87,7 @@ class PdlmModelState(ModelState):
 
         It chooses by the rows it has scheduled. A step over a prompt, and one that computes prompts again, has more;
         the steps of canvases that all have the served width have those, if no step computes prompts of regions again
-        (and no chat answer is as wide, see [`plan.chat_room`]).
+        (and no chat answer is as wide, see [`plan.make_plan`]).
         """
         if self.config.cuda_graphs and self.config.num_region_prompts and self.config.prefix_attention != "full":
             return AttentionCGSupport.UNIFORM_BATCH, "pdlm"

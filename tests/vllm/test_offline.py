@@ -2,16 +2,20 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from drawn_images import drawn_images, texts
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from replay import Replay
 from vllm import LLM, SamplingParams
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from pdlm_hf import CHECKPOINT, RegionCaptioner
 from pdlm_hf.shapes.evaluate import Tally, held_out
 from pdlm_vllm import caption_many
+from pdlm_vllm.state import PdlmModelState
 
 MODES = [
     {},
@@ -194,6 +198,35 @@ def test_preemption_changes_nothing(captioner):
     llm.llm_engine.engine_core.shutdown()
     assert found == [texts(captions) for captions in captioner.caption_many(pairs)]
     assert sum(preemptions) > 0
+
+
+def test_steps_are_replayed_from_buffers_that_never_move(captioner):
+    """What a CUDA graph would do, on a CPU; with padding, as graphs are captured for some numbers of requests only."""
+    graphs = {"diffusion_config": {"canvas_length": 204}, "additional_config": {"cuda_graphs": True}}
+    llm = engine(CHECKPOINT, **graphs)
+    replay = Replay(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
+    assert replay.state.get_additional_cg_support() == (AttentionCGSupport.UNIFORM_BATCH, "pdlm")
+    six = [pair for pair in drawn_images(40) if len(pair[1]) == 6]
+    for pairs in (six, drawn_images(10), six[:3]):
+        expected = [texts(captions) for captions in captioner.caption_many(pairs)]
+        assert [texts(captions) for captions in caption_many(llm, pairs)] == expected
+    for params in (SamplingParams(max_tokens=204), SamplingParams(max_tokens=16)):  # never as wide as a graph
+        assert 0 < len(llm.generate(["Hi"], params, use_tqdm=False)[0].outputs[0].token_ids) < 204
+    llm.llm_engine.engine_core.shutdown()
+    assert replay.replayed > 20 and replay.padded > 5
+    assert len(replay.addresses) == 1
+
+
+def test_no_graph_where_steps_have_more_rows_than_vllm_knows():
+    support = [
+        PdlmModelState.get_additional_cg_support(SimpleNamespace(config=SimpleNamespace(**config)))[0]
+        for config in (
+            {"cuda_graphs": False, "num_region_prompts": 6, "prefix_attention": "isolated"},
+            {"cuda_graphs": True, "num_region_prompts": 6, "prefix_attention": "full"},
+            {"cuda_graphs": True, "num_region_prompts": 0, "prefix_attention": "full"},
+        )
+    ]
+    assert support == [AttentionCGSupport.NEVER] * 3
 
 
 @pytest.mark.slow
