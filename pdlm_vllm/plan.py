@@ -66,6 +66,11 @@ class Plan:
         return self.num_regions or 1
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether a chat answer is written in several blocks, one after the other."""
+        return not self.num_regions and self.block_length < self.num_tokens
+
+    @property
     def rows(self) -> int:
         """Rows of a block: with regions the caption token, the token positions and what closes the caption."""
         return self.num_tokens + 2 * (self.num_regions > 0)
