@@ -1,8 +1,8 @@
 """LoRA adapters at run time: which ones a server can take.
 
-vLLM adds adapters to the linear layers of the language model. What `pdlm-peft` may train beside them (the projector, the
-region embedding, the vision tower, the vocabulary) belongs to every image and every request of a server; an adapter
-that has any of it is to be merged.
+vLLM adds adapters to the linear layers of the language model. What `pdlm-peft` may train beside them (the projector,
+the region embedding, the vision tower, the vocabulary) belongs to every image and every request of a server; an
+adapter that has any of it is to be merged.
 """
 
 import json

@@ -84,7 +84,7 @@ class PdlmVerify(VerifyAndUpdateConfig):
         if not vllm_config.model_config.hf_config.cuda_graphs:
             logger.info(
                 "PerceptionDLM: CUDA graphs are off, no GPU has run them yet. Try them with --additional-config "
-                '\'{"cuda_graphs": true}\'.'
+                "'{\"cuda_graphs\": true}'."
             )
             compilation.cudagraph_mode = CUDAGraphMode.NONE
             return

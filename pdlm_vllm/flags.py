@@ -16,6 +16,7 @@ logger = init_logger("vllm.plugins.pdlm")  # below vLLM's own, so that it is sho
 
 CACHE_GIB = 0.25  # of processed images, unless the user says otherwise; vLLM's default is 4
 _KEYS = "keys depend on the whole prompt and on the regions, so that those of one request are of no use to another"
+_WRITES = "the model writes captions, it has no pooled output"
 _PAGES = "every region reads pages of its own choice, which must all lie on one device"
 
 
@@ -79,11 +80,9 @@ REFUSED = (
         (False,),
         "no layer of the model shares keys with another",
     ),
-    Refused("--runner", "model_config.runner_type", ("generate",), "the model writes captions, it has no pooled output"),
-    Refused("--convert", "model_config.convert_type", ("none",), "the model writes captions, it has no pooled output"),
-    Refused(
-        "--skip-tokenizer-init", "model_config.skip_tokenizer_init", (False,), "questions and captions are texts"
-    ),
+    Refused("--runner", "model_config.runner_type", ("generate",), _WRITES),
+    Refused("--convert", "model_config.convert_type", ("none",), _WRITES),
+    Refused("--skip-tokenizer-init", "model_config.skip_tokenizer_init", (False,), "questions and captions are texts"),
     Refused(
         "--enable-prompt-embeds",
         "model_config.enable_prompt_embeds",

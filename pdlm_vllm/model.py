@@ -95,6 +95,8 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal, SupportsLoRA):
     def embed_multimodal(self, **inputs) -> list[torch.Tensor]:
         """Image tokens and RoI tokens of every image, in the order of their placeholders.
 
+        Sizes and boxes stay on the host (see [`processing`]), so that it waits for nothing.
+
         Args:
             **inputs: tensors of the processor, images one after the other.
         """
@@ -108,11 +110,15 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal, SupportsLoRA):
         if boxes is None:
             return images
         boxes, sizes = boxes.view(len(grids), -1, 4), inputs["original_sizes"].view(-1, 2)
-        if not bool((boxes[..., 0] >= 0).any()):
+        # The processor numbers regions from 0, so that they are the first of the room there is.
+        counts = (boxes[..., 0] >= 0).sum(1).tolist()
+        if not any(counts):
             return images
-        replayed = self.get_region_features(features, grids, boxes, sizes).flatten(0, 1)
-        rois = ((boxes[..., 0] >= 0).sum(1) * self.config.num_roi_tokens).tolist()
-        return [torch.cat(parts) for parts in zip(images, replayed.split(rois), strict=True)]
+        replayed = self._replay(features, grids, boxes, sizes)
+        return [
+            torch.cat([image, found[:count].flatten(0, 1)])
+            for image, found, count in zip(images, replayed, counts, strict=True)
+        ]
 
     def embed_input_ids(
         self,
@@ -128,7 +134,8 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal, SupportsLoRA):
             if is_multimodal is None:
                 raise SettingError("`is_multimodal` must say where the embeddings of images and regions go.")
             found = torch.cat(list(multimodal_embeddings)).to(embeds.dtype)
-            embeds = embeds.masked_scatter(is_multimodal.to(embeds.device)[:, None], found)
+            places = is_multimodal.to(embeds.device, non_blocking=True)
+            embeds = embeds.masked_scatter(places[:, None], found)
         return embeds
 
     def forward(

@@ -124,7 +124,7 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         return {
             name: MultiModalFieldConfig.flat_from_sizes("image", sizes)
             if name in _PER_TILE
-            else MultiModalFieldConfig.batched("image")
+            else MultiModalFieldConfig.batched("image", keep_on_cpu=True)  # few numbers, which the host needs
             for name in hf_inputs
         }
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from vllm import SamplingParams
-from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from pdlm_hf import PdlmGenerationConfig, RegionCaption
@@ -63,14 +62,12 @@ class Pass:
         params (`SamplingParams`)
         regions (`list[Place]`): in the order of its caption blocks.
         positions (`list[int]`): of each of them as given.
-        lora (`LoRARequest`, *optional*): the adapter to use.
     """
 
     prompt: dict[str, Any]
     params: SamplingParams
     regions: list[Place]
     positions: list[int]
-    lora: LoRARequest | None = None
 
 
 def check_settings(settings: dict[str, Any], known: tuple[str, ...] = REGION_SETTINGS) -> dict[str, Any]:

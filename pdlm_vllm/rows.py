@@ -115,7 +115,7 @@ class StepBuffers:
         return torch.from_numpy(starts.astype(np.int32))
 
     def embed(self, embeds: torch.Tensor, prompts: list[torch.Tensor]) -> None:
-        """Copy the embeddings of the scheduled rows, and of prompts that are computed again, to where they are read."""
+        """Copy the embeddings of the scheduled rows, and of prompts that are computed again, into the buffer."""
         source, self.source = self.source, None
         every = torch.cat([embeds, *prompts]) if prompts else embeds
         source = torch.where(source < 0, len(embeds) - 1 - source, source)

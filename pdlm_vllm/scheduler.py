@@ -13,7 +13,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
 from .config import lookahead_tokens
-from .plan import REPORT, STREAM, Plan, served_defaults, make_plan
+from .plan import REPORT, STREAM, Plan, make_plan, served_defaults
 
 
 class _PdlmScheduling(Scheduler):

@@ -1,5 +1,6 @@
 """The attention back end is one that takes several sequences a request, whatever vLLM would prefer."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -38,7 +39,7 @@ def test_others_are_refused_with_the_reason(gpu, name):
     config = engine_config("--attention-backend", name)
     with pytest.raises(ValueError, match="one sequence per request.*FLASH_ATTN, TRITON_ATTN"):
         attention.choose_attention(config)
-    config = engine_config("--attention-config", '{"backend_per_kind": {"full_attention": "%s"}}' % name)
+    config = engine_config("--attention-config", json.dumps({"backend_per_kind": {"full_attention": name}}))
     with pytest.raises(ValueError, match="one sequence per request"):
         attention.choose_attention(config)
 

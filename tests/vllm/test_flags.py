@@ -27,7 +27,8 @@ def parser() -> FlexibleArgumentParser:
 def engine_config(*arguments: str, model=CHECKPOINT):
     """vLLM's configuration for these flags, through its own parser."""
     pdlm_vllm.register()
-    return AsyncEngineArgs.from_cli_args(parser().parse_args(["--model", str(model), *arguments])).create_engine_config()
+    given = parser().parse_args(["--model", str(model), *arguments])
+    return AsyncEngineArgs.from_cli_args(given).create_engine_config()
 
 
 def positive(flag: str) -> str:
@@ -74,6 +75,7 @@ def test_a_server_with_the_flags_that_work(group, captioner, tmp_path):
     pairs = drawn_images(40)
     options = flags.command(flags.WORKS[group], CHECKPOINT)
     with serve(CHECKPOINT, tmp_path / "server.log", *options) as server:
+
         def one(pair) -> list[str]:
             body = {"image": data_url(pair[0]), "regions": coco(*pair)}
             return [row["caption"] for row in server.captions(body)["regions"]]

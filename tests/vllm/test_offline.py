@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from drawn_images import drawn_images, texts
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from replay import Replay
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
 from vllm.v1.attention.backend import AttentionCGSupport
 

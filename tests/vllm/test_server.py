@@ -116,48 +116,6 @@ def test_base_chat(server, captioner):
         assert json.loads(text)["choices"][0]["message"]["content"].strip() == expected
 
 
-def chat_stream(server, request: dict) -> list[dict]:
-    """Chunks of a streamed chat answer."""
-    status, text = server.post("/v1/chat/completions", request | {"stream": True})
-    assert status == 200, text
-    lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def test_a_streamed_answer_arrives_block_by_block(server, captioner):
-    question = "Which colour has the largest shape in the image?"
-    request = {"messages": [{"role": "user", "content": question}], "max_tokens": 24, "temperature": 0}
-    options = {"stream_options": {"include_usage": True}}
-    for length in (4, 8, 1):
-        inputs = captioner.processor(text=question)
-        out = captioner.model.generate(
-            **inputs, max_new_tokens=24, block_length=length, acceptance_threshold=None, return_dict_in_generate=True
-        )
-        expected = captioner.processor.post_process_answers(out.sequences)[0]
-        chunks = chat_stream(server, request | options | {"block_length": length})
-        pieces = [c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"]]
-        assert "".join(pieces).strip() == expected
-        assert len([piece for piece in pieces if piece]) > 1
-        whole = json.loads(server.post("/v1/chat/completions", request | {"block_length": length})[1])
-        assert whole["choices"][0]["message"]["content"].strip() == expected
-        assert chunks[-1]["usage"] == whole["usage"] and whole["usage"]["completion_tokens"] > 1
-
-
-def test_a_stop_string_ends_decoding_at_the_block(server):
-    request = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 64, "block_length": 4}
-    whole = json.loads(server.post("/v1/chat/completions", request)[1])
-    word = whole["choices"][0]["message"]["content"].split()[1]
-    before = server.metric("vllm:generation_tokens_total")
-    steps = server.metric("vllm:iteration_tokens_total_count")
-    cut = json.loads(server.post("/v1/chat/completions", request | {"stop": [word]})[1])
-    assert cut["choices"][0]["finish_reason"] == "stop" and cut["choices"][0]["stop_reason"] == word
-    assert cut["choices"][0]["message"]["content"] == whole["choices"][0]["message"]["content"].split(word)[0]
-    assert cut["usage"]["completion_tokens"] <= 8
-    assert server.metric("vllm:generation_tokens_total") - before <= 8
-    assert server.metric("vllm:iteration_tokens_total_count") - steps <= 8 + 2 + 4  # not the 64 steps of the answer
-
-
 @cache
 def refusals() -> list[tuple[str, dict | bytes, int, str]]:
     image, regions = drawn_images(2)[1]
