@@ -74,6 +74,9 @@ class _PdlmScheduling(Scheduler):
             if request is None or request.sampling_params is None:
                 continue
             extra, plan = request.sampling_params.extra_args or {}, self.pdlm_plans[request_id]
+            if plan.num_regions and request_id in finished and not extra.get(REPORT):
+                item = finished[request_id]  # by a door of vLLM's: captions line by line, as the regions were given
+                item.new_token_ids = in_given_order(item.new_token_ids, plan, _given_order(request))
             if not (plan.in_blocks or extra.get(REPORT) or extra.get(STREAM)):
                 continue
             report = _report(model_runner_output.logprobs, index, plan)
@@ -116,6 +119,26 @@ class _PdlmScheduling(Scheduler):
         if stats is not None:
             stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
         return stats
+
+
+def _given_order(request) -> list[int]:
+    """For every caption block the place of its region in the request."""
+    for feature in request.mm_features or ():
+        if feature.data is not None and "region_order" in feature.data:
+            return feature.data["region_order"].data.flatten().tolist()
+    return []
+
+
+def in_given_order(tokens: list[int], plan: Plan, order: list[int]) -> list[int]:
+    """A finished canvas, with the captions in the order of the request instead of by area; what frames them stays."""
+    if len(tokens) != plan.width or sorted(order[: plan.blocks]) != list(range(plan.blocks)):
+        return tokens
+    found = list(tokens)
+    for block, place in enumerate(order[: plan.blocks]):
+        first, last = block * plan.rows + 1, (block + 1) * plan.rows - 1
+        start = place * plan.rows + 1
+        found[start : start + plan.num_tokens] = tokens[first:last]
+    return found
 
 
 def _report(logprobs, index: int, plan: Plan) -> dict[str, Any] | None:

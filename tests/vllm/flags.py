@@ -1,8 +1,11 @@
-"""Every flag of vLLM's engine and what becomes of it with PerceptionDLM; docs/vllm.md has the same as a table.
+"""Every flag of vLLM's engine and what becomes of it with PerceptionDLM; docs/vllm.md has the same as tables, which
+`python tests/vllm/flags.py` prints.
 
 Flags of `WORKS` are started with the values here and give the captions of transformers; those of `REFUSED` stop the
 start with a reason; those of `UNTESTED` were not tried.
 """
+
+import sys
 
 CHECKPOINT_NAME = "CHECKPOINT"  # stands for the folder of the embedded checkpoint
 
@@ -171,6 +174,57 @@ UNTESTED = {
 ELSEWHERE = ["--model", "--hf-overrides", "--kv-cache-dtype", "--enable-lora", "--max-loras", "--max-lora-rank"]
 
 
+# Why, where the reason is not one of pdlm_vllm.flags
+REASONS = {
+    "--scheduler-cls": "the plugin's own scheduler is needed",
+    "--worker-cls": "on CPUs the plugin's own worker is needed",
+    "--return-sampling-mask": "vLLM: not for diffusion models",
+    "--enable-expert-parallel": "vLLM: there are no experts",
+    "--attention-backend": "other than FLASH_ATTN and TRITON_ATTN: they take one sequence per request",
+    "--tokenizer": "other than the checkpoint's: prompts are written with that one",
+    "--runner": "other than generate: the model writes captions, it has no pooled output",
+    "--model-impl": "transformers: its models know nothing of several sequences a request",
+    "--override-generation-config": "of settings that greedy decoding has no use for, `temperature` for example",
+}
+NOTES = {
+    "--enable-prefix-caching": "switched off",
+    "--enable-chunked-prefill": "switched off",
+    "--long-prefill-token-threshold": "set to 0, logged: vLLM would cut prompts although chunked prefill is off",
+    "--long-prefill-token-threshold-adaptive": "set to 0, logged",
+    "--max-num-scheduled-tokens": "set by the plugin, logged: a step has room for all canvases and a whole prompt",
+    "--max-num-active-seqs": "at most the requests that are taken at a time, logged",
+    "--max-num-seqs": "at most 32, or 8 where steps compute prompts again, logged",
+    "--override-generation-config": "defaults of requests: max_new_tokens, max_denoising_steps, acceptance_threshold, "
+    "prefix_refresh_interval, block_length",
+    "--generation-config": "where these defaults come from; `vllm`: none",
+    "--stream-interval": "of the tokens of chat; region streams have one event a step all the same",
+    "--kv-cache-dtype": "fp8 rounds keys and values: captions may differ",
+    "--mm-processor-cache-gb": "0.25 instead of 4, see [memory](#memory)",
+    "--async-scheduling": "vLLM has it on GPUs only; untested there",
+    "--enable-lora": "see [LoRA](#lora-adapters)",
+    "--hf-overrides": "of the configuration, `prefix_attention` for example",
+}
+
+
+def tables() -> str:
+    """The tables of the page."""
+    from pdlm_vllm.flags import REFUSED as RULES
+
+    reasons = {rule.flag: rule.reason for rule in RULES} | REASONS
+    reasons |= {"--spec-method": reasons["--speculative-config"], "--spec-tokens": reasons["--speculative-config"]}
+    known = {**works(), **dict.fromkeys(ELSEWHERE)}
+    lines = ["| works | note |", "|---|---|"]
+    lines += [f"| `{flag}` | {NOTES[flag]} |" for flag in sorted(known) if flag in NOTES]
+    plain = ", ".join(f"`{flag}`" for flag in sorted(known) if flag not in NOTES)
+    lines += [f"| {plain} | |", "", "| refused | why |", "|---|---|"]
+    lines += [f"| `{flag}` | {reasons[flag]} |" for flag in sorted({*REFUSED, *REASONS})]
+    lines += ["", "| untested | why |", "|---|---|"]
+    lines += [
+        f"| {', '.join(f'`{flag}`' for flag in sorted(names.split()))} | {why} |" for why, names in UNTESTED.items()
+    ]
+    return "\n".join(lines)
+
+
 def untested() -> set[str]:
     """Names of the flags that were not tried."""
     return {flag for names in UNTESTED.values() for flag in names.split()}
@@ -185,3 +239,7 @@ def command(flags: dict[str, list[str]], checkpoint) -> list[str]:
     """As arguments."""
     words = [word for flag, values in flags.items() for word in (flag, *values)]
     return [word.replace(CHECKPOINT_NAME, str(checkpoint)) for word in words]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(tables() + "\n")

@@ -44,6 +44,10 @@ def test_every_flag_of_vllm_is_in_one_class():
     assert (known - set(given), set(given) - known, twice) == (set(), set(), set())
 
 
+def test_the_page_has_these_tables():
+    assert flags.tables() in (ROOT / "docs/vllm.md").read_text(encoding="utf-8")
+
+
 def test_every_rule_of_ours_is_tried():
     assert {rule.flag for rule in REFUSED} <= set(REFUSALS)
 

@@ -100,12 +100,25 @@ def test_chat_is_that_of_transformers(both, settings):
 def test_plain_sampling_params_will_do(both):
     llm, plain = both
     image, regions = drawn_images(3)[2]
-    boxes = [[2, 2, 30, 30], [10, 5, 20, 25]]
+    boxes = [[10, 5, 20, 25], [2, 2, 30, 30], [0, 0, 12, 12]]  # neither by area nor the other way round
     prompt = {"prompt": "", "multi_modal_data": {"image": image}, "mm_processor_kwargs": {"regions": boxes}}
     output = llm.generate([prompt], SamplingParams(), use_tqdm=False)[0]
     expected = plain.caption(image, boxes)
-    blocks = plain.processor.split_captions(output.outputs[0].token_ids)
-    assert sorted(blocks) == sorted(texts(expected))
+    assert plain.processor.split_captions(output.outputs[0].token_ids) == texts(expected)
+    assert [line.strip() for line in output.outputs[0].text.strip().split("\n")] == texts(expected)
+
+
+@pytest.mark.parametrize("question", [None, "Describe the colour of each region.\n Two lines, outer space "])
+def test_regions_in_a_chat(both, question):
+    """As `vllm run-batch` hands them over."""
+    llm, plain = both
+    image, boxes = drawn_images(3)[2][0], [[10, 5, 20, 25], [2, 2, 30, 30]]
+    content = [{"type": "image_pil", "image_pil": image}]
+    content += [{"type": "text", "text": question}] if question else []
+    messages, options = [{"role": "user", "content": content}], {"regions": boxes}
+    output = llm.chat(messages, SamplingParams(), use_tqdm=False, mm_processor_kwargs=options)[0]
+    expected = texts(plain.caption(image, boxes, question=question))
+    assert plain.processor.split_captions(output.outputs[0].token_ids) == expected
 
 
 def test_an_image_alone_and_with_another(both):
