@@ -125,7 +125,7 @@ OTHER = "concerns models of another kind"
 RARE = "not tried"
 UNTESTED = {
     GPU: """
-    --tensor-parallel-size --data-parallel-size --data-parallel-rank --data-parallel-start-rank
+    --data-parallel-size --data-parallel-rank --data-parallel-start-rank
     --data-parallel-size-local --data-parallel-address --data-parallel-rpc-port --data-parallel-backend
     --data-parallel-hybrid-lb --data-parallel-external-lb --data-parallel-multi-port-external-lb --dp-sync-interval
     --disable-nccl-for-dp-synchronization --master-addr --master-port --nnodes --node-rank
@@ -170,8 +170,16 @@ UNTESTED = {
     --enable-tower-connector-lora --max-cpu-loras
     """,
 }
-# Started in a test of their own: the model's folder, another attention, LoRA
-ELSEWHERE = ["--model", "--hf-overrides", "--kv-cache-dtype", "--enable-lora", "--max-loras", "--max-lora-rank"]
+# Started in tests of their own
+ELSEWHERE = [
+    "--model",
+    "--hf-overrides",
+    "--kv-cache-dtype",
+    "--tensor-parallel-size",
+    "--enable-lora",
+    "--max-loras",
+    "--max-lora-rank",
+]
 
 
 # Why, where the reason is not one of pdlm_vllm.flags
@@ -202,6 +210,7 @@ NOTES = {
     "--mm-processor-cache-gb": "0.25 instead of 4, see [memory](#memory)",
     "--async-scheduling": "vLLM has it on GPUs only; untested there",
     "--enable-lora": "see [LoRA](#lora-adapters)",
+    "--tensor-parallel-size": "the language model over N devices; the vision tower is on each",
     "--hf-overrides": "of the configuration, `prefix_attention` for example",
 }
 
@@ -219,9 +228,8 @@ def tables() -> str:
     lines += [f"| {plain} | |", "", "| refused | why |", "|---|---|"]
     lines += [f"| `{flag}` | {reasons[flag]} |" for flag in sorted({*REFUSED, *REASONS})]
     lines += ["", "| untested | why |", "|---|---|"]
-    lines += [
-        f"| {', '.join(f'`{flag}`' for flag in sorted(names.split()))} | {why} |" for why, names in UNTESTED.items()
-    ]
+    for why, names in UNTESTED.items():
+        lines.append(f"| {', '.join(f'`{flag}`' for flag in sorted(names.split()))} | {why} |")
     return "\n".join(lines)
 
 
