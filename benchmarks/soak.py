@@ -2,9 +2,9 @@
 
     python benchmarks/soak.py --requests 2000 --json benchmarks/results/soak_cpu.json
 
-Requests of one to eight regions, streamed and not, with a chat in between; the
-captions of the first twenty images are asked for again at the end and must be the same. Runs where vLLM is installed, in
-the environment of `make test-vllm` for example.
+Requests of one to eight regions, streamed and not, with a chat in between; the captions of the first twenty images are
+asked for again at the end and must be the same. Runs where vLLM is installed, in the environment of `make test-vllm`
+for example.
 """
 
 import json

@@ -61,6 +61,17 @@ def test_another_dtype_than_that_of_the_checkpoint():
     assert sum(mine == theirs for mine, theirs in zip(found, expected, strict=True)) > 0.75 * len(expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp8", "fp8_e5m2"])
+def test_keys_and_values_in_eight_bits(captioner, kind):
+    """Rounded, so that not every caption is equal."""
+    llm, pairs = engine(CHECKPOINT, kv_cache_dtype=kind), drawn_images(12)
+    found = [text for captions in caption_many(llm, pairs) for text in texts(captions)]
+    llm.llm_engine.engine_core.shutdown()
+    expected = [text for captions in captioner.caption_many(pairs) for text in texts(captions)]
+    assert sum(mine == theirs for mine, theirs in zip(found, expected, strict=True)) > 0.5 * len(expected)
+
+
 @pytest.mark.parametrize("settings", MODES + FIXED, ids=str)
 def test_captions_are_those_of_transformers(both, settings):
     llm, plain = both
