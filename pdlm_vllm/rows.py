@@ -78,7 +78,7 @@ class StepBuffers:
         self.starts = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(sequences, dtype=torch.int32, device=device)
         self.tables = torch.zeros(sequences, pages, dtype=torch.int32, device=device)
-        self.source: torch.Tensor | None = None  # of this step's rows, for [`embed`]
+        self.source = torch.zeros(0, dtype=torch.int64, device=device)  # of this step's rows, for [`embed`]
 
     def place(self, rows: Rows, table: torch.Tensor, count: int, sequences: int) -> torch.Tensor:
         """Copy the numbers of a step.
@@ -116,9 +116,8 @@ class StepBuffers:
 
     def embed(self, embeds: torch.Tensor, prompts: list[torch.Tensor]) -> None:
         """Copy the embeddings of the scheduled rows, and of prompts that are computed again, into the buffer."""
-        source, self.source = self.source, None
         every = torch.cat([embeds, *prompts]) if prompts else embeds
-        source = torch.where(source < 0, len(embeds) - 1 - source, source)
+        source = torch.where(self.source < 0, len(embeds) - 1 - self.source, self.source)
         torch.index_select(every, 0, source, out=self.embeds[: len(source)])
 
     def inputs(self, count: int, asked: int) -> dict[str, torch.Tensor | None]:
