@@ -1,5 +1,6 @@
 """Flags of vLLM's engine: each works, is refused with a reason, or is listed as untested."""
 
+import dataclasses
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,13 @@ import flags
 import pytest
 from drawn_images import coco, data_url, drawn_images, texts
 from server import serve
-from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm import LLM
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import pdlm_vllm
 from pdlm_hf import CHECKPOINT
+from pdlm_vllm import caption_many
 from pdlm_vllm.flags import REFUSED
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +76,23 @@ def test_a_flag_is_taken(flag):
     assert room <= scheduler.max_num_scheduled_tokens <= scheduler.max_num_batched_tokens
 
 
+SETTINGS = [{}, {"acceptance_threshold": 0.9}]  # what the groups make the default
+
+
+@pytest.mark.parametrize("group", range(len(flags.WORKS)))
+def test_an_engine_with_the_flags_that_work(group, captioner):
+    """In this process; more images at a time than are taken, and prompts above --long-prefill-token-threshold."""
+    names = {field.name for field in dataclasses.fields(EngineArgs)}
+    chosen = flags.command(flags.WORKS[group], CHECKPOINT)
+    given = parser().parse_args(["--model", str(CHECKPOINT), "--dtype", "float32", *chosen])
+    given.distributed_executor_backend = None
+    llm = LLM(**{name: value for name, value in vars(given).items() if name in names})
+    pairs = drawn_images(40)
+    found = [texts(captions) for captions in caption_many(llm, pairs)]
+    llm.llm_engine.engine_core.shutdown()
+    assert found == [texts(captions) for captions in captioner.caption_many(pairs, **SETTINGS[group])]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group", range(len(flags.WORKS)))
 def test_a_server_with_the_flags_that_work(group, captioner, tmp_path):
@@ -86,8 +106,7 @@ def test_a_server_with_the_flags_that_work(group, captioner, tmp_path):
 
         with ThreadPoolExecutor(40) as pool:
             found = list(pool.map(one, pairs))
-    settings = [{}, {"acceptance_threshold": 0.9}][group]
-    assert found == [texts(captions) for captions in captioner.caption_many(pairs, **settings)]
+    assert found == [texts(captions) for captions in captioner.caption_many(pairs, **SETTINGS[group])]
 
 
 @pytest.mark.slow
