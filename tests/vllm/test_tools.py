@@ -101,7 +101,7 @@ def test_run_batch_with_regions(captioner, tmp_path):
     pairs = [pair for pair in drawn_images(12) if len(pair[1]) <= 6]
     requests, out = batch_file(tmp_path / "requests.jsonl", pairs), tmp_path / "answers.jsonl"
     vllm("run-batch", "-i", requests, "-o", out, "--model", CHECKPOINT, "--served-model-name", "shapes",
-         "--dtype", "float32")  # fmt: skip
+         "--dtype", "float32", "--trust-request-mm-kwargs")  # fmt: skip
     answers = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [answer["custom_id"] for answer in answers] == [str(k) for k in range(len(pairs))]
     for answer, (image, regions) in zip(answers, pairs, strict=True):
