@@ -23,7 +23,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "vllm"))
 
-from images import coco, data_url, texts
+from drawn_images import coco, data_url, texts
 from server import serve
 
 from pdlm_hf import CHECKPOINT, PdlmConfig, PdlmForConditionalGeneration, PdlmProcessor, RegionCaptioner

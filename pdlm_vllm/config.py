@@ -2,6 +2,7 @@
 
 from math import ceil
 
+from vllm.config.compilation import CUDAGraphMode
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -9,6 +10,8 @@ from vllm.platforms import current_platform
 
 from pdlm_hf.errors_pdlm import SettingError
 
+from .attention import choose_attention
+from .flags import refuse_flags, set_multimodal_cache, set_scheduling
 from .layout import private_pages
 from .plan import MAX_TAIL
 
@@ -52,45 +55,53 @@ class PdlmVerify(VerifyAndUpdateConfig):
             vllm_config.scheduler_config,
             vllm_config.parallel_config,
         )
-        if parallel.pipeline_parallel_size > 1:
-            raise SettingError(
-                "PerceptionDLM does not run with --pipeline-parallel-size > 1: every step needs the whole model. Use "
-                "--tensor-parallel-size, or --data-parallel-size for throughput."
-            )
+        config.cuda_graphs = bool((vllm_config.additional_config or {}).get("cuda_graphs"))
+        refuse_flags(vllm_config)
+        set_multimodal_cache(vllm_config.model_config.multimodal_config)
         logger.info(
             "PerceptionDLM: prefix caching and chunked prefill are off. Prompt rows attend in both directions, so "
             "keys depend on the whole prompt and on the regions."
         )
         cache.enable_prefix_caching = False
-        scheduler.enable_chunked_prefill = False
         if current_platform.is_cpu() and not cache.user_specified_block_size:
             cache.block_size, cache.user_specified_block_size = 32, True
         cls._limits(vllm_config)
-        if scheduler.scheduler_cls is None:
-            scheduler.scheduler_cls = "pdlm_vllm.scheduler.PdlmScheduler"
+        cls._own_class(scheduler, "scheduler_cls", "--scheduler-cls", (None,), "pdlm_vllm.scheduler.PdlmScheduler")
         if current_platform.is_cpu():
             if not vllm_config.model_config.enforce_eager:
                 logger.info("PerceptionDLM: torch.compile is off on CPUs, where its warm-up takes many minutes.")
                 vllm_config.model_config.enforce_eager = True
-            if parallel.worker_cls in ("auto", "vllm.v1.worker.cpu_worker.CPUWorker"):
-                parallel.worker_cls = "pdlm_vllm.cpu.PdlmCPUWorker"
+            stock = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker")
+            cls._own_class(parallel, "worker_cls", "--worker-cls", stock, "pdlm_vllm.cpu.PdlmCPUWorker")
         else:
-            from vllm.config.compilation import CUDAGraphMode
+            choose_attention(vllm_config)
+            cls._graphs(vllm_config)
 
-            attention = vllm_config.attention_config
-            if attention.backend is None:
-                attention.use_non_causal = True
-            elif attention.backend.name == "FLASHINFER":
-                raise SettingError(
-                    "FLASHINFER takes one sequence per request, PerceptionDLM needs one per region: leave the "
-                    "attention backend to vLLM, or choose FLASH_ATTN or TRITON_ATTN."
-                )
-
+    @staticmethod
+    def _graphs(vllm_config) -> None:
+        """CUDA graphs are off, or of the steps that vLLM can tell apart by the rows it has scheduled."""
+        compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
+        if not vllm_config.model_config.hf_config.cuda_graphs:
             logger.info(
-                "PerceptionDLM: CUDA graphs are off. A step feeds one sequence per region and, when it computes "
-                "prompts again, more rows than were scheduled; captured graphs assume neither."
+                "PerceptionDLM: CUDA graphs are off, no GPU has run them yet. Try them with --additional-config "
+                "'{\"cuda_graphs\": true}'."
             )
-            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+            compilation.cudagraph_mode = CUDAGraphMode.NONE
+            return
+        width = vllm_config.diffusion_config.canvas_length
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        if compilation.cudagraph_capture_sizes is None:
+            counts = sorted({1, 2, 4, *range(8, scheduler.max_num_seqs + 1, 8), scheduler.max_num_seqs})
+            compilation.cudagraph_capture_sizes = [n * width for n in counts if n <= scheduler.max_num_seqs]
+
+    @staticmethod
+    def _own_class(owner, name: str, flag: str, stock: tuple, ours: str) -> None:
+        """Put our class in the place of vLLM's. Raises: SettingError if there is one of somebody else."""
+        if getattr(owner, name) not in (*stock, ours):
+            raise SettingError(
+                f"PerceptionDLM does not run with {flag} {getattr(owner, name)}: it needs {ours}. Leave it out."
+            )
+        setattr(owner, name, ours)
 
     @staticmethod
     def _limits(vllm_config) -> None:
@@ -107,6 +118,7 @@ class PdlmVerify(VerifyAndUpdateConfig):
                 ", since steps may compute the prompts of all of them" if joint else "",
             )
             scheduler.max_num_seqs = limit
+        set_scheduling(scheduler)
         # What users may ask for; the private areas come on top, in the engine's count of rows a request can have.
         config.served_length = model.max_model_len
         model.max_model_len += lookahead_tokens(vllm_config)

@@ -147,10 +147,25 @@ def expand_idx_mapping(idx_mapping, total_num_logits, cu_num_logits, max_expand_
     )
 
 
+def _mend_adapters() -> None:
+    """A row without an adapter, number -1, gets none; vLLM's torch operations give it that of the last slot."""
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    shrink = lora_ops.bgmv_shrink
+
+    def bgmv_shrink(inputs, weights, output, indices, scaling=1.0):
+        shrink(inputs, weights, output, indices, scaling)
+        output[indices < 0] = 0
+
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink
+
+
 def install() -> None:
     """Put the functions above in the places of the kernels, if Triton cannot run here."""
     from vllm.triton_utils import HAS_TRITON
 
+    _mend_adapters()
     if HAS_TRITON:
         return
     from vllm.v1.worker.gpu import block_table, buffer_utils, input_batch, model_runner

@@ -81,23 +81,19 @@ class CanvasLayout:
         inside = self.copied.shape[1] + torch.arange(self.block)
         self.canvas = (start[:, None] * self.page + inside).flatten()
 
-    def to(self, device: torch.device) -> "CanvasLayout":
-        """Move what every step looks up to the device."""
-        self.pages, self.canvas, self.copies = (t.to(device) for t in (self.pages, self.canvas, self.copies))
-        return self
-
     @property
     def num_pages(self) -> int:
         """Pages the request needs."""
         return int(self.pages.max()) + 1
 
 
-def slots(addresses: torch.Tensor, table: torch.Tensor, page: int) -> torch.Tensor:
+def slots(addresses: torch.Tensor, owners: torch.Tensor, table: torch.Tensor, page: int) -> torch.Tensor:
     """Addresses as slots of the key-value cache, in vLLM's sense.
 
     Args:
-        addresses (`torch.LongTensor`): any shape.
-        table (`torch.Tensor` of shape `(pages,)`): the request's row of the block table.
+        addresses (`torch.LongTensor` of shape `(rows,)`)
+        owners (`torch.LongTensor` of shape `(rows,)`): request of every row.
+        table (`torch.Tensor` of shape `(requests, pages)`): the block table.
         page (`int`): rows of a page.
     """
-    return table[addresses // page].long() * page + addresses % page
+    return table[owners, addresses // page].long() * page + addresses % page

@@ -7,19 +7,23 @@ from copy import deepcopy
 import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.models.interfaces import SupportsMultiModal
-from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from pdlm_hf.conversion_pdlm import PARAMETER_PREFIXES
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.tiling_pdlm import num_tiles
 from pdlm_hf.vision_pdlm import PdlmVisionMixin
 
 from .processing import PdlmDummyInputs, PdlmMultiModalProcessor, PdlmProcessingInfo
 
-# our parameter prefix -> the one here
-_PREFIXES = {
+# Prefix of a checkpoint's parameters -> the one here. The reference calls its language model as it is called here.
+_PREFIXES: dict[str, str | None] = {
+    "vision_model.vision_model.": "vision_tower.",
+    "vision_abstractor.projection.0.": "multi_modal_projector.linear_1.",
+    "vision_abstractor.projection.2.": "multi_modal_projector.linear_2.",
+    "mask_id_embedding.": "region_embedding.",
     "model.vision_tower.": "vision_tower.",
     "model.multi_modal_projector.": "multi_modal_projector.",
     "model.region_embedding.": "region_embedding.",
@@ -29,26 +33,16 @@ _PREFIXES = {
 _VISION = ("vision_tower.", "multi_modal_projector.", "region_embedding.")
 
 
-def parameter_name(name: str) -> str | None:
-    """Translate the name of a checkpoint's parameter, ours or the reference's; None if the parameter is not used."""
-    for theirs, ours in PARAMETER_PREFIXES.items():
-        if name.startswith(theirs):
-            name = ours + name.removeprefix(theirs)
-            break
-    for ours, here in _PREFIXES.items():
-        if name.startswith(ours):
-            return here + name.removeprefix(ours)
-    return None
-
-
 @MULTIMODAL_REGISTRY.register_processor(PdlmMultiModalProcessor, info=PdlmProcessingInfo, dummy_inputs=PdlmDummyInputs)
-class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
+class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal, SupportsLoRA):
     """PerceptionDLM (regions, and chat about whole images)."""
 
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
+    # Also for the names in the configuration of a pre-quantised checkpoint, and in a LoRA adapter
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix=_PREFIXES)
 
     _mark_tower_model: Callable[..., AbstractContextManager[None]]  # of SupportsMultiModal
     _mark_language_model: Callable[..., AbstractContextManager[None]]
@@ -85,12 +79,23 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
                 architectures=["LlamaForCausalLM"],
             )
 
+        # No LoRA on the vocabulary: vLLM counts one row a request there, we score many.
+        self.language_model.embedding_modules = {}
+
     def get_language_model(self) -> nn.Module:
         """The Llama."""
         return self.language_model
 
+    def get_mm_mapping(self) -> MultiModelKeys:
+        """Which part is what; LoRA adapters go into the language model."""
+        return MultiModelKeys.from_string_field(
+            language_model="language_model", connector="multi_modal_projector", tower_model="vision_tower"
+        )
+
     def embed_multimodal(self, **inputs) -> list[torch.Tensor]:
         """Image tokens and RoI tokens of every image, in the order of their placeholders.
+
+        Sizes and boxes stay on the host (see [`processing`]), so that it waits for nothing.
 
         Args:
             **inputs: tensors of the processor, images one after the other.
@@ -105,11 +110,15 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
         if boxes is None:
             return images
         boxes, sizes = boxes.view(len(grids), -1, 4), inputs["original_sizes"].view(-1, 2)
-        if not bool((boxes[..., 0] >= 0).any()):
+        # The processor numbers regions from 0, so that they are the first of the room there is.
+        counts = (boxes[..., 0] >= 0).sum(1).tolist()
+        if not any(counts):
             return images
-        replayed = self.get_region_features(features, grids, boxes, sizes).flatten(0, 1)
-        rois = ((boxes[..., 0] >= 0).sum(1) * self.config.num_roi_tokens).tolist()
-        return [torch.cat(parts) for parts in zip(images, replayed.split(rois), strict=True)]
+        replayed = self._replay(features, grids, boxes, sizes)
+        return [
+            torch.cat([image, found[:count].flatten(0, 1)])
+            for image, found, count in zip(images, replayed, counts, strict=True)
+        ]
 
     def embed_input_ids(
         self,
@@ -125,7 +134,8 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
             if is_multimodal is None:
                 raise SettingError("`is_multimodal` must say where the embeddings of images and regions go.")
             found = torch.cat(list(multimodal_embeddings)).to(embeds.dtype)
-            embeds = embeds.masked_scatter(is_multimodal.to(embeds.device)[:, None], found)
+            places = is_multimodal.to(embeds.device, non_blocking=True)
+            embeds = embeds.masked_scatter(places[:, None], found)
         return embeds
 
     def forward(
@@ -165,8 +175,8 @@ class PdlmForVllm(nn.Module, PdlmVisionMixin, SupportsMultiModal):
 
         def used():
             for name, tensor in weights:
-                here = parameter_name(name)
-                if here is not None and (not here.startswith(_VISION) or here in known):
+                here = self.hf_to_vllm_mapper.map_name(name) or ""
+                if here.startswith("language_model.") or here in known:
                     yield here, tensor
 
         loaded = AutoWeightsLoader(self).load_weights(used())

@@ -11,6 +11,7 @@ from pdlm_hf.masking_pdlm import caption_canvas
 
 MAX_TAIL = 192  # shared rows behind the RoI tokens: question and header, at most
 REPORT, STREAM = "pdlm_report", "pdlm_stream"  # extra arguments: hand back scores at the end, drafts at every step
+DEFAULTS = ("max_new_tokens", "max_denoising_steps", "acceptance_threshold", "prefix_refresh_interval", "block_length")
 DEFAULT_TOKENS = 32  # of a caption
 DEFAULT_ANSWER = 64  # tokens of a chat answer
 
@@ -65,6 +66,11 @@ class Plan:
         return self.num_regions or 1
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether a chat answer is written in several blocks, one after the other."""
+        return not self.num_regions and self.block_length < self.num_tokens
+
+    @property
     def rows(self) -> int:
         """Rows of a block: with regions the caption token, the token positions and what closes the caption."""
         return self.num_tokens + 2 * (self.num_regions > 0)
@@ -114,6 +120,25 @@ def defaults_of(model: str, revision: str | None = None) -> PdlmGenerationConfig
         return PdlmGenerationConfig()
 
 
+def served_defaults(model_config) -> PdlmGenerationConfig:
+    """Generation settings of a server, as its flags --generation-config and --override-generation-config say.
+
+    Args:
+        model_config (`vllm.config.ModelConfig`)
+    """
+    source = model_config.generation_config
+    if source == "vllm":  # nothing of the checkpoint
+        defaults = PdlmGenerationConfig()
+    elif source == "auto":
+        defaults = defaults_of(model_config.model, model_config.revision)
+    else:
+        defaults = defaults_of(source)
+    for name, value in model_config.override_generation_config.items():
+        setattr(defaults, name, value)
+    defaults.validate()
+    return defaults
+
+
 def make_plan(
     config, defaults, prompt: list[int], extra: dict[str, Any] | None, max_tokens: int | None, room: int
 ) -> Plan:
@@ -149,6 +174,8 @@ def make_plan(
         steps = whole("max_denoising_steps", 1, defaults.max_denoising_steps or 32)
         length = count
     else:
+        # one token less than the widest canvas, by which vLLM knows steps that it may replay as a CUDA graph
+        room -= getattr(config, "cuda_graphs", False)
         count = max(1, min(whole("max_new_tokens", 1, max_tokens or DEFAULT_ANSWER), room))
         joint, threshold = True, None
         length = whole("block_length", 1, defaults.block_length or count)

@@ -1,5 +1,6 @@
 """Images and regions into vLLM's multimodal inputs, by the processor of the transformers model."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -24,6 +25,12 @@ from pdlm_hf.tiling_pdlm import num_tiles
 from .media import decode_all
 from .plan import DEFAULT_TOKENS, MAX_TAIL
 
+# One user message, its image before its text, as the chat template writes it
+_USER_TURN = re.compile(
+    r"<\|start_header_id\|>user<\|end_header_id\|>\n(?:<img><IMG_CONTEXT></img>\n)?(.*?)<\|eot_id\|>"
+    r"<\|start_header_id\|>assistant<\|end_header_id\|>\s*$",
+    re.DOTALL,
+)
 _PER_TILE = ("pixel_values", "region_masks")
 _OPTIONS = ("regions", "question")  # `mm_processor_kwargs`; without a question it is the prompt
 
@@ -124,7 +131,7 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         return {
             name: MultiModalFieldConfig.flat_from_sizes("image", sizes)
             if name in _PER_TILE
-            else MultiModalFieldConfig.batched("image")
+            else MultiModalFieldConfig.batched("image", keep_on_cpu=True)  # few numbers, which the host needs
             for name in hf_inputs
         }
 
@@ -172,9 +179,12 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         Raises:
             SettingError: the prompt is too long.
         """
-        row = self.info.get_hf_processor().region_row(image, [masks[k] for k in area_order(masks)], question)
+        order, room = area_order(masks), self.info.get_hf_config().num_region_prompts
+        row = self.info.get_hf_processor().region_row(image, [masks[k] for k in order], question)
         ids = list(row.pop("input_ids"))
         check_length(self.info.get_hf_config(), len(ids), len(masks) * (DEFAULT_TOKENS + 2))
+        # from which the scheduler learns the order of the request
+        row["region_order"] = torch.tensor([[*order, *[-1] * (room - len(order))]])
         return self._input(ids, dict(row), hashes)
 
     def _input(self, ids: list[int], visual: dict[str, torch.Tensor], hashes: Mapping[str, list[str]]):
@@ -193,7 +203,9 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         """The question of a region request: the option, or else the text of the prompt, unless it is empty."""
         processor = self.info.get_hf_processor()
         question = options.get("question")
-        if question is None:
+        if question is None and (turn := _USER_TURN.match(processor.tokenizer.decode(prompt))):
+            question = turn[1] or None  # by the chat template: `LLM.chat`, `vllm run-batch`
+        elif question is None:
             text = processor.tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             question = text or None
         check_question(processor, question)
@@ -238,6 +250,7 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
             grid = config.patch_grid
             visual["region_masks"] = torch.zeros(sum(tiles), config.num_region_prompts, grid, grid, dtype=torch.uint8)
             visual["region_boxes"] = torch.full((len(images), config.num_region_prompts, 4), -1)
+            visual["region_order"] = torch.full((len(images), config.num_region_prompts), -1)
             visual["original_sizes"] = torch.tensor([[image.height, image.width] for image in images])
         return ids, visual
 

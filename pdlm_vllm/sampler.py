@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
@@ -55,8 +56,7 @@ class DenoisingSampler:
     def begin(self, index: int, plan: Plan) -> None:
         """An empty canvas for the request in this place."""
         self.plans[index] = plan
-        empty = torch.tensor(plan.canvas(self.config), device=self.device)
-        self.canvas[index, : plan.width] = empty
+        self.canvas[index, : plan.width] = self._device(np.array(plan.canvas(self.config)))
         self.tokens[index] = self.config.mask_token_id
         self.exists[index] = False
         self.exists[index, : plan.blocks, : plan.num_tokens] = True
@@ -109,7 +109,7 @@ class DenoisingSampler:
         )
 
     def _device(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        return async_tensor_h2d(values, device=self.device)
 
     def _drafts(self, hidden: torch.Tensor, active: list[int], bounds, places) -> tuple[torch.Tensor, torch.Tensor]:
         """Drafts and log odds of all token positions of the active requests, `(active, regions, room)`."""

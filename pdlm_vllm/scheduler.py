@@ -9,10 +9,11 @@ from typing import Any
 
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, DiffusionScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.request import RequestStatus
 
 from .config import lookahead_tokens
-from .plan import REPORT, STREAM, Plan, defaults_of, make_plan
+from .plan import REPORT, STREAM, Plan, make_plan, served_defaults
 
 
 class _PdlmScheduling(Scheduler):
@@ -22,8 +23,9 @@ class _PdlmScheduling(Scheduler):
         super().__init__(vllm_config, *args, **kwargs)
         self.pdlm_config = vllm_config.model_config.hf_config
         self.pdlm_room = vllm_config.diffusion_config.canvas_length
-        self.pdlm_defaults = defaults_of(vllm_config.model_config.model, vllm_config.model_config.revision)
+        self.pdlm_defaults = served_defaults(vllm_config.model_config)
         self.pdlm_plans: dict[str, Plan] = {}
+        self.pdlm_sent: dict[str, int] = {}  # tokens of a chat answer that have left already
         self.num_lookahead_tokens = lookahead_tokens(vllm_config)
 
     def add_request(self, request) -> None:
@@ -61,7 +63,9 @@ class _PdlmScheduling(Scheduler):
         return found if found[1] == num_new_tokens else ([], 0, budget, [], [])
 
     def update_from_output(self, scheduler_output, model_runner_output) -> dict[int, EngineCoreOutputs]:
-        """The outputs of a step, with the reports for requests that asked for them."""
+        """The outputs of a step, with the blocks of chat answers as they are finished, and with the reports for
+        requests that asked for them.
+        """
         alive = dict(self.requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         finished = {item.request_id: item for found in outputs.values() for item in found.outputs}
@@ -69,26 +73,45 @@ class _PdlmScheduling(Scheduler):
             request = alive.get(request_id)
             if request is None or request.sampling_params is None:
                 continue
-            extra = request.sampling_params.extra_args
-            if not extra or not (extra.get(REPORT) or extra.get(STREAM)):
+            extra, plan = request.sampling_params.extra_args or {}, self.pdlm_plans[request_id]
+            if plan.num_regions and request_id in finished and not extra.get(REPORT):
+                item = finished[request_id]  # by a door of vLLM's: captions line by line, as the regions were given
+                item.new_token_ids = in_given_order(item.new_token_ids, plan, _given_order(request))
+            if not (plan.in_blocks or extra.get(REPORT) or extra.get(STREAM)):
                 continue
-            report = _report(model_runner_output.logprobs, index, self.pdlm_plans[request_id])
+            report = _report(model_runner_output.logprobs, index, plan)
             if report is None:  # a step over the prompt
                 continue
-            if request_id in finished:
-                finished[request_id].kv_transfer_params = {"pdlm": report}
-            elif extra.get(STREAM) and request_id in self.requests:
-                outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(
-                    EngineCoreOutput(
-                        request_id=request_id,
-                        new_token_ids=[],
-                        kv_transfer_params={"pdlm": report},
-                        prefill_stats=self._prefill_stats(request),
-                    )
-                )
+            item = finished.get(request_id)
+            if item is None and request_id in self.requests:
+                item = EngineCoreOutput(request_id=request_id, new_token_ids=[])
+                if self._send_blocks(plan, report, item) or extra.get(STREAM):
+                    item.prefill_stats = self._prefill_stats(request)
+                    outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(item)
+            elif item is not None and plan.in_blocks:
+                item.new_token_ids = item.new_token_ids[self.pdlm_sent.get(request_id, 0) :]
+            if item is not None and (extra.get(REPORT) or extra.get(STREAM)):
+                item.kv_transfer_params = {"pdlm": report}
         for request_id in [name for name in self.pdlm_plans if name not in self.requests]:
             del self.pdlm_plans[request_id]
+            self.pdlm_sent.pop(request_id, None)
         return outputs
+
+    def _send_blocks(self, plan: Plan, report: dict[str, Any], item: EngineCoreOutput) -> bool:
+        """Put the blocks that are finished into the output, if any has not left yet. An answer that ends in one of
+        them is finished: vLLM's own test comes with the whole canvas only.
+        """
+        if not plan.in_blocks:
+            return False
+        sent = self.pdlm_sent.get(item.request_id, 0)  # also of before a request lost its place in the cache
+        still = report["open"].index(1) if 1 in report["open"] else plan.num_tokens
+        item.new_token_ids = report["tokens"][sent : still // plan.block_length * plan.block_length]
+        if self.pdlm_config.eot_token_id in item.new_token_ids:
+            item.new_token_ids = item.new_token_ids[: item.new_token_ids.index(self.pdlm_config.eot_token_id) + 1]
+            item.finish_reason, item.stop_reason = FinishReason.STOP, self.pdlm_config.eot_token_id
+            self.finish_requests(item.request_id, RequestStatus.FINISHED_STOPPED)
+        self.pdlm_sent[item.request_id] = sent + len(item.new_token_ids)
+        return bool(item.new_token_ids)
 
     def _prefill_stats(self, request):
         """What vLLM's metrics want with the first output of a request."""
@@ -96,6 +119,26 @@ class _PdlmScheduling(Scheduler):
         if stats is not None:
             stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
         return stats
+
+
+def _given_order(request) -> list[int]:
+    """For every caption block the place of its region in the request."""
+    for feature in request.mm_features or ():
+        if feature.data is not None and "region_order" in feature.data:
+            return feature.data["region_order"].data.flatten().tolist()
+    return []
+
+
+def in_given_order(tokens: list[int], plan: Plan, order: list[int]) -> list[int]:
+    """A finished canvas, with the captions in the order of the request instead of by area; what frames them stays."""
+    if len(tokens) != plan.width or sorted(order[: plan.blocks]) != list(range(plan.blocks)):
+        return tokens
+    found = list(tokens)
+    for block, place in enumerate(order[: plan.blocks]):
+        first, last = block * plan.rows + 1, (block + 1) * plan.rows - 1
+        start = place * plan.rows + 1
+        found[start : start + plan.num_tokens] = tokens[first:last]
+    return found
 
 
 def _report(logprobs, index: int, plan: Plan) -> dict[str, Any] | None:

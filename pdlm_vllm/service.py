@@ -20,11 +20,12 @@ from pdlm_hf import PdlmConfig
 from pdlm_hf.errors_pdlm import ImageError, SettingError
 from pdlm_hf.regions.limits import check_image_pixels
 
+from .adapters import check_adapter
 from .config import fit_length
 from .doors import check_engine_request
 from .limits import Limits
 from .media import CONNECTOR, EncodedImage, PdlmConnector, read_image
-from .plan import DEFAULT_TOKENS, defaults_of
+from .plan import DEFAULT_TOKENS, served_defaults
 from .processing import load_processor, refuse_paths
 from .requests import Pass, Reading, check_settings, read_report, region_passes, usage_of
 
@@ -62,7 +63,7 @@ class Service:
         self.model_config.max_model_len = fit_length(engine.vllm_config)
         self.room = engine.vllm_config.diffusion_config.canvas_length
         self.processor = load_processor(self.model_config.model, self.model_config.revision)
-        self.defaults = defaults_of(self.model_config.model, self.model_config.revision)
+        self.defaults = served_defaults(self.model_config)
         self.inputs = engine.renderer.get_mm_processor()
         self.parsers = ThreadPoolExecutor(limits.parsers, "pdlm-parser")
         self.log = RequestLogger(max_log_len=args.max_log_len) if args.enable_log_requests else None
@@ -77,6 +78,8 @@ class Service:
     def _generate_checked(self, prompt, sampling_params, *args: Any, **kwargs: Any):
         """What vLLM's own routes call. Raises before there is a stream, so that its status is 400."""
         check_engine_request(self.config, prompt, sampling_params)
+        if kwargs.get("lora_request") is not None:
+            check_adapter(kwargs["lora_request"].lora_path)
         return self.generate(prompt, sampling_params, *args, **kwargs)
 
     @property
@@ -93,8 +96,11 @@ class Service:
         return JSONResponse(error.model_dump(), error.error.code)
 
     def adapter(self, name: str | None):
-        """vLLM's LoRA request for a model name, or None."""
-        return self.app_state.openai_serving_models.lora_requests.get(name)
+        """vLLM's LoRA request for a model name, or None. Raises: CheckpointError: the adapter has to be merged."""
+        found = self.app_state.openai_serving_models.lora_requests.get(name)
+        if found is not None:
+            check_adapter(found.lora_path)
+        return found
 
     async def fetch(self, url: str) -> bytes:
         """Bytes of an image through vLLM's media loading, with its limits. Raises: SettingError."""

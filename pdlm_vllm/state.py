@@ -4,19 +4,23 @@ One engine request is one image with its regions (or one chat answer). vLLM sche
 canvas at every step, as it does for every diffusion model; the canvas is never accepted until it is finished.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.lora.layers.utils import LoRAMapping
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from pdlm_hf.masking_pdlm import SHARED, region_layout
 
-from .layout import CanvasLayout, slots
-from .plan import Plan, defaults_of, make_plan
+from .layout import CanvasLayout
+from .plan import Plan, make_plan, served_defaults
+from .rows import Rows, StepBuffers
 from .sampler import DenoisingSampler
 
 
@@ -27,45 +31,15 @@ class Running:
     Args:
         plan (`Plan`), layout (`CanvasLayout`)
         step (`int`): denoising steps done.
+        lora (`int`): number of its adapter, 0 for none.
         prompt (`torch.FloatTensor`, *optional*): embedded prompt, where steps compute it again.
     """
 
     plan: Plan
     layout: CanvasLayout
+    lora: int = 0
     step: int = 0
     prompt: torch.Tensor | None = None
-
-
-@dataclass
-class Rows:
-    """Rows of one forward pass, put together request by request.
-
-    Args:
-        queries, lengths: rows and keys of each virtual sequence; tables: its pages.
-        slot_mapping: where the keys of every row go.
-        source: for every row the scheduled row it repeats, or -1 - n for row n of the embedded prompts.
-        scheduled: for every scheduled row where it is.
-    """
-
-    queries: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    tables: list[torch.Tensor] = field(default_factory=list)
-    slot_mapping: list[torch.Tensor] = field(default_factory=list)
-    source: list[np.ndarray] = field(default_factory=list)
-    scheduled: list[np.ndarray] = field(default_factory=list)
-    prompts: list[torch.Tensor] = field(default_factory=list)
-    positions: list[np.ndarray] = field(default_factory=list)
-    count: int = 0
-    kept: int = 0
-
-    def sequence(self, rows: np.ndarray, position: np.ndarray, keys: int, table: torch.Tensor) -> None:
-        """Rows that see the same keys."""
-        self.queries.append(len(rows))
-        self.lengths.append(keys)
-        self.tables.append(table)
-        self.source.append(rows)
-        self.positions.append(position)
-        self.count += len(rows)
 
 
 class PdlmModelState(ModelState):
@@ -77,12 +51,14 @@ class PdlmModelState(ModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.config = self.model_config.hf_config
         self.room = vllm_config.diffusion_config.canvas_length
-        self.defaults = defaults_of(self.model_config.model, self.model_config.revision)
+        self.defaults = served_defaults(self.model_config)
         self.running: dict[int, Running] = {}
         self.index: dict[str, int] = {}
         self.waiting: set[int] = set()  # requests that had to sit this step out
         self.rows: Rows | None = None
-        self.page = 0
+        self.blocks = max(1, self.config.num_region_prompts)  # sequences of a canvas, at most
+        self.buffers: StepBuffers  # once there is a cache
+        self.count = self.asked = 0  # rows of a step after padding, and those vLLM wants back
         self.embeddings: tuple | None = None
         self.sampler: DenoisingSampler  # once vLLM has asked for it
 
@@ -93,11 +69,28 @@ class PdlmModelState(ModelState):
         return ("generate",)
 
     def initialize_kv_cache(self, kv_cache_config, block_tables) -> None:
-        """Remember the page size."""
-        self.page = block_tables.block_sizes[0]
+        """Allocate what every step reads."""
+        pages = block_tables.input_block_tables[0].shape[1]
+        self.buffers = StepBuffers(
+            self.max_num_tokens,
+            self.max_num_reqs * (self.blocks + 1),  # every block, and the prompt
+            pages,
+            block_tables.block_sizes[0],
+            # vLLM's own, which it does not use for us, unless there are no images
+            self.encoder_runner.inputs_embeds
+            if self.supports_mm_inputs
+            else self.dummy_inputs_embeds(self.max_num_tokens),
+        )
 
     def get_additional_cg_support(self):
-        """No full CUDA graphs: a step has more sequences than requests."""
+        """Which steps vLLM may replay as one CUDA graph.
+
+        It chooses by the rows it has scheduled. A step over a prompt, and one that computes prompts again, has more;
+        the steps of canvases that all have the served width have those, if no step computes prompts of regions again
+        (and no chat answer is as wide, see [`plan.make_plan`]).
+        """
+        if self.config.cuda_graphs and self.config.num_region_prompts and self.config.prefix_attention != "full":
+            return AttentionCGSupport.UNIFORM_BATCH, "pdlm"
         return AttentionCGSupport.NEVER, "pdlm"
 
     def custom_sampler(self, sampler):
@@ -118,8 +111,9 @@ class PdlmModelState(ModelState):
             ids = torch.tensor([prompt])
             codes = region_layout(ids, self.config.region_token_ids, self.config.caption_token_ids)[0]
         self.index[new_req_data.req_id] = req_index
-        layout = CanvasLayout(codes, plan.blocks, plan.rows, self.page).to(self.device)
-        self.running[req_index] = Running(plan, layout)
+        layout = CanvasLayout(codes, plan.blocks, plan.rows, self.buffers.page)
+        lora = new_req_data.lora_request.lora_int_id if new_req_data.lora_request else 0
+        self.running[req_index] = Running(plan, layout, lora)
         self.sampler.begin(req_index, plan)
 
     def remove_request(self, req_id: str) -> None:
@@ -142,70 +136,78 @@ class PdlmModelState(ModelState):
         ubatch_idx=0,
     ) -> dict[str, Any]:
         """Attention metadata of a step, one sequence for everything that sees the same keys."""
-        table = block_tables[0]
-        rows = self.rows = Rows()
-        self.waiting = set()
+        buffers, rows = self.buffers, Rows()
+        self.rows, self.waiting = rows, set()
+        requests = [self.running.get(int(index)) for index in input_batch.idx_mapping_np[: input_batch.num_reqs]]
+        dummy = for_capture or all(request is None for request in requests)
         starts = input_batch.query_start_loc_np
         logits = np.diff(input_batch.cu_num_logits_np)
         budget = self.max_num_tokens - int(starts[input_batch.num_reqs])
-        for index, count in zip(input_batch.idx_mapping_np.tolist(), logits.tolist(), strict=False):
-            if not count and index in self.running:
-                budget -= self.running[index].layout.copied.numel()
-        for i in range(input_batch.num_reqs):
-            first, last = int(starts[i]), int(starts[i + 1])
-            request = self.running.get(int(input_batch.idx_mapping_np[i]))
-            if request is None or not self.page:  # a dummy run
-                rows.scheduled.append(np.arange(rows.count, rows.count + last - first))
-                rows.slot_mapping.append(slot_mappings[0, first:last])
-                done = int(input_batch.num_computed_tokens_np[i])
-                keys = min(last - first, self.max_model_len)
-                rows.sequence(np.arange(first, last), np.arange(done, done + last - first), keys, table[i])
+        for request, count in zip(requests, logits.tolist(), strict=False):
+            if request is not None and not count:
+                budget -= request.layout.copied.numel()
+        for i, request in enumerate(requests):
+            here = np.arange(starts[i], starts[i + 1])
+            if request is None:
+                self._dummy(rows, i, here)
             elif not logits[i]:
-                self._prompt(rows, request, first, last, table[i])
+                self._prompt(rows, request, i, here)
             else:
-                budget = self._canvas(rows, request, i, first, last, table[i], budget)
-        self.slot_mapping = torch.cat(rows.slot_mapping)
-        tables = torch.zeros(len(rows.tables), table.shape[1], dtype=table.dtype, device=table.device)
-        for row, pages in zip(tables, rows.tables, strict=True):
-            row[: len(pages)] = pages
-        ends = torch.from_numpy(np.concatenate([[0], np.cumsum(rows.queries)]).astype(np.int32))
+                budget = self._canvas(rows, request, i, here, budget)
+        count, sequences = rows.count, len(rows.queries)
+        if cudagraph_mode == CUDAGraphMode.FULL:
+            count, sequences = input_batch.num_tokens_after_padding, input_batch.num_reqs_after_padding * self.blocks
+        ends = buffers.place(rows, block_tables[0], count, sequences)
+        if dummy:
+            buffers.slots[:count] = slot_mappings[0, :count]
+        self.asked = input_batch.num_tokens + count - rows.count
+        if self.vllm_config.lora_config is not None and not dummy:
+            self._adapt(rows, [request.lora if request else 0 for request in requests])
+        self.count = count
         return build_attn_metadata(
             attn_groups=attn_groups,
-            num_reqs=len(rows.queries),
-            num_tokens=rows.count,
-            query_start_loc_gpu=ends.to(self.device, non_blocking=True),
+            num_reqs=sequences,
+            num_tokens=count,
+            query_start_loc_gpu=buffers.starts[: sequences + 1],
             query_start_loc_cpu=ends,
-            max_query_len=max(rows.queries),
-            seq_lens=torch.tensor(rows.lengths, dtype=torch.int32).to(self.device, non_blocking=True),
+            max_query_len=self.room if cudagraph_mode == CUDAGraphMode.FULL else max(rows.queries),
+            seq_lens=buffers.lengths[:sequences],
             max_seq_len=self.max_model_len,
-            block_tables=(tables,),
-            slot_mappings=self.slot_mapping[None],
+            block_tables=(buffers.tables[:sequences],),
+            slot_mappings=buffers.slots[None, :count],
             kv_cache_config=kv_cache_config,
+            for_cudagraph_capture=for_capture,
             causal=False,
         )
 
-    def _slots(self, addresses: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return slots(addresses.to(self.device, non_blocking=True), table, self.page)
+    def _dummy(self, rows: Rows, i: int, here: np.ndarray) -> None:
+        """A request of vLLM's own, for measuring and warming up."""
+        place = np.arange(len(here))
+        pages = np.arange(ceil(min(len(here), self.max_model_len) / self.buffers.page))
+        rows.sequence(i, here, place, 0 * place, min(len(here), self.max_model_len), pages, len(here))
 
-    def _prompt(self, rows: Rows, request: Running, first: int, last: int, table: torch.Tensor) -> None:
+    def _prompt(self, rows: Rows, request: Running, i: int, here: np.ndarray) -> None:
         """The prompt, seeing itself; and its rows once more for each private area."""
-        layout = request.layout
-        here, place = np.arange(first, last), np.arange(last - first)
-        rows.scheduled.append(rows.count + place)
-        rows.slot_mapping.append(self._slots(torch.from_numpy(place), table))
-        rows.sequence(here, place, len(here), table)
-        self._copies(rows, layout, here, len(here), table)
+        self._whole(rows, request.layout, i, here, len(here), len(here))
 
-    def _copies(self, rows: Rows, layout: CanvasLayout, source: np.ndarray, keys: int, table: torch.Tensor) -> None:
-        for copied, addresses in zip(layout.copied, layout.copies, strict=True):
-            if len(copied):
-                rows.slot_mapping.append(self._slots(addresses, table))
-                rows.sequence(source[copied.numpy()], copied.numpy(), keys, table)
+    def _whole(self, rows: Rows, layout: CanvasLayout, i: int, source: np.ndarray, keys: int, asked: int) -> None:
+        """All rows of a prompt and those its private areas repeat."""
+        copied = layout.copied.flatten().numpy()
+        place = np.arange(len(source))
+        rows.sequence(
+            i,
+            np.concatenate([source, source[copied]]),
+            np.concatenate([place, copied]),
+            np.concatenate([place, layout.copies.flatten().numpy()]),
+            keys,
+            np.arange(layout.natural_pages),
+            asked,
+        )
 
-    def _canvas(self, rows: Rows, request: Running, i: int, first: int, last: int, table, budget: int) -> int:
+    def _canvas(self, rows: Rows, request: Running, i: int, here: np.ndarray, budget: int) -> int:
         """The canvas; and before it the prompt, where this step computes it again. Returns the rows left."""
         plan, layout, prompt = request.plan, request.layout, request.layout.prompt_length
-        here, place = np.arange(first, last), np.arange(prompt, prompt + last - first)
+        place = np.arange(prompt, prompt + len(here))
         embedded = request.prompt if plan.whole(request.step) else None
         if embedded is not None:
             more = prompt + layout.copied.numel() + (len(here) if plan.blocks > 1 else 0)
@@ -214,29 +216,25 @@ class PdlmModelState(ModelState):
                 embedded = None
             else:
                 budget -= more
-        if embedded is not None:
-            kept = -1 - np.arange(rows.kept, rows.kept + prompt)
-            rows.prompts.append(embedded)
-            rows.kept += prompt
-            rows.slot_mapping.append(self._slots(torch.arange(prompt), table))
-            rows.sequence(kept, np.arange(prompt), prompt + len(here), table)
-            self._copies(rows, layout, kept, prompt + len(here), table)
-        private = self._slots(layout.canvas, table)
-        pages = table[layout.pages]
-        natural = None
-        if embedded is not None and plan.blocks > 1:
-            natural = self._slots(torch.from_numpy(place), table)
+                self._whole(rows, layout, i, rows.keep(embedded), prompt + len(here), 0)
+        private = layout.canvas.numpy()
+        # once more for the natural area, where prompt rows see it
+        natural = embedded is not None and plan.blocks > 1
         for k in range(plan.blocks):
             block = slice(k * plan.rows, (k + 1) * plan.rows)
-            rows.scheduled.append(np.arange(rows.count, rows.count + plan.rows))
-            rows.slot_mapping.append(private[block])
-            if natural is None:
-                rows.sequence(here[block], place[block], layout.length, pages[k])
-            else:  # once more for the natural area, where prompt rows see it
-                rows.slot_mapping.append(natural[block])
-                both = np.concatenate([here[block], here[block]])
-                rows.sequence(both, np.concatenate([place[block], place[block]]), layout.length, pages[k])
+            parts = [(here[block], place[block], private[block])]
+            if natural:
+                parts.append((here[block], place[block], place[block]))
+            source, positions, addresses = (np.concatenate(part) for part in zip(*parts, strict=True))
+            rows.sequence(i, source, positions, addresses, layout.length, layout.pages[k].numpy(), plan.rows)
         return budget
+
+    def _adapt(self, rows: Rows, adapters: list[int]) -> None:
+        """Tell the LoRA layers whose the rows are: vLLM has told them about those it scheduled."""
+        adapter = np.asarray(adapters)
+        every = adapter[np.repeat(rows.owners, rows.queries)]
+        mapping = LoRAMapping(tuple(every.tolist()), tuple(adapters), is_prefill=True)
+        self.model.lora_manager.set_adapter_mapping(mapping)
 
     def prepare_inputs_embeds(self, scheduled_encoder_inputs, input_batch, req_states):
         """Run the vision tower for new images; the embeddings are merged in [`prepare_inputs`]."""
@@ -260,22 +258,13 @@ class PdlmModelState(ModelState):
             request = self.running.get(int(input_batch.idx_mapping_np[i]))
             if request is not None and not logits[i] and request.plan.joint:
                 request.prompt = embeds[int(starts[i]) : int(starts[i + 1])].clone()
-        order = np.concatenate(rows.source)
-        order = np.where(order < 0, count - 1 - order, order)
-        source = torch.from_numpy(order).to(self.device, non_blocking=True)
-        positions = torch.from_numpy(np.concatenate(rows.positions)).to(self.device, non_blocking=True)
-        return {
-            "input_ids": None,
-            "inputs_embeds": torch.cat([embeds, *rows.prompts])[source],
-            "positions": positions,
-            "slot_mapping": self.slot_mapping,
-            "scheduled": torch.from_numpy(np.concatenate(rows.scheduled)).to(self.device, non_blocking=True),
-        }
+        self.buffers.embed(embeds, rows.prompts)
+        return self.buffers.inputs(self.count, self.asked)
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
-        """Inputs of a dummy run."""
-        return {}
+        """Inputs of a dummy run, from which a graph is captured."""
+        return self.buffers.inputs(num_tokens, num_tokens)
 
-    def dummy_inputs_embeds(self, num_tokens: int) -> torch.Tensor | None:
+    def dummy_inputs_embeds(self, num_tokens: int) -> torch.Tensor:
         """Embeddings of a dummy run."""
         return torch.zeros(num_tokens, self.inputs_embeds_size, dtype=self.dtype, device=self.device)

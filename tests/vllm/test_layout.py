@@ -61,5 +61,5 @@ def test_chat_needs_no_private_area():
 
 
 def test_slots_follow_the_block_table():
-    table = torch.tensor([7, 3, 9])
-    assert slots(torch.tensor([0, 15, 16, 33]), table, 16).tolist() == [112, 127, 48, 145]
+    table, owners = torch.tensor([[7, 3, 9], [2, 5, 4]]), torch.tensor([0, 0, 1, 0])
+    assert slots(torch.tensor([0, 15, 16, 33]), owners, table, 16).tolist() == [112, 127, 80, 145]

@@ -2,16 +2,20 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from drawn_images import drawn_images, texts
+from replay import Replay
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from pdlm_hf import CHECKPOINT, RegionCaptioner
 from pdlm_hf.shapes.evaluate import Tally, held_out
 from pdlm_vllm import caption_many
+from pdlm_vllm.state import PdlmModelState
 
 MODES = [
     {},
@@ -57,6 +61,17 @@ def test_another_dtype_than_that_of_the_checkpoint():
     assert sum(mine == theirs for mine, theirs in zip(found, expected, strict=True)) > 0.75 * len(expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp8", "fp8_e5m2"])
+def test_keys_and_values_in_eight_bits(captioner, kind):
+    """Rounded, so that not every caption is equal."""
+    llm, pairs = engine(CHECKPOINT, kv_cache_dtype=kind), drawn_images(12)
+    found = [text for captions in caption_many(llm, pairs) for text in texts(captions)]
+    llm.llm_engine.engine_core.shutdown()
+    expected = [text for captions in captioner.caption_many(pairs) for text in texts(captions)]
+    assert sum(mine == theirs for mine, theirs in zip(found, expected, strict=True)) > 0.5 * len(expected)
+
+
 @pytest.mark.parametrize("settings", MODES + FIXED, ids=str)
 def test_captions_are_those_of_transformers(both, settings):
     llm, plain = both
@@ -96,12 +111,25 @@ def test_chat_is_that_of_transformers(both, settings):
 def test_plain_sampling_params_will_do(both):
     llm, plain = both
     image, regions = drawn_images(3)[2]
-    boxes = [[2, 2, 30, 30], [10, 5, 20, 25]]
+    boxes = [[10, 5, 20, 25], [2, 2, 30, 30], [0, 0, 12, 12]]  # neither by area nor the other way round
     prompt = {"prompt": "", "multi_modal_data": {"image": image}, "mm_processor_kwargs": {"regions": boxes}}
     output = llm.generate([prompt], SamplingParams(), use_tqdm=False)[0]
     expected = plain.caption(image, boxes)
-    blocks = plain.processor.split_captions(output.outputs[0].token_ids)
-    assert sorted(blocks) == sorted(texts(expected))
+    assert plain.processor.split_captions(output.outputs[0].token_ids) == texts(expected)
+    assert [line.strip() for line in output.outputs[0].text.strip().split("\n")] == texts(expected)
+
+
+@pytest.mark.parametrize("question", [None, "Describe the colour of each region.\n Two lines, outer space "])
+def test_regions_in_a_chat(both, question):
+    """As `vllm run-batch` hands them over."""
+    llm, plain = both
+    image, boxes = drawn_images(3)[2][0], [[10, 5, 20, 25], [2, 2, 30, 30]]
+    content = [{"type": "image_pil", "image_pil": image}]
+    content += [{"type": "text", "text": question}] if question else []
+    messages, options = [{"role": "user", "content": content}], {"regions": boxes}
+    output = llm.chat(messages, SamplingParams(), use_tqdm=False, mm_processor_kwargs=options)[0]
+    expected = texts(plain.caption(image, boxes, question=question))
+    assert plain.processor.split_captions(output.outputs[0].token_ids) == expected
 
 
 def test_an_image_alone_and_with_another(both):
@@ -194,6 +222,35 @@ def test_preemption_changes_nothing(captioner):
     llm.llm_engine.engine_core.shutdown()
     assert found == [texts(captions) for captions in captioner.caption_many(pairs)]
     assert sum(preemptions) > 0
+
+
+def test_steps_are_replayed_from_buffers_that_never_move(captioner):
+    """What a CUDA graph would do, on a CPU; with padding, as graphs are captured for some numbers of requests only."""
+    graphs = {"diffusion_config": {"canvas_length": 204}, "additional_config": {"cuda_graphs": True}}
+    llm = engine(CHECKPOINT, **graphs)
+    replay = Replay(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
+    assert replay.state.get_additional_cg_support() == (AttentionCGSupport.UNIFORM_BATCH, "pdlm")
+    six = [pair for pair in drawn_images(40) if len(pair[1]) == 6]
+    for pairs in (six, drawn_images(10), six[:3]):
+        expected = [texts(captions) for captions in captioner.caption_many(pairs)]
+        assert [texts(captions) for captions in caption_many(llm, pairs)] == expected
+    for params in (SamplingParams(max_tokens=204), SamplingParams(max_tokens=16)):  # never as wide as a graph
+        assert 0 < len(llm.generate(["Hi"], params, use_tqdm=False)[0].outputs[0].token_ids) < 204
+    llm.llm_engine.engine_core.shutdown()
+    assert replay.replayed > 20 and replay.padded > 5
+    assert len(replay.addresses) == 1
+
+
+def test_no_graph_where_steps_have_more_rows_than_vllm_knows():
+    support = [
+        PdlmModelState.get_additional_cg_support(SimpleNamespace(config=SimpleNamespace(**config)))[0]
+        for config in (
+            {"cuda_graphs": False, "num_region_prompts": 6, "prefix_attention": "isolated"},
+            {"cuda_graphs": True, "num_region_prompts": 6, "prefix_attention": "full"},
+            {"cuda_graphs": True, "num_region_prompts": 0, "prefix_attention": "full"},
+        )
+    ]
+    assert support == [AttentionCGSupport.NEVER] * 3
 
 
 @pytest.mark.slow

@@ -51,6 +51,28 @@ EXPECTED = {
             "causal",
         ],
     },
+    "utils/torch_utils.py": {("", "async_tensor_h2d"): ["data", "device", "dtype", "out"]},
+    "lora/model_manager.py": {("LoRAModelManager", "set_adapter_mapping"): ["mapping"]},
+    "lora/ops/torch_ops/lora_ops.py": {
+        ("", "bgmv_shrink"): ["inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "scaling"]
+    },
+    "model_executor/models/utils.py": {("WeightsMapper", "map_name"): ["key"]},
+    "v1/attention/backend.py": {
+        ("AttentionBackend", "validate_configuration"): [
+            "head_size",
+            "dtype",
+            "kv_cache_dtype",
+            "block_size",
+            "use_mla",
+            "has_sink",
+            "use_sparse",
+            "use_mm_prefix",
+            "use_per_head_quant_scales",
+            "device_capability",
+            "attn_type",
+            "use_non_causal",
+        ]
+    },
     "v1/core/sched/diffusion_scheduler.py": {
         ("DiffusionScheduler", "update_draft_token_ids"): ["draft_token_ids"],
         ("DiffusionAsyncScheduler", "schedule"): [],
@@ -64,6 +86,7 @@ EXPECTED = {
             "encoder_compute_budget",
         ],
         ("Scheduler", "update_from_output"): ["scheduler_output", "model_runner_output"],
+        ("Scheduler", "finish_requests"): ["request_ids", "finished_status"],
     },
     "v1/core/kv_cache_manager.py": {("KVCacheManager", "estimate_cached_tokens"): ["request"]},
     "v1/request.py": {("Request", "take_prefill_stats"): []},
@@ -117,11 +140,30 @@ FIELDS = {
         "LogprobsTensors": ["logprob_token_ids", "logprobs", "selected_token_ranks", "cu_num_generated_tokens"]
     },
     "v1/engine/__init__.py": {
-        "EngineCoreOutput": ["request_id", "new_token_ids", "kv_transfer_params", "prefill_stats"]
+        "EngineCoreOutput": [
+            "request_id",
+            "new_token_ids",
+            "finish_reason",
+            "stop_reason",
+            "kv_transfer_params",
+            "prefill_stats",
+        ]
     },
+    "config/model.py": {"ModelConfig": ["generation_config", "override_generation_config", "logits_processors"]},
+    "config/multimodal.py": {"MultiModalConfig": ["mm_processor_cache_gb", "mm_processor_kwargs", "enable_mm_embeds"]},
+    "config/attention.py": {"AttentionConfig": ["backend", "backend_per_kind", "use_non_causal"]},
+    "lora/layers/utils.py": {"LoRAMapping": ["index_mapping", "prompt_mapping", "is_prefill"]},
     "config/diffusion.py": {"DiffusionConfig": ["canvas_length", "max_denoising_steps"]},
     "config/scheduler.py": {
-        "SchedulerConfig": ["scheduler_cls", "max_num_seqs", "max_num_batched_tokens", "max_num_scheduled_tokens"]
+        "SchedulerConfig": [
+            "scheduler_cls",
+            "max_num_seqs",
+            "max_num_active_seqs",
+            "max_num_batched_tokens",
+            "max_num_scheduled_tokens",
+            "long_prefill_token_threshold",
+            "long_prefill_token_threshold_adaptive",
+        ]
     },
 }
 
