@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pdlm_hf.errors_pdlm import DataError, SettingError
-from pdlm_hf.generation_config_pdlm import replaced_rules
 from pdlm_hf.regions.files import FileLock, append_rows, check_same_settings, load_json, read_rows, write_json
 
 from ..manifests import checkpoint_hash, effective_settings
@@ -246,11 +245,7 @@ def model_settings(captioner: Any, model: str | None, **settings: Any) -> dict[s
 
 def effective(captioner: Any, generation: dict[str, Any]) -> dict[str, Any]:
     """All settings with which a captioner calls `generate`: given, of its mode, of the checkpoint, and defaults."""
-    from pdlm_hf.captioning.captioner import MODES
-
-    return effective_settings(
-        captioner.model, {**MODES[captioner.mode], **replaced_rules(generation), **generation}, False
-    )
+    return effective_settings(captioner.model, captioner.settings(generation), False)
 
 
 def model_lines(

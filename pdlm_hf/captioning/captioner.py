@@ -21,7 +21,8 @@ from .loading import load_checkpoint
 
 # Settings of `generate` for each mode. "default" are the checkpoint's own settings, which compute what the reference
 # computes ("isolated" checkpoints with a cached prefix, which is exact there). "fast" accepts several tokens per step
-# by their entropy; benchmarks/results/shapes_quality.json has the accuracy of each rule and value.
+# by their entropy, if the checkpoint has no such rule; benchmarks/results/shapes_quality.json has the accuracy of each
+# rule and value.
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {"entropy_bound": 0.1, "acceptance_threshold": None, "prefix_refresh_interval": 0, "trim_canvas": True},
@@ -100,6 +101,19 @@ class RegionCaptioner:
             network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(network, processor, mode)
 
+    def settings(self, generation: dict[str, Any]) -> dict[str, Any]:
+        """Settings of `generate` in this mode. A rule of a call replaces that of the mode or the checkpoint.
+
+        Args:
+            generation (`dict`): settings of the call.
+        """
+        mode, own = dict(MODES[self.mode]), self.model.generation_config
+        if own.acceptance_threshold is not None or own.entropy_bound is not None:
+            mode = {
+                name: value for name, value in mode.items() if name not in ("acceptance_threshold", "entropy_bound")
+            }
+        return {**mode, **replaced_rules(generation), **generation}
+
     def caption(self, image: Any, regions: Any, question: str | None = None, **generation: Any) -> list[RegionCaption]:
         """Caption the regions of one image.
 
@@ -160,8 +174,7 @@ class RegionCaptioner:
         """
         if not pairs:
             raise SettingError("No images given: pass at least one (image, regions) pair.")
-        # a rule of adaptive decoding replaces that of the mode or the checkpoint
-        settings = {**MODES[self.mode], **replaced_rules(generation), **generation}
+        settings = self.settings(generation)
         images, regions = zip(*(load_pair(image, found) for image, found in pairs), strict=True)
         masks = [[region.mask for region in found] for found in regions]
         inputs = self.processor(images=list(images), segmentation_maps=masks, text=question).to(self.model.device)

@@ -8,6 +8,7 @@ from rich.console import Console
 from tiny import make_image
 
 from pdlm_hf import Region, RegionCaption, RegionCaptioner
+from pdlm_hf.captioning.captioner import MODES
 from pdlm_hf.captioning.streaming import LiveView, RegionStreamer
 from pdlm_hf.regions.region import parse_regions
 from pdlm_hf.render.drawing import COLOURS, draw_captions, save_drawing
@@ -238,6 +239,7 @@ def test_large_image_and_many_regions(tmp_path):
 def test_fast_mode_uses_fewer_passes_and_calls_override_it(isolated_model, processor, scenes):
     pairs = [(image.image, image.masks) for image in scenes]
     fast = RegionCaptioner(isolated_model, processor, mode="fast")
+    assert fast.settings({}) == MODES["fast"]
     settings = {"max_new_tokens": 8, "max_denoising_steps": 8}
     _, slow_output = RegionCaptioner(isolated_model, processor).generate(pairs, **settings)
     _, output = fast.generate(pairs, acceptance_threshold=0.2, **settings)
@@ -245,6 +247,12 @@ def test_fast_mode_uses_fewer_passes_and_calls_override_it(isolated_model, proce
     assert output.region_steps.float().mean() < 8
     with pytest.raises(ValueError, match="must be one of"):
         RegionCaptioner(isolated_model, processor, mode="quick")
+
+
+def test_fast_mode_keeps_the_rule_of_a_checkpoint_that_has_one():
+    fast = RegionCaptioner.from_pretrained(mode="fast")
+    assert fast.model.generation_config.acceptance_threshold == 0.8
+    assert fast.settings({}) == {"prefix_refresh_interval": 0, "trim_canvas": True}
 
 
 def test_a_rule_takes_the_place_of_the_fast_one(captioner):

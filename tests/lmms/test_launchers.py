@@ -5,11 +5,11 @@ lmms-eval: half a minute.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from test_lmms import LMMS_EVAL, QUESTIONS, Run, arguments_for, run
 
@@ -91,7 +91,8 @@ def test_two_processes_that_were_killed_go_on_from_the_cache(folder):
         while process.poll() is None and not (len(kept()) == 2 and all(kept())):
             time.sleep(0.02)
         assert process.poll() is None, (place / "first.log").read_text()[-3000:]
-        os.killpg(process.pid, signal.SIGKILL)
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:  # they have groups of their own
+            child.kill()
         process.wait()
     before = sum(kept())
     assert 2 <= before < 64, (place / "first.log").read_text()[-3000:]
