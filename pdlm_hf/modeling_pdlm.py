@@ -48,7 +48,8 @@ class PdlmOutput(CausalLMOutputWithPast):
         sample_losses (`torch.FloatTensor` of shape `(batch_size,)`, *optional*, returned when `labels` are given):
             What every sample adds to the loss, without gradient; `loss` is their mean. Beside `mask_probability` it
             shows how well the model does at each noise level. None in replacement mode.
-        masked_logits (`torch.FloatTensor` of shape `(num_masked, vocab_size)`, *optional*, with `labels`):
+        masked_logits (`torch.FloatTensor` of shape `(num_masked, vocab_size)`, *optional*, with `labels` and
+            `output_masked_logits`):
             Logits at the masked positions, row after row, for a loss of one's own. None in replacement mode.
     """
 
@@ -367,6 +368,7 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
         noise_mask: torch.Tensor | None = None,
         mask_probability: torch.Tensor | None = None,
         replacement_ids: torch.Tensor | None = None,
+        output_masked_logits: bool = False,
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
@@ -384,6 +386,7 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             mask_probability (`torch.FloatTensor` of shape `(batch_size,)`): probability with which it was drawn.
             replacement_ids (`torch.LongTensor` of that shape, *optional*): tokens to put at masked positions instead
                 of the mask token, -1 where the mask token is meant (`replacement_noise_mode`).
+            output_masked_logits (`bool`): with `labels`: return the logits at the masked positions too.
 
         Raises:
             SettingError: labels without noise.
@@ -430,7 +433,7 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
             loss=loss,
             logits=logits,
             sample_losses=sample_losses,
-            masked_logits=masked_logits,
+            masked_logits=masked_logits if output_masked_logits else None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},

@@ -112,11 +112,12 @@ class CommitTrainer(RegionTrainer):
         threshold = inputs.pop(OWN_STATE, None)
         if threshold is not None and bool((threshold > 0).any()):
             with torch.no_grad():
-                logits = model(**inputs).masked_logits
+                logits = model(**inputs, output_masked_logits=True).masked_logits
             mask = own_states(logits, inputs["labels"], inputs["noise_mask"], threshold)
             share = mask.sum(1) / (inputs["labels"] != -100).sum(1).clamp_min(1)
             inputs["mask_probability"] = torch.where(threshold > 0, share, inputs["mask_probability"])
             inputs["noise_mask"] = mask
+        inputs["output_masked_logits"] = True
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and self.certainty:
             targets = inputs["labels"][inputs["noise_mask"]]

@@ -330,7 +330,7 @@ def train(recipe: Recipe, parts: Parts = PLAIN) -> dict[str, Any]:
 
     Args:
         recipe ([`~recipe.Recipe`]): model, data, adapter and training settings.
-        parts ([`Parts`])
+        parts ([`Parts`]): what a command puts in place of the plain parts.
 
     Returns:
         the content of `training.json`, with steps, seconds, hardware, scores and the log.

@@ -107,11 +107,9 @@ class RegionCaptioner:
         Args:
             generation (`dict`): settings of the call.
         """
-        mode, own = dict(MODES[self.mode]), self.model.generation_config
-        if own.acceptance_threshold is not None or own.entropy_bound is not None:
-            mode = {
-                name: value for name, value in mode.items() if name not in ("acceptance_threshold", "entropy_bound")
-            }
+        mode, own = MODES[self.mode], self.model.generation_config
+        if self.mode == "fast" and (own.acceptance_threshold is not None or own.entropy_bound is not None):
+            mode = {"prefix_refresh_interval": 0}  # its rule was chosen for whole canvases
         return {**mode, **replaced_rules(generation), **generation}
 
     def caption(self, image: Any, regions: Any, question: str | None = None, **generation: Any) -> list[RegionCaption]:

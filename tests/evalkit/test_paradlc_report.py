@@ -44,7 +44,10 @@ def judged(tmp_path_factory):
             assert result.exit_code == 0, result.output
         assert server.keys == {"Bearer none"}
         texts = [isinstance(body["messages"][0]["content"], str) for body in server.bodies]
-        assert texts.count(True) == 20 * 6 and texts.count(False) == 20 * 6 - 3
+        # DLC-Bench's judge sees no image: captions alike of figures alike are the same request
+        asked = [json.dumps(body["messages"]) for body in server.bodies]
+        assert len(set(asked)) == len(asked)
+        assert texts.count(False) == 20 * 6 - 3 and 20 * 5 < texts.count(True) < 20 * 6
         assert server.bodies[0]["chat_template_kwargs"] == {"enable_thinking": False}
     return folder
 

@@ -101,6 +101,9 @@ class Page:
                 assert ran and fractions_aside(ran[-1].stdout) == fractions_aside(fence.text), (
                     f"{where}: {ran[-1].stdout}"
                 )
+            elif fence.language == "jsonl":
+                for line in fence.text.splitlines():
+                    json.loads(line)
             elif fence.language in ("json", "yaml"):
                 (json.loads if fence.language == "json" else yaml.safe_load)(fence.text)
             elif fence.language not in ("bibtex", "diff"):  # the diff: test_vlmeval_plugin.py

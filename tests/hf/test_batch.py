@@ -697,7 +697,7 @@ def test_a_server_that_gives_up_and_one_that_refuses(tmp_path, near):
     assert len(rows) == 30 and len(server.bodies) == 3
     (tmp_path / "out.jsonl").unlink()
     with RegionCaptionServer(lambda number, body: 400 if number > 4 else None) as server:
-        result, rows = serve(tmp_path, server, code=2)
+        result, rows = serve(tmp_path, server, code=1)
         assert "run again to resume" in result.stderr and len(rows) >= 4
     for fault, message in (
         (404, "does not know"),
@@ -712,7 +712,7 @@ def test_a_server_that_gives_up_and_one_that_refuses(tmp_path, near):
         assert "model was 'served', now 'another'" in result.stderr
         result, _ = serve(tmp_path, server, "--model", "served", code=2)
         assert "has no model 'served', but another" in result.stderr
-    result, _ = serve(tmp_path, server, code=2)
+    result, _ = serve(tmp_path, server, code=1)
     assert "does not answer: no connection" in result.stderr
     result, _ = serve(tmp_path, server, "--fast", code=2)
     assert "--fast is not served" in result.stderr

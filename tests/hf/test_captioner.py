@@ -252,7 +252,7 @@ def test_fast_mode_uses_fewer_passes_and_calls_override_it(isolated_model, proce
 def test_fast_mode_keeps_the_rule_of_a_checkpoint_that_has_one():
     fast = RegionCaptioner.from_pretrained(mode="fast")
     assert fast.model.generation_config.acceptance_threshold == 0.8
-    assert fast.settings({}) == {"prefix_refresh_interval": 0, "trim_canvas": True}
+    assert fast.settings({}) == {"prefix_refresh_interval": 0}
 
 
 def test_a_rule_takes_the_place_of_the_fast_one(captioner):

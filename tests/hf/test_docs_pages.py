@@ -49,11 +49,13 @@ def test_faq(here):
 
 def test_vllm():
     """Needs vLLM (`make test-vllm`)."""
-    server = "tests/vllm/test_server.py::"
+    server, tools = "tests/vllm/test_server.py::", "tests/vllm/test_tools.py::"
     page = Page(
         "vllm.md",
         {
             "vllm serve": server + "test_examples_against_a_server: vLLM's environment",
+            "vllm run-batch": tools + "test_run_batch_with_regions: vLLM's environment",
+            "vllm bench": tools + "test_adapters_by_flag_the_clients_and_the_benchmark: vLLM's environment",
             "curl": server + "test_requests_of_the_pages: vLLM's environment",
             "VLLM_CPU_KVCACHE_SPACE=1": server + "test_examples_against_a_server: vLLM's environment",
             "from vllm import LLM": server + "test_the_offline_example: vLLM's environment",

@@ -95,7 +95,9 @@ def test_a_sentence_that_has_begun_is_continued_in_its_words(shapes):
     words = [processor.tokenizer.encode(f" {word}")[0] for word in vars(figure).values()]
     noise = torch.isin(batch["labels"], torch.tensor(words)) & (batch["labels"] != -100)
     with torch.no_grad():
-        logits = model(**batch | {"noise_mask": noise, "mask_probability": torch.ones(1)}).masked_logits
+        logits = model(
+            **batch | {"noise_mask": noise, "mask_probability": torch.ones(1)}, output_masked_logits=True
+        ).masked_logits
     said = sentence.split()
     for at, word in zip((1, 3, 4, 6), logits.argmax(-1).tolist(), strict=True):
         end = "".join(c for c in said[at] if not c.isalpha())

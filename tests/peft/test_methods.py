@@ -75,8 +75,9 @@ def train(base, config, batch, seed=0):
     """A copy of the base with a new adapter, a few steps old."""
     torch.manual_seed(seed)
     wrapped = get_peft_model(copy.deepcopy(base), copy.deepcopy(config)).train()
+    batch = batch | {"labels": torch.where(batch["labels"] == -100, -100, 7)}  # what it would never say
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=2e-2)
-    for _ in range(3):
+    for _ in range(12):
         wrapped(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -237,7 +237,7 @@ def test_steps_are_replayed_from_buffers_that_never_move(captioner):
     for params in (SamplingParams(max_tokens=204), SamplingParams(max_tokens=16)):  # never as wide as a graph
         assert 0 < len(llm.generate(["Hi"], params, use_tqdm=False)[0].outputs[0].token_ids) < 204
     llm.llm_engine.engine_core.shutdown()
-    assert replay.replayed > 20 and replay.padded > 5
+    assert replay.replayed > 20 and replay.padded > 1
     assert len(replay.addresses) == 1
 
 

@@ -81,12 +81,13 @@ def test_a_caption_that_was_cut_is_marked(server, captioner):
 
 def test_streaming_shows_every_step(server, captioner):
     image, regions = drawn_images(8)[7]  # eight regions: two passes
-    status, text = server.post("/v1/region_captions", body(image, regions, stream=True))
+    slowly = {"acceptance_threshold": 1.0}  # a token per region and step
+    status, text = server.post("/v1/region_captions", body(image, regions, stream=True, **slowly))
     assert status == 200
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
     assert lines[-1] == "[DONE]"
     events = [json.loads(line) for line in lines[:-1]]
-    expected = texts(captioner.caption(image, regions))
+    expected = texts(captioner.caption(image, regions, **slowly))
     assert [row["caption"] for row in events[-1]["regions"]] == expected
     steps = events[:-1]
     for number, ids in ((0, range(100, 106)), (1, range(106, 108))):
