@@ -20,7 +20,9 @@ _NO_EXPERTS = {"/scale_elastic_ep": "PerceptionDLM has no experts to be scaled."
 
 
 class BoundedBodies:
-    """ASGI middleware: refuses a body that is too large before any route reads it.
+    """ASGI middleware: refuses a body that is too large before any route reads it, and counts requests under way.
+
+    vLLM's own counter, for `/load`, keeps a request whose client goes away before its answer.
 
     Args:
         app: the next application.
@@ -49,7 +51,14 @@ class BoundedBodies:
         async def replay():
             return messages.pop() if messages else await receive()
 
-        await self.app(scope, replay, send)
+        state = scope["app"].state
+        if state.enable_server_load_tracking:
+            service.counts_load, state.enable_server_load_tracking = True, False
+        state.server_load_metrics += service.counts_load
+        try:
+            await self.app(scope, replay, send)
+        finally:
+            state.server_load_metrics -= service.counts_load
 
     async def _read(self, receive) -> tuple[bytes | None, str | None]:
         """The body, or None if the client hangs up before its end; and what is wrong with it."""

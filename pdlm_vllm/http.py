@@ -16,7 +16,7 @@ from vllm.entrypoints.openai.chat_completion.api_router import create_chat_compl
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
 from pdlm_hf.errors_pdlm import SettingError
@@ -59,7 +59,6 @@ def _event(value: dict[str, Any]) -> str:
     responses={200: {"model": RegionCaptionsResponse, "content": _EVENTS}, **_ERRORS},
 )
 @with_cancellation
-@load_aware_call
 async def region_captions(request: RegionCaptionsRequest, raw_request: Request):
     """Captions for the regions of an image."""
     service: Service = raw_request.app.state.pdlm
@@ -134,7 +133,6 @@ async def chat_completions(request: ChatCompletionRequest, raw_request: Request)
 
 
 @with_cancellation
-@load_aware_call
 async def region_chat(request: ChatCompletionRequest, raw_request: Request):
     """Captions as a chat answer: a JSON list of strings, in input order."""
     service: Service = raw_request.app.state.pdlm

@@ -52,6 +52,8 @@ class Service:
         limits (`Limits`)
     """
 
+    counts_load = False  # whether requests under way are counted, see `BoundedBodies`
+
     def __init__(self, engine, app_state, args, limits: Limits):
         self.engine, self.app_state, self.args, self.limits = engine, app_state, args, limits
         self.model_config = engine.vllm_config.model_config

@@ -264,6 +264,7 @@ def test_chat_commits_too(tmp_path):
     assert record["commit"]["calibration"] is None
 
 
+@pytest.mark.slow
 def test_a_killed_commit_goes_on(tmp_path):
     """kill -9 in the middle of the training; the losses, the captions and the result are those of a whole run."""
     path = unlabelled(tmp_path)

@@ -559,6 +559,7 @@ def test_batches_of_conversations_have_one_length(tmp_path, chat_processor):
         plan(dataset, Data(kind="chat", train="x", max_length=5), chat_processor, 4, -1, 1, 0)
 
 
+@pytest.mark.slow
 def test_the_estimate_of_conversations_is_from_the_data(tmp_path, chat_processor):
     path = write_talks(tmp_path)
     sizes = list(chat_sizes(ChatDataset(path), chat_processor))

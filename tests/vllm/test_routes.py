@@ -2,7 +2,9 @@
 requests in the log, the load, the metrics."""
 
 import json
+import socket
 import time
+import urllib.parse
 import urllib.request
 from functools import cache
 
@@ -226,6 +228,13 @@ def test_the_load_counts_region_requests(server):
         answer.readline()
         assert json.loads(server.get("/load"))["server_load"] == 1
         answer.read()
+    wait_without_load(server)
+    with urllib.request.urlopen(request) as answer:  # the client goes away in the middle
+        answer.readline()
+    wait_without_load(server)
+    with socket.create_connection(("127.0.0.1", urllib.parse.urlsplit(server.url).port)) as early:  # and before that
+        head = f"POST {REGIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        early.sendall(f"{head}\r\n\r\n".encode() + data)
     wait_without_load(server)
 
 

@@ -272,6 +272,7 @@ def test_the_offline_example(captioner):
         assert f"{caption.score:.2f}  {caption.text}\n" in shown
 
 
+@pytest.mark.slow
 def test_a_benchmark_is_captioned_through_the_server(server, tmp_path):
     """`pdlm-eval paradlc caption --server` writes what the same command with --model writes."""
     annotations = ROOT / "pdlm_evalkit/paradlc/example"

@@ -125,7 +125,7 @@ EXPECTED = {
         ("RequestLogger", "log_outputs"): ["request_id", "outputs", "output_token_ids", "finish_reason"],
     },
     "entrypoints/serve/utils/sse_keep_alive.py": {("", "with_sse_keep_alive"): ["generator", "interval"]},
-    "entrypoints/serve/utils/api_utils.py": {("", "load_aware_call"): ["func"], ("", "with_cancellation"): []},
+    "entrypoints/serve/utils/api_utils.py": {("", "with_cancellation"): []},
     "entrypoints/openai/chat_completion/api_router.py": {("", "create_chat_completion"): ["request", "raw_request"]},
     "model_executor/models/config.py": {("VerifyAndUpdateConfig", "verify_and_update_config"): ["vllm_config"]},
     "v1/engine/async_llm.py": {
