@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,7 +51,8 @@ class State:
     """Of an application with our model, or without."""
 
     def __init__(self, ours: bool):
-        self.state = type("state", (), {"pdlm": type("service", (), {"ours": ours})})
+        service = SimpleNamespace(ours=ours, counts_load=False)
+        self.state = SimpleNamespace(pdlm=service, enable_server_load_tracking=True, server_load_metrics=0)
 
 
 def sent(chunks: list[bytes], ours: bool = True, path: str = "/v1/x", hangs_up: bool = False) -> tuple:
@@ -67,6 +69,7 @@ def sent(chunks: list[bytes], ours: bool = True, path: str = "/v1/x", hangs_up: 
         answers.append(message)
 
     async def application(scope, receive, send):
+        assert scope["app"].state.server_load_metrics == ours
         more = True
         while more:
             message = await receive()
@@ -75,6 +78,7 @@ def sent(chunks: list[bytes], ours: bool = True, path: str = "/v1/x", hangs_up: 
 
     scope = {"type": "http", "method": "POST", "path": path, "app": State(ours), "headers": []}
     asyncio.run(BoundedBodies(application, SMALL)(scope, receive, send))
+    assert scope["app"].state.server_load_metrics == 0
     return read, answers
 
 
