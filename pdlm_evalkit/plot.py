@@ -1,6 +1,8 @@
 """A plot of measured scores beside the paper's."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 from pdlm_hf.errors_pdlm import MissingPackageError, SettingError
 
@@ -21,6 +23,17 @@ def check_target(path: Path) -> None:
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lower().lstrip(".") not in kinds:
         raise SettingError(f"{path}: this kind of file cannot be written as an image; choose a name like report.png.")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib; the file is whole at any time, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_stem(f"{path.stem}.{os.getpid()}")  # the suffix decides the kind of file
+    try:
+        figure.savefig(part, dpi=150)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_scores(path: Path, measured: list[Measured]) -> None:
@@ -54,5 +67,4 @@ def save_scores(path: Path, measured: list[Measured]) -> None:
     axes.set_xlabel("%, with 95 % intervals")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper left", ncols=4, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

@@ -11,7 +11,7 @@ from pdlm_hf.cli.errors import exit_on_error
 from pdlm_hf.cli.options import check_positive, note_embedded
 from pdlm_hf.client import ChatClient, key_in, public_url
 from pdlm_hf.errors_pdlm import DataError, ServerError, SettingError
-from pdlm_hf.regions.files import FileLock, load_json, write_json
+from pdlm_hf.regions.files import FileLock, load_json, replacing, write_json
 
 from ..manifests import describe_model
 from ..terminal import progress
@@ -370,7 +370,8 @@ def report(
             console.print(f"- {note}", markup=False, highlight=False)
     if markdown is not None:
         markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(reporting.markdown_of(reports), encoding="utf-8")
+        with replacing(markdown) as file:
+            file.write(reporting.markdown_of(reports))
     if plot is not None:
         plotting.save_plot(plot, reports)
     _check_judged({run: report["n_failed"] for run, report in zip(runs, reports, strict=True)})

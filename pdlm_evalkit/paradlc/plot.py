@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..plot import save_figure
 from .report import paper_beside
 
 SCORES = (("avg_pos", "Pos"), ("avg_neg", "Neg"), ("avg", "Avg"))
@@ -43,5 +44,4 @@ def save_plot(path: Path, reports: list[dict[str, Any]]) -> None:
             axes.plot([g["group"] for g in groups], [100 * g["avg"] for g in groups], marker="o", label=report["run"])
         axes.set_xlabel(label)
         axes.set_ylabel("Avg, %")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
