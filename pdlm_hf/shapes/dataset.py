@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ..training.collator import region_rows
-from .scenes import SHAPES_DOMAIN, Domain, Figure, describe, draw_scene
+from .scenes import SHAPES_DOMAIN, Domain, Figure, Scene, describe, draw_scene
 
 TRAINING, HELD_OUT = 0, 1  # first part of the seed of every image, so that the two sets are disjoint
 
@@ -41,12 +41,16 @@ class ShapesDataset(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def _scene(self, index: int) -> tuple[np.random.Generator, Scene]:
+        """The scene of a row, and the random numbers for its words. Raises: IndexError."""
         if index >= self.length:
             raise IndexError(index)
         rng = np.random.default_rng((TRAINING, self.seed, index))
         layout = np.random.default_rng((TRAINING, self.seed, 2**40 + index // self.group))
-        scene = draw_scene(rng, layout, self.easy, self.domain)
+        return rng, draw_scene(rng, layout, self.easy, self.domain)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng, scene = self._scene(index)
         captions = [describe(figure, rng, self.easy, self.domain) for figure in scene.figures]
         return region_rows(scene.image, scene.masks, captions) | {"seed": self.seed * 2**40 + index}
 
@@ -63,11 +67,7 @@ class CommitDataset(ShapesDataset):
     EMPTY, OWN = 0.7, 0.3  # shares: empty canvases of the one wording, half-filled canvases of the one wording
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index >= self.length:
-            raise IndexError(index)
-        rng = np.random.default_rng((TRAINING, self.seed, index))
-        layout = np.random.default_rng((TRAINING, self.seed, 2**40 + index // self.group))
-        scene = draw_scene(rng, layout, self.easy, self.domain)
+        rng, scene = self._scene(index)
         # another stream than the layout's, of which drawing uses a part
         short = np.random.default_rng((TRAINING, self.seed, 2**41 + index // self.group)).random() < 0.5
         slots = int(rng.integers(9, 15) if short else rng.integers(20, 33))

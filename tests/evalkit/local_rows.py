@@ -1,10 +1,13 @@
-"""A small table in the form of VLMEvalKit."""
+"""Small tables in the form of VLMEvalKit."""
 
 import base64
+import csv
 import io
 from pathlib import Path
 
 from PIL import Image
+
+from pdlm_hf.shapes.evaluate_base import held_out_question
 
 
 def image_bytes(kind: str = "PNG") -> bytes:
@@ -39,3 +42,17 @@ def put_data(folder: Path, name: str, text: str | None = None) -> Path:
     path = folder / f"{name}.tsv"
     path.write_text(table(rows()) if text is None else text)
     return path
+
+
+def write_shapes_table(folder: Path, rows: int) -> None:
+    """Write a multiple-choice data set of drawn shapes, in VLMEvalKit's form, under a name of the paper's."""
+    with (folder / "MMStar_shapes.tsv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["index", "image", "question", *"ABCD", "answer", "category"], delimiter="\t")
+        writer.writeheader()
+        for index in range(rows):
+            image, question = held_out_question(11, index, "choice")
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            text, *options, _ = question.text.split("\n")
+            row = {"index": index, "question": text, "answer": question.answer, "category": "shapes"}
+            writer.writerow(row | {"image": cell(buffer.getvalue())} | {option[0]: option[3:] for option in options})

@@ -3,9 +3,7 @@
 VLMEVALKIT=path/to/VLMEvalKit python -m pytest tests/evalkit/test_kills_vlmeval.py
 """
 
-import base64
 import csv
-import io
 import json
 import os
 import random
@@ -14,9 +12,8 @@ import shutil
 import pytest
 from judge_server import JudgeServer, text_of
 from kills import KILLS, PER_CHAIN, Command, bytes_of, record, rows_of
+from local_rows import write_shapes_table
 from test_kills import LOCAL
-
-from pdlm_hf.shapes.evaluate_base import held_out_question
 
 ROWS, UNREAD, JUDGES = 40, 20, 4
 
@@ -30,17 +27,7 @@ pytestmark = [
 def data(tmp_path_factory):
     """A multiple-choice data set of drawn shapes under a name of the paper's."""
     folder = tmp_path_factory.mktemp("lmu")
-    with (folder / "MMStar_shapes.tsv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["index", "image", "question", *"ABCD", "answer", "category"], delimiter="\t")
-        writer.writeheader()
-        for index in range(ROWS):
-            image, question = held_out_question(11, index, "choice")
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            text, *options, _ = question.text.split("\n")
-            row = {"index": index, "question": text, "answer": question.answer, "category": "shapes"}
-            row |= {"image": base64.b64encode(buffer.getvalue()).decode()}
-            writer.writerow(row | {option[0]: option[3:] for option in options})
+    write_shapes_table(folder, ROWS)
     return folder
 
 

@@ -3,10 +3,8 @@
 VLMEVALKIT=path/to/VLMEvalKit python -m pytest tests/evalkit/test_vlmeval_checkout.py
 """
 
-import base64
 import csv
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -17,10 +15,10 @@ from pathlib import Path
 
 import pytest
 from judge_server import JudgeServer, text_of
+from local_rows import write_shapes_table
 from prompt_rows import PROMPTS
 
 from pdlm_evalkit.report import collect
-from pdlm_hf.shapes.evaluate_base import held_out_question
 
 CHECKOUT = os.environ.get("VLMEVALKIT")
 pytestmark = pytest.mark.skipif(CHECKOUT is None, reason="VLMEVALKIT names no checkout")
@@ -31,17 +29,7 @@ ROWS = 12
 def data(tmp_path_factory):
     """A multiple-choice data set of drawn shapes, in VLMEvalKit's form, under a name of the paper's."""
     folder = tmp_path_factory.mktemp("lmu")
-    with (folder / "MMStar_shapes.tsv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["index", "image", "question", *"ABCD", "answer", "category"], delimiter="\t")
-        writer.writeheader()
-        for index in range(ROWS):
-            image, question = held_out_question(11, index, "choice")
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            text, *options, _ = question.text.split("\n")
-            row = {"index": index, "question": text, "answer": question.answer, "category": "shapes"}
-            row |= {"image": base64.b64encode(buffer.getvalue()).decode()}
-            writer.writerow(row | {option[0]: option[3:] for option in options})
+    write_shapes_table(folder, ROWS)
     return folder
 
 
