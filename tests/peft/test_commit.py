@@ -312,6 +312,7 @@ def test_wrong_settings(override, message):
         load_recipe("commit_8b", [override])
 
 
+@pytest.mark.slow
 def test_train_and_commit_have_their_own_recipes():
     for command, name in (("train", "commit_shapes"), ("commit", "shapes")):
         result = run(["-m", "pdlm_peft.cli", command, name])

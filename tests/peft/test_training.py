@@ -612,6 +612,7 @@ def test_chat_from_a_file(tmp_path):
     assert len(losses(record["log"])) == 2
 
 
+@pytest.mark.slow
 def test_the_command_says_steps_and_time(tmp_path):
     pytest.importorskip("pdlm_peft.data")
     write_rows(tmp_path)
