@@ -81,7 +81,7 @@ browser:
 	|| { echo "The tests of pdlm demo need a browser: install chromium (Debian: apt-get install chromium)."; exit 1; }
 
 test-core: .venv/dev browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
 # The oldest versions. They get the built wheel too; what it needs is installed from the tree first.
 .venv-oldest/ready: pyproject.toml constraints/oldest.txt
@@ -98,7 +98,7 @@ wheel: .venv-oldest/ready
 
 test-wheel: wheel
 	cd .wheel && ../$(OLDEST_BIN)/pdlm caption examples/shapes.png --mask examples/shapes_mask_0.png --json
-	cd .wheel && OMP_NUM_THREADS=1 ../$(OLDEST_BIN)/python -m pytest -n 2 -q -m "not slow" $(WHEEL_TESTS)
+	cd .wheel && OMP_NUM_THREADS=1 ../$(OLDEST_BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow" $(WHEEL_TESTS)
 
 # Whatever is newest, whatever our bounds say; TORCH=torch for the newest torch as well.
 test-newest: browser
@@ -109,7 +109,7 @@ test-newest: browser
 	$(NEWEST_BIN)/python tools/newest.py requirements > .newest/requirements.txt
 	$(NEWEST_BIN)/pip install $(PIP_FLAGS) --no-compile $(TORCH) -r .newest/requirements.txt
 	cp -r $(AROUND) .newest/
-	cd .newest && OMP_NUM_THREADS=1 ../$(NEWEST_BIN)/python -m pytest -n 2 -q -m "not slow" --junitxml report.xml $(NEWEST_TESTS); \
+	cd .newest && OMP_NUM_THREADS=1 ../$(NEWEST_BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow" --junitxml report.xml $(NEWEST_TESTS); \
 	status=$$?; cd .. && $(NEWEST_BIN)/python tools/newest.py record .newest/report.xml benchmarks/results/newest.json \
 	&& $(NEWEST_BIN)/python benchmarks/report.py --write && exit $$status
 
@@ -162,9 +162,9 @@ test-full:
 	$(MAKE) lint wheel
 	@mkdir -p benchmarks/results
 	( $(BIN)/python -c "import platform, torch, transformers; print(platform.platform(), platform.python_version(), 'torch', torch.__version__, 'transformers', transformers.__version__)"; \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --durations=10 --disable-warnings --cov --cov-report=term; \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q --durations=10 --disable-warnings --cov --cov-report=term; \
 	  echo "the wheel with $(OLDEST)"; \
-	  (cd .wheel && OMP_NUM_THREADS=1 ../$(OLDEST_BIN)/python -m pytest -n 2 -q -m "not slow" --durations=10 --disable-warnings --ignore tests/hf/test_ray.py --ignore tests/hf/test_demo_browser.py); \
+	  (cd .wheel && OMP_NUM_THREADS=1 ../$(OLDEST_BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow" --durations=10 --disable-warnings --ignore tests/hf/test_ray.py --ignore tests/hf/test_demo_browser.py); \
 	  VLLM_ENABLE_V1_MULTIPROCESSING=1 OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/vllm; \
 	  LMMS_QUESTIONS=400 $(LMMS_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/lmms; \
 	  $(BIN)/python -m pdlm_hf.shapes.evaluate --seed 11 --images 1000 --json; \

@@ -19,6 +19,14 @@ model = AutoModel.from_pretrained({0!r}, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained({0!r}, trust_remote_code=True)
 print(type(model).__module__.startswith("transformers_modules"), type(processor).__name__)
 """
+COMMANDS = """
+import runpy, sys
+from pdlm_hf.cli.main import app
+app(["caption", "examples/shapes.png", "--mask", "examples/shapes_mask_0.png"], standalone_mode=False)
+app(["chat", "examples/two_shapes.png", "What colour is the circle?"], standalone_mode=False)
+app(["export", sys.argv[1], sys.argv[2]], standalone_mode=False)
+runpy.run_path("examples/caption_regions.py", run_name="__main__")
+"""
 SMALL = "max_steps=2 save_steps=2 logging_steps=1 eval_strategy=no activation_checkpointing=true"
 
 
@@ -31,14 +39,12 @@ def run(*command: str, folder: Path = CLONE, path: str | None = None) -> str:
     return done.stdout
 
 
-def test_captions():
-    out = run("-m", "pdlm_hf.cli.main", "caption", "examples/shapes.png", "--mask", "examples/shapes_mask_0.png")
-    assert "One spotted cross, big and blue." in out
-
-
-def test_chat():
-    out = run("-m", "pdlm_hf.cli.main", "chat", "examples/two_shapes.png", "What colour is the circle?")
-    assert out.splitlines()[0] == "Yellow."
+def test_commands_the_snippet_of_the_readme_and_exported_code(tmp_path):
+    """The code that travels with the exported checkpoint loads without the package."""
+    out = run("-c", COMMANDS, str(pdlm_hf.CHECKPOINT), str(tmp_path / "exported"))
+    assert "One spotted cross, big and blue." in out and "\nYellow.\n" in out
+    assert "2 forward passes for 6 captions" in out
+    assert run("-c", LOAD.format(str(tmp_path / "exported")), folder=tmp_path, path="") == "True PdlmProcessor\n"
 
 
 def test_training_step(tmp_path):
@@ -50,13 +56,3 @@ def test_training_step(tmp_path):
     ]
     out = run("-m", "pdlm_peft.cli", "train", "shapes", f"output={tmp_path / 'run'}", *settings)
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file(), out
-
-
-def test_exported_code(tmp_path):
-    """The code that travels with a checkpoint, without the package."""
-    run("-m", "pdlm_hf.cli.main", "export", str(pdlm_hf.CHECKPOINT), str(tmp_path / "exported"))
-    assert run("-c", LOAD.format(str(tmp_path / "exported")), folder=tmp_path, path="") == "True PdlmProcessor\n"
-
-
-def test_snippet_of_the_readme():
-    assert "2 forward passes for 6 captions" in run("examples/caption_regions.py")

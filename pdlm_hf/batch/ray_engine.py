@@ -140,7 +140,7 @@ class RayEngine:
         places = int(found.get(kind, 0))
         workers = self.workers or (places if kind == "GPU" else 1)
         if workers > places:
-            raise SettingError(f"--workers {workers}: the cluster has {places} {kind}s, and a captioner needs one.")
+            raise SettingError(f"--workers {workers}: each captioner needs a {kind}, and the cluster has {places}.")
         return kind, workers
 
     def _round(

@@ -73,8 +73,9 @@ def damage(folder):
     change(folder, lambda data: data["annotations"][0]["segmentation"].update(counts="x"))
 
 
-def test_the_same_as_the_local_engine(tmp_path, monkeypatch):
-    """With one captioner on each of two GPUs, images by URL, bad files, and half of the rows there before."""
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_same_as_the_local_engine(tmp_path, monkeypatch, nodes):
+    """With one captioner on the GPU of every machine, images by URL, bad files, and half of the rows there before."""
     write_coco(tmp_path, 9)
     damage(tmp_path)
     expected, result = batch(tmp_path, "local.jsonl", code=1)
@@ -82,12 +83,12 @@ def test_the_same_as_the_local_engine(tmp_path, monkeypatch):
     lines = (tmp_path / "local.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:7]))  # two images and a region of a third
     (tmp_path / "out.run.json").write_bytes((tmp_path / "local.run.json").read_bytes())
-    with cluster(monkeypatch, gpus=1):
+    with cluster(monkeypatch, nodes, gpus=1):
         url = f"file://{tmp_path / 'images'}/"
         rows, told = batch(tmp_path, "out.jsonl", "--engine", "ray", images=url, code=1)
         assert not ray.is_initialized()
         _, refused = batch(tmp_path, "more.jsonl", "--engine", "ray", "--workers", "3", code=2)
-    assert "--workers 3: the cluster has 2 GPUs" in refused.stderr
+    assert f"--workers 3: each captioner needs a GPU, and the cluster has {nodes}." in refused.stderr
     assert_the_same(rows, expected)
     assert len(list(read_rows(tmp_path / "out.jsonl"))) == len(expected)
     assert "2 images cannot be read; 1 region cannot be read" in told.stderr
