@@ -74,7 +74,7 @@ def test_the_cache_is_the_default_for_isolated_checkpoints_only(isolated_model, 
         network.generate(**inputs, **SETTINGS)
         canvas = max((inputs["region_order"] >= 0).sum(1).tolist()) * 10
         assert lengths[0][1] == inputs["input_ids"].shape[1] + canvas
-        assert [length[1] for length in lengths[1:]] == [canvas if cached else lengths[0][1]] * 7
+        assert [length[1] for length in lengths[1:-1]] == [canvas if cached else lengths[0][1]] * 6
         monkeypatch.undo()
 
 
@@ -134,7 +134,7 @@ def test_a_streamer_keeps_no_region_in_the_canvas(isolated_model, inputs, monkey
 
 
 @pytest.mark.parametrize("interval", [0, 1, 5])
-@pytest.mark.parametrize("steps", [3, 8, 12, 32])
+@pytest.mark.parametrize("steps", [3, 12])
 def test_what_the_schedule_cannot_open_again_leaves(isolated_model, inputs, monkeypatch, steps, interval):
     """Regions in the step that opens no position of their image, images behind it; with the captions of all rows."""
     settings = {"max_new_tokens": 8, "max_denoising_steps": steps, "prefix_refresh_interval": interval}
@@ -179,9 +179,9 @@ def test_random_numbers_stay_when_images_leave(isolated_model, inputs, monkeypat
     assert torch.equal(output.region_tokens, isolated_model.generate(**inputs, **settings).region_tokens)
 
 
-@pytest.mark.parametrize("settings", [{"acceptance_threshold": 0.3}, {"entropy_bound": 1.0}], ids=str)
-def test_complete_images_leave_where_every_pass_computes_prompts(model, inputs, monkeypatch, settings):
-    settings = {"max_new_tokens": 8, "max_denoising_steps": 32, **settings}
+@pytest.mark.parametrize("extra", [{}, {"temperature": 1.0, "seed": 1}], ids=str)
+def test_complete_images_leave_where_every_pass_computes_prompts(model, inputs, monkeypatch, extra):
+    settings = {"max_new_tokens": 8, "max_denoising_steps": 32, "acceptance_threshold": 0.3, **extra}
     lengths = hidden_rows(model, monkeypatch)
     output = model.generate(**inputs, **settings)
     steps = output.region_steps.amax(1)
