@@ -189,17 +189,17 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
     if settings.cuda_graphs and graphs_usable(task.device, caching, task.config.text_config._attn_implementation):
         canvas.graphs = task.model.canvas_graphs()
     adaptive = settings.acceptance_threshold is not None or settings.entropy_bound is not None
-    # A graph has a fixed shape, and finished regions cost it nearly nothing.
-    shrinking = adaptive and caching and canvas.graphs is None
     split = task.config.text_config._attn_implementation == REGION_SPLIT  # its blocks have one length
-    trimming = shrinking and bool(settings.trim_canvas) and not split
+    trimming = adaptive and bool(settings.trim_canvas) and not split
     everything = view = canvas.view(canvas.exists)
-    size = (sum(counts), 0)
-    schedule = [[masks_left(n * canvas.num_slots, step, num_steps) for n in counts] for step in range(num_steps)]
+    sizes = [sum(counts), len(counts), 0]
+    slots = 0 if adaptive else canvas.num_slots  # that the schedule may leave open
+    steps = (*range(num_steps), num_steps - 1)
+    schedule = [[masks_left(n * slots, step, num_steps) for n in counts] for step in steps]
     masks_after = torch.tensor(schedule, device=task.device)  # one copy, not one a step
     for step in range(num_steps):
         whole = step == 0 or (interval > 0 and step % interval == 0)
-        # Finished regions stay for forward passes that also compute the prompts, which may see them.
+        # Finished regions stay for forward passes that also compute the prompts, which may see them; images do not.
         current = everything if whole else view
         hidden = canvas.forward(current, whole, keep=caching)
         # Accepted tokens are final in adaptive decoding. Random numbers are drawn for every slot, whatever is open.
@@ -223,16 +223,20 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
             _fill_accepted(canvas, draft, log_odds, accepted)
         if task.streamer is not None:
             task.stream(by_image(torch.where(canvas.masked, draft, canvas.tokens), -1))
-        if adaptive:
-            active = canvas.masked.any(-1)
-            if not active.any():
-                break
-            if shrinking:
-                left, ends = int(active.sum()), int(canvas.ended().sum()) if trimming else 0
-                if (left, ends) != size:
-                    view, size = canvas.view(active, trimming), (left, ends)
-        elif not any(schedule[step]):
+        if all(schedule[step + 1]):
+            continue  # the fixed schedule may open finished regions again
+        active = canvas.masked.any(-1) | (canvas.exists & (masks_after[step + 1] > 0)[:, None])
+        if task.random is not None and not adaptive:
+            active = canvas.exists & active.any(1, keepdim=True)
+        counted = torch.stack([active.sum(), active.any(1).sum(), (canvas.ended() & trimming).sum()])
+        sizes, before = counted.tolist(), sizes  # the one thing that the host waits for
+        if not sizes[0]:
             break
+        # A graph has a fixed shape, and finished regions cost it nearly nothing.
+        if canvas.graphs is None and sizes != before:
+            view = canvas.view(active, trimming)
+            if sizes[1] != before[1]:
+                everything = canvas.view(canvas.exists & active.any(1, keepdim=True))
     return canvas
 
 

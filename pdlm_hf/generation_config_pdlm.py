@@ -168,6 +168,9 @@ class PdlmGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or not isfinite(value)):
                 raise SettingError(f"`{name}` must be {rule}, got {value!r:.60}.")
+        for name in ("trim_canvas", "cuda_graphs", "return_dict_in_generate", "output_history"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise SettingError(f"`{name}` must be true or false, got {getattr(self, name)!r:.60}.")
         if self.temperature is not None and self.temperature < 0:
             raise SettingError(f"`temperature` must be 0 (greedy) or positive, got {self.temperature!r:.60}.")
         if self.remasking not in (None, "low_confidence", "random"):

@@ -9,7 +9,8 @@ in common, and behind them a private area with the block's remaining keys:
     private area i [ shared rows past the last full page | RoI tokens of region i | question, header | block i ]
 
 Rotary embedding is applied before keys are written, so their order in the pages is free. Rows that several areas need
-run through the model once for each.
+run through the model once for each. Of a block the row that closes it comes first, so that token positions at its end
+are hidden by a smaller number of keys.
 """
 
 from dataclasses import dataclass
@@ -57,12 +58,13 @@ class CanvasLayout:
 
     def __post_init__(self):
         prompt, rows = len(self.codes), torch.arange(len(self.codes))
+        order = (torch.arange(self.block) + 1) % self.block
         self.prompt_length = prompt
         self.natural_pages = ceil((prompt + self.num_blocks * self.block) / self.page)
         if self.num_blocks == 1:  # it sees the whole prompt: the natural area will do
             self.pages = torch.arange(self.natural_pages)[None]
             self.length = prompt + self.block
-            self.canvas = torch.arange(prompt, prompt + self.block)
+            self.canvas = prompt + order
             self.copied = self.copies = torch.empty(1, 0, dtype=torch.long)
             return
         shared = self.codes == SHARED
@@ -78,8 +80,7 @@ class CanvasLayout:
         )
         self.length = common * self.page + self.copied.shape[1] + self.block
         self.copies = start[:, None] * self.page + torch.arange(self.copied.shape[1])
-        inside = self.copied.shape[1] + torch.arange(self.block)
-        self.canvas = (start[:, None] * self.page + inside).flatten()
+        self.canvas = (start[:, None] * self.page + self.copied.shape[1] + order).flatten()
 
     @property
     def num_pages(self) -> int:

@@ -30,7 +30,7 @@ def caption_many(
         question (`str`, *optional*): instead of "Describe each masked region in detail."
         batch_size (`int`): images handed to the engine at a time; it batches by itself.
         lora_request (`vllm.lora.request.LoRARequest`, *optional*): an adapter of the language model.
-        **settings: max_new_tokens, max_denoising_steps, acceptance_threshold, prefix_refresh_interval.
+        **settings: max_new_tokens, max_denoising_steps, acceptance_threshold, prefix_refresh_interval, trim_canvas.
 
     Raises:
         SettingError: an image, region or setting that cannot be used.

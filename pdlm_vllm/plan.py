@@ -11,7 +11,14 @@ from pdlm_hf.masking_pdlm import caption_canvas
 
 MAX_TAIL = 192  # shared rows behind the RoI tokens: question and header, at most
 REPORT, STREAM = "pdlm_report", "pdlm_stream"  # extra arguments: hand back scores at the end, drafts at every step
-DEFAULTS = ("max_new_tokens", "max_denoising_steps", "acceptance_threshold", "prefix_refresh_interval", "block_length")
+DEFAULTS = (
+    "max_new_tokens",
+    "max_denoising_steps",
+    "acceptance_threshold",
+    "prefix_refresh_interval",
+    "trim_canvas",
+    "block_length",
+)
 DEFAULT_TOKENS = 32  # of a caption
 DEFAULT_ANSWER = 64  # tokens of a chat answer
 
@@ -50,6 +57,7 @@ class Plan:
         interval (`int`): recompute the prompt every so many steps, 0 = never.
         joint (`bool`): prompt rows see the canvas, so that recomputing them changes something.
         block_length (`int`): chat: the answer is written block by block.
+        trim (`bool`): adaptive decoding hides the token positions behind the end of a caption.
     """
 
     num_regions: int
@@ -59,6 +67,7 @@ class Plan:
     interval: int
     joint: bool
     block_length: int
+    trim: bool = False
 
     @property
     def blocks(self) -> int:
@@ -80,9 +89,15 @@ class Plan:
         """Rows of the canvas."""
         return self.blocks * self.rows
 
+    def refreshes(self, step: int) -> bool:
+        """Whether transformers would compute prompt and canvas together in this step (counted from 0), with regions
+        that are complete and positions that are hidden in others.
+        """
+        return step == 0 or (self.interval > 0 and step % self.interval == 0)
+
     def whole(self, step: int) -> bool:
         """Whether this step (counted from 0) also computes the prompt."""
-        return self.joint and (step == 0 or (self.interval > 0 and step % self.interval == 0))
+        return self.joint and self.refreshes(step)
 
     def step_plan(self, step: int) -> "StepPlan":
         """What this step (counted from 0) may accept; past the last one, that of the last."""
@@ -171,20 +186,22 @@ def make_plan(
             threshold = float(threshold)
         else:
             threshold = None if threshold == 0 else defaults.acceptance_threshold
+        trim = given.get("trim_canvas")
+        trim = threshold is not None and (trim if isinstance(trim, bool) else bool(defaults.trim_canvas))
         steps = whole("max_denoising_steps", 1, defaults.max_denoising_steps or 32)
         length = count
     else:
         # one token less than the widest canvas, by which vLLM knows steps that it may replay as a CUDA graph
         room -= getattr(config, "cuda_graphs", False)
         count = max(1, min(whole("max_new_tokens", 1, max_tokens or DEFAULT_ANSWER), room))
-        joint, threshold = True, None
+        joint, threshold, trim = True, None, False
         length = whole("block_length", 1, defaults.block_length or count)
         length = length if count % length == 0 else count
         steps = whole("max_denoising_steps", 1, count)
         steps = max(1, steps // (count // length)) * (count // length)
     if interval is None:
         interval = 1 if joint else 0
-    return Plan(regions, count, steps, threshold, interval, joint, length)
+    return Plan(regions, count, steps, threshold, interval, joint, length, trim)
 
 
 def count_regions(config, prompt: list[int]) -> int:

@@ -36,6 +36,7 @@ def _or_null(**schema: Any) -> WithJsonSchema:
 Positive = Annotated[Any, _or_null(type="integer", minimum=1)]
 Interval = Annotated[Any, _or_null(type="integer", minimum=0)]
 Threshold = Annotated[Any, _or_null(type="number", exclusiveMinimum=0, maximum=1)]
+Switch = Annotated[Any, _or_null(type="boolean")]
 Greedy = Annotated[Any, _or_null(type="number", enum=[0])]
 
 
@@ -54,6 +55,7 @@ class RegionCaptionsRequest(BaseModel):
     max_denoising_steps: Positive = Field(None, description="forward passes at most")
     acceptance_threshold: Threshold = Field(None, description="of adaptive decoding; null: the fixed schedule")
     prefix_refresh_interval: Interval = Field(None, description="0: the prompt is computed once; k: every k steps")
+    trim_canvas: Switch = Field(None, description="token positions behind the end of a caption are hidden")
     temperature: Greedy = Field(None, description="decoding is greedy")
     priority: StrictInt = Field(0, ge=-(2**31), lt=2**31, description="as of vLLM's --scheduling-policy priority")
     user: StrictStr | None = Field(None, description="ignored, as by vLLM")

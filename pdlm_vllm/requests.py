@@ -21,10 +21,10 @@ from pdlm_hf.regions.limits import check_mask_pixels
 from pdlm_hf.regions.region import list_of_regions, parse_region
 from pdlm_hf.tiling_pdlm import num_tiles
 
-from .plan import DEFAULT_TOKENS, REPORT, STREAM
+from .plan import DEFAULT_TOKENS, DEFAULTS, REPORT, STREAM
 from .processing import check_length, check_question
 
-REGION_SETTINGS = ("max_new_tokens", "max_denoising_steps", "acceptance_threshold", "prefix_refresh_interval")
+REGION_SETTINGS = tuple(name for name in DEFAULTS if name != "block_length")
 _REASONS = {
     "seed": "decoding is greedy, there is nothing to seed",
     "remasking": "the server ranks drafts by their probability",
@@ -34,7 +34,6 @@ _REASONS = {
     "generation_suffix": "it is not served; use pdlm_hf",
     "stop_strings": "it is not served with regions",
     "streamer": 'use "stream": true',
-    "trim_canvas": "it is a setting of pdlm_hf",
     "cuda_graphs": "it is a setting of pdlm_hf",
     "max_batch_tokens": "the server batches by itself",
 }
@@ -116,7 +115,7 @@ def region_passes(
         question (`str`, *optional*)
         room (`int`, *optional*): rows of the largest canvas served; default: the checkpoint's.
         stream (`bool`): report every denoising step.
-        **settings: max_new_tokens, max_denoising_steps, acceptance_threshold, prefix_refresh_interval.
+        **settings: max_new_tokens, max_denoising_steps, acceptance_threshold, prefix_refresh_interval, trim_canvas.
 
     Raises:
         SettingError: the request cannot be served; the message says what to do.

@@ -25,7 +25,8 @@ class Rows:
             batch, and which pages of that request it reads.
         source: for every row the scheduled row it repeats, or -1 - n for row n of the embedded prompts.
         positions, addresses: of every row: its position, and where in its request's area its keys go.
-        scheduled: for every scheduled row where it is.
+        scheduled: for every scheduled row where it is; any row for one that is left out.
+        hides: of each virtual sequence, where the device keeps the number of keys it hides; -1 for none.
         prompts: embedded prompts that are computed again.
     """
 
@@ -37,12 +38,23 @@ class Rows:
     positions: list[np.ndarray] = field(default_factory=list)
     addresses: list[np.ndarray] = field(default_factory=list)
     scheduled: list[np.ndarray] = field(default_factory=list)
+    hides: list[int] = field(default_factory=list)
     prompts: list[torch.Tensor] = field(default_factory=list)
     count: int = 0
     kept: int = 0
 
-    def sequence(self, owner: int, source, positions, addresses, keys: int, pages: np.ndarray, asked: int) -> None:
-        """Rows that see the same keys, of which vLLM asked for the first `asked`."""
+    def sequence(
+        self,
+        owner: int,
+        source: np.ndarray,
+        positions: np.ndarray,
+        addresses: np.ndarray,
+        keys: int,
+        pages: np.ndarray,
+        asked: np.ndarray,
+        hides: int = -1,
+    ) -> None:
+        """Rows that see the same keys, and of each row vLLM asked for where it is among them."""
         self.queries.append(len(source))
         self.lengths.append(keys)
         self.owners.append(owner)
@@ -50,8 +62,13 @@ class Rows:
         self.source.append(source)
         self.positions.append(positions)
         self.addresses.append(addresses)
-        self.scheduled.append(np.arange(self.count, self.count + asked))
+        self.scheduled.append(self.count + asked)
+        self.hides.append(hides)
         self.count += len(source)
+
+    def leave_out(self, asked: int) -> None:
+        """Rows that vLLM asked for and nobody reads."""
+        self.scheduled.append(np.zeros(asked, dtype=np.int64))
 
     def keep(self, prompt: torch.Tensor) -> np.ndarray:
         """Sources of the rows of an embedded prompt."""
@@ -80,7 +97,7 @@ class StepBuffers:
         self.tables = torch.zeros(sequences, pages, dtype=torch.int32, device=device)
         self.source = torch.zeros(0, dtype=torch.int64, device=device)  # of this step's rows, for [`embed`]
 
-    def place(self, rows: Rows, table: torch.Tensor, count: int, sequences: int) -> torch.Tensor:
+    def place(self, rows: Rows, table: torch.Tensor, count: int, sequences: int, hidden: torch.Tensor) -> torch.Tensor:
         """Copy the numbers of a step.
 
         Args:
@@ -88,6 +105,7 @@ class StepBuffers:
             table (`torch.Tensor` of shape `(requests, pages)`): vLLM's block table.
             count, sequences (`int`): rows and sequences after padding; a padding row writes no keys, a padding
                 sequence has no rows.
+            hidden (`torch.IntTensor`): keys at the end of sequences that nobody sees, see [`Rows`]; the last is 0.
 
         Returns:
             `torch.IntTensor` of shape `(sequences + 1,)`: starts of the sequences, on the host.
@@ -110,6 +128,8 @@ class StepBuffers:
         starts[: used + 1] = np.concatenate([[0], np.cumsum(rows.queries)])
         self._put(self.starts, starts)
         self._put(self.lengths, np.pad(rows.lengths, (0, sequences - used)))
+        if max(rows.hides) >= 0:
+            self.lengths[:used] -= hidden[self._send(np.asarray(rows.hides))]
         source = np.concatenate(rows.source)
         self.source = self._send(source)
         return torch.from_numpy(starts.astype(np.int32))

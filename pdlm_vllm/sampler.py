@@ -44,6 +44,8 @@ class DenoisingSampler:
         self.exists = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self.written = torch.zeros(shape, device=self.device)  # log odds as of the step that wrote it
         self.steps = torch.zeros(requests, regions, dtype=torch.int32, device=self.device)
+        # keys at the end of each block that nobody sees, of all requests; and a 0 for [`rows.Rows`]
+        self.hidden = torch.zeros(requests * regions + 1, dtype=torch.int32, device=self.device)
         self.plans: dict[int, Plan] = {}
         self.banned = torch.tensor(state.config.banned_token_ids, device=self.device)
 
@@ -63,6 +65,7 @@ class DenoisingSampler:
         self.masked[index] = self.exists[index]
         self.written[index] = -torch.inf
         self.steps[index] = 0
+        self.hidden[:-1].view(self.steps.shape)[index] = 0
 
     def __call__(self, logits: torch.Tensor, input_batch, draft_logits=None) -> SamplerOutput:
         """One step of every request that has rows in `logits`, which holds their hidden states.
@@ -112,7 +115,10 @@ class DenoisingSampler:
         return async_tensor_h2d(values, device=self.device)
 
     def _drafts(self, hidden: torch.Tensor, active: list[int], bounds, places) -> tuple[torch.Tensor, torch.Tensor]:
-        """Drafts and log odds of all token positions of the active requests, `(active, regions, room)`."""
+        """Drafts and log odds of the token positions of the active requests, `(active, regions, room)`.
+
+        Of all that may be open as far as the host knows; without a draft, -1 and inf.
+        """
         shape = (len(active), *self.tokens.shape[1:])
         drafts = torch.full(shape, -1, dtype=torch.int64, device=self.device)
         odds = torch.full(shape, torch.inf, device=self.device)
@@ -122,11 +128,11 @@ class DenoisingSampler:
                 plan = self.plans[int(places[i])]
                 if bool(plan.num_regions) == chat:
                     continue
-                found = token_rows(plan).numpy()
-                rows.append(int(bounds[i]) + found.ravel())
-                block, position = np.indices(found.shape)
-                where.append(((k * shape[1] + block) * shape[2] + position).ravel())
-            if rows:
+                wanted = self.state.running[int(places[i])].open
+                rows.append(int(bounds[i]) + token_rows(plan).numpy()[wanted])
+                block, position = wanted.nonzero()
+                where.append((k * shape[1] + block) * shape[2] + position)
+            if sum(map(len, rows)):
                 scored = self._score(hidden[self._device(np.concatenate(rows))], self.banned if chat else None)
                 target = self._device(np.concatenate(where))
                 drafts.view(-1)[target], odds.view(-1)[target] = scored
@@ -176,14 +182,24 @@ class DenoisingSampler:
             opened = lowest_mask(score, left.flatten()).view_as(masked) & exists
             masked = torch.where(kind == FIXED, opened, masked)
         if ADAPTIVE in kinds:  # an end of turn closes the token positions behind it
-            ended = ((tokens == self.config.eot_token_id) & ~masked & exists).cumsum(-1) > 0
-            closed = ended & masked & (kind == ADAPTIVE)
+            ends = (tokens == self.config.eot_token_id) & ~masked & exists
+            behind = (ends.cumsum(-1) - ends.int() > 0) & exists & (kind == ADAPTIVE)
+            closed = behind & masked
             tokens = torch.where(closed, self.config.eot_token_id, tokens)
             written, masked = torch.where(closed, torch.inf, written), masked & ~closed
+            self._tell(index, plans, requests, masked, behind)
         self.tokens[index], self.masked[index], self.written[index] = tokens, masked, written
         self._show(index, plans, tokens, masked)
         done = torch.where(kind == ADAPTIVE, ~masked.any(-1).any(-1)[:, None, None], last > 0)
         return done.flatten() * self._lengths(index, plans)
+
+    def _tell(self, index: torch.Tensor, plans: list[Plan], requests: list[int], masked, behind) -> None:
+        """Hide the token positions behind ends where that is wanted, and let the host know."""
+        behind = behind & self._device(np.array([plan.trim for plan in plans]))[:, None, None]
+        self.hidden[:-1].view(self.steps.shape)[index] = behind.sum(-1, dtype=torch.int32)
+        chosen = [k for k, plan in enumerate(plans) if plan.threshold is not None]
+        news = torch.stack([masked, ~behind])[:, self._device(np.array(chosen))]
+        self.state.news.send([self.state.running[requests[k]] for k in chosen], news)
 
     def _show(self, index: torch.Tensor, plans: list[Plan], tokens: torch.Tensor, masked: torch.Tensor) -> None:
         """Write the tokens into the canvases that run through the model."""

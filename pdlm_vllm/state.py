@@ -4,7 +4,6 @@ One engine request is one image with its regions (or one chat answer). vLLM sche
 canvas at every step, as it does for every diffusion model; the canvas is never accepted until it is finished.
 """
 
-from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -19,27 +18,10 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from pdlm_hf.masking_pdlm import SHARED, region_layout
 
 from .layout import CanvasLayout
-from .plan import Plan, make_plan, served_defaults
+from .plan import make_plan, served_defaults
 from .rows import Rows, StepBuffers
+from .running import News, Running
 from .sampler import DenoisingSampler
-
-
-@dataclass
-class Running:
-    """One request in flight.
-
-    Args:
-        plan (`Plan`), layout (`CanvasLayout`)
-        step (`int`): denoising steps done.
-        lora (`int`): number of its adapter, 0 for none.
-        prompt (`torch.FloatTensor`, *optional*): embedded prompt, where steps compute it again.
-    """
-
-    plan: Plan
-    layout: CanvasLayout
-    lora: int = 0
-    step: int = 0
-    prompt: torch.Tensor | None = None
 
 
 class PdlmModelState(ModelState):
@@ -54,6 +36,7 @@ class PdlmModelState(ModelState):
         self.defaults = served_defaults(self.model_config)
         self.running: dict[int, Running] = {}
         self.index: dict[str, int] = {}
+        self.news = News(behind=int(bool(vllm_config.scheduler_config.async_scheduling)))
         self.waiting: set[int] = set()  # requests that had to sit this step out
         self.rows: Rows | None = None
         self.blocks = max(1, self.config.num_region_prompts)  # sequences of a canvas, at most
@@ -113,7 +96,7 @@ class PdlmModelState(ModelState):
         self.index[new_req_data.req_id] = req_index
         layout = CanvasLayout(codes, plan.blocks, plan.rows, self.buffers.page)
         lora = new_req_data.lora_request.lora_int_id if new_req_data.lora_request else 0
-        self.running[req_index] = Running(plan, layout, lora)
+        self.running[req_index] = Running(plan, layout, req_index, lora)
         self.sampler.begin(req_index, plan)
 
     def remove_request(self, req_id: str) -> None:
@@ -138,6 +121,7 @@ class PdlmModelState(ModelState):
         """Attention metadata of a step, one sequence for everything that sees the same keys."""
         buffers, rows = self.buffers, Rows()
         self.rows, self.waiting = rows, set()
+        self.news.read()
         requests = [self.running.get(int(index)) for index in input_batch.idx_mapping_np[: input_batch.num_reqs]]
         dummy = for_capture or all(request is None for request in requests)
         starts = input_batch.query_start_loc_np
@@ -153,11 +137,12 @@ class PdlmModelState(ModelState):
             elif not logits[i]:
                 self._prompt(rows, request, i, here)
             else:
-                budget = self._canvas(rows, request, i, here, budget)
+                # a graph has a fixed shape
+                budget = self._canvas(rows, request, i, here, budget, cudagraph_mode != CUDAGraphMode.FULL)
         count, sequences = rows.count, len(rows.queries)
         if cudagraph_mode == CUDAGraphMode.FULL:
             count, sequences = input_batch.num_tokens_after_padding, input_batch.num_reqs_after_padding * self.blocks
-        ends = buffers.place(rows, block_tables[0], count, sequences)
+        ends = buffers.place(rows, block_tables[0], count, sequences, self.sampler.hidden)
         if dummy:
             buffers.slots[:count] = slot_mappings[0, :count]
         self.asked = input_batch.num_tokens + count - rows.count
@@ -184,13 +169,15 @@ class PdlmModelState(ModelState):
         """A request of vLLM's own, for measuring and warming up."""
         place = np.arange(len(here))
         pages = np.arange(ceil(min(len(here), self.max_model_len) / self.buffers.page))
-        rows.sequence(i, here, place, 0 * place, min(len(here), self.max_model_len), pages, len(here))
+        rows.sequence(i, here, place, 0 * place, min(len(here), self.max_model_len), pages, place)
 
     def _prompt(self, rows: Rows, request: Running, i: int, here: np.ndarray) -> None:
         """The prompt, seeing itself; and its rows once more for each private area."""
-        self._whole(rows, request.layout, i, here, len(here), len(here))
+        self._whole(rows, request.layout, i, here, len(here), np.arange(len(here)))
 
-    def _whole(self, rows: Rows, layout: CanvasLayout, i: int, source: np.ndarray, keys: int, asked: int) -> None:
+    def _whole(
+        self, rows: Rows, layout: CanvasLayout, i: int, source: np.ndarray, keys: int, asked: np.ndarray
+    ) -> None:
         """All rows of a prompt and those its private areas repeat."""
         copied = layout.copied.flatten().numpy()
         place = np.arange(len(source))
@@ -204,8 +191,11 @@ class PdlmModelState(ModelState):
             asked,
         )
 
-    def _canvas(self, rows: Rows, request: Running, i: int, here: np.ndarray, budget: int) -> int:
-        """The canvas; and before it the prompt, where this step computes it again. Returns the rows left."""
+    def _canvas(self, rows: Rows, request: Running, i: int, here: np.ndarray, budget: int, leaving: bool) -> int:
+        """The canvas; and before it the prompt, where this step computes it again. Returns the rows left.
+
+        With `leaving`, rows that cannot change a caption any more are left out.
+        """
         plan, layout, prompt = request.plan, request.layout, request.layout.prompt_length
         place = np.arange(prompt, prompt + len(here))
         embedded = request.prompt if plan.whole(request.step) else None
@@ -216,17 +206,25 @@ class PdlmModelState(ModelState):
                 embedded = None
             else:
                 budget -= more
-                self._whole(rows, layout, i, rows.keep(embedded), prompt + len(here), 0)
+                self._whole(rows, layout, i, rows.keep(embedded), prompt + len(here), np.arange(0))
         private = layout.canvas.numpy()
         # once more for the natural area, where prompt rows see it
         natural = embedded is not None and plan.blocks > 1
+        alone = not plan.refreshes(request.step)
+        leaving = leaving and alone and request.open.any()
         for k in range(plan.blocks):
-            block = slice(k * plan.rows, (k + 1) * plan.rows)
+            needed = request.rows_needed(k) if leaving else np.ones(plan.rows, dtype=bool)
+            if not needed.any():
+                rows.leave_out(plan.rows)
+                continue
+            block = np.arange(k * plan.rows, (k + 1) * plan.rows)[needed]
             parts = [(here[block], place[block], private[block])]
             if natural:
                 parts.append((here[block], place[block], place[block]))
             source, positions, addresses = (np.concatenate(part) for part in zip(*parts, strict=True))
-            rows.sequence(i, source, positions, addresses, layout.length, layout.pages[k].numpy(), plan.rows)
+            asked = np.where(needed, needed.cumsum() - 1, 0)
+            hides = request.place * self.blocks + k if plan.trim and alone else -1
+            rows.sequence(i, source, positions, addresses, layout.length, layout.pages[k].numpy(), asked, hides)
         return budget
 
     def _adapt(self, rows: Rows, adapters: list[int]) -> None:

@@ -1,5 +1,7 @@
 """The prefix cache, chunks of a batch, and regions that finish early."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from pdlm_hf import PdlmGenerationConfig
 from pdlm_hf.canvas_pdlm import RegionCanvas
 from pdlm_hf.captioning.captioner import RegionCaptioner
 from pdlm_hf.denoising_pdlm import GenerationTask
+from pdlm_hf.diffusion_pdlm import masks_left
 from pdlm_hf.generation_pdlm import _chunks
 from pdlm_hf.shapes.evaluate import held_out
 
@@ -71,7 +74,7 @@ def test_the_cache_is_the_default_for_isolated_checkpoints_only(isolated_model, 
         network.generate(**inputs, **SETTINGS)
         canvas = max((inputs["region_order"] >= 0).sum(1).tolist()) * 10
         assert lengths[0][1] == inputs["input_ids"].shape[1] + canvas
-        assert [length[1] for length in lengths[1:]] == [canvas if cached else lengths[0][1]] * 7
+        assert [length[1] for length in lengths[1:-1]] == [canvas if cached else lengths[0][1]] * 6
         monkeypatch.undo()
 
 
@@ -101,6 +104,93 @@ def test_finished_regions_and_rows_leave_the_canvas(isolated_model, inputs, monk
         assert length == active.sum(1).max() * 10
     assert len(lengths) == output.num_forwards == steps.max()
     assert steps[present].float().mean() < output.num_forwards  # some did finish early
+
+
+class Recorder:
+    """A streamer that counts drafts."""
+
+    drafts = 0
+
+    def put(self, tokens):
+        pass
+
+    def put_draft(self, tokens):
+        self.drafts += 1
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("settings", [{"acceptance_threshold": 0.3}, {}], ids=["adaptive", "fixed"])
+def test_a_streamer_keeps_no_region_in_the_canvas(isolated_model, inputs, monkeypatch, settings):
+    lengths, streamer = hidden_rows(isolated_model, monkeypatch), Recorder()
+    silent = isolated_model.generate(**inputs, max_new_tokens=8, max_denoising_steps=12, **settings)
+    alone = list(lengths)
+    lengths.clear()
+    output = isolated_model.generate(**inputs, max_new_tokens=8, max_denoising_steps=12, streamer=streamer, **settings)
+    assert lengths == alone and len(set(lengths[1:])) > 1
+    assert streamer.drafts == output.num_forwards
+    assert torch.equal(output.region_tokens, silent.region_tokens)
+
+
+@pytest.mark.parametrize("interval", [0, 1, 5])
+@pytest.mark.parametrize("steps", [3, 12])
+def test_what_the_schedule_cannot_open_again_leaves(isolated_model, inputs, monkeypatch, steps, interval):
+    """Regions in the step that opens no position of their image, images behind it; with the captions of all rows."""
+    settings = {"max_new_tokens": 8, "max_denoising_steps": steps, "prefix_refresh_interval": interval}
+    counts = (inputs["region_order"] >= 0).sum(1).tolist()
+    prompt = inputs["input_ids"].shape[1]
+    lengths = hidden_rows(isolated_model, monkeypatch)
+    output = isolated_model.generate(**inputs, **settings, output_history=True)
+    for step, (rows, length) in enumerate(lengths):
+        before = [masks_left(n * 8, step - 1, steps) if step else n * 8 for n in counts]
+        after = [masks_left(n * 8, step, steps) for n in counts]
+        unfinished = output.history[step].masked.any(-1).sum(1).tolist()
+        needed = [n if left else some for n, left, some in zip(counts, after, unfinished, strict=True)]
+        whole = step == 0 or (interval and step % interval == 0)
+        assert rows == sum(left > 0 for left in before)
+        if whole:
+            assert length == prompt + 10 * max(n for n, left in zip(counts, before, strict=True) if left)
+        else:
+            assert length == 10 * max(needed)
+    monkeypatch.setattr(RegionCanvas, "view", partialmethod(view_of_all, RegionCanvas.view))
+    everything = isolated_model.generate(**inputs, **settings)
+    assert torch.equal(output.region_tokens, everything.region_tokens)
+    assert torch.equal(output.region_steps, everything.region_steps)
+    torch.testing.assert_close(output.region_scores, everything.region_scores, atol=1e-5, rtol=1e-4)
+
+
+def view_of_all(canvas, view, active, trimmed=False):
+    return view(canvas, canvas.exists)
+
+
+@pytest.mark.parametrize("interval", [0, 1])
+@pytest.mark.parametrize("extra", [{"temperature": 1.0}, {"remasking": "random"}], ids=str)
+def test_random_numbers_stay_when_images_leave(isolated_model, inputs, monkeypatch, extra, interval):
+    settings = {
+        "max_new_tokens": 8,
+        "max_denoising_steps": 12,
+        "prefix_refresh_interval": interval,
+        "seed": 3,
+        **extra,
+    }
+    output = isolated_model.generate(**inputs, **settings)
+    monkeypatch.setattr(RegionCanvas, "view", partialmethod(view_of_all, RegionCanvas.view))
+    assert torch.equal(output.region_tokens, isolated_model.generate(**inputs, **settings).region_tokens)
+
+
+@pytest.mark.parametrize("extra", [{}, {"temperature": 1.0, "seed": 1}], ids=str)
+def test_complete_images_leave_where_every_pass_computes_prompts(model, inputs, monkeypatch, extra):
+    settings = {"max_new_tokens": 8, "max_denoising_steps": 32, "acceptance_threshold": 0.3, **extra}
+    lengths = hidden_rows(model, monkeypatch)
+    output = model.generate(**inputs, **settings)
+    steps = output.region_steps.amax(1)
+    assert [rows for rows, _ in lengths] == [int((steps > step).sum()) for step in range(output.num_forwards)]
+    assert steps.min() < steps.max()
+    monkeypatch.setattr(RegionCanvas, "view", partialmethod(view_of_all, RegionCanvas.view))
+    everything = model.generate(**inputs, **settings)
+    assert torch.equal(output.region_tokens, everything.region_tokens)
+    torch.testing.assert_close(output.region_scores, everything.region_scores, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, {**SETTINGS, "acceptance_threshold": 0.3}], ids=["fixed", "adaptive"])

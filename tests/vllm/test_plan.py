@@ -29,6 +29,22 @@ def test_a_request_goes_before_the_checkpoint():
     assert [step for step in range(9) if plan.whole(step)] == [0, 4, 8]
 
 
+@pytest.mark.parametrize(
+    "extra, own, expected",
+    [
+        ({}, True, True),
+        ({"trim_canvas": True}, None, True),
+        ({"trim_canvas": False}, True, False),
+        ({"trim_canvas": "yes"}, None, False),
+        ({"trim_canvas": True, "acceptance_threshold": 0}, None, False),  # the fixed schedule opens positions again
+    ],
+)
+def test_trimming(extra, own, expected):
+    defaults = PdlmGenerationConfig(acceptance_threshold=0.9, trim_canvas=own)
+    assert make_plan(CONFIG, defaults, prompt(2), extra, None, 512).trim is expected
+    assert make_plan(CONFIG, defaults, [1, 2, 3], extra, None, 512).trim is False  # chat
+
+
 def test_a_cached_prompt_is_computed_once_with_the_canvas_where_it_sees_it():
     extra = {"prefix_refresh_interval": 0}
     assert [s for s in range(5) if make_plan(FULL, NONE, prompt(1), extra, None, 512).whole(s)] == [0]

@@ -20,7 +20,12 @@ from PIL import Image
 from pdlm_hf import CHECKPOINT
 
 ROOT = Path(__file__).parents[2]
-MODES = [{}, {"prefix_refresh_interval": 1}, {"acceptance_threshold": 0.6, "prefix_refresh_interval": 3}]
+MODES = [
+    {},
+    {"prefix_refresh_interval": 1},
+    {"acceptance_threshold": 0.6, "prefix_refresh_interval": 3},
+    {"acceptance_threshold": 1.0, "trim_canvas": True},
+]
 
 
 def body(image, regions, **settings) -> dict:
@@ -137,6 +142,8 @@ def refusals() -> list[tuple[str, dict | bytes, int, str]]:
         (region_route, {"regions": good["regions"]}, 400, "image"),
         (region_route, good | {"segmentations": 1}, 400, "`segmentations` has no meaning"),
         (region_route, good | {"seed": 1}, 400, "`seed` has no meaning"),
+        (region_route, good | {"trim_canvas": 1}, 400, "`trim_canvas` must be true or false"),
+        (region_route, good | {"cuda_graphs": True}, 400, "`cuda_graphs` has no meaning"),
         (region_route, good | {"temperature": 1}, 400, "`temperature` must be 0"),
         (region_route, good | {"max_new_tokens": 500}, 400, "served canvas"),
         (region_route, good | {"max_denoising_steps": 0}, 400, "positive integer"),
