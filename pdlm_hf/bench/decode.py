@@ -343,6 +343,7 @@ def decode(
         "shape": shape,
         "dtype": str(bench.shape.dtype).removeprefix("torch."),
         "repeats": repeats,
+        "clock": "CPU time" if device == "cpu" and threads == 1 else "wall time",
         "tables": [],
     }
     with torch.inference_mode():
