@@ -40,17 +40,19 @@ def score(model, processor, images: int, **generation: Any) -> dict[str, Any]:
 
 
 def sweep(folder: Path, images: int) -> dict[str, dict[str, Any]]:
-    """Score a checkpoint with every threshold and with its fewest steps."""
+    """Score a checkpoint with every threshold, with and without trimming, and with its fewest steps."""
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
     settings: dict[str, dict[str, Any]] = {f"threshold {t}": {"acceptance_threshold": t} for t in THRESHOLDS}
-    settings |= {f"{n} steps": {"acceptance_threshold": None, "max_denoising_steps": n} for n in (1, 2, 4)}
+    settings |= {f"{name}, trimmed": generation | {"trim_canvas": True} for name, generation in settings.items()}
+    for n in (1, 2, 4):
+        settings[f"{n} step{'s' * (n > 1)}"] = {"acceptance_threshold": None, "max_denoising_steps": n}
     rows = {}
     for name, generation in settings.items():
         with torch.inference_mode():
             rows[name] = score(model, processor, images, **generation) | {"settings": generation}
         row = rows[name]
-        print(f"{folder.name:20} {name:16} exact {row['exact']:.4f}  forwards {row['forwards']:.2f}", flush=True)
+        print(f"{folder.name:20} {name:24} exact {row['exact']:.4f}  forwards {row['forwards']:.2f}", flush=True)
     return rows
 
 

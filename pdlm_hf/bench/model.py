@@ -246,7 +246,8 @@ class Bench:
         """Wait for the device, and return the time in seconds; on one CPU thread that of this process alone, which is
         the same on an idle machine and leaves out what other programs take."""
         self.synchronise()
-        return time.process_time() if self.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+        alone = self.device.type == "cpu" and torch.get_num_threads() == 1
+        return time.process_time() if alone else time.perf_counter()
 
 
 def flops(bench: Bench, num_regions: int, slots: int, kind: str, steps: int, length: int = 0) -> float:
