@@ -1,9 +1,10 @@
-"""The decode benchmark: the reference's loop and ours side by side, with random weights of a given shape."""
+"""The decode benchmark: the reference's loop, ours and an autoregressive one side by side, with random weights."""
 
 import platform
 import resource
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..errors_pdlm import MissingPackageError, SettingError
 from ..regions.files import write_json
 from ..split_attention_pdlm import NAME as REGION_SPLIT
 from .model import SHAPES, Bench, bound, flops
+from .rival import autoregressive
 
 # Arithmetic and memory limits of known devices, FLOP/s in bf16 and bytes/s, with their origin. "measured" is the best
 # of three runs of a product of two 8192 x 8192 matrices and of a large copy (benchmarks/results/gpu_h100_*.json).
@@ -24,7 +26,10 @@ LIMITS = {
     "H200": ((790e12, 4.3e12), "not measured by this project"),
     "H100 80GB HBM3": ((772e12, 2.99e12), "measured"),
 }
-FEW_STEPS = 11
+# Forward passes of adaptive decoding: of a checkpoint that was not trained to commit, at most for one that was, and
+# mostly for the embedded one.
+FEW_STEPS = (11, 4, 1)
+CAPTION_TOKENS = 20
 MAX_REGIONS = 16  # a checkpoint has caption tokens for so many regions
 TILES = 7  # tiles of the image in the prompt
 
@@ -50,26 +55,48 @@ def interleaved(
             yield seconds, results
 
 
-def _jobs(bench: Bench, num_regions: int, batches: list[int], slots: int, steps: int, few: int):
-    """The loops to compare, by name, and the batch size of each."""
-    jobs: dict[str, Callable[[], Any]] = {
-        "reference": lambda: bench.reference(num_regions, slots, steps),
-        "exact": lambda: bench.ours(num_regions, 1, slots, steps, 1),
-        "cached": lambda: bench.ours(num_regions, 1, slots, steps, 0),
-        f"cached, {few} steps": lambda: bench.ours(num_regions, 1, slots, few, 0),
+@dataclass(frozen=True)
+class Job:
+    """A loop to measure.
+
+    Args:
+        run: returns tokens `(images, regions, tokens of a caption)`.
+        kind (`str`): see [`flops`].
+        steps (`int`): forward passes.
+        images (`int`): in a batch.
+    """
+
+    run: Callable[[], torch.Tensor]
+    kind: str
+    steps: int
+    images: int = 1
+
+
+def _jobs(bench: Bench, num_regions: int, batches: list[int], slots: int, steps: int, length: int) -> dict[str, Job]:
+    """The loops to compare, by name; `length`: tokens of a caption."""
+
+    def ours(kind: str, n: int, images: int = 1, *further: Any) -> Job:
+        interval = 1 if kind == "exact" else 0
+        return Job(partial(bench.ours, num_regions, images, slots, n, interval, *further), kind, n, images)
+
+    jobs = {
+        "reference": Job(partial(bench.reference, num_regions, slots, steps), "reference", steps),
+        "exact": ours("exact", steps),
     }
-    size = {name: 1 for name in jobs}
-    for batch in (b for b in batches if b > 1):
-        for name, n in (("cached", steps), (f"cached, {few} steps", few)):
-            jobs[f"{name}, batch {batch}"] = partial(bench.ours, num_regions, batch, slots, n, 0)
-            size[f"{name}, batch {batch}"] = batch
-    if bench.device.type == "cuda":
-        for name in [name for name in jobs if name.startswith("cached")]:
-            n, b = few if "steps" in name else steps, size[name]
-            for label, graphs in (("region_split", False), ("region_split, graphs", True)):
-                jobs[f"{name}, {label}"] = partial(bench.ours, num_regions, b, slots, n, 0, None, REGION_SPLIT, graphs)
-                size[f"{name}, {label}"] = b
-    return jobs, size
+    few = {f"cached, {n} step{'s' * (n > 1)}": n for n in sorted({min(n, steps) for n in FEW_STEPS}, reverse=True)}
+    for images in sorted({1, *batches}):
+        batch = f", batch {images}" if images > 1 else ""
+        for name, n in {"cached": steps, **few}.items():
+            jobs[name + batch] = ours("cached", n, images)
+            if bench.device.type == "cuda":
+                for label, graphs in (("region_split", False), ("region_split, graphs", True)):
+                    jobs[f"{name}{batch}, {label}"] = ours("cached", n, images, None, REGION_SPLIT, graphs)
+        if (n := min(FEW_STEPS[0], steps, length + 1)) > 1 and length < slots:
+            run = partial(bench.trimmed, num_regions, images, slots, n, length)
+            jobs[f"cached, {n} steps, trimmed{batch}"] = Job(run, "trimmed", n, images)
+        run = partial(autoregressive, bench, num_regions, images, length)
+        jobs[f"autoregressive, shared prefix{batch}"] = Job(run, "autoregressive", length, images)
+    return jobs
 
 
 def compare(
@@ -80,8 +107,9 @@ def compare(
     steps: int,
     repeats: int,
     keep: Callable[[dict], None] = lambda table: None,
+    length: int = CAPTION_TOKENS,
 ) -> dict:
-    """Time the reference's loop and ours with one number of regions.
+    """Time the reference's loop, ours and the autoregressive one with one number of regions.
 
     Args:
         bench (`Bench`): model and prompts.
@@ -89,12 +117,12 @@ def compare(
         batches (`list[int]`): batch sizes.
         repeats (`int`): measured turns.
         keep: called with the table after every turn.
+        length (`int`): tokens of a caption, where the loop has an end: the autoregressive one, and with trimming.
 
     Returns:
         the table, ready for JSON.
     """
-    few = min(FEW_STEPS, steps)
-    jobs, size = _jobs(bench, num_regions, batches, slots, steps, few)
+    jobs = _jobs(bench, num_regions, batches, slots, steps, length)
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     limits, source = _limits(bench)
@@ -103,32 +131,31 @@ def compare(
         "prompt_tokens": bench.prompt_ids(num_regions).shape[1],
         "slots": slots,
         "steps": steps,
+        "caption_tokens": length,
         "limits": f"{limits[0] / 1e9:.0f} GFLOP/s, {limits[1] / 1e9:.1f} GB/s ({source})",
         "phases_ms": bench.phases(num_regions, slots),
     }
-    for seconds, results in interleaved(bench, jobs, repeats):
+    for seconds, results in interleaved(bench, {name: job.run for name, job in jobs.items()}, repeats):
         base = statistics.median(seconds["reference"])
         table["rows"] = {
-            name: _row(bench, name, times, results[name], results["exact"], size[name], base, limits, (steps, few))
-            for name, times in seconds.items()
+            name: _row(bench, job, seconds[name], results[name], results["exact"], base, limits, length)
+            for name, job in jobs.items()
         }
         table["peak_memory_gb"] = round(_peak_memory(bench) / 1e9, 2)
         keep(table)
     return table
 
 
-def _row(
-    bench: Bench, name: str, times, tokens, exact, size: int, base: float, limits, steps: tuple[int, int]
-) -> dict:
-    """The row of one loop in a table; `base`: seconds of the reference's loop, `size`: images in a batch."""
+def _row(bench: Bench, job: Job, times, tokens, exact, base: float, limits, length: int) -> dict:
+    """The row of one loop in a table; `base`: seconds of the reference's loop."""
     num_regions, slots = tokens.shape[1:]
+    size, count = job.images, job.steps
     image = statistics.median(times) / size
-    count = steps[1] if "steps" in name else steps[0]
-    kind = "reference" if name == "reference" else "exact" if name == "exact" else "cached"
-    work = flops(bench, num_regions, slots, kind, count)
-    least = bound(bench, num_regions, slots, kind, count, size, limits)
+    work = flops(bench, num_regions, slots, job.kind, count, length)
+    least = bound(bench, num_regions, slots, job.kind, count, size, limits, length)
     ends = torch.tensor([bench.model.config.eot_token_id, bench.model.config.eos_token_id], device=bench.device)
     text = float((torch.isin(tokens, ends).cumsum(-1) == 0).sum())
+    same_canvas = job.kind not in ("trimmed", "autoregressive")
     return {
         "ms_per_image": round(1000 * image, 2),
         "spread_ms": [round(1000 * min(times) / size, 2), round(1000 * max(times) / size, 2)],
@@ -139,7 +166,7 @@ def _row(
         "text_tokens_per_second": round(text / size / image, 1),
         "tokens_per_forward": round(num_regions * slots * size / count, 2),
         "tokens_per_forward_per_region": round(slots / count, 2),
-        "tokens_as_exact": round(float((tokens[:1] == exact).float().mean()), 4),
+        "tokens_as_exact": round(float((tokens[:1] == exact).float().mean()), 4) if same_canvas else None,
         "tflop_per_image": round(work / 1e12, 4),
         "share_of_roofline": round(least / size / image, 3),
     }
@@ -222,7 +249,7 @@ def _show(table: dict) -> None:
         view.add_column(name, justify="left" if not name else "right")
     for name, row in table["rows"].items():
         cells = ("ms_per_image", "ratio_to_reference", "regions_per_second", "tokens_as_exact", "share_of_roofline")
-        view.add_row(name, *(str(row[cell]) for cell in cells))
+        view.add_row(name, *("" if row[cell] is None else str(row[cell]) for cell in cells))
     Console().print(view)
 
 
@@ -268,18 +295,21 @@ def decode(
     slots: int,
     steps: int,
     repeats: int,
+    length: int = CAPTION_TOKENS,
     threads: int = 1,
     with_scaling: bool = False,
     json_file: Path | None = None,
     plot: Path | None = None,
 ) -> None:
-    """Time the reference's loop and ours on random weights and print a table for each number of regions.
+    """Time the reference's loop, ours and an autoregressive one on random weights and print a table for each number of
+    regions.
 
     Args:
         device (`str`): "cpu" or "cuda".
         shape (`str`): name in [`SHAPES`].
         regions, batches (`list[int]`): numbers of regions, and batch sizes.
         slots, steps, repeats (`int`): token positions of a caption, denoising steps, measured turns.
+        length (`int`): tokens of a caption, where the loop has an end: the autoregressive one, and with trimming.
         threads (`int`): CPU threads.
         with_scaling (`bool`): also time against regions, passes, tiles and batch.
         json_file, plot (`Path`, *optional*): files to write; the JSON after every table.
@@ -313,11 +343,12 @@ def decode(
         "shape": shape,
         "dtype": str(bench.shape.dtype).removeprefix("torch."),
         "repeats": repeats,
+        "clock": "CPU time" if device == "cpu" and threads == 1 else "wall time",
         "tables": [],
     }
     with torch.inference_mode():
         for count in counts:
-            record["tables"].append(compare(bench, count, batches, slots, steps, repeats))
+            record["tables"].append(compare(bench, count, batches, slots, steps, repeats, length=length))
             _show(record["tables"][-1])
             if json_file:  # after every table, so that a stopped run leaves its results
                 write_json(json_file, record)

@@ -3,6 +3,7 @@
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +14,24 @@ from ..diffusion_pdlm import masks_left
 from ..generation_config_pdlm import PdlmGenerationConfig
 from ..masking_pdlm import caption_canvas, region_attention, region_layout
 from ..modeling_pdlm import PdlmForConditionalGeneration
+
+
+class EndingTask(GenerationTask):
+    """A decode whose captions end: the first step drafts the end of each caption `length` tokens in, with certainty.
+
+    Random weights write no ends, which trained ones are sure of early.
+    """
+
+    length: int
+
+    def score(self, hidden: torch.Tensor, *args: Any, **kwargs: Any):
+        """See [`GenerationTask.score`]; in the first step, where all token positions are open, captions end."""
+        tokens, log_odds, entropy = super().score(hidden, *args, **kwargs)
+        if self.num_forwards == 1:
+            slots = self.settings.max_new_tokens
+            tokens.view(-1, slots)[:, self.length] = self.config.eot_token_id
+            log_odds.view(-1, slots)[:, self.length] = torch.inf
+        return tokens, log_odds, entropy
 
 
 @dataclass(frozen=True)
@@ -131,6 +150,24 @@ class Bench:
         self.model.set_attn_implementation({"text_config": "sdpa"})
         return tokens
 
+    def trimmed(self, num_regions: int, batch: int, slots: int, steps: int, length: int) -> torch.Tensor:
+        """Decode adaptively with a prefix cache and `trim_canvas`: the first step accepts the ends of the captions,
+        which have `length` tokens, every other one token of each, the last one the rest.
+
+        Returns tokens `(batch, regions, slots)`.
+        """
+        ids, embeds = self.prompts(num_regions, batch)
+        settings = PdlmGenerationConfig(
+            max_new_tokens=slots,
+            max_denoising_steps=steps,
+            acceptance_threshold=1.0,
+            prefix_refresh_interval=0,
+            trim_canvas=True,
+        )
+        task = EndingTask(self.model, settings, ids, torch.ones_like(ids, dtype=torch.bool))
+        task.length = length
+        return denoise_regions(task, embeds, [num_regions] * batch, lambda values, fill: values).tokens
+
     def reference(self, num_regions: int, slots: int, steps: int) -> torch.Tensor:
         """Decode one image by the reference's loop (docs/quirks.md#q34): every step recomputes everything, with logits
         and their float64 softmax at all positions. Returns tokens `(1, regions, slots)`."""
@@ -206,52 +243,65 @@ class Bench:
         return {name: round(1000 * statistics.median(times[1:]), 3) for name, times in found.items()}
 
     def clock(self) -> float:
-        """Wait for the device, and return the time in seconds."""
+        """Wait for the device, and return the time in seconds; on one CPU thread that of this process alone, which is
+        the same on an idle machine and leaves out what other programs take."""
         self.synchronise()
-        return time.perf_counter()
+        alone = self.device.type == "cpu" and torch.get_num_threads() == 1
+        return time.process_time() if alone else time.perf_counter()
 
 
-def flops(bench: Bench, num_regions: int, slots: int, kind: str, steps: int) -> float:
+def flops(bench: Bench, num_regions: int, slots: int, kind: str, steps: int, length: int = 0) -> float:
     """Compute the arithmetic of a decode of one image: matrix products and attention, 2 FLOP per multiply and add.
 
     Args:
-        bench (`Bench`), num_regions, slots, steps (`int`): the decode.
-        kind (`str`): "reference", "exact" or "cached".
+        bench (`Bench`), num_regions, slots, steps (`int`): the decode; with "autoregressive", a step writes a token.
+        kind (`str`): "reference", "exact", "cached", "trimmed" or "autoregressive".
+        length (`int`): tokens of a caption, with "trimmed".
     """
     shape = bench.shape
     canvas = num_regions * (slots + 2)
     prompt = bench.prompt_ids(num_regions).shape[1]
     weights = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.mlp)
 
-    def body(rows: int, keys: int) -> float:
+    def body(rows: int, keys: float) -> float:
         return 2 * rows * weights + 4 * shape.layers * rows * keys * shape.hidden
 
     head = 2 * shape.hidden * shape.vocab
+    if kind == "autoregressive":
+        own = body(num_regions, prompt + (steps + 1) / 2) + head * num_regions
+        return body(prompt, (prompt + 1) / 2) + steps * own
     whole = body(prompt + canvas, prompt + canvas)
     if kind == "reference":
         return steps * (whole + head * (prompt + canvas))
     if kind == "exact":
         return steps * (whole + head * num_regions * slots)
+    if kind == "trimmed":
+        canvas = num_regions * (length + 3)
+        scored = slots + sum(length - step for step in range(steps - 1))
+        return whole + (steps - 1) * body(canvas, prompt + canvas) + head * num_regions * scored
     return whole + (steps - 1) * body(canvas, prompt + canvas) + steps * head * num_regions * slots
 
 
-def bound(bench: Bench, num_regions: int, slots: int, kind: str, steps: int, batch: int, limits) -> float:
+def bound(
+    bench: Bench, num_regions: int, slots: int, kind: str, steps: int, batch: int, limits, length: int = 0
+) -> float:
     """Compute the least seconds of a decode: every forward pass at the device's arithmetic or memory limit.
 
     A forward pass reads the weights once, and the cached keys and values of every image; activations do not count.
 
     Args:
         bench (`Bench`), num_regions, slots, steps, batch (`int`): the decode of a batch of images.
-        kind (`str`): "reference", "exact" or "cached".
+        kind (`str`), length (`int`): see [`flops`].
         limits: FLOP/s and bytes/s.
     """
     arithmetic, memory = limits
     shape, size = bench.shape, bench.shape.dtype.itemsize
     weights = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.mlp) + shape.hidden * shape.vocab
     kept = 2 * shape.layers * bench.prompt_ids(num_regions).shape[1] * shape.hidden
-    whole = max(batch * flops(bench, num_regions, slots, kind, 1) / arithmetic, weights * size / memory)
-    if kind != "cached":
+    first = flops(bench, num_regions, slots, kind, 1, length)
+    whole = max(batch * first / arithmetic, weights * size / memory)
+    if kind in ("reference", "exact") or steps == 1:
         return steps * whole
-    work = flops(bench, num_regions, slots, "cached", 2) - flops(bench, num_regions, slots, "cached", 1)
+    work = (flops(bench, num_regions, slots, kind, steps, length) - first) / (steps - 1)
     canvas = max(batch * work / arithmetic, (weights + batch * kept) * size / memory)
     return whole + (steps - 1) * canvas

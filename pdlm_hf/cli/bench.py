@@ -1,4 +1,4 @@
-"""`pdlm bench decode`: time the reference's loop and ours."""
+"""`pdlm bench decode`: time the reference's loop, ours and an autoregressive one."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,18 +17,22 @@ def decode(
     batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8",
     slots: Annotated[int, typer.Option(help="Token positions per caption.")] = 32,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 32,
+    caption_tokens: Annotated[
+        int, typer.Option(help="Tokens of a caption: of the autoregressive row, and where trimmed captions end.")
+    ] = 20,
     repeats: Annotated[int, typer.Option(help="Measured runs of each setting, taken in turn.")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     scaling: Annotated[bool, typer.Option("--scaling", help="Also vary regions, passes and batch size.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the scaling run here (needs the extra viz).")] = None,
 ) -> None:
-    """Time the reference's loop and ours on random weights; fixed steps, so that quality plays no part."""
-    check_positive({"--slots": slots, "--steps": steps, "--repeats": repeats, "--threads": threads})
+    """Time the reference's loop, ours and an autoregressive one on random weights, for fixed numbers of steps."""
+    numbers = {"--slots": slots, "--steps": steps, "--caption-tokens": caption_tokens, "--repeats": repeats}
+    check_positive(numbers | {"--threads": threads})
     counts, batches = _integers(regions, "--regions"), _integers(batch, "--batch")
     from ..bench.decode import decode as run
 
-    run(device, shape, counts, batches, slots, steps, repeats, threads, scaling, json_file, plot)
+    run(device, shape, counts, batches, slots, steps, repeats, caption_tokens, threads, scaling, json_file, plot)
 
 
 def _integers(text: str, name: str) -> list[int]:
