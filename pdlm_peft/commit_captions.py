@@ -18,7 +18,7 @@ from PIL import Image
 from pdlm_hf import RegionCaptioner
 from pdlm_hf.captioning.loading import load_checkpoint
 from pdlm_hf.errors_pdlm import DataError
-from pdlm_hf.regions.files import append_rows, check_same_settings, load_json, read_rows, write_json
+from pdlm_hf.regions.files import FileLock, append_rows, check_same_settings, load_json, read_rows, write_json
 from pdlm_hf.regions.region import parse_regions
 from pdlm_hf.shapes.dataset import HELD_OUT, TRAINING
 from pdlm_hf.shapes.scenes import describe, draw_scene
@@ -51,19 +51,32 @@ def write_captions(recipe: Recipe, folder: Path, held_out: bool = False, show: C
         the JSONL file.
 
     Raises:
-        SettingError: the folder has captions of other settings.
+        SettingError: the folder has captions of other settings, or another process writes them.
         DataError: a row cannot be used, or no caption is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = "held_out" if held_out else "train"
-    out, every, counts_file = (folder / f"{name}{end}" for end in (".jsonl", ".all.jsonl", ".json"))
+    out, counts_file = folder / f"{name}.jsonl", folder / f"{name}.json"
     settings = _settings(recipe, name)
-    if counts_file.is_file():
-        check_same_settings(load_json(counts_file)["settings"], settings, counts_file, "give another `output`")
-    else:
-        write_json(counts_file, {"settings": settings})
-    if out.is_file():
+    found = load_json(counts_file) if counts_file.is_file() else {"settings": settings}
+    check_same_settings(found["settings"], settings, counts_file, "give another `output`")
+    if "counts" in found:  # written last
         return out
+    with FileLock(folder / "lock", folder.parent, "give another `output`"):
+        write_json(counts_file, {"settings": settings})
+        every = _caption_all(recipe, folder, name, show)
+        counts = _select(every, out, recipe.committing.min_score, recipe.data.kind == "chat")
+        if not counts["rows"]:
+            out.unlink()
+            low = counts["low score"]
+            raise DataError(f"{every}: no caption is left ({low} with a low score); see commit.min_score.")
+        write_json(counts_file, {"settings": settings, "counts": dict(counts)})
+    return out
+
+
+def _caption_all(recipe: Recipe, folder: Path, name: str, show: Callable[[int], None]) -> Path:
+    """Write the captions of all rows, behind those that a stopped run has written."""
+    every = folder / f"{name}.all.jsonl"
     done = sum(1 for _ in read_rows(every, repair=True))
     rows = islice(_source_rows(recipe, folder, name), done, None)
     caption = _captioner(recipe, folder, name)
@@ -71,12 +84,7 @@ def write_captions(recipe: Recipe, folder: Path, held_out: bool = False, show: C
         append_rows(every, caption(batch))
         done += len(batch)
         show(done)
-    counts = _select(every, out, recipe.committing.min_score, recipe.data.kind == "chat")
-    if not counts["rows"]:
-        out.unlink()
-        raise DataError(f"{every}: no caption is left ({counts['low score']} with a low score); see commit.min_score.")
-    write_json(counts_file, {"settings": settings, "counts": dict(counts)})
-    return out
+    return every
 
 
 def on_own_captions(recipe: Recipe) -> Recipe:
