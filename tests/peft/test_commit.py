@@ -116,7 +116,7 @@ def recipe_for(path, out, *more):
 
 def test_own_captions_are_the_careful_ones(tmp_path):
     path = unlabelled(tmp_path)
-    recipe = recipe_for(path, tmp_path / "run", "commit.min_score=0")
+    recipe = recipe_for(path, tmp_path / "run", "commit.drop=0")
     out = write_captions(recipe, tmp_path / "run" / "captions", show=lambda done: None)
     counts = json.loads(out.with_suffix(".json").read_text())["counts"]
     rows = region_rows(4)
@@ -132,21 +132,28 @@ def test_own_captions_are_the_careful_ones(tmp_path):
 
 def test_low_scores_are_dropped(tmp_path):
     path = unlabelled(tmp_path)
-    every = recipe_for(path, tmp_path / "a", "commit.min_score=0")
+    every = recipe_for(path, tmp_path / "a", "commit.drop=0")
     out = write_captions(every, tmp_path / "a" / "captions", show=lambda done: None)
     scores = [r["meta"]["score"] for line in out.read_text().splitlines() for r in json.loads(line)["regions"]]
-    limit = sorted(scores)[2]
-    some = recipe_for(path, tmp_path / "b", f"commit.min_score={limit}")
+    some = recipe_for(path, tmp_path / "b", "commit.drop=0.25")
     kept = write_captions(some, tmp_path / "b" / "captions", show=lambda done: None)
+    left = [r["meta"]["score"] for line in kept.read_text().splitlines() for r in json.loads(line)["regions"]]
     counts = json.loads(kept.with_suffix(".json").read_text())["counts"]
-    assert counts["low score"] >= 2 and counts["regions"] == sum(score >= limit for score in scores)
-    with pytest.raises(DataError, match="no caption is left"):
-        write_captions(recipe_for(path, tmp_path / "c", "commit.min_score=1"), tmp_path / "c", show=lambda done: None)
+    assert counts["low score"] >= 2 and counts["regions"] == len(left) < len(scores)
+    assert sorted(left) == sorted(score for score in scores if score >= min(left))
+    held_out = write_captions(some, tmp_path / "b" / "captions", held_out=True, show=lambda done: None)
+    assert "low score" not in json.loads(held_out.with_suffix(".json").read_text())["counts"]
+
+
+def test_captions_that_cannot_be_used(tmp_path):
+    short = recipe_for(unlabelled(tmp_path), tmp_path / "run", "commit.careful={max_new_tokens: 1}")
+    with pytest.raises(DataError, match="all are empty or cut short"):
+        write_captions(short, tmp_path / "captions", show=lambda done: None)
 
 
 def test_captions_go_on_where_they_stopped(tmp_path):
     path = unlabelled(tmp_path)
-    recipe = recipe_for(path, tmp_path / "run", "commit.min_score=0")
+    recipe = recipe_for(path, tmp_path / "run", "commit.drop=0")
     whole = write_captions(recipe, tmp_path / "whole", show=lambda done: None)
     part = tmp_path / "part"
     part.mkdir()
@@ -160,8 +167,8 @@ def test_captions_go_on_where_they_stopped(tmp_path):
     (part / "train.json").write_text(json.dumps({"settings": counts["settings"]}))  # killed before the counts
     assert write_captions(recipe, part, show=seen.append).read_text() == whole.read_text()
     assert json.loads((part / "train.json").read_text()) == counts and seen == [5]
-    with pytest.raises(SettingError, match="min_score was 0.0, now 0.5"):
-        write_captions(recipe_for(path, tmp_path / "run", "commit.min_score=0.5"), part, show=seen.append)
+    with pytest.raises(SettingError, match="drop was 0.0, now 0.5"):
+        write_captions(recipe_for(path, tmp_path / "run", "commit.drop=0.5"), part, show=seen.append)
 
 
 def test_given_captions(tmp_path):
@@ -233,7 +240,7 @@ def test_a_temperature_mends_scores_that_are_too_certain():
 def test_commit_in_miniature(name, tmp_path):
     path = unlabelled(tmp_path)
     files = [] if name == "commit_shapes" else [f"data.train={path}", f"data.held_out={path}"]
-    extra = ["quantize=null", "training.bf16=false", "commit.scenes=4", "commit.min_score=0", "samples.every=1"]
+    extra = ["quantize=null", "training.bf16=false", "commit.scenes=4", "commit.drop=0", "samples.every=1"]
     extra += ["commit.rules=[{acceptance_threshold: 0.6}, {acceptance_threshold: 0.9}]", "samples.images=1"]
     recipe = small(name, tmp_path / "run", f"model={CHECKPOINT}", *files, *extra)
     record = commit(recipe, show=lambda line: None)
@@ -271,7 +278,7 @@ def test_chat_commits_too(tmp_path):
 def test_the_base_is_measured_by_the_rules_of_this_run(tmp_path):
     path, rules = unlabelled(tmp_path), [{"acceptance_threshold": 0.6}, {"acceptance_threshold": 0.9}]
     for k in (1, 2):  # the first run was stopped before its training
-        recipe = recipe_for(path, tmp_path / "run", f"commit.rules={json.dumps(rules[:k])}", "commit.min_score=0")
+        recipe = recipe_for(path, tmp_path / "run", f"commit.rules={json.dumps(rules[:k])}", "commit.drop=0")
         commit(recipe, show=lambda line: None, only_captions=True)
         found = json.loads((tmp_path / "run/captions/before.json").read_text())
         assert [row["rule"] for row in found] == [{}, *rules[:k]]
@@ -281,7 +288,7 @@ def test_another_kind_of_rule_replaces_that_of_the_base(tmp_path):
     """The base accepts by a threshold; what is trained, without an adapter here, by an entropy bound."""
     path = unlabelled(tmp_path)
     extra = ["adapter=null", "commit.rules=[{entropy_bound: 0.1}]", "generation.acceptance_threshold=0.9"]
-    recipe = recipe_for(path, tmp_path / "run", "training.bf16=false", "commit.min_score=0", *extra)
+    recipe = recipe_for(path, tmp_path / "run", "training.bf16=false", "commit.drop=0", *extra)
     assert commit(recipe, show=lambda line: None)["commit"]["rule"] == {"entropy_bound": 0.1}
     settings = RegionCaptioner.from_pretrained(tmp_path / "run").model.generation_config
     assert settings.entropy_bound == 0.1 and settings.acceptance_threshold is None
@@ -296,7 +303,7 @@ def arguments(folder, out, *more):
     """A commit of 20 images, which are three batches of captions, and six steps."""
     files = [f"data.{name}={folder / 'regions.jsonl'}" for name in ("train", "held_out")]
     steps = ["training.max_steps=6", "training.save_steps=2", "training.bf16=false", "data.held_out_limit=8"]
-    settings = [*SMALL, *files, *steps, f"model={CHECKPOINT}", "commit.min_score=0", f"output={out}"]
+    settings = [*SMALL, *files, *steps, f"model={CHECKPOINT}", "commit.drop=0", f"output={out}"]
     return ["-m", "pdlm_peft.cli", "commit", "commit_8b", *settings, *more]
 
 
@@ -376,7 +383,7 @@ def test_two_processes_commit_as_one(whole_run):
         ("commit.rules=[]", "at least 1 item"),
         ("commit.careful={acceptance_threshold: 2}", "`commit.careful`: .*acceptance_threshold"),
         ("commit.rules=[{max_denoising_steps: 0}]", r"`commit.rules\[0\]`"),
-        ("commit.min_scores=1", "did you mean `commit.min_score`"),
+        ("commit.drops=1", "did you mean `commit.drop`"),
     ],
 )
 def test_wrong_settings(override, message):

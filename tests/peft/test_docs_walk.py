@@ -33,7 +33,7 @@ def test_the_walk(here):
     def change(text):
         text = text.replace("MODEL", str(CHECKPOINT))
         if text.startswith("pdlm-peft commit"):
-            text += " commit.scenes=2 commit.min_score=0 commit.rules='[{acceptance_threshold: 0.9}]'"
+            text += " commit.scenes=2 commit.rules='[{acceptance_threshold: 0.9}]'"
             text += "" if "shapes" in text else " training.bf16=false"
         return " ".join([text, *SMALL]) if re.match("pdlm-peft (train (?!--list)|commit)", text) else text
 
