@@ -66,6 +66,50 @@ def commit_sweep(record: dict) -> str:
     return table(*rows)
 
 
+def commit_walk(record: dict) -> str:
+    """`pdlm-peft commit` from the careful checkpoint to the merged one: scores on images of other seeds."""
+    stages = [record[stage] for stage in ("before", "after")]
+    rows = [[f"{stages[0]['images']} held-out images", "careful", "merged"]]
+    rows.append(["forward passes an image", *(f"{row['forwards']:.2f}" for row in stages)])
+    rows.append(["right captions", *(percent(row["exact"]) for row in stages)])
+    return table(*rows, ["expected calibration error of the scores", *(f"{row['ece']:.3f}" for row in stages)])
+
+
+def commit_costs(record: dict) -> str:
+    """What every command of that walk took."""
+    rows = [["command", "time", "of it on the CPU", "peak memory"]]
+    for name, row in record["costs"].items():
+        minutes = [f"{row[key] / 60:.1f} min" for key in ("seconds", "cpu_seconds")]
+        rows.append([name, *minutes, f"{row['peak_gb']:.1f} GB"])
+    return table(*rows)
+
+
+def commit_rules(record: dict) -> str:
+    """The rules of acceptance of that walk, on the images that it chooses by."""
+    run = record["run"]["commit"]
+    before = {str(row["rule"]): row for row in run["before"]}
+    rows = [["threshold", "careful: right", "forward passes", "adapter: right", "forward passes"]]
+    for after in run["after"]:
+        cells = [cell for row in (before[str(after["rule"])], after) for cell in commit_cells(row)]
+        name = f"{after['rule']['acceptance_threshold']}" + " (chosen)" * (after["rule"] == run["rule"])
+        rows.append([name, *cells])
+    return table(*rows)
+
+
+def commit_cells(row: dict) -> list[str]:
+    """Right captions and forward passes."""
+    return [percent(row["exact"]), f"{row['forwards']:.2f}"]
+
+
+def commit_parts(record: dict) -> str:
+    """The recipe with parts left out, at two thresholds."""
+    found = {name: row["run"]["commit"]["after"] for name, row in record["variants"].items()}
+    thresholds = [row["rule"]["acceptance_threshold"] for row in next(iter(found.values()))]
+    rows = [["trained with", *(text for t in thresholds for text in (f"right at {t}", "forward passes"))]]
+    rows += [[name, *(cell for row in after for cell in commit_cells(row))] for name, after in found.items()]
+    return table(*rows)
+
+
 # Table 7 of the paper: average of its benchmarks
 PAPER_ABLATION = {
     "full model": 53.7,
@@ -302,6 +346,7 @@ def tables() -> dict[str, str]:
         return json.loads((RESULTS / name).read_text())
 
     batch = {"batch_throughput": batch_throughput, "batch_parts": batch_parts, "batch_bytes": batch_bytes}
+    walk = load("commit_walk.json")
     later = {"shapes_chat": chat, "lora_shapes": lora, "lora_parts": lora_parts, "lora_isolated": lora_isolated}
     checkpoint, speed = json.loads((CHECKPOINT / "training.json").read_text()), load("decode_cpu_small.json")
     kept = ("32 steps, recomputed", "32 steps, prompt every 8", "32 steps", "threshold 0.8", "threshold 0.9")
@@ -320,6 +365,10 @@ def tables() -> dict[str, str]:
         "quality_careful": quality(load("shapes_quality_careful.json")),
         "quality_full": quality(load("shapes_quality_full.json"), kept),
         "commit": commit_sweep(load("shapes_commit.json")),
+        "commit_walk": commit_walk(walk),
+        "commit_costs": commit_costs(walk),
+        "commit_rules": commit_rules(walk),
+        "commit_parts": commit_parts(load("commit_parts.json")),
         "ablation": ablation(load("shapes_ablation.json")),
         "decode": decode(speed),
         "scaling": scaling(speed),

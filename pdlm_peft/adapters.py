@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -164,14 +164,17 @@ def write_base(folder: Path, recipe: Recipe, base_fingerprint: str) -> None:
     write_json(folder / BASE_FILE, record)
 
 
-def finish_adapter(folder: Path, recipe: Recipe, config: PreTrainedConfig) -> None:
+def finish_adapter(
+    folder: Path, recipe: Recipe, config: PreTrainedConfig, generation_config: GenerationConfig
+) -> None:
     """Complete the adapter that PEFT saved in `folder`, if it saved one.
 
     The model's `config.json` beside it makes transformers call our class, which finds the base.
 
     Args:
         folder (`Path`), recipe ([`~recipe.Recipe`])
-        config ([`PdlmConfig`]): configuration of the model, with the recipe's switches.
+        config ([`PdlmConfig`]), generation_config ([`PdlmGenerationConfig`]): those of the model, with the recipe's
+            switches and settings of `generate`.
     """
     path = folder / "adapter_config.json"
     if not path.is_file():
@@ -179,6 +182,7 @@ def finish_adapter(folder: Path, recipe: Recipe, config: PreTrainedConfig) -> No
     settings = json.loads(path.read_text()) | {"base_model_name_or_path": base_name(recipe.base, folder)}
     write_json(path, settings)
     config.save_pretrained(folder)
+    generation_config.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card, which has the absolute path of the base
 
 

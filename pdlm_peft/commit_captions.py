@@ -18,7 +18,7 @@ from PIL import Image
 from pdlm_hf import RegionCaptioner
 from pdlm_hf.captioning.loading import load_checkpoint
 from pdlm_hf.errors_pdlm import DataError
-from pdlm_hf.regions.files import append_rows, check_same_settings, load_json, read_rows, write_json
+from pdlm_hf.regions.files import FileLock, append_rows, check_same_settings, load_json, read_rows, write_json
 from pdlm_hf.regions.region import parse_regions
 from pdlm_hf.shapes.dataset import HELD_OUT, TRAINING
 from pdlm_hf.shapes.scenes import describe, draw_scene
@@ -51,19 +51,31 @@ def write_captions(recipe: Recipe, folder: Path, held_out: bool = False, show: C
         the JSONL file.
 
     Raises:
-        SettingError: the folder has captions of other settings.
+        SettingError: the folder has captions of other settings, or another process writes them.
         DataError: a row cannot be used, or no caption is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = "held_out" if held_out else "train"
-    out, every, counts_file = (folder / f"{name}{end}" for end in (".jsonl", ".all.jsonl", ".json"))
+    out, counts_file = folder / f"{name}.jsonl", folder / f"{name}.json"
     settings = _settings(recipe, name)
-    if counts_file.is_file():
-        check_same_settings(load_json(counts_file)["settings"], settings, counts_file, "give another `output`")
-    else:
-        write_json(counts_file, {"settings": settings})
-    if out.is_file():
+    found = load_json(counts_file) if counts_file.is_file() else {"settings": settings}
+    check_same_settings(found["settings"], settings, counts_file, "give another `output`")
+    if "counts" in found:  # written last
         return out
+    with FileLock(folder / "lock", folder.parent, "give another `output`"):
+        write_json(counts_file, {"settings": settings})
+        every = _caption_all(recipe, folder, name, show)
+        counts = _select(every, out, settings["drop"], recipe.data.kind == "chat")
+        if not counts["rows"]:
+            out.unlink()
+            raise DataError(f"{every}: no caption can be used, all are empty or cut short; see commit.careful.")
+        write_json(counts_file, {"settings": settings, "counts": dict(counts)})
+    return out
+
+
+def _caption_all(recipe: Recipe, folder: Path, name: str, show: Callable[[int], None]) -> Path:
+    """Write the captions of all rows, behind those that a stopped run has written."""
+    every = folder / f"{name}.all.jsonl"
     done = sum(1 for _ in read_rows(every, repair=True))
     rows = islice(_source_rows(recipe, folder, name), done, None)
     caption = _captioner(recipe, folder, name)
@@ -71,12 +83,7 @@ def write_captions(recipe: Recipe, folder: Path, held_out: bool = False, show: C
         append_rows(every, caption(batch))
         done += len(batch)
         show(done)
-    counts = _select(every, out, recipe.committing.min_score, recipe.data.kind == "chat")
-    if not counts["rows"]:
-        out.unlink()
-        raise DataError(f"{every}: no caption is left ({counts['low score']} with a low score); see commit.min_score.")
-    write_json(counts_file, {"settings": settings, "counts": dict(counts)})
-    return out
+    return every
 
 
 def on_own_captions(recipe: Recipe) -> Recipe:
@@ -94,7 +101,7 @@ def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
     limit = data.limit if name == "train" else data.held_out_limit
     drawn = {"scenes": commit.scenes, "seed": recipe.seed} if data.kind == "drawn" else {}
     own = {"model": fingerprint(recipe.base), "careful": commit.careful} if commit.captions == "own" else {}
-    fixed = {"kind": data.kind, "source": source, "limit": limit, "min_score": commit.min_score}
+    fixed = {"kind": data.kind, "source": source, "limit": limit, "drop": 0.0 if name == "held_out" else commit.drop}
     return fixed | {"captions": commit.captions} | drawn | own
 
 
@@ -211,9 +218,11 @@ def answer(model, processor, row: Row, **generation: Any) -> tuple[str, int]:
 # ---------------------------------------------------------------------------------------------------- selection
 
 
-def _select(every: Path, out: Path, min_score: float, chat: bool) -> Counter:
+def _select(every: Path, out: Path, drop: float, chat: bool) -> Counter:
     """Write the rows that training can use: no captions that are empty, cut short or of low score, no region twice."""
     counts: Counter[str] = Counter()
+    scores = [] if chat else sorted(_score(region) for row in read_rows(every) for region in row["regions"])
+    min_score = scores[int(drop * len(scores))] if scores else 0.0
     seen: set[tuple[str, str]] = set()
     with writing(out) as file:
         for row in read_rows(every):
@@ -228,11 +237,10 @@ def _usable_regions(row: Row, seen: set, min_score: float, counts: Counter) -> R
     image, regions = image_key(row, None), []
     for region in row["regions"]:
         place = json.dumps([region.get("segmentation"), region.get("bbox")], sort_keys=True)
-        meta = region["meta"] if isinstance(region.get("meta"), dict) else {}
         faults = {
             "empty": not region["caption"].strip(),
-            "cut short": meta.get("truncated", False),
-            "low score": meta.get("score", 1.0) < min_score,
+            "cut short": _meta(region).get("truncated", False),
+            "low score": _score(region) < min_score,
             "duplicate": (image, place) in seen,
         }
         fault = next((name for name, found in faults.items() if found), None)
@@ -241,6 +249,15 @@ def _usable_regions(row: Row, seen: set, min_score: float, counts: Counter) -> R
             seen.add((image, place))
             regions.append(region)
     return row | {"regions": regions} if regions else None
+
+
+def _meta(region: Row) -> Row:
+    return region["meta"] if isinstance(region.get("meta"), dict) else {}
+
+
+def _score(region: Row) -> float:
+    """Score of a caption; given ones may have none."""
+    return float(_meta(region).get("score", 1.0))
 
 
 def _usable_chat(row: Row, seen: set, counts: Counter) -> Row | None:

@@ -5,7 +5,6 @@ empty canvas (see [`~commit_states`]). At the end the rule of acceptance is chos
 has it as its default.
 """
 
-import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,8 @@ from transformers.trainer_callback import TrainerCallback
 
 from pdlm_hf import RegionCaptioner
 from pdlm_hf.captioning.loading import load_checkpoint
-from pdlm_hf.regions.files import FileLock, load_json, write_json
+from pdlm_hf.generation_config_pdlm import replaced_rules
+from pdlm_hf.regions.files import load_json, write_json
 
 from .adapters import fingerprint, finish_adapter, load_adapter, overrides, write_base
 from .card import write_run_card
@@ -64,7 +64,8 @@ def commit(recipe: Recipe, show: Callable[[str], None] = print, only_captions: b
     Args:
         recipe ([`~recipe.Recipe`]): with `commit`.
         show: called with a line of progress.
-        only_captions (`bool`): stop after the captions, before a training with several processes.
+        only_captions (`bool`): stop when the captions are written and the base is measured, before a training with
+            several processes.
 
     Returns:
         what [`~training.train`] returns, and under "commit" the numbers before and after; only the counts of the
@@ -76,12 +77,13 @@ def commit(recipe: Recipe, show: Callable[[str], None] = print, only_captions: b
         CheckpointError: there is no such base checkpoint.
     """
     settings, out = recipe.committing, Path(recipe.output)
-    _write_captions(recipe, out / CAPTIONS, show)
+    write_captions(recipe, out / CAPTIONS, held_out=True, show=lambda done: show(f"held out: {done} rows"))
+    write_captions(recipe, out / CAPTIONS, show=lambda done: show(f"training: {done} rows"))
     learned = on_own_captions(recipe)
-    if only_captions:
-        return load_json(out / CAPTIONS / "train.json")["counts"]
     rows = open_dataset(learned.data, held_out=True)
     before = _measured_before(recipe, rows, out / CAPTIONS / "before.json")
+    if only_captions:
+        return load_json(out / CAPTIONS / "train.json")["counts"]
     record = train(learned, _parts(learned))
     if int(os.environ.get("RANK", 0)):  # one process measures
         return record
@@ -96,21 +98,10 @@ def commit(recipe: Recipe, show: Callable[[str], None] = print, only_captions: b
         "calibration": calibration(best),
     }
     finished = _finished(learned, best.rule, record["commit"]["calibration"])
-    _store(out, finished)
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    _store(out, finished, model)
+    write_json(out / "training.json", record)
     write_run_card(finished, record, out)
     return record
-
-
-def _write_captions(recipe: Recipe, folder: Path, show: Callable[[str], None]) -> None:
-    """Write the files of captions, unless another process does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock", folder.parent, "give another `output`")
-    try:
-        write_captions(recipe, folder, held_out=True, show=lambda done: show(f"held out: {done} rows"))
-        write_captions(recipe, folder, show=lambda done: show(f"training: {done} rows"))
-    finally:
-        lock.release()
 
 
 def _parts(recipe: Recipe) -> Parts:
@@ -157,11 +148,14 @@ def measure_chat(model, processor, rows, **rule: Any) -> Measured:
 
 def _measured_before(recipe: Recipe, rows, path: Path) -> list[dict[str, Any]]:
     """The numbers of the base: with its own settings, then with each rule. They are kept for a resumed run."""
-    if not path.is_file():
+    rules = [{}, *recipe.committing.rules]
+    found = load_json(path) if path.is_file() else []
+    if [row["rule"] for row in found] != rules:
         model, processor = load_checkpoint(recipe.base, getattr(torch, recipe.dtype))
         measure = _measure(_placed(model), processor, rows)
-        write_json(path, [found.to_row() for found in sweep(measure, [{}, *recipe.committing.rules])])
-    return load_json(path)
+        found = [measured.to_row() for measured in sweep(measure, rules)]
+        write_json(path, found)
+    return found
 
 
 def calibration(found: Measured) -> dict[str, float] | None:
@@ -183,7 +177,8 @@ def calibration(found: Measured) -> dict[str, float] | None:
 
 def _finished(recipe: Recipe, rule: dict[str, Any], found: dict[str, float] | None) -> Recipe:
     """The recipe with the chosen rule, and with the temperature of the scores where that lowers their error."""
-    update: dict[str, Any] = {"generation": recipe.generation | rule}
+    kept = {name: value for name, value in recipe.generation.items() if name not in replaced_rules(rule)}
+    update: dict[str, Any] = {"generation": kept | rule}
     if found is not None and found["ece_at_temperature"] < found["ece"]:
         update["switches"] = recipe.switches.model_copy(update={"score_temperature": found["temperature"]})
     return recipe.model_copy(update=update)
@@ -201,16 +196,14 @@ def _load(out: Path, recipe: Recipe) -> tuple[Any, Any]:
     return _placed(AutoModelForImageTextToText.from_pretrained(out)), AutoProcessor.from_pretrained(out)
 
 
-def _store(out: Path, recipe: Recipe) -> None:
-    """Give the chosen rule and the temperature of the scores to the adapter, or to the checkpoint."""
+def _store(out: Path, recipe: Recipe, model) -> None:
+    """Give the chosen rule and the temperature of the scores to the adapter, or to the checkpoint, in its folder."""
+    config, generation = AutoConfig.from_pretrained(out), model.generation_config
+    config.update(overrides(recipe)["switches"])
+    generation.update(**recipe.generation)
     if recipe.adapter is not None:
         write_base(out, recipe, fingerprint(recipe.base))
-        config = AutoConfig.from_pretrained(out)
-        config.update(overrides(recipe)["switches"])
-        finish_adapter(out, recipe, config)
-        return
-    for name, settings in (
-        ("generation_config.json", recipe.generation),
-        ("config.json", overrides(recipe)["switches"]),
-    ):
-        write_json(out / name, load_json(out / name) | settings)
+        finish_adapter(out, recipe, config, generation)
+    else:
+        config.save_pretrained(out)
+        generation.save_pretrained(out)

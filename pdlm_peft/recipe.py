@@ -129,7 +129,8 @@ class Commit(_Part):
     Args:
         captions (`str`): "own": train on the checkpoint's own careful captions; "given": on those of `data.train`.
         careful (`dict`): settings of `generate` for the own captions.
-        min_score (`float`): own captions with a lower score are dropped.
+        drop (`float`): share of the training captions that is dropped, those with the lowest scores. Scores of one
+            checkpoint are not comparable with those of another.
         scenes (`int`): for `data.kind: drawn`: number of scenes to draw.
         empty, own_states (`float`): shares of the rows that start from an empty canvas, and from what the model itself
             accepts in its first pass; the other rows are masked at random.
@@ -141,7 +142,7 @@ class Commit(_Part):
 
     captions: Literal["own", "given"] = "own"
     careful: dict[str, Any] = {"acceptance_threshold": 0.95}
-    min_score: Annotated[float, Field(ge=0, le=1)] = 0.0
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
     scenes: Count = 4000
     empty: Annotated[float, Field(ge=0, le=1)] = 0.5
     own_states: Annotated[float, Field(ge=0, le=1)] = 0.25

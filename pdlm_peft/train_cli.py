@@ -54,7 +54,7 @@ def commit(
         float | None, typer.Option(help="GB of memory per device; default: as the device reports.", min=0.1)
     ] = None,
     only_captions: Annotated[
-        bool, typer.Option("--only-captions", help="Write the captions and stop, before `torchrun`.")
+        bool, typer.Option("--only-captions", help="Write the captions, measure the base and stop, before `torchrun`.")
     ] = False,
 ) -> None:
     """Teach a checkpoint to write its captions in few forward passes. The same command resumes a stopped run."""

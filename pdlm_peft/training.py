@@ -99,7 +99,7 @@ class _AdapterFiles(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             write_base(folder, self.recipe, self.base_fingerprint)
-            finish_adapter(folder, self.recipe, model.config)
+            finish_adapter(folder, self.recipe, model.config, model.generation_config)
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Complete the step that a run resumes from, too: the run may have been killed in `on_save`."""
@@ -363,7 +363,8 @@ def train(recipe: Recipe, parts: Parts = PLAIN) -> dict[str, Any]:
     save(trainer, out)
     record = _record(recipe, trainer, last)
     if main:
-        finish_adapter(out, recipe, trainer.accelerator.unwrap_model(trainer.model).config)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        finish_adapter(out, recipe, model.config, model.generation_config)
         (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
         write_run_card(recipe, record, out)
     return record

@@ -1,6 +1,7 @@
 """Recipes in miniature: the same YAML, a tiny model, a few steps on a CPU."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,12 @@ def chat_rows(count=4):
 
 def losses(log, key="loss"):
     return [(entry["step"], entry[key]) for entry in log if key in entry]
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def run(arguments, **kwargs):

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from pdlm_hf import CHECKPOINT, PdlmForConditionalGeneration
 from pdlm_hf.adapters_pdlm import adapter_base
 from pdlm_hf.errors_pdlm import CheckpointError
+from pdlm_hf.generation_config_pdlm import PdlmGenerationConfig
 from pdlm_hf.shapes.dataset import ShapesDataset
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_peft import training
@@ -50,7 +51,7 @@ def test_every_way_of_loading_gives_the_same(adapter, inputs, tmp_path):
     injected.load_adapter(str(adapter))
     plain = PeftModel.from_pretrained(base, adapter)  # knows nothing of the recipe's settings of `generate`
     assert base.generation_config.acceptance_threshold == 0.8
-    base.generation_config.acceptance_threshold = 0.95
+    base.generation_config = PdlmGenerationConfig.from_pretrained(adapter)
     ways = {
         "peft": plain,
         "load_adapter": injected,

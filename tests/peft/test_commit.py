@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from small import ROOT, SMALL, chat_rows, losses, region_rows, run, small
+from small import ROOT, SMALL, chat_rows, free_port, losses, region_rows, run, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, RegionCaptioner
@@ -116,7 +116,7 @@ def recipe_for(path, out, *more):
 
 def test_own_captions_are_the_careful_ones(tmp_path):
     path = unlabelled(tmp_path)
-    recipe = recipe_for(path, tmp_path / "run", "commit.min_score=0")
+    recipe = recipe_for(path, tmp_path / "run", "commit.drop=0")
     out = write_captions(recipe, tmp_path / "run" / "captions", show=lambda done: None)
     counts = json.loads(out.with_suffix(".json").read_text())["counts"]
     rows = region_rows(4)
@@ -132,21 +132,28 @@ def test_own_captions_are_the_careful_ones(tmp_path):
 
 def test_low_scores_are_dropped(tmp_path):
     path = unlabelled(tmp_path)
-    every = recipe_for(path, tmp_path / "a", "commit.min_score=0")
+    every = recipe_for(path, tmp_path / "a", "commit.drop=0")
     out = write_captions(every, tmp_path / "a" / "captions", show=lambda done: None)
     scores = [r["meta"]["score"] for line in out.read_text().splitlines() for r in json.loads(line)["regions"]]
-    limit = sorted(scores)[2]
-    some = recipe_for(path, tmp_path / "b", f"commit.min_score={limit}")
+    some = recipe_for(path, tmp_path / "b", "commit.drop=0.25")
     kept = write_captions(some, tmp_path / "b" / "captions", show=lambda done: None)
+    left = [r["meta"]["score"] for line in kept.read_text().splitlines() for r in json.loads(line)["regions"]]
     counts = json.loads(kept.with_suffix(".json").read_text())["counts"]
-    assert counts["low score"] >= 2 and counts["regions"] == sum(score >= limit for score in scores)
-    with pytest.raises(DataError, match="no caption is left"):
-        write_captions(recipe_for(path, tmp_path / "c", "commit.min_score=1"), tmp_path / "c", show=lambda done: None)
+    assert counts["low score"] >= 2 and counts["regions"] == len(left) < len(scores)
+    assert sorted(left) == sorted(score for score in scores if score >= min(left))
+    held_out = write_captions(some, tmp_path / "b" / "captions", held_out=True, show=lambda done: None)
+    assert "low score" not in json.loads(held_out.with_suffix(".json").read_text())["counts"]
+
+
+def test_captions_that_cannot_be_used(tmp_path):
+    short = recipe_for(unlabelled(tmp_path), tmp_path / "run", "commit.careful={max_new_tokens: 1}")
+    with pytest.raises(DataError, match="all are empty or cut short"):
+        write_captions(short, tmp_path / "captions", show=lambda done: None)
 
 
 def test_captions_go_on_where_they_stopped(tmp_path):
     path = unlabelled(tmp_path)
-    recipe = recipe_for(path, tmp_path / "run", "commit.min_score=0")
+    recipe = recipe_for(path, tmp_path / "run", "commit.drop=0")
     whole = write_captions(recipe, tmp_path / "whole", show=lambda done: None)
     part = tmp_path / "part"
     part.mkdir()
@@ -156,8 +163,12 @@ def test_captions_go_on_where_they_stopped(tmp_path):
     assert write_captions(recipe, part, show=seen.append).read_text() == whole.read_text()
     assert seen == [5] and (part / "train.all.jsonl").read_text() == "".join(lines)
     assert write_captions(recipe, part, show=seen.append) and seen == [5]
-    with pytest.raises(SettingError, match="min_score was 0.0, now 0.5"):
-        write_captions(recipe_for(path, tmp_path / "run", "commit.min_score=0.5"), part, show=seen.append)
+    counts = json.loads((part / "train.json").read_text())
+    (part / "train.json").write_text(json.dumps({"settings": counts["settings"]}))  # killed before the counts
+    assert write_captions(recipe, part, show=seen.append).read_text() == whole.read_text()
+    assert json.loads((part / "train.json").read_text()) == counts and seen == [5]
+    with pytest.raises(SettingError, match="drop was 0.0, now 0.5"):
+        write_captions(recipe_for(path, tmp_path / "run", "commit.drop=0.5"), part, show=seen.append)
 
 
 def test_given_captions(tmp_path):
@@ -229,7 +240,7 @@ def test_a_temperature_mends_scores_that_are_too_certain():
 def test_commit_in_miniature(name, tmp_path):
     path = unlabelled(tmp_path)
     files = [] if name == "commit_shapes" else [f"data.train={path}", f"data.held_out={path}"]
-    extra = ["quantize=null", "training.bf16=false", "commit.scenes=4", "commit.min_score=0", "samples.every=1"]
+    extra = ["quantize=null", "training.bf16=false", "commit.scenes=4", "commit.drop=0", "samples.every=1"]
     extra += ["commit.rules=[{acceptance_threshold: 0.6}, {acceptance_threshold: 0.9}]", "samples.images=1"]
     recipe = small(name, tmp_path / "run", f"model={CHECKPOINT}", *files, *extra)
     record = commit(recipe, show=lambda line: None)
@@ -264,32 +275,100 @@ def test_chat_commits_too(tmp_path):
     assert record["commit"]["calibration"] is None
 
 
-@pytest.mark.slow
-def test_a_killed_commit_goes_on(tmp_path):
-    """kill -9 in the middle of the training; the losses, the captions and the result are those of a whole run."""
+def test_the_base_is_measured_by_the_rules_of_this_run(tmp_path):
+    path, rules = unlabelled(tmp_path), [{"acceptance_threshold": 0.6}, {"acceptance_threshold": 0.9}]
+    for k in (1, 2):  # the first run was stopped before its training
+        recipe = recipe_for(path, tmp_path / "run", f"commit.rules={json.dumps(rules[:k])}", "commit.drop=0")
+        commit(recipe, show=lambda line: None, only_captions=True)
+        found = json.loads((tmp_path / "run/captions/before.json").read_text())
+        assert [row["rule"] for row in found] == [{}, *rules[:k]]
+
+
+def test_another_kind_of_rule_replaces_that_of_the_base(tmp_path):
+    """The base accepts by a threshold; what is trained, without an adapter here, by an entropy bound."""
     path = unlabelled(tmp_path)
+    extra = ["adapter=null", "commit.rules=[{entropy_bound: 0.1}]", "generation.acceptance_threshold=0.9"]
+    recipe = recipe_for(path, tmp_path / "run", "training.bf16=false", "commit.drop=0", *extra)
+    assert commit(recipe, show=lambda line: None)["commit"]["rule"] == {"entropy_bound": 0.1}
+    settings = RegionCaptioner.from_pretrained(tmp_path / "run").model.generation_config
+    assert settings.entropy_bound == 0.1 and settings.acceptance_threshold is None
 
-    def arguments(out):
-        files = [f"data.train={path}", f"data.held_out={path}", f"model={CHECKPOINT}", "commit.min_score=0"]
-        steps = ["training.max_steps=6", "training.save_steps=2", "training.bf16=false"]
-        return ["-m", "pdlm_peft.cli", "commit", "commit_8b", *SMALL, *files, *steps, f"output={out}"]
 
-    whole = run(arguments(tmp_path / "whole"))
-    assert whole.returncode == 0, whole.stderr
+# ---------------------------------------------------------------- stopped runs, several processes
+
+TRAINED = "adapter_model.safetensors"
+
+
+def arguments(folder, out, *more):
+    """A commit of 20 images, which are three batches of captions, and six steps."""
+    files = [f"data.{name}={folder / 'regions.jsonl'}" for name in ("train", "held_out")]
+    steps = ["training.max_steps=6", "training.save_steps=2", "training.bf16=false", "data.held_out_limit=8"]
+    settings = [*SMALL, *files, *steps, f"model={CHECKPOINT}", "commit.drop=0", f"output={out}"]
+    return ["-m", "pdlm_peft.cli", "commit", "commit_8b", *settings, *more]
+
+
+def result(folder):
+    """All that a run leaves but its times: captions, losses, weights, rule, scores."""
+    record = json.loads((folder / "training.json").read_text())
+    names = ("captions/train.jsonl", "captions/train.json", "captions/before.json", "pdlm_base.json", "config.json")
+    return {
+        "losses": losses(record["log"]),
+        "commit": record["commit"],
+        **{name: (folder / name).read_bytes() for name in (*names, TRAINED)},
+    }
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("commit")
+    unlabelled(folder, 19)
+    done = run(arguments(folder, folder / "whole"))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "begun", "next_stage"),
+    [
+        ("captions", "captions/train.all.jsonl", "captions/train.jsonl"),
+        ("training", "checkpoints/checkpoint-2/trainer_state.json", TRAINED),
+        ("rule", "training.json", None),
+    ],
+)
+def test_a_killed_commit_goes_on(whole_run, stage, begun, next_stage):
+    """kill -9 in each of the three stages: captions, losses, weights, rule and scores are those of a whole run."""
+    out = whole_run / stage
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, *arguments(tmp_path / "killed")], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, *arguments(whole_run, out)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
     )
-    saved = tmp_path / "killed" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
-    while not saved.is_file() and process.poll() is None:
-        time.sleep(0.05)
+    while not (out / begun).is_file() and process.poll() is None:
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    again = run(arguments(tmp_path / "killed"))
+    assert process.wait() == -signal.SIGKILL
+    assert next_stage is None or not (out / next_stage).exists()
+    assert next_stage is not None or "commit" not in json.loads((out / "training.json").read_text())
+    again = run(arguments(whole_run, out))
     assert again.returncode == 0, again.stderr
-    records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "killed")]
-    assert losses(records[0]["log"]) == losses(records[1]["log"]) and records[1]["resumed_from"] >= 2
-    assert records[0]["commit"] == records[1]["commit"]
+    assert result(out) == result(whole_run / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_commit_as_one(whole_run):
+    """Without the certainty loss, which is a mean over the tokens of one process."""
+    short = ["training.max_steps=2", "commit.certainty=0"]
+    one, two = (whole_run / name for name in ("one", "two"))
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    both = arguments(whole_run, two, *short, "training.per_device_train_batch_size=1")
+    for command in (arguments(whole_run, one, *short), [*both, "--only-captions"], [*launch, *both]):
+        done = run(command)
+        assert done.returncode == 0, done.stderr
+    alone, shared = result(one), result(two)
+    assert [step for step, _ in shared["losses"]] == [1, 2]
+    assert [loss for _, loss in shared["losses"]] == pytest.approx([loss for _, loss in alone["losses"]], rel=1e-4)
+    assert shared["commit"]["before"] == alone["commit"]["before"]
+    assert shared["captions/train.jsonl"] == alone["captions/train.jsonl"]
 
 
 # ---------------------------------------------------------------- refusals
@@ -304,7 +383,7 @@ def test_a_killed_commit_goes_on(tmp_path):
         ("commit.rules=[]", "at least 1 item"),
         ("commit.careful={acceptance_threshold: 2}", "`commit.careful`: .*acceptance_threshold"),
         ("commit.rules=[{max_denoising_steps: 0}]", r"`commit.rules\[0\]`"),
-        ("commit.min_scores=1", "did you mean `commit.min_score`"),
+        ("commit.drops=1", "did you mean `commit.drop`"),
     ],
 )
 def test_wrong_settings(override, message):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from drawn import as_coco, drawn_rows
@@ -16,11 +17,13 @@ ELSEWHERE = {
     "vllm serve": "tests/vllm/test_offline.py::test_a_merged_adapter_is_a_checkpoint_like_any_other: needs vLLM",
     "curl": "tests/vllm/test_server.py::test_requests_of_the_pages: needs vLLM",
     "torchrun": "tests/peft/test_ranks.py::test_two_processes_are_one_with_twice_the_batch: two processes",
+    "mkdir careful": "tests/peft/test_commit.py::test_commit_in_miniature: the history of the repository",
     "accelerate": "tests/peft/test_recipe.py::test_accelerate_reads_its_configuration: four GPUs",
 }
 
 
 def test_the_walk(here):
+    shutil.copytree(CHECKPOINT, here / "careful")
     rows, images = drawn_rows(here / "photos", 3)
     (here / "regions.json").write_text(json.dumps(as_coco(rows, images)))
     for name in ("unlabelled", "unlabelled_held_out"):
@@ -30,7 +33,7 @@ def test_the_walk(here):
     def change(text):
         text = text.replace("MODEL", str(CHECKPOINT))
         if text.startswith("pdlm-peft commit"):
-            text += " commit.scenes=2 commit.min_score=0 commit.rules='[{acceptance_threshold: 0.9}]'"
+            text += " commit.scenes=2 commit.rules='[{acceptance_threshold: 0.9}]'"
             text += "" if "shapes" in text else " training.bf16=false"
         return " ".join([text, *SMALL]) if re.match("pdlm-peft (train (?!--list)|commit)", text) else text
 
@@ -42,6 +45,7 @@ def test_the_walk(here):
     assert "lora_8b_80gb" in next(r.stdout for r in ran if "--list" in r.command)
     assert [r.command.split("\n")[0] for r in ran if r.command.startswith(("import", "from"))] == [
         "import pdlm_hf",
+        "from peft import PeftModel",
         "from pdlm_peft import estimate_recipe, load_recipe",
     ]
 

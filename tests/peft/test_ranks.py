@@ -1,18 +1,11 @@
 """Two processes see what one sees with all their rows."""
 
 import json
-import socket
 
 import pytest
-from small import SMALL, losses, run
+from small import SMALL, free_port, losses, run
 
 STEPS = ["training.max_steps=3", "training.save_steps=3", "training.eval_strategy=steps", "training.eval_steps=3"]
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def curves(folder):
