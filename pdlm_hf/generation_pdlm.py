@@ -218,7 +218,7 @@ class PdlmGenerationMixin:
                 out[index[:, None].expand_as(order)[known], order[known]] = values[known]
                 return out
 
-            part = _rows_of(inputs, rows)
+            part = rows_of(inputs, rows)
             task = GenerationTask(self, settings, part["input_ids"], part["attention_mask"], streamer, tokenizer)
             parts.append(self._caption_rows(task, part, counts[rows], by_image))
             first += size
@@ -333,7 +333,7 @@ def _chunks(prompts: list[int], counts: list[int], num_slots: int, limit: int | 
     return sizes
 
 
-def _rows_of(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
+def rows_of(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
     """Some rows of a batch, with their tiles."""
     tiles = slice(None)
     if inputs["image_grids"] is not None:

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple, torch_compilable_check
 
 from .adapters_pdlm import PdlmAdapterMixin
+from .attributes_pdlm import PdlmAttributesMixin
 from .configuration_pdlm import PdlmBaseConfig, PdlmConfig, PdlmTextConfig
 from .conversion_pdlm import register_conversion
 from .diffusion_pdlm import diffusion_loss
@@ -303,7 +304,7 @@ class PdlmModel(PdlmVisionMixin, PdlmPreTrainedModel):
         )
 
 
-class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin):
+class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin, PdlmAttributesMixin):
     """PerceptionDLM with its language-model head, loss and diffusion `generate`."""
 
     _auto_class = "AutoModelForImageTextToText"

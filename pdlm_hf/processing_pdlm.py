@@ -1,6 +1,7 @@
 """From images, masks and text to the inputs of the model."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,13 @@ from .prompts_pdlm import (
     END_OF_TURN,
     HEADER,
     IMAGE,
+    MASK,
     REGION,
     bounded_rendering,
     question_of,
     repeat_image_tokens,
 )
+from .templates_pdlm import AttributePlan
 from .tiling_pdlm import num_tiles
 
 # Text settings of a call. Others, such as `stride`, would change the layout, and are refused.
@@ -381,6 +384,37 @@ class PdlmProcessor(CaptionReaderMixin):
         if text_kwargs.get("return_attention_mask") is False:
             del batch["attention_mask"]
         return as_kind(batch, kind)
+
+    def attribute_plan(
+        self,
+        choices: dict[str, list[str]],
+        lengths: dict[str, int] | None = None,
+        templates: Sequence[str] = (),
+    ) -> AttributePlan:
+        """The token blocks that read attributes of regions, for the model's `read_attributes`.
+
+        Args:
+            choices (`dict[str, list[str]]`): texts of the choices of every attribute; for free text an empty list.
+            lengths (`dict[str, int]`, *optional*): tokens of every free text, at most.
+            templates (`Sequence[str]`): sentences with a `{name}` place for every attribute, whose readings are
+                averaged; default: a list of all attributes, "name: value".
+
+        Raises:
+            SettingError: special tokens in a text, or a template or choices that cannot be used, see
+                [`~templates_pdlm.AttributePlan`].
+        """
+        for name, texts in choices.items():
+            self.refuse_specials(name, "the name of an attribute")
+            for text in texts:
+                self.refuse_specials(text, f"attribute {name!r:.60}: the choice {text!r:.60}")
+        for text in templates:
+            self.refuse_specials(text, "the template")
+
+        def encode(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+        tokens = (self.tokenizer.convert_tokens_to_ids(token) for token in (MASK, END_OF_TURN))
+        return AttributePlan(choices, lengths or {}, templates, encode, *tokens)
 
     def refuse_specials(self, text: str, name: str) -> None:
         """Raises: SettingError if `text` is no string or holds special tokens, which would break the layout."""

@@ -14,6 +14,7 @@ DEFAULT_QUESTION = "Describe each masked region in detail."
 IMAGE, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
 REGION, CAPTION = "<|reserved_token_{}|>", "<|Mask_Cap_{}|>"
 HEADER, HEADER_END, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+MASK = "<|mdm_mask|>"
 
 # The reference formats a conversation in two ways: for training and region captions (`training=True`: a system turn, a
 # newline after every turn of user and system, nothing behind the image) and for chat (docs/quirks.md#q23).

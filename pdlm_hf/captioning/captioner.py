@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from ..attributes.results import RegionAttributes, values_of
+from ..attributes.schema import AttributeSchema, parse_schema
+from ..attributes_pdlm import PdlmAttributesOutput
 from ..errors_pdlm import CheckpointError, SettingError
 from ..generation_config_pdlm import replaced_rules
 from ..generation_pdlm import PdlmGenerationOutput
@@ -170,15 +173,100 @@ class RegionCaptioner:
         Raises:
             ImageError, RegionError, SettingError: see [`caption`].
         """
-        if not pairs:
-            raise SettingError("No images given: pass at least one (image, regions) pair.")
         settings = self.settings(generation)
-        images, regions = zip(*(load_pair(image, found) for image, found in pairs), strict=True)
-        masks = [[region.mask for region in found] for found in regions]
-        inputs = self.processor(images=list(images), segmentation_maps=masks, text=question).to(self.model.device)
+        regions, inputs = self._inputs(pairs, question)
         output = self.model.generate(**inputs, **settings)
         captions = self.processor.post_process_region_captions(output)
         for found, texts in zip(regions, captions, strict=True):
             for region, caption in zip(found, texts, strict=True):
                 caption.id, caption.bbox = region.id, region.bbox
         return captions, output
+
+    def _inputs(self, pairs: list[tuple[Any, Any]], question: str | None) -> tuple[list[list[Region]], Any]:
+        """The regions of every image, and the inputs of the model for a batch of them."""
+        if not pairs:
+            raise SettingError("No images given: pass at least one (image, regions) pair.")
+        images, regions = zip(*(load_pair(image, found) for image, found in pairs), strict=True)
+        masks = [[region.mask for region in found] for found in regions]
+        inputs = self.processor(images=list(images), segmentation_maps=masks, text=question).to(self.model.device)
+        return list(regions), inputs
+
+    def attributes(
+        self, image: Any, regions: Any, schema: Any, question: str | None = None, **settings: Any
+    ) -> list[RegionAttributes]:
+        """Read typed attributes of the regions of one image, all in one forward pass.
+
+        Args:
+            image, regions: see [`caption`].
+            schema: names of attributes with their choices, for example `{"colour": ["red", "dark blue"], "damaged":
+                [True, False]}`, None for free text; or a JSON Schema, see [`~pdlm_hf.attributes.parse_schema`].
+            question (`str`, *optional*): default: "Describe each masked region in detail."
+            **settings: `template`, `jointly`, `calibrate`, `unknown_below` of
+                [`~pdlm_hf.attributes.AttributeSchema`], and settings of the model's `read_attributes`.
+
+        Returns:
+            for every region, in their order, its attributes by name, each with `value`, `probability` and
+            `probabilities`.
+
+        Raises:
+            ImageError: the image cannot be read.
+            RegionError: a region cannot be parsed, or does not fit the image.
+            SettingError: the schema cannot be used, or a setting is unknown or out of range.
+        """
+        return self.read_attributes([(image, regions)], schema, question, **settings)[0][0]
+
+    def attributes_many(
+        self,
+        pairs: Iterable[tuple[Any, Any]],
+        schema: Any,
+        batch_size: int = 8,
+        question: str | None = None,
+        **settings: Any,
+    ) -> Iterator[list[RegionAttributes]]:
+        """Read attributes of the regions of many images in batches.
+
+        Args:
+            pairs, batch_size: see [`caption_many`].
+            schema, question, **settings: see [`attributes`].
+
+        Yields:
+            the attributes of the regions of each image, in order.
+
+        Raises:
+            ImageError, RegionError, SettingError: see [`attributes`].
+        """
+        if batch_size < 1:
+            raise SettingError(f"`batch_size` must be positive, got {batch_size}.")
+        pairs = iter(pairs)
+        while batch := list(islice(pairs, batch_size)):
+            yield from self.read_attributes(batch, schema, question, **settings)[0]
+
+    def read_attributes(
+        self, pairs: list[tuple[Any, Any]], schema: Any, question: str | None = None, **settings: Any
+    ) -> tuple[list[list[RegionAttributes]], PdlmAttributesOutput]:
+        """Read attributes of one batch, and return the output of the model's `read_attributes` too.
+
+        Args:
+            pairs: (image, regions) for every image.
+            schema, question, **settings: see [`attributes`].
+
+        Returns:
+            for every image the attributes of its regions in their order, and the [`PdlmAttributesOutput`].
+
+        Raises:
+            ImageError, RegionError, SettingError: see [`attributes`].
+        """
+        own = {name: settings.pop(name, None) for name in ("template", "jointly", "calibrate", "unknown_below")}
+        checked: AttributeSchema = parse_schema(schema, **own)
+        plan = self.processor.attribute_plan(checked.choices, checked.lengths, checked.template)
+        found, inputs = self._inputs(pairs, question)
+        output = self.model.read_attributes(
+            **inputs, plan=plan, jointly=checked.jointly, calibrate=checked.calibrate, **settings
+        )
+        rows: list[list[RegionAttributes]] = []
+        for regions, readings in zip(found, output.readings, strict=True):
+            rows.append([])
+            for region, reading in zip(regions, readings, strict=True):
+                texts = {name: self.processor.read_caption(ids).text for name, ids in reading.texts.items()}
+                rows[-1].append(RegionAttributes(values_of(checked, reading, texts), region.id, region.bbox))
+        return rows, output

@@ -2,15 +2,18 @@
 
 import typer
 
+from .attributes import attributes
 from .batch import batch, report
 from .bench import decode
-from .caption import RepeatedOptions, caption
+from .caption import caption
 from .chat import chat, export
 from .demo import demo
 from .errors import make_app
+from .regions import RepeatedOptions
 
 app = make_app("pdlm", "PerceptionDLM: captions for many regions of an image, written together.")
-app.command(cls=RepeatedOptions)(caption)
+for _command in (caption, attributes):
+    app.command(cls=RepeatedOptions)(_command)
 for _command in (batch, report, chat, demo, export):
     app.command()(_command)
 bench = typer.Typer(help="Benchmarks.", no_args_is_help=True, rich_markup_mode=None)

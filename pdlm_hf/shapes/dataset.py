@@ -5,8 +5,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..prompts_pdlm import END_OF_TURN
+from ..templates_pdlm import Template
 from ..training.collator import region_rows
-from .scenes import SHAPES_DOMAIN, Domain, Figure, Scene, describe, draw_scene
+from .scenes import SHAPES_DOMAIN, WORDS, Domain, Figure, Scene, describe, draw_scene
+from .templates import DARK_DOMAIN, PAIRS, random_template, random_words
 
 TRAINING, HELD_OUT = 0, 1  # first part of the seed of every image, so that the two sets are disjoint
 
@@ -41,13 +44,13 @@ class ShapesDataset(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def _scene(self, index: int) -> tuple[np.random.Generator, Scene]:
+    def _scene(self, index: int, domain: Domain | None = None) -> tuple[np.random.Generator, Scene]:
         """The scene of a row, and the random numbers for its words. Raises: IndexError."""
         if index >= self.length:
             raise IndexError(index)
         rng = np.random.default_rng((TRAINING, self.seed, index))
         layout = np.random.default_rng((TRAINING, self.seed, 2**40 + index // self.group))
-        return rng, draw_scene(rng, layout, self.easy, self.domain)
+        return rng, draw_scene(rng, layout, self.easy, domain or self.domain)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng, scene = self._scene(index)
@@ -77,3 +80,76 @@ class CommitDataset(ShapesDataset):
         level = 1.0 if empty else rng.uniform(0.1, 1.0 if own else 0.9)
         row = region_rows(scene.image, scene.masks, captions)
         return row | {"seed": self.seed * 2**40 + index, "mask_probability": float(level), "num_slots": slots}
+
+
+class TemplateDataset(CommitDataset):
+    """Synthetic scenes that teach to fill the places of templates in one pass, beside captions as [`CommitDataset`].
+
+    Half of the templates show all of their text, with one token in each place. In the others one place has a value of
+    several tokens, two attributes or a dark colour, and everything behind its begin is open.
+
+    Args:
+        tokenizer: of the checkpoint.
+        mask_id (`int`): its mask token.
+        seed, length, group: see [`ShapesDataset`].
+    """
+
+    CAPTIONS, OPEN, ORDINARY = 0.35, 0.4, 0.96  # shares: captions, open ends, colours that are not called dark
+
+    def __init__(self, tokenizer: Any, mask_id: int, seed: int, length: int, group: int):
+        super().__init__(seed, length, group)
+        self.encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.mask_id, self.end = mask_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        kind = np.random.default_rng((TRAINING, self.seed, 2**42 + index // self.group)).random()
+        if kind < self.CAPTIONS:
+            return super().__getitem__(index)
+        is_open = kind > 1 - self.OPEN * (1 - self.CAPTIONS)
+        rng, scene = self._scene(index, DARK_DOMAIN if is_open and index % 2 else self.domain)
+        values = [random_words(figure, rng) for figure in scene.figures]
+        write = self._open_blocks if is_open else self._blocks
+        blocks = write(rng, values)
+        slots = max(len(tokens) for tokens, _ in blocks) + int(rng.integers(0, 8))
+        row = region_rows(scene.image, scene.masks, [""] * len(blocks))
+        for region, (tokens, labels) in zip(row["regions"], blocks, strict=True):
+            fill = self.mask_id if is_open else self.end
+            padding = slots - len(tokens)
+            region["block"] = tokens + [fill] * padding, labels + [-100] * padding
+        level = 1.0 if rng.random() < 0.6 else rng.uniform(0.25, 1.0)
+        return row | {"seed": self.seed * 2**40 + index, "mask_probability": float(level), "num_slots": slots}
+
+    def _blocks(self, rng: np.random.Generator, values: list[dict[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Tokens and labels of a template whose places have one token each."""
+        names = [name for name in WORDS if rng.random() < 0.85] or list(WORDS)
+        template = Template(random_template(rng, names))
+        blocks = []
+        for words in values:
+            tokens, spans = template.block(self.encode, words)
+            labels = [-100] * len(tokens)
+            for start, stop in spans.values():
+                labels[start:stop] = tokens[start:stop]
+            blocks.append((tokens, labels))
+        return blocks
+
+    def _open_blocks(
+        self, rng: np.random.Generator, values: list[dict[str, str]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """The same up to a value of several tokens, and the token behind it; what follows is open."""
+        pair = PAIRS[rng.integers(len(PAIRS))] if rng.random() < 0.5 else ("colour",)
+        long = " ".join(pair)
+        names = [name for name in WORDS if name not in pair and rng.random() < 0.6]
+        template = Template(random_template(rng, [*names, long]))
+        blocks = []
+        for words in values:
+            if rng.random() > self.ORDINARY and "dark" not in words["colour"]:
+                words = words | {"colour": f"dark {words['colour']}"}
+            tokens, spans = template.block(self.encode, words | {long: " ".join(words[name] for name in pair)})
+            stop = spans[long][1]
+            labels = [-100] * stop
+            for name in [n for n in template.names if spans[n][1] <= stop]:
+                first, last = spans[name]
+                labels[first:last] = tokens[first:last]
+            behind = (tokens + [self.end])[stop]
+            blocks.append((tokens[:stop] + [behind], labels + [behind]))
+        return blocks

@@ -1,14 +1,16 @@
 """Score a region checkpoint on held-out images of the shapes data set.
 
     python -m pdlm_hf.shapes.evaluate --seed 7 --images 200 --json
+    python -m pdlm_hf.shapes.evaluate --seed 7 --images 200 --attributes --json
 
-A caption is exact if it is a sentence of the domain, and every attribute in it is that of its region.
+A caption is exact if it is a sentence of the domain, and every attribute in it is that of its region. With
+`--attributes` the four attributes are read by a schema instead.
 """
 
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..captioning.checkpoints import CHECKPOINT
 from .dataset import HELD_OUT
-from .scenes import SHAPES_DOMAIN, WORDS, Domain, Scene, draw_scene, read
+from .scenes import SHAPES_DOMAIN, WORDS, Domain, Figure, Scene, draw_scene, read
 
 
 def held_out(seed: int, count: int, easy: bool = False, domain: Domain = SHAPES_DOMAIN) -> Iterator[Scene]:
@@ -132,6 +134,83 @@ def evaluate(
     }
 
 
+def calibration_error(probabilities: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:
+    """Expected calibration error: mean distance of probability and share of right answers over bins of equal width.
+
+    Args:
+        probabilities (`Sequence[float]`): of answers.
+        right (`Sequence[bool]`): whether they are right.
+        bins (`int`)
+    """
+    probability, hit = np.asarray(probabilities, dtype=float), np.asarray(right, dtype=float)
+    index = np.clip(np.ceil(probability * bins) - 1, 0, bins - 1)
+    gaps = [(probability[index == k].sum() - hit[index == k].sum()) for k in range(bins)]
+    return float(np.abs(gaps).sum() / len(probability))
+
+
+def evaluate_attributes(
+    model,
+    processor,
+    seed: int,
+    images: int,
+    batch_size: int = 8,
+    choices: dict[str, list[str]] | None = None,
+    truth: Callable[[Figure], dict[str, str]] = vars,
+    templates: Sequence[str] = (),
+    domain: Domain = SHAPES_DOMAIN,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Read attributes of held-out images by a schema, and count the right ones.
+
+    Args:
+        model, processor: a region checkpoint.
+        seed, images (`int`): seed and number of the images.
+        batch_size (`int`): images in a batch.
+        choices (`dict[str, list[str]]`, *optional*): of every attribute; default: the values of the shapes data set.
+        truth (`Callable`): returns the right choice of every attribute of a figure.
+        templates (`Sequence[str]`): default: a list of the attributes.
+        domain (`Domain`): the figures.
+        **settings: of `read_attributes`.
+
+    Returns:
+        `dict` with regions, all_right, by_attribute, ece (calibration error of all attributes), ece_by_attribute,
+        num_forwards (mean of the batches).
+    """
+    choices = choices or {name: list(values) for name, values in WORDS.items()}
+    plan = processor.attribute_plan(choices, templates=templates)
+    said: dict[str, list[tuple[float, bool]]] = {name: [] for name in choices}
+    forwards = batches = 0
+    scenes = sorted(
+        held_out(seed, images, domain=domain), key=lambda p: (len(p.masks), p.image.width * p.image.height)
+    )
+    start = time.perf_counter()
+    for first in range(0, images, batch_size):
+        chunk = scenes[first : first + batch_size]
+        inputs = processor(images=[p.image for p in chunk], segmentation_maps=[p.masks for p in chunk])
+        output = model.read_attributes(**inputs.to(model.device), plan=plan, **settings)
+        forwards, batches = forwards + output.num_forwards, batches + 1
+        for scene, readings in zip(chunk, output.readings, strict=True):
+            for figure, reading in zip(scene.figures, readings, strict=True):
+                for name, values in reading.probabilities.items():
+                    best = max(values)
+                    right = choices[name][values.index(best)] == truth(figure)[name]
+                    said[name].append((best, right))
+    rows = [answer for answers in said.values() for answer in answers]
+    whole = [all(right for _, right in answers) for answers in zip(*said.values(), strict=True)]
+    return {
+        "regions": len(whole),
+        "all_right": round(sum(whole) / len(whole), 4),
+        "by_attribute": {n: round(sum(right for _, right in a) / len(a), 4) for n, a in said.items()},
+        "ece": round(calibration_error(*zip(*rows, strict=True)), 4),
+        "ece_by_attribute": {n: round(calibration_error(*zip(*a, strict=True)), 4) for n, a in said.items()},
+        "num_forwards": round(forwards / batches, 2),
+        "seconds": round(time.perf_counter() - start, 1),
+        "images": images,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+
+
 def main(
     seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
     images: Annotated[int, typer.Option(help="Number of images.", min=1)] = 200,
@@ -140,6 +219,10 @@ def main(
     max_new_tokens: Annotated[int | None, typer.Option(help="Token positions per caption.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Acceptance threshold of adaptive decoding.")] = None,
+    attributes: Annotated[bool, typer.Option("--attributes", help="Read attributes by a schema instead.")] = False,
+    template: Annotated[
+        list[str] | None, typer.Option(help="With --attributes: sentence with {size} {colour} {texture} {shape}.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score a checkpoint on held-out images."""
@@ -148,7 +231,10 @@ def main(
     given = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps, "acceptance_threshold": threshold}
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with torch.inference_mode():
-        report = evaluate(network, processor, seed, images, batch_size, show=not as_json, **settings)
+        if attributes:
+            report = evaluate_attributes(network, processor, seed, images, batch_size, templates=template or ())
+        else:
+            report = evaluate(network, processor, seed, images, batch_size, show=not as_json, **settings)
     report |= {"settings": settings}
     if as_json:
         print(json.dumps(report))

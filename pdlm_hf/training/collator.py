@@ -45,7 +45,8 @@ class PdlmCollator:
     """Makes a batch with labels and noise from rows, as the reference does (docs/quirks.md#q7, docs/quirks.md#q16).
 
     A row is `{"image": image, "regions": [{"mask": (H, W), "caption": str}, ...], "question": str (optional)}` for
-    regions, or `{"images": [...], "messages": [{"role", "content"}, ...]}` for the base model.
+    regions, or `{"images": [...], "messages": [{"role", "content"}, ...]}` for the base model. In place of its caption
+    a region may have a "block", the token ids and labels of its token positions.
 
     Random numbers are drawn in the reference's order: t per sample, then one uniform number per token (in replacement
     mode the same again, and the replacement tokens). If every row has a "seed", the noise, slots and prompt ids of a
@@ -157,7 +158,7 @@ class PdlmCollator:
                 "`partition_regions`."
             )
         order = area_order(masks)
-        captions = [row["regions"][k]["caption"] for k in order]
+        captions = [row["regions"][k].get("block") or row["regions"][k]["caption"] for k in order]
         prompts = list(range(limit))
         if self.prompt_ids == "random":
             (random.Random(row["seed"]) if "seed" in row else random).shuffle(prompts)
@@ -168,11 +169,13 @@ class PdlmCollator:
         encoded["labels"] = [-100] * (len(encoded["input_ids"]) - len(labels)) + labels
         return encoded
 
-    def answer(self, captions: list[str], num_slots: int | None) -> tuple[list[int], list[int]]:
+    def answer(
+        self, captions: Sequence[str | tuple[list[int], list[int]]], num_slots: int | None
+    ) -> tuple[list[int], list[int]]:
         """Encode captions, in the order of the regions.
 
         Args:
-            captions (`list[str]`): the captions.
+            captions (`Sequence`): the captions, or the token ids and labels of their blocks.
             num_slots (`int`, *optional*): token positions per caption.
 
         Returns:
@@ -183,10 +186,11 @@ class PdlmCollator:
             SettingError: a caption has special tokens.
         """
         tokenizer = self.processor.tokenizer
-        for k, caption in enumerate(captions):
-            self.processor.refuse_specials(caption, f"caption of region {k}")
-        if num_slots is None:
-            text = "\n".join(CAPTION.format(k) + caption for k, caption in enumerate(captions)) + END_OF_TURN
+        texts = [caption for caption in captions if isinstance(caption, str)]
+        for k, text in enumerate(texts):
+            self.processor.refuse_specials(text, f"caption of region {k}")
+        if num_slots is None and len(texts) == len(captions):
+            text = "\n".join(CAPTION.format(k) + caption for k, caption in enumerate(texts)) + END_OF_TURN
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids, list(ids)
         end, newline = (
@@ -195,17 +199,23 @@ class PdlmCollator:
         )
         ids, labels = [], []
         for k, caption in enumerate(captions):
-            tokens = tokenizer(caption, add_special_tokens=False)["input_ids"]
-            if len(tokens) > num_slots:
-                raise DataError(
-                    f"caption of region {k} has {len(tokens)} tokens, more than the {num_slots} positions. Shorten it "
-                    f"or raise `num_slots`: {caption[:60]!r}"
-                )
-            slots = tokens + [end] * (num_slots - len(tokens))
+            block = self._block(k, caption, num_slots, end) if isinstance(caption, str) else caption
             close = [end] if k == len(captions) - 1 else newline
-            ids += [tokenizer.convert_tokens_to_ids(CAPTION.format(k)), *slots, *close]
-            labels += [-100, *slots, *[-100] * len(close)]
+            ids += [tokenizer.convert_tokens_to_ids(CAPTION.format(k)), *block[0], *close]
+            labels += [-100, *block[1], *[-100] * len(close)]
         return ids, labels
+
+    def _block(self, k: int, caption: str, num_slots: int | None, end: int) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a caption, padded with end-of-turn. Raises: DataError: it has too many tokens."""
+        tokens = self.processor.tokenizer(caption, add_special_tokens=False)["input_ids"]
+        room = len(tokens) if num_slots is None else num_slots
+        if len(tokens) > room:
+            raise DataError(
+                f"caption of region {k} has {len(tokens)} tokens, more than the {room} positions. Shorten it "
+                f"or raise `num_slots`: {caption[:60]!r}"
+            )
+        tokens = tokens + [end] * (room - len(tokens))
+        return tokens, list(tokens)
 
     def encode_chat(self, row: dict[str, Any], num_slots: int | None = None) -> dict[str, Any]:
         """Encode one conversation, without noise. The assistant's turns and their end-of-turn tokens are labelled.

@@ -28,7 +28,7 @@ OTHER_PLUGINS = {"pdlm_vllm", "pdlm_evalkit", "pdlm_peft"}
 # Folders import from those further left, and from the flat files.
 LAYERS = [
     {"regions"},
-    {"render", "training"},
+    {"attributes", "render", "training"},
     {"captioning", "client"},
     {"shapes"},
     {"batch", "bench"},

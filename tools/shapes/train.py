@@ -16,6 +16,10 @@
     $train --out runs/careful --init runs/isolated4 $isolated --steps 2400 --learning-rate 6e-4 --seed 5
     $train --out runs/commit --init runs/careful $isolated --lesson commit --steps 700 --learning-rate 6e-4 --seed 21
 
+A checkpoint that also fills the places of templates in one pass:
+
+    $train --out runs/templates --init runs/commit --prefix-attention isolated --lesson templates --seed 31 [...]
+
 With the same `--out` a stopped training is resumed from the last saved step. Images are drawn during training, none
 twice in a run; runs of the same lesson with the same seed draw the same images.
 """
@@ -31,7 +35,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pdlm_hf.modeling_pdlm import PdlmForConditionalGeneration
 from pdlm_hf.processing_pdlm import PdlmProcessor
-from pdlm_hf.shapes.dataset import CommitDataset, ShapesDataset
+from pdlm_hf.shapes.dataset import CommitDataset, ShapesDataset, TemplateDataset
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_hf.training.trainer import Clock, InOrderTrainer
 
@@ -115,10 +119,10 @@ def main(
     prefix_attention: Annotated[str, typer.Option(help='"full" or "isolated".')] = "full",
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     lesson: Annotated[
-        Literal["vision", "images", "words", "captions", "commit"],
+        Literal["vision", "images", "words", "captions", "commit", "templates"],
         typer.Option(
             help="vision, images: attributes of small, then all images. words, captions: their captions. "
-            "commit: one wording from an empty canvas."
+            "commit: one wording from an empty canvas. templates: that, and templates with places for attributes."
         ),
     ] = "captions",
     linear_head: Annotated[
@@ -146,11 +150,15 @@ def main(
     easy = lesson in ("vision", "words")
     seeing = lesson in ("vision", "images")
     slots = EASY_SLOTS if easy else SLOTS
-    scenes = CommitDataset if lesson == "commit" else ShapesDataset
+    if lesson == "templates":
+        scenes = TemplateDataset(processor.tokenizer, model.config.mask_token_id, seed, steps * batch_size, batch_size)
+    else:
+        dataset = CommitDataset if lesson == "commit" else ShapesDataset
+        scenes = dataset(seed, steps * batch_size, batch_size, easy)
     trainer = InOrderTrainer(
         model=RegionClassifier(model, linear_head) if seeing else model,
         args=arguments(out, steps, batch_size, learning_rate, seed),
-        train_dataset=scenes(seed, steps * batch_size, batch_size, easy),
+        train_dataset=scenes,
         data_collator=AttributeCollator(processor)
         if seeing
         else PdlmCollator(processor, num_slots=slots, noise_floor=0.1, prompt_ids="ordered"),

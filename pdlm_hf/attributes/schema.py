@@ -1,0 +1,283 @@
+"""Schemas of attributes: names with their choices, or JSON Schema; checked before any model is loaded."""
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..errors_pdlm import SettingError
+from ..templates_pdlm import Template
+
+Choice = bool | int | str
+
+MOST_ATTRIBUTES, MOST_CHOICES, MOST_TOGETHER = 64, 1000, 4000  # of a schema, an attribute, and a schema again
+MOST_CHARACTERS = 200  # of a name or choice
+MOST_TEMPLATES, TEMPLATE_CHARACTERS = 8, 4000
+MOST_FILE_BYTES = 4_000_000
+TEXT_TOKENS, MOST_TEXT_TOKENS = 8, 64  # of a free text
+_FORMS = 'a list of choices, null (free text), {"max_tokens": N}, or JSON Schema with "enum", "boolean" or "maxLength"'
+_NOTES = {"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"}
+_TYPES: dict[str, type] = {"string": str, "integer": int, "boolean": bool}
+
+
+class Attribute(BaseModel):
+    """One attribute: choices, or a free text if there are none.
+
+    Args:
+        choices (`list`): strings, integers or booleans.
+        max_tokens (`int`): of a free text.
+        max_length (`int`, *optional*): characters of a free text; what is longer is cut.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    choices: list[Choice] | None = None
+    max_tokens: int = Field(TEXT_TOKENS, ge=1, le=MOST_TEXT_TOKENS, strict=True)
+    max_length: int | None = Field(None, ge=1, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        """The fields, from any form that an attribute is given in."""
+        if value is None:
+            return {}
+        if isinstance(value, (list, tuple)):
+            return {"choices": list(value)}
+        if not isinstance(value, dict):
+            raise ValueError(f"expected {_FORMS}, got {value!r:.60}")
+        if value.keys() <= {"choices", "max_tokens", "max_length"}:
+            if "choices" in value and len(value) > 1:
+                raise ValueError("`choices` and the length of a free text exclude each other")
+            return value
+        return _from_json_schema(value)
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _check_choices(cls, values: Any) -> Any:
+        if not isinstance(values, list):
+            raise ValueError(f"expected a list of choices, got {values!r:.60}")
+        if not values:
+            raise ValueError("the list of choices is empty")
+        if len(values) > MOST_CHOICES:
+            raise ValueError(f"{len(values)} choices, more than the {MOST_CHOICES} that an attribute may have")
+        seen: dict[str, Any] = {}
+        equal: set[Any] = set()
+        for value in values:
+            if not isinstance(value, (bool, int, str)):
+                raise ValueError(f"a choice must be a string, an integer or a boolean, got {value!r:.60}")
+            text = text_of(value)
+            _check_text(text, f"the choice {value!r:.60}")
+            if text in seen:
+                raise ValueError(f"the choices {seen[text]!r:.60} and {value!r:.60} are both written {text!r:.60}")
+            if value in equal:  # True == 1
+                raise ValueError(f"the choice {value!r:.60} equals another one; write one of them as a string")
+            seen[text] = value
+            equal.add(value)
+        return values
+
+    @property
+    def texts(self) -> list[str]:
+        """The choices as they are written into a template; empty for a free text."""
+        return [text_of(choice) for choice in self.choices or []]
+
+
+class AttributeSchema(BaseModel):
+    """Attributes to read of every region, and how.
+
+    Args:
+        attributes (`dict[str, Attribute]`): by name, in the order in which they are written.
+        template (`list[str]`): sentences with a `{name}` place for every attribute, whose readings are averaged;
+            none: the attributes in a list, "name: value".
+        jointly (`bool`): read the most certain attribute of a region first, and the others given it.
+        calibrate (`bool`): divide by what is read without a region.
+        unknown_below (`float`, *optional*): a value whose probability is lower is unknown, None.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    attributes: dict[str, Attribute]
+    template: list[str] = []
+    jointly: bool = Field(False, strict=True)
+    calibrate: bool = Field(False, strict=True)
+    unknown_below: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        """The fields, from a dict of attributes, a JSON Schema of an object, or a dict of the fields themselves."""
+        if not isinstance(value, dict):
+            raise ValueError(f"expected an object of attributes, got {value!r:.60}")
+        if value.get("type") == "object" or isinstance(value.get("properties"), dict):
+            known = {"type", "properties", "required", "additionalProperties", "$schema", "$id", *_NOTES}
+            if unknown := [key for key in value if key not in known]:
+                raise ValueError(f"JSON Schema's {unknown[0]!r:.60} is not read here, only properties")
+            value = {"attributes": value.get("properties", {})}
+        elif not (isinstance(value.get("attributes"), dict) and value.keys() <= cls.model_fields.keys()):
+            value = {"attributes": value}
+        if isinstance(value.get("template"), str):
+            value = value | {"template": [value["template"]]}
+        return value
+
+    @field_validator("attributes", mode="before")
+    @classmethod
+    def _check_names(cls, attributes: Any) -> Any:
+        if not attributes:
+            raise ValueError("there are no attributes")
+        if len(attributes) > MOST_ATTRIBUTES:
+            raise ValueError(f"{len(attributes)} attributes, more than the {MOST_ATTRIBUTES} that a schema may have")
+        for name in attributes:
+            if not isinstance(name, str):
+                raise ValueError(f"the name of an attribute must be a string, got {name!r:.60}")
+            _check_text(name, f"the name {name!r:.60}")
+            if "{" in name or "}" in name:
+                raise ValueError(f"the name {name!r:.60} has a brace, which marks places in templates")
+        return attributes
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "AttributeSchema":
+        total = sum(len(attribute.choices or []) for attribute in self.attributes.values())
+        if total > MOST_TOGETHER:
+            raise ValueError(f"{total} choices together, more than the {MOST_TOGETHER} that a schema may have")
+        if len(self.template) > MOST_TEMPLATES:
+            raise ValueError(f"{len(self.template)} templates, more than {MOST_TEMPLATES}")
+        for text in self.template:
+            if len(text) > TEMPLATE_CHARACTERS:
+                raise ValueError(f"a template of {len(text)} characters; it may have {TEMPLATE_CHARACTERS}")
+            Template(text)
+        return self
+
+    @property
+    def choices(self) -> dict[str, list[str]]:
+        """Texts of the choices of every attribute, empty for a free text, for the processor's `attribute_plan`."""
+        return {name: attribute.texts for name, attribute in self.attributes.items()}
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of every free text, at most."""
+        return {name: attribute.max_tokens for name, attribute in self.attributes.items() if not attribute.choices}
+
+
+def text_of(choice: Choice) -> str:
+    """How a choice is written: booleans as yes and no, integers in digits."""
+    if isinstance(choice, bool):
+        return "yes" if choice else "no"
+    return choice.strip() if isinstance(choice, str) else str(choice)
+
+
+def _check_text(text: str, what: str) -> None:
+    """Raises: ValueError for a text that cannot stand in a template."""
+    if not text.strip():
+        raise ValueError(f"{what} is empty")
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"{what}... has {len(text)} characters, more than {MOST_CHARACTERS}")
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
+        raise ValueError(f"{what} has a line break, a control character or half of a character")
+
+
+def _from_json_schema(value: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an attribute from its JSON Schema. Raises: ValueError."""
+    known = {"type", "enum", "const", "maxLength", "minimum", "maximum", *_NOTES}
+    if unknown := [key for key in value if key not in known]:
+        raise ValueError(f"{unknown[0]!r:.60} is not read here; expected {_FORMS}")
+    kind = value.get("type")
+    if kind is not None and (not isinstance(kind, str) or kind not in _TYPES):
+        raise ValueError(f"the type {kind!r:.60} cannot be read; expected one of {', '.join(_TYPES)}")
+    if "enum" in value or "const" in value:
+        choices = value["enum"] if "enum" in value else [value["const"]]
+        if kind is not None and isinstance(choices, list):
+            for choice in choices:
+                if type(choice) is not _TYPES[kind]:
+                    raise ValueError(f"the choice {choice!r:.60} is not of the type {kind}")
+        return {"choices": choices}
+    if kind == "boolean":
+        return {"choices": [True, False]}
+    if kind == "integer":
+        return {"choices": _integers(value)}
+    if kind == "string" and "maxLength" in value:
+        length = value["maxLength"]
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError(f"maxLength must be a positive integer, got {length!r:.60}")
+        return {"max_tokens": min(length, MOST_TEXT_TOKENS), "max_length": length}
+    if kind == "string":
+        return {}
+    raise ValueError(f"expected {_FORMS}, got {value!r:.60}")
+
+
+def _integers(value: dict[str, Any]) -> list[int]:
+    least, most = value.get("minimum"), value.get("maximum")
+    if type(least) is not int or type(most) is not int:
+        raise ValueError("an integer needs integers as minimum and maximum, or a list of choices")
+    if not 0 <= most - least < MOST_CHOICES:
+        raise ValueError(f"the integers from {least!r:.30} to {most!r:.30} are none, or more than {MOST_CHOICES}")
+    return list(range(least, most + 1))
+
+
+def parse_schema(value: Any, **settings: Any) -> AttributeSchema:
+    """Check a schema.
+
+    Args:
+        value: an [`AttributeSchema`]; a dict of attributes, for example `{"colour": ["red", "dark blue"], "damaged":
+            [True, False], "name": None}`; a JSON Schema of an object; or a dict of the fields of the class.
+        **settings: other fields of the schema, which replace its own where they are not None.
+
+    Raises:
+        SettingError: it cannot be used; the message names the attribute.
+    """
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if isinstance(settings.get("template"), str):
+        settings["template"] = [settings["template"]]
+    try:
+        schema = value if isinstance(value, AttributeSchema) else AttributeSchema.model_validate(value)
+        if settings:
+            fields = {name: getattr(schema, name) for name in AttributeSchema.model_fields}
+            schema = AttributeSchema.model_validate(fields | settings)
+        return schema
+    except ValidationError as error:
+        raise SettingError(_first(error)) from None
+    except RecursionError:
+        raise SettingError("The schema is nested too deeply.") from None
+
+
+def _first(error: ValidationError) -> str:
+    """The first of the errors that pydantic found, in a line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = [part for part in first["loc"] if isinstance(part, str)]
+    reason = first["msg"].removeprefix("Value error, ")
+    if where[:1] == ["attributes"] and len(where) > 1:
+        return f"The schema's attribute {where[1]!r:.60}: {reason}."
+    return f"The schema: {f'{where[0]:.60}: ' if where else ''}{reason}."
+
+
+def read_schema_file(path: Path) -> AttributeSchema:
+    """Read and check a JSON file with a schema.
+
+    Raises:
+        SettingError: the file is no JSON, names an attribute twice, is too large, or its schema cannot be used.
+        OSError: the file cannot be read.
+    """
+    if path.stat().st_size > MOST_FILE_BYTES:
+        raise SettingError(f"{path}: larger than {MOST_FILE_BYTES} bytes; this cannot be a schema of attributes.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique, parse_constant=_refuse)
+        return parse_schema(value)
+    except SettingError as error:
+        raise SettingError(f"{path}: {error}") from None
+    except RecursionError:
+        raise SettingError(f"{path}: The schema is nested too deeply.") from None
+    except ValueError as error:
+        raise SettingError(f"{path}: is not valid JSON ({error}).") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SettingError(f"The name {twice!r:.60} stands twice in one object.")
+    return out
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number of JSON")
