@@ -6,12 +6,13 @@ from .batch import batch, report
 from .bench import decode
 from .caption import RepeatedOptions, caption
 from .chat import chat, export
+from .check import check
 from .demo import demo
 from .errors import make_app
 
 app = make_app("pdlm", "PerceptionDLM: captions for many regions of an image, written together.")
 app.command(cls=RepeatedOptions)(caption)
-for _command in (batch, report, chat, demo, export):
+for _command in (batch, report, chat, demo, export, check):
     app.command()(_command)
 bench = typer.Typer(help="Benchmarks.", no_args_is_help=True, rich_markup_mode=None)
 bench.command()(decode)
