@@ -5,6 +5,7 @@ what was measured on an H100 (docs/performance.md): without graphs sdpa is faste
 with graphs the two calls are faster for a few images at a time and need more memory.
 """
 
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -156,6 +157,30 @@ def _disadvantage(case: CanvasCase, has_varlen: bool, has_aten: bool) -> str | N
         need = CACHES * case.cache_bytes / 2**30
         return f"graphs would need {need:.1f} GiB for prefix caches, more than is free on the device"
     return None
+
+
+def emulates_bfloat16(device: str, dtype: torch.dtype) -> bool:
+    """Whether it is bfloat16 on an x86 CPU without instructions for it (AVX512-BF16, AMX).
+
+    Args:
+        device (`str`): type of the device.
+        dtype (`torch.dtype`): of the model.
+    """
+    if device != "cpu" or dtype != torch.bfloat16 or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+SLOW_BFLOAT16 = (
+    "This CPU has no instructions for bfloat16 (AVX512-BF16, AMX): a model in bfloat16 is about 7 times as slow here "
+    'as in float32. Load it with dtype="float32", which needs twice the memory.'
+)
+
+
+def warn_of_slow_bfloat16(device: torch.device, dtype: torch.dtype) -> None:
+    """Log [`SLOW_BFLOAT16`] once, where it is so."""
+    if emulates_bfloat16(device.type, dtype):
+        logger.warning_once(SLOW_BFLOAT16)
 
 
 def log_path(path: CanvasPath, graphs: bool | None) -> None:

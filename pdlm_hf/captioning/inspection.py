@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.utils import logging
 
 from ..adapters_pdlm import BASE_FILE, adapter_base
-from ..canvas_path_pdlm import CanvasCase, cache_bytes, choose_path
+from ..canvas_path_pdlm import SLOW_BFLOAT16, CanvasCase, cache_bytes, choose_path, emulates_bfloat16
 from ..configuration_pdlm import special_token_ids
 from ..errors_pdlm import CheckpointError, PdlmError, reading
 from ..generation_config_pdlm import PdlmGenerationConfig
@@ -227,6 +227,8 @@ def _plan(found: Inspection, config: Any, processor: Any, generation: PdlmGenera
     free = gpus[0]["free"] if gpus else found.machine["free_ram"]
     if free is not None and need > free:
         found.notes.append(f"needs about {need / GIB:.1f} GiB; {free / GIB:.1f} GiB are free on {device.type}.")
+    if emulates_bfloat16(device.type, dtype):
+        found.notes.append(SLOW_BFLOAT16)
     own = {k: v for k, v in generation.to_diff_dict().items() if k in generation._FIELDS}
     found.settings = {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "generate": own}
     if not regions:

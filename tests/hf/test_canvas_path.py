@@ -6,7 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from pdlm_hf.canvas_path_pdlm import CanvasCase, CanvasPath, cache_bytes, case_of, choose_path, log_path
+from pdlm_hf import RegionCaptioner
+from pdlm_hf.canvas_path_pdlm import (
+    CanvasCase,
+    CanvasPath,
+    cache_bytes,
+    case_of,
+    choose_path,
+    emulates_bfloat16,
+    log_path,
+)
+from pdlm_hf.captioning.inspection import inspect_checkpoint
 from pdlm_hf.split_attention_pdlm import AUTO, NAME
 
 SETTINGS = {"max_new_tokens": 8, "max_denoising_steps": 4, "prefix_refresh_interval": 0}
@@ -143,3 +153,48 @@ def test_one_line_says_what_was_chosen(caplog, monkeypatch):
         ("WARNING", "`cuda_graphs` is ignored: of this test."),
         ("INFO", "Forward passes over the canvas by one attention with a mask, no CUDA graphs: of this test."),
     ]
+
+
+@pytest.fixture
+def an_old_cpu(monkeypatch):
+    """Without instructions for bfloat16."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+
+
+def test_where_bfloat16_is_emulated(an_old_cpu, monkeypatch):
+    assert emulates_bfloat16("cpu", BF16)
+    assert not emulates_bfloat16("cpu", FP32) and not emulates_bfloat16("cuda", BF16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not emulates_bfloat16("cpu", BF16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert not emulates_bfloat16("cpu", BF16)
+
+
+def test_slow_bfloat16_is_said_once(an_old_cpu, tiny_checkpoint, scenes, monkeypatch, caplog):
+    logger = logging.getLogger("pdlm_hf.canvas_path_pdlm")
+    monkeypatch.setattr(logging.getLogger("pdlm_hf"), "propagate", True)
+    type(logger).warning_once.cache_clear()
+    captioner = RegionCaptioner.from_pretrained(tiny_checkpoint, device="cpu", dtype="bfloat16")
+    for _ in range(2):
+        captioner.caption(scenes[0].image, scenes[0].masks, max_new_tokens=4, max_denoising_steps=1)
+    said = [record.getMessage() for record in caplog.records if "bfloat16" in record.getMessage()]
+    assert len(said) == 1 and 'dtype="float32"' in said[0]
+    RegionCaptioner.from_pretrained(tiny_checkpoint, device="cpu")
+    type(logger).warning_once.cache_clear()
+    caplog.clear()
+    captioner = RegionCaptioner.from_pretrained(tiny_checkpoint, device="cpu")
+    captioner.caption(scenes[0].image, scenes[0].masks, max_new_tokens=4, max_denoising_steps=1)
+    assert "bfloat16" not in caplog.text
+
+
+def test_pdlm_check_says_it_too(an_old_cpu, tiny_checkpoint, model, processor, tmp_path):
+    assert not any("bfloat16" in note for note in inspect_checkpoint(tiny_checkpoint).notes)
+    captioner = RegionCaptioner.from_pretrained(tiny_checkpoint, device="cpu", dtype="bfloat16")
+    captioner.model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    found = inspect_checkpoint(tmp_path)
+    assert not found.faults and found.settings["dtype"] == "bfloat16"
+    assert any("7 times as slow" in note for note in found.notes) == (not torch.cuda.is_available())
