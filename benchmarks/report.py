@@ -300,6 +300,15 @@ DECODES = {
 }
 
 
+def preprocessing(record: dict) -> str:
+    """What an image costs before the model, before and after, and what Pillow's resizing alone takes of it."""
+    rows = [["image", "before", "now", "of that resizing the image, by Pillow"]]
+    for row in record["rows"]:
+        times = [f"{row[name]:.0f} ms" for name in ("before_ms", "ours_ms", "resize_ms")]
+        rows.append([" x ".join(map(str, row["size"])), *times])
+    return table(*rows)
+
+
 def headlines(held: dict, cpu: dict, gpu: dict, served: dict, tuned: dict, commit: dict) -> str:
     """The README's table: what every part gains and loses, with a link to the conditions."""
     page = "docs/performance.md"
@@ -373,6 +382,7 @@ def tables() -> dict[str, str]:
         "decode": decode(speed),
         "scaling": scaling(speed),
         "serving": serving(load("serving_cpu_small.json")),
+        "preprocessing": preprocessing(load("preprocessing.json")),
         **{name: make(load("batch_throughput.json")) for name, make in batch.items()},
         "batch_costs": batch_costs(),
         "scale": scale(load("scale.json")),

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_bidirectional_mask
 
 from .caching_pdlm import PrefixCache, SplitCache
+from .canvas_path_pdlm import case_of, choose_path, log_path
 from .graphs_pdlm import WIDTH_MULTIPLE, CanvasGraph, CanvasGraphs
 from .masking_pdlm import region_attention
 from .split_attention_pdlm import NAME as REGION_SPLIT
@@ -118,8 +119,21 @@ class RegionCanvas:
         self.cache: PrefixCache | SplitCache  # of the forward pass that filled it, and the rows it has
         self.cached_rows: torch.Tensor
         self.shown: CanvasView | None = None  # the view that a split cache has room for
+        self.split = self.model.config.text_config._attn_implementation == REGION_SPLIT
         self.graphs: CanvasGraphs | None = None
         self.graph: CanvasGraph | None = None
+
+    def choose_path(self, caching: bool) -> None:
+        """Choose how forward passes over the canvas are computed, and log it.
+
+        Args:
+            caching (`bool`): whether some of them run on cached prompts.
+        """
+        graphs, length = self.task.settings.cuda_graphs, self.prompt.shape[1] + self.block_layout[0].numel()
+        network = self.model.model.language_model
+        path = choose_path(case_of(network, self.prompt.dtype, len(self.counts), length, caching, graphs))
+        log_path(path, graphs)
+        self.split, self.graphs = path.split, self.model.canvas_graphs() if path.graphs else None
 
     def blocks(self, tokens: torch.Tensor) -> torch.Tensor:
         """Caption token, slots and closing newline (or end of turn) of every region, `(rows, regions, slots + 2)`."""
@@ -199,7 +213,7 @@ class RegionCanvas:
         """Cache the prompts' keys and values of a forward pass over prompts and canvas."""
         width = self.prompt.shape[1]
         self.cached_rows, self.shown = rows, None
-        if self.model.config.text_config._attn_implementation != REGION_SPLIT:
+        if not self.split:
             cache.freeze(width)
             self.cache = cache
             return

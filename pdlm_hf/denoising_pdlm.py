@@ -19,8 +19,6 @@ from .diffusion_pdlm import (
 )
 from .errors_pdlm import CheckpointError
 from .generation_config_pdlm import PdlmGenerationConfig
-from .graphs_pdlm import graphs_usable
-from .split_attention_pdlm import NAME as REGION_SPLIT
 
 # Slots x vocabulary scored at a time: bounds the float32 logits to 256 MB.
 _MAX_LOGITS = 2**26
@@ -186,11 +184,9 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
     if interval is None:
         interval = 1 if task.config.prefix_attention == "full" else 0
     caching = interval != 1 and num_steps > 1
-    if settings.cuda_graphs and graphs_usable(task.device, caching, task.config.text_config._attn_implementation):
-        canvas.graphs = task.model.canvas_graphs()
+    canvas.choose_path(caching)
     adaptive = settings.acceptance_threshold is not None or settings.entropy_bound is not None
-    split = task.config.text_config._attn_implementation == REGION_SPLIT  # its blocks have one length
-    trimming = adaptive and bool(settings.trim_canvas) and not split
+    trimming = adaptive and bool(settings.trim_canvas) and not canvas.split  # its blocks have one length
     everything = view = canvas.view(canvas.exists)
     sizes = [sum(counts), len(counts), 0]
     slots = 0 if adaptive else canvas.num_slots  # that the schedule may leave open

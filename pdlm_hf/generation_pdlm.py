@@ -7,6 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput
 
+from .canvas_path_pdlm import warn_of_slow_bfloat16
 from .chat_denoising_pdlm import denoise_blocks
 from .configuration_pdlm import HUB_ARGUMENTS, PdlmConfig
 from .denoising_pdlm import DenoisingStep, GenerationTask, cut_at_stop, denoise_regions
@@ -59,6 +60,7 @@ class PdlmGenerationMixin:
 
     config: PdlmConfig
     model: Any  # PdlmModel, whose module imports this one
+    dtype: torch.dtype
     generation_config: PdlmGenerationConfig
     generation_config_class: type[PdlmGenerationConfig]
     _canvas_graphs: CanvasGraphs | None = None
@@ -134,6 +136,7 @@ class PdlmGenerationMixin:
         if input_ids is None:
             raise SettingError("`generate` needs `input_ids`; build them with the processor.")
         settings = self._settings(generation_config, kwargs, chat=region_order is None and region_boxes is None)
+        warn_of_slow_bfloat16(input_ids.device, self.dtype)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         inputs = {

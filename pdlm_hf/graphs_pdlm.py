@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from transformers.utils import logging
 
-from .split_attention_pdlm import NAME, SplitCache, split_pass
+from .split_attention_pdlm import SplitCache, split_pass
 
 logger = logging.get_logger(__name__)
 
@@ -119,17 +119,3 @@ class CanvasGraphs:
             if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters")  # PEFT's tuner layers
         ]
         return hash((tuple(weights), tuple(adapters)))
-
-
-def graphs_usable(device: torch.device, caching: bool, implementation: str) -> bool:
-    """Whether forward passes over the canvas can be captured here; logs why not."""
-    reason = None
-    if device.type != "cuda":
-        reason = f"the model is on {device.type}"
-    elif not caching:
-        reason = "the prompt is recomputed at every step (prefix_refresh_interval=1)"
-    elif implementation != NAME:
-        reason = f'they need attn_implementation={{"text_config": "{NAME}"}}, and it is "{implementation}"'
-    if reason:
-        logger.warning_once(f"`cuda_graphs` is ignored: {reason}.")
-    return reason is None

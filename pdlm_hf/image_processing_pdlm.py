@@ -11,7 +11,9 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .errors_pdlm import ImageError, PdlmError, RegionError, SettingError
-from .tiling_pdlm import best_grid, num_tiles, region_patches, tile
+from .tiling_pdlm import best_grid, num_tiles, region_patches, tile_views
+
+_ROWS = 32  # of a tile that are normalized at a time
 
 MASK_THRESHOLD = 127  # a pixel of a mask above it is inside the region
 
@@ -321,7 +323,8 @@ class PdlmImageProcessorPil(PilBackend):
         tile_size, limit = settings["size"], settings["max_tiles"]
         least = min(settings["min_tiles"], limit)
         grids = [best_grid(*image.size, tile_size, least, limit) for image in opened]
-        tiles = np.concatenate([tile(image, grid, tile_size) for image, grid in zip(opened, grids, strict=True)])
+        pairs = zip(opened, grids, strict=True)
+        tiles = [one for image, grid in pairs for one in tile_views(image, grid, tile_size)]
         data = {
             "pixel_values": _normalized(tiles, settings).transpose(0, 3, 1, 2),
             "image_grids": np.array(grids, dtype=np.int64),
@@ -386,15 +389,26 @@ def _read(image: Any, name: str, settings: dict[str, Any]) -> Image.Image:
     return to_rgb(image, name)
 
 
-def _normalized(tiles: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
-    """Tiles `(num_tiles, size, size, 3)` uint8 as float32, rescaled and normalized as the settings say."""
-    pixels: Any = tiles.astype(np.float32)
+def _normalized(tiles: list[np.ndarray], settings: dict[str, Any]) -> np.ndarray:
+    """Tiles, each `(size, size, 3)` uint8, as one float32 array `(num_tiles, size, size, 3)`, rescaled and normalized
+    as the settings say; a few rows at a time, which stay in the processor's cache."""
+    side = settings["size"]
+    pixels = np.empty((len(tiles), side, 3 * side), np.float32)
+    mean, std = (np.tile(np.array(settings[name], np.float32), side) for name in ("image_mean", "image_std"))
     factor = settings["rescale_factor"]
-    if settings["do_rescale"]:  # a division rounds as the reference does, a product by 1 / 255 does not
-        pixels = pixels / 255 if factor == 1 / 255 else pixels * np.float32(factor)
-    if settings["do_normalize"]:
-        pixels = (pixels - np.array(settings["image_mean"], np.float32)) / np.array(settings["image_std"], np.float32)
-    return pixels
+    for values, place in zip(tiles, pixels, strict=True):
+        for first in range(0, side, _ROWS):
+            part, out = values.reshape(side, 3 * side)[first : first + _ROWS], place[first : first + _ROWS]
+            if not settings["do_rescale"]:
+                out[...] = part
+            elif factor == 1 / 255:  # a division rounds as the reference does, a product by 1 / 255 does not
+                np.divide(part, np.float32(255), out=out, dtype=np.float32)
+            else:
+                np.multiply(part, np.float32(factor), out=out, dtype=np.float32)
+            if settings["do_normalize"]:
+                out -= mean
+                out /= std
+    return pixels.reshape(-1, side, side, 3)
 
 
 __all__ = ["PdlmImageProcessorPil"]

@@ -23,6 +23,7 @@ from .errors_pdlm import CheckpointError, SettingError
 from .generation_config_pdlm import PdlmGenerationConfig
 from .generation_pdlm import PdlmGenerationMixin
 from .masking_pdlm import region_attention, region_layout
+from .split_attention_pdlm import AUTO as REGION_AUTO
 from .versions_pdlm import CACHE, accepts_old_cache_name
 from .vision_pdlm import PdlmVisionMixin
 
@@ -79,6 +80,10 @@ class PdlmTextModel(_WithoutFlashAttention, LlamaModel):
 
     config_class = PdlmTextConfig
     _supports_flash_attn = False
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        """Where none is given, "region_auto": sdpa, and what `generate` chooses for its canvas."""
+        return super()._check_and_adjust_attn_implementation(attn_implementation or REGION_AUTO, *args, **kwargs)
 
 
 class PdlmPreTrainedModel(_WithoutFlashAttention, PdlmAdapterMixin):

@@ -6,12 +6,13 @@ results are merged by their log-sum-exp: one over keys that all blocks of an ima
 a region. On a GPU both run as variable-length flash attention, which takes no mask; the dense mask over thousands of
 prompt rows is not needed. Anywhere else the same is computed by matrix products.
 
-Chosen by `attn_implementation={"text_config": "region_split"}`; forward passes that also compute the prompt use
-sdpa.
+Asked for by `attn_implementation={"text_config": "region_split"}`. Where none is given, the language model has
+"region_auto", and every call of `generate` chooses ([`canvas_path_pdlm.choose_path`]). Under both names forward passes
+that also compute the prompt use sdpa.
 """
 
 import inspect
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.nn.attention import varlen
@@ -23,25 +24,42 @@ from .caching_pdlm import SplitCache
 from .versions_pdlm import CACHE
 
 NAME = "region_split"
+AUTO = "region_auto"
 # Both names of the same kernel; torch 2.11 has the public one without what is needed here.
-_HAS_VARLEN = {"seqused_k", "enable_gqa", "return_aux"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
-_HAS_ATEN = "seqused_k" in str(torch.ops.aten._flash_attention_forward.default._schema)
+HAS_VARLEN = {"seqused_k", "enable_gqa", "return_aux"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
+HAS_ATEN = "seqused_k" in str(torch.ops.aten._flash_attention_forward.default._schema)
+
+
+@cache
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU; None for any other device."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def attention_kind(
-    device: str, dtype: torch.dtype, head_size: int, has_varlen: bool = _HAS_VARLEN, has_aten: bool = _HAS_ATEN
+    device: str,
+    dtype: torch.dtype,
+    head_size: int,
+    capability: tuple[int, int] | None = (8, 0),
+    has_varlen: bool = HAS_VARLEN,
+    has_aten: bool = HAS_ATEN,
 ) -> str:
     """How [`attend`] computes.
 
     Args:
         device (`str`): type of the device.
         dtype (`torch.dtype`), head_size (`int`): of the queries.
+        capability (`tuple[int, int]`, *optional*): of the GPU, see [`capability_of`]; flash attention begins at 8.0.
         has_varlen, has_aten (`bool`): whether the installed torch has the function.
 
     Returns:
         "varlen": torch's variable-length attention; "aten": its kernel, called directly; "products": matrix products.
     """
-    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_size % 8 or head_size > 256:
+    if device != "cuda" or capability is None or capability < (8, 0):
+        return "products"
+    if dtype not in (torch.bfloat16, torch.float16) or head_size % 8 or head_size > 256:
         return "products"
     return "varlen" if has_varlen else "aten" if has_aten else "products"
 
@@ -66,7 +84,8 @@ def attend(
     Returns:
         values of the shape of `query`, and float32 log-sum-exp of the scores `(n, queries, heads)`.
     """
-    kind = kind or attention_kind(query.device.type, query.dtype, query.shape[-1])
+    device = query.device
+    kind = kind or attention_kind(device.type, query.dtype, query.shape[-1], capability_of(device))
     return (_products if kind == "products" else partial(_flash, kind))(query, key, value, lengths, scale)
 
 
@@ -153,5 +172,6 @@ def split_pass(language_model, embeds: torch.Tensor, positions: torch.Tensor, ca
     ).last_hidden_state
 
 
-AttentionInterface.register(NAME, split_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+for _name in (NAME, AUTO):
+    AttentionInterface.register(_name, split_attention)
+    AttentionMaskInterface.register(_name, sdpa_mask)

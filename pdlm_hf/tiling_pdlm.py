@@ -1,5 +1,7 @@
 """One geometry for images and region masks: both are cut into the same tiles."""
 
+from functools import lru_cache
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -72,6 +74,31 @@ def resize(
     return image.resize((size[0], image.height), resample).resize(size, resample)
 
 
+def cut(whole: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Cut an array into the cells of a grid, row by row, without copying it.
+
+    Args:
+        whole (`np.ndarray` of shape `(rows * height, columns * width, ...)`)
+        grid (`tuple[int, int]`): columns, rows.
+
+    Returns:
+        `np.ndarray` of shape `(rows, columns, height, width, ...)`, a view.
+    """
+    columns, rows = grid
+    height, width = whole.shape[0] // rows, whole.shape[1] // columns
+    return whole.reshape(rows, height, columns, width, *whole.shape[2:]).swapaxes(1, 2)
+
+
+def tile_views(image: Image.Image, grid: tuple[int, int], tile_size: int) -> list[np.ndarray]:
+    """The tiles of [`tile`] one by one, not copied out of the resized image; read-only."""
+    columns, rows = grid
+    whole = np.asarray(resize(image, (tile_size * columns, tile_size * rows)))
+    tiles = [cell for row in cut(whole, grid) for cell in row]
+    if len(tiles) > 1:
+        tiles.append(np.asarray(resize(image, (tile_size, tile_size))))
+    return tiles
+
+
 def tile(image: Image.Image, grid: tuple[int, int], tile_size: int) -> np.ndarray:
     """Cut an image into tiles: row by row, and if there is more than one, a thumbnail of the whole image last.
 
@@ -85,14 +112,7 @@ def tile(image: Image.Image, grid: tuple[int, int], tile_size: int) -> np.ndarra
     Returns:
         `np.ndarray` of shape `(num_tiles, tile_size, tile_size[, 3])`, uint8.
     """
-    columns, rows = grid
-    resized = np.asarray(resize(image, (tile_size * columns, tile_size * rows)))
-    tiles = resized.reshape(rows, tile_size, columns, tile_size, *resized.shape[2:]).swapaxes(1, 2)
-    tiles = tiles.reshape(rows * columns, tile_size, tile_size, *resized.shape[2:])
-    if len(tiles) > 1:
-        thumbnail = np.asarray(resize(image, (tile_size, tile_size)))
-        tiles = np.concatenate([tiles, thumbnail[None]])
-    return tiles
+    return np.stack(tile_views(image, grid, tile_size))
 
 
 def region_patches(
@@ -102,8 +122,8 @@ def region_patches(
 
     As the reference: the mask becomes an image (prompt id inside, 255 outside), goes through the same bicubic resize
     as the image, and a patch is active if its top-left pixel is no longer 255, so a region grows by up to two source
-    pixels. A mask so small that no patch is active anywhere would go without its prompt there; here the patches that
-    hold most of it are switched on instead.
+    pixels. Only those pixels are computed. A mask so small that no patch is active anywhere would go without its
+    prompt there; here the patches that hold most of it are switched on instead.
 
     Args:
         mask (`np.ndarray` of shape `(H, W)`): bool, not empty.
@@ -114,15 +134,76 @@ def region_patches(
     Returns:
         `np.ndarray` of shape `(num_tiles, tile_size // patch_size, tile_size // patch_size)`, bool.
     """
-    carrier = Image.fromarray(np.where(mask, np.uint8(prompt_id), np.uint8(OUTSIDE)))
-    active = tile(carrier, grid, tile_size)[:, ::patch_size, ::patch_size] != OUTSIDE
-    if not active.any():
-        side = tile_size // patch_size
-        for tiles, (columns, rows) in ((active[: grid[0] * grid[1]], grid), (active[grid[0] * grid[1] :], (1, 1))):
-            if len(tiles):
-                row, column = _heaviest_cell(mask, columns * side, rows * side)
-                tiles[row // side * columns + column // side, row % side, column % side] = True
-    return active
+    side, parts = tile_size // patch_size, []
+    for columns, rows in dict.fromkeys([grid, (1, 1)]):  # the cells, the thumbnail
+        pixels = resized_corners(mask, prompt_id, (tile_size * columns, tile_size * rows), patch_size)
+        parts.append(cut(pixels != OUTSIDE, (columns, rows)).reshape(-1, side, side))
+    if not any(part.any() for part in parts):
+        for part, (columns, rows) in zip(parts, (grid, (1, 1)), strict=False):
+            row, column = _heaviest_cell(mask, columns * side, rows * side)
+            part[row // side * columns + column // side, row % side, column % side] = True
+    return np.concatenate(parts)
+
+
+def resized_corners(mask: np.ndarray, inside: int, size: tuple[int, int], step: int) -> np.ndarray:
+    """Every `step`-th pixel of every `step`-th row of what [`resize`] makes of a mask, without the others.
+
+    Pillow's arithmetic, in whole numbers as there: the width first, rounded to 8 bits, then the height.
+
+    Args:
+        mask (`np.ndarray` of shape `(H, W)`): bool.
+        inside (`int`): value of a pixel inside the region; those outside have [`OUTSIDE`].
+        size (`tuple[int, int]`): width, height of the resized mask.
+        step (`int`): in pixels of the resized mask.
+
+    Returns:
+        `np.ndarray` of shape `(size[1] // step, size[0] // step)`, uint8.
+    """
+    (height, width), (new_width, new_height) = mask.shape, size
+    rows = np.flatnonzero(mask.any(1))
+    rows = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0)  # elsewhere everything is outside
+    narrow = np.full((height, new_width // step), OUTSIDE, np.uint8)
+    columns = slice(0, width, step) if width == new_width else _weights(width, new_width, step)[0]
+    pixels = np.where(mask[rows, columns].T, np.uint8(inside), np.uint8(OUTSIDE))
+    narrow[rows] = (pixels if width == new_width else _resampled(pixels, width, new_width, step)).T
+    if height == new_height:
+        return narrow[::step]
+    return _resampled(narrow[_weights(height, new_height, step)[0]], height, new_height, step)
+
+
+_BITS = 22  # of the fraction of Pillow's weights
+
+
+def _resampled(pixels: np.ndarray, length: int, new_length: int, step: int) -> np.ndarray:
+    """The first axis resized, of the pixels that [`_weights`] names; `(new_length // step, ...)` uint8."""
+    _, places, weights = _weights(length, new_length, step)
+    total = np.full((new_length // step, pixels.shape[1]), 1 << (_BITS - 1), np.int32)
+    for place, weight in zip(places, weights, strict=True):
+        total += pixels[place] * weight[:, None]
+    return (total >> _BITS).clip(0, 255).astype(np.uint8)
+
+
+@lru_cache(256)
+def _weights(length: int, new_length: int, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a bicubic resize of an axis takes every `step`-th pixel from.
+
+    Returns:
+        the source pixels that count; and for every tap of every new pixel its place among them and its weight,
+        `(taps, new_length // step)`, int32.
+    """
+    scale = length / new_length
+    width = max(scale, 1.0)  # of the filter, in source pixels
+    center = (np.arange(0, new_length, step) + 0.5) * scale
+    first = (center - 2 * width + 0.5).astype(np.int32).clip(0)
+    end = (center + 2 * width + 0.5).astype(np.int32).clip(max=length)
+    taps = first + np.arange(2 * ceil(2 * width) + 1, dtype=np.int32)[:, None]
+    x = np.abs((taps - center + 0.5) * (1 / width))
+    near, far = ((1.5 * x - 2.5) * x) * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+    weights = np.where((taps < end) & (x < 2), np.where(x < 1, near, far), 0.0)
+    weights = weights / np.add.accumulate(weights)[-1]  # one after the other, as a loop adds
+    fixed = np.where(weights < 0, weights * 2**_BITS - 0.5, weights * 2**_BITS + 0.5).astype(np.int32)
+    used, places = np.unique(taps.clip(max=length - 1), return_inverse=True)
+    return used, places.reshape(taps.shape), fixed
 
 
 def _heaviest_cell(mask: np.ndarray, columns: int, rows: int) -> tuple[int, int]:

@@ -35,10 +35,9 @@ def shapes(run: Run) -> None:
         model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=dtype).eval().to(device)
         if split:
             model.set_attn_implementation({"text_config": NAME})
-        settings = {"cuda_graphs": True} if split else {}
         start, tally, said = time.perf_counter(), Tally(), []
         for chunk, batch in zip(chunks[::step], inputs[::step], strict=True):
-            output = model.generate(**batch.to(device), **settings)
+            output = model.generate(**batch.to(device), cuda_graphs=split)
             captions = [[c.text for c in of] for of in processor.post_process_region_captions(output)]
             for image, texts in zip(chunk, captions, strict=True):
                 tally.add(image, texts)

@@ -142,7 +142,7 @@ class Bench:
             max_new_tokens=slots,
             max_denoising_steps=steps,
             prefix_refresh_interval=interval,
-            cuda_graphs=graphs or None,
+            cuda_graphs=graphs,
         )
         self.model.set_attn_implementation({"text_config": attention})
         task = GenerationTask(self.model, settings, ids, torch.ones_like(ids, dtype=torch.bool))

@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 from ..attributes.results import RegionAttributes, values_of
 from ..attributes.schema import AttributeSchema, parse_schema
 from ..attributes_pdlm import PdlmAttributesOutput
+from ..canvas_path_pdlm import warn_of_slow_bfloat16
 from ..errors_pdlm import CheckpointError, SettingError
 from ..generation_config_pdlm import replaced_rules
 from ..generation_pdlm import PdlmGenerationOutput
@@ -102,6 +103,7 @@ class RegionCaptioner:
         network, processor = load_checkpoint(model or CHECKPOINT, dtype, **kwargs)
         if "device_map" not in kwargs:
             network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        warn_of_slow_bfloat16(network.device, network.dtype)
         return cls(network, processor, mode)
 
     def settings(self, generation: dict[str, Any]) -> dict[str, Any]:

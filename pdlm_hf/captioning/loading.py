@@ -58,11 +58,11 @@ def load_checkpoint(model: str | Path, dtype: Any = "auto", **kwargs: Any) -> tu
     if Path(path).is_dir():
         _check_files(Path(path, kwargs.get("subfolder") or ""), is_adapter)
     if not is_adapter:
-        with _reading(path, "config.json"):
-            _check_sizes(AutoConfig.from_pretrained(path, **source))
-    with _reading(path, _PROCESSOR):
+        with reading_files(path, "config.json"):
+            check_sizes(AutoConfig.from_pretrained(path, **source))
+    with reading_files(path, _PROCESSOR):
         processor = AutoProcessor.from_pretrained(path, **source)
-    with _reading(path, "config.json or the weights"):
+    with reading_files(path, "config.json or the weights"):
         network, report = _load_weights(path, dtype=dtype, output_loading_info=True, **kwargs)
         if missing := sorted(report["missing_keys"]):
             raise CheckpointError(
@@ -72,8 +72,8 @@ def load_checkpoint(model: str | Path, dtype: Any = "auto", **kwargs: Any) -> tu
             logger.warning(
                 "%s: %d weights have no place in the model, such as %s.", path, len(unexpected), unexpected[0]
             )
-    with _reading(path, "config.json, processor_config.json, tokenizer.json or chat_template.jinja"):
-        _check_together(network.config, processor)
+    with reading_files(path, "config.json, processor_config.json, tokenizer.json or chat_template.jinja"):
+        check_together(network.config, processor)
     return network, processor
 
 
@@ -88,7 +88,7 @@ def _load_weights(path: str, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def _reading(path: str, file: str) -> Iterator[None]:
+def reading_files(path: str, file: str) -> Iterator[None]:
     """As [`~pdlm_hf.errors_pdlm.reading`]; also for what transformers says of a file that a folder lacks."""
     try:
         with reading(path, file):
@@ -122,7 +122,7 @@ _OBJECTS = (
 )
 
 
-def _check_sizes(config: Any) -> None:
+def check_sizes(config: Any) -> None:
     """Raises: CheckpointError: it is not a PerceptionDLM, or a size or a token is not possible."""
     if not isinstance(config, PdlmConfig) and getattr(config, "model_type", None) not in ("pdmllm", "dmllm"):
         raise CheckpointError(
@@ -156,7 +156,7 @@ def _tokens_of(config: Any) -> Iterator[tuple[str, int]]:
             yield name, token
 
 
-def _check_together(config: Any, processor: Any) -> None:
+def check_together(config: Any, processor: Any) -> None:
     """Build the inputs of a small image, and compare them with the model.
 
     Raises:

@@ -7,6 +7,7 @@ from .batch import batch, report
 from .bench import decode
 from .caption import caption
 from .chat import chat, export
+from .check import check
 from .demo import demo
 from .errors import make_app
 from .regions import RepeatedOptions
@@ -14,7 +15,7 @@ from .regions import RepeatedOptions
 app = make_app("pdlm", "PerceptionDLM: captions for many regions of an image, written together.")
 for _command in (caption, attributes):
     app.command(cls=RepeatedOptions)(_command)
-for _command in (batch, report, chat, demo, export):
+for _command in (batch, report, chat, demo, export, check):
     app.command()(_command)
 bench = typer.Typer(help="Benchmarks.", no_args_is_help=True, rich_markup_mode=None)
 bench.command()(decode)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-import pdlm_hf.denoising_pdlm
-from pdlm_hf.graphs_pdlm import MAX_TRIES, WIDTH_MULTIPLE, CanvasGraphs, graphs_usable
-from pdlm_hf.split_attention_pdlm import _HAS_VARLEN, NAME, attend, attention_kind, merge
+from pdlm_hf.canvas_path_pdlm import CanvasPath
+from pdlm_hf.graphs_pdlm import MAX_TRIES, WIDTH_MULTIPLE, CanvasGraphs
+from pdlm_hf.split_attention_pdlm import HAS_VARLEN, NAME, attend, attention_kind, merge
 
 SETTINGS = {"max_new_tokens": 8, "max_denoising_steps": 8, "prefix_refresh_interval": 0}
 RULES = [{}, {"acceptance_threshold": 0.3}, {"prefix_refresh_interval": 3}]
@@ -32,6 +32,11 @@ def split(request):
         return network
 
     return switch
+
+
+def allow_graphs(monkeypatch):
+    """What a GPU would capture runs on a CPU, from the same buffers."""
+    monkeypatch.setattr("pdlm_hf.canvas_pdlm.choose_path", lambda case: CanvasPath(True, bool(case.graphs), "test"))
 
 
 def test_attend_and_merge_are_softmax_attention():
@@ -60,24 +65,26 @@ def test_attend_shares_key_heads():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "head_size", "has_varlen", "has_aten", "kind"),
+    ("device", "dtype", "head_size", "capability", "has_varlen", "has_aten", "kind"),
     [
-        ("cuda", torch.bfloat16, 128, True, True, "varlen"),
-        ("cuda", torch.float16, 32, True, True, "varlen"),
-        ("cuda", torch.bfloat16, 128, False, True, "aten"),
-        ("cuda", torch.bfloat16, 128, False, False, "products"),
-        ("cuda", torch.float32, 128, True, True, "products"),
-        ("cuda", torch.bfloat16, 20, True, True, "products"),
-        ("cuda", torch.bfloat16, 264, True, True, "products"),
-        ("cpu", torch.bfloat16, 128, True, True, "products"),
-        ("mps", torch.float16, 128, True, True, "products"),
+        ("cuda", torch.bfloat16, 128, (9, 0), True, True, "varlen"),
+        ("cuda", torch.float16, 32, (8, 0), True, True, "varlen"),
+        ("cuda", torch.bfloat16, 128, (12, 0), False, True, "aten"),
+        ("cuda", torch.bfloat16, 128, (9, 0), False, False, "products"),
+        ("cuda", torch.float32, 128, (9, 0), True, True, "products"),
+        ("cuda", torch.bfloat16, 20, (9, 0), True, True, "products"),
+        ("cuda", torch.bfloat16, 264, (9, 0), True, True, "products"),
+        ("cuda", torch.float16, 128, (7, 5), True, True, "products"),
+        ("cuda", torch.bfloat16, 128, None, True, True, "products"),
+        ("cpu", torch.bfloat16, 128, None, True, True, "products"),
+        ("mps", torch.float16, 128, None, True, True, "products"),
     ],
 )
-def test_how_attention_is_computed(device, dtype, head_size, has_varlen, has_aten, kind):
-    assert attention_kind(device, dtype, head_size, has_varlen, has_aten) == kind
+def test_how_attention_is_computed(device, dtype, head_size, capability, has_varlen, has_aten, kind):
+    assert attention_kind(device, dtype, head_size, capability, has_varlen, has_aten) == kind
 
 
-@pytest.mark.parametrize("kind", ["varlen", "aten"] if _HAS_VARLEN else ["aten"])
+@pytest.mark.parametrize("kind", ["varlen", "aten"] if HAS_VARLEN else ["aten"])
 def test_flash_kernels_take_and_give_these_shapes(kind):
     """On the meta device; grouped key heads, and fewer keys than there is room for."""
     with torch.device("meta"):
@@ -106,7 +113,7 @@ def test_fixed_shapes_with_new_contents(split, inputs, processor, scenes, monkey
     again = processor(images=[p.image for p in scenes[::-1]], segmentation_maps=[p.masks[::-1] for p in scenes[::-1]])
     settings = {**SETTINGS, **rule}
     expected = [network.generate(**batch, **settings) for batch in (inputs, again)]
-    monkeypatch.setattr(pdlm_hf.denoising_pdlm, "graphs_usable", lambda *args: True)
+    allow_graphs(monkeypatch)
     monkeypatch.setattr(network, "_canvas_graphs", None)
     for batch, known in zip((inputs, again), expected, strict=True):
         output = network.generate(**batch, **settings, cuda_graphs=True)
@@ -129,7 +136,7 @@ def test_a_failed_capture_falls_back(split, inputs, monkeypatch, caplog):
         tries.append(args)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(pdlm_hf.denoising_pdlm, "graphs_usable", lambda *args: True)
+    allow_graphs(monkeypatch)
     monkeypatch.setattr(network, "_canvas_graphs", CanvasGraphs(network.model.language_model))
     with monkeypatch.context() as patched:
         patched.setattr("pdlm_hf.graphs_pdlm.CanvasGraph.__init__", fail)
@@ -148,7 +155,7 @@ def test_a_failed_capture_falls_back(split, inputs, monkeypatch, caplog):
 def test_autocast_has_graphs_of_its_own(split, inputs, monkeypatch):
     """What was captured in float32 is not replayed where bfloat16 is asked for."""
     network = split("isolated_model")
-    monkeypatch.setattr(pdlm_hf.denoising_pdlm, "graphs_usable", lambda *args: True)
+    allow_graphs(monkeypatch)
     monkeypatch.setattr(network, "_canvas_graphs", CanvasGraphs(network.model.language_model))
     settings = {**SETTINGS, "output_history": True}
     full = network.generate(**inputs, **settings, cuda_graphs=True)
@@ -181,19 +188,6 @@ def test_another_network_is_another_graph(isolated_model, inputs):
     on = graphs._network()
     with adapted.disable_adapter():
         assert graphs._network() not in (before, on)
-
-
-@pytest.mark.parametrize(
-    ("device", "caching", "implementation", "usable"),
-    [
-        ("cuda", True, NAME, True),
-        ("cpu", True, NAME, False),
-        ("cuda", False, NAME, False),
-        ("cuda", True, "sdpa", False),
-    ],
-)
-def test_where_graphs_are_usable(device, caching, implementation, usable):
-    assert graphs_usable(torch.device(device), caching, implementation) is usable
 
 
 def test_graphs_are_ignored_on_cpu(isolated_model, inputs):

@@ -10,9 +10,9 @@ from tools.shapes.model import build_model
 FLAT_FILES = [
     f"{name}_pdlm.py"
     for name in (
-        "adapters attributes batching caching canvas captions chat_denoising configuration conversion denoising "
-        "diffusion errors generation_config generation graphs image_processing masking modeling processing prompts "
-        "split_attention templates tiling versions vision"
+        "adapters attributes batching caching canvas_path canvas captions chat_denoising configuration conversion "
+        "denoising diffusion errors generation_config generation graphs image_processing masking modeling processing "
+        "prompts split_attention templates tiling versions vision"
     ).split()
 ]
 

@@ -1,0 +1,200 @@
+"""How forward passes over the canvas are computed: one function, and that `generate` asks it."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from pdlm_hf import RegionCaptioner
+from pdlm_hf.canvas_path_pdlm import (
+    CanvasCase,
+    CanvasPath,
+    cache_bytes,
+    case_of,
+    choose_path,
+    emulates_bfloat16,
+    log_path,
+)
+from pdlm_hf.captioning.inspection import inspect_checkpoint
+from pdlm_hf.split_attention_pdlm import AUTO, NAME
+
+SETTINGS = {"max_new_tokens": 8, "max_denoising_steps": 4, "prefix_refresh_interval": 0}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# torch's functions for flash attention with its log-sum-exp: (varlen_attn, the kernel it calls)
+NEW, MIDDLE, OLD = (True, True), (False, True), (False, False)
+H100, T4 = (9, 0), (7, 5)
+SDPA, SPLIT, CAPTURED = (False, False), (True, False), (True, True)
+
+
+def case(device="cuda", dtype=BF16, head_size=128, capability=H100, caching=True, **others) -> CanvasCase:
+    return CanvasCase(device, dtype, head_size, caching, capability=capability, **others)
+
+
+@pytest.mark.parametrize(
+    ("asked", "functions", "expected", "reason"),
+    [
+        # the 8B on one GPU
+        (case(), NEW, CAPTURED, "fastest for up to 3 images"),
+        (case(), MIDDLE, CAPTURED, "fastest for up to 3 images"),
+        (case(), OLD, SDPA, "no flash attention here for bfloat16 and heads of 128"),
+        (case(dtype=FP16), NEW, CAPTURED, "fastest"),
+        (case(dtype=FP32), NEW, SDPA, "no flash attention here for float32"),
+        (case(head_size=64), NEW, CAPTURED, "fastest"),
+        (case(head_size=20), NEW, SDPA, "heads of 20"),
+        (case(head_size=264), NEW, SDPA, "heads of 264"),
+        (case(capability=(8, 0)), NEW, CAPTURED, "fastest"),
+        (case(capability=T4, dtype=FP16), NEW, SDPA, "no flash attention here for float16"),
+        (case(capability=None), NEW, SDPA, "no flash attention here"),  # ROCm
+        # shape and memory
+        (case(rows=3), NEW, CAPTURED, "fastest"),
+        (case(rows=4), NEW, SDPA, "more than 3 images at a time"),
+        (case(cache_bytes=2**30, free_bytes=2**32), NEW, CAPTURED, "fastest"),
+        (case(cache_bytes=2**30, free_bytes=2**32 - 1), NEW, SDPA, "graphs would need 4.0 GiB"),
+        (case(caching=False), NEW, SDPA, "recomputed at every step"),
+        # other devices
+        (case("cpu", FP32, capability=None), NEW, SDPA, "the model is on cpu"),
+        (case("cpu", BF16, capability=None), NEW, SDPA, "the model is on cpu"),
+        (case("mps", FP16, capability=None), NEW, SDPA, "the model is on mps"),
+        (case("meta", capability=None), NEW, SDPA, "the model is on meta"),
+        (case("several devices", capability=None), NEW, SDPA, "the model is on several devices"),
+        # cuda_graphs of the call
+        (case(graphs=False), NEW, SDPA, "cuda_graphs=False"),
+        (case(graphs=True), NEW, CAPTURED, "cuda_graphs=True"),
+        (case(graphs=True, rows=8), NEW, CAPTURED, "cuda_graphs=True"),
+        (case(graphs=True, dtype=FP32), NEW, CAPTURED, "cuda_graphs=True"),
+        (case(graphs=True, cache_bytes=2**30, free_bytes=0), NEW, CAPTURED, "cuda_graphs=True"),
+        (case(graphs=True, caching=False), NEW, SDPA, "recomputed at every step"),
+        (case("cpu", graphs=True, capability=None), NEW, SDPA, "the model is on cpu"),
+        # attn_implementation of the model
+        (case(attention="sdpa"), NEW, SDPA, 'attn_implementation is "sdpa"'),
+        (case(attention="eager", graphs=True), NEW, SDPA, 'attn_implementation is "eager"'),
+        (case(attention="flex_attention"), NEW, SDPA, 'attn_implementation is "flex_attention"'),
+        (case(attention=NAME), NEW, CAPTURED, f'attn_implementation "{NAME}"'),
+        (case(attention=NAME, rows=8, dtype=FP32), OLD, CAPTURED, f'attn_implementation "{NAME}"'),
+        (case(attention=NAME, graphs=False), NEW, SPLIT, "cuda_graphs=False"),
+        (case("cpu", attention=NAME, capability=None), NEW, SPLIT, "the model is on cpu"),
+        (case(attention=NAME, caching=False), NEW, SPLIT, "recomputed at every step"),
+    ],
+    ids=str,
+)
+def test_the_choice(asked, functions, expected, reason):
+    path = choose_path(asked, *functions)
+    assert (path.split, path.graphs) == expected
+    assert reason in path.reason
+
+
+def test_sizes_of_a_prefix_cache(model):
+    config = model.config.text_config
+    heads = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    assert cache_bytes(config, 3, 100, 2) == 2 * 3 * 100 * 2 * heads
+
+
+def test_the_case_of_a_loaded_model(isolated_model):
+    network = isolated_model.model.language_model
+    with torch.autocast("cpu", BF16):
+        assert case_of(network, FP32, 1, 10, True, None).dtype == BF16
+    found = case_of(network, FP32, 2, 10, True, None)
+    assert (found.device, found.dtype, found.rows, found.free_bytes) == ("cpu", FP32, 2, None)
+    assert found.cache_bytes == cache_bytes(network.config, 2, 10, 4)
+
+
+def test_only_a_given_attention_has_a_name_of_its_own(processor, tmp_path, isolated_model):
+    isolated_model.save_pretrained(tmp_path)
+    load = AutoModelForImageTextToText.from_pretrained
+    names = {
+        given: load(tmp_path, **({"attn_implementation": given} if given else {})).config.text_config
+        for given in (None, "sdpa", "eager", NAME)
+    }
+    assert [config._attn_implementation for config in names.values()] == [AUTO, "sdpa", "eager", NAME]
+    model = load(tmp_path)
+    model.set_attn_implementation({"vision_config": "eager"})
+    assert model.model.language_model.config._attn_implementation == AUTO
+    model.set_attn_implementation("sdpa")
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+
+
+@pytest.fixture
+def inputs(processor, scenes):
+    return processor(images=[p.image for p in scenes], segmentation_maps=[p.masks for p in scenes])
+
+
+def test_generate_takes_the_path_that_is_chosen(processor, inputs, monkeypatch):
+    """Chosen by the program, the two calls give what sdpa gives, with graphs' buffers too."""
+    from tiny import lively_model
+
+    network = lively_model(processor, "isolated")
+    assert network.model.language_model.config._attn_implementation == AUTO
+    asked, expected = [], network.generate(**inputs, **SETTINGS)
+
+    def choose(found):
+        asked.append(found)
+        return CanvasPath(True, True, "a test")
+
+    monkeypatch.setattr("pdlm_hf.canvas_pdlm.choose_path", choose)
+    output = network.generate(**inputs, **SETTINGS)
+    assert torch.equal(output.region_tokens, expected.region_tokens)
+    assert len(network.canvas_graphs().graphs) == 1  # what a GPU would have captured
+    network.generate(**inputs, **SETTINGS, cuda_graphs=False)
+    network.generate(**inputs, **{**SETTINGS, "prefix_refresh_interval": 1})
+    assert [(found.graphs, found.caching) for found in asked] == [(None, True), (False, True), (None, False)]
+    assert {found.attention for found in asked} == {AUTO}
+
+
+def test_one_line_says_what_was_chosen(caplog, monkeypatch):
+    logger = logging.getLogger("pdlm_hf.canvas_path_pdlm")
+    monkeypatch.setattr(logging.getLogger("pdlm_hf"), "propagate", True)
+    caplog.set_level(logging.INFO, logger.name)
+    for _ in range(2):
+        log_path(CanvasPath(True, True, "of this test"), None)
+    log_path(CanvasPath(False, False, "of this test"), True)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "Forward passes over the canvas by region_split, CUDA graphs: of this test."),
+        ("WARNING", "`cuda_graphs` is ignored: of this test."),
+        ("INFO", "Forward passes over the canvas by one attention with a mask, no CUDA graphs: of this test."),
+    ]
+
+
+@pytest.fixture
+def an_old_cpu(monkeypatch):
+    """Without instructions for bfloat16."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+
+
+def test_where_bfloat16_is_emulated(an_old_cpu, monkeypatch):
+    assert emulates_bfloat16("cpu", BF16)
+    assert not emulates_bfloat16("cpu", FP32) and not emulates_bfloat16("cuda", BF16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not emulates_bfloat16("cpu", BF16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert not emulates_bfloat16("cpu", BF16)
+
+
+def test_slow_bfloat16_is_said_once(an_old_cpu, tiny_checkpoint, scenes, monkeypatch, caplog):
+    logger = logging.getLogger("pdlm_hf.canvas_path_pdlm")
+    monkeypatch.setattr(logging.getLogger("pdlm_hf"), "propagate", True)
+    type(logger).warning_once.cache_clear()
+    captioner = RegionCaptioner.from_pretrained(tiny_checkpoint, device="cpu", dtype="bfloat16")
+    for _ in range(2):
+        captioner.caption(scenes[0].image, scenes[0].masks, max_new_tokens=4, max_denoising_steps=1)
+    said = [record.getMessage() for record in caplog.records if "bfloat16" in record.getMessage()]
+    assert len(said) == 1 and 'dtype="float32"' in said[0]
+    RegionCaptioner.from_pretrained(tiny_checkpoint, device="cpu")
+    type(logger).warning_once.cache_clear()
+    caplog.clear()
+    captioner = RegionCaptioner.from_pretrained(tiny_checkpoint, device="cpu")
+    captioner.caption(scenes[0].image, scenes[0].masks, max_new_tokens=4, max_denoising_steps=1)
+    assert "bfloat16" not in caplog.text
+
+
+def test_pdlm_check_says_it_too(an_old_cpu, tiny_checkpoint, model, processor, tmp_path):
+    assert not any("bfloat16" in note for note in inspect_checkpoint(tiny_checkpoint).notes)
+    captioner = RegionCaptioner.from_pretrained(tiny_checkpoint, device="cpu", dtype="bfloat16")
+    captioner.model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    found = inspect_checkpoint(tmp_path)
+    assert not found.faults and found.settings["dtype"] == "bfloat16"
+    assert any("7 times as slow" in note for note in found.notes) == (not torch.cuda.is_available())
