@@ -63,13 +63,13 @@ class BoundedBodies:
     async def _read(self, receive) -> tuple[bytes | None, str | None]:
         """The body, or None if the client hangs up before its end; and what is wrong with it."""
         chunks: list[bytes] = []
-        size, values, problem = 0, 0, None
+        size, values, escapes, problem = 0, 0, 0, None
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None, None
             chunk = message.get("body", b"")
-            size, values = size + len(chunk), values + chunk.count(b",")
+            size, values, escapes = size + len(chunk), values + chunk.count(b","), escapes + chunk.count(b"\\")
             if size > self.limits.body_bytes:
                 problem = (
                     f"The body has more than {self.limits.body_bytes} bytes (body_bytes). Send a smaller or "
@@ -79,6 +79,11 @@ class BoundedBodies:
                 problem = (
                     f"The body has more than {self.limits.body_values} values (body_values). Send regions as "
                     "compressed RLE, or fewer of them."
+                )
+            elif escapes > self.limits.body_escapes:
+                problem = (
+                    f"The body has more than {self.limits.body_escapes} backslashes (body_escapes). Write characters "
+                    "as themselves, in UTF-8."
                 )
             if problem:
                 chunks.clear()

@@ -140,6 +140,7 @@ class Service:
         check_settings(settings)
         refuse_paths(regions)
         self.limits.check_count(len(regions))
+        self.limits.check_ids(regions)
         self.limits.check_run_lengths(regions)
         settings = settings | self._shortened(settings, len(regions), max_tokens)
         prepare = partial(self._prepare, await self.fetch(url), regions, question, stream, settings)
