@@ -114,6 +114,7 @@ def region_patches(
     Returns:
         `np.ndarray` of shape `(num_tiles, tile_size // patch_size, tile_size // patch_size)`, bool.
     """
+    mask = np.ascontiguousarray(mask)  # numpy lets other threads run while it copies, Pillow does not
     carrier = Image.fromarray(np.where(mask, np.uint8(prompt_id), np.uint8(OUTSIDE)))
     active = tile(carrier, grid, tile_size)[:, ::patch_size, ::patch_size] != OUTSIDE
     if not active.any():

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pydantic_core
@@ -14,6 +15,7 @@ from vllm.entrypoints.serve.exception_handling.handlers.exception import excepti
 
 from .limits import Limits
 
+_JSON = ThreadPoolExecutor(1, "pdlm-json")  # one at a time: parsing keeps the interpreter to itself
 _DRAINED = 8  # times the limit: read and dropped, so that a client that writes before it reads gets the answer
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 _NO_EXPERTS = {"/scale_elastic_ep": "PerceptionDLM has no experts to be scaled."}  # vLLM would try, and fail
@@ -90,7 +92,7 @@ class BoundedBodies:
             else:
                 chunks.append(chunk)
             if not message.get("more_body") or size > _DRAINED * self.limits.body_bytes:
-                return b"".join(chunks), problem
+                return await asyncio.to_thread(b"".join, chunks), problem  # tens of megabytes take a while
 
 
 async def refuse_unreadable(request: Request, error: Exception) -> JSONResponse:
@@ -107,7 +109,7 @@ class ParsedAside(Request):
 
     async def json(self) -> Any:
         """The body as JSON. Raises: JSONDecodeError."""
-        return await asyncio.to_thread(_parsed, await self.body())
+        return await asyncio.get_running_loop().run_in_executor(_JSON, _parsed, await self.body())
 
 
 def _parsed(body: bytes) -> Any:

@@ -105,6 +105,7 @@ def refusals() -> dict[str, tuple[str, dict | bytes, str]]:
         "region tokens": (COMPLETIONS, PROMPT | {"prompt": "<|reserved_token_0|>" * 16}, "/v1/region_captions"),
         "scores": ("/generative_scoring", {"query": "a", "items": ["b"], "label_token_ids": [1, 2]}, "`logprobs`"),
         "image as a number": (REGIONS, request_body() | {"image": 5}, "valid string"),
+        "many regions of no kind": (REGIONS, request_body() | {"regions": [5] * 70}, "70 regions, but"),
         "regions as a number": (REGIONS, request_body() | {"regions": 5}, "valid list"),
         "image_url without a url": (
             CHAT,
