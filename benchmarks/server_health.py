@@ -25,7 +25,7 @@ from pdlm_hf.regions.region import Region
 from pdlm_vllm.limits import Limits
 
 LIMITS = Limits()
-ROUTE = "/v1/region_captions"
+REGIONS, CHAT = "/v1/region_captions", "/v1/chat/completions"
 
 
 def noise(width: int, height: int, kind: str) -> Image.Image:
@@ -46,6 +46,7 @@ def worst() -> dict[str, Callable[[], dict]]:
     side = int(LIMITS.image_pixels**0.5)
     masked = int((LIMITS.request_pixels / 65) ** 0.5)
     small = url_of(noise(640, 480, "RGB"), "PNG")
+    long = LIMITS.body_bytes - len(small) - 999
 
     def masks() -> dict:
         mask = np.random.default_rng(1).random((masked, masked)) < 0.5
@@ -76,6 +77,11 @@ def worst() -> dict[str, Callable[[], dict]]:
         "polygons": polygons,
         "body of the most bytes": lambda: {"image": "data:image/png;base64," + "A" * (LIMITS.body_bytes - 99)},
         "body of the most values": lambda: {"image": small, "regions": [[{}]] * (LIMITS.body_values - 9)},
+        "body of escapes": lambda: {"image": "\n" * (LIMITS.body_bytes // 2 - 99), "regions": [[0, 0, 9, 9]]},
+        "long address": lambda: {"image": "http://" + "a" * (LIMITS.body_bytes - 99), "regions": [[0, 0, 9, 9]]},
+        "long question": lambda: {"image": small, "regions": [[0, 0, 9, 9]], "question": "why " * (long // 4)},
+        "long id": lambda: {"image": small, "regions": [{"bbox": [0, 0, 99, 99], "id": "a" * long}], "stream": True},
+        "long chat": lambda: {"messages": [{"role": "user", "content": "why " * (long // 4)}]},
     }
 
 
@@ -90,7 +96,8 @@ def health(server: str) -> float:
 def post(server: str, body: bytes) -> str:
     """Status of an answer, and the seconds it took."""
     start = time.perf_counter()
-    request = urllib.request.Request(server + ROUTE, body, {"Content-Type": "application/json"})
+    route = CHAT if body.startswith(b'{"messages"') else REGIONS
+    request = urllib.request.Request(server + route, body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=600) as answer:
             status = answer.status

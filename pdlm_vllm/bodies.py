@@ -3,6 +3,7 @@
 import asyncio
 import json
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pydantic_core
@@ -14,6 +15,7 @@ from vllm.entrypoints.serve.exception_handling.handlers.exception import excepti
 
 from .limits import Limits
 
+_JSON = ThreadPoolExecutor(1, "pdlm-json")  # one at a time: parsing keeps the interpreter to itself
 _DRAINED = 8  # times the limit: read and dropped, so that a client that writes before it reads gets the answer
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 _NO_EXPERTS = {"/scale_elastic_ep": "PerceptionDLM has no experts to be scaled."}  # vLLM would try, and fail
@@ -63,13 +65,13 @@ class BoundedBodies:
     async def _read(self, receive) -> tuple[bytes | None, str | None]:
         """The body, or None if the client hangs up before its end; and what is wrong with it."""
         chunks: list[bytes] = []
-        size, values, problem = 0, 0, None
+        size, values, escapes, problem = 0, 0, 0, None
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None, None
             chunk = message.get("body", b"")
-            size, values = size + len(chunk), values + chunk.count(b",")
+            size, values, escapes = size + len(chunk), values + chunk.count(b","), escapes + chunk.count(b"\\")
             if size > self.limits.body_bytes:
                 problem = (
                     f"The body has more than {self.limits.body_bytes} bytes (body_bytes). Send a smaller or "
@@ -80,12 +82,17 @@ class BoundedBodies:
                     f"The body has more than {self.limits.body_values} values (body_values). Send regions as "
                     "compressed RLE, or fewer of them."
                 )
+            elif escapes > self.limits.body_escapes:
+                problem = (
+                    f"The body has more than {self.limits.body_escapes} backslashes (body_escapes). Write characters "
+                    "as themselves, in UTF-8."
+                )
             if problem:
                 chunks.clear()
             else:
                 chunks.append(chunk)
             if not message.get("more_body") or size > _DRAINED * self.limits.body_bytes:
-                return b"".join(chunks), problem
+                return await asyncio.to_thread(b"".join, chunks), problem  # tens of megabytes take a while
 
 
 async def refuse_unreadable(request: Request, error: Exception) -> JSONResponse:
@@ -102,7 +109,7 @@ class ParsedAside(Request):
 
     async def json(self) -> Any:
         """The body as JSON. Raises: JSONDecodeError."""
-        return await asyncio.to_thread(_parsed, await self.body())
+        return await asyncio.get_running_loop().run_in_executor(_JSON, _parsed, await self.body())
 
 
 def _parsed(body: bytes) -> Any:

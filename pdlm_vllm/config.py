@@ -55,7 +55,9 @@ class PdlmVerify(VerifyAndUpdateConfig):
             vllm_config.scheduler_config,
             vllm_config.parallel_config,
         )
-        config.cuda_graphs = bool((vllm_config.additional_config or {}).get("cuda_graphs"))
+        # vLLM chooses a graph by the rows it has scheduled; a step that computes prompts of regions again has more
+        graphs = (vllm_config.additional_config or {}).get("cuda_graphs")
+        config.cuda_graphs = bool(graphs and config.num_region_prompts and config.prefix_attention != "full")
         refuse_flags(vllm_config)
         set_multimodal_cache(vllm_config.model_config.multimodal_config)
         logger.info(
@@ -84,11 +86,17 @@ class PdlmVerify(VerifyAndUpdateConfig):
         if not vllm_config.model_config.hf_config.cuda_graphs:
             logger.info(
                 "PerceptionDLM: CUDA graphs are off, no GPU has run them yet. Try them with --additional-config "
-                "'{\"cuda_graphs\": true}'."
+                "'{\"cuda_graphs\": true}', with a checkpoint whose prompts of regions are computed once."
             )
             compilation.cudagraph_mode = CUDAGraphMode.NONE
             return
         width = vllm_config.diffusion_config.canvas_length
+        logger.info(
+            "PerceptionDLM: CUDA graphs of canvases of %d rows. Chat answers have at most %d tokens, so that none of "
+            "them is taken for one.",
+            width,
+            width - 1,
+        )
         compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
         if compilation.cudagraph_capture_sizes is None:
             counts = sorted({1, 2, 4, *range(8, scheduler.max_num_seqs + 1, 8), scheduler.max_num_seqs})

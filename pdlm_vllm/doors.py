@@ -70,7 +70,7 @@ def check_chat(request: ChatCompletionRequest, room: int) -> None:
 
     Args:
         request (`ChatCompletionRequest`): changed in place.
-        room (`int`): rows of the largest canvas served.
+        room (`int`): tokens of the longest answer served, see [`plan.chat_room`].
 
     Raises:
         SettingError: settings that mean nothing here, by name, or an answer that does not fit.
@@ -84,11 +84,11 @@ def check_chat(request: ChatCompletionRequest, room: int) -> None:
     settings = {name: extra[name] for name in CHAT_SETTINGS if extra.get(name) is not None}
     settings = check_settings({**settings, **(request.vllm_xargs or {})}, CHAT_SETTINGS)
     given = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-    count = DEFAULT_ANSWER if given is None else given
+    count = min(DEFAULT_ANSWER, room) if given is None else given
     if count < 1:
         raise SettingError(f"`max_tokens` must be a positive integer, got {count}.")
     if count > room:
-        raise SettingError(f"`max_tokens` {count} is more than the served canvas of {room} tokens.")
+        raise SettingError(f"`max_tokens` {count} is more than the served canvas has room for: {room} tokens.")
     length = settings.get("block_length", count)
     if count % length:
         raise SettingError(f"`max_tokens` ({count}) must be a multiple of `block_length` ({length}).")

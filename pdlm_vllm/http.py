@@ -24,6 +24,7 @@ from pdlm_hf.errors_pdlm import SettingError
 from .bodies import AsideRoute, BoundedBodies, refuse_unreadable
 from .doors import check_chat, refuse_for_captions
 from .limits import read_limits
+from .plan import chat_room
 from .protocol import CaptionEvent, CaptionProgress, RegionCaptionsRequest, RegionCaptionsResponse
 from .requests import Pass, Reading
 from .service import Service, Tally
@@ -128,7 +129,7 @@ async def chat_completions(request: ChatCompletionRequest, raw_request: Request)
     if service.ours and "regions" in (request.mm_processor_kwargs or {}):
         return await region_chat(request, raw_request=raw_request)
     if service.ours:
-        check_chat(request, service.room)
+        check_chat(request, chat_room(service.config, service.room))
     return await create_chat_completion(request, raw_request)
 
 
@@ -141,7 +142,7 @@ async def region_chat(request: ChatCompletionRequest, raw_request: Request):
     options = dict(request.mm_processor_kwargs or {})
     regions = options.pop("regions")
     if options:
-        raise SettingError(f"Unknown mm_processor_kwargs {sorted(options)}; PerceptionDLM takes `regions`.")
+        raise SettingError(f"Unknown mm_processor_kwargs {sorted(options)!r:.200}; PerceptionDLM takes `regions`.")
     refuse_for_captions(request)
     settings = {**(request.model_extra or {}), **(request.vllm_xargs or {}), "temperature": request.temperature}
     settings["seed"] = request.seed
@@ -176,7 +177,7 @@ def region_message(request: ChatCompletionRequest) -> tuple[str, str | None]:
     )
     messages = [dict(message) for message in request.messages]
     if len(messages) != 1 or messages[0].get("role") != "user":
-        raise SettingError(f"{wanted}; got {[message.get('role') for message in messages][:5]}.")
+        raise SettingError(f"{wanted}; got {[message.get('role') for message in messages][:5]!r:.200}.")
     content = messages[0].get("content")
     given = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
     found: dict[str, list[str]] = {"image_url": [], "text": []}
@@ -189,7 +190,7 @@ def region_message(request: ChatCompletionRequest) -> tuple[str, str | None]:
         if kind not in found or not isinstance(value, str):
             raise SettingError(
                 f'{wanted}: {{"type": "image_url", "image_url": {{"url": "..."}}}} and {{"type": "text", "text": '
-                f'"..."}}; got a part with {sorted(map(str, part))[:5]}.'
+                f'"..."}}; got a part with {sorted(map(str, part))[:5]!r:.200}.'
             )
         found[kind].append(value)
     if len(found["image_url"]) != 1:

@@ -7,8 +7,10 @@ from typing import Any
 
 from PIL import Image
 
-from pdlm_hf.errors_pdlm import RegionError, SettingError
+from pdlm_hf.errors_pdlm import ImageError, RegionError, SettingError
 from pdlm_hf.regions import limits as reading_limits
+
+ID_LENGTH = 256  # characters of a region's id
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Limits:
     Args:
         body_bytes (`int`): body of a request to any route.
         body_values (`int`): commas in it, which bound the numbers and objects of its JSON.
+        body_escapes (`int`): backslashes in it, each of which takes as long to read as a dozen other characters.
+        url_length (`int`): address of an image, unless it is a data URL.
         max_regions (`int`): regions of a request.
         image_pixels (`int`): one image.
         request_pixels (`int`): image and masks of a request together, or all images of a chat.
@@ -29,6 +33,8 @@ class Limits:
 
     body_bytes: int = 2**25
     body_values: int = 2**17
+    body_escapes: int = 2**19
+    url_length: int = 2**13
     max_regions: int = 64
     image_pixels: int = 2**26
     request_pixels: int = 2**29
@@ -65,6 +71,23 @@ class Limits:
                     f"region {k}: `counts` of its RLE has {len(counts)} characters; this server reads at most "
                     f"{self.rle_bytes} (rle_bytes)."
                 )
+
+    def check_ids(self, regions: Sequence[Any]) -> None:
+        """Raises: RegionError for an id that is long, or no number or text; each event of a stream repeats it."""
+        for k, region in enumerate(regions):
+            own = region.get("id") if isinstance(region, dict) else None
+            if isinstance(own, (list, dict)):
+                raise RegionError(f"region {k}: `id` must be a number or a text, got {type(own).__name__}.")
+            if isinstance(own, str) and len(own) > ID_LENGTH:
+                raise RegionError(f"region {k}: `id` has {len(own)} characters, at most {ID_LENGTH} are sent back.")
+
+    def check_url(self, url: str) -> None:
+        """Raises: ImageError for an address that is too long; parsing it would take seconds."""
+        if url[:5].lower() != "data:" and len(url) > self.url_length:
+            raise ImageError(
+                f"The address of the image has {len(url)} characters; this server takes at most {self.url_length} "
+                "(url_length). Send the image itself as a data URL."
+            )
 
     def apply(self) -> None:
         """Make the readers of this process keep to the limits on images and polygons."""

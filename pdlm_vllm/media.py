@@ -108,6 +108,16 @@ class PdlmConnector(MediaConnector):
 
     limits = Limits()
 
+    def load_from_url(self, url: str, *args: Any, **kwargs: Any) -> Any:
+        """What an address holds. Raises: ImageError if it is too long."""
+        self.limits.check_url(url)
+        return super().load_from_url(url, *args, **kwargs)
+
+    async def load_from_url_async(self, url: str, *args: Any, **kwargs: Any) -> Any:
+        """What an address holds. Raises: ImageError if it is too long."""
+        self.limits.check_url(url)
+        return await super().load_from_url_async(url, *args, **kwargs)
+
     def fetch_image(self, image_url: str, **unused: Any) -> Any:
         """An image by its address. Raises: ValueError if it cannot be read."""
         timeout = envs.VLLM_IMAGE_FETCH_TIMEOUT

@@ -191,9 +191,7 @@ def make_plan(
         steps = whole("max_denoising_steps", 1, defaults.max_denoising_steps or 32)
         length = count
     else:
-        # one token less than the widest canvas, by which vLLM knows steps that it may replay as a CUDA graph
-        room -= getattr(config, "cuda_graphs", False)
-        count = max(1, min(whole("max_new_tokens", 1, max_tokens or DEFAULT_ANSWER), room))
+        count = max(1, min(whole("max_new_tokens", 1, max_tokens or DEFAULT_ANSWER), chat_room(config, room)))
         joint, threshold, trim = True, None, False
         length = whole("block_length", 1, defaults.block_length or count)
         length = length if count % length == 0 else count
@@ -202,6 +200,15 @@ def make_plan(
     if interval is None:
         interval = 1 if joint else 0
     return Plan(regions, count, steps, threshold, interval, joint, length, trim)
+
+
+def chat_room(config, room: int) -> int:
+    """Tokens that a chat answer may have in the largest canvas that is served, of `room` rows.
+
+    One less with CUDA graphs: vLLM replays steps whose canvases are all as wide as that, and a step that computes the
+    prompt of a chat again has more rows than such a graph.
+    """
+    return room - 1 if getattr(config, "cuda_graphs", False) else room
 
 
 def count_regions(config, prompt: list[int]) -> int:

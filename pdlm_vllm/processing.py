@@ -41,6 +41,12 @@ def load_processor(model: str, revision: str | None = None) -> PdlmProcessor:
     return PdlmProcessor.from_pretrained(model, revision=revision or "main")
 
 
+@cache
+def longest_token(processor: PdlmProcessor) -> int:
+    """Characters of the longest token of a vocabulary."""
+    return max(map(len, processor.tokenizer.get_vocab()))
+
+
 def refuse_paths(regions: Any) -> None:
     """Regions of a request are dicts and lists, or decoded masks; a string would be read as a path of this machine.
 
@@ -61,8 +67,10 @@ def check_question(processor: PdlmProcessor, question: str | None) -> None:
     """Raises: SettingError for a question with special tokens, or one that is too long for the private areas."""
     if question is None:
         return
-    processor.refuse_specials(question, "the question")
     most = MAX_TAIL - 16  # the header of the answer stands behind it
+    if isinstance(question, str) and len(question) > most * longest_token(processor):  # counting could take seconds
+        raise SettingError(f"The question has {len(question)} characters, more than {most} tokens have. Shorten it.")
+    processor.refuse_specials(question, "the question")
     length = len(processor.tokenizer(question, add_special_tokens=False)["input_ids"])
     if length > most:
         raise SettingError(f"The question has {length} tokens, at most {most} are served with regions. Shorten it.")
@@ -147,7 +155,7 @@ class PdlmMultiModalProcessor(BaseMultiModalProcessor[PdlmProcessingInfo]):
         """
         options = inputs.hf_processor_mm_kwargs
         if unknown := sorted(set(options) - set(_OPTIONS)):
-            raise SettingError(f"Unknown mm_processor_kwargs {unknown}; PerceptionDLM takes `regions`.")
+            raise SettingError(f"Unknown mm_processor_kwargs {unknown!r:.200}; PerceptionDLM takes `regions`.")
         regions, images, prompt = options.get("regions"), [], list(inputs.prompt)
         if "image" in inputs.mm_data_items:
             items = inputs.mm_data_items.get_items("image", ImageProcessorItems)

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, WithJsonSchema
 
+from .limits import ID_LENGTH
 from .requests import REGION_SETTINGS
 
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
@@ -18,10 +19,11 @@ _RLE = {
 }
 _POLYGONS = {"type": "array", "items": _NUMBERS, "description": "rings [x0, y0, x1, y1, ...] in pixels"}
 _BOX = {**_NUMBERS, "minItems": 4, "maxItems": 4, "description": "x, y, width, height in pixels"}
+_ID = {"type": ["number", "string", "boolean", "null"], "maxLength": ID_LENGTH}
 _ANNOTATION = {
     "type": "object",
     "description": "COCO's annotation",
-    "properties": {"id": {}, "segmentation": {"anyOf": [_RLE, _POLYGONS]}, "bbox": _BOX},
+    "properties": {"id": _ID, "segmentation": {"anyOf": [_RLE, _POLYGONS]}, "bbox": _BOX},
     "anyOf": [{"required": ["segmentation"]}, {"required": ["bbox"]}],
 }
 # Parsed by `pdlm_hf.regions`, which takes the same shapes from files and says what is wrong with them.

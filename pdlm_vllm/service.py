@@ -138,8 +138,9 @@ class Service:
             PdlmError: before the engine gets any of them.
         """
         check_settings(settings)
+        self.limits.check_count(len(regions))  # before anything looks at each of them
         refuse_paths(regions)
-        self.limits.check_count(len(regions))
+        self.limits.check_ids(regions)
         self.limits.check_run_lengths(regions)
         settings = settings | self._shortened(settings, len(regions), max_tokens)
         prepare = partial(self._prepare, await self.fetch(url), regions, question, stream, settings)
@@ -204,8 +205,11 @@ class Service:
                 ids = work.prompt["prompt_token_ids"]
                 adapter = options.get("lora_request")
                 self.log.log_inputs(f"{name}-{number}", None, ids, None, work.params, adapter)
-        tasks = [asyncio.create_task(follow(number, work)) for number, work in enumerate(passes)]
+        tasks: list[asyncio.Task] = []
         try:
+            for number, work in enumerate(passes):
+                tasks.append(asyncio.create_task(follow(number, work)))
+                await asyncio.sleep(0)  # handing one to the engine takes milliseconds; others are answered in between
             left = len(tasks)
             while left:
                 item = await queue.get()

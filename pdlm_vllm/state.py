@@ -68,11 +68,10 @@ class PdlmModelState(ModelState):
     def get_additional_cg_support(self):
         """Which steps vLLM may replay as one CUDA graph.
 
-        It chooses by the rows it has scheduled. A step over a prompt, and one that computes prompts again, has more;
-        the steps of canvases that all have the served width have those, if no step computes prompts of regions again
-        (and no chat answer is as wide, see [`plan.make_plan`]).
+        It chooses by the rows it has scheduled. A step over a prompt has more; steps of canvases that all have the
+        served width have those (and no chat answer is as wide, see [`plan.chat_room`]).
         """
-        if self.config.cuda_graphs and self.config.num_region_prompts and self.config.prefix_attention != "full":
+        if self.config.cuda_graphs:
             return AttentionCGSupport.UNIFORM_BATCH, "pdlm"
         return AttentionCGSupport.NEVER, "pdlm"
 

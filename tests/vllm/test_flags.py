@@ -15,11 +15,12 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import pdlm_vllm
-from pdlm_hf import CHECKPOINT
+from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT
 from pdlm_vllm import caption_many
 from pdlm_vllm.flags import REFUSED
 
 ROOT = Path(__file__).parents[2]
+PROMPTS_AGAIN = '{"prefix_attention": "full"}'
 REFUSALS = {**flags.REFUSED, **flags.REFUSED_VALUES}
 
 
@@ -65,7 +66,8 @@ def test_a_flag_is_refused_by_name_and_with_the_reason(flag):
 
 @pytest.mark.parametrize("flag", flags.works())
 def test_a_flag_is_taken(flag):
-    together = {"--max-num-active-seqs": ["--max-num-seqs", "64"]}.get(flag, [])
+    many = ["--max-num-seqs", "64"]  # more than are taken
+    together = {"--max-num-seqs": many, "--max-num-active-seqs": many}.get(flag, [])
     together += {"--long-prefill-token-threshold-adaptive": ["--long-prefill-token-threshold", "16"]}.get(flag, [])
     found = engine_config(*flags.command({flag: flags.works()[flag]}, CHECKPOINT), *together)
     scheduler = found.scheduler_config
@@ -76,18 +78,31 @@ def test_a_flag_is_taken(flag):
     assert room <= scheduler.max_num_scheduled_tokens <= scheduler.max_num_batched_tokens
 
 
+@pytest.mark.parametrize(
+    "model, flags, expected",
+    [
+        (CHECKPOINT, [], False),
+        (CHECKPOINT, ["--additional-config", '{"cuda_graphs": true}'], True),
+        (CHECKPOINT, ["--additional-config", '{"cuda_graphs": true}', "--hf-overrides", PROMPTS_AGAIN], False),
+        (BASE_CHECKPOINT, ["--additional-config", '{"cuda_graphs": true}'], False),
+    ],
+)
+def test_graphs_are_for_steps_whose_rows_vllm_knows(model, flags, expected):
+    assert engine_config(*flags, model=model).model_config.hf_config.cuda_graphs is expected
+
+
 SETTINGS = [{}, {"acceptance_threshold": 0.9}]  # what the groups make the default
 
 
 @pytest.mark.parametrize("group", range(len(flags.WORKS)))
 def test_an_engine_with_the_flags_that_work(group, captioner):
-    """In this process; more images at a time than are taken, and prompts above --long-prefill-token-threshold."""
+    """In this process; more images at a time than the first group takes, and prompts above its threshold."""
     names = {field.name for field in dataclasses.fields(EngineArgs)}
     chosen = flags.command(flags.WORKS[group], CHECKPOINT)
     given = parser().parse_args(["--model", str(CHECKPOINT), "--dtype", "float32", *chosen])
     given.distributed_executor_backend = None
     llm = LLM(**{name: value for name, value in vars(given).items() if name in names})
-    pairs = drawn_images(40)
+    pairs = drawn_images(16)
     found = [texts(captions) for captions in caption_many(llm, pairs)]
     llm.llm_engine.engine_core.shutdown()
     assert found == [texts(captions) for captions in captioner.caption_many(pairs, **SETTINGS[group])]

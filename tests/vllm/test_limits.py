@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from pdlm_hf.errors_pdlm import RegionError, SettingError
+from pdlm_hf.errors_pdlm import ImageError, RegionError, SettingError
 from pdlm_vllm.bodies import BoundedBodies
 from pdlm_vllm.limits import Limits, read_limits
 from pdlm_vllm.media import EncodedImage, OpenedImage
 
-SMALL = Limits(body_bytes=100, body_values=5, max_regions=2, request_pixels=300, rle_bytes=4)
+SMALL = Limits(
+    body_bytes=100, body_values=5, max_regions=2, request_pixels=300, rle_bytes=4, url_length=20, body_escapes=3
+)
 
 
 def test_limits_come_from_the_command_line_then_from_the_environment(monkeypatch):
@@ -45,6 +47,20 @@ def test_what_is_refused_names_its_limit():
         SMALL.check_pixels(10, 10, 3)
     with pytest.raises(RegionError, match=r"region 1: .* has 5 characters; .* at most 4 \(rle_bytes\)"):
         SMALL.check_run_lengths([{"bbox": [1, 2, 3, 4]}, {"counts": "12345"}])
+    SMALL.check_url("http://localhost/a.b")
+    SMALL.check_url("DATA:" + "a" * 99)
+    with pytest.raises(ImageError, match=r"The address of the image has 21 characters; .* at most 20 \(url_length\)"):
+        SMALL.check_url("http://localhost/a.bc")
+
+
+def test_an_id_is_short():
+    """Each event of a stream has it."""
+    SMALL.check_ids([{"id": "a" * 256}, {"id": None}, {"id": 7}, {"bbox": [1, 2, 3, 4]}, [1, 2, 3, 4]])
+    with pytest.raises(RegionError, match="region 1: `id` has 257 characters, at most 256"):
+        SMALL.check_ids([[1, 2, 3, 4], {"id": "a" * 257}])
+    for value in ([1], {"a": 1}):
+        with pytest.raises(RegionError, match="region 0: `id` must be a number or a text, got"):
+            SMALL.check_ids([{"id": value}])
 
 
 class State:
@@ -94,6 +110,7 @@ def test_a_body_within_the_limits_arrives_whole():
         ([b"x" * 60] * 2 + [b"y"], "more than 100 bytes (body_bytes)"),
         ([b"x" * 60] * 50, "more than 100 bytes (body_bytes)"),
         ([b"[1,2,3,", b"4,5,6,7]"], "more than 5 values (body_values)"),
+        ([b'["\\n\\n', b'\\n\\n"]'], "more than 3 backslashes (body_escapes)"),
     ],
 )
 def test_a_body_beyond_them_is_refused_before_anyone_reads_it(chunks, message):
@@ -115,7 +132,6 @@ def test_a_route_that_can_only_fail_says_so():
 def test_an_image_is_opened_without_being_decoded(monkeypatch):
     from hostile import flat_image, png_header
 
-    from pdlm_hf.errors_pdlm import ImageError
     from pdlm_hf.regions import limits
 
     data = flat_image(9000, "PNG")

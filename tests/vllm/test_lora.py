@@ -34,7 +34,7 @@ def test_adapters_beside_the_base(captioner, tmp_path):
         folder, merged = adapter(tmp_path / str(number), number, lora_alpha=4)
         captioners.append(merged)
         requests.append(LoRARequest(f"adapter{number}", number, str(folder)))
-    pairs = drawn_images(12)
+    pairs = drawn_images(8)
     expected = [
         [texts(captions) for captions in one.caption_many(pairs, prefix_refresh_interval=0)] for one in captioners
     ]

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from pdlm_hf import CHECKPOINT, RegionCaptioner
 from pdlm_hf.shapes.evaluate import Tally, held_out
 from pdlm_vllm import caption_many
-from pdlm_vllm.state import PdlmModelState
 
 MODES = [
     {},
@@ -75,7 +73,7 @@ def test_keys_and_values_in_eight_bits(captioner, kind):
 @pytest.mark.parametrize("settings", MODES + FIXED, ids=str)
 def test_captions_are_those_of_transformers(both, settings):
     llm, plain = both
-    pairs = drawn_images(8)
+    pairs = drawn_images(8)[:: 1 if settings else 3]  # the reference's 32 steps, with all prompts in each, are slow
     expected = list(plain.caption_many(pairs, batch_size=4, **settings))
     found = list(caption_many(llm, pairs, **settings))
     assert [texts(captions) for captions in found] == [texts(captions) for captions in expected]
@@ -239,18 +237,6 @@ def test_steps_are_replayed_from_buffers_that_never_move(captioner):
     llm.llm_engine.engine_core.shutdown()
     assert replay.replayed > 20 and replay.padded > 1
     assert len(replay.addresses) == 1
-
-
-def test_no_graph_where_steps_have_more_rows_than_vllm_knows():
-    support = [
-        PdlmModelState.get_additional_cg_support(SimpleNamespace(config=SimpleNamespace(**config)))[0]
-        for config in (
-            {"cuda_graphs": False, "num_region_prompts": 6, "prefix_attention": "isolated"},
-            {"cuda_graphs": True, "num_region_prompts": 6, "prefix_attention": "full"},
-            {"cuda_graphs": True, "num_region_prompts": 0, "prefix_attention": "full"},
-        )
-    ]
-    assert support == [AttentionCGSupport.NEVER] * 3
 
 
 @pytest.mark.slow

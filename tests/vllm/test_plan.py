@@ -8,6 +8,8 @@ from pdlm_vllm.plan import ADAPTIVE, CHAT, FIXED, MAX_TAIL, StepPlan, count_regi
 CONFIG = PdlmConfig.from_pretrained(CHECKPOINT)
 FULL = PdlmConfig.from_pretrained(CHECKPOINT, prefix_attention="full")
 NONE = PdlmGenerationConfig()
+GRAPHS = PdlmConfig.from_pretrained(CHECKPOINT)
+GRAPHS.cuda_graphs = True
 
 
 def prompt(regions: int) -> list[int]:
@@ -120,6 +122,11 @@ def test_settings_that_are_none_are_the_defaults():
 def test_nothing_is_wider_than_what_is_served():
     assert make_plan(CONFIG, NONE, [1], {}, 10_000, 512).width == 512
     assert make_plan(CONFIG, NONE, prompt(6), {"max_new_tokens": 400}, None, 512).width <= 512
+
+
+def test_a_chat_answer_is_never_as_wide_as_a_graph():
+    assert make_plan(GRAPHS, NONE, [1], {}, 10_000, 512).width == 511
+    assert make_plan(GRAPHS, NONE, prompt(6), {"max_new_tokens": 32}, None, 204).width == 204
 
 
 def test_the_empty_canvas():

@@ -1,14 +1,18 @@
 """From an image and its regions to engine requests, without an engine."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from drawn_images import drawn_images
 from pycocotools import mask as coco_mask
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from pdlm_hf import CHECKPOINT, PdlmConfig, PdlmProcessor
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions import region as region_module
-from pdlm_vllm.plan import DEFAULT_TOKENS, defaults_of
+from pdlm_vllm.doors import check_chat
+from pdlm_vllm.plan import DEFAULT_TOKENS, chat_room, defaults_of
 from pdlm_vllm.processing import check_length
 from pdlm_vllm.requests import read_report, region_requests
 
@@ -89,3 +93,17 @@ def test_a_report_says_which_captions_were_cut(processor, image):
     assert [caption.score for caption in found] == pytest.approx([0.5, 0.5])
     assert [reading.closed[position] for position in work.positions] == [True, False]
     assert (reading.steps, reading.text_tokens) == (3, 4)
+
+
+@pytest.mark.parametrize("given, expected", [({}, 50), ({"max_tokens": 50}, 50), ({"max_completion_tokens": 3}, 3)])
+def test_a_chat_answer_fits_the_canvas(given, expected):
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "Hi"}], **given)
+    check_chat(request, 50)
+    assert (request.max_completion_tokens, request.max_tokens) == (expected, None)
+
+
+def test_a_longer_answer_is_refused_not_cut():
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "Hi"}], max_tokens=204)
+    with pytest.raises(SettingError, match="`max_tokens` 204 is more than the served canvas has room for: 203 tokens"):
+        check_chat(request, chat_room(SimpleNamespace(cuda_graphs=True), 204))
+    check_chat(request, chat_room(SimpleNamespace(cuda_graphs=False), 204))

@@ -30,6 +30,10 @@ def region_chat(**options) -> dict:
     return {"messages": [{"role": "user", "content": content}], **extra, **options}
 
 
+def long_address() -> dict:
+    return {"type": "image_url", "image_url": {"url": "http://" + "a" * 2**20}}
+
+
 @cache
 def refusals() -> dict[str, tuple[str, dict | bytes, str]]:
     zigzag = [side for k in range(60000) for side in ((-15 if k % 2 else 15) * 200, k % 100)]
@@ -71,6 +75,15 @@ def refusals() -> dict[str, tuple[str, dict | bytes, str]]:
             {"image": url_of(flat_image(6000, "PNG")), "regions": [[0, 0, 9, 9]] * 20},
             "at most 536870912 a request (request_pixels)",
         ),
+        "body of escapes": (REGIONS, b'{"image": "' + b"\\n" * (2**19 + 1) + b'"}', "backslashes (body_escapes)"),
+        "long address": (REGIONS, request_body() | {"image": "http://" + "a" * 2**20}, "at most 8192 (url_length)"),
+        "long address in chat": (
+            CHAT,
+            {"messages": [{"role": "user", "content": [long_address()]}]},
+            "at most 8192 (url_length)",
+        ),
+        "long question": (REGIONS, request_body() | {"question": "why " * 2**20}, "4194304 characters"),
+        "long id": (REGIONS, request_body() | {"regions": [{"id": "a" * 300, "bbox": [0, 0, 9, 9]}]}, "`id` has 300"),
         "large body": (REGIONS, b'{"image": "' + b"A" * 2**25 + b'"}', "33554432 bytes (body_bytes)"),
         "NaN": (REGIONS, json.dumps(request_body() | {"regions": [[0, 0, float("nan"), 5]]}).encode(), "JSON"),
         "huge box": (REGIONS, request_body() | {"regions": [[0, 0, 10**400, 5]]}, "too large"),
@@ -92,6 +105,7 @@ def refusals() -> dict[str, tuple[str, dict | bytes, str]]:
         "region tokens": (COMPLETIONS, PROMPT | {"prompt": "<|reserved_token_0|>" * 16}, "/v1/region_captions"),
         "scores": ("/generative_scoring", {"query": "a", "items": ["b"], "label_token_ids": [1, 2]}, "`logprobs`"),
         "image as a number": (REGIONS, request_body() | {"image": 5}, "valid string"),
+        "many regions of no kind": (REGIONS, request_body() | {"regions": [5] * 70}, "70 regions, but"),
         "regions as a number": (REGIONS, request_body() | {"regions": 5}, "valid list"),
         "image_url without a url": (
             CHAT,

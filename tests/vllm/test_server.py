@@ -40,7 +40,7 @@ def chat_body(image, regions, **settings) -> dict:
 
 @pytest.mark.parametrize("settings", MODES, ids=str)
 def test_both_routes_give_the_captions_of_transformers(server, captioner, settings):
-    pairs = drawn_images(30)
+    pairs = drawn_images(16)
     expected = [texts(captions) for captions in captioner.caption_many(pairs, **settings)]
 
     def one(pair) -> list[str]:
