@@ -186,19 +186,19 @@ def make_plan(
             threshold = float(threshold)
         else:
             threshold = None if threshold == 0 else defaults.acceptance_threshold
-        trim = given.get("trim_canvas")
-        trim = threshold is not None and (trim if isinstance(trim, bool) else bool(defaults.trim_canvas))
         steps = whole("max_denoising_steps", 1, defaults.max_denoising_steps or 32)
         length = count
     else:
         count = max(1, min(whole("max_new_tokens", 1, max_tokens or DEFAULT_ANSWER), chat_room(config, room)))
-        joint, threshold, trim = True, None, False
+        joint, threshold = True, None
         length = whole("block_length", 1, defaults.block_length or count)
         length = length if count % length == 0 else count
         steps = whole("max_denoising_steps", 1, count)
         steps = max(1, steps // (count // length)) * (count // length)
     if interval is None:
         interval = 1 if joint else 0
+    trim = given.get("trim_canvas")
+    trim = threshold is not None and (trim if isinstance(trim, bool) else bool(defaults.trim_canvas))
     return Plan(regions, count, steps, threshold, interval, joint, length, trim)
 
 

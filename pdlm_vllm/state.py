@@ -210,7 +210,7 @@ class PdlmModelState(ModelState):
         # once more for the natural area, where prompt rows see it
         natural = embedded is not None and plan.blocks > 1
         alone = not plan.refreshes(request.step)
-        leaving = leaving and alone and request.open.any()
+        leaving = leaving and alone and bool(request.open.any())
         for k in range(plan.blocks):
             needed = request.rows_needed(k) if leaving else np.ones(plan.rows, dtype=bool)
             if not needed.any():
