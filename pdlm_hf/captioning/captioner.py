@@ -177,7 +177,8 @@ class RegionCaptioner:
         settings = self.settings(generation)
         images, regions = zip(*(load_pair(image, found) for image, found in pairs), strict=True)
         masks = [[region.mask for region in found] for found in regions]
-        inputs = self.processor(images=list(images), segmentation_maps=masks, text=question).to(self.model.device)
+        device = self.model.device
+        inputs = self.processor(images=list(images), segmentation_maps=masks, text=question, device=device).to(device)
         output = self.model.generate(**inputs, **settings)
         captions = self.processor.post_process_region_captions(output)
         for found, texts in zip(regions, captions, strict=True):
