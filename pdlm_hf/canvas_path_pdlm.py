@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import logging
 
-from .split_attention_pdlm import AUTO, HAS_ATEN, HAS_VARLEN, NAME, attention_kind, capability_of
+from .split_attention_pdlm import HAS_ATEN, HAS_VARLEN, NAME, attention_kind, capability_of
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +32,7 @@ class CanvasCase:
         cache_bytes (`int`): size of the prefix cache, see [`cache_bytes`].
         free_bytes (`int`, *optional*): free memory of the device; None: not known.
         capability (`tuple[int, int]`, *optional*): compute capability of an NVIDIA GPU.
-        attention (`str`): `attn_implementation` of the language model; "region_auto" where nobody gave one.
+        attention (`str`, *optional*): the `attn_implementation` that was given for the language model.
         graphs (`bool`, *optional*): `cuda_graphs` of the call; None: to be chosen.
     """
 
@@ -44,7 +44,7 @@ class CanvasCase:
     cache_bytes: int = 0
     free_bytes: int | None = None
     capability: tuple[int, int] | None = None
-    attention: str = AUTO
+    attention: str | None = None
     graphs: bool | None = None
 
 
@@ -109,7 +109,7 @@ def case_of(
         cache_bytes(config, rows, length, dtype.itemsize),
         free,
         None if device is None else capability_of(device),
-        config._attn_implementation,
+        config._attn_implementation if language_model.attention_given else None,
         graphs,
     )
 
@@ -133,7 +133,7 @@ def choose_path(case: CanvasCase, has_varlen: bool = HAS_VARLEN, has_aten: bool 
 
 def _obstacle(case: CanvasCase) -> str | None:
     """Why passes cannot be captured."""
-    if case.attention not in (AUTO, NAME):
+    if case.attention not in (None, NAME):
         return f'attn_implementation is "{case.attention}", and graphs need "{NAME}"'
     if case.device != "cuda":
         return f"the model is on {case.device}"

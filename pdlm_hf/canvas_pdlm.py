@@ -134,6 +134,8 @@ class RegionCanvas:
         path = choose_path(case_of(network, self.prompt.dtype, len(self.counts), length, caching, graphs))
         log_path(path, graphs)
         self.split, self.graphs = path.split, self.model.canvas_graphs() if path.graphs else None
+        if path.split:  # stays, because other threads may compute; without a split cache it is sdpa
+            network.config._attn_implementation = REGION_SPLIT
 
     def blocks(self, tokens: torch.Tensor) -> torch.Tensor:
         """Caption token, slots and closing newline (or end of turn) of every region, `(rows, regions, slots + 2)`."""

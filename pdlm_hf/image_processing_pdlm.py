@@ -24,7 +24,6 @@ FIXED_SETTINGS = {
     "do_pad": (False, "the grid of tiles covers the image, nothing is padded"),
     "do_center_crop": (False, "cropping would move the regions"),
     "data_format": ("channels_first", "the model reads (tiles, 3, height, width)"),
-    "device": ("cpu", "Pillow resizes on the CPU; move the tensors afterwards"),
 }
 NO_TORCHVISION = (
     "There is no torchvision image processor for PerceptionDLM: torchvision's bicubic resize rounds differently from "
@@ -301,9 +300,10 @@ class PdlmImageProcessorPil(PilBackend):
             images: an image or a list of images, see [`to_rgb`].
             segmentation_maps: for every image a list of boolean masks (H, W), at most `num_region_prompts`.
             prompt_ids: for every image the index of the region prompt of each mask; default 0, 1, 2, ...
-            kwargs: return_tensors ("pt", "np" or None), input_data_format, and what overrides an attribute for this
-                call: max_tiles (1 where several images share a prompt), do_rescale, rescale_factor, do_normalize,
-                image_mean, image_std, ...
+            kwargs: return_tensors ("pt", "np" or None), input_data_format, device (where the pixels are normalized and
+                returned, with return_tensors="pt": bytes are moved instead of numbers of four; the same values), and
+                what overrides an attribute for this call: max_tiles (1 where several images share a prompt),
+                do_rescale, rescale_factor, do_normalize, image_mean, image_std, ...
 
         Raises:
             TypeError: an unknown argument.
@@ -323,10 +323,14 @@ class PdlmImageProcessorPil(PilBackend):
         tile_size, limit = settings["size"], settings["max_tiles"]
         least = min(settings["min_tiles"], limit)
         grids = [best_grid(*image.size, tile_size, least, limit) for image in opened]
-        pairs = zip(opened, grids, strict=True)
-        tiles = [one for image, grid in pairs for one in tile_views(image, grid, tile_size)]
-        data = {
-            "pixel_values": _normalized(tiles, settings).transpose(0, 3, 1, 2),
+        # an image with more regions than prompts comes several times
+        once = {id(image): (image, grid) for image, grid in zip(opened, grids, strict=True)}
+        views = {key: tile_views(image, grid, tile_size) for key, (image, grid) in once.items()}
+        tiles = [one for image in opened for one in views[id(image)]]
+        data: dict[str, Any] = {
+            "pixel_values": _normalized_on(settings["device"], tiles, settings)
+            if settings["device"] is not None
+            else _normalized(tiles, settings).transpose(0, 3, 1, 2),
             "image_grids": np.array(grids, dtype=np.int64),
         }
         if segmentation_maps is not None:
@@ -352,6 +356,7 @@ class PdlmImageProcessorPil(PilBackend):
             raise TypeError(f"PdlmImageProcessorPil got unknown arguments {unknown}. It takes {sorted(names)}.")
         settings: dict[str, Any] = {name: getattr(self, name, None) for name in names}
         settings |= {name: value for name, value in kwargs.items() if value is not None}
+        settings["device"] = _other_device(settings["device"], kwargs.get("return_tensors"))
         for name, (right, reason) in FIXED_SETTINGS.items():
             if settings[name] is not None and str(settings[name]) != str(right) and settings[name] != right:
                 raise SettingError(f"PdlmImageProcessorPil cannot work with {name}={settings[name]!r}: {reason}.")
@@ -409,6 +414,24 @@ def _normalized(tiles: list[np.ndarray], settings: dict[str, Any]) -> np.ndarray
                 out -= mean
                 out /= std
     return pixels.reshape(-1, side, side, 3)
+
+
+def _other_device(device: Any, kind: Any) -> torch.device | None:
+    """The device where pixels are normalized; None: the CPU. Raises: SettingError: it cannot be."""
+    if device is None or torch.device(device).type == "cpu":
+        return None
+    if str(getattr(kind, "value", kind)) != "pt":
+        raise SettingError(f"device={str(device)!r}: tensors on a device need return_tensors='pt', got {kind!r}.")
+    return torch.device(device)
+
+
+def _normalized_on(device: torch.device, tiles: list[np.ndarray], settings: dict[str, Any]) -> torch.Tensor:
+    """[`_normalized`] on a device, `(num_tiles, 3, size, size)`: the same bits, from a table of all 256 values,
+    because devices round a division differently."""
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    table = torch.from_numpy(_normalized([values], settings | {"size": 16}).reshape(256, 3)).to(device)
+    pixels = torch.from_numpy(np.stack(tiles)).to(device).int()
+    return torch.stack([table[pixels[..., channel], channel] for channel in range(3)], -1).permute(0, 3, 1, 2)
 
 
 __all__ = ["PdlmImageProcessorPil"]

@@ -23,7 +23,6 @@ from .errors_pdlm import CheckpointError, SettingError
 from .generation_config_pdlm import PdlmGenerationConfig
 from .generation_pdlm import PdlmGenerationMixin
 from .masking_pdlm import region_attention, region_layout
-from .split_attention_pdlm import AUTO as REGION_AUTO
 from .versions_pdlm import CACHE, accepts_old_cache_name
 from .vision_pdlm import PdlmVisionMixin
 
@@ -67,6 +66,14 @@ class _WithoutFlashAttention(PreTrainedModel):
             self._flash_attn_can_dispatch(attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As of every model; an implementation of the language model that is set here is kept by `generate`."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, PdlmTextModel):
+                others = isinstance(attn_implementation, dict) and "text_config" not in attn_implementation
+                module.attention_given |= module is self or not others
+
     def _flash_attn_can_dispatch(self, flash_attn_version: int | str, is_init_check: bool = False) -> bool:
         raise SettingError(
             "Flash attention cannot express the region mask of PerceptionDLM's language model and would silently let "
@@ -81,9 +88,11 @@ class PdlmTextModel(_WithoutFlashAttention, LlamaModel):
     config_class = PdlmTextConfig
     _supports_flash_attn = False
 
+    attention_given = False  # else `generate` may choose how its passes over the canvas are computed
+
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        """Where none is given, "region_auto": sdpa, and what `generate` chooses for its canvas."""
-        return super()._check_and_adjust_attn_implementation(attn_implementation or REGION_AUTO, *args, **kwargs)
+        self.attention_given = attn_implementation is not None
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
 
 class PdlmPreTrainedModel(_WithoutFlashAttention, PdlmAdapterMixin):

@@ -242,11 +242,15 @@ class PdlmProcessor(CaptionReaderMixin):
             masks = self.binary_masks(image, masks, i, images_kwargs.get("mask_threshold"))
             limit = self.image_processor.num_region_prompts
             for start in range(0, len(masks), limit):
-                chunk = masks[start : start + limit]
-                sort = area_order(chunk)
-                rows.append(self.region_row(image, [chunk[k] for k in sort], question, **images_kwargs))
-                order.append([start + k for k in sort] + [-1] * (limit - len(sort)))
-                image_index.append(i)
+                sort = [start + k for k in area_order(masks[start : start + limit])]
+                order.append(sort + [-1] * (limit - len(sort)))
+            passes = [[masks[k] for k in sort if k >= 0] for sort in order[len(rows) :]]
+            image_index += [i] * len(passes)
+            settings = images_kwargs | {"return_tensors": "pt"}
+            visual = self.image_processor.preprocess([image] * len(passes), passes, **settings)
+            tiles = len(visual["pixel_values"]) // len(passes)
+            rows += [{"input_ids": self.region_ids(len(of), tiles, question)} for of in passes]
+            rows[-len(passes)] |= visual  # of all its passes
         extra = {"region_order": torch.tensor(order), "image_index": torch.tensor(image_index)}
         return self._batch_of(rows, text_kwargs, extra)
 
@@ -445,7 +449,7 @@ class PdlmProcessor(CaptionReaderMixin):
             batch["labels"] = pad_rows([row["labels"] for row in rows], -100, side, length)
         for name in self.image_processor.model_input_names:
             if parts := [torch.as_tensor(row[name]) for row in rows if name in row]:
-                batch[name] = torch.cat(parts)
+                batch[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
         return batch
 
 

@@ -6,9 +6,8 @@ results are merged by their log-sum-exp: one over keys that all blocks of an ima
 a region. On a GPU both run as variable-length flash attention, which takes no mask; the dense mask over thousands of
 prompt rows is not needed. Anywhere else the same is computed by matrix products.
 
-Asked for by `attn_implementation={"text_config": "region_split"}`. Where none is given, the language model has
-"region_auto", and every call of `generate` chooses ([`canvas_path_pdlm.choose_path`]). Under both names forward passes
-that also compute the prompt use sdpa.
+Asked for by `attn_implementation={"text_config": "region_split"}`, or chosen by `generate` where none is given
+([`canvas_path_pdlm.choose_path`]). Forward passes that also compute the prompt use sdpa under this name.
 """
 
 import inspect
@@ -24,7 +23,6 @@ from .caching_pdlm import SplitCache
 from .versions_pdlm import CACHE
 
 NAME = "region_split"
-AUTO = "region_auto"
 # Both names of the same kernel; torch 2.11 has the public one without what is needed here.
 HAS_VARLEN = {"seqused_k", "enable_gqa", "return_aux"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
 HAS_ATEN = "seqused_k" in str(torch.ops.aten._flash_attention_forward.default._schema)
@@ -172,6 +170,5 @@ def split_pass(language_model, embeds: torch.Tensor, positions: torch.Tensor, ca
     ).last_hidden_state
 
 
-for _name in (NAME, AUTO):
-    AttentionInterface.register(_name, split_attention)
-    AttentionMaskInterface.register(_name, sdpa_mask)
+AttentionInterface.register(NAME, split_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

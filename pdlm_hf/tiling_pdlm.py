@@ -163,9 +163,12 @@ def resized_corners(mask: np.ndarray, inside: int, size: tuple[int, int], step: 
     rows = np.flatnonzero(mask.any(1))
     rows = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0)  # elsewhere everything is outside
     narrow = np.full((height, new_width // step), OUTSIDE, np.uint8)
-    columns = slice(0, width, step) if width == new_width else _weights(width, new_width, step)[0]
-    pixels = np.where(mask[rows, columns].T, np.uint8(inside), np.uint8(OUTSIDE))
-    narrow[rows] = (pixels if width == new_width else _resampled(pixels, width, new_width, step)).T
+    if width == new_width:
+        narrow[rows] = np.where(mask[rows, ::step], np.uint8(inside), np.uint8(OUTSIDE))
+    else:
+        columns = np.take(mask[rows], _weights(width, new_width, step)[0], axis=1)
+        pixels = np.where(columns.T, np.uint8(inside), np.uint8(OUTSIDE))
+        narrow[rows] = _resampled(pixels, width, new_width, step).T
     if height == new_height:
         return narrow[::step]
     return _resampled(narrow[_weights(height, new_height, step)[0]], height, new_height, step)

@@ -6,10 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks.preprocessing import SIZES, drawn, plain, plain_patches
-from pdlm_hf.image_processing_pdlm import PdlmImageProcessorPil
-from pdlm_hf.tiling_pdlm import region_patches, resized_corners
+from benchmarks.preprocessing import SIZES, drawn, plain, plain_patches, plain_tiles
+from pdlm_hf.image_processing_pdlm import PdlmImageProcessorPil, _normalized_on
+from pdlm_hf.tiling_pdlm import region_patches, resized_corners, tile_views
 
 TILE, PATCH = 64, 8
 
@@ -58,6 +59,42 @@ def test_other_means_and_deviations_round_as_whole_arrays_do():
     assert np.array_equal(found, (raw / np.float32(255) - mean) / std)
     other = processor(image, rescale_factor=1 / 127, do_normalize=False, return_tensors="np")["pixel_values"]
     assert np.array_equal(other, raw * np.float32(1 / 127))
+
+
+def test_another_device_gives_the_same_bits():
+    image, _ = drawn(150, 70)
+    processor = PdlmImageProcessorPil(size={"height": TILE, "width": TILE}, patch_size=PATCH)
+    other = {"image_mean": [0.48, 0.45, 0.4], "image_std": [0.26, 0.27, 0.28], "rescale_factor": 1 / 254}
+    for settings in ({}, other, {"do_normalize": False}, {"do_rescale": False, "do_normalize": False}):
+        expected = processor(image, return_tensors="pt", **settings)["pixel_values"]
+        tiles = list(plain_tiles(image, processor.grid(*image.size), TILE))
+        found = _normalized_on(torch.device("cpu"), tiles, processor._settings(settings))
+        assert torch.equal(found, expected) and found.stride() == expected.stride()
+    moved = processor(image, return_tensors="pt", device="meta")
+    assert (moved["pixel_values"].device.type, moved["pixel_values"].shape) == ("meta", (3, 3, TILE, TILE))
+    assert moved["image_grids"].device.type == "cpu"
+
+
+def test_an_image_of_several_passes_is_resized_once(processor, monkeypatch):
+    """More regions than prompts: the inputs are those of the passes one by one."""
+    image, ellipses = drawn(150, 70)
+    masks = [turned for mask in ellipses for turned in (mask, mask[::-1], mask[:, ::-1])][:8]
+    limit, seen = processor.image_processor.num_region_prompts, []
+
+    def counted(*args):
+        seen.append(args)
+        return tile_views(*args)
+
+    parts = [processor(images=[image], segmentation_maps=[masks[k : k + limit]]) for k in range(0, 8, limit)]
+    monkeypatch.setattr("pdlm_hf.image_processing_pdlm.tile_views", counted)
+    found = processor(images=[image, image.copy()], segmentation_maps=[masks, masks[:2]])
+    assert len(seen) == 2 and found["image_index"].tolist() == [0, 0, 1]
+    for name in ("pixel_values", "region_masks", "region_boxes", "original_sizes", "image_grids"):
+        assert torch.equal(found[name][: -len(found[name]) // 3 or None], torch.cat([part[name] for part in parts]))
+    assert found["region_order"][:2].tolist() == [
+        parts[0]["region_order"][0].tolist(),
+        [k + limit if k >= 0 else -1 for k in parts[1]["region_order"][0].tolist()],
+    ]
 
 
 @pytest.mark.slow

@@ -190,7 +190,8 @@ class RegionCaptioner:
             raise SettingError("No images given: pass at least one (image, regions) pair.")
         images, regions = zip(*(load_pair(image, found) for image, found in pairs), strict=True)
         masks = [[region.mask for region in found] for found in regions]
-        inputs = self.processor(images=list(images), segmentation_maps=masks, text=question).to(self.model.device)
+        device = self.model.device
+        inputs = self.processor(images=list(images), segmentation_maps=masks, text=question, device=device).to(device)
         return list(regions), inputs
 
     def attributes(

@@ -1,5 +1,6 @@
 """How forward passes over the canvas are computed: one function, and that `generate` asks it."""
 
+import copy
 import logging
 
 import pytest
@@ -17,7 +18,7 @@ from pdlm_hf.canvas_path_pdlm import (
     log_path,
 )
 from pdlm_hf.captioning.inspection import inspect_checkpoint
-from pdlm_hf.split_attention_pdlm import AUTO, NAME
+from pdlm_hf.split_attention_pdlm import NAME
 
 SETTINGS = {"max_new_tokens": 8, "max_denoising_steps": 4, "prefix_refresh_interval": 0}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -99,19 +100,33 @@ def test_the_case_of_a_loaded_model(isolated_model):
     assert found.cache_bytes == cache_bytes(network.config, 2, 10, 4)
 
 
-def test_only_a_given_attention_has_a_name_of_its_own(processor, tmp_path, isolated_model):
+@pytest.mark.parametrize(
+    ("given", "attention"),
+    [
+        (None, None),
+        ("sdpa", "sdpa"),
+        ("eager", "eager"),
+        (NAME, NAME),
+        ({"text_config": "sdpa"}, "sdpa"),
+        ({"vision_config": "eager"}, None),
+    ],
+    ids=str,
+)
+def test_an_attention_that_is_given_is_known_from_the_default(isolated_model, tmp_path, given, attention):
+    def attention_of(model):
+        network = model.model.language_model
+        assert network.config._attn_implementation == (attention or "sdpa")
+        return case_of(network, FP32, 1, 10, True, None).attention
+
     isolated_model.save_pretrained(tmp_path)
     load = AutoModelForImageTextToText.from_pretrained
-    names = {
-        given: load(tmp_path, **({"attn_implementation": given} if given else {})).config.text_config
-        for given in (None, "sdpa", "eager", NAME)
-    }
-    assert [config._attn_implementation for config in names.values()] == [AUTO, "sdpa", "eager", NAME]
+    assert attention_of(load(tmp_path, **({"attn_implementation": given} if given else {}))) == attention
     model = load(tmp_path)
-    model.set_attn_implementation({"vision_config": "eager"})
-    assert model.model.language_model.config._attn_implementation == AUTO
-    model.set_attn_implementation("sdpa")
-    assert model.model.language_model.config._attn_implementation == "sdpa"
+    if given is not None:
+        model.set_attn_implementation(given)
+    assert attention_of(model) == attention_of(copy.deepcopy(model)) == attention
+    model.model.language_model.set_attn_implementation("sdpa")
+    assert case_of(model.model.language_model, FP32, 1, 10, True, None).attention == "sdpa"
 
 
 @pytest.fixture
@@ -124,7 +139,7 @@ def test_generate_takes_the_path_that_is_chosen(processor, inputs, monkeypatch):
     from tiny import lively_model
 
     network = lively_model(processor, "isolated")
-    assert network.model.language_model.config._attn_implementation == AUTO
+    assert network.model.language_model.config._attn_implementation == "sdpa"
     asked, expected = [], network.generate(**inputs, **SETTINGS)
 
     def choose(found):
@@ -138,7 +153,7 @@ def test_generate_takes_the_path_that_is_chosen(processor, inputs, monkeypatch):
     network.generate(**inputs, **SETTINGS, cuda_graphs=False)
     network.generate(**inputs, **{**SETTINGS, "prefix_refresh_interval": 1})
     assert [(found.graphs, found.caching) for found in asked] == [(None, True), (False, True), (None, False)]
-    assert {found.attention for found in asked} == {AUTO}
+    assert {found.attention for found in asked} == {None}
 
 
 def test_one_line_says_what_was_chosen(caplog, monkeypatch):

@@ -466,7 +466,7 @@ def test_a_setting_given_at_a_call_counts_for_it_only(image_processor):
         ({"do_center_crop": True}, "do_center_crop=True: cropping would move the regions"),
         ({"do_pad": True}, "do_pad=True"),
         ({"data_format": "channels_last"}, "data_format='channels_last'"),
-        ({"device": "cuda"}, "device='cuda': Pillow resizes on the CPU"),
+        ({"device": "cuda"}, "device='cuda': tensors on a device need return_tensors='pt', got None"),
         ({"size": {"height": 64, "width": 32}}, "got 64 x 32"),
         ({"size": 60}, "multiple of the patch size 8; got 60 x 60"),
         ({"do_convert_rgb": False}, "image 0: has 4 channels, and the model reads RGB"),
