@@ -14,6 +14,14 @@ from pdlm_hf.captioning.checkpoints import CHECKPOINT
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.batch_tables import (  # noqa: E402
+    batch_bytes,
+    batch_costs,
+    batch_parts,
+    batch_throughput,
+    kills,
+    scale,
+)
 from benchmarks.gpu.report import gpu_rows, gpu_tables  # noqa: E402
 from benchmarks.markdown import percent, table  # noqa: E402
 
@@ -58,10 +66,24 @@ def commit_sweep(record: dict) -> str:
     rows = [
         ["setting", "careful: exact", "forwards an image", "commits: exact", "at six regions", "forwards an image"]
     ]
-    for name, after in record["commits"].items():
-        before = record["careful"][name]
+    found = record["commits"]
+    names = [
+        name for plain in found if "trimmed" not in plain for name in (plain, f"{plain}, trimmed") if name in found
+    ]
+    for name in names:
+        before, after = record["careful"][name], found[name]
         cells = [percent(before["exact"]), f"{before['forwards']:.1f}"]
         cells += [percent(after["exact"]), percent(after["six_regions"]), f"{after['forwards']:.2f}"]
+        rows.append([name, *cells])
+    return table(*rows)
+
+
+def rules(record: dict) -> str:
+    """Forward passes against right captions by rule of acceptance, before and after `pdlm-peft commit`."""
+    rows = [["rule", "careful: exact", "forwards an image", "commits: exact", "forwards an image"]]
+    for name, before in record["careful"].items():
+        after = record["commits"][name]
+        cells = [text for row in (before, after) for text in (percent(row["exact"]), f"{row['forwards']:.2f}")]
         rows.append([name, *cells])
     return table(*rows)
 
@@ -157,81 +179,6 @@ def chat(record: dict) -> str:
     return table(*rows)
 
 
-def batch_throughput(record: dict) -> str:
-    """Regions a second of the engines of `pdlm batch`."""
-    rows = [["engine", "regions a second", "least, most", "hours a million regions", "start", "same captions"]]
-    for name, row in record["rows"].items():
-        rate, spread = row["regions_per_second"], row["spread"]
-        numbers = [f"{rate:.2f}", f"{spread[0]:.2f}, {spread[1]:.2f}", f"{1e6 / rate / 3600:,.0f}"]
-        rows.append([name, *numbers, f"{row['start_s']:.0f} s", percent(row["same_captions"])])
-    return table(*rows)
-
-
-def scale(record: dict) -> str:
-    """CPU seconds and peak memory of each command, by the number of annotations."""
-    found = {(row["command"], row["annotations"]): row for row in record["rows"]}
-    counts = sorted({row["annotations"] for row in record["rows"]})
-    rows = [["command", *(f"{count:,} annotations" for count in counts)]]
-    for name in dict.fromkeys(row["command"] for row in record["rows"]):
-        cells = (found.get((name, count)) for count in counts)
-        rows.append(
-            [
-                name,
-                *(f"{c['cpu_seconds']:.0f} s, {c['megabytes'] / 1000:.1f} GB" if c else "not measured" for c in cells),
-            ]
-        )
-    return table(*rows)
-
-
-def kills(record: dict) -> str:
-    """Kills of every command of the evaluation, and the requests that were asked again."""
-    rows = [["command", "kills", "runs", "requests to the judge", "asked again"]]
-    for row in record["rows"]:
-        counts = (row["kills"], row["runs"], row.get("requests", "-"), row.get("asked_again", "-"))
-        rows.append([f"`{row['name']}`", *map(str, counts)])
-    return table(*rows, ["all", str(sum(row["kills"] for row in record["rows"])), "", "", ""])
-
-
-def batch_parts(record: dict) -> str:
-    """What an image costs a CPU besides the model."""
-    parts = record["parts"]
-    named = {
-        "open_ms_per_image": "open a JPEG of 640 x 480",
-        "read_mask_ms_per_region": "make a mask of RLE",
-        "encode_mask_ms_per_region": "make RLE of a mask",
-        "write_ms_per_region": "write a row",
-    }
-    rows = [["work", "takes", "a second on one core"]]
-    rows += [[text, f"{parts[name]:.3f} ms", f"{1000 / parts[name]:,.0f}"] for name, text in named.items()]
-    return table(*rows)
-
-
-def batch_bytes(record: dict) -> str:
-    """What a region takes, in files and in memory."""
-    named = {
-        "coco_bytes": "COCO file that comes in",
-        "row_bytes": "`OUT.jsonl`: a row",
-        "coco_out_bytes": "`OUT.coco.json`",
-        "mask_bytes": "of each of them: the mask as RLE",
-        "driver_bytes": "memory of the driver",
-    }
-    rows = [["what", "bytes a region", "a million", "a billion"]]
-    for name, text in named.items():
-        size = record["parts"][name]
-        rows.append([text, str(size), f"{size / 1e3:.2f} GB", f"{size / 1e3:.2f} TB"])
-    return table(*rows)
-
-
-def batch_costs(rates: tuple[int, ...] = (5, 20, 80, 320)) -> str:
-    """What a million and a billion regions take, by the regions a second of one captioner."""
-    rows = [["regions a second", "captioner hours a million", "a billion", "days of 8 captioners", "of 64", "of 512"]]
-    for rate in rates:
-        hours = 1e9 / rate / 3600
-        days = [f"{hours / captioners / 24:,.1f}" for captioners in (8, 64, 512)]
-        rows.append([str(rate), f"{hours / 1000:,.1f}", f"{hours:,.0f}", *days])
-    return table(*rows)
-
-
 def newest(path: Path) -> str:
     """The last run of `make test-newest`."""
     if not path.is_file():
@@ -252,6 +199,9 @@ DECODES = {
     "cached, region_split": "prefix cache, region split without CUDA graphs",
     "cached, region_split, graphs": "prefix cache, region split with CUDA graphs",
     "cached, 11 steps": "prefix cache, 11 of 32 steps",
+    "cached, 4 steps": "prefix cache, 4 of 32 steps",
+    "cached, 1 step": "one forward pass",
+    "autoregressive, shared prefix": "autoregressive, 20 tokens a caption, shared prefix",
     "cached, 11 steps, region_split, graphs": "prefix cache, 11 of 32 steps, region split with CUDA graphs",
 }
 
@@ -278,7 +228,7 @@ def headlines(held: dict, cpu: dict, gpu: dict, served: dict, tuned: dict, commi
     on_gpu = f"[Decoding on an H100]({page}#a-decode-beside-the-references-loop), 6 regions"
     for name, found in ((on_cpu, cpu["tables"][0]["rows"]), (on_gpu, gpu_rows(gpu, "table6"))):
         for loop, row in ((loop, found[loop]) for loop in DECODES if loop in found):
-            same = f"{100 * row['tokens_as_exact']:.0f} %"
+            same = "" if row["tokens_as_exact"] is None else f"{100 * row['tokens_as_exact']:.0f} %"
             rows.append([name, DECODES[loop], f"{row['ratio_to_reference']:.1f} times", same])
     passes = [gpu_rows(gpu, "fp8")[f"{dtype}: split, captured, 3 regions, batch 1"] for dtype in ("bfloat16", "FP8")]
     ratio = passes[0]["canvas_ms"] / passes[1]["canvas_ms"]
@@ -320,9 +270,10 @@ def tables() -> dict[str, str]:
         "quality_careful": quality(load("shapes_quality_careful.json")),
         "quality_full": quality(load("shapes_quality_full.json"), kept),
         "commit": commit_sweep(load("shapes_commit.json")),
+        "rules": rules(load("shapes_rules.json")),
         "ablation": ablation(load("shapes_ablation.json")),
         "decode": decode(speed),
-        "scaling": scaling(speed),
+        "scaling": scaling(load("decode_cpu_small_scaling.json")),
         "serving": serving(load("serving_cpu_small.json")),
         **{name: make(load("batch_throughput.json")) for name, make in batch.items()},
         "batch_costs": batch_costs(),
