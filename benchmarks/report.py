@@ -14,6 +14,15 @@ from pdlm_hf.captioning.checkpoints import CHECKPOINT
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.batch_tables import (  # noqa: E402
+    batch_bytes,
+    batch_costs,
+    batch_parts,
+    batch_throughput,
+    kills,
+    scale,
+)
+from benchmarks.commit_tables import commit_costs, commit_parts, commit_rules, commit_sweep, commit_walk, rules  # noqa: E402
 from benchmarks.gpu.report import gpu_rows, gpu_tables  # noqa: E402
 from benchmarks.markdown import percent, table  # noqa: E402
 
@@ -50,63 +59,6 @@ def quality(record: dict, only: tuple[str, ...] = ()) -> str:
         if not only or name in only:
             numbers = [percent(row["exact"]), percent(row["well_formed"])]
             rows.append([name, *numbers, f"{row['steps_per_region']:.1f}", f"{row['num_forwards']:.1f}"])
-    return table(*rows)
-
-
-def commit_sweep(record: dict) -> str:
-    """Forward passes against right captions, before and after `pdlm-peft commit` of the embedded checkpoint."""
-    rows = [
-        ["setting", "careful: exact", "forwards an image", "commits: exact", "at six regions", "forwards an image"]
-    ]
-    for name, after in record["commits"].items():
-        before = record["careful"][name]
-        cells = [percent(before["exact"]), f"{before['forwards']:.1f}"]
-        cells += [percent(after["exact"]), percent(after["six_regions"]), f"{after['forwards']:.2f}"]
-        rows.append([name, *cells])
-    return table(*rows)
-
-
-def commit_walk(record: dict) -> str:
-    """`pdlm-peft commit` from the careful checkpoint to the merged one: scores on images of other seeds."""
-    stages = [record[stage] for stage in ("before", "after")]
-    rows = [[f"{stages[0]['images']} held-out images", "careful", "merged"]]
-    rows.append(["forward passes an image", *(f"{row['forwards']:.2f}" for row in stages)])
-    rows.append(["right captions", *(percent(row["exact"]) for row in stages)])
-    return table(*rows, ["expected calibration error of the scores", *(f"{row['ece']:.3f}" for row in stages)])
-
-
-def commit_costs(record: dict) -> str:
-    """What every command of that walk took."""
-    rows = [["command", "time", "of it on the CPU", "peak memory"]]
-    for name, row in record["costs"].items():
-        minutes = [f"{row[key] / 60:.1f} min" for key in ("seconds", "cpu_seconds")]
-        rows.append([name, *minutes, f"{row['peak_gb']:.1f} GB"])
-    return table(*rows)
-
-
-def commit_rules(record: dict) -> str:
-    """The rules of acceptance of that walk, on the images that it chooses by."""
-    run = record["run"]["commit"]
-    before = {str(row["rule"]): row for row in run["before"]}
-    rows = [["threshold", "careful: right", "forward passes", "adapter: right", "forward passes"]]
-    for after in run["after"]:
-        cells = [cell for row in (before[str(after["rule"])], after) for cell in commit_cells(row)]
-        name = f"{after['rule']['acceptance_threshold']}" + " (chosen)" * (after["rule"] == run["rule"])
-        rows.append([name, *cells])
-    return table(*rows)
-
-
-def commit_cells(row: dict) -> list[str]:
-    """Right captions and forward passes."""
-    return [percent(row["exact"]), f"{row['forwards']:.2f}"]
-
-
-def commit_parts(record: dict) -> str:
-    """The recipe with parts left out, at two thresholds."""
-    found = {name: row["run"]["commit"]["after"] for name, row in record["variants"].items()}
-    thresholds = [row["rule"]["acceptance_threshold"] for row in next(iter(found.values()))]
-    rows = [["trained with", *(text for t in thresholds for text in (f"right at {t}", "forward passes"))]]
-    rows += [[name, *(cell for row in after for cell in commit_cells(row))] for name, after in found.items()]
     return table(*rows)
 
 
@@ -201,81 +153,6 @@ def chat(record: dict) -> str:
     return table(*rows)
 
 
-def batch_throughput(record: dict) -> str:
-    """Regions a second of the engines of `pdlm batch`."""
-    rows = [["engine", "regions a second", "least, most", "hours a million regions", "start", "same captions"]]
-    for name, row in record["rows"].items():
-        rate, spread = row["regions_per_second"], row["spread"]
-        numbers = [f"{rate:.2f}", f"{spread[0]:.2f}, {spread[1]:.2f}", f"{1e6 / rate / 3600:,.0f}"]
-        rows.append([name, *numbers, f"{row['start_s']:.0f} s", percent(row["same_captions"])])
-    return table(*rows)
-
-
-def scale(record: dict) -> str:
-    """CPU seconds and peak memory of each command, by the number of annotations."""
-    found = {(row["command"], row["annotations"]): row for row in record["rows"]}
-    counts = sorted({row["annotations"] for row in record["rows"]})
-    rows = [["command", *(f"{count:,} annotations" for count in counts)]]
-    for name in dict.fromkeys(row["command"] for row in record["rows"]):
-        cells = (found.get((name, count)) for count in counts)
-        rows.append(
-            [
-                name,
-                *(f"{c['cpu_seconds']:.0f} s, {c['megabytes'] / 1000:.1f} GB" if c else "not measured" for c in cells),
-            ]
-        )
-    return table(*rows)
-
-
-def kills(record: dict) -> str:
-    """Kills of every command of the evaluation, and the requests that were asked again."""
-    rows = [["command", "kills", "runs", "requests to the judge", "asked again"]]
-    for row in record["rows"]:
-        counts = (row["kills"], row["runs"], row.get("requests", "-"), row.get("asked_again", "-"))
-        rows.append([f"`{row['name']}`", *map(str, counts)])
-    return table(*rows, ["all", str(sum(row["kills"] for row in record["rows"])), "", "", ""])
-
-
-def batch_parts(record: dict) -> str:
-    """What an image costs a CPU besides the model."""
-    parts = record["parts"]
-    named = {
-        "open_ms_per_image": "open a JPEG of 640 x 480",
-        "read_mask_ms_per_region": "make a mask of RLE",
-        "encode_mask_ms_per_region": "make RLE of a mask",
-        "write_ms_per_region": "write a row",
-    }
-    rows = [["work", "takes", "a second on one core"]]
-    rows += [[text, f"{parts[name]:.3f} ms", f"{1000 / parts[name]:,.0f}"] for name, text in named.items()]
-    return table(*rows)
-
-
-def batch_bytes(record: dict) -> str:
-    """What a region takes, in files and in memory."""
-    named = {
-        "coco_bytes": "COCO file that comes in",
-        "row_bytes": "`OUT.jsonl`: a row",
-        "coco_out_bytes": "`OUT.coco.json`",
-        "mask_bytes": "of each of them: the mask as RLE",
-        "driver_bytes": "memory of the driver",
-    }
-    rows = [["what", "bytes a region", "a million", "a billion"]]
-    for name, text in named.items():
-        size = record["parts"][name]
-        rows.append([text, str(size), f"{size / 1e3:.2f} GB", f"{size / 1e3:.2f} TB"])
-    return table(*rows)
-
-
-def batch_costs(rates: tuple[int, ...] = (5, 20, 80, 320)) -> str:
-    """What a million and a billion regions take, by the regions a second of one captioner."""
-    rows = [["regions a second", "captioner hours a million", "a billion", "days of 8 captioners", "of 64", "of 512"]]
-    for rate in rates:
-        hours = 1e9 / rate / 3600
-        days = [f"{hours / captioners / 24:,.1f}" for captioners in (8, 64, 512)]
-        rows.append([str(rate), f"{hours / 1000:,.1f}", f"{hours:,.0f}", *days])
-    return table(*rows)
-
-
 def newest(path: Path) -> str:
     """The last run of `make test-newest`."""
     if not path.is_file():
@@ -296,6 +173,9 @@ DECODES = {
     "cached, region_split": "prefix cache, region split without CUDA graphs",
     "cached, region_split, graphs": "prefix cache, region split with CUDA graphs",
     "cached, 11 steps": "prefix cache, 11 of 32 steps",
+    "cached, 4 steps": "prefix cache, 4 of 32 steps",
+    "cached, 1 step": "one forward pass",
+    "autoregressive, shared prefix": "autoregressive, 20 tokens a caption, shared prefix",
     "cached, 11 steps, region_split, graphs": "prefix cache, 11 of 32 steps, region split with CUDA graphs",
 }
 
@@ -331,7 +211,7 @@ def headlines(held: dict, cpu: dict, gpu: dict, served: dict, tuned: dict, commi
     on_gpu = f"[Decoding on an H100]({page}#a-decode-beside-the-references-loop), 6 regions"
     for name, found in ((on_cpu, cpu["tables"][0]["rows"]), (on_gpu, gpu_rows(gpu, "table6"))):
         for loop, row in ((loop, found[loop]) for loop in DECODES if loop in found):
-            same = f"{100 * row['tokens_as_exact']:.0f} %"
+            same = "" if row["tokens_as_exact"] is None else f"{100 * row['tokens_as_exact']:.0f} %"
             rows.append([name, DECODES[loop], f"{row['ratio_to_reference']:.1f} times", same])
     passes = [gpu_rows(gpu, "fp8")[f"{dtype}: split, captured, 3 regions, batch 1"] for dtype in ("bfloat16", "FP8")]
     ratio = passes[0]["canvas_ms"] / passes[1]["canvas_ms"]
@@ -378,9 +258,10 @@ def tables() -> dict[str, str]:
         "commit_costs": commit_costs(walk),
         "commit_rules": commit_rules(walk),
         "commit_parts": commit_parts(load("commit_parts.json")),
+        "rules": rules(load("shapes_rules.json")),
         "ablation": ablation(load("shapes_ablation.json")),
         "decode": decode(speed),
-        "scaling": scaling(speed),
+        "scaling": scaling(load("decode_cpu_small_scaling.json")),
         "serving": serving(load("serving_cpu_small.json")),
         "preprocessing": preprocessing(load("preprocessing.json")),
         **{name: make(load("batch_throughput.json")) for name, make in batch.items()},

@@ -86,10 +86,10 @@ RULES: dict[str, Rule | dict[str, Any]] = {
     "threshold 0.7": {"acceptance_threshold": 0.7},
     "threshold 0.65": {"acceptance_threshold": 0.65},
     "entropy bound 0.5": {"acceptance_threshold": None, "entropy_bound": 0.5},
-    "entropy bound 1": {"acceptance_threshold": None, "entropy_bound": 1.0},
+    "entropy bound 0.7": {"acceptance_threshold": None, "entropy_bound": 0.7},
     "credit, weight 0.3, threshold 0.8": credit(0.8, 0.3, 0.7, 0.5),
-    "0.8, or 0.45 after 2 stable steps": stable(0.8, 2, 0.45),
-    "0.8, or complete after 2 stable steps": leave(0.8, 2),
+    "0.8, or 0.6 for an unchanged draft": stable(0.8, 1, 0.6),
+    "0.8, or all of a region, unchanged twice": leave(0.8, 2),
 }
 
 
