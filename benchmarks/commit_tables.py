@@ -65,10 +65,10 @@ def commit_cells(row: dict) -> list[str]:
     return [percent(row["exact"]), f"{row['forwards']:.2f}"]
 
 
-def commit_parts(record: dict) -> str:
-    """The recipe with parts left out, at two thresholds."""
-    found = {name: row["run"]["commit"]["after"] for name, row in record["variants"].items()}
-    thresholds = [row["rule"]["acceptance_threshold"] for row in next(iter(found.values()))]
+def commit_parts(record: dict, thresholds: tuple[float, ...] = (0.5, 0.7, 0.9)) -> str:
+    """The recipe with parts left out, at some of its thresholds."""
     rows = [["trained with", *(text for t in thresholds for text in (f"right at {t}", "forward passes"))]]
-    rows += [[name, *(cell for row in after for cell in commit_cells(row))] for name, after in found.items()]
+    for name, variant in record["variants"].items():
+        after = {row["rule"]["acceptance_threshold"]: row for row in variant["run"]["commit"]["after"]}
+        rows.append([name, *(cell for t in thresholds for cell in commit_cells(after[t]))])
     return table(*rows)

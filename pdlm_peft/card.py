@@ -53,7 +53,7 @@ def _drawn(kind: str) -> str:
 def _scores(scores: dict[str, dict[str, float]]) -> str:
     """A table of the losses before and after training."""
     if not scores:
-        return "No data was held out, so no scores were measured."
+        return "No losses on held-out rows were measured (`training.eval_strategy`)."
     rows = ["| | " + " | ".join(scores) + " |", "|---|" + "---|" * len(scores)]
     names = sorted({name for values in scores.values() for name in values if "loss" in name})
     for name in names:

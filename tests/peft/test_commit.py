@@ -319,12 +319,17 @@ def result(folder):
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
+def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commit")
     unlabelled(folder, 19)
-    done = run(arguments(folder, folder / "whole"))
-    assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(photos):
+    done = run(arguments(photos, photos / "whole"))
+    assert done.returncode == 0, done.stderr
+    return result(photos / "whole")
 
 
 @pytest.mark.slow
@@ -336,12 +341,12 @@ def whole_run(tmp_path_factory):
         ("rule", "training.json", None),
     ],
 )
-def test_a_killed_commit_goes_on(whole_run, stage, begun, next_stage):
+def test_a_killed_commit_goes_on(photos, whole, stage, begun, next_stage):
     """kill -9 in each of the three stages: captions, losses, weights, rule and scores are those of a whole run."""
-    out = whole_run / stage
+    out = photos / stage
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, *arguments(whole_run, out)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, *arguments(photos, out)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
     )
     while not (out / begun).is_file() and process.poll() is None:
         time.sleep(0.01)
@@ -349,19 +354,19 @@ def test_a_killed_commit_goes_on(whole_run, stage, begun, next_stage):
     assert process.wait() == -signal.SIGKILL
     assert next_stage is None or not (out / next_stage).exists()
     assert next_stage is not None or "commit" not in json.loads((out / "training.json").read_text())
-    again = run(arguments(whole_run, out))
+    again = run(arguments(photos, out))
     assert again.returncode == 0, again.stderr
-    assert result(out) == result(whole_run / "whole")
+    assert result(out) == whole
 
 
 @pytest.mark.slow
-def test_two_processes_commit_as_one(whole_run):
+def test_two_processes_commit_as_one(photos):
     """Without the certainty loss, which is a mean over the tokens of one process."""
     short = ["training.max_steps=2", "commit.certainty=0"]
-    one, two = (whole_run / name for name in ("one", "two"))
+    one, two = (photos / name for name in ("one", "two"))
     launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    both = arguments(whole_run, two, *short, "training.per_device_train_batch_size=1")
-    for command in (arguments(whole_run, one, *short), [*both, "--only-captions"], [*launch, *both]):
+    both = arguments(photos, two, *short, "training.per_device_train_batch_size=1")
+    for command in (arguments(photos, one, *short), [*both, "--only-captions"], [*launch, *both]):
         done = run(command)
         assert done.returncode == 0, done.stderr
     alone, shared = result(one), result(two)
