@@ -129,7 +129,14 @@ EXPECTED = {
     "entrypoints/openai/chat_completion/api_router.py": {("", "create_chat_completion"): ["request", "raw_request"]},
     "model_executor/models/config.py": {("VerifyAndUpdateConfig", "verify_and_update_config"): ["vllm_config"]},
     "v1/engine/async_llm.py": {
-        ("AsyncLLM", "generate"): ["prompt", "sampling_params", "request_id", "lora_request", "priority"]
+        ("AsyncLLM", "generate"): ["prompt", "sampling_params", "request_id", "lora_request", "priority"],
+        ("AsyncLLM", "shutdown"): ["timeout"],
+    },
+    "v1/engine/output_processor.py": {("OutputProcessor", "propagate_error"): ["e"]},
+    "exceptions.py": {("GracefulHTTPError", "__init__"): ["message", "http_status"]},
+    "multimodal/media/connector.py": {
+        ("MediaConnector", "load_from_url"): ["url", "media_io", "fetch_timeout"],
+        ("MediaConnector", "load_from_url_async"): ["url", "media_io", "fetch_timeout"],
     },
 }
 FIELDS = {
