@@ -134,10 +134,6 @@ EXPECTED = {
     },
     "v1/engine/output_processor.py": {("OutputProcessor", "propagate_error"): ["e"]},
     "exceptions.py": {("GracefulHTTPError", "__init__"): ["message", "http_status"]},
-    "multimodal/media/connector.py": {
-        ("MediaConnector", "load_from_url"): ["url", "media_io", "fetch_timeout"],
-        ("MediaConnector", "load_from_url_async"): ["url", "media_io", "fetch_timeout"],
-    },
 }
 FIELDS = {
     "v1/worker/gpu/sample/output.py": {
