@@ -117,6 +117,17 @@ def serving(record: dict) -> str:
     return table(*rows)
 
 
+def soak(record: dict) -> str:
+    """Memory of a server's processes under a long load."""
+    names = ["API server", "EngineCore", "Worker"]
+    rows = [["requests", *names, "all"]]
+    for row in record["rows"]:
+        sizes = row["mb"]
+        numbers = [f"{sizes[name]:,.0f} MB" for name in names]
+        rows.append([f"{row['requests']:,}", *numbers, f"{sum(sizes.values()):,.0f} MB"])
+    return table(*rows)
+
+
 def lora(record: dict) -> str:
     """Fine-tuning on a new domain: both domains, before and after."""
     rows = [["", "new domain, exact", "well formed", "old domain, exact"]]
@@ -264,6 +275,7 @@ def tables() -> dict[str, str]:
         "scaling": scaling(load("decode_cpu_small_scaling.json")),
         "serving": serving(load("serving_cpu_small.json")),
         "preprocessing": preprocessing(load("preprocessing.json")),
+        "soak": soak(load("soak_cpu.json")),
         **{name: make(load("batch_throughput.json")) for name, make in batch.items()},
         "batch_costs": batch_costs(),
         "scale": scale(load("scale.json")),

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pydantic_core
-from fastapi import Request
+from fastapi import HTTPException, Request
 from fastapi.routing import APIRoute
 from starlette.responses import JSONResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
@@ -16,6 +16,9 @@ from vllm.entrypoints.serve.exception_handling.handlers.exception import excepti
 from .limits import Limits
 
 _JSON = ThreadPoolExecutor(1, "pdlm-json")  # one at a time: parsing keeps the interpreter to itself
+_WITH_REGIONS = ("/v1/region_captions", "/v1/chat/completions")  # routes, and where their bodies have them
+_REGIONS = ("regions", "mm_processor_kwargs")
+_RESPONSES, _LONGEST = "/v1/responses", 32  # of its lists: an item may have hundreds of forms, all of which are tried
 _DRAINED = 8  # times the limit: read and dropped, so that a client that writes before it reads gets the answer
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 _NO_EXPERTS = {"/scale_elastic_ep": "PerceptionDLM has no experts to be scaled."}  # vLLM would try, and fail
@@ -40,8 +43,12 @@ class BoundedBodies:
         if service is None or not service.ours or scope["method"] in _WITHOUT_BODY:
             await self.app(scope, receive, send)
             return
-        body, problem = await self._read(receive)
-        problem = problem or _NO_EXPERTS.get(scope["path"])
+        path = scope["path"]
+        name = "body_values" if path.endswith(_WITH_REGIONS) else "other_values"
+        body, problem = await self._read(receive, name)
+        problem = problem or _NO_EXPERTS.get(path)
+        if body and not problem and path.endswith(_RESPONSES):
+            problem = await asyncio.get_running_loop().run_in_executor(_JSON, _long_list, body)
         if problem:
             await JSONResponse(create_error_response(problem).model_dump(), 400)(scope, receive, send)
             return
@@ -62,8 +69,11 @@ class BoundedBodies:
         finally:
             state.server_load_metrics -= service.counts_load
 
-    async def _read(self, receive) -> tuple[bytes | None, str | None]:
-        """The body, or None if the client hangs up before its end; and what is wrong with it."""
+    async def _read(self, receive, name: str) -> tuple[bytes | None, str | None]:
+        """The body, or None if the client hangs up before its end; and what is wrong with it. `name` is that of the
+        limit on its values.
+        """
+        most = getattr(self.limits, name)
         chunks: list[bytes] = []
         size, values, escapes, problem = 0, 0, 0, None
         while True:
@@ -77,11 +87,8 @@ class BoundedBodies:
                     f"The body has more than {self.limits.body_bytes} bytes (body_bytes). Send a smaller or "
                     "more compressed image, or its URL."
                 )
-            elif values > self.limits.body_values:
-                problem = (
-                    f"The body has more than {self.limits.body_values} values (body_values). Send regions as "
-                    "compressed RLE, or fewer of them."
-                )
+            elif values > most:
+                problem = f"The body has more than {most} values ({name}). Send regions as compressed RLE, or fewer."
             elif escapes > self.limits.body_escapes:
                 problem = (
                     f"The body has more than {self.limits.body_escapes} backslashes (body_escapes). Write characters "
@@ -105,18 +112,51 @@ async def refuse_unreadable(request: Request, error: Exception) -> JSONResponse:
 
 
 class ParsedAside(Request):
-    """A request whose JSON is parsed in a thread."""
+    """A request with regions, whose JSON is parsed in a thread."""
 
     async def json(self) -> Any:
-        """The body as JSON. Raises: JSONDecodeError."""
-        return await asyncio.get_running_loop().run_in_executor(_JSON, _parsed, await self.body())
+        """The body as JSON. Raises: JSONDecodeError; HTTPException if it has too many values beside its regions."""
+        limits = self.app.state.pdlm.limits
+        return await asyncio.get_running_loop().run_in_executor(_JSON, _parsed, await self.body(), limits)
 
 
-def _parsed(body: bytes) -> Any:
+def _parsed(body: bytes, limits: Limits) -> Any:
     try:
-        return pydantic_core.from_json(body, allow_inf_nan=False)
+        found = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise json.JSONDecodeError(str(error), "", 0) from None
+    most = limits.other_values
+    if isinstance(found, dict):
+        others = [value for name, value in found.items() if name not in _REGIONS]
+        if count_values(others, most) > most:
+            raise HTTPException(400, f"The body has more than {most} values beside its regions (other_values).")
+    return found
+
+
+def count_values(value: Any, most: int) -> int:
+    """Items of all lists and dicts within, as soon as they are more than `most`."""
+    count, left = 0, [value]
+    while left and count <= most:
+        items = left.pop()
+        if isinstance(items, (list, dict)):
+            count += len(items)
+            left.extend(items.values() if isinstance(items, dict) else items)
+    return count
+
+
+def _long_list(body: bytes) -> str | None:
+    """What is wrong with a body of `/v1/responses`, if it has a long list anywhere."""
+    try:
+        left = [pydantic_core.from_json(body)]
+    except ValueError:
+        return None  # for the route to say
+    while left:
+        items = left.pop()
+        if isinstance(items, list) and len(items) > _LONGEST:
+            return f"A list of this body has {len(items)} items; {_RESPONSES} takes at most {_LONGEST}."
+        if isinstance(items, (list, dict)):
+            left.extend(items.values() if isinstance(items, dict) else items)
+    return None
 
 
 class AsideRoute(APIRoute):

@@ -20,6 +20,8 @@ class Limits:
     Args:
         body_bytes (`int`): body of a request to any route.
         body_values (`int`): commas in it, which bound the numbers and objects of its JSON.
+        other_values (`int`): the same on routes without regions, and in a chat beside its regions: vLLM checks each
+            value against every form that it may have.
         body_escapes (`int`): backslashes in it, each of which takes as long to read as a dozen other characters.
         url_length (`int`): address of an image, unless it is a data URL.
         max_regions (`int`): regions of a request.
@@ -33,6 +35,7 @@ class Limits:
 
     body_bytes: int = 2**25
     body_values: int = 2**17
+    other_values: int = 2**12
     body_escapes: int = 2**19
     url_length: int = 2**13
     max_regions: int = 64

@@ -14,6 +14,7 @@ from prometheus_client import Counter, Histogram
 from vllm import envs
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.request_logger import RequestLogger
+from vllm.exceptions import GracefulHTTPError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from pdlm_hf import PdlmConfig
@@ -74,8 +75,15 @@ class Service:
         limits.apply()
         PdlmConnector.limits = limits
         os.environ.setdefault("VLLM_MEDIA_CONNECTOR", CONNECTOR)  # read by vLLM at every request
-        self.generate = engine.generate
-        engine.generate = self._generate_checked
+        self.engine_generate, self.engine_shutdown = engine.generate, engine.shutdown
+        engine.generate, engine.shutdown = self._generate_checked, self._shut_down
+        self.loop, self.over = asyncio.get_running_loop(), False
+
+    def generate(self, *args: Any, **kwargs: Any):
+        """vLLM's `AsyncLLM.generate`. Raises: GracefulHTTPError, of status 503, once the server shuts down."""
+        if self.over:
+            raise _shutting_down()
+        return self.engine_generate(*args, **kwargs)
 
     def _generate_checked(self, prompt, sampling_params, *args: Any, **kwargs: Any):
         """What vLLM's own routes call. Raises before there is a stream, so that its status is 400."""
@@ -83,6 +91,15 @@ class Service:
         if kwargs.get("lora_request") is not None:
             check_adapter(kwargs["lora_request"].lora_path)
         return self.generate(prompt, sampling_params, *args, **kwargs)
+
+    def _shut_down(self, *args: Any, **kwargs: Any) -> None:
+        """What vLLM calls at its end, in a thread. By itself it leaves requests under way waiting for an engine that
+        is gone, and their clients with them.
+        """
+        self.engine_shutdown(*args, **kwargs)
+        self.over = True
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.engine.output_processor.propagate_error, _shutting_down())
 
     @property
     def served(self) -> list[str]:
@@ -240,6 +257,10 @@ class Service:
         if self.log and self.args.enable_log_outputs:
             texts = "\n".join(caption.text for caption in captions)
             self.log.log_outputs(name, texts, None, "stop", is_streaming=stream)
+
+
+def _shutting_down() -> GracefulHTTPError:
+    return GracefulHTTPError("The server is shutting down. Try another one.", HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 class Tally:

@@ -168,6 +168,17 @@ class Generator:
         size = self.rng.choice([[image.height, image.width], [image.width, image.height], [10**6] * 2, [1, 1], []])
         return REGIONS, {"image": data_url(image), "regions": [{"segmentation": {"size": size, "counts": some}}]}
 
+    def kind_long(self):
+        image, regions = self.rng.choice(self.pairs)
+        text = self.rng.choice(["a", "why ", "\n", "\u00e9", "%zz", "/.."]) * self.rng.choice([300, 10**5, 10**6])
+        good = {"image": data_url(image), "regions": coco(image, regions), "stream": self.rng.random() < 0.5}
+        if self.rng.random() < 0.2:
+            return CHAT, {"messages": [{"role": "user", "content": text}], "max_tokens": 4}
+        name = self.rng.choice(["image", "question", "model", "user", text, "id"])
+        if name == "id":
+            return REGIONS, good | {"regions": [region | {"id": text} for region in good["regions"]]}
+        return REGIONS, good | {name: "http://" + text}
+
     def kind_many(self):
         image, _ = self.rng.choice(self.pairs)
         count = self.rng.choice([0, 59, 61, 64, 65, 2000, 60000])

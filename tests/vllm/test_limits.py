@@ -5,14 +5,23 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from fastapi import HTTPException
+from hostile import REGIONS
 
 from pdlm_hf.errors_pdlm import ImageError, RegionError, SettingError
-from pdlm_vllm.bodies import BoundedBodies
+from pdlm_vllm.bodies import BoundedBodies, _long_list, _parsed, count_values
 from pdlm_vllm.limits import Limits, read_limits
 from pdlm_vllm.media import EncodedImage, OpenedImage
 
 SMALL = Limits(
-    body_bytes=100, body_values=5, max_regions=2, request_pixels=300, rle_bytes=4, url_length=20, body_escapes=3
+    body_bytes=100,
+    body_values=5,
+    other_values=3,
+    body_escapes=3,
+    max_regions=2,
+    request_pixels=300,
+    rle_bytes=4,
+    url_length=20,
 )
 
 
@@ -71,7 +80,7 @@ class State:
         self.state = SimpleNamespace(pdlm=service, enable_server_load_tracking=True, server_load_metrics=0)
 
 
-def sent(chunks: list[bytes], ours: bool = True, path: str = "/v1/x", hangs_up: bool = False) -> tuple:
+def sent(chunks: list[bytes], ours: bool = True, path: str = REGIONS, hangs_up: bool = False) -> tuple:
     """What the next application reads, and what the client gets, of a body in chunks."""
     messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
     messages[-1]["more_body"] = hangs_up
@@ -117,6 +126,33 @@ def test_a_body_beyond_them_is_refused_before_anyone_reads_it(chunks, message):
     read, (start, body) = sent(chunks)
     assert read == [] and start["status"] == 400
     assert message in json.loads(body["body"])["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions/batch", "/v1/responses"])
+def test_routes_without_regions_take_fewer_values(path):
+    assert sent([b"[1,2,3,4]"], path=path) == ([b"[1,2,3,4]"], [])
+    read, (_, body) = sent([b"[1,2,3,4,5]"], path=path)
+    assert read == [] and "more than 3 values (other_values)" in json.loads(body["body"])["error"]["message"]
+    assert sent([b"[1,2,3,4,5]"], path="/root/v1/chat/completions")[1] == []
+
+
+def test_values_are_counted_in_all_lists_and_dicts():
+    value = {"a": [1, {"b": 2}, []], "c": "1,2,3"}
+    assert [count_values(value, 100), count_values([1] * 50, 10), count_values("abc", 10)] == [6, 50, 0]
+
+
+def test_a_chat_has_few_values_beside_its_regions():
+    body = {"mm_processor_kwargs": {"regions": [1, 2, 3, 4, 5]}, "messages": [1]}
+    assert _parsed(json.dumps(body).encode(), SMALL) == body
+    with pytest.raises(HTTPException) as caught:
+        _parsed(json.dumps(body | {"messages": [[1, 2]]}).encode(), SMALL)
+    assert caught.value.detail == "The body has more than 3 values beside its regions (other_values)."
+
+
+def test_a_long_list_of_responses():
+    many = json.dumps({"a": [{"b": [1] * 33}]}).encode()
+    assert _long_list(many) == "A list of this body has 33 items; /v1/responses takes at most 32."
+    assert [_long_list(body) for body in (b"[1]", b"{", json.dumps([1] * 32).encode())] == [None] * 3
 
 
 def test_other_models_keep_their_bodies():

@@ -1,5 +1,6 @@
 """From an image and its regions to engine requests, without an engine."""
 
+import asyncio
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from drawn_images import drawn_images
 from pycocotools import mask as coco_mask
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.exceptions import GracefulHTTPError
 
 from pdlm_hf import CHECKPOINT, PdlmConfig, PdlmProcessor
 from pdlm_hf.errors_pdlm import SettingError
@@ -15,6 +17,7 @@ from pdlm_vllm.doors import check_chat
 from pdlm_vllm.plan import DEFAULT_TOKENS, chat_room, defaults_of
 from pdlm_vllm.processing import check_length
 from pdlm_vllm.requests import read_report, region_requests
+from pdlm_vllm.service import Service
 
 BOXES = [[2, 2, 30, 30], [10, 5, 20, 25]]
 CONFIG = PdlmConfig.from_pretrained(CHECKPOINT)
@@ -107,3 +110,21 @@ def test_a_longer_answer_is_refused_not_cut():
     with pytest.raises(SettingError, match="`max_tokens` 204 is more than the served canvas has room for: 203 tokens"):
         check_chat(request, chat_room(SimpleNamespace(cuda_graphs=True), 204))
     check_chat(request, chat_room(SimpleNamespace(cuda_graphs=False), 204))
+
+
+def test_requests_under_way_hear_of_the_end():
+    """vLLM ends its engine in a thread; nobody would wake those that wait for it."""
+    heard, ended = [], []
+    engine = SimpleNamespace(output_processor=SimpleNamespace(propagate_error=heard.append))
+
+    async def end() -> None:
+        parts = {"engine_shutdown": lambda timeout: ended.append(timeout), "engine_generate": lambda prompt: prompt}
+        service = SimpleNamespace(engine=engine, loop=asyncio.get_running_loop(), over=False, **parts)
+        assert Service.generate(service, "a") == "a"
+        await asyncio.to_thread(Service._shut_down, service, timeout=7)
+        await asyncio.sleep(0)
+        with pytest.raises(GracefulHTTPError, match="shutting down"):
+            Service.generate(service, "b")
+
+    asyncio.run(end())
+    assert ended == [7] and [error.http_status for error in heard] == [503]

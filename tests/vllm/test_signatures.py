@@ -129,8 +129,11 @@ EXPECTED = {
     "entrypoints/openai/chat_completion/api_router.py": {("", "create_chat_completion"): ["request", "raw_request"]},
     "model_executor/models/config.py": {("VerifyAndUpdateConfig", "verify_and_update_config"): ["vllm_config"]},
     "v1/engine/async_llm.py": {
-        ("AsyncLLM", "generate"): ["prompt", "sampling_params", "request_id", "lora_request", "priority"]
+        ("AsyncLLM", "generate"): ["prompt", "sampling_params", "request_id", "lora_request", "priority"],
+        ("AsyncLLM", "shutdown"): ["timeout"],
     },
+    "v1/engine/output_processor.py": {("OutputProcessor", "propagate_error"): ["e"]},
+    "exceptions.py": {("GracefulHTTPError", "__init__"): ["message", "http_status"]},
 }
 FIELDS = {
     "v1/worker/gpu/sample/output.py": {
