@@ -1,3 +1,4 @@
+from . import attributes as attributes
 from . import batch as batch
 from . import bench as bench
 from . import captioning as captioning
@@ -7,6 +8,7 @@ from . import regions as regions
 from . import render as render
 from . import shapes as shapes
 from . import training as training
+from .attributes_pdlm import PdlmAttributesOutput as PdlmAttributesOutput
 from .captioning.captioner import RegionCaptioner as RegionCaptioner
 from .captioning.checkpoints import BASE_CHECKPOINT as BASE_CHECKPOINT
 from .captioning.checkpoints import CHECKPOINT as CHECKPOINT
@@ -32,5 +34,6 @@ from .modeling_pdlm import PdlmPreTrainedModel as PdlmPreTrainedModel
 from .processing_pdlm import PdlmProcessor as PdlmProcessor
 from .processing_pdlm import RegionCaption as RegionCaption
 from .regions.region import Region as Region
+from .templates_pdlm import AttributePlan as AttributePlan
 
 __version__: str

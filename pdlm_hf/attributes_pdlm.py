@@ -149,6 +149,8 @@ class BlockCanvas:
             embeds = torch.cat([self.prompt, embeds], 1)
             positions = torch.cat([(self.present.cumsum(1) - 1).clamp_min(0), positions], 1)
             self.cache = PrefixCache()
+        elif self.cache is not None:
+            self.cache.make_room(embeds.shape[1])
         frozen = None if whole else self.cache
         mask = create_bidirectional_mask(
             config=self.model.model.language_model.config,

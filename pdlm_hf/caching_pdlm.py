@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from .errors_pdlm import SettingError
@@ -22,6 +23,12 @@ class PrefixCache(DynamicCache):
     def freeze(self, prefix_length: int) -> None:
         """Keep the first `prefix_length` columns from now on."""
         self.prefix_length = prefix_length
+
+    def make_room(self, columns: int) -> None:
+        """Let a canvas of so many columns fit behind the prompts, if it is wider than the first one."""
+        for layer in self.layers:
+            if (missing := (self.prefix_length or 0) + columns - layer.keys.shape[2]) > 0:
+                layer.keys, layer.values = (F.pad(states, (0, 0, 0, missing)) for states in (layer.keys, layer.values))
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep only these rows of the batch."""

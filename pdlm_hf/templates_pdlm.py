@@ -54,6 +54,10 @@ class Template:
         self.before = [literal.rstrip(" ") for literal in before]
         self.spaces = [literal[len(kept) :] for literal, kept in zip(before, self.before, strict=True)]
 
+    def fill(self, values: dict[str, str]) -> str:
+        """The sentence with these values."""
+        return _PLACE.sub(lambda place: values[place[1]], self.text)
+
     def block(
         self, encode: Callable[[str], list[int]], values: dict[str, str]
     ) -> tuple[list[int], dict[str, tuple[int, int]]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..attributes_pdlm import AttributeReading
+from ..templates_pdlm import Template, default_template
 from .schema import AttributeSchema, Choice, text_of
 
 
@@ -75,6 +76,13 @@ def values_of(schema: AttributeSchema, reading: AttributeReading, texts: dict[st
             value.value = None
         out[name] = value
     return out
+
+
+def sentence_of(schema: AttributeSchema, values: dict[str, AttributeValue]) -> str:
+    """The first template of the schema with the values of a region; "unknown" where there is none."""
+    text = schema.template[0] if schema.template else default_template(schema.attributes)
+    written = {name: "unknown" if v.value is None else text_of(v.value) for name, v in values.items()}
+    return Template(text).fill(written)
 
 
 def csv_fields(names: Iterable[str]) -> list[str]:

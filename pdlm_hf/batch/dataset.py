@@ -63,9 +63,9 @@ class DataSet:
     coco: dict[str, Any] | None = None
 
     def with_captions(self, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        """Make a COCO file with `caption` and `score` on every annotation that has a row. The COCO file of a folder
-        has only these annotations. Its lists are iterators, to be read once and in order, see
-        [`~pdlm_hf.regions.files.write_json_lists`].
+        """Make a COCO file with `caption` and `score` on every annotation that has a row, and with the values of its
+        `attributes`. The COCO file of a folder has only these annotations. Its lists are iterators, to be read once
+        and in order, see [`~pdlm_hf.regions.files.write_json_lists`].
 
         Args:
             rows: rows of captions, as [`run_batch`] writes them.
@@ -73,6 +73,7 @@ class DataSet:
         if self.coco is not None:
             said = {
                 (row["image_id"], row["annotation_id"]): {"caption": row["caption"], "score": row["score"]}
+                | _values(row)
                 for row in rows
             }
             return {**self.coco, "annotations": (_captioned(entry, said) for entry in self.coco["annotations"])}
@@ -84,12 +85,18 @@ class DataSet:
                 image = {"id": row["image_id"], "file_name": row["file_name"], "width": width, "height": height}
                 shown.setdefault(row["image_id"], image)
                 fields = {name: row[name] for name in ("image_id", "segmentation", "bbox", "caption", "score")}
-                yield {"id": row["annotation_id"], **fields}
+                yield {"id": row["annotation_id"], **fields, **_values(row)}
 
         def images() -> Iterator[dict[str, Any]]:
             yield from shown.values()  # all of them are known when the annotations have been read
 
         return {"annotations": annotations(), "images": images(), "categories": []}
+
+
+def _values(row: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a row, by name; nothing if it has none."""
+    found = row.get("attributes")
+    return {"attributes": {name: value["value"] for name, value in found.items()}} if found else {}
 
 
 def _captioned(annotation: Any, said: dict[Key, dict[str, Any]]) -> Any:

@@ -1,3 +1,5 @@
+from .attributes import AttributeCaption as AttributeCaption
+from .attributes import SchemaCaptioner as SchemaCaptioner
 from .captioner import MODES as MODES
 from .captioner import RegionCaptioner as RegionCaptioner
 from .captioner import RegionCaptions as RegionCaptions

@@ -4,18 +4,13 @@ import csv
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors_pdlm import SettingError
-from .options import Format, Model, Question, embedded_note, exit_on_error, load_captioner, note_embedded
+from .options import Format, Model, Question, Schema, embedded_note, exit_on_error, load_captioner, note_embedded
 from .regions import Boxes, ImageName, Masks, Orientation, RegionFile, read_regions
-
-Schema = Annotated[
-    Path | None, typer.Option("--schema", help='JSON file of attributes and their choices: {"colour": ["red", ...]}.')
-]
 
 
 @exit_on_error

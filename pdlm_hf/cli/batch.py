@@ -14,6 +14,7 @@ from .options import (
     Length,
     Model,
     Question,
+    Schema,
     Server,
     Steps,
     caption_client,
@@ -47,16 +48,20 @@ def batch(
     steps: Steps = 32,
     question: Question = None,
     fast: Fast = False,
+    schema: Schema = None,
 ) -> None:
     """Describe every region of a data set; the same command continues after any stop."""
     from ..batch.dataset import open_data
     from ..batch.run import BatchFiles, BatchProgress, parse_shard, run_batch
+    from ..batch.tables import write_table
 
-    generation = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
+    generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
     check_positive({"--max-new-tokens": max_new_tokens, "--steps": steps, "--batch-size": batch_size})
     check_positive({"--concurrency": concurrency} | ({} if workers is None else {"--workers": workers}))
     part = parse_shard(shard)
     _check_engine(engine, workers, server, images)
+    checked = None if schema is None else _read_schema(schema, engine, server)
+    generation = generation if checked is None else {}
     if server is not None and fast:
         raise SettingError("--server: --fast is not served; leave it out.")
     found = open_data(data.absolute(), images, format)
@@ -65,18 +70,21 @@ def batch(
         settings = generation if question is None else {**generation, "question": question}
         asked = caption_client(server, model, key_env, concurrency, settings)
     name = str(model or "shapes (embedded)") if asked is None else asked.model
-    files = BatchFiles(out, {"model": name, "question": question, "fast": fast, **generation}, part)
+    kept = {"model": name, "question": question, "fast": fast, **generation}
+    files = BatchFiles(out, kept if checked is None else kept | {"schema": checked.model_dump()}, part)
     _show_damaged(files.damaged)
 
     def open_engine():
         if engine == "ray":
             return _ray_engine(model, fast, batch_size, question, generation, workers, images)
-        return _engine(asked, model, fast, batch_size, question, generation)
+        return _engine(asked, model, fast, batch_size, question, generation, checked)
 
     if asked is None:
         note_embedded(model)
     with BatchProgress(len(found.entries[part[0] - 1 :: part[1]] if part else found.entries)) as progress:
         counts = run_batch(found, open_engine, files, part, progress)
+    if checked is not None:
+        write_table(files.out, checked.attributes)
     typer.echo(f"{counts}. Rows: {files.out}", err=True)
     if not counts.whole:
         typer.echo(f"pdlm: not every region has a caption; {files.faults_path} says why", err=True)
@@ -91,14 +99,28 @@ def _show_damaged(messages: list[str]) -> None:
         typer.echo(f"pdlm: and {more} more damaged lines", err=True)
 
 
-def _engine(client, model, fast, batch_size, question, generation):
+def _read_schema(path: Path, engine: str, server: str | None) -> Any:
+    """The schema of attributes to read. Raises: SettingError: it cannot be used, or not by this engine."""
+    from ..attributes.schema import read_schema_file
+
+    if engine != "local" or server is not None:
+        raise SettingError("--schema: attributes are read in this process; leave out --engine ray and --server.")
+    return read_schema_file(path)
+
+
+def _engine(client, model, fast, batch_size, question, generation, schema=None):
     """The engine that writes the captions of a data set, in this process or through a server."""
     from ..batch.engines import LocalEngine
     from ..batch.server_engine import ServerEngine
 
     if client is not None:
         return ServerEngine(client)
-    return LocalEngine(load_captioner(model, fast), batch_size, question, **generation)
+    captioner = load_captioner(model, fast)
+    if schema is not None:
+        from ..captioning.attributes import SchemaCaptioner
+
+        captioner = SchemaCaptioner(captioner, schema)
+    return LocalEngine(captioner, batch_size, question, **generation)
 
 
 def _check_engine(engine: str, workers: int | None, server: str | None, images: str | None) -> None:

@@ -1,6 +1,7 @@
 """Options that several commands of `pdlm` share, and functions that apply them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,11 @@ Length = Annotated[int, typer.Option("--max-new-tokens", help="Token positions p
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps at most.")]
 Question = Annotated[str | None, typer.Option(help="Question about the regions, instead of the default one.")]
 Fast = Annotated[bool, typer.Option("--fast", help="Accept certain tokens early: fewer forward passes.")]
+
+Schema = Annotated[
+    Path | None,
+    typer.Option("--schema", help='JSON file of attributes to read and their choices: {"colour": ["red", ...]}.'),
+]
 
 RELEASED, RELEASED_BASE = "MSALab/PerceptionDLM", "MSALab/PerceptionDLM-Base"  # ids on the hub
 

@@ -1,0 +1,120 @@
+"""`pdlm attributes`, and `pdlm batch --schema`."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import make_image
+from typer.testing import CliRunner
+
+from pdlm_hf import RegionCaptioner
+from pdlm_hf.cli.main import app
+from pdlm_hf.regions.files import read_rows, write_json
+
+SCHEMA = {"size": ["small", "large"], "colour": ["red", "dark red"], "striped": [True, False]}
+
+
+@pytest.fixture
+def files(tmp_path):
+    image, masks = make_image(1, 104, 64, 2)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    for k, mask in enumerate(masks):
+        Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / f"mask_{k}.png")
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    annotations = [{"id": k, "image_id": 7, "bbox": [5, 5, 20 + k, 30]} for k in range(3)]
+    write_json(tmp_path / "coco.json", {"images": [{"id": 7, "file_name": "image.png"}], "annotations": annotations})
+    return tmp_path
+
+
+@pytest.fixture
+def read(files, tiny_checkpoint):
+    def call(*options, schema="schema.json"):
+        masks = ["--mask", files / "mask_0.png", files / "mask_1.png"]
+        arguments = ["attributes", files / "image.png", *masks, "--model", tiny_checkpoint]
+        arguments += ["--schema", files / schema, *options]
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return call
+
+
+def test_json_is_what_python_reads(read, files, tiny_checkpoint):
+    result = read("--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["num_forwards"] == 1 and answer["image"] == str(files / "image.png")
+    captioner = RegionCaptioner.from_pretrained(tiny_checkpoint, device="cpu")
+    masks = [files / f"mask_{k}.png" for k in range(2)]
+    assert answer["regions"] == [row.to_row() for row in captioner.attributes(files / "image.png", masks, SCHEMA)]
+    assert "2 regions in 1 forward pass" in result.stderr
+
+
+def test_lines_and_table(read):
+    values = [
+        [region["attributes"][name]["value"] for name in SCHEMA]
+        for region in json.loads(read("--json").stdout)["regions"]
+    ]
+    lines = read().stdout.splitlines()
+    for number, (line, (size, colour, striped)) in enumerate(zip(lines, values, strict=True), 1):
+        assert line.startswith(f"{number}  size {size} (0.") and f"  colour {colour} (0." in line
+        assert f"  striped {'yes' if striped else 'no'} (" in line
+    table = list(csv.DictReader(io.StringIO(read("--csv").stdout)))
+    assert [[row["size"], row["colour"], row["striped"] == "True"] for row in table] == values
+    unknown = read("--unknown-below", "1").stdout
+    assert unknown.count("unknown") == 6
+    joint = read("--jointly", "--template", "A {size} {colour} {striped}", "--json")
+    assert json.loads(joint.stdout)["num_forwards"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "message"),
+    [
+        (["--json", "--csv"], None, "--json and --csv exclude each other"),
+        ([], '{"a": []}', "attribute 'a': the list of choices is empty"),
+        ([], '{"a": ["x", "x "]}', "both written 'x'"),
+        ([], "{", "is not valid JSON"),
+        (["--template", "A {size}"], None, "The template has no place for {colour}"),
+        (["--unknown-below", "3"], None, "unknown_below"),
+        (["--unknown-below", "nan"], None, "unknown_below"),
+    ],
+)
+def test_wrong_calls(read, files, options, text, message):
+    if text is not None:
+        (files / "schema.json").write_text(text)
+    result = read(*options)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert message in result.stderr and len(result.stderr.splitlines()) <= 2
+
+
+def test_wrong_files(read, files):
+    assert "No such file" in read(schema="none.json").stderr
+    result = CliRunner().invoke(app, ["attributes", str(files / "image.png")])
+    assert result.exit_code == 2 and "No schema: give --schema" in result.stderr
+
+
+def test_batch_is_resumed_with_the_same_schema_only(files, tiny_checkpoint):
+    def batch(*options):
+        arguments = ["batch", files / "coco.json", "--model", tiny_checkpoint, "--out", files / "out.jsonl"]
+        return CliRunner().invoke(app, [str(argument) for argument in (*arguments, *options)])
+
+    schema = ["--schema", files / "schema.json"]
+    assert batch(*schema).exit_code == 0
+    rows = list(read_rows(files / "out.jsonl"))
+    assert [row["annotation_id"] for row in rows] == [0, 1, 2]
+    assert rows[0]["attributes"].keys() == SCHEMA.keys()
+    lines = (files / "out.jsonl").read_text().splitlines(keepends=True)
+    (files / "out.jsonl").write_text("".join(lines[:1]))
+    again = batch(*schema)
+    assert again.exit_code == 0 and "1 region captioned before" in again.stderr
+    assert list(read_rows(files / "out.jsonl")) == rows
+    table = list(csv.DictReader(io.StringIO((files / "out.csv").read_text())))
+    assert [row["id"] for row in table] == ["0", "1", "2"]
+    assert [row["colour"] for row in table] == [row["attributes"]["colour"]["value"] for row in rows]
+    (files / "schema.json").write_text(json.dumps(SCHEMA | {"size": ["little", "big"]}))
+    other = batch(*schema)
+    assert other.exit_code == 2 and "schema" in other.stderr
+    assert batch().exit_code == 2
+    ray = batch(*schema, "--server", "http://127.0.0.1:9")
+    assert ray.exit_code == 2 and "--schema: attributes are read in this process" in ray.stderr
