@@ -88,7 +88,8 @@ class BoundedBodies:
                     "more compressed image, or its URL."
                 )
             elif values > most:
-                problem = f"The body has more than {most} values ({name}). Send regions as compressed RLE, or fewer."
+                advice = "regions as compressed RLE, or fewer" if name == "body_values" else "less at a time"
+                problem = f"The body has more than {most} values ({name}). Send {advice}."
             elif escapes > self.limits.body_escapes:
                 problem = (
                     f"The body has more than {self.limits.body_escapes} backslashes (body_escapes). Write characters "
