@@ -50,6 +50,7 @@ class Template:
                 raise SettingError(
                     f"The template has two places {{{name:.40}}}, an attribute can have one: {text:.80}"
                 )
+        self.text = text
         *before, self.rest = literals
         self.before = [literal.rstrip(" ") for literal in before]
         self.spaces = [literal[len(kept) :] for literal, kept in zip(before, self.before, strict=True)]

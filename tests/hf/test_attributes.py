@@ -45,7 +45,8 @@ def direct(model, processor, scene, blocks):
 
 
 def close(found, expected):
-    torch.testing.assert_close(torch.tensor(found), torch.as_tensor(expected), atol=2e-6, rtol=2e-4)
+    found, expected = (torch.as_tensor(values, dtype=torch.float64) for values in (found, expected))
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-4)
 
 
 class TestTemplates:
@@ -303,7 +304,7 @@ class TestReading:
 class TestShapes:
     """The embedded checkpoint."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def captioner(self):
         return RegionCaptioner.from_pretrained(device="cpu")
 
