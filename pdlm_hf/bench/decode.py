@@ -287,6 +287,21 @@ def _plot(record: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+def _check(device: str, shape: str, regions: list[int], files: dict[str, Path | None]) -> None:
+    """Raises: SettingError: a setting of [`decode`] is not possible here."""
+    if shape not in SHAPES:
+        raise SettingError(f"--shape: expected one of {', '.join(SHAPES)}, got {shape!r}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingError("--device: there is no CUDA device.")
+    if device not in ("cpu", "cuda"):
+        raise SettingError(f"--device: expected cpu or cuda, got {device!r}.")
+    for name, path in files.items():
+        if path is not None and not path.parent.is_dir():
+            raise SettingError(f"{name}: there is no folder {path.parent}.")
+    if max(regions) > MAX_REGIONS:
+        raise SettingError(f"--regions: at most {MAX_REGIONS} regions, got {max(regions)}.")
+
+
 def decode(
     device: str,
     shape: str,
@@ -301,12 +316,10 @@ def decode(
     json_file: Path | None = None,
     plot: Path | None = None,
 ) -> None:
-    """Time the reference's loop, ours and an autoregressive one on random weights and print a table for each number of
-    regions.
+    """Time the reference's loop, ours and an autoregressive one on random weights; a table for each number of regions.
 
     Args:
-        device (`str`): "cpu" or "cuda".
-        shape (`str`): name in [`SHAPES`].
+        device, shape (`str`): "cpu" or "cuda"; name in [`SHAPES`].
         regions, batches (`list[int]`): numbers of regions, and batch sizes.
         slots, steps, repeats (`int`): token positions of a caption, denoising steps, measured turns.
         length (`int`): tokens of a caption, where the loop has an end: the autoregressive one, and with trimming.
@@ -318,23 +331,12 @@ def decode(
         SettingError: the shape, device or folder does not exist, or there are too many regions.
         MissingPackageError: `plot` is given, and matplotlib is not installed.
     """
-    if shape not in SHAPES:
-        raise SettingError(f"--shape: expected one of {', '.join(SHAPES)}, got {shape!r}.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SettingError("--device: there is no CUDA device.")
-    if device not in ("cpu", "cuda"):
-        raise SettingError(f"--device: expected cpu or cuda, got {device!r}.")
-    for name, path in (("--json", json_file), ("--plot", plot)):
-        if path is not None and not path.parent.is_dir():
-            raise SettingError(f"{name}: there is no folder {path.parent}.")
+    _check(device, shape, regions, {"--json": json_file, "--plot": plot})
     if plot is not None:
         with_scaling = True
         _pyplot()  # fails now rather than after the run
-    counts = regions
-    if max(counts) > MAX_REGIONS:
-        raise SettingError(f"--regions: at most {MAX_REGIONS} regions, got {max(counts)}.")
     torch.set_num_threads(threads)
-    bench = Bench(SHAPES[shape], device, max(8 if with_scaling else 1, *counts))
+    bench = Bench(SHAPES[shape], device, max(8 if with_scaling else 1, *regions))
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} thread(s)"
     record: dict[str, Any] = {
         "hardware": hardware,
@@ -347,7 +349,7 @@ def decode(
         "tables": [],
     }
     with torch.inference_mode():
-        for count in counts:
+        for count in regions:
             record["tables"].append(compare(bench, count, batches, slots, steps, repeats, length=length))
             _show(record["tables"][-1])
             if json_file:  # after every table, so that a stopped run leaves its results
