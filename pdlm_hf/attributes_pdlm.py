@@ -8,7 +8,7 @@ matter. Fixed words of a template stand in a block, and the places of attributes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -28,6 +28,8 @@ from .versions_pdlm import CACHE
 # Token positions of a row's canvas in one forward pass, unless one block is longer: bounds the attention mask.
 MOST_COLUMNS = 4096
 _MAX_LOGITS = 2**26  # positions x vocabulary scored at a time
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -108,23 +110,29 @@ class BlockCanvas:
         self.cache: PrefixCache | None = None
         self.num_forwards = 0
 
-    def log_probs(self, blocks: list[_Placed], places: list[tuple[int, int]]) -> torch.Tensor:
-        """Log-probabilities of all tokens at some places, float32 `(places, vocab_size)`.
+    def read(
+        self, blocks: list[_Placed], places: list[tuple[int, int]], take: Callable[[int, torch.Tensor], _T]
+    ) -> list[_T]:
+        """What `take` makes of the log-probabilities of all tokens at some places.
 
         Args:
             blocks (`list[_Placed]`): all of one logical pass; more than fit at a time take several forward passes.
             places (`list[tuple[int, int]]`): number of the block, and position in it, block by block.
+            take: gets the number of the place, and its log-probabilities, float32 `(vocab_size,)`, of which no more
+                exist than fit in memory.
         """
-        found, done = [], 0
-        for part in self._parts(blocks):
-            here = [(n - done, at) for n, at in places if done <= n < done + len(part)]
-            hidden = self._forward(part, whole=self.cache is None or (self.refresh and done == 0))
-            index = torch.tensor([(part[n].row, part[n].column + at) for n, at in here], device=self.device)
-            found.append(hidden[index[:, 0], index[:, 1]] if here else hidden[0, :0])
-            done += len(part)
-        states = torch.cat(found)
+        found: list[_T] = []
+        done = 0
         at_once = max(1, _MAX_LOGITS // self.config.text_config.vocab_size)
-        return torch.cat([self.model.lm_head(part).float().log_softmax(-1) for part in states.split(at_once)])
+        for part in self._parts(blocks):
+            hidden = self._forward(part, whole=self.cache is None or (self.refresh and done == 0))
+            here = [(part[n - done], at) for n, at in places if done <= n < done + len(part)]
+            rows, columns = [placed.row for placed, _ in here], [placed.column + at for placed, at in here]
+            for states in hidden[rows, columns].split(at_once) if here else ():
+                logs = self.model.lm_head(states).float().log_softmax(-1)
+                found += [take(len(found) + k, row) for k, row in enumerate(logs)]
+            done += len(part)
+        return found
 
     def _parts(self, blocks: list[_Placed]) -> list[list[_Placed]]:
         """The blocks, as many at a time as a row's canvas may hold; sets their columns."""
@@ -251,15 +259,14 @@ class AttributeReader:
                     places += [(len(blocks), read.position) for read in block.reads]
                     reads += [(region, template, read) for read in block.reads]
                     blocks.append(_Placed(region[0], region[1], block))
-        log_probs = self.canvas.log_probs(blocks, places)
+        options_of = self.canvas.read(blocks, places, lambda k, row: row[reads[k][2].tokens])
         scores: dict[tuple, torch.Tensor] = {}
         support: dict[tuple, list[float]] = {}
-        for (region, template, read), row in zip(reads, log_probs, strict=True):
-            options = row[torch.tensor(read.tokens, device=row.device)]
+        for (region, template, read), options in zip(reads, options_of, strict=True):
             total = options.logsumexp(0)
             key = (region, read.name, template)
             if key not in scores:
-                scores[key] = torch.zeros(len(self.plan.choices[read.name]), device=row.device)
+                scores[key] = torch.zeros(len(self.plan.choices[read.name]), device=options.device)
             for score, choices in zip(options - total, read.choices, strict=True):
                 scores[key][choices] += score
             if read.is_first:
@@ -303,16 +310,13 @@ class AttributeReader:
             blocks = [_Placed(*region, writing[region, name][0]) for region, name in active]
             places = [(n, at) for n, b in enumerate(blocks) for at, t in enumerate(b.block.tokens) if t == mask]
             open_places = [(n, at) for n, at in places if at >= len(blocks[n].block.tokens) - writing[active[n]][1]]
-            log_probs = self.canvas.log_probs(blocks, open_places)
-            log_probs[:, mask] = -torch.inf
-            best, token = log_probs.max(-1)
+            drafts = self.canvas.read(blocks, open_places, partial(_draft, mask))
             for n, key in enumerate(active):
                 mine = [k for k, (number, _) in enumerate(open_places) if number == n]
-                top = max(mine, key=lambda k: float(best[k]))
+                top = max(mine, key=lambda k: drafts[k][0])
                 for k in mine:
-                    if k == top or best[k].exp() > threshold:
-                        writing[key][0].tokens[open_places[k][1]] = int(token[k])
-                        written[key][open_places[k][1]] = float(best[k].exp())
+                    if k == top or drafts[k][0] > threshold:
+                        written[key][open_places[k][1]], writing[key][0].tokens[open_places[k][1]] = drafts[k]
             active = [key for key in active if self._is_open(*writing[key], key[1])]
         for (region, name), (block, length) in writing.items():
             tokens = block.tokens[-length:]
@@ -330,6 +334,13 @@ class AttributeReader:
         """Whether a free text has an open position before its end."""
         tokens = block.tokens[-length:]
         return self.plan.mask_id in tokens[: self._end(tokens, name)]
+
+
+def _draft(mask: int, number: int, log_probs: torch.Tensor) -> tuple[float, int]:
+    """Probability of the most probable token, and the token, which is not the mask."""
+    log_probs[mask] = -torch.inf
+    best, token = log_probs.max(0)
+    return float(best.exp()), int(token)
 
 
 class PdlmAttributesMixin:

@@ -5,12 +5,14 @@ from typing import Any
 from transformers import AutoModelForImageTextToText, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from ..attributes.results import RegionAttributes, values_of
+from ..attributes.schema import parse_schema
 from ..errors_pdlm import SettingError
 from ..modeling_pdlm import PdlmForConditionalGeneration
 from ..processing_pdlm import PdlmProcessor
 from ..regions.hints import load_pair
 
-TASK = "region-captioning"
+TASK, ATTRIBUTES_TASK = "region-captioning", "region-attributes"
 
 
 class RegionCaptioningPipeline(Pipeline):
@@ -24,6 +26,7 @@ class RegionCaptioningPipeline(Pipeline):
     processor: PdlmProcessor
 
     # transformers declares these four as None, and the settings of the three steps below as `dict`
+    _task = TASK
     _load_processor = True  # type: ignore[assignment]
     _load_image_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
@@ -37,8 +40,8 @@ class RegionCaptioningPipeline(Pipeline):
         """
         if batch_size > 1:
             raise SettingError(
-                f"region-captioning takes one image at a time, got batch_size={batch_size}. For batches use "
-                "`RegionCaptioner.caption_many(pairs, batch_size=...)`."
+                f"{self._task} takes one image at a time, got batch_size={batch_size}. For batches use "
+                "`caption_many` or `attributes_many(pairs, batch_size=...)` of `RegionCaptioner`."
             )
         return super().get_iterator(inputs, num_workers, batch_size, *args)
 
@@ -54,7 +57,7 @@ class RegionCaptioningPipeline(Pipeline):
             SettingError: the inputs have no "image" or no "regions".
         """
         if not isinstance(inputs, dict) or not {"image", "regions"} <= inputs.keys():
-            raise SettingError('region-captioning takes {"image": image, "regions": [...]}.')
+            raise SettingError(self._task + ' takes {"image": image, "regions": [...]}.')
         image, regions = load_pair(inputs["image"], inputs["regions"])
         batch = self.processor(images=image, segmentation_maps=[r.mask for r in regions], text=question)
         return batch | {"regions": regions}
@@ -72,6 +75,46 @@ class RegionCaptioningPipeline(Pipeline):
         ]
 
 
+class RegionAttributesPipeline(RegionCaptioningPipeline):
+    """Reads typed attributes of the regions of an image: `pipe({"image": image, "regions": [...]}, schema={...})`.
+
+    The schema is that of [`~pdlm_hf.attributes.parse_schema`]. The pipeline returns for each image a list of
+    `{"id", "bbox", "attributes"}` in the order of the regions.
+    """
+
+    _task = ATTRIBUTES_TASK
+
+    def _sanitize_parameters(self, question: str | None = None, schema: Any = None, **settings: Any):
+        before, _, _ = super()._sanitize_parameters(question)
+        if schema is None:
+            return before, settings, {}
+        own = {name: settings.pop(name, None) for name in ("template", "jointly", "calibrate", "unknown_below")}
+        checked = parse_schema(schema, **own)
+        return before, settings | {"schema": checked}, {"schema": checked}
+
+    def _forward(self, model_inputs, schema=None, **settings):  # type: ignore[override]
+        if schema is None:
+            raise SettingError('region-attributes needs a schema, for example schema={"colour": ["red", "blue"]}.')
+        regions = model_inputs.pop("regions")
+        plan = self.processor.attribute_plan(schema.choices, schema.lengths, schema.template)
+        how = {"jointly": schema.jointly, "calibrate": schema.calibrate}
+        return {"output": self.model.read_attributes(**model_inputs, plan=plan, **how, **settings), "regions": regions}
+
+    def postprocess(self, model_outputs, schema=None):  # type: ignore[override]
+        """Return the attributes as dicts, in the order of the regions."""
+        found = []
+        for region, reading in zip(model_outputs["regions"], model_outputs["output"].readings[0], strict=True):
+            texts = {name: self.processor.read_caption(ids).text for name, ids in reading.texts.items()}
+            found.append(RegionAttributes(values_of(schema, reading, texts), region.id, region.bbox).to_row())
+        return found
+
+
+PIPELINE_REGISTRY.register_pipeline(
+    ATTRIBUTES_TASK,
+    pipeline_class=RegionAttributesPipeline,
+    pt_model=AutoModelForImageTextToText,
+    type="multimodal",
+)
 PIPELINE_REGISTRY.register_pipeline(
     TASK, pipeline_class=RegionCaptioningPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
 )

@@ -4,7 +4,7 @@ from PIL import Image
 from tiny import make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
-from pdlm_hf import RegionCaptioner
+from pdlm_hf import RegionCaptioner, SettingError
 
 SETTINGS = {"max_new_tokens": 6, "max_denoising_steps": 3}
 
@@ -84,3 +84,20 @@ def test_stock_pipeline_takes_max_new_tokens(golden_base):
 def test_batches_are_refused_with_the_alternative(pipe):
     with pytest.raises(ValueError, match="caption_many"):
         list(pipe([inputs(1, 2)] * 2, batch_size=2))
+
+
+def test_attributes(tiny_checkpoint):
+    pipe = pipeline("region-attributes", model=str(tiny_checkpoint), device="cpu")
+    entry = inputs(1, 2)
+    schema = {"size": ["small", "large"], "striped": [True, False]}
+    found = pipe(entry, schema=schema, jointly=True)
+    captioner = RegionCaptioner.from_pretrained(tiny_checkpoint, device="cpu")
+    assert found == [
+        row.to_row() for row in captioner.attributes(entry["image"], entry["regions"], schema, jointly=True)
+    ]
+    with pytest.raises(SettingError, match="region-attributes needs a schema"):
+        pipe(entry)
+    with pytest.raises(SettingError, match="region-attributes takes"):
+        pipe({"image": entry["image"]}, schema=schema)
+    with pytest.raises(SettingError, match="the list of choices is empty"):
+        pipe(entry, schema={"a": []})

@@ -1,4 +1,4 @@
-"""Train the tiny region checkpoint on synthetic scenes.
+r"""Train the tiny region checkpoint on synthetic scenes.
 
     train="python -m tools.shapes.train --threads 2"
     $train --out runs/vision --lesson vision --steps 4000 --batch-size 64 --learning-rate 3e-3
@@ -18,7 +18,8 @@
 
 A checkpoint that also fills the places of templates in one pass:
 
-    $train --out runs/templates --init runs/commit --prefix-attention isolated --lesson templates --seed 31 [...]
+    $train --out runs/templates --init runs/commit --lesson templates --prefix-attention isolated --steps 500 \
+        --learning-rate 6e-4 --seed 31
 
 With the same `--out` a stopped training is resumed from the last saved step. Images are drawn during training, none
 twice in a run; runs of the same lesson with the same seed draw the same images.
