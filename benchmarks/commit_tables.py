@@ -65,7 +65,7 @@ def commit_cells(row: dict) -> list[str]:
     return [percent(row["exact"]), f"{row['forwards']:.2f}"]
 
 
-def commit_parts(record: dict, thresholds: tuple[float, ...] = (0.5, 0.7, 0.9)) -> str:
+def commit_parts(record: dict, thresholds: tuple[float, ...] = (0.7, 0.8, 0.9)) -> str:
     """The recipe with parts left out, at some of its thresholds."""
     rows = [["trained with", *(text for t in thresholds for text in (f"right at {t}", "forward passes"))]]
     for name, variant in record["variants"].items():

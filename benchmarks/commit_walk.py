@@ -30,13 +30,13 @@ from pdlm_peft.commit_rules import measure_regions
 
 SEEDS = (21, 22, 23)
 COMMIT = ["-m", "pdlm_peft.cli", "commit", "commit_shapes", "training.disable_tqdm=true"]
+BOTH = ["commit.own_states=0.25", "commit.certainty=1"]
 PARTS = {
-    "all": [],
-    "without the certainty loss": ["commit.certainty=0"],
-    "without states of its own first pass": ["commit.own_states=0"],
-    "empty canvases only": ["commit.empty=1", "commit.own_states=0"],
-    "random masks only": ["commit.empty=0", "commit.own_states=0"],
-    "random masks only, without the certainty loss": ["commit.empty=0", "commit.own_states=0", "commit.certainty=0"],
+    "all": BOTH,
+    "without the certainty loss": [*BOTH, "commit.certainty=0"],
+    "without states of its own first pass": [*BOTH, "commit.own_states=0"],
+    "without both": ["commit.certainty=0", "commit.own_states=0"],
+    "empty canvases only": [*BOTH, "commit.empty=1", "commit.own_states=0"],
 }
 
 app = typer.Typer(help=__doc__.splitlines()[0])

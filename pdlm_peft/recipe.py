@@ -145,7 +145,7 @@ class Commit(_Part):
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
     scenes: Count = 4000
     empty: Annotated[float, Field(ge=0, le=1)] = 0.5
-    own_states: Annotated[float, Field(ge=0, le=1)] = 0.25
+    own_states: Annotated[float, Field(ge=0, le=1)] = 0.0
     certainty: Annotated[float, Field(ge=0)] = 1.0
     rules: Annotated[list[dict[str, Any]], Field(min_length=1)] = [
         {"acceptance_threshold": threshold} for threshold in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

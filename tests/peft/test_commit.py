@@ -235,12 +235,14 @@ def test_a_temperature_mends_scores_that_are_too_certain():
 
 # ---------------------------------------------------------------- runs
 
+BOTH = ["commit.own_states=0.25", "commit.certainty=1"]
+
 
 @pytest.mark.parametrize("name", ["commit_shapes", "commit_8b", "commit_8b_24gb"])
 def test_commit_in_miniature(name, tmp_path):
     path = unlabelled(tmp_path)
     files = [] if name == "commit_shapes" else [f"data.train={path}", f"data.held_out={path}"]
-    extra = ["quantize=null", "training.bf16=false", "commit.scenes=4", "commit.drop=0", "samples.every=1"]
+    extra = ["quantize=null", "training.bf16=false", "commit.scenes=4", "commit.drop=0", "samples.every=1", *BOTH]
     extra += ["commit.rules=[{acceptance_threshold: 0.6}, {acceptance_threshold: 0.9}]", "samples.images=1"]
     recipe = small(name, tmp_path / "run", f"model={CHECKPOINT}", *files, *extra)
     record = commit(recipe, show=lambda line: None)
@@ -303,7 +305,7 @@ def arguments(folder, out, *more):
     """A commit of 20 images, which are three batches of captions, and six steps."""
     files = [f"data.{name}={folder / 'regions.jsonl'}" for name in ("train", "held_out")]
     steps = ["training.max_steps=6", "training.save_steps=2", "training.bf16=false", "data.held_out_limit=8"]
-    settings = [*SMALL, *files, *steps, f"model={CHECKPOINT}", "commit.drop=0", f"output={out}"]
+    settings = [*SMALL, *files, *steps, f"model={CHECKPOINT}", "commit.drop=0", *BOTH, f"output={out}"]
     return ["-m", "pdlm_peft.cli", "commit", "commit_8b", *settings, *more]
 
 
@@ -382,7 +384,7 @@ def test_two_processes_commit_as_one(photos):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("commit.empty=0.9", "add up to 1.15; lower one"),
+        ("commit.own_states=0.75", "add up to 1.25; lower one"),
         ("data.num_slots=null", "set `data.num_slots`"),
         ("data.held_out=null", "held-out rows; set data.held_out=FILE"),
         ("commit.rules=[]", "at least 1 item"),
