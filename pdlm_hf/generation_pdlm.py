@@ -60,7 +60,6 @@ class PdlmGenerationMixin:
 
     config: PdlmConfig
     model: Any  # PdlmModel, whose module imports this one
-    dtype: torch.dtype
     generation_config: PdlmGenerationConfig
     generation_config_class: type[PdlmGenerationConfig]
     _canvas_graphs: CanvasGraphs | None = None
@@ -136,7 +135,7 @@ class PdlmGenerationMixin:
         if input_ids is None:
             raise SettingError("`generate` needs `input_ids`; build them with the processor.")
         settings = self._settings(generation_config, kwargs, chat=region_order is None and region_boxes is None)
-        warn_of_slow_bfloat16(input_ids.device, self.dtype)
+        warn_of_slow_bfloat16(input_ids.device, self.model.dtype)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         inputs = {

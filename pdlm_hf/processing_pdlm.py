@@ -233,7 +233,8 @@ class PdlmProcessor(CaptionReaderMixin):
         images, maps, questions = as_lists(images, segmentation_maps, text)
         if not images:
             raise ImageError("No images: `images` is empty.")
-        rows, order, image_index = [], [], []
+        rows: list[dict[str, Any]] = []
+        order, image_index = [], []
         for i, (image, masks, question) in enumerate(zip(images, maps, questions, strict=True)):
             if isinstance(question, str) and HEADER in question:
                 question = question_of(question)

@@ -160,8 +160,8 @@ def resized_corners(mask: np.ndarray, inside: int, size: tuple[int, int], step: 
         `np.ndarray` of shape `(size[1] // step, size[0] // step)`, uint8.
     """
     (height, width), (new_width, new_height) = mask.shape, size
-    rows = np.flatnonzero(mask.any(1))
-    rows = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0)  # elsewhere everything is outside
+    used = np.flatnonzero(mask.any(1))
+    rows = slice(used[0], used[-1] + 1) if len(used) else slice(0)  # elsewhere everything is outside
     narrow = np.full((height, new_width // step), OUTSIDE, np.uint8)
     if width == new_width:
         narrow[rows] = np.where(mask[rows, ::step], np.uint8(inside), np.uint8(OUTSIDE))

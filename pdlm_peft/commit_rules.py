@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from pdlm_hf import RegionCaptioner
+from pdlm_hf.shapes.evaluate import calibration_error
 from pdlm_hf.shapes.scenes import read
-
-BINS = 10
 
 
 @dataclass
@@ -89,24 +88,11 @@ def choose(measured: Sequence[Measured], tolerance: float) -> Measured:
 # ---------------------------------------------------------------------------------------------------- scores
 
 
-def calibration_error(scores: Sequence[float], right: Sequence[bool]) -> float:
-    """Expected calibration error: the mean distance between score and share of right captions, in 10 equal bins.
-
-    Args:
-        scores (`Sequence[float]`): in [0, 1].
-        right (`Sequence[bool]`): whether each caption is right.
-    """
-    values, hits = np.asarray(scores, float), np.asarray(right, float)
-    place = np.minimum((values * BINS).astype(int), BINS - 1)
-    gaps = [abs((values - hits)[place == k].sum()) for k in range(BINS)]
-    return float(sum(gaps) / len(values))
-
-
 def fit_temperature(scores: Sequence[float], right: Sequence[bool]) -> float:
     """The temperature T for which sigmoid(logit(score) / T) has the highest likelihood.
 
     Args:
-        scores (`Sequence[float]`), right (`Sequence[bool]`): see [`calibration_error`].
+        scores (`Sequence[float]`), right (`Sequence[bool]`): scores in [0, 1], and whether each caption is right.
     """
     odds = _log_odds(scores)
     hits = np.asarray(right, float)

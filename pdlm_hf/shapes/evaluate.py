@@ -142,10 +142,10 @@ def calibration_error(probabilities: Sequence[float], right: Sequence[bool], bin
         right (`Sequence[bool]`): whether they are right.
         bins (`int`)
     """
-    probability, hit = np.asarray(probabilities, dtype=float), np.asarray(right, dtype=float)
-    index = np.clip(np.ceil(probability * bins) - 1, 0, bins - 1)
-    gaps = [(probability[index == k].sum() - hit[index == k].sum()) for k in range(bins)]
-    return float(np.abs(gaps).sum() / len(probability))
+    values, hits = np.asarray(probabilities, float), np.asarray(right, float)
+    place = np.minimum((values * bins).astype(int), bins - 1)
+    gaps = [abs((values - hits)[place == k].sum()) for k in range(bins)]
+    return float(sum(gaps) / len(values))
 
 
 def evaluate_attributes(
@@ -195,14 +195,15 @@ def evaluate_attributes(
                     best = max(values)
                     right = choices[name][values.index(best)] == truth(figure)[name]
                     said[name].append((best, right))
-    rows = [answer for answers in said.values() for answer in answers]
+    errors = {name: [*zip(*answers, strict=True)] for name, answers in said.items()}
+    probabilities, hits = ([value for one in errors.values() for value in one[k]] for k in range(2))
     whole = [all(right for _, right in answers) for answers in zip(*said.values(), strict=True)]
     return {
         "regions": len(whole),
         "all_right": round(sum(whole) / len(whole), 4),
         "by_attribute": {n: round(sum(right for _, right in a) / len(a), 4) for n, a in said.items()},
-        "ece": round(calibration_error(*zip(*rows, strict=True)), 4),
-        "ece_by_attribute": {n: round(calibration_error(*zip(*a, strict=True)), 4) for n, a in said.items()},
+        "ece": round(calibration_error(probabilities, hits), 4),
+        "ece_by_attribute": {n: round(calibration_error(p, r), 4) for n, (p, r) in errors.items()},
         "num_forwards": round(forwards / batches, 2),
         "seconds": round(time.perf_counter() - start, 1),
         "images": images,
