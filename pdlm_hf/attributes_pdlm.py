@@ -371,8 +371,8 @@ class PdlmAttributesMixin:
         """Read typed attributes of all regions together.
 
         Args:
-            input_ids, attention_mask, pixel_values, image_grids, region_masks, region_boxes, original_sizes,
-                region_order, image_index: from the processor.
+            input_ids, attention_mask, pixel_values, image_grids: from the processor.
+            region_masks, region_boxes, original_sizes, region_order, image_index: likewise.
             plan (`AttributePlan`): from the processor's `attribute_plan`.
             jointly (`bool`): the most certain attribute of a region is fixed and the others are read again, one pass
                 an attribute, for attributes that depend on each other.
