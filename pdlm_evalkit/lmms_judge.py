@@ -50,8 +50,8 @@ class TaskJudges:
         posted = response_maker(requests.Response)
         requests.post = self._ask(requests.post, _body_of, lambda response: response.text * response.ok, posted)
         said = partial(_completion, ChatCompletion.construct)  # of a server that leaves out fields, too
-        Completions.create = self._ask(Completions.create, dict, _dump, said)  # type: ignore[method-assign]
-        AsyncCompletions.create = self._ask_later(AsyncCompletions.create, said)  # type: ignore[method-assign]
+        Completions.create = self._ask(Completions.create, dict, _dump, said)
+        AsyncCompletions.create = self._ask_later(AsyncCompletions.create, said)
         random.choice, random.randint = self._draw(random.choice), self._draw(random.randint)
 
     def counts(self) -> dict[str, dict[str, int]]:

@@ -384,4 +384,3 @@ def test_a_long_mixed_load(server, captioner, capsys):
         record = {name: value for name, value in tally.items() if name != "wrong"}
         sys.stdout.write(f"\nmixed load of 240: {json.dumps(record)}\n")
     check_load(tally, 240)
-    assert tally["preemptions"] > 0
