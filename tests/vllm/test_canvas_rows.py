@@ -107,7 +107,7 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize("settings", SETTINGS, ids=json.dumps)
 def test_rows_and_captions_are_those_of_transformers(both, settings):
     llm, plain = both
-    pairs = drawn_images(8)
+    pairs = drawn_images(5)
     expected, theirs = counted_by_transformers(plain, pairs, settings)
     found, mine = counted_by_vllm(llm, pairs, settings)
     assert_equal(found, expected)
@@ -118,7 +118,7 @@ def test_rows_and_captions_are_those_of_transformers(both, settings):
 
 def test_hidden_positions_and_complete_regions_leave(both):
     llm, _ = both
-    pairs = drawn_images(8)
+    pairs = drawn_images(5)
     plain, trimmed = (counted_by_vllm(llm, pairs, {**SLOW, "trim_canvas": trim})[1] for trim in (False, True))
     assert 0 < trimmed.rows < 0.8 * plain.rows
     assert plain.rows < 34 * 31 * sum(len(regions) for _, regions in pairs)  # if all stayed to the last step
@@ -128,8 +128,8 @@ def test_requests_of_every_kind_side_by_side(both):
     """Each as if it were alone, whatever hides its positions beside it."""
     llm, plain = both
     config, defaults = plain.model.config, defaults_of(str(CHECKPOINT))
-    pairs = drawn_images(12, seed=3)
-    kinds = [SETTINGS[k % len(SETTINGS)] for k in range(12)]
+    pairs = drawn_images(7, seed=3)
+    kinds = [SETTINGS[k % len(SETTINGS)] for k in range(7)]
     works = [
         region_requests(plain.processor, config, defaults, *pair, **settings)
         for pair, settings in zip(pairs, kinds, strict=True)
@@ -144,7 +144,7 @@ def test_requests_of_every_kind_side_by_side(both):
 def test_old_news_costs_rows_and_changes_no_caption(both):
     """A host that runs ahead of its device learns late what was accepted."""
     llm, plain = both
-    pairs, settings = drawn_images(8), {**SLOW, "trim_canvas": True}
+    pairs, settings = drawn_images(5), {**SLOW, "trim_canvas": True}
     news, rows, scored = model_state(llm).news, [], []
     expected = list(plain.caption_many(pairs, batch_size=1, **settings))
     try:
@@ -163,7 +163,7 @@ def test_a_request_that_starts_again_knows_nothing_of_before(captioner):
     """In a cache for about three requests, with news that arrive after some have lost their place."""
     llm = engine(num_gpu_blocks_override=180)
     model_state(llm).news.behind = 1
-    pairs, settings = drawn_images(16, seed=5), {**SLOW, "trim_canvas": True}
+    pairs, settings = drawn_images(12, seed=5), {**SLOW, "trim_canvas": True}
     found = list(caption_many(llm, pairs, **settings))
     preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
     llm.llm_engine.engine_core.shutdown()
