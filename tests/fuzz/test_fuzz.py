@@ -15,7 +15,7 @@ from runner import SECONDS, run_family
 
 from pdlm_hf.regions import parse_regions, read_region_file
 
-FAST = {"regions": 120, "region files": 120, "images": 60, "data sets": 80, "replies": 40, "checkpoints": 10}
+FAST = {"regions": 60, "region files": 60, "images": 30, "data sets": 40, "replies": 40, "checkpoints": 10}
 INPUTS = int(os.environ.get("PDLM_FUZZ_INPUTS", 20_000))
 
 

@@ -89,7 +89,8 @@ def test_loss_from_embeddings(model, processor):
 # ---------------------------------------------------------------- capture by torch
 
 
-@pytest.mark.parametrize("replay", ["reference", pytest.param("aligned", marks=pytest.mark.slow)])
+@pytest.mark.slow  # `export` below captures the same forward
+@pytest.mark.parametrize("replay", ["reference", "aligned"])
 def test_whole_forward_in_one_graph(processor, replay):
     model = lively_model(processor, roi_replay=replay)
     inputs, _ = full_inputs(model, processor, (2, 3))
