@@ -154,10 +154,7 @@ class RegionCaptioner:
         Raises:
             ImageError, RegionError, SettingError: see [`caption`].
         """
-        if batch_size < 1:
-            raise SettingError(f"`batch_size` must be positive, got {batch_size}.")
-        pairs = iter(pairs)
-        while batch := list(islice(pairs, batch_size)):
+        for batch in _batches(pairs, batch_size):
             yield from self.generate(batch, question, **generation)[0]
 
     def generate(
@@ -238,10 +235,7 @@ class RegionCaptioner:
         Raises:
             ImageError, RegionError, SettingError: see [`attributes`].
         """
-        if batch_size < 1:
-            raise SettingError(f"`batch_size` must be positive, got {batch_size}.")
-        pairs = iter(pairs)
-        while batch := list(islice(pairs, batch_size)):
+        for batch in _batches(pairs, batch_size):
             yield from self.read_attributes(batch, schema, question, **settings)[0]
 
     def read_attributes(
@@ -273,3 +267,12 @@ class RegionCaptioner:
                 texts = {name: self.processor.read_caption(ids).text for name, ids in reading.texts.items()}
                 rows[-1].append(RegionAttributes(values_of(checked, reading, texts), region.id, region.bbox))
         return rows, output
+
+
+def _batches(pairs: Iterable[tuple[Any, Any]], size: int) -> Iterator[list[tuple[Any, Any]]]:
+    """The pairs, `size` at a time, read as needed. Raises: SettingError."""
+    if size < 1:
+        raise SettingError(f"`batch_size` must be positive, got {size}.")
+    pairs = iter(pairs)
+    while batch := list(islice(pairs, size)):
+        yield batch
