@@ -156,7 +156,7 @@ test-kills: .venv/dev .venv-lmms/ready
 	$(call install,formats) --no-deps ultralytics
 	@touch $@
 
-# Ray and the browser do not depend on the versions of .venv-oldest.
+# Ray, the browser and Triton's kernels do not depend on the versions of .venv-oldest.
 test-full:
 	$(MAKE) -j2 environments
 	$(MAKE) lint wheel
@@ -164,7 +164,7 @@ test-full:
 	( $(BIN)/python -c "import platform, torch, transformers; print(platform.platform(), platform.python_version(), 'torch', torch.__version__, 'transformers', transformers.__version__)"; \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q --durations=10 --disable-warnings --cov --cov-report=term; \
 	  echo "the wheel with $(OLDEST)"; \
-	  (cd .wheel && OMP_NUM_THREADS=1 ../$(OLDEST_BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow" --durations=10 --disable-warnings --ignore tests/hf/test_ray.py --ignore tests/hf/test_demo_browser.py); \
+	  (cd .wheel && OMP_NUM_THREADS=1 ../$(OLDEST_BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow" --durations=10 --disable-warnings --ignore tests/hf/test_ray.py --ignore tests/hf/test_demo_browser.py --ignore tests/hf/test_kernels.py); \
 	  VLLM_ENABLE_V1_MULTIPROCESSING=1 OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/vllm; \
 	  LMMS_QUESTIONS=400 $(LMMS_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/lmms; \
 	  $(BIN)/python -m pdlm_hf.shapes.evaluate --seed 11 --images 1000 --json; \

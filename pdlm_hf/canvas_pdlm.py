@@ -13,12 +13,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_bidirectional_mask
 
-from .caching_pdlm import PrefixCache, SplitCache
+from .caching_pdlm import PrefixCache
 from .canvas_path_pdlm import case_of, choose_path, log_path
-from .graphs_pdlm import WIDTH_MULTIPLE, CanvasGraph, CanvasGraphs
+from .graphs_pdlm import FusedPasses
 from .masking_pdlm import region_attention
-from .split_attention_pdlm import NAME as REGION_SPLIT
-from .split_attention_pdlm import split_pass
 from .versions_pdlm import CACHE
 
 
@@ -116,12 +114,12 @@ class RegionCanvas:
         layout = self.model.model.region_layout(sequence)
         self.prompt_layout = layout[:, :width]
         self.block_layout = layout[:, width:].view(rows, most, num_slots + 2)
-        self.cache: PrefixCache | SplitCache  # of the forward pass that filled it, and the rows it has
+        self.cache: PrefixCache  # of the forward pass that filled it, and the rows it has
         self.cached_rows: torch.Tensor
-        self.shown: CanvasView | None = None  # the view that a split cache has room for
-        self.split = self.model.config.text_config._attn_implementation == REGION_SPLIT
-        self.graphs: CanvasGraphs | None = None
-        self.graph: CanvasGraph | None = None
+        # By fused kernels: views have all regions of their rows, and stay until the prompts are computed again.
+        self.fused = self.captured = False
+        self.passes: FusedPasses | None = None  # of the forward pass that computed the prompts
+        self.ragged = len(set(counts)) > 1 or not bool(self.prompt_mask.all())
 
     def choose_path(self, caching: bool) -> None:
         """Choose how forward passes over the canvas are computed, and log it.
@@ -129,13 +127,10 @@ class RegionCanvas:
         Args:
             caching (`bool`): whether some of them run on cached prompts.
         """
-        graphs, length = self.task.settings.cuda_graphs, self.prompt.shape[1] + self.block_layout[0].numel()
-        network = self.model.model.language_model
-        path = choose_path(case_of(network, self.prompt.dtype, len(self.counts), length, caching, graphs))
+        graphs, network = self.task.settings.cuda_graphs, self.model.model.language_model
+        path = choose_path(case_of(network, self.prompt.dtype, caching, graphs))
         log_path(path, graphs)
-        self.split, self.graphs = path.split, self.model.canvas_graphs() if path.graphs else None
-        if path.split:  # stays, because other threads may compute; without a split cache it is sdpa
-            network.config._attn_implementation = REGION_SPLIT
+        self.fused, self.captured = path.fused, path.graphs
 
     def blocks(self, tokens: torch.Tensor) -> torch.Tensor:
         """Caption token, slots and closing newline (or end of turn) of every region, `(rows, regions, slots + 2)`."""
@@ -186,16 +181,13 @@ class RegionCanvas:
         ids = self.blocks(shown).flatten(1)[rows[:, None], view.columns]
         embeds = self.model.get_input_embeddings()(ids).to(self.prompt.dtype)
         positions = self.lengths[rows, None] + view.columns
-        cache: PrefixCache | SplitCache | None = None
         if whole:
             prompt_positions = (self.prompt_mask[rows].cumsum(1) - 1).clamp_min(0)
             embeds = torch.cat([self.prompt[rows], embeds], 1)
             positions = torch.cat([prompt_positions, positions], 1)
-            cache = PrefixCache() if keep else None
-        else:
-            cache = self._cache_of(rows)
-        if isinstance(cache, SplitCache):
-            return _places(self._split_pass(view, embeds, positions, cache), view.slots)
+        if self.fused:
+            return _places(self._fused_pass(view, embeds, positions, whole), view.slots)
+        cache = (PrefixCache() if keep else None) if whole else self._cache_of(rows)
         if whole not in view.masks:
             view.masks[whole] = self._mask(view, embeds, cache)
         hidden = self.model.model.language_model(
@@ -206,39 +198,30 @@ class RegionCanvas:
             **{CACHE: cache},
         ).last_hidden_state
         if whole and cache is not None:
-            self._keep(cache, rows)
+            cache.freeze(self.prompt.shape[1])
+            self.cache, self.cached_rows = cache, rows
         if whole:
             hidden = hidden[:, self.prompt.shape[1] :]
         return _places(hidden, view.slots)
 
-    def _keep(self, cache: PrefixCache, rows: torch.Tensor) -> None:
-        """Cache the prompts' keys and values of a forward pass over prompts and canvas."""
-        width = self.prompt.shape[1]
-        self.cached_rows, self.shown = rows, None
-        if not self.split:
-            cache.freeze(width)
-            self.cache = cache
-            return
-        self.cache = SplitCache(
-            [(layer.keys, layer.values) for layer in cache.layers],
-            self.prompt_layout[rows],
-            self.prompt_mask[rows],
-            self.exists.shape[1],
-            self.model.config.num_roi_tokens,
-            self.num_slots + 2,
-            1 if self.graphs is None else WIDTH_MULTIPLE,
-        )
+    def _fused_pass(self, view: CanvasView, embeds: torch.Tensor, positions: torch.Tensor, whole: bool):
+        """A forward pass without a mask; over the canvas alone replayed from a CUDA graph, if asked for."""
+        rows, blocks, size = view.rows, view.blocks.shape[1], self.num_slots + 2
+        if self.passes is None or len(self.passes.cache.starts) != len(rows):
+            self.release()
+            sizes = (len(rows), self.prompt.shape[1], blocks, size, self.model.config.num_roi_tokens)
+            self.passes = self.model.canvas_graphs().take(embeds, *sizes)
+            self.passes.cache.show(self.prompt_layout[rows], self.prompt_mask[rows])
+        if not whole:
+            return self.passes.canvas(embeds, positions, self.captured)
+        known = torch.cat([self.prompt_mask[rows], view.present], 1) if self.ragged else None
+        return self.passes.whole(embeds, positions, self.task.config.prefix_attention == "isolated", known)
 
-    def _split_pass(self, view: CanvasView, embeds: torch.Tensor, positions: torch.Tensor, cache: SplitCache):
-        """A forward pass over the canvas without a mask; replayed from a CUDA graph where there is one."""
-        if view is not self.shown:
-            cache.show(view.blocks)
-            self.shown = view
-            if self.graphs is not None:
-                self.graph = self.graphs.load(embeds, positions, cache)
-        if self.graph is not None:
-            return self.graph(embeds, positions)
-        return split_pass(self.model.model.language_model, embeds, positions, cache)
+    def release(self) -> None:
+        """Let others use the memory of fused passes."""
+        if self.passes is not None:
+            self.model.canvas_graphs().give_back(self.passes)
+            self.passes = None
 
     def _mask(self, view: CanvasView, embeds: torch.Tensor, cache: PrefixCache | None) -> Any:
         """Attention of this view's queries over the prompts and its own blocks."""
@@ -254,7 +237,7 @@ class RegionCanvas:
         )
         return as_bias(mask, embeds.dtype) if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool else mask
 
-    def _cache_of(self, rows: torch.Tensor) -> PrefixCache | SplitCache:
+    def _cache_of(self, rows: torch.Tensor) -> PrefixCache:
         """The cache, cut down to these rows once others have finished; frees their memory."""
         if len(rows) != len(self.cached_rows):
             self.cache.select(torch.searchsorted(self.cached_rows, rows))

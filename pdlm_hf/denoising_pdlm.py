@@ -177,16 +177,15 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
     Returns:
         the canvas, filled.
     """
-    settings = task.settings
+    settings, interval = task.settings, task.settings.prefix_refresh_interval
     num_steps = settings.max_denoising_steps or 32
     canvas = RegionCanvas(task, prompt, counts, settings.max_new_tokens or 32)
-    interval = settings.prefix_refresh_interval
     if interval is None:
         interval = 1 if task.config.prefix_attention == "full" else 0
     caching = interval != 1 and num_steps > 1
     canvas.choose_path(caching)
     adaptive = settings.acceptance_threshold is not None or settings.entropy_bound is not None
-    trimming = adaptive and bool(settings.trim_canvas) and not canvas.split  # its blocks have one length
+    trimming = adaptive and bool(settings.trim_canvas) and not canvas.fused  # its blocks have one length
     everything = view = canvas.view(canvas.exists)
     sizes = [sum(counts), len(counts), 0]
     slots = 0 if adaptive else canvas.num_slots  # that the schedule may leave open
@@ -196,6 +195,8 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
     for step in range(num_steps):
         whole = step == 0 or (interval > 0 and step % interval == 0)
         # Finished regions stay for forward passes that also compute the prompts, which may see them; images do not.
+        if whole and canvas.fused:
+            view = everything
         current = everything if whole else view
         hidden = canvas.forward(current, whole, keep=caching)
         # Accepted tokens are final in adaptive decoding. Random numbers are drawn for every slot, whatever is open.
@@ -228,11 +229,12 @@ def denoise_regions(task: GenerationTask, prompt: torch.Tensor, counts: list[int
         sizes, before = counted.tolist(), sizes  # the one thing that the host waits for
         if not sizes[0]:
             break
-        # A graph has a fixed shape, and finished regions cost it nearly nothing.
-        if canvas.graphs is None and sizes != before:
-            view = canvas.view(active, trimming)
+        if sizes != before:
+            if not canvas.fused:  # fixed shapes, which finished regions cost nearly nothing
+                view = canvas.view(active, trimming)
             if sizes[1] != before[1]:
                 everything = canvas.view(canvas.exists & active.any(1, keepdim=True))
+    canvas.release()
     return canvas
 
 

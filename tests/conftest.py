@@ -1,14 +1,19 @@
 """Shared fixtures: tiny models with random weights, the reference-format checkpoints, drawn images."""
 
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-import pdlm_hf  # noqa: F401  (registers the Auto classes)
-from pdlm_hf.shapes.scenes import draw_scene
-from tools.shapes.model import build_processor
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU; read where they are defined
+
+import pdlm_hf  # noqa: E402, F401  (registers the Auto classes)
+from pdlm_hf.shapes.scenes import draw_scene  # noqa: E402
+from tools.shapes.model import build_processor  # noqa: E402
 
 for _helpers in ("hf", "evalkit", "peft", "fuzz", "formats"):
     sys.path.insert(0, str(Path(__file__).parent / _helpers))

@@ -11,31 +11,29 @@ import pytest
 import torch
 from typer import BadParameter
 
-import pdlm_hf.split_attention_pdlm as split
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.gpu.__main__ import STAGES, main  # noqa: E402
 from benchmarks.gpu.run import LOST, Run, Stage, flat  # noqa: E402
 
-COMPILED = ["compile", "flex", "fp8"]
+COMPILED = ["flex", "fp8"]
 # a row of each stage, and what is in it
 EXPECTED = {
     "limits": ("device", {"matrix_tflops", "copy_gb_per_s"}),
-    "attention": ("1 x 12 queries, 142 of 256 keys", {"kind", "error", "lse_error", "ms", "ms_products"}),
-    "agreement": ("first canvas pass, split, captured", {"hidden_error", "same_drafts", "log_odds"}),
-    "step": ("split, 3 regions, batch 8", {"canvas_ms", "prompt_ms", "score_ms", "share_of_roofline", "peak_gb"}),
+    "attention": ("4 regions, batch 1", {"error_of_sdpa", "ms_sdpa"}),
+    "agreement": ("first canvas pass, kernels, captured", {"hidden_error", "same_drafts", "log_odds"}),
+    "step": ("kernels, 3 regions, batch 8", {"canvas_ms", "prompt_ms", "score_ms", "share_of_roofline", "peak_gb"}),
+    "tile": ("4 regions, 30 positions", {"canvas_ms"}),
     "phases": ("preprocessing", {"tiles", "ms", "to_device_ms", "vision_ms"}),
-    "kernels": ("split", {"kernels", "busy_us", "longest"}),
+    "kernels": ("kernels", {"kernels", "busy_us", "longest"}),
     "table3": ("cached, batch 8", {"ms_per_image", "ratio_to_reference", "tokens_as_exact", "share_of_roofline"}),
-    "shapes": ("bfloat16, split, captured", {"captions", "exact", "same_as_float32", "seconds"}),
+    "shapes": ("bfloat16, kernels, captured", {"captions", "exact", "same_as_float32", "seconds"}),
     "lora": ("batch 4", {"peak_gb", "seconds", "tokens", "loss"}),
     "table1": ("reference", {"ms_per_image"}),
     "table6": ("exact", {"ms_per_image"}),
-    "scaling": ("batch 8", {"sdpa ms", "split, captured ms"}),
-    "compile": ("compiled: split, captured, 3 regions, batch 8", {"canvas_ms"}),
+    "scaling": ("batch 8", {"sdpa ms", "kernels, captured ms"}),
     "flex": ("flex, 3 regions, batch 1", {"canvas_ms"}),
-    "fp8": ("FP8, compiled: split, captured, 3 regions, batch 8", {"canvas_ms"}),
+    "fp8": ("FP8: kernels, captured, 3 regions, batch 8", {"canvas_ms"}),
 }
 
 
@@ -78,13 +76,13 @@ def test_compiled_stages_are_measured(tmp_path):
 
 def test_what_is_compared_is_the_same_computation(record):
     rows = record["stages"]["agreement"]["rows"]
-    for name in ("sdpa", "split", "split, captured", "split by products"):
+    for name in ("sdpa", "kernels", "kernels, captured"):
         assert rows[f"first canvas pass, {name}"]["same_drafts"] == 1.0
         assert rows[f"first canvas pass, {name}"]["hidden_error"] < 1e-5
-    assert rows["whole decode, split, captured"]["as_sdpa"] == 1.0
+    assert rows["whole decode, cached, kernels, captured"]["as_sdpa"] == 1.0
     shapes = record["stages"]["shapes"]["rows"]
     assert (
-        shapes["float32 on a CPU"]["same_as_float32"] == shapes["float32, split, captured"]["same_as_float32"] == 1.0
+        shapes["float32 on a CPU"]["same_as_float32"] == shapes["float32, kernels, captured"]["same_as_float32"] == 1.0
     )
     assert (
         record["stages"]["lora"]["rows"]["batch 4"]["tokens"]
@@ -191,19 +189,6 @@ def test_a_lost_device_ends_the_process(run, monkeypatch):
     assert end.value.code == LOST
     stage = json.loads(doing.file.read_text())["stages"]["stage"]
     assert stage["state"] == "broke off" and "illegal memory access" in stage["rows"]["row"]["error"]
-
-
-def test_without_the_attention_kernel_the_other_stages_use_products(run, monkeypatch):
-    def attend(*args):
-        raise RuntimeError("no kernel")
-
-    monkeypatch.setattr(split, "attention_kind", lambda *of: "aten")
-    with monkeypatch.context() as patched:
-        patched.setattr(split, "attend", attend)
-        doing = run()
-        doing.perform("attention", STAGES["attention"])
-    assert doing.record["stages"]["attention"]["state"] == "failed"
-    assert split.attention_kind("cuda", None, 8) == "products"
 
 
 def test_numbers_that_are_none_are_a_failure(run):

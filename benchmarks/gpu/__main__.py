@@ -12,18 +12,19 @@ import typer
 
 from pdlm_hf.bench.model import SHAPES
 
-from .passes import agreement, attention, kernels, phases, scaling, step
+from .passes import agreement, attention, kernels, phases, scaling, step, tile
 from .run import Run, Stage, brief
 from .shapes import shapes
 from .tables import table
-from .variants import compiled, flex, fp8, lora
+from .variants import flex, fp8, lora
 
 # In this order: the first are worth most, the last take long to compile.
 STAGES = {
     "limits": Stage(lambda run: run.put("device", _limits(run)), 20, "what the device could do"),
-    "attention": Stage(attention, 30, "the attention kernel beside float32 products: error and time"),
-    "agreement": Stage(agreement, 60, "cached, split and captured passes beside the whole pass"),
+    "attention": Stage(attention, 30, "the attention kernel beside a dense mask: error and time"),
+    "agreement": Stage(agreement, 60, "cached and captured passes by kernels beside the whole pass by sdpa"),
     "step": Stage(step, 90, "a canvas pass: eager and captured, share of the roofline, memory"),
+    "tile": Stage(tile, 30, "128 rows of a canvas beside 136"),
     "phases": Stage(phases, 60, "vision tower, prompt, canvas, scoring, preprocessing"),
     "kernels": Stage(kernels, 30, "how many kernels a canvas pass has, and which take longest"),
     "table3": Stage(table(3, (1, 8)), 120, "3 regions: times the reference's loop, batch 1 and 8"),
@@ -32,8 +33,7 @@ STAGES = {
     "table1": Stage(table(1, (1,)), 60, "1 region: times the reference's loop"),
     "table6": Stage(table(6, (1,)), 60, "6 regions: times the reference's loop"),
     "scaling": Stage(scaling, 120, "growth with regions, tiles and batch"),
-    "compile": Stage(compiled, 200, "MLP and norms compiled"),
-    "flex": Stage(flex, 200, "FlexAttention beside the split and sdpa"),
+    "flex": Stage(flex, 200, "FlexAttention beside the kernels and sdpa"),
     "fp8": Stage(fp8, 150, "FP8 weights: step, memory, agreement", changes_model=True),
 }
 # what the last lines leave out

@@ -5,14 +5,17 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
-import pdlm_hf.split_attention_pdlm as split
 from pdlm_hf.bench.model import bound
 from pdlm_hf.canvas_pdlm import CanvasView, RegionCanvas
 from pdlm_hf.denoising_pdlm import GenerationTask
+from pdlm_hf.fused_pdlm import NAME, CanvasCache
 from pdlm_hf.generation_config_pdlm import PdlmGenerationConfig
 from pdlm_hf.graphs_pdlm import WIDTH_MULTIPLE
 from pdlm_hf.image_processing_pdlm import PdlmImageProcessorPil
+from pdlm_hf.kernels_pdlm import region_attention
+from pdlm_hf.masking_pdlm import region_attention as region_mask
 
 from .run import Run
 
@@ -20,92 +23,81 @@ REGIONS = 3
 # How a canvas pass is computed: attention of the language model, and whether it is captured.
 WAYS = {
     "sdpa": ("sdpa", False),
-    "split": (split.NAME, False),
-    "split, captured": (split.NAME, True),
-    "split by products": (split.NAME, False),
+    "kernels": (NAME, False),
+    "kernels, captured": (NAME, True),
     "flex": ("flex_attention", False),
 }
-QUICK = ("sdpa", "split", "split, captured", "split by products")  # the other one is compiled first
+QUICK = ("sdpa", "kernels", "kernels, captured")  # the other one is compiled first
 
 
 @contextmanager
-def way(run: Run, name: str) -> Iterator[bool]:
-    """Compute in one of [`WAYS`] for a while; gives whether passes are captured."""
+def way(run: Run, name: str) -> Iterator[tuple[bool, bool]]:
+    """Compute in one of [`WAYS`] for a while; gives whether passes are by kernels, and captured.
+
+    Kernels are for a GPU; in a rehearsal what they fall back to is measured.
+    """
     attention, graphs = WAYS[name]
-    chosen = split.attention_kind
+    kernels = attention == NAME and run.device.type == "cuda"
     run.bench.model.set_attn_implementation({"text_config": attention})
-    if name == "split by products":
-        split.attention_kind = _products
     try:
-        yield graphs
+        yield kernels, kernels and graphs
     finally:
-        split.attention_kind = chosen
         run.bench.model.set_attn_implementation({"text_config": "sdpa"})
 
 
-def canvas_of(run: Run, regions: int, batch: int, graphs: bool) -> tuple[GenerationTask, RegionCanvas, CanvasView]:
+def canvas_of(
+    run: Run, regions: int, batch: int, how: tuple[bool, bool], slots: int | None = None
+) -> tuple[GenerationTask, RegionCanvas, CanvasView]:
     """An open canvas over random prompts."""
     ids, embeds = run.bench.prompts(regions, batch)
-    settings = PdlmGenerationConfig(max_new_tokens=run.slots)
+    slots = slots or run.slots
+    settings = PdlmGenerationConfig(max_new_tokens=slots)
     task = GenerationTask(run.bench.model, settings, ids, torch.ones_like(ids, dtype=torch.bool))
-    canvas = RegionCanvas(task, embeds, [regions] * batch, run.slots)
-    if graphs:
-        canvas.graphs = run.bench.model.canvas_graphs()
+    canvas = RegionCanvas(task, embeds, [regions] * batch, slots)
+    canvas.fused, canvas.captured = how
     return task, canvas, canvas.view(canvas.exists)
 
 
 def attention(run: Run) -> None:
-    """The two attentions of a canvas pass by the kernel that is chosen here, beside float32 products.
-
-    Where the kernel fails, the stages that follow do with products.
-    """
-    try:
-        _attention(run)
-    except RuntimeError:
-        split.attention_kind = _products
-        raise
+    """The attention of a canvas pass by its kernel, beside a dense mask: error and time. On a GPU alone."""
+    for regions, batch in ((1, 1), (REGIONS, 1), (4, 1), (6, 1), (REGIONS, 8)):
+        title = f"{regions} region{'s' * (regions > 1)}, batch {batch}"
+        run.attempt(title, lambda n=regions, b=batch: _attention(run, n, b))
 
 
-def _products(*of) -> str:
-    return "products"
+def _attention(run: Run, regions: int, batch: int) -> dict[str, float]:
+    config, block = run.bench.model.config, run.slots + 2
+    text = config.text_config
+    ids, embeds = run.bench.prompts(regions, batch)
+    codes = run.bench.model.model.region_layout(ids)
+    room = WIDTH_MULTIPLE * -(-ids.shape[1] // WIDTH_MULTIPLE)
+    cache = CanvasCache(text, embeds, batch, room, regions, block, config.num_roi_tokens)
+    cache.show(codes, torch.ones_like(ids, dtype=torch.bool))
+    keys, values = cache.layers[0].normal_()
+    scale, heads = text.head_dim**-0.5, text.num_attention_heads
+    queries = torch.randn(batch, cache.width, heads, text.head_dim, device=run.device, dtype=keys.dtype)
+    own = 2 * torch.arange(regions, device=run.device).repeat_interleave(block) + 1
+    codes = torch.cat([codes, own.expand(batch, -1)], 1)
+    place = torch.arange(codes.shape[1], device=run.device)
+    allowed = region_mask(codes[:1], "isolated")(0, None, place[None, ids.shape[1] :, None], place[None, None])
+    mask = allowed[:, None].expand(batch, 1, -1, -1)
+    seen = slice(room - ids.shape[1], None)
 
+    def dense(dtype):
+        states = (queries.transpose(1, 2), keys[:, :, seen], values[:, :, seen])
+        return F.scaled_dot_product_attention(*(each.to(dtype) for each in states), mask, scale=scale, enable_gqa=True)
 
-def _attention(run: Run) -> None:
-    shape = run.shape
-    block = run.slots + 2
-    shared = shape.image_tokens + shape.text_tokens
-    room = WIDTH_MULTIPLE * -(-shared // WIDTH_MULTIPLE)
-    size = shape.hidden // shape.heads
-    kind = split.attention_kind(run.device.type, shape.dtype, size)
-    generator = torch.Generator(run.device).manual_seed(0)
-    for n, queries, keys, counted in (
-        (1, REGIONS * block, room, shared),
-        (8, REGIONS * block, room, shared),
-        (REGIONS, block, shape.roi_tokens + block, shape.roi_tokens + block),
-        (8 * REGIONS, block, shape.roi_tokens + block, shape.roi_tokens + block),
-    ):
-        query, key, value = (
-            torch.randn(n, rows, shape.heads, size, generator=generator, device=run.device, dtype=shape.dtype)
-            for rows in (queries, keys, keys)
+    def kernel():
+        return region_attention(
+            queries, keys, values, cache.shared, cache.starts, cache.rois, cache.num_roi_tokens, block, scale
         )
-        lengths = torch.full((n,), counted, dtype=torch.int32, device=run.device)
 
-        def work(how, query=query, key=key, value=value, lengths=lengths):
-            return split.attend(query, key, value, lengths, size**-0.5, how)
-
-        (out, lse), (expected, expected_lse) = work(kind), work("products")
-        exact, _ = split.attend(*(states.float() for states in (query, key, value)), lengths, size**-0.5, "products")
-        run.put(
-            f"{n} x {queries} queries, {counted} of {keys} keys",
-            {
-                "kind": kind,
-                "error": relative(out, exact),
-                "error_of_products": relative(expected, exact),
-                "lse_error": (lse - expected_lse).abs().max().item(),
-                "ms": run.milliseconds(lambda work=work: work(kind)),
-                "ms_products": run.milliseconds(lambda work=work: work("products"), 5, 1),
-            },
-        )
+    exact = dense(torch.float32).transpose(1, 2)
+    row = {"error_of_sdpa": relative(dense(keys.dtype).transpose(1, 2), exact)}
+    row["ms_sdpa"] = run.milliseconds(lambda: dense(keys.dtype))
+    if run.device.type == "cuda":
+        row |= {"error": relative(kernel(), exact), "ms": run.milliseconds(run.captured(kernel, 10)) / 10}
+    return row
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -114,31 +106,36 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def agreement(run: Run) -> None:
-    """Drafts of a pass over the kept prompts beside those of the whole pass: the same computation. Then decodes."""
+    """Drafts of a pass over the kept prompts beside those of the whole pass by sdpa. Then decodes."""
+    task, canvas, view = canvas_of(run, REGIONS, 1, (False, False))
+    whole = canvas.forward(view, True)
     for name in QUICK:
-        with way(run, name) as graphs:
-            run.attempt(f"first canvas pass, {name}", lambda graphs=graphs: _beside_whole(run, graphs))
+        with way(run, name) as how:
+            run.attempt(f"first canvas pass, {name}", lambda how=how: _beside_whole(run, how, whole))
     bench, steps = run.bench, run.slots
-    exact = bench.ours(REGIONS, 1, run.slots, steps, 1)
-    cached = bench.ours(REGIONS, 1, run.slots, steps, 0)
-    run.put("whole decode, sdpa", {"tokens_as_exact": share(cached, exact)})
-    for name in ("split", "split, captured"):
-        tokens = bench.ours(REGIONS, 1, run.slots, steps, 0, None, *WAYS[name])
-        run.put(f"whole decode, {name}", {"tokens_as_exact": share(tokens, exact), "as_sdpa": share(tokens, cached)})
+    decodes = {}
+    for name in QUICK:
+        for loop, interval in (("exact", 1), ("cached", 0)):
+            attention, graphs = WAYS[name]
+            decodes[loop, name] = bench.ours(REGIONS, 1, run.slots, steps, interval, None, attention, graphs)
+            tokens = decodes[loop, name]
+            row = {"tokens_as_exact": share(tokens, decodes["exact", "sdpa"])}
+            run.put(f"whole decode, {loop}, {name}", row | {"as_sdpa": share(tokens, decodes[loop, "sdpa"])})
 
 
-def _beside_whole(run: Run, graphs: bool) -> dict[str, float]:
-    task, canvas, view = canvas_of(run, REGIONS, 1, graphs)
-    whole = canvas.forward(view, True, keep=True)
-    expected, expected_odds, _ = task.score(whole, [0], view.counts)
+def _beside_whole(run: Run, how: tuple[bool, bool], whole: torch.Tensor) -> dict[str, float]:
+    task, canvas, view = canvas_of(run, REGIONS, 1, how)
+    own = canvas.forward(view, True, keep=True)
     hidden = canvas.forward(view, False)
+    expected, expected_odds, _ = task.score(whole, [0], view.counts)
     draft, odds, _ = task.score(hidden, [0], view.counts)
     values = {"hidden_error": relative(hidden, whole), "same_drafts": share(draft, expected)}
-    return values | {"log_odds": (odds - expected_odds).abs().max().item(), "captured": float(_captured(canvas))}
+    values |= {"hidden_error_whole": relative(own, whole), "log_odds": (odds - expected_odds).abs().max().item()}
+    return values | {"captured": float(_captured(canvas))}
 
 
 def _captured(canvas: RegionCanvas) -> bool:
-    return canvas.graph is not None and canvas.graph.graph is not None
+    return canvas.passes is not None and canvas.passes.graph is not None
 
 
 def share(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -146,18 +143,26 @@ def share(found: torch.Tensor, expected: torch.Tensor) -> float:
     return round((found == expected).float().mean().item(), 4)
 
 
-def step(run: Run, names=QUICK, sizes=((REGIONS, 1), (REGIONS, 8)), prefix: str = "") -> None:
+def step(run: Run, names=QUICK, sizes=((REGIONS, 1), (4, 1), (REGIONS, 8)), prefix: str = "") -> None:
     """A pass over the prompts and one over the canvas."""
     for regions, batch in sizes:
         for name in names:
-            with way(run, name) as graphs:
+            with way(run, name) as how:
                 title = f"{prefix}{name}, {regions} regions, batch {batch}"
-                run.attempt(title, lambda r=regions, b=batch, g=graphs: pass_times(run, r, b, g))
+                run.attempt(title, lambda r=regions, b=batch, how=how: pass_times(run, r, b, how))
 
 
-def pass_times(run: Run, regions: int, batch: int, graphs: bool) -> dict[str, float]:
+def tile(run: Run) -> None:
+    """A canvas of 128 rows beside one of 136: 4 regions of 30 and of 32 token positions."""
+    for slots in (30, 32):
+        with way(run, "kernels, captured") as how:
+            run.attempt(f"4 regions, {slots} positions", lambda s=slots, how=how: pass_times(run, 4, 1, how, s))
+
+
+def pass_times(run: Run, regions: int, batch: int, how: tuple[bool, bool], slots: int | None = None):
     """Times of the two kinds of pass and of scoring, and the share of the roofline of a canvas pass with scoring."""
-    task, canvas, view = canvas_of(run, regions, batch, graphs)
+    slots = slots or run.slots
+    task, canvas, view = canvas_of(run, regions, batch, how, slots)
     canvas.forward(view, True, keep=True)
     hidden = canvas.forward(view, False).clone()
     taken = {
@@ -165,7 +170,7 @@ def pass_times(run: Run, regions: int, batch: int, graphs: bool) -> dict[str, fl
         "score_ms": run.milliseconds(lambda: task.score(hidden, [0] * batch, view.counts)),
         "prompt_ms": run.milliseconds(lambda: canvas.forward(view, True, keep=True), 3, 1),
     }
-    two, one = (bound(run.bench, regions, run.slots, "cached", n, batch, run.limits) for n in (2, 1))
+    two, one = (bound(run.bench, regions, slots, "cached", n, batch, run.limits) for n in (2, 1))
     least = 1000 * (two - one)
     together = taken["canvas_ms"] + taken["score_ms"]
     taken |= {"roofline_ms": round(least, 4), "share_of_roofline": round(least / together, 3)}
@@ -210,9 +215,9 @@ def kernels(run: Run) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     cuda = run.device.type == "cuda"
-    for name in ("sdpa", "split"):
-        with way(run, name):
-            _, canvas, view = canvas_of(run, REGIONS, 1, False)
+    for name in ("sdpa", "kernels"):
+        with way(run, name) as how:
+            _, canvas, view = canvas_of(run, REGIONS, 1, (how[0], False))
             canvas.forward(view, True, keep=True)
             canvas.forward(view, False)
             run.synchronise()
@@ -233,7 +238,7 @@ def kernels(run: Run) -> None:
 
 
 def scaling(run: Run) -> None:
-    """Milliseconds a decode, by regions, tiles and batch, eager with sdpa and captured."""
+    """Milliseconds a decode, by regions, tiles and batch, with sdpa and by kernels."""
     bench, slots = run.bench, run.slots
     tile = bench.shape.image_tokens // 7
     sizes = {f"regions {n}": (n, 1, None) for n in (1, 2, 4, 6, 8)}
@@ -241,7 +246,7 @@ def scaling(run: Run) -> None:
     sizes |= {f"batch {n}": (4, n, None) for n in (2, 4, 8)}
     for title, (regions, batch, tokens) in sizes.items():
         row = {}
-        for name in ("sdpa", "split, captured"):
+        for name in ("sdpa", "kernels, captured"):
             run.release()
 
             def decode(r=regions, b=batch, t=tokens, how=WAYS[name]):

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pdlm_hf.captioning.checkpoints import CHECKPOINT
+from pdlm_hf.fused_pdlm import NAME
 from pdlm_hf.shapes.evaluate import Tally, held_out
-from pdlm_hf.split_attention_pdlm import NAME
 
 from .run import Run
 
@@ -25,19 +25,18 @@ def shapes(run: Run) -> None:
     ]
     known: dict[str, list[list[str]]] = {}
     every = max(1, len(chunks) * BATCH // ON_CPU)
-    for name, device, dtype, split, step in (
+    for name, device, dtype, kernels, step in (
         ("float32", run.device.type, torch.float32, False, 1),
         ("bfloat16", run.device.type, torch.bfloat16, False, 1),
-        ("bfloat16, split, captured", run.device.type, torch.bfloat16, True, 1),
+        ("bfloat16, kernels, captured", run.device.type, torch.bfloat16, True, 1),
         ("float32 on a CPU", "cpu", torch.float32, False, every),
-        ("float32, split, captured", run.device.type, torch.float32, True, 1),
+        ("float32, kernels, captured", run.device.type, torch.float32, True, 1),
     ):
         model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=dtype).eval().to(device)
-        if split:
-            model.set_attn_implementation({"text_config": NAME})
+        model.set_attn_implementation({"text_config": NAME if kernels else "sdpa"})
         start, tally, said = time.perf_counter(), Tally(), []
         for chunk, batch in zip(chunks[::step], inputs[::step], strict=True):
-            output = model.generate(**batch.to(device), cuda_graphs=split)
+            output = model.generate(**batch.to(device), cuda_graphs=kernels or None)
             captions = [[c.text for c in of] for of in processor.post_process_region_captions(output)]
             for image, texts in zip(chunk, captions, strict=True):
                 tally.add(image, texts)

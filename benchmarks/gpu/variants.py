@@ -1,8 +1,6 @@
-"""Stages about variants of the model: compiled, FlexAttention, FP8; and a training step."""
+"""Stages about variants of the model: FlexAttention, FP8; and a training step."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,57 +8,16 @@ import torch
 
 from pdlm_hf.versions_pdlm import CHECKPOINTING
 
-from .passes import REGIONS, canvas_of, share, step, way
+from .passes import REGIONS, canvas_of, share, step
 from .run import NotInstalled, Run, gigabytes
 
 REGIONS_OF_RECIPE = 6
-CAPTURABLE = ("split", "split, captured")
+CAPTURABLE = ("kernels", "kernels, captured")
 
 
 def flex(run: Run) -> None:
     """A canvas pass by FlexAttention."""
-    step(run, ("flex", "split", "sdpa"), ((REGIONS, 1),))
-
-
-@contextmanager
-def compiled_parts(run: Run, projections: bool = False) -> Iterator[None]:
-    """Compile the parts of a layer that do not know its number, which would be compiled anew for every layer.
-
-    Args:
-        run (`Run`)
-        projections (`bool`): those of the attention too.
-    """
-    text = run.bench.model.model.language_model
-    parts = [text.norm]
-    for layer in text.layers:
-        parts += [layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]
-        if projections:
-            parts += [getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"]
-    for part in parts:
-        part.compile(dynamic=False)
-    try:
-        yield
-    finally:
-        for part in parts:
-            part._compiled_call_impl = None
-
-
-def compiled(run: Run) -> None:
-    """MLP and norms compiled."""
-    step(run, CAPTURABLE, ((REGIONS, 1),), "plain: ")
-    with compiled_parts(run):
-        run.put("compiling", {"seconds": _first_passes(run)})
-        step(run, CAPTURABLE, ((REGIONS, 1), (REGIONS, 8)), "compiled: ")
-
-
-def _first_passes(run: Run) -> float:
-    start = time.perf_counter()
-    with way(run, "split"):
-        _, canvas, view = canvas_of(run, REGIONS, 1, False)
-        canvas.forward(view, True, keep=True)
-        canvas.forward(view, False)
-        run.synchronise()
-    return round(time.perf_counter() - start, 1)
+    step(run, ("flex", "kernels", "sdpa"), ((REGIONS, 1),))
 
 
 def fp8(run: Run) -> None:
@@ -87,14 +44,10 @@ def fp8(run: Run) -> None:
         row["weights_gb"] = gigabytes(torch.cuda.memory_allocated())
     run.put("quantising", row)
     step(run, CAPTURABLE, ((REGIONS, 1), (REGIONS, 8)), "FP8: ")
-    with compiled_parts(run, projections=True):
-        run.attempt("compiling", lambda: {"seconds": _first_passes(run), "same_drafts": share(_drafts(run), before)})
-        if "error" not in run.rows["compiling"]:  # torch 2.11 does not compile what torchao 0.18 makes
-            step(run, CAPTURABLE, ((REGIONS, 1), (REGIONS, 8)), "FP8, compiled: ")
 
 
 def _drafts(run: Run) -> torch.Tensor:
-    task, canvas, view = canvas_of(run, REGIONS, 1, False)
+    task, canvas, view = canvas_of(run, REGIONS, 1, (False, False))
     return task.score(canvas.forward(view, True), [0], view.counts)[0]
 
 

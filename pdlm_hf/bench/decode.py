@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors_pdlm import MissingPackageError, SettingError
+from ..fused_pdlm import NAME
 from ..regions.files import write_json
-from ..split_attention_pdlm import NAME as REGION_SPLIT
 from .model import SHAPES, Bench, bound, flops
 from .rival import autoregressive
 
@@ -83,14 +83,16 @@ def _jobs(bench: Bench, num_regions: int, batches: list[int], slots: int, steps:
         "reference": Job(partial(bench.reference, num_regions, slots, steps), "reference", steps),
         "exact": ours("exact", steps),
     }
+    if bench.device.type == "cuda":
+        jobs["exact, sdpa"] = ours("exact", steps, 1, None, "sdpa")
     few = {f"cached, {n} step{'s' * (n > 1)}": n for n in sorted({min(n, steps) for n in FEW_STEPS}, reverse=True)}
     for images in sorted({1, *batches}):
         batch = f", batch {images}" if images > 1 else ""
         for name, n in {"cached": steps, **few}.items():
             jobs[name + batch] = ours("cached", n, images)
             if bench.device.type == "cuda":
-                for label, graphs in (("region_split", False), ("region_split, graphs", True)):
-                    jobs[f"{name}{batch}, {label}"] = ours("cached", n, images, None, REGION_SPLIT, graphs)
+                for label, attention in (("sdpa", "sdpa"), ("no graphs", NAME)):
+                    jobs[f"{name}{batch}, {label}"] = ours("cached", n, images, None, attention, False)
         if (n := min(FEW_STEPS[0], steps, length + 1)) > 1 and length < slots:
             run = partial(bench.trimmed, num_regions, images, slots, n, length)
             jobs[f"cached, {n} steps, trimmed{batch}"] = Job(run, "trimmed", n, images)

@@ -11,6 +11,7 @@ from ..canvas_pdlm import RegionCanvas
 from ..configuration_pdlm import PdlmConfig
 from ..denoising_pdlm import GenerationTask, denoise_regions
 from ..diffusion_pdlm import masks_left
+from ..fused_pdlm import NAME
 from ..generation_config_pdlm import PdlmGenerationConfig
 from ..masking_pdlm import caption_canvas, region_attention, region_layout
 from ..modeling_pdlm import PdlmForConditionalGeneration
@@ -95,6 +96,7 @@ class Bench:
 
     def __init__(self, shape: Shape, device: str, max_regions: int, seed: int = 0):
         self.shape, self.device = shape, torch.device(device)
+        self._prompts: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
         torch.manual_seed(seed)
         config = shape.config(max_regions)
         default = torch.get_default_dtype()
@@ -120,10 +122,13 @@ class Bench:
         self, num_regions: int, batch: int, image_tokens: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and random embeddings of a batch of prompts."""
-        ids = self.prompt_ids(num_regions, image_tokens).expand(batch, -1)
-        generator = torch.Generator("cpu").manual_seed(num_regions)
-        embeds = torch.randn(1, ids.shape[1], self.shape.hidden, generator=generator)
-        return ids, embeds.to(self.device, self.shape.dtype).expand(batch, -1, -1).contiguous()
+        key = (num_regions, batch, image_tokens)
+        if key not in self._prompts:  # drawn once: it takes as long as a decode on a GPU
+            ids = self.prompt_ids(num_regions, image_tokens).expand(batch, -1)
+            generator = torch.Generator("cpu").manual_seed(num_regions)
+            embeds = torch.randn(1, ids.shape[1], self.shape.hidden, generator=generator)
+            self._prompts[key] = ids, embeds.to(self.device, self.shape.dtype).expand(batch, -1, -1).contiguous()
+        return self._prompts[key]
 
     def ours(
         self,
@@ -133,10 +138,10 @@ class Bench:
         steps: int,
         interval: int,
         image_tokens: int | None = None,
-        attention: str = "sdpa",
-        graphs: bool = False,
+        attention: str = NAME,
+        graphs: bool | None = None,
     ) -> torch.Tensor:
-        """Decode by our loop; returns tokens `(batch, regions, slots)`."""
+        """Decode by our loop; returns tokens `(batch, regions, slots)`. By default as `generate` chooses."""
         ids, embeds = self.prompts(num_regions, batch, image_tokens)
         settings = PdlmGenerationConfig(
             max_new_tokens=slots,

@@ -17,16 +17,15 @@ from ..adapters_pdlm import BASE_FILE, adapter_base
 from ..canvas_path_pdlm import SLOW_BFLOAT16, CanvasCase, cache_bytes, choose_path, emulates_bfloat16
 from ..configuration_pdlm import special_token_ids
 from ..errors_pdlm import CheckpointError, PdlmError, reading
+from ..fused_pdlm import capability_of
 from ..generation_config_pdlm import PdlmGenerationConfig
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
-from ..split_attention_pdlm import capability_of
 from ..tiling_pdlm import num_tiles
 from .checkpoints import checkpoint_name
 from .loading import check_sizes, check_together, reading_files
 from .weight_files import StoredWeight, compare_weights, expected_weights, our_name, stored_weights
 
 GIB = 2**30
-BATCH = 8  # images at a time of `pdlm batch`
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt"]
 
 
@@ -236,19 +235,15 @@ def _plan(found: Inspection, config: Any, processor: Any, generation: PdlmGenera
     interval, steps = generation.prefix_refresh_interval, generation.max_denoising_steps or 32
     if interval is None:
         interval = 1 if config.prefix_attention == "full" else 0
-    for name, images in (("one_image", 1), ("pdlm_batch", BATCH)):
-        case = CanvasCase(
-            device.type,
-            dtype,
-            config.text_config.head_dim,
-            interval != 1 and steps > 1,
-            images,
-            images * found.memory["prefix_cache"],
-            max(0, free - found.memory["weights"]) if gpus else None,
-            capability_of(device),
-            graphs=generation.cuda_graphs,
-        )
-        found.settings[name] = str(choose_path(case))
+    case = CanvasCase(
+        device.type,
+        dtype,
+        config.text_config.head_dim,
+        interval != 1 and steps > 1,
+        capability_of(device),
+        graphs=generation.cuda_graphs,
+    )
+    found.settings["canvas"] = str(choose_path(case))
 
 
 def _memory(config: Any, parameters: int, prompt: int, canvas: int, itemsize: int) -> dict[str, int]:

@@ -57,9 +57,8 @@ def _lines(found: Any) -> list[str]:
         lines.append(f"runs on   {settings['device']} in {settings['dtype']}")
         chosen = ", ".join(f"{name}={value!r}" for name, value in settings["generate"].items())
         lines.append(f"generate  {chosen or 'defaults'}")
-        for name, what in (("one_image", "one image"), ("pdlm_batch", "pdlm batch")):
-            if name in settings:
-                lines.append(f"passes    {what}: {settings[name]}")
+        if "canvas" in settings:
+            lines.append(f"passes    {settings['canvas']}")
     lines += [f"note      {note}" for note in found.notes]
     count = len(found.faults)
     return [*lines, "whole     yes" if not count else f"whole     no: {count} fault{'s' * (count > 1)}"]

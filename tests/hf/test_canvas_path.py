@@ -3,6 +3,7 @@
 import copy
 import logging
 
+import plain_kernels
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
@@ -18,70 +19,63 @@ from pdlm_hf.canvas_path_pdlm import (
     log_path,
 )
 from pdlm_hf.captioning.inspection import inspect_checkpoint
-from pdlm_hf.split_attention_pdlm import NAME
+from pdlm_hf.fused_pdlm import NAME
 
 SETTINGS = {"max_new_tokens": 8, "max_denoising_steps": 4, "prefix_refresh_interval": 0}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# torch's functions for flash attention with its log-sum-exp: (varlen_attn, the kernel it calls)
-NEW, MIDDLE, OLD = (True, True), (False, True), (False, False)
 H100, T4 = (9, 0), (7, 5)
-SDPA, SPLIT, CAPTURED = (False, False), (True, False), (True, True)
+MASK, KERNELS, CAPTURED = (False, False), (True, False), (True, True)
 
 
 def case(device="cuda", dtype=BF16, head_size=128, capability=H100, caching=True, **others) -> CanvasCase:
-    return CanvasCase(device, dtype, head_size, caching, capability=capability, **others)
+    return CanvasCase(device, dtype, head_size, caching, capability, **others)
 
 
 @pytest.mark.parametrize(
-    ("asked", "functions", "expected", "reason"),
+    ("asked", "has_triton", "expected", "reason"),
     [
         # the 8B on one GPU
-        (case(), NEW, CAPTURED, "fastest for up to 3 images"),
-        (case(), MIDDLE, CAPTURED, "fastest for up to 3 images"),
-        (case(), OLD, SDPA, "no flash attention here for bfloat16 and heads of 128"),
-        (case(dtype=FP16), NEW, CAPTURED, "fastest"),
-        (case(dtype=FP32), NEW, SDPA, "no flash attention here for float32"),
-        (case(head_size=64), NEW, CAPTURED, "fastest"),
-        (case(head_size=20), NEW, SDPA, "heads of 20"),
-        (case(head_size=264), NEW, SDPA, "heads of 264"),
-        (case(capability=(8, 0)), NEW, CAPTURED, "fastest"),
-        (case(capability=T4, dtype=FP16), NEW, SDPA, "no flash attention here for float16"),
-        (case(capability=None), NEW, SDPA, "no flash attention here"),  # ROCm
-        # shape and memory
-        (case(rows=3), NEW, CAPTURED, "fastest"),
-        (case(rows=4), NEW, SDPA, "more than 3 images at a time"),
-        (case(cache_bytes=2**30, free_bytes=2**32), NEW, CAPTURED, "fastest"),
-        (case(cache_bytes=2**30, free_bytes=2**32 - 1), NEW, SDPA, "graphs would need 4.0 GiB"),
-        (case(caching=False), NEW, SDPA, "recomputed at every step"),
+        (case(), True, CAPTURED, "fastest on this GPU"),
+        (case(), False, MASK, "Triton is not installed"),
+        (case(dtype=FP16), True, CAPTURED, "fastest"),
+        (case(dtype=FP32), True, CAPTURED, "fastest"),
+        (case(dtype=torch.float64), True, MASK, "no kernels for float64 and heads of 128"),
+        (case(head_size=64), True, CAPTURED, "fastest"),
+        (case(head_size=20), True, CAPTURED, "fastest"),
+        (case(head_size=21), True, MASK, "heads of 21"),
+        (case(head_size=264), True, MASK, "heads of 264"),
+        (case(capability=(8, 0)), True, CAPTURED, "fastest"),
+        (case(capability=(12, 0)), True, CAPTURED, "fastest"),
+        (case(capability=T4, dtype=FP16), True, MASK, "compute capability 8.0"),
+        (case(capability=None), True, MASK, "compute capability 8.0"),  # ROCm
+        (case(caching=False), True, KERNELS, "every step computes the prompt too"),
+        (case(other_layers="autocast is on"), True, MASK, "autocast is on"),
         # other devices
-        (case("cpu", FP32, capability=None), NEW, SDPA, "the model is on cpu"),
-        (case("cpu", BF16, capability=None), NEW, SDPA, "the model is on cpu"),
-        (case("mps", FP16, capability=None), NEW, SDPA, "the model is on mps"),
-        (case("meta", capability=None), NEW, SDPA, "the model is on meta"),
-        (case("several devices", capability=None), NEW, SDPA, "the model is on several devices"),
+        (case("cpu", FP32, capability=None), True, MASK, "the model is on cpu"),
+        (case("cpu", BF16, capability=None), True, MASK, "the model is on cpu"),
+        (case("mps", FP16, capability=None), True, MASK, "the model is on mps"),
+        (case("meta", capability=None), True, MASK, "the model is on meta"),
+        (case("several devices", capability=None), True, MASK, "the model is on several devices"),
         # cuda_graphs of the call
-        (case(graphs=False), NEW, SDPA, "cuda_graphs=False"),
-        (case(graphs=True), NEW, CAPTURED, "cuda_graphs=True"),
-        (case(graphs=True, rows=8), NEW, CAPTURED, "cuda_graphs=True"),
-        (case(graphs=True, dtype=FP32), NEW, CAPTURED, "cuda_graphs=True"),
-        (case(graphs=True, cache_bytes=2**30, free_bytes=0), NEW, CAPTURED, "cuda_graphs=True"),
-        (case(graphs=True, caching=False), NEW, SDPA, "recomputed at every step"),
-        (case("cpu", graphs=True, capability=None), NEW, SDPA, "the model is on cpu"),
+        (case(graphs=False), True, KERNELS, "cuda_graphs=False"),
+        (case(graphs=True), True, CAPTURED, "fastest"),
+        (case(graphs=True, caching=False), True, KERNELS, "every step computes the prompt too"),
+        (case(graphs=True), False, MASK, "Triton is not installed"),
+        (case("cpu", graphs=True, capability=None), True, MASK, "the model is on cpu"),
         # attn_implementation of the model
-        (case(attention="sdpa"), NEW, SDPA, 'attn_implementation is "sdpa"'),
-        (case(attention="eager", graphs=True), NEW, SDPA, 'attn_implementation is "eager"'),
-        (case(attention="flex_attention"), NEW, SDPA, 'attn_implementation is "flex_attention"'),
-        (case(attention=NAME), NEW, CAPTURED, f'attn_implementation "{NAME}"'),
-        (case(attention=NAME, rows=8, dtype=FP32), OLD, CAPTURED, f'attn_implementation "{NAME}"'),
-        (case(attention=NAME, graphs=False), NEW, SPLIT, "cuda_graphs=False"),
-        (case("cpu", attention=NAME, capability=None), NEW, SPLIT, "the model is on cpu"),
-        (case(attention=NAME, caching=False), NEW, SPLIT, "recomputed at every step"),
+        (case(attention="sdpa"), True, MASK, 'attn_implementation is "sdpa"'),
+        (case(attention="eager", graphs=True), True, MASK, 'attn_implementation is "eager"'),
+        (case(attention="flex_attention"), True, MASK, 'attn_implementation is "flex_attention"'),
+        (case(attention=NAME), True, CAPTURED, "fastest"),
+        (case(attention=NAME), False, MASK, "Triton is not installed"),
+        (case(attention=NAME, graphs=False), True, KERNELS, "cuda_graphs=False"),
+        (case("cpu", attention=NAME, capability=None), True, MASK, "the model is on cpu"),
     ],
     ids=str,
 )
-def test_the_choice(asked, functions, expected, reason):
-    path = choose_path(asked, *functions)
-    assert (path.split, path.graphs) == expected
+def test_the_choice(asked, has_triton, expected, reason):
+    path = choose_path(asked, has_triton)
+    assert (path.fused, path.graphs) == expected
     assert reason in path.reason
 
 
@@ -93,11 +87,10 @@ def test_sizes_of_a_prefix_cache(model):
 
 def test_the_case_of_a_loaded_model(isolated_model):
     network = isolated_model.model.language_model
+    found = case_of(network, FP32, True, None)
+    assert (found.device, found.dtype, found.capability, found.other_layers) == ("cpu", FP32, None, None)
     with torch.autocast("cpu", BF16):
-        assert case_of(network, FP32, 1, 10, True, None).dtype == BF16
-    found = case_of(network, FP32, 2, 10, True, None)
-    assert (found.device, found.dtype, found.rows, found.free_bytes) == ("cpu", FP32, 2, None)
-    assert found.cache_bytes == cache_bytes(network.config, 2, 10, 4)
+        assert case_of(network, FP32, True, None).other_layers == "autocast is on"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +109,7 @@ def test_an_attention_that_is_given_is_known_from_the_default(isolated_model, tm
     def attention_of(model):
         network = model.model.language_model
         assert network.config._attn_implementation == (attention or "sdpa")
-        return case_of(network, FP32, 1, 10, True, None).attention
+        return case_of(network, FP32, True, None).attention
 
     isolated_model.save_pretrained(tmp_path)
     load = AutoModelForImageTextToText.from_pretrained
@@ -126,7 +119,7 @@ def test_an_attention_that_is_given_is_known_from_the_default(isolated_model, tm
         model.set_attn_implementation(given)
     assert attention_of(model) == attention_of(copy.deepcopy(model)) == attention
     model.model.language_model.set_attn_implementation("sdpa")
-    assert case_of(model.model.language_model, FP32, 1, 10, True, None).attention == "sdpa"
+    assert case_of(model.model.language_model, FP32, True, None).attention == "sdpa"
 
 
 @pytest.fixture
@@ -135,7 +128,7 @@ def inputs(processor, scenes):
 
 
 def test_generate_takes_the_path_that_is_chosen(processor, inputs, monkeypatch):
-    """Chosen by the program, the two calls give what sdpa gives, with graphs' buffers too."""
+    """Chosen by the program, the kernels give what sdpa gives."""
     from tiny import lively_model
 
     network = lively_model(processor, "isolated")
@@ -147,9 +140,10 @@ def test_generate_takes_the_path_that_is_chosen(processor, inputs, monkeypatch):
         return CanvasPath(True, True, "a test")
 
     monkeypatch.setattr("pdlm_hf.canvas_pdlm.choose_path", choose)
+    plain_kernels.use(monkeypatch)
     output = network.generate(**inputs, **SETTINGS)
     assert torch.equal(output.region_tokens, expected.region_tokens)
-    assert len(network.canvas_graphs().graphs) == 1  # what a GPU would have captured
+    assert len(network.canvas_graphs().passes) == 1  # what a GPU would have captured
     network.generate(**inputs, **SETTINGS, cuda_graphs=False)
     network.generate(**inputs, **{**SETTINGS, "prefix_refresh_interval": 1})
     assert [(found.graphs, found.caching) for found in asked] == [(None, True), (False, True), (None, False)]
@@ -164,9 +158,9 @@ def test_one_line_says_what_was_chosen(caplog, monkeypatch):
         log_path(CanvasPath(True, True, "of this test"), None)
     log_path(CanvasPath(False, False, "of this test"), True)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("INFO", "Forward passes over the canvas by region_split, CUDA graphs: of this test."),
+        ("INFO", "Forward passes over the canvas by fused kernels, CUDA graphs: of this test."),
         ("WARNING", "`cuda_graphs` is ignored: of this test."),
-        ("INFO", "Forward passes over the canvas by one attention with a mask, no CUDA graphs: of this test."),
+        ("INFO", "Forward passes over the canvas by attention with a mask, no CUDA graphs: of this test."),
     ]
 
 

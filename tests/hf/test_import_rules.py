@@ -58,7 +58,12 @@ def test_the_flat_files_are_those_of_the_layout():
 def test_flat_files_travel(path):
     """transformers copies what `from .module import name` names, by regular expression, and nothing else."""
     flat = {other.stem for other in FLAT}
+    optional = [node for parent in ast.walk(tree(path)) if isinstance(parent, ast.Try) for node in parent.body]
+    optional = {ast.unparse(node) for node in optional if isinstance(node, (ast.Import, ast.ImportFrom))}
+    assert optional <= {"import triton", "from triton import language as tl"}  # transformers does not ask for these
     for node in imports(path):
+        if ast.unparse(node) in optional:
+            continue
         if isinstance(node, ast.Import):
             assert all(alias.name.split(".")[0] in ALLOWED for alias in node.names), ast.unparse(node)
         elif node.level == 0:

@@ -11,8 +11,8 @@ FLAT_FILES = [
     f"{name}_pdlm.py"
     for name in (
         "adapters attributes batching caching canvas_path canvas captions chat_denoising configuration conversion "
-        "denoising diffusion errors generation_config generation graphs image_processing masking modeling processing "
-        "prompts split_attention templates tiling versions vision"
+        "denoising diffusion errors fused generation_config generation graphs image_processing kernels masking "
+        "modeling processing prompts templates tiling versions vision"
     ).split()
 ]
 

@@ -1,0 +1,284 @@
+"""Forward passes by fused kernels give what transformers' modules give under the region mask."""
+
+import copy
+import pickle
+import threading
+
+import plain_kernels
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from pdlm_hf.canvas_path_pdlm import CanvasPath
+from pdlm_hf.fused_pdlm import NAME, Together, merge_weights, why_not
+from pdlm_hf.graphs_pdlm import MAX_SHAPES, MAX_TRIES, WIDTH_MULTIPLE, CanvasGraphs, FusedPasses
+
+SETTINGS = {"max_new_tokens": 4, "max_denoising_steps": 3, "prefix_refresh_interval": 0}
+RULES = [
+    {},
+    {"acceptance_threshold": 0.3},
+    {"max_denoising_steps": 4, "prefix_refresh_interval": 2},
+    {"prefix_refresh_interval": 1},
+    {"prefix_refresh_interval": 1, "acceptance_threshold": 0.3},
+]
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def inputs(processor, scenes):
+    return processor(images=[p.image for p in scenes], segmentation_maps=[p.masks for p in scenes])
+
+
+@pytest.fixture
+def by_kernels(monkeypatch):
+    """Kernels are chosen, on a CPU too; "captured" passes run from the same buffers.
+
+    There something plainer stands in for every kernel, because a thousand programs a pass take the interpreter a
+    minute; test_kernels.py has them.
+    """
+
+    def choose(case):
+        return CanvasPath(True, case.caching and case.graphs is not False, "a test")
+
+    monkeypatch.setattr("pdlm_hf.canvas_pdlm.choose_path", choose)
+    plain_kernels.use(monkeypatch)
+
+
+@pytest.fixture
+def network(processor):
+    from tiny import lively_model
+
+    network = lively_model(processor, "isolated")
+    network.model.language_model.layers = network.model.language_model.layers[:2]
+    network.config.text_config.num_hidden_layers = 2
+    return network
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("prefix", ["full", "isolated"])
+def test_kernels_are_the_region_mask(processor, inputs, monkeypatch, request, prefix, rule):
+    """Images of different lengths and numbers of regions, with prompts cached and computed anew."""
+    from tiny import lively_model
+
+    network = lively_model(processor, prefix)
+    settings = {**SETTINGS, **rule, "output_history": True}
+    expected = network.generate(**inputs, **settings)
+    request.getfixturevalue("by_kernels")
+    output = network.generate(**inputs, **settings)
+    assert torch.equal(output.region_tokens, expected.region_tokens)
+    assert torch.equal(output.region_steps, expected.region_steps)
+    assert output.num_forwards == expected.num_forwards
+    for ours, theirs in zip(output.history, expected.history, strict=True):
+        seen = (ours.draft >= 0) & (theirs.draft >= 0)
+        torch.testing.assert_close(ours.probability[seen], theirs.probability[seen], atol=1e-5, rtol=1e-4)
+
+
+def test_other_prompts_in_the_same_place(network, inputs, processor, scenes, request):
+    again = processor(images=[p.image for p in scenes[::-1]], segmentation_maps=[p.masks[::-1] for p in scenes[::-1]])
+    expected = [network.generate(**batch, **SETTINGS) for batch in (inputs, again)]
+    request.getfixturevalue("by_kernels")
+    for batch, known in zip((inputs, again), expected, strict=True):
+        output = network.generate(**batch, **SETTINGS)
+        assert torch.equal(output.region_tokens, known.region_tokens)
+    ((_, passes),) = network.canvas_graphs().passes.items()
+    assert passes.cache.room % WIDTH_MULTIPLE == 0
+    with torch.inference_mode():  # its tensors cannot be written outside
+        network.generate(**inputs, **SETTINGS)
+    network.generate(**inputs, **SETTINGS)
+    assert len(network.canvas_graphs().passes) == 2
+
+
+def test_weights_stay_one_copy(network, inputs, tmp_path, by_kernels):
+    """Put together they are views; saved, loaded, copied and trained as before."""
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    network.generate(**inputs, **SETTINGS)
+    attention = network.model.language_model.layers[0].self_attn
+    together = merge_weights([attention.q_proj, attention.k_proj, attention.v_proj])
+    assert together.data_ptr() == attention.q_proj.weight.data_ptr()
+    assert torch.equal(together[: attention.q_proj.out_features], attention.q_proj.weight)
+    assert attention.v_proj.weight.requires_grad and attention.v_proj.weight.is_leaf
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+    network.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert sum(v.nbytes for v in load_file(tmp_path / "model.safetensors").values()) == sum(
+        v.nbytes for v in before.values()
+    )
+    copied = copy.deepcopy(network)
+    copied.model.language_model.layers[0].self_attn.q_proj.weight.data.zero_()
+    assert torch.equal(attention.q_proj.weight, before["model.language_model.layers.0.self_attn.q_proj.weight"])
+    attention.q_proj.weight.sum().backward()
+    assert torch.equal(attention.q_proj.weight.grad, torch.ones_like(attention.q_proj.weight))
+
+
+def test_weights_that_moved_are_put_together_again(network):
+    attention = network.model.language_model.layers[0].self_attn
+    modules = [attention.q_proj, attention.k_proj]
+    first = merge_weights(modules)
+    assert merge_weights(modules).data_ptr() == first.data_ptr()
+    network.to(torch.float64).to(torch.float32)
+    moved = merge_weights(modules)
+    assert moved.data_ptr() != first.data_ptr() and torch.equal(moved, first)
+    with torch.no_grad():
+        attention.k_proj.weight.mul_(2)
+    assert torch.equal(merge_weights(modules)[len(attention.q_proj.weight) :], attention.k_proj.weight)
+
+
+def test_layers_that_are_more_than_a_matrix_are_called():
+    plain, biased = nn.Linear(4, 3, bias=False), nn.Linear(4, 2)
+    states = torch.randn(5, 4)
+    assert merge_weights([plain, biased]) is None
+    assert torch.equal(Together(plain, biased)(states), torch.cat([plain(states), biased(states)], -1))
+    heard = []
+    plain.register_forward_hook(lambda *_: heard.append(1))
+    assert merge_weights([plain]) is None
+    Together(plain)(states)
+    assert heard == [1]
+
+
+def test_adapters_are_applied(network, inputs, request):
+    """LoRA on attention and MLP, trained a little: by kernels as by modules, on and off."""
+    adapted = get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    settings = {**SETTINGS, "output_history": True}
+    expected = adapted.generate(**inputs, **settings)
+    with adapted.disable_adapter():
+        without = adapted.generate(**inputs, **settings)
+    assert not torch.equal(expected.history[0].probability, without.history[0].probability)
+    request.getfixturevalue("by_kernels")
+    output = adapted.generate(**inputs, **settings)
+    torch.testing.assert_close(output.history[0].probability, expected.history[0].probability, atol=1e-5, rtol=1e-4)
+    with adapted.disable_adapter():
+        output = adapted.generate(**inputs, **settings)
+    torch.testing.assert_close(output.history[0].probability, without.history[0].probability, atol=1e-5, rtol=1e-4)
+
+
+def test_layers_of_another_kind_are_left_alone(network):
+    language_model = network.model.language_model
+    assert why_not(language_model) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert why_not(language_model) == "autocast is on"
+    language_model.config.hidden_act = "gelu"
+    assert why_not(language_model) == "no kernel for the activation gelu"
+    language_model.config.hidden_act = "silu"
+    handle = language_model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert why_not(language_model) == "LlamaMLP has hooks"
+    handle.remove()
+    language_model.layers[1].mlp = nn.Identity()
+    assert why_not(language_model) == "a layer has Identity for LlamaMLP"
+
+
+def test_a_failed_capture_falls_back(network, inputs, monkeypatch, caplog, by_kernels):
+    """And is tried again for later images, but not for ever."""
+    expected, tries = network.generate(**inputs, **SETTINGS), []
+
+    def fail(self):
+        tries.append(self)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(FusedPasses, "_capture", fail)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for _ in range(MAX_TRIES + 2):
+        output = network.generate(**inputs, **SETTINGS)
+        assert torch.equal(output.region_tokens, expected.region_tokens)
+    assert len(tries) == MAX_TRIES
+
+
+def test_passes_in_use_are_not_shared(network):
+    """Two threads that decode images of one shape."""
+    graphs, like = CanvasGraphs(network.model.language_model), torch.empty(0)
+    first, second = (graphs.take(like, 1, 100, 2, 6, 4) for _ in range(2))
+    assert first is not second and first.cache.layers[0].data_ptr() != second.cache.layers[0].data_ptr()
+    graphs.give_back(first)
+    assert graphs.take(like, 1, 120, 2, 6, 4) is first  # as much room
+    for width in range(256, 256 * (MAX_SHAPES + 3), 256):
+        graphs.give_back(graphs.take(like, 1, width, 2, 6, 4))
+    assert len(graphs.passes) == MAX_SHAPES
+
+
+def test_memory_of_kept_passes_is_bounded(network, monkeypatch):
+    graphs, like = CanvasGraphs(network.model.language_model), torch.empty(0)
+    monkeypatch.setattr(CanvasGraphs, "_limit", lambda self, device: 0)
+    for width in (100, 300, 600):
+        graphs.give_back(graphs.take(like, 1, width, 2, 6, 4))
+        assert len(graphs.passes) == 1
+
+
+def test_a_copied_model_begins_without_graphs(isolated_model):
+    """They hold memory of the device and cannot be copied or pickled."""
+    isolated_model.canvas_graphs().passes["shape"] = threading.Lock()  # cannot be copied either
+    copied = copy.deepcopy(isolated_model)
+    assert not copied.canvas_graphs().passes
+    assert copied.canvas_graphs().language_model is copied.model.language_model
+    assert not pickle.loads(pickle.dumps(isolated_model)).canvas_graphs().passes
+    isolated_model._canvas_graphs = None
+
+
+def test_another_network_is_another_graph(isolated_model, inputs):
+    graphs = CanvasGraphs(isolated_model.model.language_model)
+    before = graphs._weights()
+    assert graphs._weights() == before
+    adapted = get_peft_model(copy.deepcopy(isolated_model), LoraConfig(r=2, target_modules=["q_proj"]))
+    graphs = CanvasGraphs(adapted.base_model.model.model.language_model)
+    on = graphs._weights()
+    with adapted.disable_adapter():
+        assert graphs._weights() not in (before, on)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("prefix", ["full", "isolated"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_gpu(processor, inputs, dtype, prefix):
+    """Kernels, and captured, beside the dense mask; half precision within its rounding."""
+    from tiny import lively_model
+
+    network = lively_model(processor, prefix).to("cuda", dtype)
+    batch, settings = inputs.to("cuda"), {**SETTINGS, "output_history": True}
+    network.set_attn_implementation({"text_config": "sdpa"})
+    expected = network.generate(**batch, **settings)
+    network.set_attn_implementation({"text_config": NAME})
+    for graphs in (False, None, None):
+        output = network.generate(**batch, **settings, cuda_graphs=graphs)
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(
+            output.history[0].probability, expected.history[0].probability, atol=tolerance, rtol=0
+        )
+        if dtype == torch.float32:
+            assert torch.equal(output.region_tokens, expected.region_tokens)
+    ((_, passes),) = network.canvas_graphs().passes.items()
+    assert passes.graph is not None and not passes.failures
+
+
+@on_a_gpu
+def test_capture_beside_another_thread_on_a_gpu(processor, inputs):
+    """Which allocates and waits meanwhile."""
+    from tiny import lively_model
+
+    network = lively_model(processor, "isolated").to("cuda", torch.bfloat16)
+    network.set_attn_implementation({"text_config": NAME})
+    batch, done = inputs.to("cuda"), threading.Event()
+
+    def work():
+        size = 0
+        while not done.is_set():
+            size += 1
+            torch.ones(2**20 + 4096 * size, device="cuda").sum().item()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for slots in (4, 8, 12):
+            network.generate(**batch, **{**SETTINGS, "max_new_tokens": slots}, cuda_graphs=True)
+    finally:
+        done.set()
+        thread.join()
+    passes = network.canvas_graphs().passes.values()
+    assert len(passes) == 3 and all(each.graph is not None and not each.failures for each in passes)
