@@ -8,7 +8,8 @@ from PIL import Image
 from tiny import make_image, tiny_sam
 from transformers import SamModel, SamProcessor
 
-from pdlm_hf.errors_pdlm import CheckpointError
+from pdlm_hf.errors_pdlm import CheckpointError, SettingError
+from pdlm_hf.regions import SelectionSettings
 from pdlm_hf.regions.sam import Segmenter
 
 BOXES = [[10.0, 20.0, 60.0, 70.0], [0.0, 0.0, 100.0, 30.0], [50.0, 40.0, 90.0, 79.0]]
@@ -69,3 +70,42 @@ def test_other_checkpoints_are_refused(tiny_checkpoint, tmp_path):
     for path in (tiny_checkpoint, tmp_path / "none"):
         with pytest.raises(CheckpointError, match="cannot be loaded as a SAM model, for example facebook/sam2.1"):
             Segmenter.from_pretrained(str(path))
+
+
+@pytest.mark.parametrize("version", ["2", "1"])
+def test_everything(image, first_sam, tmp_path, version):
+    """Three masks at each point of a grid, those kept that score well, with transformers' own processing of them."""
+    if version == "2":
+        tiny_sam().save_pretrained(tmp_path)
+    segmenter = Segmenter.from_pretrained(str(tmp_path if version == "2" else first_sam), "cpu")
+    segmenter.points_per_side, segmenter.points_per_batch = 3, 4
+    everything = segmenter.propose(image, None, SelectionSettings(min_score=0, min_stability=0))
+    assert len(everything) == 27
+    places = [(x, y) for y in (40 / 3, 40, 200 / 3) for x in (50 / 3, 50, 250 / 3)]
+    for k, (x, y) in enumerate(places):
+        with torch.no_grad():
+            if version == "2":
+                point = torch.tensor([[[[x * 0.64, y * 0.8]]]])
+                out = segmenter.model(pixel_values=pixels_of(image), input_points=point)
+                masks = torch.nn.functional.interpolate(out.pred_masks[0], (80, 100), mode="bilinear")
+            else:
+                processor = SamProcessor.from_pretrained(first_sam)
+                inputs = processor(images=image, input_points=[[[x, y]]], return_tensors="pt")
+                out = segmenter.model(**inputs)
+                sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+                masks = processor.post_process_masks(out.pred_masks, *sizes, binarize=False)[0]
+        for found, logits, score in zip(everything[3 * k : 3 * k + 3], masks[0], out.iou_scores[0, 0], strict=True):
+            assert np.array_equal(found.mask, (logits > 0).numpy())
+            assert found.score == pytest.approx(float(score.clamp(0, 1)), abs=1e-5)
+            stability = float((logits > 1).sum() / (logits > -1).sum().clamp(min=1))
+            assert found.stability == pytest.approx(stability, abs=1e-2)
+    scores = sorted(found.score for found in everything)
+    stabilities = sorted(found.stability for found in everything)
+    settings = SelectionSettings(min_score=scores[9], min_stability=stabilities[5])
+    kept = [f for f in everything if f.score >= scores[9] and f.stability >= stabilities[5]]
+    assert segmenter.propose(image, None, settings) == kept
+
+
+def test_words_are_refused(image):
+    with pytest.raises(SettingError, match="takes no words; for words: a SAM 3, for example facebook/sam3"):
+        Segmenter(tiny_sam()).propose(image, ["dog"], SelectionSettings())

@@ -1,0 +1,1 @@
+"""Regions of an image that nobody has marked: found by models, and selected."""
