@@ -8,6 +8,7 @@ from .checkpoints import BASE_CHECKPOINT as BASE_CHECKPOINT
 from .checkpoints import CHECKPOINT as CHECKPOINT
 from .checkpoints import checkpoint_name as checkpoint_name
 from .export import export_checkpoint as export_checkpoint
+from .found import FoundCaption as FoundCaption
 from .pipeline import RegionAttributesPipeline as RegionAttributesPipeline
 from .pipeline import RegionCaptioningPipeline as RegionCaptioningPipeline
 from .registration import register as register

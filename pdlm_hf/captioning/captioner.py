@@ -1,9 +1,9 @@
 """`RegionCaptioner` loads a checkpoint once and captions regions in any form."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -17,10 +17,15 @@ from ..errors_pdlm import CheckpointError, SettingError
 from ..generation_config_pdlm import replaced_rules
 from ..generation_pdlm import PdlmGenerationOutput
 from ..processing_pdlm import RegionCaption
+from ..regions.finding.finder import RegionFinder, parse_names
+from ..regions.finding.loading import STAND_IN, load_finder
+from ..regions.finding.selection import parse_selection
 from ..regions.hints import load_pair
+from ..regions.images import load_image
 from ..regions.region import Region
 from ..render.report import image_html, thumbnail_size
 from .checkpoints import CHECKPOINT
+from .found import FoundCaption
 from .loading import load_checkpoint
 
 # Settings of `generate` for each mode. "default" are the checkpoint's own settings, which compute what the reference
@@ -33,7 +38,10 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-class RegionCaptions(list[RegionCaption]):
+_C = TypeVar("_C", bound=RegionCaption)
+
+
+class RegionCaptions(list[_C]):
     """Captions of one image: a list that shows the captions on the image in a notebook. It keeps a small copy of the
     image and the run lengths of the masks, so that the captions of many images need little memory.
 
@@ -43,7 +51,7 @@ class RegionCaptions(list[RegionCaption]):
         regions (`list[Region]`): their regions, in the same order.
     """
 
-    def __init__(self, captions: Iterable[RegionCaption], image: Image.Image, regions: list[Region]):
+    def __init__(self, captions: Iterable[_C], image: Image.Image, regions: list[Region]):
         super().__init__(captions)
         size = thumbnail_size(image)
         self._image = image.resize(size) if size[0] < image.width else image
@@ -75,6 +83,7 @@ class RegionCaptioner:
         self.model = model.eval()
         self.processor = processor
         self.mode = mode
+        self._finders: dict[Any, RegionFinder] = {}
 
     @classmethod
     def from_pretrained(
@@ -137,6 +146,89 @@ class RegionCaptioner:
         """
         image, found = load_pair(image, regions)
         return RegionCaptions(self.generate([(image, found)], question, **generation)[0][0], image, found)
+
+    def everything(
+        self,
+        image: Any,
+        segmenter: Any = None,
+        detector: Any = None,
+        settings: Any = None,
+        question: str | None = None,
+        **generation: Any,
+    ) -> list[FoundCaption]:
+        """Find the regions of an image, and caption them in as many passes as the region prompts need.
+
+        Args:
+            image: see [`caption`].
+            segmenter (*optional*): folder or hub id of a SAM, or "shapes", the stand-in that knows drawn shapes; it
+                stays loaded for the next call. Default: `facebook/sam2.1-hiera-large`; for the embedded checkpoint
+                "shapes".
+            detector (*optional*): folder or hub id of a detector; its boxes are the regions, refined to masks if a
+                segmenter is given too.
+            settings (*optional*): what to keep, a [`~pdlm_hf.regions.SelectionSettings`] or a dict of its fields.
+            question, **generation: see [`caption`].
+
+        Returns:
+            the captions with their masks, from large to small regions; none if nothing is found.
+
+        Raises:
+            CheckpointError: a model that finds regions is missing or of another kind.
+            ImageError: the image cannot be read.
+            SettingError: a setting is unknown or out of range.
+        """
+        return self._found(image, None, segmenter, detector, settings, question, generation)
+
+    def find(
+        self,
+        image: Any,
+        names: Sequence[str],
+        segmenter: Any = None,
+        detector: Any = None,
+        settings: Any = None,
+        question: str | None = None,
+        **generation: Any,
+    ) -> list[FoundCaption]:
+        """Find what words name, and caption it.
+
+        Args:
+            image: see [`caption`].
+            names (`list[str]`): words or short phrases, for example `["dog", "red car"]`.
+            segmenter, detector, settings: see [`everything`]; the segmenter is a SAM 3 by default, `facebook/sam3`.
+            question, **generation: see [`caption`].
+
+        Returns:
+            the captions with their masks, each with the `name` that found it, from large to small regions.
+
+        Raises:
+            CheckpointError, ImageError: see [`everything`].
+            SettingError: also if a detector of fixed classes, or the stand-in, does not know a name.
+        """
+        return self._found(image, names, segmenter, detector, settings, question, generation)
+
+    def finder(
+        self, names: Sequence[str] | None = None, segmenter: Any = None, detector: Any = None, settings: Any = None
+    ) -> RegionFinder:
+        """Load what [`everything`] (without names) and [`find`] find regions with; it stays loaded. See there for the
+        arguments and errors."""
+        names, settings = parse_names(names), parse_selection(settings)
+        if segmenter is None and detector is None and self.is_embedded:
+            segmenter = STAND_IN
+        key = segmenter, detector, names is not None
+        if key not in self._finders:
+            self._finders[key] = load_finder(names, segmenter, detector)
+        loaded = self._finders[key]
+        return RegionFinder(loaded.proposer, names, settings, loaded.refiner)
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether this is the embedded checkpoint, which knows drawn shapes only."""
+        return self.model.name_or_path == str(CHECKPOINT)
+
+    def _found(self, image, names, segmenter, detector, settings, question, generation) -> list[FoundCaption]:
+        found = self.finder(names, segmenter, detector, settings)(opened := load_image(image))
+        regions = [region.as_region(k) for k, region in enumerate(found)]
+        captions = self.generate([(opened, regions)], question, **generation)[0][0] if found else []
+        return RegionCaptions(map(FoundCaption.of, captions, found), opened, regions)
 
     def caption_many(
         self, pairs: Iterable[tuple[Any, Any]], batch_size: int = 8, question: str | None = None, **generation: Any

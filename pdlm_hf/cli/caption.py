@@ -4,10 +4,23 @@ import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from .finding import (
+    DetectorName,
+    Everything,
+    Find,
+    MaxRegions,
+    Parts,
+    SegmenterDevice,
+    SegmenterName,
+    Select,
+    check_alone,
+    find_in,
+    open_finder,
+)
 from .options import (
     Fast,
     Format,
@@ -33,6 +46,14 @@ def caption(
     format: Format = None,
     image_name: ImageName = None,
     orientation: Orientation = None,
+    everything: Everything = False,
+    find: Find = None,
+    segmenter: SegmenterName = None,
+    detector: DetectorName = None,
+    segmenter_device: SegmenterDevice = None,
+    parts: Parts = False,
+    max_regions: MaxRegions = None,
+    select: Select = None,
     model: Model = None,
     max_new_tokens: Length = 32,
     steps: Steps = 32,
@@ -43,21 +64,33 @@ def caption(
     watch: Annotated[bool, typer.Option("--watch", help="Show the captions emerge, step by step.")] = False,
     record: Annotated[Path | None, typer.Option(help="Record the steps as a page (.html) or a .gif.")] = None,
 ) -> None:
-    """Describe regions of an image: masks, boxes, or a file of them."""
+    """Describe regions of an image: masks, boxes, a file of them, everything, or what you name."""
+    from ..captioning.found import FoundCaption
     from ..render.drawing import check_target, save_drawing
     from ..render.recording import check_recording, save_recording
     from ..render.text import pluralize
 
     # everything the user can get wrong, before the model is loaded
     check_positive({"--max-new-tokens": max_new_tokens, "--steps": steps})
-    opened, found = read_regions(image, mask, box, regions, format, image_name, orientation)
     if record is not None:
         check_recording(record)
     if draw is not None:
         check_target(draw)
+    finder = open_finder(
+        everything, find, segmenter, detector, segmenter_device, parts, max_regions, select, model is None
+    )
+    proposed: list[Any] | None = None
+    if finder is None:
+        opened, found = read_regions(image, mask, box, regions, format, image_name, orientation)
+    else:
+        check_alone(mask or box or regions)
+        opened, proposed = find_in(image, finder)
+        found = [region.as_region(k) for k, region in enumerate(proposed)]
     note_embedded(model)
     settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
     captions, costs, drafts = _run(opened, found, model, question, watch, record is not None, fast, settings)
+    if proposed is not None:
+        captions = list(map(FoundCaption.of, captions, proposed))
     rows = [caption.to_row() for caption in captions]
     if as_json:
         note = {} if model else {"note": embedded_note()}
@@ -66,7 +99,8 @@ def caption(
     else:
         for number, row in enumerate(rows, 1):
             cut = f" [cut at {max_new_tokens} tokens]" if "truncated" in row else ""
-            typer.echo(f"{number}  {' '.join(row['caption'].split())}{cut}  ({row['score']:.2f})")
+            name = f"{row['name']}: " if "name" in row else ""
+            typer.echo(f"{number}  {name}{' '.join(row['caption'].split())}{cut}  ({row['score']:.2f})")
         passes = pluralize(costs["num_forwards"], "forward pass", "es")
         typer.echo(
             f"{pluralize(len(rows), 'caption')} in {passes}, {costs['tokens_per_forward']:.1f} tokens per forward "

@@ -8,3 +8,4 @@ from .scenes import Figure as Figure
 from .scenes import Scene as Scene
 from .scenes import describe as describe
 from .scenes import draw_scene as draw_scene
+from .segmenter import ShapesSegmenter as ShapesSegmenter

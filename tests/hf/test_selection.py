@@ -93,7 +93,7 @@ def test_scores_and_names_stay():
     [
         ({"min_score": 1.5}, "min_score: Input should be less than or equal to 1, got 1.5"),
         ({"max_regions": 0}, "max_regions: Input should be greater than or equal to 1, got 0"),
-        ({"iou": 0.5}, "iou: Extra inputs are not permitted, got 0.5"),
+        ({"iou": 0.5}, "iou: there is no such setting of found regions, only min_score, min_stability"),
         ({"min_area": "big"}, "min_area: Input should be a valid number.* got 'big'"),
     ],
 )

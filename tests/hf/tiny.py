@@ -2,7 +2,19 @@
 
 import numpy as np
 import torch
-from transformers import Sam2Config, Sam2Model
+from transformers import (
+    CLIPTokenizer,
+    OwlViTConfig,
+    OwlViTForObjectDetection,
+    Sam2Config,
+    Sam2Model,
+    Sam3Config,
+    YolosConfig,
+    YolosForObjectDetection,
+)
+from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
+from transformers.models.sam3.modeling_sam3 import Sam3Model
+from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
 from tools.shapes.model import build_model
 
@@ -76,3 +88,97 @@ def tiny_sam():
     return Sam2Model(
         Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
     ).eval()
+
+
+def tiny_sam3(folder):
+    """A folder with a SAM 3 with random weights, and its tokenizer."""
+    small = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    backbone = {
+        "model_type": "sam3_vit_model",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "window_size": 2,
+        "global_attn_indexes": [1],
+        "pretrain_image_size": 28,
+    }
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "projection_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+    }
+    config = Sam3Config(
+        vision_config={
+            "backbone_config": backbone,
+            "fpn_hidden_size": 32,
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        },
+        text_config={**text, **tiny_clip_tokenizer(folder)},
+        geometry_encoder_config=small,
+        detr_encoder_config=small,
+        detr_decoder_config={**small, "num_queries": 6},
+        mask_decoder_config={"hidden_size": 32, "num_attention_heads": 2},
+    )
+    torch.manual_seed(0)
+    Sam3Model(config).eval().save_pretrained(folder)
+    return folder
+
+
+def tiny_clip_tokenizer(folder):
+    """Save a CLIP tokenizer that knows single letters. Returns: what a text configuration says about it."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: k for k, word in enumerate(words)}
+    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
+    end = vocabulary["<|endoftext|>"]
+    return {"vocab_size": len(words), "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+
+
+def tiny_detector(folder):
+    """A folder with a detector of the classes cat, dog and car, with random weights that prefer some."""
+    names = {0: "cat", 1: "dog", 2: "car"}
+    config = YolosConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=[32, 32],
+        patch_size=16,
+        num_detection_tokens=5,
+        id2label=names,
+        label2id={name: k for k, name in names.items()},
+    )
+    torch.manual_seed(0)
+    model = YolosForObjectDetection(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.7)
+    model.save_pretrained(folder)
+    YolosImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def tiny_word_detector(folder):
+    """A folder with a detector by words, with random weights."""
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**text, "image_size": 32, "patch_size": 8}
+    ids = tiny_clip_tokenizer(folder)
+    config = OwlViTConfig(
+        text_config={**text, **ids, "max_position_embeddings": 16}, vision_config=vision, projection_dim=16
+    )
+    torch.manual_seed(0)
+    model = OwlViTForObjectDetection(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5)
+    model.save_pretrained(folder)
+    OwlViTImageProcessorPil(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder
+    )
+    return folder

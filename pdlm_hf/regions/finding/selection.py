@@ -95,6 +95,11 @@ def parse_selection(settings: SelectionSettings | dict[str, Any] | None) -> Sele
         return SelectionSettings(**(settings or {}))
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "extra_forbidden":
+            fields = ", ".join(SelectionSettings.model_fields)
+            raise SettingError(
+                f"{first['loc'][0]}: there is no such setting of found regions, only {fields}."
+            ) from None
         raise SettingError(f"{first['loc'][0]}: {first['msg']}, got {first['input']!r:.60}.") from None
 
 

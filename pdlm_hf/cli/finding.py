@@ -1,0 +1,121 @@
+"""Options that find regions where none are given, and the finder they name."""
+
+from typing import Annotated, Any
+
+import typer
+
+from ..errors_pdlm import SettingError
+from .options import load
+
+Everything = Annotated[bool, typer.Option("--everything", help="Find all regions; no masks are needed.")]
+Find = Annotated[list[str] | None, typer.Option(help='Find what this names, for example "red car". Repeatable.')]
+SegmenterName = Annotated[
+    str | None,
+    typer.Option(
+        "--segmenter",
+        help="SAM, folder or hub id; shapes: the stand-in for drawn shapes. Default: facebook/sam2.1-hiera-large; "
+        "with --find facebook/sam3; with the embedded checkpoint shapes.",
+    ),
+]
+DetectorName = Annotated[
+    str | None, typer.Option("--detector", help="Detector, folder or hub id: its boxes, with --segmenter their masks.")
+]
+SegmenterDevice = Annotated[
+    str | None, typer.Option(help="Device of segmenter and detector, for example cuda:1 or cpu.")
+]
+Parts = Annotated[bool, typer.Option("--parts", help="Keep parts beside their wholes.")]
+MaxRegions = Annotated[int | None, typer.Option(help="Found regions at most, the largest; default: 64.")]
+Select = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--select",
+        help="What is kept of what is found, NAME=VALUE: min_score, min_stability=0.95, max_overlap=0.7, "
+        "min_area=0.001, max_area=0.95, part_share=0.85. Repeatable.",
+    ),
+]
+
+
+def open_finder(
+    everything: bool,
+    names: list[str] | None,
+    segmenter: str | None,
+    detector: str | None,
+    device: str | None,
+    parts: bool,
+    max_regions: int | None,
+    select: list[str] | None,
+    embedded: bool,
+) -> Any:
+    """Load what the options name, before anything else is loaded; say on stderr where it is the stand-in.
+
+    Args:
+        everything, names, segmenter, detector, device, parts, max_regions, select: the options.
+        embedded (`bool`): the captions are those of the embedded checkpoint.
+
+    Returns:
+        a [`~pdlm_hf.regions.RegionFinder`], or None if no option asks for one.
+
+    Raises:
+        CheckpointError: a model is missing; the message says which, and what works without.
+        SettingError: options exclude each other, or one has no such value.
+    """
+    if everything and names:
+        raise SettingError("--everything and --find exclude each other: give one of them.")
+    if not (everything or names or detector):
+        given = {"segmenter": segmenter, "segmenter-device": device, "max-regions": max_regions, "select": select}
+        if used := [name for name, value in {**given, "parts": parts or None}.items() if value is not None]:
+            raise SettingError(f"--{used[0]} is for --everything, --find or --detector; give one of these too.")
+        return None
+    from ..regions.finding.loading import STAND_IN, load_finder
+
+    settings = _settings(parts, max_regions, select or [])
+    if embedded and segmenter is None and detector is None:
+        segmenter = STAND_IN
+        typer.echo(
+            "pdlm: no --segmenter, so regions are found by the stand-in, which knows drawn shapes only; for "
+            "photographs: --segmenter facebook/sam2.1-hiera-large",
+            err=True,
+        )
+    return load(lambda path: load_finder(names or None, path, detector, settings, device), segmenter)
+
+
+def _settings(parts: bool, max_regions: int | None, select: list[str]) -> Any:
+    """The settings of the selection. Raises: SettingError: there is no such name, or a value is out of range."""
+    from ..regions.finding.selection import parse_selection
+
+    values: dict[str, Any] = {"parts": parts} if max_regions is None else {"parts": parts, "max_regions": max_regions}
+    for text in select:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise SettingError(f"--select {text}: expected NAME=VALUE, for example min_area=0.01.")
+        values[name.strip().replace("-", "_")] = value.strip()
+    return parse_selection(values)
+
+
+def check_alone(given: Any) -> None:
+    """Raises: SettingError: regions are given too, where they are to be found."""
+    if given:
+        raise SettingError("Regions are found, or given: leave out --mask, --box and --regions, or what finds them.")
+
+
+def find_in(image: str, finder: Any) -> tuple[Any, list[Any]]:
+    """Open an image and find its regions.
+
+    Raises:
+        ImageError: the image cannot be read.
+        typer.Exit: nothing is found, which is said on stderr.
+    """
+    from ..regions.images import load_image
+
+    opened = load_image(image)
+    found = finder(opened)
+    if not found:
+        settings = finder.settings
+        what = "nothing" if finder.names is None else f"nothing named {' or '.join(finder.names)}"
+        typer.echo(
+            f"pdlm: {what} was found in {image} with a score of {settings.min_score:g} or more and at least "
+            f"{settings.min_area:.2%} of the image; lower them: --select min_score=0.3 --select min_area=0.0001",
+            err=True,
+        )
+        raise typer.Exit(1)
+    return opened, found
