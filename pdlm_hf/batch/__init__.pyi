@@ -5,6 +5,7 @@ from .engines import Answer as Answer
 from .engines import Engine as Engine
 from .engines import ImageEngine as ImageEngine
 from .engines import LocalEngine as LocalEngine
+from .found import find_data as find_data
 from .ray_engine import CaptionerSettings as CaptionerSettings
 from .ray_engine import RayEngine as RayEngine
 from .run import BatchFiles as BatchFiles

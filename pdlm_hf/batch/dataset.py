@@ -231,15 +231,20 @@ def fault(image_id: Any, annotation_id: Any, file_name: str | None, reason: Any)
     return {"image_id": image_id, "annotation_id": annotation_id, "file_name": file_name, "reason": str(reason)}
 
 
-def _open_folder(data: Path, folder: Path, format: str | None) -> DataSet:
+def image_paths(folder: Path) -> list[Path]:
+    """The images in a folder and below it, by their endings, without hidden ones."""
     Image.init()
     endings = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    names = [path.relative_to(folder) for path in paths]
+    hidden = [any(map(is_hidden, (name, *name.parents[:-1]))) for name in names]
+    return [path for path, skip in zip(paths, hidden, strict=True) if not skip]
+
+
+def _open_folder(data: Path, folder: Path, format: str | None) -> DataSet:
     entries, used = [], set()
-    for path in images:
+    for path in image_paths(folder):
         name = path.relative_to(folder)
-        if any(map(is_hidden, (name, *name.parents[:-1]))):
-            continue
         source = _region_source(data / name, path)
         if source is not None:
             used.add(source)

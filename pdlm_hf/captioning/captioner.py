@@ -59,7 +59,7 @@ class RegionCaptions(list[_C]):
 
     def _repr_html_(self) -> str:
         masks = [Region(k, coco_mask.decode(shape).astype(bool)) for k, shape in enumerate(self._shapes)]
-        return image_html(self._image, masks, self)
+        return image_html(self._image, masks, list(self))
 
 
 class RegionCaptioner:

@@ -7,6 +7,20 @@ from typing import Annotated, Any
 import typer
 
 from ..errors_pdlm import MissingPackageError, SettingError
+from .finding import (
+    DetectorName,
+    Everything,
+    Find,
+    MaxRegions,
+    Parts,
+    SegmenterDevice,
+    SegmenterName,
+    Select,
+    default_segmenter,
+    is_asked,
+    open_finder,
+    read_settings,
+)
 from .options import (
     Fast,
     Format,
@@ -30,10 +44,21 @@ _SHOWN = 20  # messages about damaged lines
 
 @exit_on_error
 def batch(
-    data: Annotated[Path, typer.Argument(help="COCO file, or folder with regions named like the images.")],
+    data: Annotated[
+        Path,
+        typer.Argument(help="COCO file; folder with regions named like the images; or of images to find them in."),
+    ],
     out: Annotated[Path, typer.Option(help="OUT.jsonl: one row per region.", show_default=False)],
     images: Annotated[str | None, typer.Option(help="Folder of the images; default: where DATA is.")] = None,
     format: Format = None,
+    everything: Everything = False,
+    find: Find = None,
+    segmenter: SegmenterName = None,
+    detector: DetectorName = None,
+    segmenter_device: SegmenterDevice = None,
+    parts: Parts = False,
+    max_regions: MaxRegions = None,
+    select: Select = None,
     model: Model = None,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 8,
     engine: Annotated[
@@ -50,7 +75,8 @@ def batch(
     fast: Fast = False,
     schema: Schema = None,
 ) -> None:
-    """Describe every region of a data set; the same command continues after any stop."""
+    """Describe every region of a data set, or of images whose regions are found first; the same command continues
+    after any stop."""
     from ..batch.dataset import open_data
     from ..batch.run import BatchFiles, BatchProgress, parse_shard, run_batch
     from ..batch.tables import write_table
@@ -64,13 +90,16 @@ def batch(
     generation = generation if checked is None else {}
     if server is not None and fast:
         raise SettingError("--server: --fast is not served; leave it out.")
-    found = open_data(data.absolute(), images, format)
+    embedded = model is None and server is None
+    options = everything, find, segmenter, detector, segmenter_device, parts, max_regions, select, embedded
+    finding = _finding(options, shard, images, format)
+    found = None if finding else open_data(data.absolute(), images, format)
     asked = None
     if server is not None:
         settings = generation if question is None else {**generation, "question": question}
         asked = caption_client(server, model, key_env, concurrency, settings)
     name = str(model or "shapes (embedded)") if asked is None else asked.model
-    kept = {"model": name, "question": question, "fast": fast, **generation}
+    kept = {"model": name, "question": question, "fast": fast, **generation, **finding}
     files = BatchFiles(out, kept if checked is None else kept | {"schema": checked.model_dump()}, part)
     _show_damaged(files.damaged)
 
@@ -81,6 +110,8 @@ def batch(
 
     if asked is None:
         note_embedded(model)
+    if found is None:
+        found = _find_regions(data.absolute(), options, finding, files)
     with BatchProgress(len(found.entries[part[0] - 1 :: part[1]] if part else found.entries)) as progress:
         counts = run_batch(found, open_engine, files, part, progress)
     if checked is not None:
@@ -89,6 +120,45 @@ def batch(
     if not counts.whole:
         typer.echo(f"pdlm: not every region has a caption; {files.faults_path} says why", err=True)
         raise typer.Exit(1)
+
+
+def _finding(options: tuple, shard: str | None, images: str | None, format: str | None) -> dict[str, Any]:
+    """What the found regions depend on; nothing where none are to be found.
+
+    Raises:
+        SettingError: options exclude each other.
+    """
+    everything, names, segmenter, detector, _, parts, max_regions, select, embedded = options
+    if not is_asked(everything, names, detector):
+        open_finder(*options)  # says which option is of no use
+        return {}
+    for option, value in (("--shard", shard), ("--images", images), ("--format", format)):
+        if value is not None:
+            raise SettingError(f"{option}: not where regions are found; give the folder of the images as DATA.")
+    source = {"find": names or None, "segmenter": default_segmenter(segmenter, detector, embedded)}
+    return source | {"detector": detector} | read_settings(parts, max_regions, select).model_dump()
+
+
+def _find_regions(folder: Path, options: tuple, settings: dict[str, Any], files: Any) -> Any:
+    """The data set of the regions that are found in a folder of images."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..batch.found import find_data
+
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("finding regions", total=None)
+            return find_data(
+                folder,
+                lambda: open_finder(*options),
+                settings,
+                files.out,
+                lambda done, of: bar.update(task, completed=done, total=of),
+            )
+    except BaseException:
+        files.close()
+        raise
 
 
 def _show_damaged(messages: list[str]) -> None:

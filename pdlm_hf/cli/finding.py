@@ -61,30 +61,41 @@ def open_finder(
     """
     if everything and names:
         raise SettingError("--everything and --find exclude each other: give one of them.")
-    if not (everything or names or detector):
+    if not is_asked(everything, names, detector):
         given = {"segmenter": segmenter, "segmenter-device": device, "max-regions": max_regions, "select": select}
         if used := [name for name, value in {**given, "parts": parts or None}.items() if value is not None]:
             raise SettingError(f"--{used[0]} is for --everything, --find or --detector; give one of these too.")
         return None
-    from ..regions.finding.loading import STAND_IN, load_finder
+    from ..regions.finding.loading import load_finder
 
-    settings = _settings(parts, max_regions, select or [])
-    if embedded and segmenter is None and detector is None:
-        segmenter = STAND_IN
+    settings = read_settings(parts, max_regions, select)
+    if (chosen := default_segmenter(segmenter, detector, embedded)) != segmenter:
         typer.echo(
             "pdlm: no --segmenter, so regions are found by the stand-in, which knows drawn shapes only; for "
             "photographs: --segmenter facebook/sam2.1-hiera-large",
             err=True,
         )
-    return load(lambda path: load_finder(names or None, path, detector, settings, device), segmenter)
+    return load(lambda path: load_finder(names or None, path, detector, settings, device), chosen)
 
 
-def _settings(parts: bool, max_regions: int | None, select: list[str]) -> Any:
+def is_asked(everything: bool, names: list[str] | None, detector: str | None) -> bool:
+    """Whether the options ask to find regions."""
+    return bool(everything or names or detector)
+
+
+def default_segmenter(segmenter: str | None, detector: str | None, embedded: bool) -> str | None:
+    """The segmenter of the option; beside the embedded checkpoint the stand-in, where none is given."""
+    from ..regions.finding.loading import STAND_IN
+
+    return STAND_IN if embedded and segmenter is None and detector is None else segmenter
+
+
+def read_settings(parts: bool, max_regions: int | None, select: list[str] | None) -> Any:
     """The settings of the selection. Raises: SettingError: there is no such name, or a value is out of range."""
     from ..regions.finding.selection import parse_selection
 
     values: dict[str, Any] = {"parts": parts} if max_regions is None else {"parts": parts, "max_regions": max_regions}
-    for text in select:
+    for text in select or []:
         name, equals, value = text.partition("=")
         if not equals:
             raise SettingError(f"--select {text}: expected NAME=VALUE, for example min_area=0.01.")

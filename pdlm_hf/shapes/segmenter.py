@@ -105,10 +105,10 @@ def _figures(image: Image.Image) -> list[_Found]:
     """The figures of a drawing, each with its visible pixels."""
     factor = math.ceil(math.sqrt(image.width * image.height / _PIXELS))
     if factor > 1:
-        found = _figures(image.reduce(factor))
-        for figure in found:
+        small = _figures(image.reduce(factor))
+        for figure in small:
             figure.mask = np.kron(figure.mask, np.ones((factor, factor), bool))[: image.height, : image.width]
-        return found
+        return small
     columns, rows = best_grid(*image.size, TILE, 1, 6)
     scale = (image.width / columns + image.height / rows) / (2 * TILE)
     labels, unsure = _label(np.asarray(image, dtype=np.float32))
