@@ -1,4 +1,4 @@
-# make demo          captions of an example image, from nothing
+# make demo          captions of an example image, from nothing, with masks and without
 # make test          everything CI runs; reduced loads
 # make test-full     full loads, every test on the wheel and the oldest versions too, coverage; log in benchmarks/results
 # make test-newest   the suite on what is newest today, beyond our bounds; result in benchmarks/results/newest.json
@@ -45,6 +45,7 @@ export NO_MKDOCS_2_WARNING = 1
 demo: .venv/demo
 	@mkdir -p demo_out
 	$(BIN)/pdlm caption examples/shapes.png --mask examples/shapes_mask_*.png --draw demo_out/shapes_captions.png
+	$(BIN)/pdlm caption examples/shapes.png --everything --draw demo_out/shapes_everything.png
 
 .venv/demo: pyproject.toml constraints/core.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -27,6 +27,14 @@ def test_concepts(here):
     assert "".join(last) == "Onedottedcross,bigandblue."
 
 
+def test_everything(here):
+    test = "tests/hf/test_everything.py::test_command_with_models: needs the released weights"
+    ran = Page("everything.md", {"pdlm caption photo.jpg": test}).run()
+    assert len(json.loads(next(r.stdout for r in ran if "--json" in r.command))["regions"]) == 6
+    assert (here / "found.png").stat().st_size > 1000
+    assert "captioned" in ran[-1].stderr and (here / "captions.coco.json").is_file()
+
+
 def test_transformers(here):
     Page("transformers.md").run()
     assert "# shapes-copy" in (here / "exported" / "README.md").read_text()
