@@ -19,9 +19,10 @@ from ..generation_pdlm import PdlmGenerationOutput
 from ..processing_pdlm import RegionCaption
 from ..regions.finding.finder import RegionFinder, parse_names
 from ..regions.finding.loading import STAND_IN, load_finder
-from ..regions.finding.selection import parse_selection
+from ..regions.finding.selection import FoundRegion, parse_selection
 from ..regions.hints import load_pair
 from ..regions.images import load_image
+from ..regions.limits import MASK_PIXELS
 from ..regions.region import Region
 from ..render.report import image_html, thumbnail_size
 from .checkpoints import CHECKPOINT
@@ -48,10 +49,10 @@ class RegionCaptions(list[_C]):
     Args:
         captions: the captions.
         image (`PIL.Image.Image`): RGB.
-        regions (`list[Region]`): their regions, in the same order.
+        regions (`list[Region]` or `list[FoundRegion]`): their regions, in the same order.
     """
 
-    def __init__(self, captions: Iterable[_C], image: Image.Image, regions: list[Region]):
+    def __init__(self, captions: Iterable[_C], image: Image.Image, regions: Iterable[Region | FoundRegion]):
         super().__init__(captions)
         size = thumbnail_size(image)
         self._image = image.resize(size) if size[0] < image.width else image
@@ -226,9 +227,14 @@ class RegionCaptioner:
 
     def _found(self, image, names, segmenter, detector, settings, question, generation) -> list[FoundCaption]:
         found = self.finder(names, segmenter, detector, settings)(opened := load_image(image))
-        regions = [region.as_region(k) for k, region in enumerate(found)]
-        captions = self.generate([(opened, regions)], question, **generation)[0][0] if found else []
-        return RegionCaptions(map(FoundCaption.of, captions, found), opened, regions)
+        # whole passes at a time, so that the masks of many regions of a large photo need not be in memory together
+        passes = MASK_PIXELS // (opened.width * opened.height * self.model.config.num_region_prompts)
+        together = max(1, passes) * self.model.config.num_region_prompts
+        captions: list[RegionCaption] = []
+        for start in range(0, len(found), together):
+            regions = [region.as_region(start + k) for k, region in enumerate(found[start : start + together])]
+            captions += self.generate([(opened, regions)], question, **generation)[0][0]
+        return RegionCaptions(map(FoundCaption.of, captions, found), opened, found)
 
     def caption_many(
         self, pairs: Iterable[tuple[Any, Any]], batch_size: int = 8, question: str | None = None, **generation: Any

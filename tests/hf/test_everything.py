@@ -54,7 +54,7 @@ def small_grid(monkeypatch):
     monkeypatch.setattr(Segmenter, "points_per_side", 4)
 
 
-def test_everything_in_several_passes(captioner, image, sam):
+def test_everything_in_several_passes(captioner, image, sam, monkeypatch):
     """Eight regions are more than a pass holds; their captions are those of the same masks given."""
     assert captioner.model.config.num_region_prompts == 6
     found = captioner.everything(image, sam, settings=SOME, **FAST)
@@ -67,6 +67,10 @@ def test_everything_in_several_passes(captioner, image, sam):
     assert np.array_equal(coco_mask.decode(row["segmentation"]).astype(bool), found[0].mask)
     assert row["mask_score"] == round(found[0].mask_score, 4) and "name" not in row
     assert "<svg" in found._repr_html_() or "<img" in found._repr_html_()
+    # pass by pass, with fewer masks in memory
+    monkeypatch.setattr("pdlm_hf.captioning.captioner.MASK_PIXELS", 1)
+    again = captioner.everything(image, sam, settings=SOME, **FAST)
+    assert [(c.text, c.id) for c in again] == [(c.text, c.id) for c in found]
     # the segmenter stays loaded
     assert captioner.finder(segmenter=sam).proposer is captioner.finder(segmenter=sam, settings=SOME).proposer
 
