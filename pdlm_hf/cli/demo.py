@@ -1,6 +1,6 @@
 """`pdlm demo`: the web page."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +25,10 @@ def demo(
     model: Model = None,
     server: Server = None,
     key_env: KeyEnv = None,
-    sam: Annotated[str | None, typer.Option(help="SAM 2, folder or hub id; a click then marks a region.")] = None,
+    sam: Annotated[
+        str | None,
+        typer.Option("--sam", "--segmenter", help="SAM, folder or hub id, for clicks and to find everything."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0: any free one.")] = 7860,
     max_new_tokens: Length = 32,
@@ -36,11 +39,11 @@ def demo(
         from ..demo.page import build_page, serve
     except ImportError as error:
         raise MissingPackageError(f"Gradio ({error})", "demo") from error
-    backend, threshold = _backend(server, model, key_env, max_new_tokens)
-    segmenter = None if sam is None else _segmenter(sam)
     embedded = model is None and server is None
+    segmenter, finder = _segmenter(sam, embedded)
+    backend, threshold = _backend(server, model, key_env, max_new_tokens)
     note = f"The embedded checkpoint knows drawn shapes only; for photographs start with --model {RELEASED}."
-    page = build_page(backend, segmenter, threshold, note if embedded else None)
+    page = build_page(backend, segmenter, threshold, note if embedded else None, finder)
 
     def started(url: str) -> None:
         if server is None:
@@ -64,8 +67,12 @@ def _backend(server, model, key_env, max_new_tokens):
     return backend, captioner.model.generation_config.acceptance_threshold
 
 
-def _segmenter(path: str):
-    """SAM 2 for clicks."""
-    from ..regions.sam import Segmenter
+def _segmenter(path: str | None, embedded: bool) -> tuple[Any, Any]:
+    """The segmenter for clicks, and what finds everything: the same, or the stand-in of the embedded checkpoint."""
+    from ..regions.finding.finder import RegionFinder
+    from ..regions.finding.loading import STAND_IN, load_segmenter
 
-    return load(Segmenter.from_pretrained, path)
+    if path not in (None, STAND_IN):
+        segmenter = load(load_segmenter, path)
+        return segmenter, RegionFinder(segmenter)
+    return None, RegionFinder(load_segmenter(STAND_IN)) if embedded or path else None

@@ -7,6 +7,10 @@ const THIN = 60; // pixels; an image's shorter side is shown no smaller, and scr
 let tool = "box", view = null, labels = null, said = null, timer = null, stroke = null;
 
 const act = (kind, more) => trigger('act', { kind, ...more });
+const guide = () => {
+  const count = view.regions.length, more = props.everything ? ", or find everything" : "";
+  return count ? `${count} region${count === 1 ? "" : "s"}. Press to describe.` : `Mark regions with a box or the brush${more}.`;
+};
 function status(text) { if (out(".status")) out(".status").textContent = text; }
 
 // ---------------------------------------------------------------- files
@@ -64,6 +68,12 @@ function choose(name) {
 }
 for (const button of element.querySelectorAll("[data-tool]")) button.addEventListener("click", () => choose(button.dataset.tool));
 find("[data-tool=click]").hidden = !props.clicks;
+find("[data-do=everything]").hidden = !props.everything;
+find("[data-do=everything]").addEventListener("click", () => {
+  status(view ? "Looking for regions" : "Drop an image first, or take one of the examples.");
+  if (view) act("everything");
+});
+window.addEventListener("pdlm-refused", () => view && status(guide()));
 for (const kind of ["undo", "clear"]) find(`[data-do=${kind}]`).addEventListener("click", () => act(kind));
 
 const place = event => {
@@ -247,8 +257,7 @@ watch("value", async () => {
   stage.style.aspectRatio = `${view.size[0]} / ${view.size[1]}`;
   stage.style.maxWidth = `calc(74vh * ${view.size[0] / view.size[1]})`;
   stage.style.minWidth = `${THIN * Math.max(1, view.size[0] / view.size[1])}px`;
-  const count = view.regions.length;
-  status(count ? `${count} region${count === 1 ? "" : "s"}. Press to describe.` : "Mark regions with a box or the brush.");
+  status(guide());
   show(null);
   const version = view.version, map = new Image();
   map.src = view.labels;

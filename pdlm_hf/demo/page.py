@@ -79,10 +79,11 @@ class Handlers:
     Args:
         backend ([`~backend.Backend`]): writes the captions.
         segmenter ([`~pdlm_hf.regions.Segmenter`], *optional*): turns a click into a region.
+        finder ([`~pdlm_hf.regions.RegionFinder`], *optional*): finds all regions.
     """
 
-    def __init__(self, backend: Backend, segmenter: Any = None):
-        self.backend, self.segmenter = backend, segmenter
+    def __init__(self, backend: Backend, segmenter: Any = None, finder: Any = None):
+        self.backend, self.segmenter, self.finder = backend, segmenter, finder
 
     def act(self, session: Session, event: gr.EventData) -> tuple[Session, Any, str]:
         """Handle an action of the page's script: an image, masks, a mark, undo, clear, delete, or an example."""
@@ -100,6 +101,8 @@ class Handlers:
         elif kind == "example" and what.get("number") in range(len(_EXAMPLES)):
             image, masks = example(what["number"])
             session.start(image, f"example_{what['number'] + 1}.png", masks)
+        elif kind == "everything" and self.finder is not None:
+            session.find(self.finder)
         elif kind in ("undo", "clear"):
             getattr(session, kind)()
         elif kind == "delete":
@@ -183,7 +186,11 @@ def _file(name: str, kind: str, data: bytes) -> Any:
 
 
 def build_page(
-    backend: Backend, segmenter: Any = None, threshold: float | None = 0.8, note: str | None = None
+    backend: Backend,
+    segmenter: Any = None,
+    threshold: float | None = 0.8,
+    note: str | None = None,
+    finder: Any = None,
 ) -> gr.Blocks:
     """Build the page.
 
@@ -192,8 +199,9 @@ def build_page(
         segmenter ([`~pdlm_hf.regions.Segmenter`], *optional*): turns a click into a region; None: no tool for clicks.
         threshold (`float`, *optional*): acceptance threshold of the checkpoint; None: it decodes by a fixed schedule.
         note (`str`, *optional*): text above the upload.
+        finder ([`~pdlm_hf.regions.RegionFinder`], *optional*): finds all regions; None: no button for that.
     """
-    handlers = Handlers(backend, segmenter)
+    handlers = Handlers(backend, segmenter, finder)
     images = [
         draw_regions(image, parse_regions(masks, *image.size)) for image, masks in map(example, range(len(_EXAMPLES)))
     ]
@@ -215,6 +223,7 @@ def build_page(
                     captions=None,
                     file=None,
                     clicks=segmenter is not None,
+                    everything=finder is not None,
                     examples=[jpeg_url(drawn) for drawn in images],
                     most=MAX_BYTES,
                 )
@@ -236,7 +245,10 @@ def build_page(
         quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         slow: dict[str, Any] = {"concurrency_limit": backend.at_a_time, "concurrency_id": "backend"}
         slow |= {"show_progress": "minimal", "api_visibility": "private"}  # shows the position in the queue
-        board.act(show_errors(handlers.act), session, [session, board, lanes], trigger_mode="multiple", **quick)
+        acting = board.act(
+            show_errors(handlers.act), session, [session, board, lanes], trigger_mode="multiple", **quick
+        )
+        acting.failure(None, js="() => window.dispatchEvent(new Event('pdlm-refused'))")
         told = show_errors_live(handlers.describe)
         writing = press.click(told, [session, *controls], [session, board], show_progress_on=said, **slow)
         writing.failure(None, js="() => window.dispatchEvent(new Event('pdlm-failed'))")

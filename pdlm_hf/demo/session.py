@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from ..errors_pdlm import ImageError, PdlmError, RegionError
 from ..image_processing_pdlm import to_rgb
 from ..processing_pdlm import RegionCaption, area_order
 from ..regions.crops import png_url
+from ..regions.finding.selection import FoundRegion
 from ..regions.readers import from_label_map, read_region_file
 from ..regions.region import Region, parse_region, parse_regions
 from ..render.drawing import colour_of, draw_captions, draw_regions, ink_on
@@ -123,6 +125,20 @@ class Session:
             found += [parse_region(value, *size, k) for k, value in enumerate(values)]
         self._add(found)
 
+    def find(self, finder: Callable[[Image.Image], list[FoundRegion]]) -> None:
+        """Take all regions that are found, at most as many as an image may have, in place of those that are marked.
+
+        Args:
+            finder ([`~pdlm_hf.regions.RegionFinder`]): finds them.
+
+        Raises:
+            PdlmError: there is no image yet, nothing is found, or the finder cannot read this image.
+        """
+        found = finder(self.current_image())[: self._most()]
+        if not found:
+            raise RegionError("Nothing was found here; mark regions with a box or the brush.")
+        self._change([self._row(region.as_region(k), k) for k, region in enumerate(found, 1)])
+
     def undo(self) -> None:
         """Undo the last change of the regions."""
         if self.past:
@@ -229,9 +245,13 @@ class Session:
 
     def _check(self, count: int) -> None:
         width, height = self.current_image().size
-        most = min(MAX_REGIONS, MAX_MASK_PIXELS // (width * height))
-        if count > most:
-            raise RegionError(f"{count} regions; at most {most} on an image of {width} x {height} pixels.")
+        if count > self._most():
+            raise RegionError(f"{count} regions; at most {self._most()} on an image of {width} x {height} pixels.")
+
+    def _most(self) -> int:
+        """Regions that this image may have."""
+        width, height = self.current_image().size
+        return min(MAX_REGIONS, MAX_MASK_PIXELS // (width * height))
 
     def _change(self, regions: list[dict[str, Any]]) -> None:
         self.past = [*self.past, self.regions][-_UNDO:]

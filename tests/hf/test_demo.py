@@ -33,9 +33,12 @@ from pdlm_hf.demo.backend import Draft, LocalBackend, ServerBackend, Written, fo
 from pdlm_hf.demo.limits import MAX_REGIONS, open_upload, read_uploads
 from pdlm_hf.demo.session import Session
 from pdlm_hf.errors_pdlm import ServerError
+from pdlm_hf.regions import FoundRegion, RegionFinder
 from pdlm_hf.regions.readers import read_region_file
 from pdlm_hf.regions.region import parse_regions
 from pdlm_hf.regions.sam import Segmenter
+from pdlm_hf.shapes import ShapesSegmenter
+from pdlm_hf.shapes.scenes import draw_scene
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "shapes_quality.json"
 
@@ -527,6 +530,36 @@ def test_a_click_on_nothing_is_told(sam, monkeypatch):
     monkeypatch.setattr(segmenter.model, "forward", nothing)
     with pytest.raises(ValueError, match="finds nothing there"):
         segmenter.mask(grey(), 5, 5)
+
+
+# ---------------------------------------------------------------- find everything
+
+
+def test_everything_is_found_in_place_of_what_was_marked():
+    drawn = draw_scene(np.random.default_rng(11))
+    own, finder = Session(), RegionFinder(ShapesSegmenter())
+    with pytest.raises(ValueError, match="Drop an image first"):
+        own.find(finder)
+    own.open("a.png", file_of(drawn.image))
+    own.mark({"kind": "box", "box": [0, 0, 0.5, 0.5]})
+    own.find(finder)
+    found = finder(drawn.image)
+    assert len(found) >= len(drawn.masks) and [row["id"] for row in own.regions] == list(range(1, len(found) + 1))
+    assert all((mask == region.mask).all() for mask, region in zip(masks_of(own), found, strict=True))
+    own.undo()
+    assert len(own.regions) == 1
+
+
+def test_found_regions_are_limited_and_nothing_is_said():
+    own = Session()
+    own.open("a.png", file_of(grey()))
+    half = np.zeros((80, 100), bool)
+    half[:40] = True
+    own.find(lambda image: [FoundRegion.of_mask(half)] * 70)
+    assert len(own.regions) == MAX_REGIONS
+    with pytest.raises(ValueError, match="Nothing was found here; mark regions with a box or the brush"):
+        own.find(lambda image: [])
+    assert len(own.regions) == MAX_REGIONS
 
 
 # ---------------------------------------------------------------- the page over HTTP

@@ -20,8 +20,11 @@ from region_server import RegionCaptionServer
 from pdlm_hf import RegionCaptioner
 from pdlm_hf.client.captions import CaptionClient
 from pdlm_hf.demo.backend import LocalBackend, ServerBackend
+from pdlm_hf.regions import RegionFinder
 from pdlm_hf.regions.readers import read_region_file
 from pdlm_hf.regions.region import parse_regions
+from pdlm_hf.shapes import ShapesSegmenter
+from pdlm_hf.shapes.evaluate import held_out_scene
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = os.environ.get("PDLM_SCREENSHOTS")
@@ -56,7 +59,8 @@ class HalfSegmenter:
 
 @pytest.fixture(scope="module")
 def served():
-    with DemoServer(LocalBackend(RegionCaptioner.from_pretrained(), "shapes"), segmenter=HalfSegmenter()) as server:
+    options = {"segmenter": HalfSegmenter(), "finder": RegionFinder(ShapesSegmenter())}
+    with DemoServer(LocalBackend(RegionCaptioner.from_pretrained(), "shapes"), **options) as server:
         yield server
 
 
@@ -192,6 +196,30 @@ def test_upload_draw_describe_hover_and_save(tab, image):
     path, name = tab.save("#save-image")
     with Image.open(path) as drawn:
         assert (drawn.format, name, drawn.width) == ("PNG", "two squares_captions.png", 480)
+
+
+def test_find_everything_and_describe_it(tab, tmp_path):
+    """A drawing, no masks: one press finds its figures, one describes them."""
+    drawn = held_out_scene(3, 4)
+    drawn.image.save(tmp_path / "scene.png")
+    status = tab.page.locator("#captions .status")
+    tab.page.click("text=Find everything")
+    expect(status).to_have_text("Drop an image first, or take one of the examples.")
+    tab.page.set_input_files("#board .image-file", tmp_path / "scene.png")
+    expect(status).to_have_text("Mark regions with a box or the brush, or find everything.", timeout=WAIT)
+    tab.page.click("text=Find everything")
+    expected = RegionCaptioner.from_pretrained().everything(drawn.image)
+    tab.regions(len(expected))
+    assert len(expected) >= len(drawn.masks)
+    assert tab.describe() == [caption.text for caption in expected]
+    tab.shoot("demo_everything.png")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    tab.page.set_input_files("#board .image-file", tmp_path / "noise.png")
+    tab.regions(0)
+    tab.page.click("text=Find everything")
+    expect(tab.page.locator(".toast-wrap")).to_contain_text("figures drawn on a plain background", timeout=WAIT)
+    expect(status).to_have_text("Mark regions with a box or the brush, or find everything.")
 
 
 def test_all_captions_emerge_together_step_by_step(tab):
