@@ -66,8 +66,11 @@ def open_finder(
         if used := [name for name, value in {**given, "parts": parts or None}.items() if value is not None]:
             raise SettingError(f"--{used[0]} is for --everything, --find or --detector; give one of these too.")
         return None
+    from transformers.utils.logging import disable_progress_bar
+
     from ..regions.finding.loading import load_finder
 
+    disable_progress_bar()
     settings = read_settings(parts, max_regions, select)
     if (chosen := default_segmenter(segmenter, detector, embedded)) != segmenter:
         typer.echo(
