@@ -7,8 +7,8 @@ import pytest
 
 from pdlm_hf.attributes import AttributeValue, RegionAttributes, csv_fields, csv_row, parse_schema, read_schema_file
 from pdlm_hf.attributes.results import values_of
-from pdlm_hf.attributes_pdlm import AttributeReading
 from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.readings_pdlm import AttributeReading
 
 COLOURS = ["red", "dark blue"]
 
