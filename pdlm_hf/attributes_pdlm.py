@@ -256,14 +256,13 @@ class PdlmAttributesMixin:
 
     def _check_blocks(self, plan: AttributePlan, prompt: int, most: int) -> None:
         """Raises: SettingError if a block is longer than the checkpoint has positions for."""
-        blocks = [block for template in plan.blocks({}) for block in template]
-        longest = max([len(block.tokens) for block in blocks] + list(plan.lengths.values()))
-        self._check_length(prompt + most * (longest + 2), f"The prompt and templates of {longest} tokens")
+        rows = prompt + most * (plan.longest + 2)
+        self._check_length(rows, f"The prompt and templates of {plan.longest} tokens")
 
 
 def _row_chunks(lengths: Sequence[int], counts: Sequence[int], plan: AttributePlan, limit: int | None) -> list[slice]:
     """Rows to take at a time, so that rows x longest row stays within `limit` tokens; at least one."""
-    size = sum(len(block.tokens) + 2 for template in plan.blocks({}) for block in template)
+    size = plan.rows
     sizes = [n + min(MOST_COLUMNS, count * size) for n, count in zip(lengths, counts, strict=True)]
     chunks, first = [], 0
     for stop in range(1, len(sizes) + 1):

@@ -131,7 +131,7 @@ class AttributeReader:
         self.regions = [(row, k) for row, count in enumerate(counts) for k in range(count)]
         self.readings = {region: AttributeReading() for region in self.regions}
 
-    def read(self) -> Generator[Question, Answer, dict[Regions, AttributeReading]]:
+    def read(self) -> Generator[Question, Any, dict[Regions, AttributeReading]]:
         """Yields a question for each logical pass, is sent its answer, and returns the attributes of every region."""
         names = self.plan.with_choices
         fixed: dict[Regions, dict[str, int]] = {region: {} for region in self.regions}
@@ -149,7 +149,7 @@ class AttributeReader:
             yield from self._write_texts(fixed)
         return self.readings
 
-    def _pass(self, fixed: dict[Regions, dict[str, int]]) -> Generator[Question, Answer, dict[Regions, Any]]:
+    def _pass(self, fixed: dict[Regions, dict[str, int]]) -> Generator[Question, Any, dict[Regions, Any]]:
         """Probabilities of the choices, and support, of every attribute that is not fixed, for every region."""
         asked = Question([], [])
         reads: list[tuple[tuple[int, int | None], int, Read]] = []  # region, template, what to read
@@ -195,7 +195,7 @@ class AttributeReader:
             found[region][name] = ((mean / mean.sum()).tolist(), sum(values) / len(values))
         return found
 
-    def _write_texts(self, fixed: dict[Regions, dict[str, int]]) -> Generator[Question, Answer, None]:
+    def _write_texts(self, fixed: dict[Regions, dict[str, int]]) -> Generator[Question, Any, None]:
         """Fill the free texts of all regions together; a pass accepts certain tokens, and one of each at least."""
         writing = {
             (region, name): (self.plan.text_block(name, fixed[region]), self.plan.lengths[name])
