@@ -24,6 +24,7 @@ from .plan import REPORT, served_defaults
 from .processing import check_length, load_processor
 from .requests import REGION_SETTINGS, RegionPrompt, check_settings, region_prompts
 
+_ADVICE = "Shorten the template and the choices, or ask about fewer regions at a time."
 INTERVAL = "prefix_refresh_interval"
 
 
@@ -123,7 +124,7 @@ def attribute_works(
         limits.check_attributes(plan, len(regions), schema.calibrate)
     for found in region_prompts(processor, config, image, regions, question):
         count = len(found.regions)
-        check_length(config, len(found.ids), count * (plan.longest + 2))
+        check_length(config, len(found.ids), count * (plan.longest + 2), "the template in all its regions", _ADVICE)
         reader = AttributeReader(plan, [count], schema.jointly, schema.calibrate, defaults.acceptance_threshold)
         yield AttributeWork(found, reader, config, room)
 

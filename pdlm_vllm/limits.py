@@ -79,16 +79,16 @@ class Limits:
         """
         times = (regions + calibrate) * max(1, len(plan.templates))
         scores = times * sum(map(len, plan.choices.values()))
+        self._check_attributes("attribute_scores", scores, "choices to score", regions)
         rows = (regions + calibrate) * plan.rows + regions * sum(plan.lengths.values())
-        for name, found, what in (
-            ("attribute_scores", scores, "choices to score"),
-            ("attribute_rows", rows, "token positions to compute"),
-        ):
-            if found > getattr(self, name):
-                raise SettingError(
-                    f"The schema and {regions} regions have {found} {what}; this server takes at most "
-                    f"{getattr(self, name)} a request ({name}). Send fewer regions, or fewer choices."
-                )
+        self._check_attributes("attribute_rows", rows, "token positions to compute", regions)
+
+    def _check_attributes(self, name: str, found: int, what: str, regions: int) -> None:
+        if found > getattr(self, name):
+            raise SettingError(
+                f"The schema and {regions} regions have {found} {what}; this server takes at most "
+                f"{getattr(self, name)} a request ({name}). Send fewer regions, choices or templates."
+            )
 
     def check_run_lengths(self, regions: Sequence[Any]) -> None:
         """Raises: RegionError if the compressed run lengths of a region are too long."""

@@ -1,7 +1,7 @@
 """Schemas of attributes: names with their choices, or JSON Schema; checked before any model is loaded."""
 
 import json
-import unicodedata
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ MOST_FILE_BYTES = 4_000_000
 TEXT_TOKENS, MOST_TEXT_TOKENS = 8, 64  # of a free text
 _FORMS = 'a list of choices, null (free text), {"max_tokens": N}, or JSON Schema with "enum", "boolean" or "maxLength"'
 _NOTES = {"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"}
+_BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # Unicode's Cc, Zl, Zp and Cs
 _TYPES: dict[str, type] = {"string": str, "integer": int, "boolean": bool}
 
 
@@ -172,7 +173,7 @@ def _check_text(text: str, what: str) -> None:
         raise ValueError(f"{what} is empty")
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"{what}... has {len(text)} characters, more than {MOST_CHARACTERS}")
-    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
+    if _BREAKS.search(text):
         raise ValueError(f"{what} has a line break, a control character or half of a character")
 
 

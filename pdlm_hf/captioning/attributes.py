@@ -38,9 +38,10 @@ class SchemaCaptioner(RegionCaptioner):
     ) -> tuple[list[list[AttributeCaption]], PdlmAttributesOutput]:
         """Read one batch, see [`RegionCaptioner.read_attributes`]."""
         images, output = self.read_attributes(pairs, self.schema, question, **settings)
-        return [[self._caption(region) for region in regions] for regions in images], output
+        return [[attribute_caption(self.schema, region) for region in regions] for regions in images], output
 
-    def _caption(self, region: RegionAttributes) -> AttributeCaption:
-        score = min(value.probability for value in region.values())
-        text = sentence_of(self.schema, region)
-        return AttributeCaption(text, score, region.id, region.bbox, attributes=region)
+
+def attribute_caption(schema: AttributeSchema, region: RegionAttributes) -> AttributeCaption:
+    """The attributes of a region as its caption."""
+    score = min(value.probability for value in region.values())
+    return AttributeCaption(sentence_of(schema, region), score, region.id, region.bbox, attributes=region)

@@ -10,7 +10,11 @@ from pdlm_hf import CHECKPOINT, PdlmConfig, RegionCaptioner
 from pdlm_vllm import attributes_many
 
 SHORT = {"size": ["small", "large"], "colour": ["red", "green", "blue", "yellow"]}
-LONG = {"size": ["small", "large"], "colour": ["dark blue", "dark red", "blue", "light green star"], "striped": [True, False]}
+LONG = {
+    "size": ["small", "large"],
+    "colour": ["dark blue", "dark red", "blue", "light green star"],
+    "striped": [True, False],
+}
 SCHEMAS = [
     SHORT,
     {"attributes": SHORT, "template": ["A {size} {colour} star", "{colour}, {size}"]},
@@ -37,13 +41,23 @@ def both(request, captioner, reference_folder):
     llm.llm_engine.engine_core.shutdown()
 
 
-def assert_equal(found, expected):
-    """Attributes of the regions of one image: the same values, and probabilities to rounding."""
-    assert [(region.id, region.bbox) for region in found] == [(region.id, region.bbox) for region in expected]
+def assert_equal_rows(found: list[dict], expected: list[dict]) -> None:
+    """Attributes of the regions of one image as JSON: the same values, and probabilities to rounding."""
+    assert [(row["id"], row["bbox"]) for row in found] == [(row["id"], row["bbox"]) for row in expected]
     for mine, theirs in zip(found, expected, strict=True):
-        assert list(mine) == list(theirs)
+        assert list(mine["attributes"]) == list(theirs["attributes"])
+        for name, value in theirs["attributes"].items():
+            own = mine["attributes"][name]
+            assert own["value"] == value["value"] and set(own) == set(value)
+            for number in {"probability", "probabilities", "support"} & set(value):
+                assert own[number] == pytest.approx(value[number], abs=2e-4)  # both are rounded to four digits
+
+
+def assert_equal(found, expected) -> None:
+    """The same of what Python reads."""
+    assert_equal_rows([region.to_row() for region in found], [region.to_row() for region in expected])
+    for mine, theirs in zip(found, expected, strict=True):
         for name, value in theirs.items():
-            assert mine[name].value == value.value
             assert mine[name].probability == pytest.approx(value.probability, abs=1e-4)
             assert mine[name].probabilities == pytest.approx(value.probabilities, abs=1e-4)
             assert mine[name].support == pytest.approx(value.support, abs=1e-4)
