@@ -4,7 +4,7 @@ Such a request has a canvas of any number of blocks for a region, see [`~pdlm_hf
 to the engine as an extra argument, and the log-probabilities that are wanted come back in its report.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -15,6 +15,7 @@ import torch
 
 from pdlm_hf import PdlmConfig
 from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.masking_pdlm import region_layout
 from pdlm_hf.readings_pdlm import PlacedBlock, Question, frame_block
 
 from .layout import CanvasLayout, PrivateRows
@@ -129,13 +130,44 @@ class BlockPlan:
         return sum(1 if tokens is None else len(tokens) for _, tokens in self.wanted)
 
 
-def block_plan(config: PdlmConfig, extra: dict[str, Any], num_regions: int, room: int) -> BlockPlan | None:
+@dataclass(frozen=True)
+class Room:
+    """What a server keeps for an engine request.
+
+    Args:
+        canvas (`int`): rows of its canvas.
+        page (`int`): rows of a page.
+        lookahead (`int`): rows behind the prompt in the cache, for the canvas and the private areas together.
+        copies (`int`): prompt rows that private areas may repeat.
+    """
+
+    canvas: int
+    page: int
+    lookahead: int
+    copies: int
+
+    def costs(self, framed: Sequence[FramedBlock], private: PrivateRows) -> np.ndarray:
+        """What every block takes `(blocks, 4)`: itself, rows, pages of its private area, rows repeated there."""
+        repeated = {region: len(private.of(region)) for region in {block.region for block in framed}}
+        rows = np.array([len(block.tokens) for block in framed])
+        copies = np.array([repeated[block.region] for block in framed])
+        return np.stack([np.ones_like(rows), rows, -(-(copies + rows) // self.page), copies], 1)
+
+    def most(self, prompt: int, seen: int) -> np.ndarray:
+        """The same for all blocks together `(4,)`, with a prompt of this many rows that see some of the canvas."""
+        pages = (prompt + self.lookahead) // self.page - ceil((prompt + seen) / self.page)
+        return np.array([MAX_BLOCKS, self.canvas, pages, self.copies])
+
+
+def block_plan(
+    config: PdlmConfig, extra: dict[str, Any], prompt: list[int], num_regions: int, room: Room
+) -> BlockPlan | None:
     """The plan of an engine request that reads attributes; None if it is none, or cannot be computed.
 
     Args:
-        config (`PdlmConfig`), extra (`dict`): as of [`~plan.make_plan`].
+        config (`PdlmConfig`), extra (`dict`), prompt (`list[int]`): as of [`~plan.make_plan`].
         num_regions (`int`): of the prompt.
-        room (`int`): rows of the largest canvas that is served.
+        room (`Room`): of the server.
     """
     given, seen = extra.get(BLOCKS), extra.get(SEEN, 0)
     if not num_regions or not isinstance(given, list) or not 0 < len(given) <= MAX_BLOCKS:
@@ -149,9 +181,11 @@ def block_plan(config: PdlmConfig, extra: dict[str, Any], num_regions: int, room
     except (TypeError, ValueError):
         return None
     plan = BlockPlan(num_regions, tuple(framed), config.prefix_attention == "full", seen)
-    if not fits or type(seen) is not int or not 0 <= seen <= len(framed) or not 0 < plan.width <= room:
+    if not fits or type(seen) is not int or not 0 <= seen <= len(framed) or not plan.num_values or not min(plan.sizes):
         return None
-    return plan if plan.num_values and min(plan.sizes) else None
+    codes = region_layout(torch.tensor([prompt]), config.region_token_ids, config.caption_token_ids)[0]
+    total = room.costs(framed, PrivateRows(codes, room.page)).sum(0)
+    return plan if (total <= room.most(len(prompt), plan.seen)).all() else None
 
 
 @dataclass
@@ -184,23 +218,6 @@ class Part:
             else:
                 yield number, torch.tensor(logprobs[first : first + len(wanted)])
                 first += len(wanted)
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a server keeps for an engine request.
-
-    Args:
-        canvas (`int`): rows of its canvas.
-        page (`int`): rows of a page.
-        lookahead (`int`): rows behind the prompt in the cache, for the canvas and the private areas together.
-        copies (`int`): prompt rows that private areas may repeat.
-    """
-
-    canvas: int
-    page: int
-    lookahead: int
-    copies: int
 
 
 def split_question(asked: Question, codes: torch.Tensor, count: int, config: PdlmConfig, room: Room) -> list[Part]:
@@ -242,26 +259,18 @@ def _framed(config: PdlmConfig, placed: PlacedBlock, count: int) -> FramedBlock:
 
 def _chunks(framed: list[FramedBlock], firsts: list[int], private: PrivateRows, room: Room) -> list[list[int]]:
     """Numbers of the blocks of every engine request, the firsts in the first. Raises: SettingError."""
-    repeated = {region: len(private.of(region)) for region in {block.region for block in framed}}
-    prompt, seen = len(private.codes), sum(len(framed[k].tokens) for k in firsts)
-    pages = (prompt + room.lookahead) // room.page - ceil((prompt + seen) / room.page)
-    most = np.array([MAX_BLOCKS, room.canvas, pages, room.copies])
-
-    def cost(k: int) -> np.ndarray:
-        rows, copies = len(framed[k].tokens), repeated[framed[k].region]
-        return np.array([1, rows, ceil((copies + rows) / room.page), copies])
-
-    base = sum((cost(k) for k in firsts), np.zeros(4, dtype=np.int64))
+    costs = room.costs(framed, private)
+    most = room.most(len(private.codes), sum(len(framed[k].tokens) for k in firsts))
+    base = costs[firsts].sum(0)
     chunks, used = [list(firsts)], base
     for k in sorted(set(range(len(framed))) - set(firsts)):
-        more = cost(k)
-        if (base + more > most).any():
-            raise SettingError(_too_large(base[1] + more[1], room))
-        if (used + more > most).any():
+        if (base + costs[k] > most).any():
+            raise SettingError(_too_large(base[1] + costs[k][1], room))
+        if (used + costs[k] > most).any():
             chunks.append([])
             used = base
         chunks[-1].append(k)
-        used = used + more
+        used = used + costs[k]
     if (base > most).any():
         raise SettingError(_too_large(base[1], room))
     return [chunk for chunk in chunks if chunk]

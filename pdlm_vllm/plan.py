@@ -10,7 +10,7 @@ from pdlm_hf import PdlmGenerationConfig
 from pdlm_hf.diffusion_pdlm import masks_left, transfer_schedule
 from pdlm_hf.masking_pdlm import caption_canvas
 
-from .blocks import BlockPlan, block_plan
+from .blocks import BlockPlan, Room, block_plan
 from .layout import CanvasLayout
 
 MAX_TAIL = 192  # shared rows behind the RoI tokens: question and header, at most
@@ -178,7 +178,13 @@ def served_defaults(model_config) -> PdlmGenerationConfig:
 
 
 def make_plan(
-    config, defaults, prompt: list[int], extra: dict[str, Any] | None, max_tokens: int | None, room: int
+    config,
+    defaults,
+    prompt: list[int],
+    extra: dict[str, Any] | None,
+    max_tokens: int | None,
+    room: int,
+    block_room: Room | None = None,
 ) -> Plan | BlockPlan:
     """The plan of an engine request. Settings were checked when the request came in; here they are only fitted.
 
@@ -189,6 +195,7 @@ def make_plan(
         extra (`dict`, *optional*): `SamplingParams.extra_args`.
         max_tokens (`int`, *optional*): length of a chat answer.
         room (`int`): rows of the largest canvas that is served.
+        block_room (`Room`, *optional*): for requests that read attributes; without it none is one.
     """
     given: dict[str, Any] = extra if isinstance(extra, dict) else {}
 
@@ -200,7 +207,7 @@ def make_plan(
         return default
 
     regions = count_regions(config, prompt)
-    if (reading := block_plan(config, given, regions, chat_room(config, room))) is not None:
+    if block_room is not None and (reading := block_plan(config, given, prompt, regions, block_room)) is not None:
         return reading
     interval = whole("prefix_refresh_interval", 0, defaults.prefix_refresh_interval)
     if regions:

@@ -13,7 +13,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
 from .blocks import BlockPlan
-from .config import lookahead_tokens
+from .config import block_room, lookahead_tokens
 from .plan import REPORT, STREAM, Plan, make_plan, served_defaults
 
 
@@ -25,6 +25,7 @@ class _PdlmScheduling(Scheduler):
         self.pdlm_config = vllm_config.model_config.hf_config
         self.pdlm_room = vllm_config.diffusion_config.canvas_length
         self.pdlm_defaults = served_defaults(vllm_config.model_config)
+        self.pdlm_block_room = block_room(vllm_config)
         self.pdlm_plans: dict[str, Plan | BlockPlan] = {}
         self.pdlm_sent: dict[str, int] = {}  # tokens of a chat answer that have left already
         self.num_lookahead_tokens = lookahead_tokens(vllm_config)
@@ -35,7 +36,15 @@ class _PdlmScheduling(Scheduler):
         if request.request_id not in self.requests and params is not None:
             prompt = request.prompt_token_ids or []
             room = min(self.pdlm_room, self.max_model_len - len(prompt))
-            plan = make_plan(self.pdlm_config, self.pdlm_defaults, prompt, params.extra_args, params.max_tokens, room)
+            plan = make_plan(
+                self.pdlm_config,
+                self.pdlm_defaults,
+                prompt,
+                params.extra_args,
+                params.max_tokens,
+                room,
+                self.pdlm_block_room,
+            )
             self.pdlm_plans[request.request_id] = plan
             params.extra_args = {
                 **(params.extra_args or {}),

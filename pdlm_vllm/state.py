@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from pdlm_hf.masking_pdlm import SHARED, region_layout
 
 from .blocks import MAX_BLOCKS
+from .config import block_room
 from .layout import CanvasLayout
 from .plan import make_plan, served_defaults
 from .rows import Rows, StepBuffers
@@ -34,7 +35,7 @@ class PdlmModelState(ModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.config = self.model_config.hf_config
         self.room = vllm_config.diffusion_config.canvas_length
-        self.defaults = served_defaults(self.model_config)
+        self.defaults, self.block_room = served_defaults(self.model_config), block_room(vllm_config)
         self.running: dict[int, Running] = {}
         self.index: dict[str, int] = {}
         self.news = News(behind=int(bool(vllm_config.scheduler_config.async_scheduling)))
@@ -88,7 +89,9 @@ class PdlmModelState(ModelState):
             return  # vLLM's warm-up, which has not been through our scheduler
         prompt = new_req_data.prompt_token_ids
         room = min(self.room, self.max_model_len - len(prompt))
-        plan = make_plan(self.config, self.defaults, prompt, params.extra_args, params.max_tokens, room)
+        plan = make_plan(
+            self.config, self.defaults, prompt, params.extra_args, params.max_tokens, room, self.block_room
+        )
         codes = torch.full((len(prompt),), SHARED)
         if plan.num_regions:
             ids = torch.tensor([prompt])
