@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from pdlm_hf.attributes import AttributeSchema
-from pdlm_hf.captioning.attributes import AttributeCaption, attribute_caption
+from pdlm_hf.attributes.captions import AttributeCaption, attribute_caption
 
 from .attributes import AttributeWork
 from .service import Service, Tally, gave_up

@@ -78,6 +78,12 @@ class Attribute(BaseModel):
             equal.add(value)
         return values
 
+    def to_json(self) -> Any:
+        """The attribute as a file or a request has it."""
+        if self.choices is not None:
+            return list(self.choices)
+        return self.model_dump(exclude={"choices"}, exclude_none=True)
+
     @property
     def texts(self) -> list[str]:
         """The choices as they are written into a template; empty for a free text."""
@@ -148,6 +154,11 @@ class AttributeSchema(BaseModel):
                 raise ValueError(f"a template of {len(text)} characters; it may have {TEMPLATE_CHARACTERS}")
             Template(text)
         return self
+
+    def to_json(self) -> dict[str, Any]:
+        """The schema as a file or a request has it."""
+        rest = self.model_dump(exclude={"attributes"}, exclude_defaults=True)
+        return {"attributes": {name: attribute.to_json() for name, attribute in self.attributes.items()}, **rest}
 
     @property
     def choices(self) -> dict[str, list[str]]:
