@@ -4,12 +4,17 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import pytest
 from drawn_images import coco, data_url, drawn_images, texts
 from hostile import CHAT, REGIONS
 from hostile_schemas import SchemaGenerator
 from test_attributes import LONG, SHORT, assert_equal_rows
+from typer.testing import CliRunner
+
+from pdlm_hf.cli.main import app
+from pdlm_hf.regions.files import read_rows
 
 SENTENCE = {"attributes": SHORT, "template": ["A {size} {colour} star", "{colour}, {size}"], "calibrate": True}
 
@@ -178,3 +183,28 @@ def test_200_hostile_schemas(server):
             assert server.captions(small() | {"schema": SHORT})["regions"] == good
     assert slowest < 1
     assert server.memory() < memory + 2**27
+
+
+def test_the_commands_by_a_server_print_what_they_read_themselves(server, tmp_path):
+    image, regions = drawn_images(8)[7]
+    image.save(tmp_path / "image.png")
+    (tmp_path / "schema.json").write_text(json.dumps(LONG))
+    annotations = [{**region, "image_id": 1} for region in coco(image, regions)]
+    images = [{"id": 1, "file_name": "image.png", "width": image.width, "height": image.height}]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+
+    def run(*arguments: str | Path) -> str:
+        done = CliRunner().invoke(app, [str(one) for one in (*arguments, "--schema", tmp_path / "schema.json")])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    reading = ("attributes", tmp_path / "image.png", "--regions", tmp_path / "coco.json", "--json")
+    here, there = json.loads(run(*reading)), json.loads(run(*reading, "--server", server.url))
+    assert (there["model"], len(there["regions"])) == ("shapes", 8)
+    assert_equal_rows(there["regions"], here["regions"])
+    rows = []
+    for name, options in (("here", ()), ("there", ("--server", server.url))):
+        run("batch", tmp_path / "coco.json", "--out", tmp_path / f"{name}.jsonl", *options)
+        rows.append([row | {"id": row["annotation_id"]} for row in read_rows(tmp_path / f"{name}.jsonl")])
+    assert_equal_rows(rows[1], rows[0])
+    assert [row["caption"] for row in rows[1]] == [row["caption"] for row in rows[0]]
