@@ -113,7 +113,8 @@ class CaptionClient:
         """Read the attributes of the regions of one image.
 
         Args:
-            image (`PIL.Image.Image`), regions (`list[Region]`)
+            image (`PIL.Image.Image`): RGB.
+            regions (`list[Region]`): any number.
 
         Returns:
             the attributes of every region, and the number of the server's forward passes.
