@@ -44,13 +44,20 @@ async def read_attributes(
             await service.aside(partial(work.tell, await _together(*asked)))
 
     await _together(*(follow(number, work) for number, work in enumerate(works)))
-    found, tally = {}, Tally(service.labels)
+    captions = await service.aside(partial(_captions, service, works, schema))
+    tally = Tally(service.labels)
     for work in works:
-        found.update(work.attributes(schema, service.processor))
         tally.add_attributes(work)
-    captions = [attribute_caption(schema, found[k]) for k in sorted(found)]
     service.log_captions(name, captions, stream=False)
     return captions, tally.usage()
+
+
+def _captions(service: Service, works: list[AttributeWork], schema: AttributeSchema) -> list[AttributeCaption]:
+    found: dict[int, AttributeCaption] = {}
+    for work in works:
+        attributes = work.attributes(schema, service.processor)
+        found |= {k: attribute_caption(schema, region) for k, region in attributes.items()}
+    return [found[k] for k in sorted(found)]
 
 
 async def _together(*coroutines: Coroutine[Any, Any, Any]) -> list[Any]:

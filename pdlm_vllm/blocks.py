@@ -278,7 +278,7 @@ def _chunks(framed: list[FramedBlock], firsts: list[int], private: PrivateRows, 
 
 def _too_large(rows: int, room: Room) -> str:
     return (
-        f"The schema needs a canvas of {rows} rows, and this server has one of {room.canvas} rows for {MAX_BLOCKS} "
-        "blocks at most. Shorten the template and the choices, send fewer regions at a time, or start the server with "
-        "a larger --diffusion-config canvas_length."
+        f"With this question the schema needs a canvas of {rows} rows, more than there is room for in this server's "
+        f"of {room.canvas}. Shorten the question, the template and the choices, send fewer regions at a time, or "
+        "start the server with a larger --diffusion-config canvas_length."
     )

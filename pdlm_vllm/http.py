@@ -75,7 +75,8 @@ async def region_captions(request: RegionCaptionsRequest, raw_request: Request):
         refuse_for_attributes(stream=request.stream, max_tokens=request.max_tokens)
         settings = request.settings()
         works = await service.attribute_works(request.image, request.regions, schema, request.question, settings)
-        return JSONResponse(_response(head, *await read_attributes(service, works, schema, name, **options)))
+        captions, usage = await read_attributes(service, works, schema, name, **options)
+        return await service.aside(lambda: JSONResponse(_response(head, captions, usage)))  # many probabilities
     passes = await service.passes(
         request.image,
         request.regions,

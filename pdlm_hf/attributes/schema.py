@@ -132,8 +132,13 @@ class AttributeSchema(BaseModel):
     def _check_names(cls, attributes: Any) -> Any:
         if not attributes:
             raise ValueError("there are no attributes")
+        if not isinstance(attributes, dict):
+            raise ValueError(f"expected an object of attributes, got {attributes!r:.60}")
         if len(attributes) > MOST_ATTRIBUTES:
             raise ValueError(f"{len(attributes)} attributes, more than the {MOST_ATTRIBUTES} that a schema may have")
+        total = sum(map(_num_choices, attributes.values()))
+        if total > MOST_TOGETHER and len(attributes) > 1:  # before anything looks at each of them
+            raise ValueError(f"{total} choices together, more than the {MOST_TOGETHER} that a schema may have")
         for name in attributes:
             if not isinstance(name, str):
                 raise ValueError(f"the name of an attribute must be a string, got {name!r:.60}")
@@ -143,10 +148,7 @@ class AttributeSchema(BaseModel):
         return attributes
 
     @model_validator(mode="after")
-    def _check_together(self) -> "AttributeSchema":
-        total = sum(len(attribute.choices or []) for attribute in self.attributes.values())
-        if total > MOST_TOGETHER:
-            raise ValueError(f"{total} choices together, more than the {MOST_TOGETHER} that a schema may have")
+    def _check_templates(self) -> "AttributeSchema":
         if len(self.template) > MOST_TEMPLATES:
             raise ValueError(f"{len(self.template)} templates, more than {MOST_TEMPLATES}")
         for text in self.template:
@@ -176,6 +178,18 @@ def text_of(choice: Choice) -> str:
     if isinstance(choice, bool):
         return "yes" if choice else "no"
     return choice.strip() if isinstance(choice, str) else str(choice)
+
+
+def _num_choices(value: Any) -> int:
+    """Choices of an attribute in any form, as far as they can be counted without a look at them."""
+    if isinstance(value, Attribute):
+        value = value.choices
+    elif isinstance(value, dict) and isinstance(value.get("choices", value.get("enum")), (list, tuple)):
+        value = value.get("choices", value.get("enum"))
+    elif isinstance(value, dict) and value.get("type") == "integer":
+        least, most = value.get("minimum"), value.get("maximum")
+        return max(0, min(most - least + 1, MOST_CHOICES)) if type(least) is type(most) is int else 0
+    return len(value) if isinstance(value, (list, tuple)) else 0
 
 
 def _check_text(text: str, what: str) -> None:

@@ -5,12 +5,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from drawn_images import coco, data_url, drawn_images, texts
-from hostile import CHAT, REGIONS
+from hostile import CHAT, REGIONS, WAYS, Hostile, send
 from hostile_schemas import SchemaGenerator
 from test_attributes import LONG, SHORT, assert_equal_rows
+from test_hostile import wait_until_idle
 from typer.testing import CliRunner
 
 from pdlm_hf.cli.main import app
@@ -128,7 +130,7 @@ OBJECT = {"type": "object", "properties": SHORT}
         (
             REGIONS,
             {"schema": {"attributes": SHORT, "template": "word " * 200 + "{size} {colour}"}},
-            "needs a canvas of",
+            "the schema needs a canvas of",
         ),
         (REGIONS, {"schema": {"attributes": SHORT, "template": "word " * 700 + "{size} {colour}"}}, "the template in"),
         (CHAT, chat([]), "response_format"),
@@ -146,6 +148,15 @@ def test_refusals_say_why(server, path, body, message):
     found = json.loads(text)["error"]["message"]
     assert status == 400
     assert all(part in found for part in message.split(".*")), found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_clients_that_go_away_leave_nothing(server, way):
+    image, regions = drawn_images(8)[7]
+    body = json.dumps(body_of(image, regions, schema={"attributes": LONG, "jointly": True})).encode()
+    found = send(urlsplit(server.url).port, Hostile(REGIONS, body, "schema", way))
+    assert found is None or found[0] == 200
+    assert wait_until_idle(server) and server.metric("vllm:kv_cache_usage_perc") == 0
 
 
 def test_limits_of_a_request(server):
