@@ -47,9 +47,14 @@ class FramedBlock:
         """The block as an extra argument has it."""
         return [self.region, self.start, self.tokens, self.wanted]
 
-    def fits(self, vocabulary: int, regions: int) -> bool:
-        """Whether the engine can compute it: what comes by other doors must not stop it."""
-        numbers = [(self.region, regions + 1), (self.start, 2**31)]
+    def fits(self, vocabulary: int, regions: int, positions: int) -> bool:
+        """Whether the engine can compute it: what comes by other doors must not stop it.
+
+        Args:
+            vocabulary, regions (`int`): tokens and region prompts of the checkpoint.
+            positions (`int`): that are left behind the prompt.
+        """
+        numbers = [(self.region, regions + 1), (self.start, positions - len(self.tokens) + 1)]
         numbers += [(token, vocabulary) for token in self.tokens]
         for row, tokens in self.wanted:
             numbers += [(row, len(self.tokens))]
@@ -177,7 +182,9 @@ def block_plan(
             FramedBlock(region, start, list(tokens), [(row, tokens) for row, tokens in wanted])
             for region, start, tokens, wanted in given
         ]
-        fits = all(block.fits(config.text_config.vocab_size, config.num_region_prompts) for block in framed)
+        text = config.text_config
+        positions = max(text.max_position_embeddings, getattr(config, "served_length", 0)) - len(prompt)
+        fits = all(block.fits(text.vocab_size, config.num_region_prompts, positions) for block in framed)
     except (TypeError, ValueError):
         return None
     plan = BlockPlan(num_regions, tuple(framed), config.prefix_attention == "full", seen)

@@ -277,7 +277,7 @@ class DenoisingSampler:
         plans = [self.block_plans[int(places[i])] for i in reading]
         rows = [int(bounds[i]) + row for i, plan in zip(reading, plans, strict=True) for row, _ in plan.wanted]
         wanted = [tokens for plan in plans for _, tokens in plan.wanted]
-        at_once = max(1, _MAX_LOGITS // self.config.text_config.vocab_size)
+        at_once = max(1, _MAX_LOGITS // (2 * self.config.text_config.vocab_size))  # logits, and their softmax
         found = []
         for first in range(0, len(rows), at_once):
             chosen = self._device(np.array(rows[first : first + at_once]))
@@ -286,9 +286,8 @@ class DenoisingSampler:
         tokens, values = (torch.cat(parts) for parts in zip(*found, strict=True))
         ends = np.cumsum([0, *(plan.num_values for plan in plans)])
         ids = torch.stack([tokens, torch.zeros_like(tokens)], 1)
-        return _parted(
-            reading, ends, ids, torch.stack([values, torch.zeros_like(values)], 1), torch.zeros_like(tokens)
-        )
+        logprobs = torch.stack([values, torch.zeros_like(values)], 1)
+        return _parted(reading, ends, ids, logprobs, torch.zeros_like(tokens))
 
     def _wanted(self, logs: torch.Tensor, wanted: list[list[int] | None]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and log-probabilities, of rows `(rows, vocab_size)` of which some tokens are wanted, or the best."""
