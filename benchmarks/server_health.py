@@ -21,6 +21,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from pdlm_hf.attributes.schema import MOST_TOGETHER
 from pdlm_hf.regions.region import Region
 from pdlm_vllm.limits import Limits
 
@@ -60,7 +61,21 @@ def worst() -> dict[str, Callable[[], dict]]:
         ring = [x for k in range(sides // 2) for x in ((k * 97) % 100 + 0.25, (k * 61) % 90 + 0.5)]
         return {"image": small, "regions": [{"segmentation": [ring]}] * 60}
 
+    def attributes() -> dict:  # of three tokens each: a tree of many branchings, in several templates
+        choices = {f"a{k}": [f"{k} {a} {b}" for a in range(31) for b in range(31)] for k in range(4)}
+        templates = ["".join(f"{{a{k}}} " for k in range(4)) + str(n) for n in range(4)]
+        return {"image": small, "regions": [[0, 0, 99, 99]], "schema": {"attributes": choices, "template": templates}}
+
+    def scores() -> dict:
+        characters = [chr(code) for code in range(33, 122) if chr(code) not in "{}"]
+        together = min(MOST_TOGETHER, LIMITS.attribute_scores // LIMITS.max_regions)
+        choices = {f"a{k}": characters for k in range(together // len(characters))}
+        schema = {"attributes": choices, "template": "".join(f"{{{name}}}" for name in choices)}
+        return {"image": small, "regions": [[0, 0, 99, 99 - k] for k in range(LIMITS.max_regions)], "schema": schema}
+
     return {
+        "schema of many token positions": attributes,
+        "schema of the most scores": scores,
         "image of the most pixels": lambda: {
             "image": url_of(Image.new("RGB", (side, side)), "PNG"),
             "regions": [[0, 0, 99, 99]],

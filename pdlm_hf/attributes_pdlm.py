@@ -6,9 +6,9 @@ matter. Fixed words of a template stand in a block, and the places of attributes
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -22,32 +22,13 @@ from .errors_pdlm import RegionError
 from .generation_config_pdlm import PdlmGenerationConfig
 from .generation_pdlm import rows_of
 from .masking_pdlm import PREFIX_ONLY, SHARED
-from .templates_pdlm import AttributePlan, Block, Read
+from .readings_pdlm import Answer, AttributeReader, AttributeReading, PlacedBlock, Question, answer_place, frame_block
+from .templates_pdlm import AttributePlan
 from .versions_pdlm import CACHE
 
 # Token positions of a row's canvas in one forward pass, unless one block is longer: bounds the attention mask.
 MOST_COLUMNS = 4096
 _MAX_LOGITS = 2**26  # positions x vocabulary scored at a time
-
-_T = TypeVar("_T")
-
-
-@dataclass
-class AttributeReading:
-    """The attributes of one region.
-
-    Args:
-        probabilities (`dict[str, list[float]]`): of the choices of every attribute with choices, in their order.
-        support (`dict[str, float]`): the share of the model's probability that fell on the choices at all, at the
-            first token of the attribute: near 0 if it would rather write something else.
-        texts (`dict[str, list[int]]`): tokens of every free text.
-        text_scores (`dict[str, float]`): mean probability of those tokens, each as of the pass that wrote it.
-    """
-
-    probabilities: dict[str, list[float]] = field(default_factory=dict)
-    support: dict[str, float] = field(default_factory=dict)
-    texts: dict[str, list[int]] = field(default_factory=dict)
-    text_scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,23 +45,6 @@ class PdlmAttributesOutput(ModelOutput):
 
     readings: list[list[AttributeReading]] | None = None
     num_forwards: int | None = None
-
-
-@dataclass
-class _Placed:
-    """A block of a region.
-
-    Args:
-        row (`int`): of the batch.
-        region (`int`): of the row, in the model's order; None: a block without a region.
-        block (`Block`): its tokens.
-        column (`int`): of its first token position in the row's canvas, once it has one.
-    """
-
-    row: int
-    region: int | None
-    block: Block
-    column: int = 0
 
 
 class BlockCanvas:
@@ -110,48 +74,50 @@ class BlockCanvas:
         self.cache: PrefixCache | None = None
         self.num_forwards = 0
 
-    def read(
-        self, blocks: list[_Placed], places: list[tuple[int, int]], take: Callable[[int, torch.Tensor], _T]
-    ) -> list[_T]:
-        """What `take` makes of the log-probabilities of all tokens at some places.
+    def run(self, reader: AttributeReader) -> dict[tuple[int, int], AttributeReading]:
+        """Answer a reader until it has read the attributes of every region, by row and region."""
+        asking = reader.read()
+        try:
+            asked = next(asking)
+            while True:
+                asked = asking.send(self.answer(asked))
+        except StopIteration as done:
+            return done.value
 
-        Args:
-            blocks (`list[_Placed]`): all of one logical pass; more than fit at a time take several forward passes.
-            places (`list[tuple[int, int]]`): number of the block, and position in it, block by block.
-            take: gets the number of the place, and its log-probabilities, float32 `(vocab_size,)`, of which no more
-                exist than fit in memory.
-        """
-        found: list[_T] = []
+    def answer(self, asked: Question) -> Answer:
+        """Compute a logical pass. More blocks than fit at a time take several forward passes."""
+        found: list[Any] = []
         done = 0
         at_once = max(1, _MAX_LOGITS // self.config.text_config.vocab_size)
-        for part in self._parts(blocks):
-            hidden = self._forward(part, whole=self.cache is None or (self.refresh and done == 0))
-            here = [(part[n - done], at) for n, at in places if done <= n < done + len(part)]
-            rows, columns = [placed.row for placed, _ in here], [placed.column + at for placed, at in here]
-            for states in hidden[rows, columns].split(at_once) if here else ():
+        for part in self._parts(asked.blocks):
+            hidden, columns = self._forward(part, whole=self.cache is None or (self.refresh and done == 0))
+            here = [place for place in asked.places if done <= place.block < done + len(part)]
+            for places in (here[k : k + at_once] for k in range(0, len(here), at_once)):
+                rows = [part[place.block - done].row for place in places]
+                states = hidden[rows, [columns[place.block - done] + place.position for place in places]]
                 logs = self.model.lm_head(states).float().log_softmax(-1)
-                found += [take(len(found) + k, row) for k, row in enumerate(logs)]
+                mask = self.config.mask_token_id
+                found += [answer_place(row, place.tokens, mask) for row, place in zip(logs, places, strict=True)]
             done += len(part)
         return found
 
-    def _parts(self, blocks: list[_Placed]) -> list[list[_Placed]]:
-        """The blocks, as many at a time as a row's canvas may hold; sets their columns."""
-        parts: list[list[_Placed]] = [[]]
+    def _parts(self, blocks: list[PlacedBlock]) -> list[list[PlacedBlock]]:
+        """The blocks, as many at a time as a row's canvas may hold."""
+        parts: list[list[PlacedBlock]] = [[]]
         used = [0] * len(self.counts)
         for placed in blocks:
             size = len(placed.block.tokens) + 2
             if used[placed.row] and used[placed.row] + size > MOST_COLUMNS:
                 parts.append([])
                 used = [0] * len(self.counts)
-            placed.column = used[placed.row] + 1
             used[placed.row] += size
             parts[-1].append(placed)
         return parts
 
-    def _forward(self, blocks: list[_Placed], whole: bool) -> torch.Tensor:
-        """Hidden states of the canvas `(rows, columns, hidden_size)`."""
+    def _forward(self, blocks: list[PlacedBlock], whole: bool) -> tuple[torch.Tensor, list[int]]:
+        """Hidden states of the canvas `(rows, columns, hidden_size)`, and the column of each block's first token."""
         self.num_forwards += 1
-        ids, positions, codes, numbers = self._canvas(blocks)
+        (ids, positions, codes, numbers), columns = self._canvas(blocks)
         embeds = self.model.get_input_embeddings()(ids).to(self.prompt.dtype)
         if whole:
             embeds = torch.cat([self.prompt, embeds], 1)
@@ -175,26 +141,24 @@ class BlockCanvas:
         if whole and self.cache is not None:
             self.cache.freeze(self.prompt.shape[1])
             hidden = hidden[:, self.prompt.shape[1] :]
-        return hidden
+        return hidden, columns
 
-    def _canvas(self, blocks: list[_Placed]) -> tuple[torch.Tensor, ...]:
-        """Token ids, positions, codes of regions (see `region_layout`) and numbers of blocks, each `(rows, columns)`.
-
-        A block stands where it would stand if every region had this one: its positions do not depend on the others.
+    def _canvas(self, blocks: list[PlacedBlock]) -> tuple[tuple[torch.Tensor, ...], list[int]]:
+        """Token ids, positions, codes of regions (see `region_layout`) and numbers of blocks, each `(rows, columns)`;
+        and the column of each block's first token.
         """
-        config = self.config
+        config, firsts = self.config, []
         rows: list[list[tuple[int, int, int, int]]] = [[] for _ in self.counts]
         for number, placed in enumerate(blocks):
-            region, count = placed.region or 0, self.counts[placed.row]
-            close = config.eot_token_id if region == count - 1 else config.newline_token_id
-            tokens = [config.caption_token_ids[region], *placed.block.tokens, close]
-            start = self.lengths[placed.row] + region * len(tokens)
-            code = 2 * (len(config.caption_token_ids) if placed.region is None else region) + 1
+            firsts.append(len(rows[placed.row]) + 1)
+            tokens, first = frame_block(config, placed, self.counts[placed.row])
+            start = self.lengths[placed.row] + first
+            code = 2 * (len(config.caption_token_ids) if placed.region is None else placed.region) + 1
             rows[placed.row] += [(token, start + k, code, number) for k, token in enumerate(tokens)]
         width = max(map(len, rows))
         filler = (config.eot_token_id, 0, PREFIX_ONLY, -1)
         canvas = torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=self.device)
-        return tuple(canvas.unbind(-1))
+        return tuple(canvas.unbind(-1)), firsts
 
     def _attention(self, codes: torch.Tensor, numbers: torch.Tensor) -> Callable[..., torch.Tensor]:
         """The region mask, as [`~masking_pdlm.region_attention`], with any number of blocks for a region.
@@ -217,136 +181,11 @@ class BlockCanvas:
         return allowed
 
 
-class AttributeReader:
-    """Reads the attributes of the regions of some rows.
-
-    Args:
-        canvas (`BlockCanvas`)
-        plan (`AttributePlan`)
-        calibrate (`bool`): divide by the probabilities of a block without a region.
-    """
-
-    def __init__(self, canvas: BlockCanvas, plan: AttributePlan, calibrate: bool):
-        self.canvas, self.plan, self.calibrate = canvas, plan, calibrate
-        self.regions = [(row, k) for row, count in enumerate(canvas.counts) for k in range(count)]
-        self.readings = {region: AttributeReading() for region in self.regions}
-
-    def read(self, jointly: bool) -> dict[tuple[int, int], AttributeReading]:
-        """Read every attribute: all at once, or with `jointly` the most certain first; then free texts."""
-        names = self.plan.with_choices
-        fixed: dict[tuple[int, int], dict[str, int]] = {region: {} for region in self.regions}
-        for _ in range(len(names) if jointly else min(1, len(names))):
-            for region, found in self._pass(fixed).items():
-                best = {name: max(values) for name, (values, _) in found.items()}
-                certain = max(best, key=best.__getitem__)
-                for name in [certain] if jointly else names:
-                    values, support = found[name]
-                    self.readings[region].probabilities[name] = values
-                    self.readings[region].support[name] = support
-                    fixed[region][name] = values.index(max(values))
-        if self.plan.texts:
-            self._write_texts(fixed)
-        return self.readings
-
-    def _pass(self, fixed: dict[tuple[int, int], dict[str, int]]):
-        """Probabilities of the choices, and support, of every attribute that is not fixed, for every region."""
-        blocks: list[_Placed] = []
-        places: list[tuple[int, int]] = []
-        reads: list[tuple[tuple[int, int | None], int, Read]] = []  # region, template, what to read
-        for region in self._asked(fixed):
-            for template, own in enumerate(self.plan.blocks(fixed.get(region, {}))):
-                for block in own:
-                    places += [(len(blocks), read.position) for read in block.reads]
-                    reads += [(region, template, read) for read in block.reads]
-                    blocks.append(_Placed(region[0], region[1], block))
-        options_of = self.canvas.read(blocks, places, lambda k, row: row[reads[k][2].tokens])
-        scores: dict[tuple, torch.Tensor] = {}
-        support: dict[tuple, list[float]] = {}
-        for (region, template, read), options in zip(reads, options_of, strict=True):
-            total = options.logsumexp(0)
-            key = (region, read.name, template)
-            if key not in scores:
-                scores[key] = torch.zeros(len(self.plan.choices[read.name]), device=options.device)
-            for score, choices in zip(options - total, read.choices, strict=True):
-                scores[key][choices] += score
-            if read.is_first:
-                support.setdefault((region, read.name), []).append(float(total.exp().clamp_max(1)))
-        return self._normalised(scores, support)
-
-    def _asked(self, fixed) -> list[tuple[int, Any]]:
-        """The regions to read, and with `calibrate` one block without a region for every row."""
-        nothing = [(row, None) for row in range(len(self.canvas.counts))] if self.calibrate else []
-        return [*self.regions, *nothing]
-
-    def _normalised(self, scores: dict[tuple, torch.Tensor], support: dict[tuple, list[float]]):
-        """Means over the templates, as `{region: {name: (probabilities, support)}}`."""
-        found: dict[tuple[int, int], dict[str, tuple[list[float], float]]] = {region: {} for region in self.regions}
-        templates = range(max(1, len(self.plan.templates)))
-        for region, name in support:
-            if region[1] is None:
-                continue
-            parts = []
-            for template in templates:
-                score = scores[region, name, template]
-                if self.calibrate and ((region[0], None), name, template) in scores:
-                    score = score - scores[(region[0], None), name, template]
-                parts.append(score.softmax(0))
-            mean = torch.stack(parts).double().mean(0)
-            values = support[region, name]
-            found[region][name] = ((mean / mean.sum()).tolist(), sum(values) / len(values))
-        return found
-
-    def _write_texts(self, fixed: dict[tuple[int, int], dict[str, int]]) -> None:
-        """Fill the free texts of all regions together; a pass accepts certain tokens, and one of each at least."""
-        mask, threshold = self.plan.mask_id, self.canvas.model.generation_config.acceptance_threshold or 0.8
-        writing = {
-            (region, name): (self.plan.text_block(name, fixed[region]), self.plan.lengths[name])
-            for region in self.regions
-            for name in self.plan.texts
-        }
-        written: dict[tuple, dict[int, float]] = {key: {} for key in writing}
-        active = list(writing)
-        while active:
-            blocks = [_Placed(*region, writing[region, name][0]) for region, name in active]
-            places = [(n, at) for n, b in enumerate(blocks) for at, t in enumerate(b.block.tokens) if t == mask]
-            open_places = [(n, at) for n, at in places if at >= len(blocks[n].block.tokens) - writing[active[n]][1]]
-            drafts = self.canvas.read(blocks, open_places, partial(_draft, mask))
-            for n, key in enumerate(active):
-                mine = [k for k, (number, _) in enumerate(open_places) if number == n]
-                top = max(mine, key=lambda k: drafts[k][0])
-                for k in mine:
-                    if k == top or drafts[k][0] > threshold:
-                        written[key][open_places[k][1]], writing[key][0].tokens[open_places[k][1]] = drafts[k]
-            active = [key for key in active if self._is_open(*writing[key], key[1])]
-        for (region, name), (block, length) in writing.items():
-            tokens = block.tokens[-length:]
-            stop = self._end(tokens, name)
-            first = len(block.tokens) - length
-            scores = [written[region, name][first + k] for k in range(min(stop + 1, length))]
-            self.readings[region].texts[name] = tokens[:stop]
-            self.readings[region].text_scores[name] = sum(scores) / len(scores)
-
-    def _end(self, tokens: list[int], name: str) -> int:
-        ends = self.plan.ends_of(name)
-        return next((k for k, token in enumerate(tokens) if token in ends), len(tokens))
-
-    def _is_open(self, block: Block, length: int, name: str) -> bool:
-        """Whether a free text has an open position before its end."""
-        tokens = block.tokens[-length:]
-        return self.plan.mask_id in tokens[: self._end(tokens, name)]
-
-
-def _draft(mask: int, number: int, log_probs: torch.Tensor) -> tuple[float, int]:
-    """Probability of the most probable token, and the token, which is not the mask."""
-    log_probs[mask] = -torch.inf
-    best, token = log_probs.max(0)
-    return float(best.exp()), int(token)
-
-
 class PdlmAttributesMixin:
     """`read_attributes` of PerceptionDLM, beside `generate`."""
 
     config: PdlmConfig
+    generation_config: PdlmGenerationConfig
     _settings: Callable[..., PdlmGenerationConfig]
     _check_length: Callable[[int, str], None]
 
@@ -405,11 +244,11 @@ class PdlmAttributesMixin:
         images: list[list[AttributeReading]] = [[] for _ in range(int(image_index.max()) + 1)]
         for index, order in zip(image_index.tolist(), region_order.tolist(), strict=True):
             images[index] += [AttributeReading() for k in order if k >= 0]
-        forwards = 0
+        forwards, threshold = 0, self.generation_config.acceptance_threshold
         for rows in _row_chunks(lengths, counts, plan, settings.max_batch_tokens):
             canvas = BlockCanvas(self, rows_of(inputs, rows), counts[rows], refresh)
-            readings = AttributeReader(canvas, plan, calibrate).read(jointly)
-            for (row, k), reading in readings.items():
+            reader = AttributeReader(plan, counts[rows], jointly, calibrate, threshold)
+            for (row, k), reading in canvas.run(reader).items():
                 at = rows.start + row
                 images[int(image_index[at])][int(region_order[at, k])] = reading
             forwards += canvas.num_forwards
@@ -417,14 +256,13 @@ class PdlmAttributesMixin:
 
     def _check_blocks(self, plan: AttributePlan, prompt: int, most: int) -> None:
         """Raises: SettingError if a block is longer than the checkpoint has positions for."""
-        blocks = [block for template in plan.blocks({}) for block in template]
-        longest = max([len(block.tokens) for block in blocks] + list(plan.lengths.values()))
-        self._check_length(prompt + most * (longest + 2), f"The prompt and templates of {longest} tokens")
+        rows = prompt + most * (plan.longest + 2)
+        self._check_length(rows, f"The prompt and templates of {plan.longest} tokens")
 
 
 def _row_chunks(lengths: Sequence[int], counts: Sequence[int], plan: AttributePlan, limit: int | None) -> list[slice]:
     """Rows to take at a time, so that rows x longest row stays within `limit` tokens; at least one."""
-    size = sum(len(block.tokens) + 2 for template in plan.blocks({}) for block in template)
+    size = plan.rows
     sizes = [n + min(MOST_COLUMNS, count * size) for n, count in zip(lengths, counts, strict=True)]
     chunks, first = [], 0
     for stop in range(1, len(sizes) + 1):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -409,12 +410,13 @@ class PdlmProcessor(CaptionReaderMixin):
                 [`~templates_pdlm.AttributePlan`].
         """
         for name, texts in choices.items():
-            self.refuse_specials(name, "the name of an attribute")
+            self.refuse_specials(name, f"the name of the attribute {name!r:.60}")
             for text in texts:
                 self.refuse_specials(text, f"attribute {name!r:.60}: the choice {text!r:.60}")
         for text in templates:
             self.refuse_specials(text, "the template")
 
+        @cache  # templates share their choices
         def encode(text: str) -> list[int]:
             return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 

@@ -255,6 +255,17 @@ class AttributePlan:
         return [self.end_id, *template.literals[template.names.index(name) + 1][:1]]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest block."""
+        blocks = (len(block.tokens) for template in self.blocks({}) for block in template)
+        return max([*blocks, *self.lengths.values()])
+
+    @property
+    def rows(self) -> int:
+        """Token positions of all blocks that read the choices of a region, with those that frame them."""
+        return sum(len(block.tokens) + 2 for template in self.blocks({}) for block in template)
+
+    @property
     def with_choices(self) -> list[str]:
         """Names of the attributes with choices."""
         return [name for name in self.names if self.choices[name]]

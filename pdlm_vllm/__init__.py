@@ -17,12 +17,13 @@ ARCHITECTURES = {  # name in config.json -> base model?
 SUPPORTED = ("0.32", "0.33")
 ENDPOINT = "pdlm_http"
 _LAZY = {
+    "attributes_many": ".attributes",
     "caption_many": ".offline",
     "region_requests": ".requests",
     "read_captions": ".requests",
 }
 
-__all__ = ["ARCHITECTURES", "caption_many", "read_captions", "region_requests", "register"]
+__all__ = ["ARCHITECTURES", "attributes_many", "caption_many", "read_captions", "region_requests", "register"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from .limits import Limits
 
 _JSON = ThreadPoolExecutor(1, "pdlm-json")  # one at a time: parsing keeps the interpreter to itself
 _WITH_REGIONS = ("/v1/region_captions", "/v1/chat/completions")  # routes, and where their bodies have them
-_REGIONS = ("regions", "mm_processor_kwargs")
+_REGIONS = ("regions", "mm_processor_kwargs", "schema")  # the schema has limits of its own
 _RESPONSES, _LONGEST = "/v1/responses", 32  # of its lists: an item may have hundreds of forms, all of which are tried
 _DRAINED = 8  # times the limit: read and dropped, so that a client that writes before it reads gets the answer
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")

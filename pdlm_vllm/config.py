@@ -11,9 +11,10 @@ from vllm.platforms import current_platform
 from pdlm_hf.errors_pdlm import SettingError
 
 from .attention import choose_attention
+from .blocks import Room
 from .flags import refuse_flags, set_multimodal_cache, set_scheduling
 from .layout import private_pages
-from .plan import MAX_TAIL
+from .plan import MAX_TAIL, chat_room
 
 logger = init_logger("vllm.plugins.pdlm")  # below vLLM's own, so that it is shown
 
@@ -31,6 +32,20 @@ def lookahead_tokens(vllm_config) -> int:
     # the longest block when all regions are taken; fewer regions with longer blocks take fewer areas
     block = ceil(canvas / regions)
     return canvas + page + regions * private_pages(page, config.num_roi_tokens, MAX_TAIL, block) * page
+
+
+def repeated_rows(vllm_config) -> int:
+    """Prompt rows that the private areas of a request may repeat, at most."""
+    config = vllm_config.model_config.hf_config
+    area = vllm_config.cache_config.block_size + config.num_roi_tokens + MAX_TAIL
+    return config.num_region_prompts * area
+
+
+def block_room(vllm_config) -> Room:
+    """What is kept for a request that reads attributes: the same as for captions."""
+    canvas = chat_room(vllm_config.model_config.hf_config, vllm_config.diffusion_config.canvas_length)
+    page = vllm_config.cache_config.block_size
+    return Room(canvas, page, lookahead_tokens(vllm_config), repeated_rows(vllm_config))
 
 
 def fit_length(vllm_config) -> int:
@@ -135,8 +150,7 @@ class PdlmVerify(VerifyAndUpdateConfig):
         # them, and the model state stays below.
         canvases = scheduler.max_num_seqs * vllm_config.diffusion_config.canvas_length
         rows = max(scheduler.max_num_batched_tokens, canvases + model.max_model_len)
-        area = vllm_config.cache_config.block_size + config.num_roi_tokens + MAX_TAIL
-        copies = scheduler.max_num_seqs * config.num_region_prompts * area
+        copies = scheduler.max_num_seqs * repeated_rows(vllm_config)
         again = rows if joint else model.max_model_len
         scheduler.max_num_scheduled_tokens, scheduler.max_num_batched_tokens = rows, rows + copies + again
         scheduler.max_num_encoder_input_tokens = scheduler.encoder_cache_size = rows

@@ -5,6 +5,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
+from pdlm_hf.attributes import AttributeSchema, parse_schema
 from pdlm_hf.errors_pdlm import SettingError
 
 from .plan import DEFAULT_ANSWER, count_regions
@@ -61,8 +62,40 @@ def refuse_for_captions(request: ChatCompletionRequest) -> None:
     for name in _NOT_FOR_CAPTIONS:
         if getattr(request, name, None):
             raise SettingError(f"`{name}` has no meaning with regions. Leave it out.")
-    if request.response_format is not None and request.response_format.type != "text":
-        raise SettingError("`response_format` has no meaning with regions: the answer is a JSON list of captions.")
+
+
+def refuse_for_attributes(**values: Any) -> None:
+    """Refuse what has no meaning with a schema. Raises: SettingError, by name."""
+    for name, value in values.items():
+        if value:
+            raise SettingError(f"`{name}` has no meaning with a schema: attributes are read at once. Leave it out.")
+
+
+def answer_schema(request: ChatCompletionRequest) -> AttributeSchema | None:
+    """The schema of a chat answer about regions, from `response_format`: one object a region, or a list of such.
+
+    Raises:
+        SettingError: another format, or a JSON Schema that cannot be read.
+    """
+    given = request.response_format
+    if given is None or given.type == "text":
+        return None
+    schema = given.json_schema.json_schema if given.type == "json_schema" and given.json_schema else None
+    if schema is None:
+        raise SettingError(
+            "`response_format` with regions must be of type json_schema, with the attributes of a region as "
+            "`properties` of its `schema`; or be left out for captions."
+        )
+    items = schema.get("items") if schema.get("type") == "array" else schema
+    if not isinstance(items, dict) or not isinstance(items.get("properties"), dict):
+        raise SettingError(
+            "`response_format`: the schema must be of an object with `properties`, the attributes of a region, or of "
+            "an array with such `items`."
+        )
+    try:
+        return parse_schema(items)
+    except SettingError as error:
+        raise SettingError(f"`response_format`: {error}") from None
 
 
 def check_chat(request: ChatCompletionRequest, room: int) -> None:

@@ -21,8 +21,9 @@ from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
 from pdlm_hf.errors_pdlm import SettingError
 
+from .attribute_service import read_attributes
 from .bodies import AsideRoute, BoundedBodies, refuse_unreadable
-from .doors import check_chat, refuse_for_captions
+from .doors import answer_schema, check_chat, refuse_for_attributes, refuse_for_captions
 from .limits import read_limits
 from .plan import chat_room
 from .protocol import CaptionEvent, CaptionProgress, RegionCaptionsRequest, RegionCaptionsResponse
@@ -61,13 +62,21 @@ def _event(value: dict[str, Any]) -> str:
 )
 @with_cancellation
 async def region_captions(request: RegionCaptionsRequest, raw_request: Request):
-    """Captions for the regions of an image."""
+    """Captions for the regions of an image, or by a schema their attributes."""
     service: Service = raw_request.app.state.pdlm
     if not service.ours:
         raise SettingError("This server's model is not a PerceptionDLM.")
     if (missing := service.check_model(request.model)) is not None:
         return missing
     name = _name("regions", raw_request)
+    options = {"priority": request.priority, "lora_request": service.adapter(request.model)}
+    head = {"id": name, "created": int(time.time()), "model": request.model or service.served[0]}
+    if (schema := request.attribute_schema) is not None:
+        refuse_for_attributes(stream=request.stream, max_tokens=request.max_tokens)
+        settings = request.settings()
+        works = await service.attribute_works(request.image, request.regions, schema, request.question, settings)
+        captions, usage = await read_attributes(service, works, schema, name, **options)
+        return await service.aside(lambda: JSONResponse(_response(head, captions, usage)))  # many probabilities
     passes = await service.passes(
         request.image,
         request.regions,
@@ -76,8 +85,6 @@ async def region_captions(request: RegionCaptionsRequest, raw_request: Request):
         request.settings(),
         request.max_tokens,
     )
-    options = {"priority": request.priority, "lora_request": service.adapter(request.model)}
-    head = {"id": name, "created": int(time.time()), "model": request.model or service.served[0]}
     if request.stream:
         return _events(service, stream_captions(service, passes, head, options))
     captions, usage = await service.captions(passes, name, **options)
@@ -135,7 +142,7 @@ async def chat_completions(request: ChatCompletionRequest, raw_request: Request)
 
 @with_cancellation
 async def region_chat(request: ChatCompletionRequest, raw_request: Request):
-    """Captions as a chat answer: a JSON list of strings, in input order."""
+    """Captions as a chat answer: a JSON list of strings, in input order; of objects with a `response_format`."""
     service: Service = raw_request.app.state.pdlm
     if (missing := service.check_model(request.model)) is not None:
         return missing
@@ -148,11 +155,18 @@ async def region_chat(request: ChatCompletionRequest, raw_request: Request):
     settings["seed"] = request.seed
     url, question = region_message(request)
     limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    passes = await service.passes(url, regions, question, False, settings, limit)
     name = _name("chatcmpl", raw_request)
     engine_options = {"priority": request.priority, "lora_request": service.adapter(request.model)}
-    captions, usage = await service.captions(passes, name, **engine_options)
-    message = {"role": "assistant", "content": json.dumps([caption.text for caption in captions])}
+    if (schema := answer_schema(request)) is not None:
+        refuse_for_attributes(max_tokens=limit)
+        works = await service.attribute_works(url, regions, schema, question, settings)
+        captions, usage = await read_attributes(service, works, schema, name, **engine_options)
+        content: list[Any] = [{key: one.value for key, one in caption.attributes.items()} for caption in captions]
+    else:
+        passes = await service.passes(url, regions, question, False, settings, limit)
+        captions, usage = await service.captions(passes, name, **engine_options)
+        content = [caption.text for caption in captions]
+    message = {"role": "assistant", "content": json.dumps(content)}
     reason = "length" if any(caption.truncated for caption in captions) else "stop"
     head = {"id": name, "created": int(time.time()), "model": request.model or service.served[0]}
     if not request.stream:

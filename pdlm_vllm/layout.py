@@ -13,9 +13,11 @@ run through the model once for each. Of a block the row that closes it comes fir
 are hidden by a smaller number of keys.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
 import torch
 
 from pdlm_hf.masking_pdlm import SHARED
@@ -33,59 +35,96 @@ def private_pages(page: int, roi_tokens: int, tail: int, block: int) -> int:
     return ceil((page - 1 + roi_tokens + tail + block) / page)
 
 
+class PrivateRows:
+    """Prompt rows that a private area repeats.
+
+    Args:
+        codes (`torch.LongTensor` of shape `(prompt_length,)`): [`~pdlm_hf.masking_pdlm.region_layout`] of the prompt.
+        page (`int`): rows of a page.
+
+    Attributes:
+        common (`int`): pages at the start of the prompt that every block reads.
+    """
+
+    def __init__(self, codes: torch.Tensor, page: int):
+        self.codes, self.rows = codes, torch.arange(len(codes))
+        shared = codes == SHARED
+        first = int((~shared).nonzero()[0]) if (~shared).any() else len(codes)
+        self.common = first // page
+        behind = self.rows[shared & (self.rows >= self.common * page)]
+        self.head, self.tail = behind[behind < first], behind[behind >= first]
+
+    def of(self, region: int) -> torch.Tensor:
+        """Rows that a block of this region sees behind the common pages, in the order of the prompt."""
+        return torch.cat([self.head, self.rows[self.codes == 2 * region], self.tail])
+
+    def sees_all(self, region: int) -> bool:
+        """Whether a block of this region sees the whole prompt."""
+        return bool(((self.codes == SHARED) | (self.codes == 2 * region)).all())
+
+
 @dataclass
 class CanvasLayout:
     """Addresses of one request. An address counts rows from the start of its first page.
 
     Args:
         codes (`torch.LongTensor` of shape `(prompt_length,)`): [`~pdlm_hf.masking_pdlm.region_layout`] of the prompt.
-        num_blocks (`int`): caption blocks; 1 in chat.
-        block (`int`): rows of each.
+        regions (`Sequence[int]`): region of every block; in chat there is one block, of region 0.
+        sizes (`Sequence[int]`): rows of every block.
         page (`int`): rows of a page.
+        seen (`int`): rows at the start of the canvas that prompt rows see, if they see any of it.
 
     Attributes:
-        pages (`torch.LongTensor` of shape `(num_blocks, n)`): which pages of the request each virtual sequence reads.
-        length (`int`): keys in each virtual sequence.
-        canvas (`torch.LongTensor` of shape `(num_blocks * block,)`): address of every canvas row in its private area.
-        copied (`torch.LongTensor` of shape `(num_blocks, m)`): prompt rows that each private area repeats.
-        copies (`torch.LongTensor` of shape `(num_blocks, m)`): their addresses there.
+        pages (`list[np.ndarray]`): which pages of the request each virtual sequence reads.
+        lengths (`list[int]`): keys in each virtual sequence.
+        canvas (`np.ndarray` of shape `(sum(sizes),)`): address of every canvas row in its private area.
+        copied, copies (`np.ndarray`): prompt rows that the private areas repeat, and their addresses there.
     """
 
     codes: torch.Tensor
-    num_blocks: int
-    block: int
+    regions: Sequence[int]
+    sizes: Sequence[int]
     page: int
+    seen: int
 
     def __post_init__(self):
-        prompt, rows = len(self.codes), torch.arange(len(self.codes))
-        order = (torch.arange(self.block) + 1) % self.block
+        prompt, private = len(self.codes), PrivateRows(self.codes, self.page)
         self.prompt_length = prompt
-        self.natural_pages = ceil((prompt + self.num_blocks * self.block) / self.page)
-        if self.num_blocks == 1:  # it sees the whole prompt: the natural area will do
-            self.pages = torch.arange(self.natural_pages)[None]
-            self.length = prompt + self.block
-            self.canvas = prompt + order
-            self.copied = self.copies = torch.empty(1, 0, dtype=torch.long)
+        if len(self.sizes) == 1 and private.sees_all(self.regions[0]):  # the natural area will do
+            self.natural_pages = ceil((prompt + self.sizes[0]) / self.page)
+            self.pages, self.lengths = [np.arange(self.natural_pages)], [prompt + self.sizes[0]]
+            self.canvas = prompt + _closing_first(self.sizes[0])
+            self.copied = self.copies = np.empty(0, dtype=np.int64)
             return
-        shared = self.codes == SHARED
-        first = int((~shared).nonzero()[0]) if (~shared).any() else prompt
-        common = first // self.page
-        behind = rows[shared & (rows >= common * self.page)]
-        head, tail = behind[behind < first], behind[behind >= first]
-        self.copied = torch.stack([torch.cat([head, rows[self.codes == 2 * i], tail]) for i in range(self.num_blocks)])
-        private = ceil((self.copied.shape[1] + self.block) / self.page)
-        start = self.natural_pages + private * torch.arange(self.num_blocks)
-        self.pages = torch.cat(
-            [torch.arange(common).expand(self.num_blocks, -1), start[:, None] + torch.arange(private)], 1
-        )
-        self.length = common * self.page + self.copied.shape[1] + self.block
-        self.copies = start[:, None] * self.page + torch.arange(self.copied.shape[1])
-        self.canvas = (start[:, None] * self.page + self.copied.shape[1] + order).flatten()
+        start = self.natural_pages = ceil((prompt + self.seen) / self.page)
+        self.pages, self.lengths = [], []
+        canvas, copied, copies = [], [], []
+        for region, size in zip(self.regions, self.sizes, strict=True):
+            rows = private.of(region).numpy()
+            pages = ceil((len(rows) + size) / self.page)
+            self.pages.append(np.concatenate([np.arange(private.common), np.arange(start, start + pages)]))
+            self.lengths.append(private.common * self.page + len(rows) + size)
+            copied.append(rows)
+            copies.append(start * self.page + np.arange(len(rows)))
+            canvas.append(start * self.page + len(rows) + _closing_first(size))
+            start += pages
+        self.canvas, self.copied, self.copies = (np.concatenate(parts) for parts in (canvas, copied, copies))
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """First row of every block in the canvas, and one past its last."""
+        ends = np.cumsum(self.sizes).tolist()
+        return list(zip([0, *ends], ends, strict=False))
 
     @property
     def num_pages(self) -> int:
         """Pages the request needs."""
-        return int(self.pages.max()) + 1
+        return 1 + int(max(pages.max() for pages in self.pages))
+
+
+def _closing_first(size: int) -> np.ndarray:
+    """Order of a block's rows in its area."""
+    return (np.arange(size) + 1) % size
 
 
 def slots(addresses: torch.Tensor, owners: torch.Tensor, table: torch.Tensor, page: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from pdlm_hf.errors_pdlm import ImageError, RegionError, SettingError
 from pdlm_hf.regions import limits as reading_limits
+from pdlm_hf.templates_pdlm import AttributePlan
 
 ID_LENGTH = 256  # characters of a region's id
 
@@ -30,6 +31,8 @@ class Limits:
         polygon_points (`int`): polygons of one region.
         polygon_length (`int`): their outline, in pixels.
         rle_bytes (`int`): compressed run lengths of one region.
+        attribute_rows (`int`): token positions of the blocks that read the attributes of a request.
+        attribute_scores (`int`): choices that are scored for a request, those of every region and template.
         parsers (`int`): requests whose images and regions are decoded at a time.
     """
 
@@ -44,6 +47,8 @@ class Limits:
     polygon_points: int = 2**16
     polygon_length: int = 2**17
     rle_bytes: int = 2**20
+    attribute_rows: int = 2**16
+    attribute_scores: int = 2**18
     parsers: int = 2
 
     def check_count(self, regions: int) -> None:
@@ -62,6 +67,27 @@ class Limits:
                 f"An image of {width} x {height} pixels and {regions} masks are {pixels} pixels together; this "
                 f"server takes at most {self.request_pixels} a request (request_pixels). Send fewer regions, "
                 "or a smaller image."
+            )
+
+    def check_attributes(self, plan: AttributePlan, regions: int, calibrate: bool) -> None:
+        """Raises: SettingError if a schema asks for too much of this many regions.
+
+        Args:
+            plan (`AttributePlan`): of the schema.
+            regions (`int`)
+            calibrate (`bool`): read once more without a region, for one prompt of regions at least.
+        """
+        times = (regions + calibrate) * max(1, len(plan.templates))
+        scores = times * sum(map(len, plan.choices.values()))
+        self._check_attributes("attribute_scores", scores, "choices to score", regions)
+        rows = (regions + calibrate) * plan.rows + regions * sum(plan.lengths.values())
+        self._check_attributes("attribute_rows", rows, "token positions to compute", regions)
+
+    def _check_attributes(self, name: str, found: int, what: str, regions: int) -> None:
+        if found > getattr(self, name):
+            raise SettingError(
+                f"The schema and {regions} regions have {found} {what}; this server takes at most "
+                f"{getattr(self, name)} a request ({name}). Send fewer regions, choices or templates."
             )
 
     def check_run_lengths(self, regions: Sequence[Any]) -> None:

@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from pdlm_hf import PdlmGenerationConfig
 from pdlm_hf.diffusion_pdlm import masks_left, transfer_schedule
 from pdlm_hf.masking_pdlm import caption_canvas
+
+from .blocks import BlockPlan, Room, block_plan
+from .layout import CanvasLayout
 
 MAX_TAIL = 192  # shared rows behind the RoI tokens: question and header, at most
 REPORT, STREAM = "pdlm_report", "pdlm_stream"  # extra arguments: hand back scores at the end, drafts at every step
@@ -73,6 +77,25 @@ class Plan:
     def blocks(self) -> int:
         """Caption blocks; 1 in chat."""
         return self.num_regions or 1
+
+    @property
+    def num_values(self) -> int:
+        """Numbers that are reported of a step: one of every row."""
+        return self.width
+
+    @property
+    def seen(self) -> int:
+        """Rows of the canvas that prompt rows see, if they see any."""
+        return self.width
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Positions of the canvas rows behind the prompt."""
+        return np.arange(self.width)
+
+    def layout(self, codes: torch.Tensor, page: int) -> CanvasLayout:
+        """Where its keys and values lie."""
+        return CanvasLayout(codes, range(self.blocks), [self.rows] * self.blocks, page, self.seen)
 
     @property
     def in_blocks(self) -> bool:
@@ -155,8 +178,14 @@ def served_defaults(model_config) -> PdlmGenerationConfig:
 
 
 def make_plan(
-    config, defaults, prompt: list[int], extra: dict[str, Any] | None, max_tokens: int | None, room: int
-) -> Plan:
+    config,
+    defaults,
+    prompt: list[int],
+    extra: dict[str, Any] | None,
+    max_tokens: int | None,
+    room: int,
+    block_room: Room | None = None,
+) -> Plan | BlockPlan:
     """The plan of an engine request. Settings were checked when the request came in; here they are only fitted.
 
     Args:
@@ -166,6 +195,7 @@ def make_plan(
         extra (`dict`, *optional*): `SamplingParams.extra_args`.
         max_tokens (`int`, *optional*): length of a chat answer.
         room (`int`): rows of the largest canvas that is served.
+        block_room (`Room`, *optional*): for requests that read attributes; without it none is one.
     """
     given: dict[str, Any] = extra if isinstance(extra, dict) else {}
 
@@ -177,6 +207,8 @@ def make_plan(
         return default
 
     regions = count_regions(config, prompt)
+    if block_room is not None and (reading := block_plan(config, given, prompt, regions, block_room)) is not None:
+        return reading
     interval = whole("prefix_refresh_interval", 0, defaults.prefix_refresh_interval)
     if regions:
         count = max(1, min(whole("max_new_tokens", 1, defaults.max_new_tokens or DEFAULT_TOKENS), room // regions - 2))

@@ -76,19 +76,25 @@ def check_question(processor: PdlmProcessor, question: str | None) -> None:
         raise SettingError(f"The question has {length} tokens, at most {most} are served with regions. Shorten it.")
 
 
-def check_length(config: PdlmConfig, prompt: int, canvas: int) -> None:
+def check_length(
+    config: PdlmConfig,
+    prompt: int,
+    canvas: int,
+    what: str = "its captions or answer",
+    advice: str = "Lower `max_new_tokens`, or ask about fewer regions or images at a time.",
+) -> None:
     """Raises: SettingError if prompt and canvas have more tokens together than are served.
 
     Args:
         config (`PdlmConfig`): `served_length` is what [`~config.fit_length`] found; else the checkpoint decides.
         prompt, canvas (`int`): tokens.
+        what, advice (`str`): for the message, what the canvas holds, and how it can be made smaller.
     """
     most = getattr(config, "served_length", config.text_config.max_position_embeddings)
     if prompt + canvas > most:
         raise SettingError(
-            f"The prompt has {prompt} tokens and its captions or answer {canvas}; this server takes {most} together "
-            "(--max-model-len, at most the positions of the checkpoint). Lower `max_new_tokens`, or ask about fewer "
-            "regions or images at a time."
+            f"The prompt has {prompt} tokens and {what} {canvas}; this server takes {most} together "
+            f"(--max-model-len, at most the positions of the checkpoint). {advice}"
         )
 
 

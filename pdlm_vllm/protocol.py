@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, WithJsonSchema
+
+from pdlm_hf.attributes import AttributeSchema, parse_schema
 
 from .limits import ID_LENGTH
 from .requests import REGION_SETTINGS
@@ -42,6 +44,37 @@ Switch = Annotated[Any, _or_null(type="boolean")]
 Greedy = Annotated[Any, _or_null(type="number", enum=[0])]
 
 
+_CHOICES = {"type": "array", "items": {"type": ["string", "integer", "boolean"]}, "minItems": 1}
+_FREE_TEXT = {"type": "object", "properties": {"max_tokens": {"type": "integer", "minimum": 1}}}
+_JSON_SCHEMA = {
+    "type": "object",
+    "description": "JSON Schema of a boolean, a bounded integer, an enum or a string",
+    "properties": {"type": {"enum": ["string", "integer", "boolean"]}, "enum": _CHOICES},
+}
+_ATTRIBUTES = {
+    "type": "object",
+    "description": "names, and choices; null or max_tokens: free text",
+    "additionalProperties": {"anyOf": [_CHOICES, _FREE_TEXT, _JSON_SCHEMA, {"type": "null"}]},
+}
+_HOW = {
+    "type": "object",
+    "properties": {
+        "attributes": _ATTRIBUTES,
+        "template": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+        "jointly": {"type": "boolean"},
+        "calibrate": {"type": "boolean"},
+        "unknown_below": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
+    },
+    "required": ["attributes"],
+}
+# Parsed by `pdlm_hf.attributes`, as everywhere.
+Schema = Annotated[
+    AttributeSchema | None,
+    BeforeValidator(lambda value: None if value is None else parse_schema(value)),
+    WithJsonSchema({"anyOf": [_ATTRIBUTES, _HOW, {"type": "null"}]}),
+]
+
+
 class RegionCaptionsRequest(BaseModel):
     """An image and its regions. Any other field is refused by name."""
 
@@ -51,6 +84,7 @@ class RegionCaptionsRequest(BaseModel):
     regions: list[Shape] = Field(description="at least one region", json_schema_extra={"minItems": 1})
     model: StrictStr | None = Field(None, description="name of the served model; default: the only one")
     question: StrictStr | None = Field(None, description='default: "Describe each masked region in detail."')
+    attribute_schema: Schema = Field(None, alias="schema", description="attributes to read in place of captions")
     stream: StrictBool | None = Field(False, description="an event for every denoising step")
     max_new_tokens: Positive = Field(None, description="token positions of a caption")
     max_tokens: StrictInt | None = Field(None, ge=1, description="of all captions together; shortens each alike")
@@ -69,6 +103,15 @@ class RegionCaptionsRequest(BaseModel):
         return {**sent, **(self.model_extra or {})}
 
 
+class AttributeRow(BaseModel):
+    """An attribute of a region."""
+
+    value: bool | int | str | None = Field(description="of the schema; null: unknown")
+    probability: float
+    probabilities: dict[str, float] | None = Field(None, description="of every choice; not of free text")
+    support: float | None = Field(None, description="of all probability, what fell on the choices; not of free text")
+
+
 class CaptionRow(BaseModel):
     """The caption of a region."""
 
@@ -77,10 +120,14 @@ class CaptionRow(BaseModel):
     score: float = Field(description="mean probability of its tokens")
     bbox: list[int] = Field(description="x, y, width, height in pixels")
     truncated: bool = Field(False, description="it may be cut off; sent only if true")
+    attributes: dict[str, AttributeRow] | None = Field(None, description="by name; sent only with a schema")
 
     def to_json(self) -> dict[str, Any]:
-        """What is sent: `truncated` only where it is true."""
-        return self.model_dump(exclude=None if self.truncated else {"truncated"})
+        """What is sent: `truncated` only where it is true, `attributes` only where they were asked for."""
+        row = self.model_dump(exclude={"attributes"} if self.truncated else {"attributes", "truncated"})
+        if self.attributes is not None:
+            row["attributes"] = {name: one.model_dump(exclude_unset=True) for name, one in self.attributes.items()}
+        return row
 
 
 class CaptionUsage(BaseModel):
@@ -104,7 +151,7 @@ class RegionCaptionsResponse(BaseModel):
     usage: CaptionUsage
 
     def to_json(self) -> dict[str, Any]:
-        """What is sent: `truncated` only where it is true."""
+        """What is sent."""
         return self.model_dump() | {"regions": [row.to_json() for row in self.regions]}
 
 

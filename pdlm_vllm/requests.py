@@ -121,6 +121,48 @@ def region_passes(
         SettingError: the request cannot be served; the message says what to do.
     """
     settings = check_settings(settings)
+    count = settings.get("max_new_tokens") or defaults.max_new_tokens or DEFAULT_TOKENS
+    for found in region_prompts(processor, config, image, regions, question):
+        _check_room(len(found.regions), count, room or config.canvas_length)
+        rows = len(found.regions) * (count + 2)
+        check_length(config, len(found.ids), rows)
+        params = SamplingParams(
+            max_tokens=rows,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
+            extra_args={**settings, REPORT: True, STREAM: stream},
+        )
+        yield Pass(found.prompt, params, found.regions, found.positions)
+
+
+@dataclass
+class RegionPrompt:
+    """The prompt of some regions of an image.
+
+    Args:
+        prompt (`dict`): for vLLM.
+        ids (`list[int]`): its token ids, placeholders expanded.
+        regions (`list[Place]`), positions (`list[int]`): see [`Pass`].
+    """
+
+    prompt: dict[str, Any]
+    ids: list[int]
+    regions: list[Place]
+    positions: list[int]
+
+
+def region_prompts(
+    processor: PdlmProcessor, config, image: Any, regions: Any, question: str | None
+) -> Iterator[RegionPrompt]:
+    """The prompts of the regions of an image, each of as many as the checkpoint has region prompts, one by one.
+
+    Args:
+        processor, config, image, regions, question: see [`region_passes`].
+
+    Raises:
+        SettingError: a base checkpoint, or a question that cannot be used.
+        ImageError, RegionError: an image or a region that cannot be used.
+    """
     if not config.num_region_prompts:
         raise SettingError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
     check_question(processor, question)
@@ -129,21 +171,11 @@ def region_passes(
     listed = list_of_regions(regions, width, height)
     check_mask_pixels(width, height, len(listed))
     limit = config.num_region_prompts
-    count = settings.get("max_new_tokens") or defaults.max_new_tokens or DEFAULT_TOKENS
-    _check_room(min(len(listed), limit), count, room or config.canvas_length)
     tiles = num_tiles(*processor.image_processor.grid(width, height))
     for start in range(0, len(listed), limit):
         values = enumerate(listed[start : start + limit], start)
         chunk = [parse_region(value, width, height, k) for k, value in values]
         order = area_order([region.mask for region in chunk])
-        rows = len(chunk) * (count + 2)
-        check_length(config, len(processor.region_ids(len(chunk), tiles, question)), rows)
-        params = SamplingParams(
-            max_tokens=rows,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
-            extra_args={**settings, REPORT: True, STREAM: stream},
-        )
         prompt = {
             "prompt": "",
             "multi_modal_data": {"image": image},
@@ -153,7 +185,8 @@ def region_passes(
             | ({} if question is None else {"question": question}),
         }
         places = [Place(chunk[k].id, chunk[k].bbox) for k in order]
-        yield Pass(prompt, params, places, [start + k for k in order])
+        ids = processor.region_ids(len(chunk), tiles, question)
+        yield RegionPrompt(prompt, ids, places, [start + k for k in order])
 
 
 def _check_room(regions: int, count: int, room: int) -> None:

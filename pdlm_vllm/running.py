@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from .blocks import BlockPlan
 from .layout import CanvasLayout
 from .plan import Plan
 
@@ -20,7 +21,7 @@ class Running:
     """One request in flight.
 
     Args:
-        plan (`Plan`), layout (`CanvasLayout`)
+        plan (`Plan` or `BlockPlan`), layout (`CanvasLayout`)
         place (`int`): its number among the requests of the runner.
         lora (`int`): number of its adapter, 0 for none.
         step (`int`): denoising steps done.
@@ -31,7 +32,7 @@ class Running:
             seen, as far as the host knows.
     """
 
-    plan: Plan
+    plan: Plan | BlockPlan
     layout: CanvasLayout
     place: int
     lora: int = 0
@@ -45,9 +46,10 @@ class Running:
 
     def rows_needed(self, block: int) -> np.ndarray:
         """Which rows of a block `(rows,)` can still change a caption: none once it is complete."""
+        frame = int(self.plan.num_regions > 0)  # a row before the token positions, and one behind them
         if not self.open[block].any():
-            return np.zeros(self.plan.rows, dtype=bool)
-        return np.pad(self.shown[block], (self.plan.rows - self.plan.num_tokens) // 2, constant_values=True)
+            return np.zeros(self.plan.num_tokens + 2 * frame, dtype=bool)
+        return np.pad(self.shown[block], frame, constant_values=True)
 
 
 class News:

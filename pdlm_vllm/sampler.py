@@ -15,7 +15,11 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from pdlm_hf.diffusion_pdlm import accept_confident, lowest_mask, token_log_odds
 
+from .blocks import BlockPlan
 from .plan import ADAPTIVE, CHAT, FIXED, Plan, token_rows
+
+# Of every request by its place in the batch: token ids (rows, 2), log probabilities (rows, 2), steps (rows,)
+Report = dict[int, tuple[torch.Tensor, ...]]
 
 _MAX_LOGITS = 2**27  # token positions x vocabulary scored at a time: bounds the float32 logits to 512 MB
 
@@ -47,6 +51,7 @@ class DenoisingSampler:
         # keys at the end of each block that nobody sees, of all requests; and a 0 for [`rows.Rows`]
         self.hidden = torch.zeros(requests * regions + 1, dtype=torch.int32, device=self.device)
         self.plans: dict[int, Plan] = {}
+        self.block_plans: dict[int, BlockPlan] = {}  # of places that read attributes instead
         self.banned = torch.tensor(state.config.banned_token_ids, device=self.device)
 
     def add_request(self, req_idx: int, sampling_params) -> None:
@@ -55,10 +60,14 @@ class DenoisingSampler:
     def apply_staged_writes(self) -> None:
         """Called by the runner; nothing is staged."""
 
-    def begin(self, index: int, plan: Plan) -> None:
-        """An empty canvas for the request in this place."""
-        self.plans[index] = plan
+    def begin(self, index: int, plan: Plan | BlockPlan) -> None:
+        """The canvas of a new request in this place; that of captions and answers is empty."""
         self.canvas[index, : plan.width] = self._device(np.array(plan.canvas(self.config)))
+        self.block_plans.pop(index, None)
+        if isinstance(plan, BlockPlan):
+            self.block_plans[index] = plan
+            return
+        self.plans[index] = plan
         self.tokens[index] = self.config.mask_token_id
         self.exists[index] = False
         self.exists[index, : plan.blocks, : plan.num_tokens] = True
@@ -72,7 +81,8 @@ class DenoisingSampler:
 
         Returns:
             canvases of the requests that are finished; with them, as log probabilities, a report of every canvas:
-            token ids (the draft, whether it is open), log probabilities, and as rank the steps of its block.
+            token ids (the draft, whether it is open), log probabilities, and as rank the steps of its block; of
+            requests that read attributes, the tokens and log probabilities that are wanted.
         """
         count = input_batch.num_reqs
         bounds = input_batch.cu_num_logits_np
@@ -82,11 +92,13 @@ class DenoisingSampler:
             for i in range(count)
             if bounds[i + 1] > bounds[i] and int(places[i]) in self.state.running and i not in self.state.waiting
         ]
+        reading = [i for i in active if int(places[i]) in self.block_plans]
+        active = [i for i in active if i not in reading]
         sampled = torch.zeros(count, self.state.room, dtype=torch.int32, device=self.device)
         num_sampled = torch.zeros(count, dtype=torch.int32, device=self.device)
         scheduled = np.diff(input_batch.query_start_loc_np)[:count] * (np.diff(bounds) > 0)[:count]
         num_rejected = self._device(scheduled.astype(np.int32))
-        report = None
+        report: Report = {}
         if not self.state.running and len(logits):  # vLLM measures the memory: as much as is ever scored at a time
             at_once = max(1, _MAX_LOGITS // self.config.text_config.vocab_size)
             self._score(logits[:1].expand(at_once, -1))
@@ -98,14 +110,20 @@ class DenoisingSampler:
             width = max(self.plans[int(places[i])].width for i in active)
             sampled[rows, :width] = self.canvas[index, :width].int()
             num_sampled[rows] = length
-            num_rejected = num_rejected - num_sampled
-            report = self._report(active, index, places, count, draft, odds)
+            report |= self._report(active, index, places, draft, odds)
+        for i in reading:
+            width = self.block_plans[int(places[i])].width
+            sampled[i, :width] = self.canvas[int(places[i]), :width].int()
+            num_sampled[i] = width
+        if reading:
+            report |= self._read(logits, reading, bounds, places)
+        num_rejected = num_rejected - num_sampled
         self.req_states.draft_tokens[input_batch.idx_mapping[:count].long(), : self.state.room] = self.canvas[
             input_batch.idx_mapping[:count].long()
         ].to(self.req_states.draft_tokens.dtype)
         return SamplerOutput(
             sampled_token_ids=sampled,
-            logprobs_tensors=report,
+            logprobs_tensors=_joined(report, count),
             num_nans=None,
             num_sampled=num_sampled,
             num_rejected=num_rejected,
@@ -235,23 +253,64 @@ class DenoisingSampler:
         first = torch.where(found, column, canvas.shape[1]).amin(1) + 1
         return torch.where(chat, torch.minimum(first, widths), widths).int()
 
-    def _report(self, active, index, places, count: int, draft, odds) -> LogprobsTensors:
+    def _report(self, active, index, places, draft, odds) -> Report:
+        """Every row of the canvases of some requests."""
         plans = [self.plans[int(places[i])] for i in active]
         request, column, source = self._places(plans)
-        widths = np.zeros(count, dtype=np.int64)
-        widths[active] = [plan.width for plan in plans]
-        ends = np.concatenate([[0], np.cumsum(widths)])
-        rows = self._device(ends[np.array(active)])[request] + column
+        ends = np.cumsum([0, *(plan.width for plan in plans)])
+        rows = self._device(ends[:-1])[request] + column
         tokens, masked, written = self.tokens[index], self.masked[index], self.written[index]
-        total = int(ends[-1])
         # what frames the captions is part of the canvas, certain and closed
         fixed = torch.cat([self.canvas[int(places[i]), : plan.width] for i, plan in zip(active, plans, strict=True)])
         ids = torch.stack([fixed, torch.zeros_like(fixed)], 1)
         ids[rows, 0] = torch.where(masked, draft, tokens).view(-1)[source]
         ids[rows, 1] = masked.view(-1)[source].long()
-        logprobs = torch.zeros(total, 2, device=self.device)
+        logprobs = torch.zeros(len(fixed), 2, device=self.device)
         logprobs[rows, 0] = logsigmoid(torch.where(masked, odds, written)).view(-1)[source]
-        steps = torch.zeros(total, dtype=torch.int64, device=self.device)
+        steps = torch.zeros(len(fixed), dtype=torch.int64, device=self.device)
         room = self.tokens.shape[2]
         steps[rows] = self.steps[index].view(-1)[source // room].long()
-        return LogprobsTensors(ids, logprobs, steps, ends.tolist())
+        return _parted(active, ends, ids, logprobs, steps)
+
+    def _read(self, hidden: torch.Tensor, reading: list[int], bounds, places) -> Report:
+        """What requests that read attributes want to know."""
+        plans = [self.block_plans[int(places[i])] for i in reading]
+        rows = [int(bounds[i]) + row for i, plan in zip(reading, plans, strict=True) for row, _ in plan.wanted]
+        wanted = [tokens for plan in plans for _, tokens in plan.wanted]
+        at_once = max(1, _MAX_LOGITS // (2 * self.config.text_config.vocab_size))  # logits, and their softmax
+        found = []
+        for first in range(0, len(rows), at_once):
+            chosen = self._device(np.array(rows[first : first + at_once]))
+            logs = self.model.logits(hidden[chosen]).float().log_softmax(-1)
+            found.append(self._wanted(logs, wanted[first : first + at_once]))
+        tokens, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+        ends = np.cumsum([0, *(plan.num_values for plan in plans)])
+        ids = torch.stack([tokens, torch.zeros_like(tokens)], 1)
+        logprobs = torch.stack([values, torch.zeros_like(values)], 1)
+        return _parted(reading, ends, ids, logprobs, torch.zeros_like(tokens))
+
+    def _wanted(self, logs: torch.Tensor, wanted: list[list[int] | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and log-probabilities, of rows `(rows, vocab_size)` of which some tokens are wanted, or the best."""
+        pairs = [(k, token) for k, tokens in enumerate(wanted) for token in (tokens or [-1])]
+        row, token = self._device(np.array(pairs)).T
+        values, given = logs[row, token], token >= 0
+        logs[:, self.config.mask_token_id] = -torch.inf
+        best, found = logs.max(-1)
+        return torch.where(given, token, found[row]), torch.where(given, values, best[row])
+
+
+def _parted(requests: list[int], ends: np.ndarray, *tensors: torch.Tensor) -> Report:
+    """The rows of every request."""
+    pairs = zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    return {
+        i: tuple(tensor[first:stop] for tensor in tensors) for i, (first, stop) in zip(requests, pairs, strict=True)
+    }
+
+
+def _joined(report: Report, count: int) -> LogprobsTensors | None:
+    """The rows of all requests of a batch as vLLM copies them to the host."""
+    if not report:
+        return None
+    widths = [len(report[i][0]) if i in report else 0 for i in range(count)]
+    ids, logprobs, steps = (torch.cat(parts) for parts in zip(*(report[i] for i in sorted(report)), strict=True))
+    return LogprobsTensors(ids, logprobs, steps, np.cumsum([0, *widths]).tolist())

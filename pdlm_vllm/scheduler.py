@@ -12,7 +12,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
-from .config import lookahead_tokens
+from .blocks import BlockPlan
+from .config import block_room, lookahead_tokens
 from .plan import REPORT, STREAM, Plan, make_plan, served_defaults
 
 
@@ -24,7 +25,8 @@ class _PdlmScheduling(Scheduler):
         self.pdlm_config = vllm_config.model_config.hf_config
         self.pdlm_room = vllm_config.diffusion_config.canvas_length
         self.pdlm_defaults = served_defaults(vllm_config.model_config)
-        self.pdlm_plans: dict[str, Plan] = {}
+        self.pdlm_block_room = block_room(vllm_config)
+        self.pdlm_plans: dict[str, Plan | BlockPlan] = {}
         self.pdlm_sent: dict[str, int] = {}  # tokens of a chat answer that have left already
         self.num_lookahead_tokens = lookahead_tokens(vllm_config)
 
@@ -34,7 +36,15 @@ class _PdlmScheduling(Scheduler):
         if request.request_id not in self.requests and params is not None:
             prompt = request.prompt_token_ids or []
             room = min(self.pdlm_room, self.max_model_len - len(prompt))
-            plan = make_plan(self.pdlm_config, self.pdlm_defaults, prompt, params.extra_args, params.max_tokens, room)
+            plan = make_plan(
+                self.pdlm_config,
+                self.pdlm_defaults,
+                prompt,
+                params.extra_args,
+                params.max_tokens,
+                room,
+                self.pdlm_block_room,
+            )
             self.pdlm_plans[request.request_id] = plan
             params.extra_args = {
                 **(params.extra_args or {}),
@@ -74,7 +84,7 @@ class _PdlmScheduling(Scheduler):
             if request is None or request.sampling_params is None:
                 continue
             extra, plan = request.sampling_params.extra_args or {}, self.pdlm_plans[request_id]
-            if plan.num_regions and request_id in finished and not extra.get(REPORT):
+            if isinstance(plan, Plan) and plan.num_regions and request_id in finished and not extra.get(REPORT):
                 item = finished[request_id]  # by a door of vLLM's: captions line by line, as the regions were given
                 item.new_token_ids = in_given_order(item.new_token_ids, plan, _given_order(request))
             if not (plan.in_blocks or extra.get(REPORT) or extra.get(STREAM)):
@@ -97,11 +107,11 @@ class _PdlmScheduling(Scheduler):
             self.pdlm_sent.pop(request_id, None)
         return outputs
 
-    def _send_blocks(self, plan: Plan, report: dict[str, Any], item: EngineCoreOutput) -> bool:
+    def _send_blocks(self, plan: Plan | BlockPlan, report: dict[str, Any], item: EngineCoreOutput) -> bool:
         """Put the blocks that are finished into the output, if any has not left yet. An answer that ends in one of
         them is finished: vLLM's own test comes with the whole canvas only.
         """
-        if not plan.in_blocks:
+        if isinstance(plan, BlockPlan) or not plan.in_blocks:
             return False
         sent = self.pdlm_sent.get(item.request_id, 0)  # also of before a request lost its place in the cache
         still = report["open"].index(1) if 1 in report["open"] else plan.num_tokens
@@ -141,18 +151,22 @@ def in_given_order(tokens: list[int], plan: Plan, order: list[int]) -> list[int]
     return found
 
 
-def _report(logprobs, index: int, plan: Plan) -> dict[str, Any] | None:
+def _report(logprobs, index: int, plan: Plan | BlockPlan) -> dict[str, Any] | None:
     """Drafts, log probabilities and steps of one request after a step.
 
     Returns:
         "tokens" and "logprobs": of every canvas row; "open": whether it may still change; "steps": of every block.
+        Where attributes are read, only "tokens" and "logprobs", those that are wanted.
     """
     if logprobs is None:
         return None
     ends = logprobs.cu_num_generated_tokens
-    if ends[index + 1] - ends[index] != plan.width:
-        return None
     rows = slice(ends[index], ends[index + 1])
+    if rows.stop - rows.start != plan.num_values:
+        return None
+    if isinstance(plan, BlockPlan):
+        tokens = logprobs.logprob_token_ids[rows, 0].tolist()
+        return {"tokens": tokens, "logprobs": logprobs.logprobs[rows, 0].tolist()}
     steps = logprobs.sampled_token_ranks[rows].reshape(plan.blocks, plan.rows)[:, plan.rows // 2]
     return {
         "tokens": logprobs.logprob_token_ids[rows, 0].tolist(),

@@ -3,13 +3,14 @@
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi.responses import JSONResponse
+from PIL import Image
 from prometheus_client import Counter, Histogram
 from vllm import envs
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
@@ -18,11 +19,13 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from pdlm_hf import PdlmConfig
+from pdlm_hf.attributes import AttributeSchema
 from pdlm_hf.errors_pdlm import ImageError, SettingError
 from pdlm_hf.regions.limits import check_image_pixels
 
 from .adapters import check_adapter
-from .config import fit_length
+from .attributes import AttributeWork, attribute_works, check_attribute_settings
+from .config import block_room, fit_length
 from .doors import check_engine_request
 from .limits import Limits
 from .media import CONNECTOR, EncodedImage, PdlmConnector, read_image
@@ -30,8 +33,9 @@ from .plan import DEFAULT_TOKENS, served_defaults
 from .processing import load_processor, refuse_paths
 from .requests import Pass, Reading, check_settings, read_report, region_passes, usage_of
 
+_T = TypeVar("_T")
 _LABELS = ["model_name", "engine"]  # vLLM's
-REGIONS = Counter("pdlm:regions", "Regions captioned.", _LABELS)
+REGIONS = Counter("pdlm:regions", "Regions captioned, or whose attributes were read.", _LABELS)
 STEPS = Histogram(
     "pdlm:denoising_steps", "Denoising steps of an engine request.", _LABELS, buckets=[1, 2, 4, 8, 16, 32, 64]
 )
@@ -66,7 +70,7 @@ class Service:
         self.model_config.max_model_len = fit_length(engine.vllm_config)
         self.room = engine.vllm_config.diffusion_config.canvas_length
         self.processor = load_processor(self.model_config.model, self.model_config.revision)
-        self.defaults = served_defaults(self.model_config)
+        self.defaults, self.block_room = served_defaults(self.model_config), block_room(engine.vllm_config)
         self.inputs = engine.renderer.get_mm_processor()
         self.parsers = ThreadPoolExecutor(limits.parsers, "pdlm-parser")
         self.log = RequestLogger(max_log_len=args.max_log_len) if args.enable_log_requests else None
@@ -155,13 +159,36 @@ class Service:
             PdlmError: before the engine gets any of them.
         """
         check_settings(settings)
+        self._check_regions(regions)
+        settings = settings | self._shortened(settings, len(regions), max_tokens)
+        prepare = partial(self._prepare, await self.fetch(url), regions, question, stream, settings)
+        return await self.aside(prepare)
+
+    async def attribute_works(
+        self, url: str, regions: Any, schema: AttributeSchema, question: str | None, settings: dict[str, Any]
+    ) -> list[AttributeWork]:
+        """What has to be asked for the attributes of the regions of an HTTP request.
+
+        Args:
+            url, regions, schema, question, settings: of the request.
+
+        Raises:
+            PdlmError: before the engine gets any of it.
+        """
+        check_attribute_settings(settings)
+        self._check_regions(regions)
+        prepare = partial(self._prepare_works, await self.fetch(url), regions, schema, question, settings)
+        return await self.aside(prepare)
+
+    async def aside(self, function: Callable[[], _T]) -> _T:
+        """What a function returns, in a thread of the parsers."""
+        return await asyncio.get_running_loop().run_in_executor(self.parsers, function)
+
+    def _check_regions(self, regions: Any) -> None:
         self.limits.check_count(len(regions))  # before anything looks at each of them
         refuse_paths(regions)
         self.limits.check_ids(regions)
         self.limits.check_run_lengths(regions)
-        settings = settings | self._shortened(settings, len(regions), max_tokens)
-        prepare = partial(self._prepare, await self.fetch(url), regions, question, stream, settings)
-        return await asyncio.get_running_loop().run_in_executor(self.parsers, prepare)
 
     def _shortened(self, settings: dict[str, Any], regions: int, max_tokens: int | None) -> dict[str, int]:
         if max_tokens is None or not regions or settings.get("max_new_tokens") is not None:
@@ -174,22 +201,39 @@ class Service:
     def _prepare(self, data: bytes, regions: list, question: str | None, stream: bool, settings: dict) -> list[Pass]:
         """In a thread of the parsers: decode, and keep only what the engine gets."""
 
+        made, image = [], self._image(data, len(regions))
+        arguments = (self.processor, self.config, self.defaults, image, regions, question, self.room, stream)
+        for work in region_passes(*arguments, **settings):
+            work.prompt = self._input(image, work.prompt, question)
+            made.append(work)
+        return made
+
+    def _prepare_works(
+        self, data: bytes, regions: list, schema: AttributeSchema, question: str | None, settings: dict
+    ) -> list[AttributeWork]:
+        """The same for the attributes of regions."""
+        made, image = [], self._image(data, len(regions))
+        arguments = (self.processor, self.config, self.defaults, self.block_room, image, regions, schema, question)
+        for work in attribute_works(*arguments, self.limits, **settings):
+            work.prompt.prompt = self._input(image, work.prompt.prompt, question)
+            made.append(work)
+        return made
+
+    def _image(self, data: bytes, regions: int) -> Image.Image:
         def check(opened) -> None:
             width, height = opened.size
             check_image_pixels(width, height, "the image")
-            self.limits.check_pixels(width, height, len(regions))
+            self.limits.check_pixels(width, height, regions)
 
         try:
-            image = read_image(data, check)
+            return read_image(data, check)
         except ImageError as error:
             raise ImageError(f"The image cannot be read: {error}") from error
-        made = []
-        arguments = (self.processor, self.config, self.defaults, image, regions, question, self.room, stream)
-        for work in region_passes(*arguments, **settings):
-            masks = work.prompt["mm_processor_kwargs"]["regions"]
-            work.prompt = self.inputs.region_input(image, masks, question, {"image": [uuid.uuid4().hex]})
-            made.append(work)
-        return made
+
+    def _input(self, image: Image.Image, prompt: dict[str, Any], question: str | None):
+        """What the engine gets of a prompt: tensors, without image and masks."""
+        masks = prompt["mm_processor_kwargs"]["regions"]
+        return self.inputs.region_input(image, masks, question, {"image": [uuid.uuid4().hex]})
 
     async def steps(
         self, passes: list[Pass], name: str, **options: Any
@@ -208,8 +252,7 @@ class Service:
                 async for output in self.generate(work.prompt, work.params, f"{name}-{number}", **options):
                     report = (output.kv_transfer_params or {}).get("pdlm")
                     if output.finished and report is None:
-                        reason = output.outputs[0].finish_reason if output.outputs else "no output"
-                        raise RuntimeError(f"The engine gave up on this request ({reason}); see the server's log.")
+                        raise gave_up(output)
                     if report is not None:
                         reading = read_report(report, work, self.processor, self.config)
                         await queue.put((number, reading, len(output.prompt_token_ids), output.finished))
@@ -217,11 +260,8 @@ class Service:
             except Exception as error:
                 await queue.put(error)
 
-        if self.log:
-            for number, work in enumerate(passes):
-                ids = work.prompt["prompt_token_ids"]
-                adapter = options.get("lora_request")
-                self.log.log_inputs(f"{name}-{number}", None, ids, None, work.params, adapter)
+        for number, work in enumerate(passes):
+            self.log_input(f"{name}-{number}", work.prompt, work.params, **options)
         tasks: list[asyncio.Task] = []
         try:
             for number, work in enumerate(passes):
@@ -252,11 +292,22 @@ class Service:
         self.log_captions(name, captions, stream=False)
         return captions, tally.usage()
 
+    def log_input(self, name: str, prompt: dict[str, Any], params, lora_request=None, **unused: Any) -> None:
+        """An engine request into vLLM's request log, if it is on (--enable-log-requests)."""
+        if self.log:
+            self.log.log_inputs(name, None, prompt["prompt_token_ids"], None, params, lora_request)
+
     def log_captions(self, name: str, captions: list, stream: bool) -> None:
         """Into vLLM's request log, if it is on (--enable-log-requests with --enable-log-outputs)."""
         if self.log and self.args.enable_log_outputs:
             texts = "\n".join(caption.text for caption in captions)
             self.log.log_outputs(name, texts, None, "stop", is_streaming=stream)
+
+
+def gave_up(output) -> RuntimeError:
+    """The error for an engine request that ended without its report."""
+    reason = output.outputs[0].finish_reason if output.outputs else "no output"
+    return RuntimeError(f"The engine gave up on this request ({reason}); see the server's log.")
 
 
 def _shutting_down() -> GracefulHTTPError:
@@ -282,6 +333,14 @@ class Tally:
         self.passes += 1
         self.regions += len(reading.captions)
         STEPS.labels(**self.labels).observe(reading.steps)
+
+    def add_attributes(self, work: AttributeWork) -> None:
+        """Count what was read of the regions of a prompt: every engine request computed it, and its blocks."""
+        self.steps += work.requests
+        self.passes += work.requests
+        self.written += work.num_tokens
+        self.prompt += len(work.prompt.ids)
+        self.regions += len(work.prompt.regions)
 
     def usage(self) -> dict[str, Any]:
         """The `usage` of the response."""

@@ -17,6 +17,8 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from pdlm_hf.masking_pdlm import SHARED, region_layout
 
+from .blocks import MAX_BLOCKS
+from .config import block_room
 from .layout import CanvasLayout
 from .plan import make_plan, served_defaults
 from .rows import Rows, StepBuffers
@@ -33,7 +35,7 @@ class PdlmModelState(ModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.config = self.model_config.hf_config
         self.room = vllm_config.diffusion_config.canvas_length
-        self.defaults = served_defaults(self.model_config)
+        self.defaults, self.block_room = served_defaults(self.model_config), block_room(vllm_config)
         self.running: dict[int, Running] = {}
         self.index: dict[str, int] = {}
         self.news = News(behind=int(bool(vllm_config.scheduler_config.async_scheduling)))
@@ -56,7 +58,7 @@ class PdlmModelState(ModelState):
         pages = block_tables.input_block_tables[0].shape[1]
         self.buffers = StepBuffers(
             self.max_num_tokens,
-            self.max_num_reqs * (self.blocks + 1),  # every block, and the prompt
+            self.max_num_reqs * (max(self.blocks, MAX_BLOCKS) + 1),  # every block, and the prompt
             pages,
             block_tables.block_sizes[0],
             # vLLM's own, which it does not use for us, unless there are no images
@@ -87,13 +89,15 @@ class PdlmModelState(ModelState):
             return  # vLLM's warm-up, which has not been through our scheduler
         prompt = new_req_data.prompt_token_ids
         room = min(self.room, self.max_model_len - len(prompt))
-        plan = make_plan(self.config, self.defaults, prompt, params.extra_args, params.max_tokens, room)
+        plan = make_plan(
+            self.config, self.defaults, prompt, params.extra_args, params.max_tokens, room, self.block_room
+        )
         codes = torch.full((len(prompt),), SHARED)
         if plan.num_regions:
             ids = torch.tensor([prompt])
             codes = region_layout(ids, self.config.region_token_ids, self.config.caption_token_ids)[0]
         self.index[new_req_data.req_id] = req_index
-        layout = CanvasLayout(codes, plan.blocks, plan.rows, self.buffers.page)
+        layout = plan.layout(codes, self.buffers.page)
         lora = new_req_data.lora_request.lora_int_id if new_req_data.lora_request else 0
         self.running[req_index] = Running(plan, layout, req_index, lora)
         self.sampler.begin(req_index, plan)
@@ -128,7 +132,7 @@ class PdlmModelState(ModelState):
         budget = self.max_num_tokens - int(starts[input_batch.num_reqs])
         for request, count in zip(requests, logits.tolist(), strict=False):
             if request is not None and not count:
-                budget -= request.layout.copied.numel()
+                budget -= len(request.layout.copied)
         for i, request in enumerate(requests):
             here = np.arange(starts[i], starts[i + 1])
             if request is None:
@@ -178,13 +182,12 @@ class PdlmModelState(ModelState):
         self, rows: Rows, layout: CanvasLayout, i: int, source: np.ndarray, keys: int, asked: np.ndarray
     ) -> None:
         """All rows of a prompt and those its private areas repeat."""
-        copied = layout.copied.flatten().numpy()
         place = np.arange(len(source))
         rows.sequence(
             i,
-            np.concatenate([source, source[copied]]),
-            np.concatenate([place, copied]),
-            np.concatenate([place, layout.copies.flatten().numpy()]),
+            np.concatenate([source, source[layout.copied]]),
+            np.concatenate([place, layout.copied]),
+            np.concatenate([place, layout.copies]),
             keys,
             np.arange(layout.natural_pages),
             asked,
@@ -196,34 +199,32 @@ class PdlmModelState(ModelState):
         With `leaving`, rows that cannot change a caption any more are left out.
         """
         plan, layout, prompt = request.plan, request.layout, request.layout.prompt_length
-        place = np.arange(prompt, prompt + len(here))
+        place = prompt + plan.offsets
         embedded = request.prompt if plan.whole(request.step) else None
         if embedded is not None:
-            more = prompt + layout.copied.numel() + (len(here) if plan.blocks > 1 else 0)
+            more = prompt + len(layout.copied) + (plan.seen if plan.blocks > 1 else 0)
             if more > budget and rows.kept:
                 self.waiting.add(i)  # there is no room for its prompt in this step
                 embedded = None
             else:
                 budget -= more
-                self._whole(rows, layout, i, rows.keep(embedded), prompt + len(here), np.arange(0))
-        private = layout.canvas.numpy()
-        # once more for the natural area, where prompt rows see it
-        natural = embedded is not None and plan.blocks > 1
+                self._whole(rows, layout, i, rows.keep(embedded), prompt + plan.seen, np.arange(0))
         alone = not plan.refreshes(request.step)
         leaving = leaving and alone and bool(request.open.any())
-        for k in range(plan.blocks):
-            needed = request.rows_needed(k) if leaving else np.ones(plan.rows, dtype=bool)
+        for k, (first, stop) in enumerate(layout.bounds):
+            needed = request.rows_needed(k) if leaving else np.ones(stop - first, dtype=bool)
             if not needed.any():
-                rows.leave_out(plan.rows)
+                rows.leave_out(stop - first)
                 continue
-            block = np.arange(k * plan.rows, (k + 1) * plan.rows)[needed]
-            parts = [(here[block], place[block], private[block])]
-            if natural:
-                parts.append((here[block], place[block], place[block]))
+            block = np.arange(first, stop)[needed]
+            parts = [(here[block], place[block], layout.canvas[block])]
+            if embedded is not None and len(layout.copied) and stop <= plan.seen:
+                # once more for the natural area, where prompt rows see it
+                parts.append((here[block], place[block], prompt + block))
             source, positions, addresses = (np.concatenate(part) for part in zip(*parts, strict=True))
             asked = np.where(needed, needed.cumsum() - 1, 0)
             hides = request.place * self.blocks + k if plan.trim and alone else -1
-            rows.sequence(i, source, positions, addresses, layout.length, layout.pages[k].numpy(), asked, hides)
+            rows.sequence(i, source, positions, addresses, layout.lengths[k], layout.pages[k], asked, hides)
         return budget
 
     def _adapt(self, rows: Rows, adapters: list[int]) -> None:

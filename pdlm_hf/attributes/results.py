@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..attributes_pdlm import AttributeReading
+from ..readings_pdlm import AttributeReading
 from ..templates_pdlm import Template, default_template
 from .schema import AttributeSchema, Choice, text_of
 

@@ -1,7 +1,7 @@
 """Schemas of attributes: names with their choices, or JSON Schema; checked before any model is loaded."""
 
 import json
-import unicodedata
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ MOST_FILE_BYTES = 4_000_000
 TEXT_TOKENS, MOST_TEXT_TOKENS = 8, 64  # of a free text
 _FORMS = 'a list of choices, null (free text), {"max_tokens": N}, or JSON Schema with "enum", "boolean" or "maxLength"'
 _NOTES = {"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"}
+_BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # Unicode's Cc, Zl, Zp and Cs
 _TYPES: dict[str, type] = {"string": str, "integer": int, "boolean": bool}
 
 
@@ -77,6 +78,12 @@ class Attribute(BaseModel):
             equal.add(value)
         return values
 
+    def to_json(self) -> Any:
+        """The attribute as a file or a request has it."""
+        if self.choices is not None:
+            return list(self.choices)
+        return self.model_dump(exclude={"choices"}, exclude_none=True)
+
     @property
     def texts(self) -> list[str]:
         """The choices as they are written into a template; empty for a free text."""
@@ -125,8 +132,13 @@ class AttributeSchema(BaseModel):
     def _check_names(cls, attributes: Any) -> Any:
         if not attributes:
             raise ValueError("there are no attributes")
+        if not isinstance(attributes, dict):
+            raise ValueError(f"expected an object of attributes, got {attributes!r:.60}")
         if len(attributes) > MOST_ATTRIBUTES:
             raise ValueError(f"{len(attributes)} attributes, more than the {MOST_ATTRIBUTES} that a schema may have")
+        total = sum(map(_num_choices, attributes.values()))
+        if total > MOST_TOGETHER and len(attributes) > 1:  # before anything looks at each of them
+            raise ValueError(f"{total} choices together, more than the {MOST_TOGETHER} that a schema may have")
         for name in attributes:
             if not isinstance(name, str):
                 raise ValueError(f"the name of an attribute must be a string, got {name!r:.60}")
@@ -136,10 +148,7 @@ class AttributeSchema(BaseModel):
         return attributes
 
     @model_validator(mode="after")
-    def _check_together(self) -> "AttributeSchema":
-        total = sum(len(attribute.choices or []) for attribute in self.attributes.values())
-        if total > MOST_TOGETHER:
-            raise ValueError(f"{total} choices together, more than the {MOST_TOGETHER} that a schema may have")
+    def _check_templates(self) -> "AttributeSchema":
         if len(self.template) > MOST_TEMPLATES:
             raise ValueError(f"{len(self.template)} templates, more than {MOST_TEMPLATES}")
         for text in self.template:
@@ -147,6 +156,11 @@ class AttributeSchema(BaseModel):
                 raise ValueError(f"a template of {len(text)} characters; it may have {TEMPLATE_CHARACTERS}")
             Template(text)
         return self
+
+    def to_json(self) -> dict[str, Any]:
+        """The schema as a file or a request has it."""
+        rest = self.model_dump(exclude={"attributes"}, exclude_defaults=True)
+        return {"attributes": {name: attribute.to_json() for name, attribute in self.attributes.items()}, **rest}
 
     @property
     def choices(self) -> dict[str, list[str]]:
@@ -166,13 +180,25 @@ def text_of(choice: Choice) -> str:
     return choice.strip() if isinstance(choice, str) else str(choice)
 
 
+def _num_choices(value: Any) -> int:
+    """Choices of an attribute in any form, as far as they can be counted without a look at them."""
+    if isinstance(value, Attribute):
+        value = value.choices
+    elif isinstance(value, dict) and isinstance(value.get("choices", value.get("enum")), (list, tuple)):
+        value = value.get("choices", value.get("enum"))
+    elif isinstance(value, dict) and value.get("type") == "integer":
+        least, most = value.get("minimum"), value.get("maximum")
+        return max(0, min(most - least + 1, MOST_CHOICES)) if type(least) is type(most) is int else 0
+    return len(value) if isinstance(value, (list, tuple)) else 0
+
+
 def _check_text(text: str, what: str) -> None:
     """Raises: ValueError for a text that cannot stand in a template."""
     if not text.strip():
         raise ValueError(f"{what} is empty")
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"{what}... has {len(text)} characters, more than {MOST_CHARACTERS}")
-    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
+    if _BREAKS.search(text):
         raise ValueError(f"{what} has a line break, a control character or half of a character")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any
 
-from ..client.captions import MAX_REGIONS, CaptionClient, caption_of, image_url, request_of
+from ..client.captions import MAX_REGIONS, CaptionClient, image_url, request_of
 from ..regions.region import MASK_PIXELS, Region
 from .engines import ImageEngine, Outcome, Work
 
@@ -48,5 +48,5 @@ class ServerEngine(ImageEngine):
             work, regions = sent.pop(index)  # do not hold on to images: they are large
             captions = None
             if reply.text is not None:
-                captions = [caption_of(row) for row in json.loads(reply.text)]
+                captions = [self.server.caption_of(row) for row in json.loads(reply.text)]
             yield Outcome(work, regions, captions, reply.error)

@@ -1,24 +1,11 @@
 """A captioner that reads attributes, for what takes captions."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
-from ..attributes.results import RegionAttributes, sentence_of
+from ..attributes.captions import AttributeCaption, attribute_caption
 from ..attributes.schema import AttributeSchema
 from ..attributes_pdlm import PdlmAttributesOutput
-from ..processing_pdlm import RegionCaption
 from .captioner import RegionCaptioner
-
-
-@dataclass
-class AttributeCaption(RegionCaption):
-    """Attributes of a region, with the sentence they stand in as its text, and the lowest probability as its score."""
-
-    attributes: RegionAttributes = field(default_factory=lambda: RegionAttributes({}))
-
-    def to_row(self) -> dict[str, Any]:
-        """The caption as JSON has it, with its `attributes`."""
-        return super().to_row() | {"attributes": self.attributes.to_row()["attributes"]}
 
 
 class SchemaCaptioner(RegionCaptioner):
@@ -38,9 +25,4 @@ class SchemaCaptioner(RegionCaptioner):
     ) -> tuple[list[list[AttributeCaption]], PdlmAttributesOutput]:
         """Read one batch, see [`RegionCaptioner.read_attributes`]."""
         images, output = self.read_attributes(pairs, self.schema, question, **settings)
-        return [[self._caption(region) for region in regions] for regions in images], output
-
-    def _caption(self, region: RegionAttributes) -> AttributeCaption:
-        score = min(value.probability for value in region.values())
-        text = sentence_of(self.schema, region)
-        return AttributeCaption(text, score, region.id, region.bbox, attributes=region)
+        return [[attribute_caption(self.schema, region) for region in regions] for regions in images], output

@@ -4,13 +4,30 @@ import csv
 import json
 import sys
 import time
-from typing import Annotated
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 
 from ..errors_pdlm import SettingError
-from .options import Format, Model, Question, Schema, embedded_note, exit_on_error, load_captioner, note_embedded
+from .options import (
+    Format,
+    KeyEnv,
+    Model,
+    Question,
+    Schema,
+    Server,
+    caption_client,
+    embedded_note,
+    exit_on_error,
+    load_captioner,
+    note_embedded,
+)
 from .regions import Boxes, ImageName, Masks, Orientation, RegionFile, read_regions
+
+_REQUESTS = 8  # at a time, to a server
+_Reader = Callable[[Any, list[Any]], tuple[list[Any], int]]  # image and regions: attributes and forward passes
 
 
 @exit_on_error
@@ -38,6 +55,8 @@ def attributes(
     unknown_below: Annotated[
         float | None, typer.Option(help="A value is unknown if its probability is lower, from 0 to 1.")
     ] = None,
+    server: Server = None,
+    key_env: KeyEnv = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print a table, one row per region.")] = False,
 ) -> None:
@@ -58,25 +77,46 @@ def attributes(
         unknown_below=unknown_below,
     )
     opened, found = read_regions(image, mask, box, regions, format, image_name, orientation)
-    note_embedded(model)
-    captioner = load_captioner(model)
+    open_reader = _local if server is None else partial(_served, server, key_env)
+    name, read = open_reader(model, question, checked)
     start = time.perf_counter()
-    read, output = captioner.read_attributes([(opened, found)], checked, question)
+    rows, forwards = read(opened, found)
     seconds = round(time.perf_counter() - start, 3)
     if as_json:
-        answer = {"model": model or "shapes (embedded)", "image": image, "regions": [row.to_row() for row in read[0]]}
-        note = {} if model else {"note": embedded_note()}
-        typer.echo(json.dumps(answer | {"num_forwards": output.num_forwards, "seconds": seconds} | note))
+        answer = {"model": name, "image": image, "regions": [row.to_row() for row in rows]}
+        note = {} if model or server else {"note": embedded_note()}
+        typer.echo(json.dumps(answer | {"num_forwards": forwards, "seconds": seconds} | note))
     elif as_csv:
         table = csv.writer(sys.stdout, lineterminator="\n")
         table.writerow(csv_fields(checked.attributes))
-        table.writerows(csv_row(image, row) for row in read[0])
+        table.writerows(csv_row(image, row) for row in rows)
     else:
-        for number, row in enumerate(read[0], 1):
+        for number, row in enumerate(rows, 1):
             values = (f"{name} {shown(value.value)} ({value.probability:.2f})" for name, value in row.items())
             typer.echo(f"{number}  {'  '.join(values)}")
-    passes = pluralize(output.num_forwards or 0, "forward pass", "es")
-    typer.echo(f"{pluralize(len(read[0]), 'region')} in {passes}, {seconds:.2f} s", err=True)
+    passes = pluralize(forwards, "forward pass", "es")
+    typer.echo(f"{pluralize(len(rows), 'region')} in {passes}, {seconds:.2f} s", err=True)
+
+
+def _local(model: str | None, question: str | None, schema: Any) -> tuple[str, _Reader]:
+    """Name of the model in this process, and what reads the attributes of regions with it."""
+    note_embedded(model)
+    captioner = load_captioner(model)
+
+    def read(image: Any, regions: list[Any]) -> tuple[list[Any], int]:
+        images, output = captioner.read_attributes([(image, regions)], schema, question)
+        return images[0], output.num_forwards or 0
+
+    return model or "shapes (embedded)", read
+
+
+def _served(
+    server: str, key_env: str | None, model: str | None, question: str | None, schema: Any
+) -> tuple[str, _Reader]:
+    """The same of a server's model."""
+    settings = {} if question is None else {"question": question}
+    client = caption_client(server, model, key_env, _REQUESTS, settings, schema)
+    return client.model, client.attributes
 
 
 def shown(value: object) -> str:

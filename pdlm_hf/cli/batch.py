@@ -86,7 +86,7 @@ def batch(
     check_positive({"--concurrency": concurrency} | ({} if workers is None else {"--workers": workers}))
     part = parse_shard(shard)
     _check_engine(engine, workers, server, images)
-    checked = None if schema is None else _read_schema(schema, engine, server)
+    checked = None if schema is None else _read_schema(schema, engine)
     generation = generation if checked is None else {}
     if server is not None and fast:
         raise SettingError("--server: --fast is not served; leave it out.")
@@ -97,7 +97,7 @@ def batch(
     asked = None
     if server is not None:
         settings = generation if question is None else {**generation, "question": question}
-        asked = caption_client(server, model, key_env, concurrency, settings)
+        asked = caption_client(server, model, key_env, concurrency, settings, checked)
     name = str(model or "shapes (embedded)") if asked is None else asked.model
     kept = {"model": name, "question": question, "fast": fast, **generation, **finding}
     files = BatchFiles(out, kept if checked is None else kept | {"schema": checked.model_dump()}, part)
@@ -169,12 +169,12 @@ def _show_damaged(messages: list[str]) -> None:
         typer.echo(f"pdlm: and {more} more damaged lines", err=True)
 
 
-def _read_schema(path: Path, engine: str, server: str | None) -> Any:
+def _read_schema(path: Path, engine: str) -> Any:
     """The schema of attributes to read. Raises: SettingError: it cannot be used, or not by this engine."""
     from ..attributes.schema import read_schema_file
 
-    if engine != "local" or server is not None:
-        raise SettingError("--schema: attributes are read in this process; leave out --engine ray and --server.")
+    if engine != "local":
+        raise SettingError("--schema: attributes are read in this process or by --server; leave out --engine ray.")
     return read_schema_file(path)
 
 

@@ -90,10 +90,11 @@ def load_captioner(model: str | None, fast: bool = False) -> Any:
 
 
 def caption_client(
-    url: str, model: str | None, key_env: str | None, concurrency: int, settings: dict[str, Any]
+    url: str, model: str | None, key_env: str | None, concurrency: int, settings: dict[str, Any], schema: Any = None
 ) -> Any:
     """A client of the region route. Raises: ServerError: the server cannot be reached, or has no such model."""
     from ..client.captions import CaptionClient
     from ..client.server import key_in
 
-    return CaptionClient(url, model, api_key=key_in(key_env), settings=settings, concurrency=concurrency)
+    options = {"api_key": key_in(key_env), "settings": settings, "concurrency": concurrency}
+    return CaptionClient(url, model, schema, **options)

@@ -9,6 +9,9 @@ from urllib.parse import urlsplit
 
 from PIL import ExifTags, Image
 
+from ..attributes.captions import AttributeCaption, read_row
+from ..attributes.results import RegionAttributes
+from ..attributes.schema import AttributeSchema
 from ..captions_pdlm import RegionCaption
 from ..errors_pdlm import ServerError
 from ..regions.crops import png_url
@@ -26,19 +29,23 @@ class CaptionClient:
     Args:
         base_url (`str`): address of the server, with or without `/v1`.
         model (`str`, *optional*): name of the model at the server; default: the first one.
+        schema (`AttributeSchema`, *optional*): attributes to read in place of captions.
         **options: see [`~pdlm_hf.client.server.ServerClient`].
 
     Raises:
         ServerError: the server cannot be reached, or has no such model.
     """
 
-    def __init__(self, base_url: str, model: str | None = None, **options: Any):
+    def __init__(self, base_url: str, model: str | None = None, schema: AttributeSchema | None = None, **options: Any):
         if urlsplit(base_url).path in ("", "/"):
             base_url = f"{base_url.rstrip('/')}/v1"
         image, regions = probe_image()
         trial = request_of(png_url(image), regions)
+        self.schema = schema
+        if schema is not None:
+            options["settings"] = {**(options.get("settings") or {}), "schema": schema.to_json()}
         # without a cache: captions are kept in the rows that are written
-        self.server = ServerClient(model or "", base_url, send=_send, trial=trial, **options)
+        self.server = ServerClient(model or "", base_url, send=self._send, trial=trial, **options)
         self.server.check_model()
 
     @property
@@ -102,23 +109,57 @@ class CaptionClient:
         if "usage" not in event or len(event.get("regions", [])) != len(request["regions"]):
             raise ServerError(f"{self.server.name} stopped before all captions were written.")
 
+    def attributes(self, image: Image.Image, regions: list[Region]) -> tuple[list[RegionAttributes], int]:
+        """Read the attributes of the regions of one image.
+
+        Args:
+            image (`PIL.Image.Image`): RGB.
+            regions (`list[Region]`): any number.
+
+        Returns:
+            the attributes of every region, and the number of the server's forward passes.
+
+        Raises:
+            ServerError: the server fails, or refuses the request or the schema.
+        """
+        url, forwards = image_url(None, image), 0
+        parts = [regions[start : start + MAX_REGIONS] for start in range(0, len(regions), MAX_REGIONS)]
+        found: dict[int, list[RegionAttributes]] = {}
+        for number, reply in self.ask_many(request_of(url, part) for part in parts):
+            if reply.text is None:
+                raise ServerError(f"{self.server.name} reads no attributes: {reply.error}")
+            captions = [self.caption_of(row) for row in json.loads(reply.text)]
+            rows = zip(captions, parts[number], strict=True)
+            found[number] = [RegionAttributes(caption.attributes, own.id, own.bbox) for caption, own in rows]
+            forwards += int(reply.usage.get("num_forwards") or 0)
+        return [region for number in sorted(found) for region in found[number]], forwards
+
+    def caption_of(self, row: dict[str, Any]) -> Any:
+        """The caption in a row of the server's answer, with a schema an [`AttributeCaption`]."""
+        caption = caption_of(row)
+        if self.schema is None:
+            return caption
+        return AttributeCaption(caption.text, caption.score, attributes=read_row(self.schema, row))
+
+    def _send(self, connection: Any, body: dict[str, Any]) -> Reply:
+        data: Any = None
+        try:
+            data = connection.post("/region_captions", body=body, cast_to=object)
+            rows = data["regions"]
+            complete = [row["id"] for row in rows] == [region["id"] for region in body["regions"]]
+            complete = complete and all(isinstance(row["caption"], str) and 0 <= row["score"] <= 1 for row in rows)
+            if complete and self.schema is not None:
+                [read_row(self.schema, row) for row in rows]
+        except (LookupError, TypeError, ValueError):
+            complete = False
+        if not complete:
+            what = "caption" if self.schema is None else "set of attributes"
+            raise NoReplyError(f"the server's answer is not one {what} for each region: {str(data)[:80]!r}.")
+        return Reply(json.dumps(rows), usage=data.get("usage") or {})
+
     def close(self) -> None:
         """Close the connections."""
         self.server.close()
-
-
-def _send(connection: Any, body: dict[str, Any]) -> Reply:
-    data: Any = None
-    try:
-        data = connection.post("/region_captions", body=body, cast_to=object)
-        rows = data["regions"]
-        complete = [row["id"] for row in rows] == [region["id"] for region in body["regions"]]
-        complete = complete and all(isinstance(row["caption"], str) and 0 <= row["score"] <= 1 for row in rows)
-    except (LookupError, TypeError, ValueError):
-        complete = False
-    if not complete:
-        raise NoReplyError(f"the server's answer is not one caption for each region: {str(data)[:80]!r}.")
-    return Reply(json.dumps(rows), usage=data.get("usage") or {})
 
 
 def caption_of(row: dict[str, Any]) -> RegionCaption:

@@ -88,5 +88,21 @@ def captions_of(body):
         assert rle["size"] == [image.height, image.width]
         area = int(coco_mask.area({**rle, "counts": rle["counts"].encode()}))
         rows.append({"id": region["id"], "caption": f"{area} pixels", "score": 0.5, "bbox": [0, 0, 1, 1]})
+        if "schema" in body:
+            rows[-1]["attributes"] = attributes_of(body["schema"]["attributes"])
     usage = {"prompt_tokens": 1, "completion_tokens": len(rows), "num_forwards": 2}
     return {"object": "region_captions", "model": body["model"], "regions": rows, "usage": usage}
+
+
+def attributes_of(attributes):
+    """Each first choice, with half of the probability; of a free text its number of tokens."""
+    found = {}
+    for name, given in attributes.items():
+        if isinstance(given, dict):
+            found[name] = {"value": f"{given['max_tokens']} tokens", "probability": 0.5}
+            continue
+        texts = [{True: "yes", False: "no"}[one] if isinstance(one, bool) else str(one) for one in given]
+        rest = 0.5 / max(1, len(texts) - 1)
+        probabilities = {text: 0.5 if k == 0 else rest for k, text in enumerate(texts)}
+        found[name] = {"value": given[0], "probability": 0.5, "probabilities": probabilities, "support": 0.9}
+    return found

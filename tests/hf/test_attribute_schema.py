@@ -7,8 +7,8 @@ import pytest
 
 from pdlm_hf.attributes import AttributeValue, RegionAttributes, csv_fields, csv_row, parse_schema, read_schema_file
 from pdlm_hf.attributes.results import values_of
-from pdlm_hf.attributes_pdlm import AttributeReading
 from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.readings_pdlm import AttributeReading
 
 COLOURS = ["red", "dark blue"]
 
@@ -45,6 +45,7 @@ def test_forms(value, choices, lengths):
     schema = parse_schema(value)
     assert schema.choices == choices and schema.lengths == lengths
     assert parse_schema(schema) is schema
+    assert parse_schema(json.loads(json.dumps(schema.to_json()))) == schema
 
 
 HOSTILE = [
@@ -105,6 +106,12 @@ HOSTILE = [
     ({"name": {"type": "string", "maxLength": True}}, "maxLength must be a positive integer"),
     ({"type": "object", "properties": {"a": ["x"]}, "$defs": {}}, r"'\$defs' is not read here"),
     ({"type": "object", "properties": []}, "there are no attributes|properties"),
+    ({"type": "object", "properties": [1]}, r"expected an object of attributes, got \[1\]"),
+    ({"type": "object", "properties": "abc"}, "expected an object of attributes, got 'abc'"),
+    ({f"a{k}": {"type": "integer", "minimum": 0, "maximum": 999} for k in range(5)}, "5000 choices together"),
+    ({f"a{k}": {"enum": list(range(900))} for k in range(5)}, "4500 choices together"),
+    ({"a": {"properties": {"b": {"$ref": "#/properties/a"}}}}, "attribute 'a': 'properties' is not read here"),
+    ({"a": {"$ref": "#", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, r"attribute 'a': '\$ref' is not read here"),
     ({"attributes": {"a": ["x"]}, "jointly": "yes"}, "jointly"),
     ({"attributes": {"a": ["x"]}, "unknown_below": 2}, "unknown_below"),
     ({"attributes": {"a": ["x"]}, "unknown_below": float("nan")}, "unknown_below"),

@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from region_server import RegionCaptionServer, captions_of
 from tiny import make_image
 from typer.testing import CliRunner
 
 from pdlm_hf import RegionCaptioner
+from pdlm_hf.attributes import parse_schema
 from pdlm_hf.cli.main import app
 from pdlm_hf.regions.files import read_rows, write_json
 
@@ -116,5 +118,69 @@ def test_batch_is_resumed_with_the_same_schema_only(files, tiny_checkpoint):
     other = batch(*schema)
     assert other.exit_code == 2 and "schema" in other.stderr
     assert batch().exit_code == 2
-    ray = batch(*schema, "--server", "http://127.0.0.1:9")
-    assert ray.exit_code == 2 and "--schema: attributes are read in this process" in ray.stderr
+    ray = batch(*schema, "--engine", "ray")
+    assert ray.exit_code == 2 and "leave out --engine ray" in ray.stderr
+
+
+SERVED = {"striped": [True, False], "legs": [2, 4], "colour": ["red", "dark red"], "name": {"max_tokens": 3}}
+VALUES = {"striped": True, "legs": 2, "colour": "red", "name": "3 tokens"}
+
+
+def test_a_server_reads_the_attributes(files):
+    (files / "schema.json").write_text(json.dumps({"attributes": SERVED, "jointly": True}))
+    arguments = [files / "image.png", "--mask", files / "mask_0.png", files / "mask_1.png"]
+    arguments += ["--schema", files / "schema.json", "--calibrate", "--question", "Which?", "--json"]
+    with RegionCaptionServer() as server:
+        result = CliRunner().invoke(app, ["attributes", *map(str, arguments), "--server", server.url])
+        trial, body = server.bodies
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert (answer["model"], answer["num_forwards"], "note" in answer) == ("served", 2, False)
+    for region in answer["regions"]:
+        assert {name: value["value"] for name, value in region["attributes"].items()} == VALUES
+        assert region["attributes"]["striped"]["probabilities"] == {"yes": 0.5, "no": 0.5}
+        assert region["bbox"] != [0, 0, 1, 1]  # of the region that was given
+    assert body["schema"] == {"attributes": SERVED, "jointly": True, "calibrate": True}
+    assert parse_schema(body["schema"]) == parse_schema({"attributes": SERVED, "jointly": True}, calibrate=True)
+    assert body["question"] == "Which?" and trial["schema"] == body["schema"]  # also of the small grey image
+
+
+def test_batch_by_a_server_writes_the_same_tables(files):
+    (files / "schema.json").write_text(json.dumps(SERVED))
+    with RegionCaptionServer() as server:
+        arguments = ["batch", files / "coco.json", "--server", server.url, "--out", files / "out.jsonl"]
+        arguments += ["--schema", files / "schema.json"]
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        again = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert again.exit_code == 0 and len(server.bodies) == 2  # the small grey image, and the image
+    rows = list(read_rows(files / "out.jsonl"))
+    assert [row["annotation_id"] for row in rows] == [0, 1, 2]
+    assert [{name: one["value"] for name, one in row["attributes"].items()} for row in rows] == [VALUES] * 3
+    table = list(csv.DictReader(io.StringIO((files / "out.csv").read_text())))
+    assert [(row["colour"], row["legs"], row["name"]) for row in table] == [("red", "2", "3 tokens")] * 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row.pop("attributes"),
+        lambda row: row["attributes"].pop("legs"),
+        lambda row: row["attributes"]["legs"].pop("probabilities"),
+        lambda row: row["attributes"]["legs"].update(value=3),
+        lambda row: row["attributes"]["name"].update(value=3),
+        lambda row: row["attributes"]["striped"].update(probability="high"),
+    ],
+)
+def test_an_answer_that_is_not_of_the_schema_is_none(files, change):
+    (files / "schema.json").write_text(json.dumps(SERVED))
+
+    def fault(number, body):
+        answer = captions_of(body)
+        change(answer["regions"][0])
+        return answer
+
+    with RegionCaptionServer(fault) as server:
+        arguments = [files / "image.png", "--mask", files / "mask_0.png", "--schema", files / "schema.json"]
+        result = CliRunner().invoke(app, ["attributes", *map(str, arguments), "--server", server.url])
+    assert result.exit_code == 1 and "is not one set of attributes for each region" in result.stderr

@@ -9,6 +9,7 @@ from fastapi import HTTPException
 from hostile import REGIONS
 
 from pdlm_hf.errors_pdlm import ImageError, RegionError, SettingError
+from pdlm_hf.templates_pdlm import AttributePlan
 from pdlm_vllm.bodies import BoundedBodies, _long_list, _parsed, count_values
 from pdlm_vllm.limits import Limits, read_limits
 from pdlm_vllm.media import EncodedImage, OpenedImage
@@ -60,6 +61,23 @@ def test_what_is_refused_names_its_limit():
     SMALL.check_url("DATA:" + "a" * 99)
     with pytest.raises(ImageError, match=r"The address of the image has 21 characters; .* at most 20 \(url_length\)"):
         SMALL.check_url("http://localhost/a.bc")
+
+
+def test_a_schema_costs_regions_times_choices():
+    def plan(choices: dict, lengths: dict, template: str) -> AttributePlan:
+        return AttributePlan(choices, lengths, [template], lambda text: list(map(ord, text)), 1, 2)
+
+    limits, letters = Limits(attribute_scores=12, attribute_rows=30), {"a": ["b", "c"]}
+    scored = plan(letters, {}, "{a}")
+    limits.check_attributes(scored, 6, calibrate=False)
+    with pytest.raises(SettingError, match=r"7 regions have 14 choices .* at most 12 .*\(attribute_scores\)"):
+        limits.check_attributes(scored, 7, calibrate=False)
+    with pytest.raises(SettingError, match="6 regions have 14 choices"):
+        limits.check_attributes(scored, 6, calibrate=True)
+    written = plan(letters | {"name": []}, {"name": 5}, "{a}{name}")  # a block of 2 + 2 rows, and a text of 5
+    limits.check_attributes(written, 3, calibrate=False)
+    with pytest.raises(SettingError, match=r"3 regions have 31 token positions .* at most 30 .*\(attribute_rows\)"):
+        limits.check_attributes(written, 3, calibrate=True)
 
 
 def test_an_id_is_short():

@@ -6,13 +6,14 @@ import pytest
 import torch
 from drawn_images import drawn_images, texts
 from peft import LoraConfig, get_peft_model
+from test_attributes import LONG, assert_equal
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
 from pdlm_hf import CHECKPOINT, RegionCaptioner
 from pdlm_peft.adapters import EMBEDDINGS, LANGUAGE_LAYERS, VISION_LAYERS
-from pdlm_vllm import caption_many, read_captions, region_requests
+from pdlm_vllm import attributes_many, caption_many, read_captions, region_requests
 from pdlm_vllm.adapters import check_adapter
 
 
@@ -42,6 +43,9 @@ def test_adapters_beside_the_base(captioner, tmp_path):
     for request, captions in zip(requests, expected, strict=True):
         found = caption_many(llm, pairs, lora_request=request)
         assert [texts(one) for one in found] == captions
+    for request, one in zip(requests, captioners, strict=True):
+        attributes = next(attributes_many(llm, pairs[5:6], LONG, lora_request=request))
+        assert_equal(attributes, one.attributes(*pairs[5], LONG))
     # side by side, a third of the images with each
     config = llm.llm_engine.vllm_config.model_config.hf_config
     defaults = captioner.model.generation_config

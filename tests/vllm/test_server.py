@@ -264,11 +264,15 @@ def test_examples_against_a_server(server, captioner):
 
 def test_requests_of_the_pages(server):
     """What docs/vllm.md sends, with the example image; the answer has the fields of the page's."""
-    request, answer = (json.loads(f.text) for f in Page("vllm.md").fences if f.language == "json")
-    found = server.captions({**request, "image": data_url(Image.open(ROOT / "examples/shapes.png"))})
-    assert found.keys() == answer.keys() and found["usage"].keys() == answer["usage"].keys()
-    assert [row.keys() for row in found["regions"]] == [row.keys() for row in answer["regions"]]
-    assert [row["id"] for row in found["regions"]] == [row["id"] for row in request["regions"]]
+    bodies = [json.loads(f.text) for f in Page("vllm.md").fences if f.language == "json"]
+    assert len(bodies) == 4  # captions and attributes
+    for request, answer in zip(bodies[::2], bodies[1::2], strict=True):
+        found = server.captions({**request, "image": data_url(Image.open(ROOT / "examples/shapes.png"))})
+        assert found.keys() == answer.keys() and found["usage"].keys() == answer["usage"].keys()
+        assert [row.keys() for row in found["regions"]] == [row.keys() for row in answer["regions"]]
+        assert [row["id"] for row in found["regions"]] == [row["id"] for row in request["regions"]]
+    for name, value in answer["regions"][0]["attributes"].items():
+        assert found["regions"][0]["attributes"][name].keys() == value.keys()
 
 
 @pytest.mark.slow
