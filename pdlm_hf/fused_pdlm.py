@@ -95,6 +95,7 @@ def _is_plain(module: nn.Module) -> bool:
         and module.bias is None
         and type(module.weight) is nn.Parameter
         and type(module.weight.data) is torch.Tensor
+        and module.weight.is_contiguous()
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not hasattr(module, "_hf_hook")

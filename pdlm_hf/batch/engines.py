@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from PIL import Image
 
-from ..captioning.captioner import RegionCaptioner
+from ..captioning.captioner import PreparedBatch, RegionCaptioner
 from ..errors_pdlm import DataError, SettingError
 from ..processing_pdlm import RegionCaption
 from ..regions.images import load_image
@@ -171,7 +171,12 @@ class LocalEngine(ImageEngine):
         return largest_first(entries, self.captioner.processor.image_processor, self.batch_size)
 
     def run(self, works: Iterable[Work]) -> Iterator[Outcome]:
-        """Caption images in the given order; an image with very many regions is captioned in several parts."""
+        """Caption images in the given order; an image with very many regions is captioned in several parts. A batch is
+        prepared while the model computes the one before it."""
+        for batch, prepared in prefetch(self._prepare, self._batches(works), 1):
+            yield from self._caption(batch, prepared)
+
+    def _batches(self, works: Iterable[Work]) -> Iterator[list[Outcome]]:
         prompts = self.captioner.model.config.num_region_prompts
         batch: list[Outcome] = []
         passes = pixels = 0
@@ -183,18 +188,24 @@ class LocalEngine(ImageEngine):
                 part = Outcome(work, work.regions[start : start + most])
                 more = -(-len(part.regions) // prompts), len(part.regions) * work.image.width * work.image.height
                 if batch and (passes + more[0] > self.batch_size or pixels + more[1] > MASK_PIXELS):
-                    yield from self._caption(batch)
+                    yield batch
                     batch, passes, pixels = [], 0, 0
                 batch.append(part)
                 passes, pixels = passes + more[0], pixels + more[1]
-        yield from self._caption(batch)
+        if batch:
+            yield batch
 
-    def _caption(self, batch: list[Outcome]) -> Iterator[Outcome]:
-        """Caption a batch. A batch that fails, for example for lack of memory, is halved until one image is left."""
-        if not batch:
-            return
+    def _prepare(self, batch: list[Outcome]) -> tuple[list[Outcome], PreparedBatch | None]:
+        """A batch, and the model's inputs for it; without them where that fails, which [`_caption`] looks into."""
         try:
-            pairs = [(part.work.image, part.regions) for part in batch]
+            return batch, self.captioner.prepare([(part.work.image, part.regions) for part in batch], self.question)
+        except (ValueError, torch.OutOfMemoryError):
+            return batch, None
+
+    def _caption(self, batch: list[Outcome], prepared: PreparedBatch | None = None) -> Iterator[Outcome]:
+        """Caption a batch. A batch that fails, for example for lack of memory, is halved until one image is left."""
+        try:
+            pairs = prepared or [(part.work.image, part.regions) for part in batch]
             found = self.captioner.generate(pairs, self.question, **self.generation)[0]
         except (ValueError, torch.OutOfMemoryError) as error:
             if len(batch) == 1:
@@ -203,6 +214,7 @@ class LocalEngine(ImageEngine):
         else:
             yield from (replace(part, captions=captions) for part, captions in zip(batch, found, strict=True))
             return
+        del pairs, prepared
         half = len(batch) // 2  # outside of `except`, whose traceback keeps the tensors of the batch alive
         yield from self._caption(batch[:half])
         yield from self._caption(batch[half:])

@@ -5,7 +5,7 @@ from typing import Any
 from ..attributes.captions import AttributeCaption, attribute_caption
 from ..attributes.schema import AttributeSchema
 from ..attributes_pdlm import PdlmAttributesOutput
-from .captioner import RegionCaptioner
+from .captioner import PreparedBatch, RegionCaptioner
 
 
 class SchemaCaptioner(RegionCaptioner):
@@ -21,7 +21,7 @@ class SchemaCaptioner(RegionCaptioner):
         self.schema = schema
 
     def generate(  # type: ignore[override]  # the output of another method of the model
-        self, pairs: list[tuple[Any, Any]], question: str | None = None, **settings: Any
+        self, pairs: list[tuple[Any, Any]] | PreparedBatch, question: str | None = None, **settings: Any
     ) -> tuple[list[list[AttributeCaption]], PdlmAttributesOutput]:
         """Read one batch, see [`RegionCaptioner.read_attributes`]."""
         images, output = self.read_attributes(pairs, self.schema, question, **settings)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -61,6 +61,18 @@ class RegionCaptions(list[_C]):
     def _repr_html_(self) -> str:
         masks = [Region(k, coco_mask.decode(shape).astype(bool)) for k, shape in enumerate(self._shapes)]
         return image_html(self._image, masks, list(self))
+
+
+class PreparedBatch(NamedTuple):
+    """A batch of images before the model.
+
+    Args:
+        regions (`list[list[Region]]`): of every image.
+        inputs (`BatchFeature`): of the model, on its device.
+    """
+
+    regions: list[list[Region]]
+    inputs: Any
 
 
 class RegionCaptioner:
@@ -256,12 +268,12 @@ class RegionCaptioner:
             yield from self.generate(batch, question, **generation)[0]
 
     def generate(
-        self, pairs: list[tuple[Any, Any]], question: str | None = None, **generation: Any
+        self, pairs: "list[tuple[Any, Any]] | PreparedBatch", question: str | None = None, **generation: Any
     ) -> tuple[list[list[RegionCaption]], PdlmGenerationOutput]:
         """Caption one batch, and return the output of `generate` too.
 
         Args:
-            pairs: (image, regions) for every image.
+            pairs: (image, regions) for every image; or what [`prepare`] returned for them and the question.
             question, **generation: see [`caption`].
 
         Returns:
@@ -279,15 +291,25 @@ class RegionCaptioner:
                 caption.id, caption.bbox = region.id, region.bbox
         return captions, output
 
-    def _inputs(self, pairs: list[tuple[Any, Any]], question: str | None) -> tuple[list[list[Region]], Any]:
-        """The regions of every image, and the inputs of the model for a batch of them."""
+    def prepare(self, pairs: list[tuple[Any, Any]], question: str | None = None) -> "PreparedBatch":
+        """Do what [`generate`] does before the model, for example in another thread while the model computes.
+
+        Args:
+            pairs, question: see [`generate`].
+
+        Raises:
+            ImageError, RegionError, SettingError: see [`caption`].
+        """
         if not pairs:
             raise SettingError("No images given: pass at least one (image, regions) pair.")
         images, regions = zip(*(load_pair(image, found) for image, found in pairs), strict=True)
         masks = [[region.mask for region in found] for found in regions]
         device = self.model.device
         inputs = self.processor(images=list(images), segmentation_maps=masks, text=question, device=device).to(device)
-        return list(regions), inputs
+        return PreparedBatch(list(regions), inputs)
+
+    def _inputs(self, pairs: "list[tuple[Any, Any]] | PreparedBatch", question: str | None) -> "PreparedBatch":
+        return pairs if isinstance(pairs, PreparedBatch) else self.prepare(pairs, question)
 
     def attributes(
         self, image: Any, regions: Any, schema: Any, question: str | None = None, **settings: Any
@@ -337,7 +359,7 @@ class RegionCaptioner:
             yield from self.read_attributes(batch, schema, question, **settings)[0]
 
     def read_attributes(
-        self, pairs: list[tuple[Any, Any]], schema: Any, question: str | None = None, **settings: Any
+        self, pairs: "list[tuple[Any, Any]] | PreparedBatch", schema: Any, question: str | None = None, **settings: Any
     ) -> tuple[list[list[RegionAttributes]], PdlmAttributesOutput]:
         """Read attributes of one batch, and return the output of the model's `read_attributes` too.
 

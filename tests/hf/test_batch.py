@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from pdlm_hf import RegionCaption, RegionCaptioner
 from pdlm_hf.batch.dataset import open_data
 from pdlm_hf.batch.engines import ImageEngine, LocalEngine, Outcome, prefetch
 from pdlm_hf.batch.run import BatchFiles, BatchProgress, Counts, parse_shard, run_batch
+from pdlm_hf.captioning.captioner import PreparedBatch
 from pdlm_hf.cli.main import app
 from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.regions.files import read_rows
+from pdlm_hf.regions.hints import load_pair
 from pdlm_hf.regions.region import Region
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +85,17 @@ def caption_all(folder, out="out.jsonl", engine=None, shard=None, data="coco.jso
     return counts, list(read_rows(files.out))
 
 
+def regions_of(pairs):
+    """The regions of what a captioner gets: prepared, or pairs of images and regions."""
+    if isinstance(pairs, PreparedBatch):
+        return pairs.regions
+    return [load_pair(image, regions)[1] for image, regions in pairs]
+
+
+def sizes_of(pairs):
+    return [regions[0].mask.shape[::-1] for regions in regions_of(pairs)]
+
+
 def faults_of(folder, name="out.faults.jsonl"):
     return list(read_rows(folder / name))
 
@@ -117,7 +131,7 @@ def test_captions_are_the_captioners(tmp_path, isolated_model, processor):
     generate = captioner.generate
 
     def noting(pairs, *args, **kwargs):
-        batches.append([image.size for image, _ in pairs])
+        batches.append(sizes_of(pairs))
         return generate(pairs, *args, **kwargs)
 
     captioner.generate = noting
@@ -143,7 +157,12 @@ def test_an_image_with_very_many_regions_goes_in_parts(tmp_path, isolated_model,
     settings = {"max_new_tokens": 3, "max_denoising_steps": 2}
     sizes = []
     generate = captioner.generate
-    captioner.generate = lambda pairs, *a, **k: (sizes.append([len(r) for _, r in pairs]), generate(pairs, *a, **k))[1]
+
+    def noting(pairs, *args, **kwargs):
+        sizes.append([len(regions) for regions in regions_of(pairs)])
+        return generate(pairs, *args, **kwargs)
+
+    captioner.generate = noting
     counts, rows = caption_all(tmp_path, engine=LocalEngine(captioner, 2, **settings))
     captioner.generate = generate
     limit = isolated_model.config.num_region_prompts
@@ -159,10 +178,10 @@ def test_a_batch_that_fails_is_halved(tmp_path, isolated_model, processor, monke
     generate, sizes = captioner.generate, []
 
     def tight(pairs, *args, **kwargs):
-        sizes.append(len(pairs))
-        if any(image.size == (104, 64) for image, _ in pairs) and len(pairs) > 1:
+        sizes.append(len(sizes_of(pairs)))
+        if (104, 64) in sizes_of(pairs) and sizes[-1] > 1:
             raise ValueError("too much")
-        if len(sizes) > 1 and pairs[0][1][0].id == 30:
+        if len(sizes) > 1 and regions_of(pairs)[0][0].id == 30:
             raise ValueError("this one never")
         return generate(pairs, *args, **kwargs)
 
@@ -179,6 +198,37 @@ def test_a_batch_that_fails_is_halved(tmp_path, isolated_model, processor, monke
     counts, rows = caption_all(tmp_path, engine=engine)
     assert (counts.before, counts.regions, counts.whole) == (3, 1, True) and len(rows) == 4
     assert not (tmp_path / "out.faults.jsonl").exists()
+
+
+def test_a_batch_is_prepared_while_the_model_computes(tmp_path, isolated_model, processor, monkeypatch):
+    """The trace: no batch but the last one is captioned before the next one is begun. With the same captions."""
+    write_coco(tmp_path, 3)
+    captioner, settings = RegionCaptioner(isolated_model, processor), {"max_new_tokens": 5, "max_denoising_steps": 3}
+    engine, begun, trace = LocalEngine(captioner, 1, **settings), [threading.Event() for _ in range(3)], []
+    prepare, generate = captioner.prepare, captioner.generate
+
+    def prepared(pairs, question):
+        place = sum(event.is_set() for event in begun)
+        begun[place].set()
+        trace.append(("prepare", place, threading.current_thread() is threading.main_thread()))
+        return prepare(pairs, question)
+
+    def generated(pairs, question, **own):
+        place = sum(kind == "generate" for kind, *_ in trace)
+        assert place == 2 or begun[place + 1].wait(60)
+        trace.append(("generate", place, threading.current_thread() is threading.main_thread()))
+        return generate(pairs, question, **own)
+
+    monkeypatch.setattr(captioner, "prepare", prepared)
+    monkeypatch.setattr(captioner, "generate", generated)
+    _, rows = caption_all(tmp_path, engine=engine)
+    monkeypatch.undo()
+    for k in range(3):
+        own = [row for row in rows if row["image_id"] == k]
+        image = tmp_path / "images" / f"{k}.png"
+        found = captioner.caption(image, [row["segmentation"] for row in own], **settings)
+        assert [row["caption"] for row in own] == [caption.text for caption in found]
+    assert {(kind, main) for kind, _, main in trace} == {("prepare", False), ("generate", True)}
 
 
 def test_wrong_settings_are_found_before_the_work(isolated_model, processor):
