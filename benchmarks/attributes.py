@@ -70,11 +70,12 @@ def main(
     case: Annotated[list[str] | None, typer.Option(help="Only this case. Repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="File of results to write.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    device: Annotated[str, typer.Option(help='Where to compute, for example "cuda".')] = "cpu",
 ) -> None:
     """Measure every case on every seed."""
     torch.set_num_threads(threads)
     network, processor = (
-        AutoModelForImageTextToText.from_pretrained(model).eval(),
+        AutoModelForImageTextToText.from_pretrained(model).eval().to(device),
         AutoProcessor.from_pretrained(model),
     )
     results: dict[str, list[dict[str, Any]]] = {}
