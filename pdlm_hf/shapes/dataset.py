@@ -159,9 +159,9 @@ class TemplateDataset(CommitDataset):
             for name in [n for n in template.names if spans[n][1] <= stop]:
                 first, last = spans[name]
                 labels[first:last] = tokens[first:last]
-            if is_false:
-                at = next((k for k in range(stop) if tokens[k : k + len(dark)] == dark), stop)
-                labels[at : at + len(dark)] = [-100] * len(dark)
+            for at in range(stop - len(dark) if is_false else 0):
+                if tokens[at : at + len(dark)] == dark:
+                    labels[at : at + len(dark)] = [-100] * len(dark)
             behind = (tokens + [self.end])[stop]
             blocks.append((tokens[:stop] + [behind], labels + [behind]))
         return blocks
