@@ -37,9 +37,9 @@ class Clock(TrainerCallback):
         self.start = time.perf_counter() - (before[-1] if before else 0)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """End a training whose time is over."""
+        """End a training whose time is over, with a checkpoint."""
         if self.limit is not None and self.elapsed >= self.limit:
-            control.should_training_stop = True
+            control.should_training_stop = control.should_save = True
 
     def on_log(self, args, state, control, **kwargs):
         """Add the seconds to the log entry."""

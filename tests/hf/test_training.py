@@ -79,7 +79,7 @@ def test_the_rate_falls_to_zero_by_the_steps_or_the_time(processor, tmp_path, li
         callbacks=[clock],
     )
     run.train()
-    assert run.state.global_step == steps
+    assert run.state.global_step == steps and (tmp_path / f"trainer/checkpoint-{steps}").is_dir()
     assert run.lr_scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
 
 
