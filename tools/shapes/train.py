@@ -16,10 +16,12 @@ r"""Train the tiny region checkpoint on synthetic scenes.
     $train --out runs/careful --init runs/isolated4 $isolated --steps 2400 --learning-rate 6e-4 --seed 5
     $train --out runs/commit --init runs/careful $isolated --lesson commit --steps 700 --learning-rate 6e-4 --seed 21
 
-A checkpoint that also fills the places of templates in one pass:
+Then, to fill the places of templates in one pass; the second line on a GPU, in two minutes:
 
-    $train --out runs/templates --init runs/commit --lesson templates --prefix-attention isolated --steps 500 \
-        --learning-rate 6e-4 --seed 31
+    templates="--lesson templates --prefix-attention isolated"
+    $train --out runs/templates --init runs/commit $templates --steps 500 --learning-rate 6e-4 --seed 31
+    $train --out runs/templates2 --init runs/templates $templates --steps 2600 --batch-size 64 --seed 51 \
+        --workers 15 --seconds 115
 
 With the same `--out` a stopped training is resumed from the last saved step. Images are drawn during training, none
 twice in a run; runs of the same lesson with the same seed draw the same images.
@@ -27,6 +29,7 @@ twice in a run; runs of the same lesson with the same seed draw the same images.
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -160,8 +163,10 @@ def run(
 
 def record_of(model, command: str, init: Path | None, steps: int, seed: int, seconds: float | None) -> dict[str, Any]:
     """Make the record of a checkpoint's training, including that of the checkpoint it started from."""
+    on_gpu = model.device.type == "cuda"
     return {
         "command": command + (f" --init {init.name}" if init else ""),
+        "machine": f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores" if on_gpu else "CPU",
         "steps": steps,
         "seed": seed,
         "seconds": seconds,
