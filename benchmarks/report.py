@@ -177,10 +177,12 @@ READ_AS = {
 def attributes(record: dict) -> str:
     """Attributes read by a schema: right values and calibration, seed by seed."""
     seeds = [str(row["seed"]) for row in record["cases"]["list"]]
-    rows = [["read as", *(f"all right, seed {seed}" for seed in seeds), "calibration error", "forward passes"]]
+    heads = [f"all right, seed {seed}" for seed in seeds]
+    rows = [["read as", "images a seed", *heads, "calibration error", "forward passes"]]
     for name, found in record["cases"].items():
         errors, passes = (sum(row[key] for row in found) / len(found) for key in ("ece", "num_forwards"))
-        rows.append([READ_AS[name], *(percent(row["all_right"]) for row in found), f"{errors:.3f}", f"{passes:.0f}"])
+        cells = [str(found[0]["images"]), *(percent(row["all_right"]) for row in found)]
+        rows.append([READ_AS[name], *cells, f"{errors:.3f}", f"{passes:.0f}"])
     return table(*rows)
 
 

@@ -10,7 +10,7 @@ from pdlm_hf.training.collator import PdlmCollator
 from pdlm_hf.training.trainer import Clock
 from pdlm_hf.versions_pdlm import CHECKPOINTING
 from tools.shapes.model import build_model
-from tools.shapes.train import TimedTrainer, arguments
+from tools.shapes.train import TimedTrainer, arguments, record_of
 
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
@@ -81,6 +81,14 @@ def test_the_rate_falls_to_zero_by_the_steps_or_the_time(processor, tmp_path, li
     run.train()
     assert run.state.global_step == steps and (tmp_path / f"trainer/checkpoint-{steps}").is_dir()
     assert run.lr_scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_record_says_where_and_from_what(processor, tmp_path):
+    (tmp_path / "training.json").write_text('{"seed": 3}')
+    record = record_of(build_model(processor), "train", tmp_path, 2, 5, 1.5)
+    assert record.pop("parameters") > 1_000_000
+    expected = {"command": f"train --init {tmp_path.name}", "machine": "CPU", "steps": 2, "seed": 5, "seconds": 1.5}
+    assert record == expected | {"initialised_from": {"seed": 3}}
 
 
 def test_batches_do_not_depend_on_the_workers(processor):
