@@ -137,7 +137,7 @@ def test_command_offline():
     assert [(row["name"], row["bbox"][:2]) for row in found][:2] == [("blue cross", [66, 93]), ("square", [101, 12])]
     assert len(found) == 4 and all(row["segmentation"]["size"] == [151, 161] for row in found)
     named = pdlm("caption", SHAPES, "--find", "blue cross")
-    assert named.stdout == "1  blue cross: One spotted cross, big and blue.  (0.99)\n"
+    assert named.stdout == "1  blue cross: One spotted cross, big and blue.  (1.00)\n"
     assert len(pdlm("caption", SHAPES, "--everything", "--max-regions", 2).stdout.splitlines()) == 2
 
 
