@@ -2,10 +2,10 @@
 
     python -m benchmarks.attributes --out benchmarks/results/attributes_shapes.json
 
-Cases: the four attributes as one-token choices, in the default template, in each of two sentences and in both, in a
-sentence that no training has seen, one after the other (`jointly`) and calibrated by a block without a region; choices
-of two tokens ("striped blue"); colours that no image has, beside those of the images ("dark blue"); images with dark
-colours.
+Cases: the four attributes as one-token choices, in the default template, in each of two sentences and in both, in
+sentences that no training has seen, one after the other (`jointly`) and calibrated by a block without a region;
+choices of two tokens ("striped blue"); colours that no image has, beside those of the images ("dark blue"); images
+with dark colours.
 """
 
 import json
@@ -29,7 +29,9 @@ TWO = {
     "kind": [f"{size} {shape}" for size in WORDS["size"] for shape in WORDS["shape"]],
 }
 WITH_DARK = ONE | {"colour": [*WORDS["colour"], *(f"dark {name}" for name in DARK)]}
+# No training draws these. Lessons repeat phrases too: the form of the first is known, that of the second is not.
 UNSEEN = "It is {size}, it is {colour}, it is {texture}, and it is a {shape}."
+UNSEEN_FORM = "Somebody painted a {texture} {shape}, rather {size}, using {colour} ink."
 
 
 def in_pairs(figure: Figure) -> dict[str, str]:
@@ -54,6 +56,7 @@ CASES = {
     "sentence 2": Case(templates=PATTERNS[1:2]),
     "both sentences": Case(templates=PATTERNS[:2]),
     "unseen sentence": Case(templates=(UNSEEN,)),
+    "unseen form": Case(templates=(UNSEEN_FORM,)),
     "jointly": Case(settings={"jointly": True}),
     "calibrated": Case(settings={"calibrate": True}),
     "two tokens": Case(TWO, truth=in_pairs),
@@ -70,11 +73,12 @@ def main(
     case: Annotated[list[str] | None, typer.Option(help="Only this case. Repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="File of results to write.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    device: Annotated[str, typer.Option(help='Where to compute, for example "cuda".')] = "cpu",
 ) -> None:
     """Measure every case on every seed."""
     torch.set_num_threads(threads)
     network, processor = (
-        AutoModelForImageTextToText.from_pretrained(model).eval(),
+        AutoModelForImageTextToText.from_pretrained(model).eval().to(device),
         AutoProcessor.from_pretrained(model),
     )
     results: dict[str, list[dict[str, Any]]] = {}

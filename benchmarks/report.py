@@ -41,8 +41,12 @@ def held_out(record: dict) -> str:
 
 
 def stages(record: dict) -> dict[str, dict]:
-    """The scores of the embedded checkpoint and of the careful one that it was trained from."""
-    return {"embedded": record["held_out"], "careful": record["initialised_from"]["held_out"]}
+    """The scores of the embedded checkpoint and of those that it was trained from, latest first."""
+    scored = []
+    while record:
+        scored += [record["held_out"]] if "held_out" in record else []
+        record = record["initialised_from"]
+    return dict(zip(("embedded", "commits", "careful"), scored, strict=True))
 
 
 def by_regions(record: dict) -> str:
@@ -151,6 +155,34 @@ def lora_isolated(record: dict) -> str:
     """Cached decoding before and after the adaptation."""
     rows = [["checkpoint, prompt", "exact", "well formed"]]
     rows += [[name, percent(row["exact"]), percent(row["well_formed"])] for name, row in record["rows"].items()]
+    return table(*rows)
+
+
+# Cases of benchmarks/attributes.py, in the words of the page.
+READ_AS = {
+    "list": "a list, `size: ..., colour: ...`",
+    "sentence 1": "a sentence of its captions",
+    "sentence 2": "another one",
+    "both sentences": "both, averaged",
+    "unseen sentence": "a sentence that it has never seen",
+    "unseen form": "a sentence of a form that it has never seen",
+    "jointly": "the list, `jointly`",
+    "calibrated": "the list, `calibrate`",
+    "two tokens": "a list of two choices of two tokens",
+    "dark colours offered": "the list, beside colours that no image has",
+    "dark colours drawn": "the same, on images that have them",
+}
+
+
+def attributes(record: dict) -> str:
+    """Attributes read by a schema: right values and calibration, seed by seed."""
+    seeds = [str(row["seed"]) for row in record["cases"]["list"]]
+    heads = [f"all right, seed {seed}" for seed in seeds]
+    rows = [["read as", "images a seed", *heads, "calibration error", "forward passes"]]
+    for name, found in record["cases"].items():
+        errors, passes = (sum(row[key] for row in found) / len(found) for key in ("ece", "num_forwards"))
+        cells = [str(found[0]["images"]), *(percent(row["all_right"]) for row in found)]
+        rows.append([READ_AS[name], *cells, f"{errors:.3f}", f"{passes:.0f}"])
     return table(*rows)
 
 
@@ -277,6 +309,7 @@ def tables() -> dict[str, str]:
         "commit_rules": commit_rules(walk),
         "commit_parts": commit_parts(load("commit_parts.json")),
         "rules": rules(load("shapes_rules.json")),
+        "attributes": attributes(load("attributes_shapes.json")),
         "ablation": ablation(load("shapes_ablation.json")),
         "decode": decode(speed),
         "scaling": scaling(load("decode_cpu_small_scaling.json")),

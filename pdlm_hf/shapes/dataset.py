@@ -1,5 +1,6 @@
 """Synthetic scenes with captions, as a training set."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,8 @@ class TemplateDataset(CommitDataset):
     """Synthetic scenes that teach to fill the places of templates in one pass, beside captions as [`CommitDataset`].
 
     Half of the templates show all of their text, with one token in each place. In the others one place has a value of
-    several tokens, two attributes or a dark colour, and everything behind its begin is open.
+    several tokens, two attributes or a dark colour, and everything behind its begin is open. Small figures, which are
+    harder to tell apart, are frequent.
 
     Args:
         tokenizer: of the checkpoint.
@@ -94,10 +96,12 @@ class TemplateDataset(CommitDataset):
         seed, length, group: see [`ShapesDataset`].
     """
 
-    CAPTIONS, OPEN, ORDINARY = 0.35, 0.4, 0.96  # shares: captions, open ends, colours that are not called dark
+    CAPTIONS, OPEN, FALSE = 0.35, 0.4, 0.1  # shares: captions, open ends, colours that are falsely called dark
+    LARGE = 0.3
 
     def __init__(self, tokenizer: Any, mask_id: int, seed: int, length: int, group: int):
-        super().__init__(seed, length, group)
+        super().__init__(seed, length, group, domain=replace(SHAPES_DOMAIN, large=self.LARGE))
+        self.dark_domain = replace(DARK_DOMAIN, large=self.LARGE)
         self.encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         self.mask_id, self.end = mask_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)
 
@@ -106,7 +110,7 @@ class TemplateDataset(CommitDataset):
         if kind < self.CAPTIONS:
             return super().__getitem__(index)
         is_open = kind > 1 - self.OPEN * (1 - self.CAPTIONS)
-        rng, scene = self._scene(index, DARK_DOMAIN if is_open and index % 2 else self.domain)
+        rng, scene = self._scene(index, self.dark_domain if is_open and index % 2 else None)
         values = [random_words(figure, rng) for figure in scene.figures]
         write = self._open_blocks if is_open else self._blocks
         blocks = write(rng, values)
@@ -135,14 +139,19 @@ class TemplateDataset(CommitDataset):
     def _open_blocks(
         self, rng: np.random.Generator, values: list[dict[str, str]]
     ) -> list[tuple[list[int], list[int]]]:
-        """The same up to a value of several tokens, and the token behind it; what follows is open."""
+        """The same up to a value of several tokens, and the token behind it; what follows is open.
+
+        Where a colour is falsely called dark, "dark" is shown without a label: the model learns to go on behind a
+        choice that is wrong, which is read too, and not to write it.
+        """
         pair = PAIRS[rng.integers(len(PAIRS))] if rng.random() < 0.5 else ("colour",)
         long = " ".join(pair)
         names = [name for name in WORDS if name not in pair and rng.random() < 0.6]
         template = Template(random_template(rng, [*names, long]))
-        blocks = []
+        dark, blocks = self.encode(" dark"), []
         for words in values:
-            if rng.random() > self.ORDINARY and "dark" not in words["colour"]:
+            is_false = "dark" not in words["colour"] and rng.random() < self.FALSE
+            if is_false:
                 words = words | {"colour": f"dark {words['colour']}"}
             tokens, spans = template.block(self.encode, words | {long: " ".join(words[name] for name in pair)})
             stop = spans[long][1]
@@ -150,6 +159,9 @@ class TemplateDataset(CommitDataset):
             for name in [n for n in template.names if spans[n][1] <= stop]:
                 first, last = spans[name]
                 labels[first:last] = tokens[first:last]
+            for at in range(stop - len(dark) if is_false else 0):
+                if tokens[at : at + len(dark)] == dark:
+                    labels[at : at + len(dark)] = [-100] * len(dark)
             behind = (tokens + [self.end])[stop]
             blocks.append((tokens[:stop] + [behind], labels + [behind]))
         return blocks

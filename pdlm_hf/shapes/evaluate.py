@@ -224,10 +224,11 @@ def main(
     template: Annotated[
         list[str] | None, typer.Option(help="With --attributes: sentence with {size} {colour} {texture} {shape}.")
     ] = None,
+    device: Annotated[str, typer.Option(help='Where to compute, for example "cuda".')] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score a checkpoint on held-out images."""
-    network = AutoModelForImageTextToText.from_pretrained(model).eval()
+    network = AutoModelForImageTextToText.from_pretrained(model).eval().to(device)
     processor = AutoProcessor.from_pretrained(model)
     given = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps, "acceptance_threshold": threshold}
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -95,6 +95,7 @@ class Domain:
         colours, accents (`dict`): RGB of every colour, and of its stripes and dots if these are not nearly black.
         outline (`Callable`): (shape, x, y, radius) -> polygons.
         texture (`Callable`): (drawing, texture, width, height, period, phase, accent) draws stripes, dots and so on.
+        large (`float`): share of large figures among those that are tried; a crowded image has room for fewer.
     """
 
     words: dict[str, dict[str, tuple[str, ...]]]
@@ -103,6 +104,7 @@ class Domain:
     accents: dict[str, tuple[int, int, int]]
     outline: Callable[[str, float, float, float], list[list[tuple[float, float]]]]
     texture: Callable[[ImageDraw.ImageDraw, str, int, int, float, float, tuple[int, int, int]], None]
+    large: float = 0.5
 
 
 def describe(figure: Figure, rng: np.random.Generator, easy: bool = False, domain: Domain | None = None) -> str:
@@ -246,7 +248,7 @@ def paint(
     for _ in range(count * 12):
         if len(figures) == count:
             break
-        size = "large" if rng.random() < 0.5 else "small"
+        size = "large" if rng.random() < domain.large else "small"
         r = scale * rng.uniform(*(LARGE if size == "large" else SMALL))
         if 2 * r + 2 > min(width, height):
             continue

@@ -1,6 +1,8 @@
 """Random templates for the attributes of drawn figures, and figures in dark colours, for training."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 
@@ -21,8 +23,11 @@ GLUE = (
     *("figure", "region", "all", "over", "here", "form", ",", ";", ":", "-", "are", "shown", "the", "for", "as", "to"),
 )
 
+CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"  # of invented names
+INVENTED, PART = 0.3, 0.2  # shares of names: invented, and of pairs those of one of their attributes
+
 # attributes that one value may name together, in this order
-PAIRS = (("texture", "colour"), ("size", "shape"), ("colour", "shape"), ("size", "colour"), ("texture", "shape"))
+PAIRS = tuple(permutations(WORDS, 2))
 
 
 def _darker(red: int, green: int, blue: int) -> tuple[int, int, int]:
@@ -41,25 +46,45 @@ DARK_DOMAIN = replace(
 
 def random_template(rng: np.random.Generator, names: list[str]) -> str:
     """Write a template with a place for each of these attributes, in a random order: a list, a sentence of the
-    captions, or random words."""
+    captions, a phrase that is repeated, or random words.
+
+    Args:
+        rng (`np.random.Generator`): decides everything.
+        names (`list[str]`): attributes; two of them with a space between are a pair.
+    """
     names = [names[k] for k in rng.permutation(len(names))]
     if len(names) == len(WORDS) and rng.random() < 0.25:
         return PATTERNS[rng.integers(len(PATTERNS))]
 
-    def pick(options: tuple[str, ...]) -> str:
-        return options[rng.integers(len(options))]
+    def glue(least: int, most: int) -> list[str]:
+        return [_pick(rng, GLUE) for _ in range(rng.integers(least, most + 1))]
 
-    if rng.random() < 0.6:
-        relation, joint = pick(RELATIONS), pick(JOINTS)
-        return (
-            pick(STARTS)
-            + joint.join(f"{pick(NAMES.get(name, (name,)))}{relation}{{{name}}}" for name in names)
-            + pick(ENDS)
-        )
-    words = [pick(GLUE).capitalize()]
-    for name in names:
-        words += [*(pick(GLUE) for _ in range(rng.integers(0, 4))), f"{{{name}}}"]
-    return " ".join([*words, *(pick(GLUE) for _ in range(rng.integers(0, 3)))]) + pick(ENDS)
+    form = rng.random()
+    if form < 0.5:
+        relation = _pick(rng, RELATIONS)
+        parts = [f"{_name(rng, name)}{relation}{{{name}}}" for name in names]
+    elif form < 0.65:
+        phrase = " ".join(glue(1, 3))
+        parts = [f"{phrase} {{{name}}}" for name in names]
+    else:
+        first, *words = [*glue(1, 1), *(word for name in names for word in (*glue(0, 3), f"{{{name}}}")), *glue(0, 2)]
+        return " ".join([first.capitalize(), *words]) + _pick(rng, ENDS)
+    return _pick(rng, STARTS) + _pick(rng, JOINTS).join(parts) + _pick(rng, ENDS)
+
+
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[rng.integers(len(options))]
+
+
+def _name(rng: np.random.Generator, name: str) -> str:
+    """What a list calls an attribute or a pair. Invented names say nothing about it: the choices must."""
+    draw, attributes = rng.random(), name.split()
+    if draw < INVENTED:
+        syllables = range(rng.integers(1, 4))
+        return "".join(_pick(rng, CONSONANTS) + _pick(rng, VOWELS) for _ in syllables)
+    if len(attributes) > 1 and draw < INVENTED + PART:
+        name = _pick(rng, attributes)
+    return _pick(rng, NAMES.get(name, (name,)))
 
 
 def random_words(figure: Figure, rng: np.random.Generator) -> dict[str, str]:

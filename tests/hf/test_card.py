@@ -46,12 +46,16 @@ def test_the_embedded_checkpoint_has_its_card(tmp_path):
     shutil.copy(CHECKPOINT / "training.json", folder)
     write_shapes_card(folder)
     assert (folder / "README.md").read_text() == (CHECKPOINT / "README.md").read_text()
-    exact = json.loads((CHECKPOINT / "training.json").read_text())["held_out"]["exact"]
-    assert f"{100 * exact:.1f} % of the captions" in (CHECKPOINT / "README.md").read_text()
+    record, text = json.loads((CHECKPOINT / "training.json").read_text()), (CHECKPOINT / "README.md").read_text()
+    assert f"{100 * record['held_out']['exact']:.1f} % of the captions" in text
+    while record and "--lesson templates" in record["command"]:  # since the checkpoint that was released before
+        assert f"# {record.get('machine', 'CPU')}: {record['steps']} steps\n{record['command']}\n" in text
+        record = record["initialised_from"]
+    assert "held_out" in record and record["command"] not in text
 
 
 def test_the_card_of_a_chat_checkpoint_has_every_kind(tmp_path):
-    record = {"command": "python", "parameters": 1_800_000}
+    record = {"command": "python", "steps": 7, "parameters": 1_800_000}
     record["held_out"] = {"questions": 9, "by_kind": {"open": 0.5, "count": 1.0}}
     (tmp_path / "training.json").write_text(json.dumps(record))
     write_shapes_card(tmp_path)

@@ -1,12 +1,15 @@
 """The lesson of templates, and figures in dark colours."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tiny import make_image
 
 from pdlm_hf.shapes.dataset import TemplateDataset
-from pdlm_hf.shapes.scenes import COLOURS, WORDS, draw_scene
-from pdlm_hf.shapes.templates import DARK_DOMAIN, random_template
+from pdlm_hf.shapes.scenes import COLOURS, SHAPES_DOMAIN, WORDS, draw_scene
+from pdlm_hf.shapes.templates import DARK_DOMAIN, NAMES, random_template
 from pdlm_hf.templates_pdlm import Template
 from pdlm_hf.training.collator import PdlmCollator
 
@@ -27,8 +30,25 @@ def text_of(processor, tokens):
 def test_random_templates_have_every_place_once():
     rng = np.random.default_rng(0)
     texts = {random_template(rng, list(WORDS)) for _ in range(200)}
-    assert len(texts) > 150
+    assert len(texts) > 140
     assert all(sorted(Template(text).names) == sorted(WORDS) for text in texts)
+
+
+def test_lists_call_attributes_by_known_and_by_invented_names():
+    rng = np.random.default_rng(0)
+    texts = [random_template(rng, ["size", "colour shape"]) for _ in range(300)]
+    assert all(sorted(Template(text).names) == ["colour shape", "size"] for text in texts)
+    named = [re.search(r"([\w ]+)(: | = | is | - )\{colour shape\}", text) for text in texts]
+    names = [found[1].strip() for found in named if found]
+    known = sum(name == "colour shape" for name in names)
+    one = sum(name in NAMES["colour"] + NAMES["shape"] for name in names)
+    other = sum(bool(re.fullmatch("([bdfgklmnprstvz][aeiou]){1,3}", name)) for name in names)
+    assert min(known, one, other) >= 3
+
+
+def test_a_domain_of_small_figures():
+    small = replace(SHAPES_DOMAIN, large=0.0)
+    assert {f.size for k in range(9) for f in draw_scene(np.random.default_rng(k), domain=small).figures} == {"small"}
 
 
 def test_dark_colours_are_drawn_darker():
@@ -57,6 +77,20 @@ def test_the_labels_are_the_words_of_the_figures(processor, rows):
             shown &= set(labelled) <= words  # an open one also has the token behind the value
         kinds["shown" if shown else "open"] += 1
     assert min(kinds.values()) >= 5 * GROUP
+
+
+def test_a_false_dark_is_shown_without_a_label(processor, rows):
+    """What follows is labelled, as behind a true one."""
+    dark = processor.tokenizer(" dark", add_special_tokens=False)["input_ids"]
+    found = {True: 0, False: 0}
+    for row in rows:
+        for tokens, labels in (region["block"] for region in row["regions"] if "block" in region):
+            for k in range(len(tokens) - len(dark)):
+                if tokens[k : k + len(dark)] == dark and labels[k + len(dark)] != -100:
+                    labelled = {label != -100 for label in labels[k : k + len(dark)]}
+                    assert len(labelled) == 1
+                    found[labelled.pop()] += 1
+    assert min(found.values()) >= 3
 
 
 def test_every_row_is_the_same_again(processor, rows):

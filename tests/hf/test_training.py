@@ -1,13 +1,16 @@
 import pytest
 import torch
 from tiny import lively_model
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from pdlm_hf import PdlmForConditionalGeneration
 from pdlm_hf.shapes.dataset import ShapesDataset
 from pdlm_hf.training.collator import PdlmCollator
+from pdlm_hf.training.trainer import Clock
 from pdlm_hf.versions_pdlm import CHECKPOINTING
 from tools.shapes.model import build_model
+from tools.shapes.train import TimedTrainer, arguments, record_of
 
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
@@ -49,6 +52,53 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(processor, tmp_path):
     assert repeated == losses and len(losses) == 4
     for (name, weight), other in zip(straight.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(weight, other), name
+
+
+class StepClock(Clock):
+    """A clock on which every step takes a second."""
+
+    steps = 0
+    elapsed = property(lambda self: float(self.steps))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps = state.global_step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.steps = state.global_step + 1
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(None, 3), (9, 3), (2, 2)])
+def test_the_rate_falls_to_zero_by_the_steps_or_the_time(processor, tmp_path, limit, steps):
+    clock = StepClock(limit)
+    run = TimedTrainer(
+        clock=clock,
+        model=build_model(processor),
+        args=arguments(tmp_path, 3, 2, 1e-3, 0, workers=0, device="cpu"),
+        train_dataset=ShapesDataset(0, 6, 2, easy=True),
+        data_collator=PdlmCollator(processor, num_slots=9, prompt_ids="ordered"),
+        callbacks=[clock],
+    )
+    run.train()
+    assert run.state.global_step == steps and (tmp_path / f"trainer/checkpoint-{steps}").is_dir()
+    assert run.lr_scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_record_says_where_and_from_what(processor, tmp_path):
+    (tmp_path / "training.json").write_text('{"seed": 3}')
+    record = record_of(build_model(processor), "train", tmp_path, 2, 5, 1.5)
+    assert record.pop("parameters") > 1_000_000
+    expected = {"command": f"train --init {tmp_path.name}", "machine": "CPU", "steps": 2, "seed": 5, "seconds": 1.5}
+    assert record == expected | {"initialised_from": {"seed": 3}}
+
+
+def test_batches_do_not_depend_on_the_workers(processor):
+    collator = PdlmCollator(processor, num_slots=9, prompt_ids="ordered")
+
+    def batches(workers):
+        return list(DataLoader(ShapesDataset(0, 6, 2, easy=True), 2, collate_fn=collator, num_workers=workers))
+
+    for one, other in zip(batches(0), batches(2), strict=True):
+        assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
 def test_gradient_checkpointing_in_the_trainer(processor, tmp_path):

@@ -69,12 +69,25 @@ def write_shapes_card(folder: Path) -> None:
         data=f"Images of {'one to six' if regions else 'one or two'} drawn shapes with "
         f"{'captions' if regions else 'questions and their answers'}, made by `pdlm_hf.shapes`.",
         scores=scores,
-        training=f"On a CPU; `training.json` has every command. The last one:\n\n```\n{record['command']}\n```",
+        training=_training(record),
         regions=regions,
         limits="It knows the words of its domain only.",
         licence="Apache-2.0.",
         license="apache-2.0",
     )
+
+
+def _training(record: dict[str, Any]) -> str:
+    """The last command, and those before it back to the last checkpoint that was released, if one was."""
+    stages = [record]
+    while (before := stages[-1].get("initialised_from")) and "held_out" not in before:
+        stages.append(before)
+    last = stages if before else [record]
+    commands = "\n".join(
+        f"# {stage.get('machine', 'CPU')}: {stage['steps']} steps\n{stage['command']}" for stage in last
+    )
+    which = "The last ones, latest first" if last[1:] else "The last one"
+    return f"`training.json` has every command. {which}:\n\n```\n{commands}\n```"
 
 
 def _regions(folder: Path, processor: PdlmProcessor, threshold: float) -> Any:

@@ -16,21 +16,26 @@ r"""Train the tiny region checkpoint on synthetic scenes.
     $train --out runs/careful --init runs/isolated4 $isolated --steps 2400 --learning-rate 6e-4 --seed 5
     $train --out runs/commit --init runs/careful $isolated --lesson commit --steps 700 --learning-rate 6e-4 --seed 21
 
-A checkpoint that also fills the places of templates in one pass:
+Then, to fill the places of templates in one pass; the second line on a GPU, in two minutes:
 
-    $train --out runs/templates --init runs/commit --lesson templates --prefix-attention isolated --steps 500 \
-        --learning-rate 6e-4 --seed 31
+    templates="--lesson templates --prefix-attention isolated"
+    $train --out runs/templates --init runs/commit $templates --steps 500 --learning-rate 6e-4 --seed 31
+    $train --out runs/templates2 --init runs/templates $templates --steps 2600 --batch-size 64 --seed 51 \
+        --workers 15 --seconds 115
 
 With the same `--out` a stopped training is resumed from the last saved step. Images are drawn during training, none
 twice in a run; runs of the same lesson with the same seed draw the same images.
 """
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -46,8 +51,52 @@ from .vision import AttributeCollator, RegionClassifier
 SLOTS, EASY_SLOTS = (20, 32), (5, 9)  # caption lengths to train for
 
 
-def arguments(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int) -> TrainingArguments:
-    """Make the arguments that training and ablations share."""
+class TimedTrainer(InOrderTrainer):
+    """An [`InOrderTrainer`] whose learning rate falls as a cosine of the steps, as usual, or of the time if that runs
+    out first, so that it is zero at the end in either case.
+
+    Args:
+        clock (`Clock`): with or without a limit; must be one of the callbacks as well.
+        *args, **kwargs: of the trainer.
+    """
+
+    def __init__(self, *args, clock: Clock, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.clock = clock
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """Make the schedule, once."""
+        if self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+
+            def factor(step: int) -> float:
+                share = max(0, step - warmup) / max(1, num_training_steps - warmup)
+                if self.clock.limit is not None:
+                    share = max(share, self.clock.elapsed / self.clock.limit)
+                return min(1.0, step / max(1, warmup)) * (1 + math.cos(math.pi * min(1.0, share))) / 2
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def arguments(
+    out: Path,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    workers: int = 1,
+    device: str | None = None,
+) -> TrainingArguments:
+    """Make the arguments that training and ablations share.
+
+    Args:
+        out (`Path`): folder of the run.
+        steps, batch_size, learning_rate, seed: of the training.
+        workers (`int`): processes that draw images; what they draw does not depend on their number.
+        device (`str`, *optional*): "cpu" or "cuda"; default: cuda if there is one.
+    """
     return TrainingArguments(
         output_dir=str(out / "trainer"),
         per_device_train_batch_size=batch_size,
@@ -64,8 +113,9 @@ def arguments(out: Path, steps: int, batch_size: int, learning_rate: float, seed
         seed=seed,
         report_to="none",
         remove_unused_columns=False,
-        dataloader_num_workers=1,
-        use_cpu=not torch.cuda.is_available(),
+        dataloader_num_workers=workers,
+        dataloader_prefetch_factor=4 if workers else None,
+        use_cpu=device == "cpu" or not torch.cuda.is_available(),
     )
 
 
@@ -84,17 +134,28 @@ def save(model: PdlmForConditionalGeneration, processor: PdlmProcessor, out: Pat
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def run(trainer: Trainer, model, processor, out: Path, init: Path | None, command: str, steps: int, seed: int) -> None:
+def run(
+    trainer: Trainer,
+    model,
+    processor,
+    out: Path,
+    init: Path | None,
+    command: str,
+    seed: int,
+    clock: Clock | None = None,
+) -> None:
     """Train from the last saved step on, and save the checkpoint with a record of its training.
 
     Args:
         trainer (`Trainer`), model, processor: the trainer and its parts.
         out, init (`Path`): the folder to write, and the checkpoint to start from.
-        command, steps, seed: values of the record.
+        command, seed: values of the record.
+        clock (`Clock`, *optional*): that of the trainer, if it has one.
     """
-    trainer.add_callback(Clock())
+    trainer.add_callback(clock or Clock())
     last = get_last_checkpoint(out / "trainer") if (out / "trainer").is_dir() else None
     trainer.train(resume_from_checkpoint=last)
+    steps = trainer.state.global_step
     record = record_of(model, command, init, steps, seed, trainer.state.log_history[-1].get("elapsed"))
     record["final_loss"] = next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None)
     save(model, processor, out, record)
@@ -102,8 +163,10 @@ def run(trainer: Trainer, model, processor, out: Path, init: Path | None, comman
 
 def record_of(model, command: str, init: Path | None, steps: int, seed: int, seconds: float | None) -> dict[str, Any]:
     """Make the record of a checkpoint's training, including that of the checkpoint it started from."""
+    on_gpu = model.device.type == "cuda"
     return {
         "command": command + (f" --init {init.name}" if init else ""),
+        "machine": f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores" if on_gpu else "CPU",
         "steps": steps,
         "seed": seed,
         "seconds": seconds,
@@ -134,8 +197,17 @@ def main(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, images and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes that draw images.", min=0)] = 1,
+    seconds: Annotated[
+        float | None, typer.Option(help="End after these seconds, if the steps take longer; the rate is zero then.")
+    ] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Where to train; default: cuda if there is one.")
+    ] = None,
 ) -> None:
     """Train, or resume training, and save."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("there is no CUDA device here.", param_hint="--device")
     torch.set_num_threads(threads)
     set_seed(seed)
     if init is None:
@@ -156,9 +228,11 @@ def main(
     else:
         dataset = CommitDataset if lesson == "commit" else ShapesDataset
         scenes = dataset(seed, steps * batch_size, batch_size, easy)
-    trainer = InOrderTrainer(
+    clock = Clock(seconds)
+    trainer = TimedTrainer(
+        clock=clock,
         model=RegionClassifier(model, linear_head) if seeing else model,
-        args=arguments(out, steps, batch_size, learning_rate, seed),
+        args=arguments(out, steps, batch_size, learning_rate, seed, workers, device),
         train_dataset=scenes,
         data_collator=AttributeCollator(processor)
         if seeing
@@ -169,8 +243,9 @@ def main(
         f"--prefix-attention {prefix_attention} --seed {seed} --threads {threads} --lesson {lesson}"
         + (" --linear-head" if linear_head else "")
         + (" --freeze-vision" if freeze_vision else "")
+        + (f" --seconds {seconds:g}" if seconds else "")
     )
-    run(trainer, model, processor, out, init, command, steps, seed)
+    run(trainer, model, processor, out, init, command, seed, clock)
 
 
 if __name__ == "__main__":

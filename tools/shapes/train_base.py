@@ -348,7 +348,7 @@ def main(
         + " --freeze-vision" * freeze_vision
         + "".join(f" --lists '{name}'" for name in lists or ())
     )
-    run(trainer, model, processor, out, init, command, steps, seed)
+    run(trainer, model, processor, out, init, command, seed)
 
 
 if __name__ == "__main__":
