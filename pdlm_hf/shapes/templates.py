@@ -73,7 +73,7 @@ def random_template(rng: np.random.Generator, names: list[str]) -> str:
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def _name(rng: np.random.Generator, name: str) -> str:

@@ -85,8 +85,11 @@ def train(base, config, batch, seed=0):
     return wrapped
 
 
-def close(got, expected):
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+def close(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=1e-5)
+
+
+MERGED = 5e-5  # of logits up to 10: an adapter is added to weights, which rounds them; 1.7e-5 measured
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -106,12 +109,12 @@ def test_trained_reloaded_merged(name, base, untrained, batch, inputs, tmp_path)
     with wrapped.disable_adapter():
         assert torch.equal(logits(wrapped, inputs), untrained[0])
     wrapped.merge_adapter()
-    close(logits(wrapped, inputs), expected)
+    close(logits(wrapped, inputs), expected, MERGED)
     wrapped.unmerge_adapter()
-    close(logits(wrapped, inputs), expected)
+    close(logits(wrapped, inputs), expected, MERGED)
     merged = wrapped.merge_and_unload()
     assert merged is wrapped.get_base_model() and not any("lora" in name for name, _ in merged.named_modules())
-    close(logits(merged, inputs), expected)
+    close(logits(merged, inputs), expected, MERGED)
     assert torch.equal(captions(merged, inputs), said)
 
 
