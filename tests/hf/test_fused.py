@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tiny import lively_model, shallow_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AutoModelForImageTextToText
@@ -50,20 +51,13 @@ def by_kernels(monkeypatch):
 
 @pytest.fixture
 def network(processor):
-    from tiny import lively_model
-
-    network = lively_model(processor, "isolated")
-    network.model.language_model.layers = network.model.language_model.layers[:2]
-    network.config.text_config.num_hidden_layers = 2
-    return network
+    return shallow_model(processor)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("prefix", ["full", "isolated"])
 def test_kernels_are_the_region_mask(processor, inputs, monkeypatch, request, prefix, rule):
     """Images of different lengths and numbers of regions, with prompts cached and computed anew."""
-    from tiny import lively_model
-
     network = lively_model(processor, prefix)
     settings = {**SETTINGS, **rule, "output_history": True}
     expected = network.generate(**inputs, **settings)
@@ -297,8 +291,6 @@ def test_another_network_is_another_graph(isolated_model, inputs):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_on_a_gpu(processor, inputs, dtype, prefix):
     """Kernels, and captured, beside the dense mask; half precision within its rounding."""
-    from tiny import lively_model
-
     network = lively_model(processor, prefix).to("cuda", dtype)
     batch, settings = inputs.to("cuda"), {**SETTINGS, "output_history": True}
     network.set_attn_implementation({"text_config": "sdpa"})
@@ -319,8 +311,6 @@ def test_on_a_gpu(processor, inputs, dtype, prefix):
 @on_a_gpu
 def test_capture_beside_another_thread_on_a_gpu(processor, inputs):
     """Which allocates and waits meanwhile."""
-    from tiny import lively_model
-
     network = lively_model(processor, "isolated").to("cuda", torch.bfloat16)
     network.set_attn_implementation({"text_config": NAME})
     batch, done = inputs.to("cuda"), threading.Event()

@@ -9,6 +9,7 @@ from pathlib import Path
 import plain_kernels
 import pytest
 import torch
+from tiny import shallow_model
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -132,12 +133,7 @@ def test_attention_is_the_region_mask(draw, lengths, regions, roi, block, heads,
 
 @pytest.fixture
 def network(processor):
-    from tiny import lively_model
-
-    network = lively_model(processor, "isolated")
-    network.model.language_model.layers = network.model.language_model.layers[:2]
-    network.config.text_config.num_hidden_layers = 2
-    return network
+    return shallow_model(processor)
 
 
 def test_a_pass_by_all_kernels(network):

@@ -42,6 +42,14 @@ def lively_model(processor, prefix_attention: str = "full", seed: int = 0, **ove
     return model
 
 
+def shallow_model(processor):
+    """The lively model with two layers, whose prompts do not see captions."""
+    network = lively_model(processor, "isolated")
+    network.model.language_model.layers = network.model.language_model.layers[:2]
+    network.config.text_config.num_hidden_layers = 2
+    return network
+
+
 def make_image(seed: int, width: int = 96, height: int = 64, num_masks: int = 2):
     """A noise image, and rectangular masks of different areas (not sorted by area)."""
     rng = np.random.default_rng(seed)
