@@ -12,12 +12,11 @@ import torch
 from transformers.utils import logging
 
 from .fused_pdlm import NAME, capability_of, why_not
-from .kernels_pdlm import HAS_TRITON
+from .kernels_pdlm import HAS_TRITON, MAX_ROW_BYTES
 
 logger = logging.get_logger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_HEAD = 256
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _obstacle(case: CanvasCase, has_triton: bool) -> str | None:
         return "the kernels are written for NVIDIA GPUs of compute capability 8.0 or later"
     if not has_triton:
         return "Triton is not installed"
-    if case.dtype not in DTYPES or case.head_size % 2 or case.head_size > MAX_HEAD:
+    if case.dtype not in DTYPES or case.head_size % 2 or case.head_size * case.dtype.itemsize > MAX_ROW_BYTES:
         return f"no kernels for {str(case.dtype).removeprefix('torch.')} and heads of {case.head_size}"
     return case.other_layers
 

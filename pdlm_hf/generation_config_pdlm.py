@@ -62,11 +62,11 @@ class PdlmGenerationConfig(GenerationConfig):
             k = every k steps, 0 = never. Default 1 for `prefix_attention` "full", 0 for "isolated", where it is exact;
             with "full" a cached prefix is an approximation (the first step is still the same).
         trim_canvas (`bool`): adaptive decoding with a prefix cache: token positions behind the end of a caption leave
-            the canvas as soon as that end is final. An approximation; ignored with "region_split" and with CUDA
-            graphs. Default: off.
+            the canvas as soon as that end is final. An approximation; ignored where fused kernels are chosen, on an
+            NVIDIA GPU. Default: off.
         cuda_graphs (`bool`): replay forward passes over the canvas as CUDA graphs, which takes the launch of every
-            kernel off the CPU. Needs a prefix cache and a GPU; ignored elsewhere, with a warning. Default: chosen for
-            every call, with the attention, by device, data type, batch and free memory.
+            kernel off the CPU. Needs a prefix cache and fused kernels; ignored elsewhere, with a warning. Default:
+            wherever it is possible.
         max_batch_tokens (`int`): a batch is split into chunks of at most this many tokens (prompt
             and canvas, padding included), so that a large batch cannot run out of memory. Default: all at once.
         guidance_scale (`float`): classifier-free guidance, chat only; 1 (default) = off. Reference: cfg_scale + 1.

@@ -22,6 +22,7 @@ KEYS = 64  # that a program of the attention takes at a time
 QUERIES = 64  # at most, of one program
 WARPS = 4
 MAX_PARTS = 16  # of the shared keys
+MAX_ROW_BYTES = 512  # of a key: heads of 256 in half precision
 HEADS = 8  # whose rotation a program computes
 LOG2E = 1.4426950408889634
 
@@ -303,14 +304,17 @@ def region_attention(
     key_heads, columns = keys.shape[1:3]
     room = shared.shape[1]
     group, blocks = heads // key_heads, length // block
-    splits, tile, step, warps, stages = tuning or _tuning(queries.device, rows * key_heads, length * group, room)
+    dim = max(16, _block(size))
+    row_bytes = dim * queries.element_size()
+    if tuning is None:
+        tuning = choose_tuning(queries.device, rows * key_heads, length * group, room, row_bytes)
+    splits, tile, step, warps, stages = tuning
     tiles, own_tiles = triton.cdiv(length * group, tile), triton.cdiv(block * group, tile)
     chunk = step * triton.cdiv(triton.cdiv(room, splits), step)
     parts = torch.empty(splits + 1, rows, length, heads, size, dtype=torch.float32, device=queries.device)
     sums = torch.empty(parts.shape[:-1], dtype=torch.float32, device=queries.device)
     grid = (splits * tiles + blocks * own_tiles, rows, key_heads)
     sizes = (length, *queries.stride()[:2], columns, room, heads, roi, block, chunk, tiles, own_tiles)
-    dim = max(16, _block(size))
     _attend[grid](
         queries, keys, values, shared, starts, rois, parts, sums, *sizes, scale * LOG2E, blocks,
         group, splits, size, dim, tile, step, interpreted(), num_warps=warps, num_stages=stages,
@@ -320,13 +324,24 @@ def region_attention(
     return out
 
 
-def _tuning(device: torch.device, groups: int, queries: int, room: int) -> tuple[int, int, int, int, int]:
+def choose_tuning(
+    device: torch.device, groups: int, queries: int, room: int, row_bytes: int
+) -> tuple[int, int, int, int, int]:
     """Parts of the shared keys, so that there are about two programs for each multiprocessor; and a program's sizes.
 
-    The best of seven on an H100 with 1 to 6 regions (benchmarks/results/gpu_h100_tuning.json).
+    The best of seven on an H100 with 1 to 6 regions (benchmarks/results/gpu_h100_tuning.json). Wide heads take fewer
+    keys at a time, so that a program's shared memory stays under the 99 KB of smaller GPUs.
+
+    Args:
+        device (`torch.device`)
+        groups (`int`): images times key heads.
+        queries (`int`): of each.
+        room (`int`): shared keys.
+        row_bytes (`int`): of a key; at most [`MAX_ROW_BYTES`].
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     tile = max(16, min(QUERIES, _block(queries)))
+    keys, stages = (KEYS, 3) if row_bytes <= MAX_ROW_BYTES // 2 else (KEYS // 2, 2)
     wanted = 2 * processors // (groups * triton.cdiv(queries, tile))
-    splits = min(max(1, wanted), triton.cdiv(room, KEYS), MAX_PARTS)
-    return 1 << (splits.bit_length() - 1), tile, KEYS, WARPS, 3
+    splits = min(max(1, wanted), triton.cdiv(room, keys), MAX_PARTS)
+    return 1 << (splits.bit_length() - 1), tile, keys, WARPS, stages

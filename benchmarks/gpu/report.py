@@ -49,8 +49,8 @@ def gpu_kernels(record: dict, fused: dict) -> str:
     rows = [["way", "kernels a pass", "the GPU is busy"]]
     found = {f"1: {name}": row for name, row in gpu_rows(record, "kernels").items()}
     found |= {
-        "4: fused kernels": fused["profile"]["canvas"],
-        "4: fused kernels, with the prompt": fused["profile"]["whole"],
+        "before 4: fused kernels": fused["profile"]["canvas"],
+        "before 4: fused kernels, with the prompt": fused["profile"]["whole"],
     }
     for name, row in found.items():
         rows.append([name, f"{row['kernels']:,}", f"{row['busy_us'] / 1000:.1f} ms"])

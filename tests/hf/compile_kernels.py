@@ -1,46 +1,60 @@
-"""Compile the kernels for an H100, with the sizes of the 8B, and print what became of them; no GPU is needed."""
+"""Compile the kernels, with the sizes of the 8B and for the largest heads, and print what they take; without a GPU."""
 
 import inspect
 import json
 import sys
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pdlm_hf import kernels_pdlm as kernels
 
-# constants of a kernel, and warps of a program
-KERNELS = {
-    "_norm": ({"ADD": True, "BLOCK": 4096}, 8),
-    "_gate": ({"BLOCK": 1024}, 4),
-    "_place": ({"HEADS": 8, "HALF": 64}, 4),
-    "_attend": ({"GROUP": 1, "SPLITS": 4, "SIZE": 128, "DIM": 128, "M": 64, "N": 64, "INTERPRETED": False}, 4),
-    "_join": ({"SPLITS": 4, "SIZE": 128, "HEADS": 32, "DIM": 128}, 8),
-}
 POINTERS = {
-    "*bf16": "states update weight out both cos sin keys values queries",
+    "dtype": "states update weight out both cos sin keys values queries",
     "*i32": "columns starts rois",
     "*i8": "flags",
     "*fp32": "parts sums",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()} | {"eps": "fp32", "scale": "fp32"}
+# kernel, constants, warps and stages of a program
+KERNELS = {
+    "_norm": ({"ADD": True, "BLOCK": 4096}, 8, 3),
+    "_gate": ({"BLOCK": 1024}, 4, 3),
+    "_place": ({"HEADS": 8, "HALF": 64}, 4, 3),
+    "_join": ({"SPLITS": 4, "SIZE": 128, "HEADS": 32, "DIM": 128}, 8, 3),
+}
 
 
-def compiled(name: str) -> dict:
-    """Compile one."""
-    function, (constants, warps) = getattr(kernels, name), KERNELS[name]
+def attention(dtype: str, size: int) -> tuple[dict, int, int]:
+    """Constants, warps and stages of the attention for heads of this size, with the tuning that is chosen."""
+    row_bytes = size * (4 if dtype == "fp32" else 2)
+    splits, tile, keys, warps, stages = kernels.choose_tuning(torch.device("cpu"), 32, 136, 2048, row_bytes)
+    constants = {"GROUP": 1, "SPLITS": splits, "SIZE": size, "DIM": size, "M": tile, "N": keys, "INTERPRETED": False}
+    return constants, warps, stages
+
+
+def compiled(name: str, constants: dict, warps: int, stages: int, dtype: str = "bf16", capability: int = 90) -> dict:
+    """Compile one, and say what it takes."""
+    function = getattr(kernels, name)
     names = list(inspect.signature(function.fn).parameters)
     types = TYPES if name == "_place" else {**TYPES, "columns": "i32"}  # a number of them elsewhere
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    signature = {name: f"*{dtype}" if kind == "dtype" else kind for name, kind in signature.items()}
     source = ASTSource(
         function,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
         {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if signature[name].startswith("*")},
     )
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages}
+    kernel = triton.compile(source, target=target, options=options)
     return {"shared_bytes": kernel.metadata.shared, "tensor_cores": "wgmma" in kernel.asm["ptx"]}
 
 
-json.dump({name: compiled(name) for name in KERNELS}, sys.stdout)
+found = {name: compiled(name, *sizes) for name, sizes in KERNELS.items()}
+found["_attend"] = compiled("_attend", *attention("bf16", 128))
+for dtype, size in (("bf16", 128), ("bf16", 256), ("fp32", 128)):
+    found[f"small GPU, {dtype}, {size}"] = compiled("_attend", *attention(dtype, size), dtype, 89)
+json.dump(found, sys.stdout)

@@ -44,6 +44,7 @@ def case(device="cuda", dtype=BF16, head_size=128, capability=H100, caching=True
         (case(head_size=20), True, CAPTURED, "fastest"),
         (case(head_size=21), True, MASK, "heads of 21"),
         (case(head_size=264), True, MASK, "heads of 264"),
+        (case(dtype=FP32, head_size=160), True, MASK, "no kernels for float32 and heads of 160"),
         (case(capability=(8, 0)), True, CAPTURED, "fastest"),
         (case(capability=(12, 0)), True, CAPTURED, "fastest"),
         (case(capability=T4, dtype=FP16), True, MASK, "compute capability 8.0"),
