@@ -31,6 +31,8 @@ install = $(@D)/bin/pip install $(PIP_FLAGS) --no-compile $(if $(CONSTRAINTS),-c
 WHEEL_TESTS = tests/wheel tests/parity tests/hf/test_modeling.py tests/hf/test_generation.py tests/hf/test_loading.py \
 	tests/hf/test_image_processing.py tests/hf/test_processing.py tests/hf/test_registration.py tests/hf/test_export.py \
 	tests/hf/test_pipeline.py tests/hf/test_cli.py tests/peft/test_adapters.py
+# How the full loads are run.
+FULL = -q --durations=10 --disable-warnings
 # All but the rules for the source tree, which no version of a package changes.
 NEWEST_TESTS = --ignore tests/hf/test_import_rules.py
 # What the tests read of the clone, without the packages.
@@ -39,8 +41,8 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo install docs dist browser test environments test-core test-wheel test-vllm test-lmms test-full test-newest \
-	test-kills test-peers vllm-signatures wheel constraints lint clean
+.PHONY: demo install docs dist browser test environments test-core test-wheel test-vllm test-lmms test-full full-core full-vllm \
+	full-lmms full-shapes full-wheel test-newest test-kills test-peers vllm-signatures wheel constraints lint clean
 
 demo: .venv/demo
 	@mkdir -p demo_out
@@ -159,20 +161,32 @@ test-kills: .venv/dev .venv-lmms/ready
 	$(call install,formats) --no-deps ultralytics
 	@touch $@
 
-# Ray, the browser and Triton's kernels do not depend on the versions of .venv-oldest.
+# Two at a time, each with its own part of the log.
 test-full:
 	$(MAKE) -j2 environments
 	$(MAKE) lint wheel
 	@mkdir -p benchmarks/results
 	( $(BIN)/python -c "import platform, torch, transformers; print(platform.platform(), platform.python_version(), 'torch', torch.__version__, 'transformers', transformers.__version__)"; \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q --durations=10 --disable-warnings --cov --cov-report=term; \
-	  echo "the wheel with $(OLDEST)"; \
-	  (cd .wheel && OMP_NUM_THREADS=1 ../$(OLDEST_BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow" --durations=10 --disable-warnings --ignore tests/hf/test_ray.py --ignore tests/hf/test_demo_browser.py --ignore tests/hf/test_kernels.py); \
-	  VLLM_ENABLE_V1_MULTIPROCESSING=1 OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/vllm; \
-	  LMMS_QUESTIONS=400 $(LMMS_BIN)/python -m pytest -q --durations=10 --disable-warnings tests/lmms; \
-	  $(BIN)/python -m pdlm_hf.shapes.evaluate --seed 11 --images 1000 --json; \
-	  $(BIN)/python -m pdlm_hf.shapes.evaluate_base pdlm_hf/shapes/checkpoint_base --seed 11 --questions 500 --json ) 2>&1 | tee benchmarks/results/test-full.log
-	@! grep -qE "[0-9]+ (failed|error)" benchmarks/results/test-full.log
+	  $(MAKE) -k -j2 --output-sync --no-print-directory full-core full-vllm full-lmms full-shapes full-wheel ) 2>&1 | tee benchmarks/results/test-full.log
+	@! grep -qE "[0-9]+ (failed|error)|\*\*\*" benchmarks/results/test-full.log
+
+full-core:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(FULL) --cov --cov-report=term
+
+full-vllm:
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest $(FULL) tests/vllm
+
+full-lmms:
+	LMMS_QUESTIONS=400 $(LMMS_BIN)/python -m pytest $(FULL) tests/lmms
+
+full-shapes:
+	$(BIN)/python -m pdlm_hf.shapes.evaluate --seed 11 --images 1000 --json
+	$(BIN)/python -m pdlm_hf.shapes.evaluate_base pdlm_hf/shapes/checkpoint_base --seed 11 --questions 500 --json
+
+# Ray, the browser, Triton's kernels and the rules for the source tree do not depend on the versions of .venv-oldest.
+full-wheel:
+	cd .wheel && OMP_NUM_THREADS=1 ../$(OLDEST_BIN)/python -m pytest -n 2 --dist worksteal $(FULL) -m "not slow" \
+	$(addprefix --ignore tests/hf/,test_ray.py test_demo_browser.py test_kernels.py test_import_rules.py)
 
 # transformers' own test mixins on our classes; see tests/peers/run.py. Not a part of `make test`.
 test-peers: .venv/dev

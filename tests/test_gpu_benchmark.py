@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu.__main__ import STAGES, main  # noqa: E402
 from benchmarks.gpu.run import LOST, Run, Stage, flat  # noqa: E402
 
-COMPILED = ["flex", "fp8"]
 # a row of each stage, and what is in it
 EXPECTED = {
     "limits": ("device", {"matrix_tflops", "copy_gb_per_s"}),
@@ -45,7 +44,7 @@ def rehearse(folder: Path, stages: list[str]) -> dict:
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    return rehearse(tmp_path_factory.mktemp("gpu"), [stage for stage in STAGES if stage not in COMPILED])
+    return rehearse(tmp_path_factory.mktemp("gpu"), list(STAGES))
 
 
 def check(record: dict, stage: str) -> dict:
@@ -62,16 +61,9 @@ def check(record: dict, stage: str) -> dict:
     return found["rows"]
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in COMPILED])
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_is_measured(record, stage):
     check(record, stage)
-
-
-@pytest.mark.slow
-def test_compiled_stages_are_measured(tmp_path):
-    record = rehearse(tmp_path, COMPILED)
-    for stage in COMPILED:
-        check(record, stage)
 
 
 def test_what_is_compared_is_the_same_computation(record):

@@ -121,8 +121,8 @@ class RayEngine:
                 first = next(iter(left.values())).file_name
                 if barren == _BARREN_ROUNDS:
                     raise ServerError(
-                        f"Ray: captioners ended {barren} times without an answer ({reason}). {len(left)} images are "
-                        f"left, for example {first}; run again to resume."
+                        f"Ray: captioners ended {barren} times without an answer ({reason}). Images left: "
+                        f"{len(left)}, for example {first}; run again to resume."
                     )
                 logger.warning("pdlm: %s; continuing with the remaining %d images", reason, len(left))
                 for key in list(left)[: workers * self.settings.batch_size]:

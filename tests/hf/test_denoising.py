@@ -231,14 +231,15 @@ def test_tokens_per_forward_with_and_without_padding(isolated_model, inputs):
     assert output.text_tokens_per_forward == text / 8
 
 
-@pytest.mark.slow
 def test_flex_attention_with_the_cache(isolated_model, processor, scenes):
+    """Not compiled: on CPUs torch 2.13 writes C++ for it that does not compile."""
     inputs = processor(images=scenes[0].image, segmentation_maps=scenes[0].masks)
     settings = {"max_new_tokens": 8, "max_denoising_steps": 3}
     expected = isolated_model.generate(**inputs, **settings)
     isolated_model.set_attn_implementation("flex_attention")
     try:
-        output = isolated_model.generate(**inputs, **settings)
+        with torch.compiler.set_stance("force_eager"):
+            output = isolated_model.generate(**inputs, **settings)
     finally:
         isolated_model.set_attn_implementation("sdpa")
     assert torch.equal(output.region_tokens, expected.region_tokens)

@@ -161,7 +161,7 @@ def test_an_image_that_ends_every_captioner(tmp_path, monkeypatch):
         monkeypatch.setattr(ray_engine, "_BARREN_ROUNDS", 3)
         engine = ray_engine.RayEngine(ray_engine.CaptionerSettings(None, "default", 1, None, SETTINGS))
         files = BatchFiles(tmp_path / "out.jsonl", {"model": "shapes"})
-        with pytest.raises(ServerError, match=r"ended 3 times without an answer .* 1 images are left, 4\.png"):
+        with pytest.raises(ServerError, match=r"3 times without an answer .* Images left: 1, for example 4\.png"):
             run_batch(data, lambda: engine, files)
     rows = list(read_rows(tmp_path / "out.jsonl"))
     assert {row["image_id"] for row in rows} == set(range(8)) - {4} and len(rows) == 7
