@@ -36,7 +36,7 @@ from .prompts_pdlm import (
     question_of,
     repeat_image_tokens,
 )
-from .templates_pdlm import AttributePlan
+from .templates_pdlm import HALF_CHARACTER, AttributePlan
 from .tiling_pdlm import num_tiles
 
 # Text settings of a call. Others, such as `stride`, would change the layout, and are refused.
@@ -424,9 +424,12 @@ class PdlmProcessor(CaptionReaderMixin):
         return AttributePlan(choices, lengths or {}, templates, encode, *tokens)
 
     def refuse_specials(self, text: str, name: str) -> None:
-        """Raises: SettingError if `text` is no string or holds special tokens, which would break the layout."""
+        """Raises: SettingError if `text` is no string, has half of a character, or special tokens, which would break
+        the layout."""
         if not isinstance(text, str):
             raise SettingError(f"{name}: expected a string, got {type(text).__name__}.")
+        if HALF_CHARACTER.search(text):  # no tokenizer takes one
+            raise SettingError(f"{name} has half of a character, or bytes that are no UTF-8: {text!r:.80}.")
         found = [token for token in self._specials if token in text]
         if found:
             raise SettingError(

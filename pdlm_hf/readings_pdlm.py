@@ -162,7 +162,9 @@ class AttributeReader:
         scores: dict[tuple, torch.Tensor] = {}
         support: dict[tuple, list[float]] = {}
         for (region, template, read), options in zip(reads, (yield asked), strict=True):
-            total = options.logsumexp(0)
+            total, last = options.logsumexp(0), len(read.choices) - 1
+            if len(options) > len(read.choices):  # several tokens end the same choice
+                options = torch.cat([options[:last], options[last:].logsumexp(0, keepdim=True)])
             key = (region, read.name, template)
             if key not in scores:
                 scores[key] = torch.zeros(len(self.plan.choices[read.name]), device=options.device)

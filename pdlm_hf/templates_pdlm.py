@@ -8,12 +8,13 @@ whatever their length.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .errors_pdlm import SettingError
 
 _PLACE = re.compile(r"\{([^{}]*)\}")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair, or a byte that was no text
 MOST_TOKENS = 32  # of a choice
 
 
@@ -32,13 +33,16 @@ class Template:
         text (`str`): the sentence; every place is the name of an attribute in braces.
 
     Raises:
-        SettingError: there is no place, a place without a name or two of the same name, or a brace without its other.
+        SettingError: there is no place, a place without a name or two of the same name, a brace without its other, or
+            half of a character.
     """
 
     def __init__(self, text: str):
         if not isinstance(text, str):
             raise SettingError(f"A template must be a string with {{name}} places, got {type(text).__name__}.")
         literals, self.names = _PLACE.split(text)[::2], _PLACE.findall(text)
+        if HALF_CHARACTER.search(text):
+            raise SettingError(f"The template has half of a character, or bytes that are no UTF-8: {text!r:.80}")
         if any(brace in literal for literal in literals for brace in "{}"):
             raise SettingError(f"The template has a brace without its other one: {text:.80}")
         if not self.names:
@@ -54,6 +58,15 @@ class Template:
         *before, self.rest = literals
         self.before = [literal.rstrip(" ") for literal in before]
         self.spaces = [literal[len(kept) :] for literal, kept in zip(before, self.before, strict=True)]
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raises: SettingError: an attribute of these names has no place, or a place has another name."""
+        if missing := [name for name in names if name not in self.names]:
+            raise SettingError(f"The template has no place for {{{missing[0]:.60}}}: {self.text:.80}")
+        if unknown := [name for name in self.names if name not in names]:
+            raise SettingError(
+                f"The template has a place {{{unknown[0]:.60}}}, which the schema does not have: {self.text:.80}"
+            )
 
     def fill(self, values: dict[str, str]) -> str:
         """The sentence with these values."""
@@ -92,7 +105,8 @@ class Read:
         name (`str`): the attribute.
         position (`int`): in the block.
         tokens (`list[int]`): the tokens that can stand there.
-        choices (`list[list[int]]`): numbers of the choices that go on with each of them.
+        choices (`list[list[int]]`): numbers of the choices that go on with each of them; with the last entry go all
+            tokens that are left.
         is_first (`bool`): whether this is the first token of the attribute.
     """
 
@@ -136,8 +150,8 @@ class AttributePlan:
         mask_id, end_id (`int`): the mask token and the end of turn.
 
     Raises:
-        SettingError: a template lacks an attribute or has an unknown one, two choices have the same tokens, or a
-            choice has none or too many.
+        SettingError: a template lacks an attribute or has an unknown one, two choices have the same tokens, a choice
+            has none or too many, or a template does not show where a choice ends that is the beginning of another.
     """
 
     def __init__(
@@ -158,12 +172,10 @@ class AttributePlan:
         for encoded in self.templates or [self._list(self.names)]:
             for name in self.names:
                 _check_choices(name, choices[name], encoded.choices[name])
+        self.blocks({})  # or what is wrong with them would be found once the model computes
 
     def _checked(self, template: Template) -> "_Encoded":
-        if missing := [name for name in self.names if name not in template.names]:
-            raise SettingError(f"The template has no place for {{{missing[0]:.60}}}.")
-        if unknown := [name for name in template.names if name not in self.names]:
-            raise SettingError(f"The template has a place {{{unknown[0]:.60}}}, which the schema does not have.")
+        template.check_names(self.names)
         return self._encoded(template)
 
     def _encoded(self, template: Template) -> _Encoded:
@@ -220,34 +232,53 @@ class AttributePlan:
 
     def _tree(self, template: _Encoded, name: str, fixed: dict[str, int]) -> list[Block]:
         """A block for every branching of the tree of an attribute's choices."""
-        start, behind = self._begin(template, name, fixed)
+        start, behind = self._begin(template, name, fixed), self._behind(template, name, fixed)
         options = template.choices[name]
         size = max(map(len, options)) + 1
         nodes: dict[tuple[int, ...], dict[int, list[int]]] = {}
         for number, option in enumerate(options):
             for k in range(len(option)):
                 nodes.setdefault(tuple(option[:k]), {}).setdefault(option[k], []).append(number)
+        ended: dict[tuple[int, ...], int] = {}
         for number, option in enumerate(options):
-            if tuple(option) in nodes:  # others go on here: this one must end
-                nodes[tuple(option)].setdefault(behind, []).append(number)
+            if (children := nodes.get(tuple(option))) is not None:  # others go on here: this one must end
+                if not behind or any(token in children for token in behind):
+                    raise SettingError(
+                        f"attribute {name!r:.60}: in the template the choice {self.choices[name][number]!r:.60} cannot "
+                        f"be distinguished from a longer one that begins with it. Put other words behind {{{name:.60}}}, "
+                        "or name the choices otherwise."
+                    )
+                ended[tuple(option)] = number
         blocks = []
         for prefix, children in nodes.items():
-            if len(children) > 1 or not prefix:
+            numbers, possible = list(children.values()), list(children)
+            if prefix in ended:
+                numbers, possible = [*numbers, [ended[prefix]]], possible + behind
+            if len(numbers) > 1 or not prefix:
                 tokens = [*start, *prefix, *[self.mask_id] * (size - len(prefix))]
-                read = Read(name, len(start) + len(prefix), list(children), list(children.values()), not prefix)
-                blocks.append(Block(tokens, [read]))
+                blocks.append(Block(tokens, [Read(name, len(start) + len(prefix), possible, numbers, not prefix)]))
         return blocks
 
-    def _begin(self, template: _Encoded, name: str, fixed: dict[str, int]) -> tuple[list[int], int]:
-        """Tokens up to the place of an attribute, and the token behind its value."""
+    def _begin(self, template: _Encoded, name: str, fixed: dict[str, int]) -> list[int]:
+        """Tokens up to the place of an attribute."""
         tokens, spans = _join(template.literals, template.names, self._values(template, fixed))
-        behind = [*template.literals[template.names.index(name) + 1], self.end_id]
-        return tokens[: spans[name][0]], behind[0]
+        return tokens[: spans[name][0]]
+
+    def _behind(self, template: _Encoded, name: str, fixed: dict[str, int]) -> list[int]:
+        """The tokens that can stand behind the value of an attribute: the next word, or the first tokens of the next
+        place, of which nothing is known if it is a free text."""
+        place = template.names.index(name) + 1
+        if place == len(template.names) or template.literals[place]:
+            return [*template.literals[place], self.end_id][:1]
+        following = template.names[place]
+        options = template.choices[following]
+        known = [options[fixed[following]]] if following in fixed else options
+        return list(dict.fromkeys(tokens[0] for tokens in known))
 
     def text_block(self, name: str, fixed: dict[str, int]) -> Block:
         """The block that a free text is written in, behind the known attributes; its last positions are open."""
         template = self.templates[0] if self.templates else self._list([*fixed, name])
-        return Block(self._begin(template, name, fixed)[0] + [self.mask_id] * self.lengths[name])
+        return Block(self._begin(template, name, fixed) + [self.mask_id] * self.lengths[name])
 
     def ends_of(self, name: str) -> list[int]:
         """Tokens that end a free text: the end of turn, or what the template has behind its place."""
@@ -257,8 +288,12 @@ class AttributePlan:
     @property
     def longest(self) -> int:
         """Tokens of the longest block."""
-        blocks = (len(block.tokens) for template in self.blocks({}) for block in template)
-        return max([*blocks, *self.lengths.values()])
+        blocks = [block for template in self.blocks({}) for block in template]
+        encoded = self.templates[0] if self.templates else self._list(self.names)
+        sizes = {name: list(map(len, encoded.choices[name])) for name in self.with_choices}
+        longest = {name: lengths.index(max(lengths)) for name, lengths in sizes.items()}
+        blocks += [self.text_block(name, longest) for name in self.texts]
+        return max(len(block.tokens) for block in blocks)
 
     @property
     def rows(self) -> int:

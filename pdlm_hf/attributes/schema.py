@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ _FORMS = 'a list of choices, null (free text), {"max_tokens": N}, or JSON Schema
 _NOTES = {"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"}
 _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # Unicode's Cc, Zl, Zp and Cs
 _TYPES: dict[str, type] = {"string": str, "integer": int, "boolean": bool}
+_READ = {"type", "enum", "const", "maxLength", "minimum", "maximum", *_NOTES}  # of JSON Schema
+_LIMITS: dict[Any, set[str]] = {"integer": {"minimum", "maximum"}, "string": {"maxLength"}}  # that a type can have
 
 
 class Attribute(BaseModel):
@@ -70,11 +73,12 @@ class Attribute(BaseModel):
                 raise ValueError(f"a choice must be a string, an integer or a boolean, got {value!r:.60}")
             text = text_of(value)
             _check_text(text, f"the choice {value!r:.60}")
-            if text in seen:
-                raise ValueError(f"the choices {seen[text]!r:.60} and {value!r:.60} are both written {text!r:.60}")
+            shown = unicodedata.normalize("NFC", text)
+            if shown in seen:
+                raise ValueError(f"the choices {seen[shown]!r:.60} and {value!r:.60} are both written {text!r:.60}")
             if value in equal:  # True == 1
                 raise ValueError(f"the choice {value!r:.60} equals another one; write one of them as a string")
-            seen[text] = value
+            seen[shown] = value
             equal.add(value)
         return values
 
@@ -122,6 +126,12 @@ class AttributeSchema(BaseModel):
                 raise ValueError(f"JSON Schema's {unknown[0]!r:.60} is not read here, only properties")
             value = {"attributes": value.get("properties", {})}
         elif not (isinstance(value.get("attributes"), dict) and value.keys() <= cls.model_fields.keys()):
+            own = value.get("attributes")
+            if isinstance(own, dict) and not own.keys() <= _READ | Attribute.model_fields.keys():
+                spare = next(key for key in value if key not in cls.model_fields)
+                raise ValueError(f"{spare!r:.60} is no setting beside attributes, only {', '.join(cls.model_fields)}")
+            if _is_template(value.get("template")):
+                raise ValueError('a template stands beside the attributes: {"attributes": {...}, "template": "..."}')
             value = {"attributes": value}
         if isinstance(value.get("template"), str):
             value = value | {"template": [value["template"]]}
@@ -154,7 +164,7 @@ class AttributeSchema(BaseModel):
         for text in self.template:
             if len(text) > TEMPLATE_CHARACTERS:
                 raise ValueError(f"a template of {len(text)} characters; it may have {TEMPLATE_CHARACTERS}")
-            Template(text)
+            Template(text).check_names(self.attributes)
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -180,6 +190,12 @@ def text_of(choice: Choice) -> str:
     return choice.strip() if isinstance(choice, str) else str(choice)
 
 
+def _is_template(value: Any) -> bool:
+    """Whether what may be an attribute of this name is a sentence, or several, with places."""
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(text, str) and re.search(r"\{[^{}]+\}", text) for text in texts)
+
+
 def _num_choices(value: Any) -> int:
     """Choices of an attribute in any form, as far as they can be counted without a look at them."""
     if isinstance(value, Attribute):
@@ -194,7 +210,7 @@ def _num_choices(value: Any) -> int:
 
 def _check_text(text: str, what: str) -> None:
     """Raises: ValueError for a text that cannot stand in a template."""
-    if not text.strip():
+    if all(character.isspace() or unicodedata.category(character) == "Cf" for character in text):
         raise ValueError(f"{what} is empty")
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"{what}... has {len(text)} characters, more than {MOST_CHARACTERS}")
@@ -204,13 +220,17 @@ def _check_text(text: str, what: str) -> None:
 
 def _from_json_schema(value: dict[str, Any]) -> dict[str, Any]:
     """The fields of an attribute from its JSON Schema. Raises: ValueError."""
-    known = {"type", "enum", "const", "maxLength", "minimum", "maximum", *_NOTES}
-    if unknown := [key for key in value if key not in known]:
+    if unknown := [key for key in value if key not in _READ]:
         raise ValueError(f"{unknown[0]!r:.60} is not read here; expected {_FORMS}")
     kind = value.get("type")
     if kind is not None and (not isinstance(kind, str) or kind not in _TYPES):
         raise ValueError(f"the type {kind!r:.60} cannot be read; expected one of {', '.join(_TYPES)}")
-    if "enum" in value or "const" in value:
+    listed = [key for key in ("enum", "const") if key in value]
+    limits = set() if listed else _LIMITS.get(kind, set())
+    spare = [key for key in value if key not in {"type", *listed[:1], *_NOTES, *limits}]
+    if spare and (listed or kind):
+        raise ValueError(f"{spare[0]!r} is not read beside {listed[0] if listed else f'the type {kind}'}")
+    if listed:
         choices = value["enum"] if "enum" in value else [value["const"]]
         if kind is not None and isinstance(choices, list):
             for choice in choices:
@@ -270,7 +290,7 @@ def _first(error: ValidationError) -> str:
     """The first of the errors that pydantic found, in a line."""
     first = error.errors(include_url=False, include_input=False)[0]
     where = [part for part in first["loc"] if isinstance(part, str)]
-    reason = first["msg"].removeprefix("Value error, ")
+    reason = first["msg"].removeprefix("Value error, ").removesuffix(".")
     if where[:1] == ["attributes"] and len(where) > 1:
         return f"The schema's attribute {where[1]!r:.60}: {reason}."
     return f"The schema: {f'{where[0]:.60}: ' if where else ''}{reason}."
