@@ -243,10 +243,11 @@ class AttributePlan:
         for number, option in enumerate(options):
             if (children := nodes.get(tuple(option))) is not None:  # others go on here: this one must end
                 if not behind or any(token in children for token in behind):
+                    text = self.choices[name][number]
                     raise SettingError(
-                        f"attribute {name!r:.60}: in the template the choice {self.choices[name][number]!r:.60} cannot "
-                        f"be distinguished from a longer one that begins with it. Put other words behind {{{name:.60}}}, "
-                        "or name the choices otherwise."
+                        f"attribute {name!r:.60}: in the template the choice {text!r:.60} cannot be distinguished "
+                        f"from a longer one that begins with it. Put other words behind {{{name:.60}}}, or name the "
+                        "choices otherwise."
                     )
                 ended[tuple(option)] = number
         blocks = []

@@ -1,8 +1,9 @@
 """What was read of a region: its attributes with their probabilities, as objects, JSON and rows of a table."""
 
+import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from ..readings_pdlm import AttributeReading
 from ..templates_pdlm import Template, default_template
@@ -86,9 +87,14 @@ def sentence_of(schema: AttributeSchema, values: dict[str, AttributeValue]) -> s
 
 
 def csv_fields(names: Iterable[str]) -> list[str]:
-    """Columns of a table of regions with these attributes."""
+    """Columns of a table of regions with these attributes. A name that is a column already, such as "width", gets
+    "attribute " before it."""
     columns = ["image", "id", "x", "y", "width", "height"]
-    return columns + [column for name in names for column in (name, f"{name} probability")]
+    for name in names:
+        while {name, f"{name} probability"} & set(columns):
+            name = f"attribute {name}"
+        columns += [name, f"{name} probability"]
+    return columns
 
 
 def csv_row(image: str, region: RegionAttributes) -> list[Any]:
@@ -97,3 +103,11 @@ def csv_row(image: str, region: RegionAttributes) -> list[Any]:
     for value in region.values():
         row += ["" if value.value is None else value.value, round(value.probability, 4)]
     return row
+
+
+def write_csv(file: TextIO, rows: Iterable[Sequence[Any]]) -> None:
+    """Write the rows of a table; readers of CSV get every text back as it was, line breaks too."""
+    plain = csv.writer(file, lineterminator="\n")
+    quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    for row in rows:  # before Python 3.13 a carriage return alone is not quoted, and ends the row
+        (quoted if any("\r" in cell for cell in row if isinstance(cell, str)) else plain).writerow(row)

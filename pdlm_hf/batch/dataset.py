@@ -104,11 +104,18 @@ def _captioned(annotation: Any, said: dict[Key, dict[str, Any]]) -> Any:
     try:
         if "segments_info" in annotation:
             own = annotation["image_id"]
-            segments = [{**part, **said.pop((own, part["id"]), {})} for part in annotation["segments_info"]]
+            segments = [_joined(part, said.pop((own, part["id"]), {})) for part in annotation["segments_info"]]
             return {**annotation, "segments_info": segments}
-        return {**annotation, **said.pop((annotation["image_id"], annotation["id"]))}
+        return _joined(annotation, said.pop((annotation["image_id"], annotation["id"])))
     except (TypeError, LookupError):  # its ids are a fault, or it has no caption
         return annotation
+
+
+def _joined(annotation: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The annotation with what was found; attributes that it has already, as those of CVAT, stay beside new ones."""
+    own = annotation.get("attributes")
+    joined = {"attributes": own | found["attributes"]} if isinstance(own, dict) and "attributes" in found else {}
+    return {**annotation, **found, **joined}
 
 
 def is_url(images: str | Path | None) -> TypeGuard[str]:

@@ -42,6 +42,7 @@ class BatchFiles:
         settings (`dict`): settings that the captions depend on; a run is resumed only with the same ones.
         shard (`tuple[int, int]`, *optional*): number of this shard of the data set, from 1, and number of shards. A
             run without it takes over the rows of all shards.
+        row_fault: returns what is wrong with a row of an earlier run, or None.
 
     Attributes:
         damaged (`list[str]`): messages about damaged lines of an earlier run.
@@ -53,7 +54,13 @@ class BatchFiles:
         OSError: a file cannot be written.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], shard: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        out: Path,
+        settings: dict[str, Any],
+        shard: tuple[int, int] | None = None,
+        row_fault: Callable[[dict[str, Any]], str | None] = result_fault,
+    ):
         if out.suffix != ".jsonl":
             raise SettingError(f"{out}: the name of the results must end with .jsonl.")
         if not out.parent.is_dir():
@@ -62,6 +69,7 @@ class BatchFiles:
         parts = [] if shard else sorted(path for path in out.parent.iterdir() if part_name.fullmatch(path.name))
         self.out = out if shard is None else out.with_suffix(".{}-of-{}.jsonl".format(*shard))
         self.faults_path, self.coco_path = self.out.with_suffix(".faults.jsonl"), self.out.with_suffix(".coco.json")
+        self.row_fault = row_fault
         self.rows: dict[Any, dict[Any, Said]] = {}  # by image, by region
         self.damaged: list[str] = []
         self.lock()
@@ -98,7 +106,7 @@ class BatchFiles:
         if path.exists() and path.stat().st_size:
             check_same_settings(load_json(path.with_suffix(".run.json")), settings, path)
         sound = False
-        for row in read_rows(path, path == self.out, result_fault, damaged.__setitem__):
+        for row in read_rows(path, path == self.out, self.row_fault, damaged.__setitem__):
             sound = True
             yield row
         if not damaged:

@@ -1,12 +1,13 @@
 """The attributes of a data set as a table."""
 
-import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..attributes.results import csv_fields
+from ..attributes.results import csv_fields, write_csv
 from ..regions.files import read_rows, replacing
+from ..regions.results import result_fault
 
 
 def write_table(rows: Path, names: Iterable[str]) -> Path:
@@ -22,10 +23,27 @@ def write_table(rows: Path, names: Iterable[str]) -> Path:
     names = list(names)
     path = rows.with_suffix(".csv")
     with replacing(path) as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(csv_fields(names))
-        table.writerows(_rows(rows, names))
+        write_csv(file, chain([csv_fields(names)], _rows(rows, names)))
     return path
+
+
+def attributes_fault(names: Iterable[str]) -> Callable[[dict[str, Any]], str | None]:
+    """What finds the fault of a row of `pdlm batch --schema`, as [`~pdlm_hf.regions.results.result_fault`] of others.
+
+    Args:
+        names: names of the attributes.
+    """
+    names = list(names)
+
+    def fault(row: dict[str, Any]) -> str | None:
+        found = row.get("attributes")
+        for name in names:
+            value = found.get(name) if isinstance(found, dict) else None
+            if not (isinstance(value, dict) and {"value", "probability"} <= value.keys()):
+                return f"has no value of the attribute {name!r:.60}"
+        return result_fault(row)
+
+    return fault
 
 
 def _rows(path: Path, names: list[str]) -> Iterator[list[Any]]:

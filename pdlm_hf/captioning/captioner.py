@@ -38,6 +38,7 @@ MODES: dict[str, dict[str, Any]] = {
     "fast": {"entropy_bound": 0.1, "acceptance_threshold": None, "prefix_refresh_interval": 0, "trim_canvas": True},
 }
 
+NO_REGIONS = "This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions."
 
 _C = TypeVar("_C", bound=RegionCaption)
 
@@ -92,7 +93,7 @@ class RegionCaptioner:
         if mode not in MODES:
             raise SettingError(f"`mode` must be one of {sorted(MODES)}, got {mode!r}.")
         if not model.config.num_region_prompts:
-            raise CheckpointError("This is a PerceptionDLM-Base checkpoint (chat); it cannot caption regions.")
+            raise CheckpointError(NO_REGIONS)
         self.model = model.eval()
         self.processor = processor
         self.mode = mode

@@ -53,15 +53,9 @@ def load_checkpoint(model: str | Path, dtype: Any = "auto", **kwargs: Any) -> tu
         OSError: the hub has no such checkpoint, or cannot be reached.
     """
     path = checkpoint_name(model)
-    source = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
-    is_adapter = Path(path, BASE_FILE).is_file()
-    if Path(path).is_dir():
-        _check_files(Path(path, kwargs.get("subfolder") or ""), is_adapter)
-    if not is_adapter:
-        with reading_files(path, "config.json"):
-            check_sizes(AutoConfig.from_pretrained(path, **source))
-    with reading_files(path, _PROCESSOR):
-        processor = AutoProcessor.from_pretrained(path, **source)
+    processor = load_processor(
+        path, **{name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
+    )
     with reading_files(path, "config.json or the weights"):
         network, report = _load_weights(path, dtype=dtype, output_loading_info=True, **kwargs)
         if missing := sorted(report["missing_keys"]):
@@ -75,6 +69,27 @@ def load_checkpoint(model: str | Path, dtype: Any = "auto", **kwargs: Any) -> tu
     with reading_files(path, "config.json, processor_config.json, tokenizer.json or chat_template.jinja"):
         check_together(network.config, processor)
     return network, processor
+
+
+def load_processor(model: str | Path, **source: Any) -> Any:
+    """Load the processor of a checkpoint, and check all its files but the weights: a first look that takes no time.
+
+    Args:
+        model (`str` or `Path`): folder or hub id.
+        **source: as `load_checkpoint` has them, of the hub.
+
+    Raises:
+        CheckpointError, OSError: see [`load_checkpoint`].
+    """
+    path = checkpoint_name(model)
+    is_adapter = Path(path, BASE_FILE).is_file()
+    if Path(path).is_dir():
+        _check_files(Path(path, source.get("subfolder") or ""), is_adapter)
+    if not is_adapter:
+        with reading_files(path, "config.json"):
+            check_sizes(AutoConfig.from_pretrained(path, **source))
+    with reading_files(path, _PROCESSOR):
+        return AutoProcessor.from_pretrained(path, **source)
 
 
 def _load_weights(path: str, **kwargs: Any) -> Any:

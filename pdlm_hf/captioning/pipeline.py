@@ -86,23 +86,23 @@ class RegionAttributesPipeline(RegionCaptioningPipeline):
 
     def _sanitize_parameters(self, question: str | None = None, schema: Any = None, **settings: Any):
         before, _, _ = super()._sanitize_parameters(question)
-        if schema is None:
-            return before, settings, {}
-        own = {name: settings.pop(name, None) for name in ("template", "jointly", "calibrate", "unknown_below")}
-        checked = parse_schema(schema, **own)
-        return before, settings | {"schema": checked}, {"schema": checked}
+        return before, settings if schema is None else settings | {"schema": parse_schema(schema)}, {}
 
     def _forward(self, model_inputs, schema=None, **settings):  # type: ignore[override]
         if schema is None:
             raise SettingError('region-attributes needs a schema, for example schema={"colour": ["red", "blue"]}.')
+        # here, since settings of a call are for a schema that the pipeline may have been made with
+        own = {name: settings.pop(name, None) for name in ("template", "jointly", "calibrate", "unknown_below")}
+        schema = parse_schema(schema, **own)
         regions = model_inputs.pop("regions")
         plan = self.processor.attribute_plan(schema.choices, schema.lengths, schema.template)
         how = {"jointly": schema.jointly, "calibrate": schema.calibrate}
-        return {"output": self.model.read_attributes(**model_inputs, plan=plan, **how, **settings), "regions": regions}
+        output = self.model.read_attributes(**model_inputs, plan=plan, **how, **settings)
+        return {"output": output, "regions": regions, "schema": schema}
 
-    def postprocess(self, model_outputs, schema=None):  # type: ignore[override]
+    def postprocess(self, model_outputs):  # type: ignore[override]
         """Return the attributes as dicts, in the order of the regions."""
-        found = []
+        found, schema = [], model_outputs["schema"]
         for region, reading in zip(model_outputs["regions"], model_outputs["output"].readings[0], strict=True):
             texts = {name: self.processor.read_caption(ids).text for name, ids in reading.texts.items()}
             found.append(RegionAttributes(values_of(schema, reading, texts), region.id, region.bbox).to_row())

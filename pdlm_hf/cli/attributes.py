@@ -1,6 +1,5 @@
 """`pdlm attributes`: read typed attributes of regions of an image."""
 
-import csv
 import json
 import sys
 import time
@@ -19,6 +18,7 @@ from .options import (
     Schema,
     Server,
     caption_client,
+    check_captioner,
     embedded_note,
     exit_on_error,
     load_captioner,
@@ -61,7 +61,7 @@ def attributes(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print a table, one row per region.")] = False,
 ) -> None:
     """Read attributes of regions by a schema: a value and its probability for each."""
-    from ..attributes.results import csv_fields, csv_row
+    from ..attributes.results import csv_fields, csv_row, write_csv
     from ..attributes.schema import parse_schema, read_schema_file
     from ..render.text import pluralize
 
@@ -87,9 +87,7 @@ def attributes(
         note = {} if model or server else {"note": embedded_note()}
         typer.echo(json.dumps(answer | {"num_forwards": forwards, "seconds": seconds} | note))
     elif as_csv:
-        table = csv.writer(sys.stdout, lineterminator="\n")
-        table.writerow(csv_fields(checked.attributes))
-        table.writerows(csv_row(image, row) for row in rows)
+        write_csv(sys.stdout, [csv_fields(checked.attributes), *(csv_row(image, row) for row in rows)])
     else:
         for number, row in enumerate(rows, 1):
             values = (f"{name} {shown(value.value)} ({value.probability:.2f})" for name, value in row.items())
@@ -101,6 +99,7 @@ def attributes(
 def _local(model: str | None, question: str | None, schema: Any) -> tuple[str, _Reader]:
     """Name of the model in this process, and what reads the attributes of regions with it."""
     note_embedded(model)
+    check_captioner(model, schema)
     captioner = load_captioner(model)
 
     def read(image: Any, regions: list[Any]) -> tuple[list[Any], int]:

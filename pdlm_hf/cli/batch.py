@@ -1,5 +1,6 @@
 """`pdlm batch` and `pdlm report`: caption a data set, and look at the captions."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,7 @@ from .options import (
     Server,
     Steps,
     caption_client,
+    check_captioner,
     check_positive,
     exit_on_error,
     load,
@@ -44,6 +46,7 @@ _SHOWN = 20  # messages about damaged lines
 
 @exit_on_error
 def batch(
+    context: typer.Context,
     data: Annotated[
         Path,
         typer.Argument(help="COCO file; folder with regions named like the images; or of images to find them in."),
@@ -79,7 +82,7 @@ def batch(
     after any stop."""
     from ..batch.dataset import open_data
     from ..batch.run import BatchFiles, BatchProgress, parse_shard, run_batch
-    from ..batch.tables import write_table
+    from ..batch.tables import attributes_fault, write_table
 
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
     check_positive({"--max-new-tokens": max_new_tokens, "--steps": steps, "--batch-size": batch_size})
@@ -87,7 +90,9 @@ def batch(
     part = parse_shard(shard)
     _check_engine(engine, workers, server, images)
     checked = None if schema is None else _read_schema(schema, engine)
-    generation = generation if checked is None else {}
+    if checked is not None:
+        generation = {}
+        _check_schema_alone(context)
     if server is not None and fast:
         raise SettingError("--server: --fast is not served; leave it out.")
     embedded = model is None and server is None
@@ -100,7 +105,11 @@ def batch(
         asked = caption_client(server, model, key_env, concurrency, settings, checked)
     name = str(model or "shapes (embedded)") if asked is None else asked.model
     kept = {"model": name, "question": question, "fast": fast, **generation, **finding}
-    files = BatchFiles(out, kept if checked is None else kept | {"schema": checked.model_dump()}, part)
+    if checked is None:
+        files = BatchFiles(out, kept, part)
+    else:  # as text: the order counts, and 1 is not true
+        kept["schema"] = json.dumps(checked.to_json(), ensure_ascii=False)
+        files = BatchFiles(out, kept, part, attributes_fault(checked.attributes))
     _show_damaged(files.damaged)
 
     def open_engine():
@@ -111,7 +120,14 @@ def batch(
     if asked is None:
         note_embedded(model)
     if found is None:
-        found = _find_regions(data.absolute(), options, finding, files)
+
+        def ready_finder():  # what would fail after hours of finding regions fails now
+            if asked is None:
+                check_captioner(model, checked)
+            return open_finder(*options)
+
+        found = _find_regions(data.absolute(), ready_finder, finding, files)
+        _say_where_nothing_is(found.coco)
     with BatchProgress(len(found.entries[part[0] - 1 :: part[1]] if part else found.entries)) as progress:
         counts = run_batch(found, open_engine, files, part, progress)
     if checked is not None:
@@ -139,7 +155,7 @@ def _finding(options: tuple, shard: str | None, images: str | None, format: str 
     return source | {"detector": detector} | read_settings(parts, max_regions, select).model_dump()
 
 
-def _find_regions(folder: Path, options: tuple, settings: dict[str, Any], files: Any) -> Any:
+def _find_regions(folder: Path, ready_finder: Any, settings: dict[str, Any], files: Any) -> Any:
     """The data set of the regions that are found in a folder of images."""
     from rich.console import Console
     from rich.progress import Progress
@@ -151,7 +167,7 @@ def _find_regions(folder: Path, options: tuple, settings: dict[str, Any], files:
             task = bar.add_task("finding regions", total=None)
             return find_data(
                 folder,
-                lambda: open_finder(*options),
+                ready_finder,
                 settings,
                 files.out,
                 lambda done, of: bar.update(task, completed=done, total=of),
@@ -161,12 +177,28 @@ def _find_regions(folder: Path, options: tuple, settings: dict[str, Any], files:
         raise
 
 
+def _say_where_nothing_is(coco: dict[str, Any]) -> None:
+    """Name on stderr how many images no regions were found in."""
+    used = {annotation["image_id"] for annotation in coco["annotations"]}
+    if empty := [image["file_name"] for image in coco["images"] if image["id"] not in used]:
+        count = f"{len(empty)} of {len(coco['images'])} images"
+        typer.echo(f"pdlm: nothing was found in {count}, {empty[0]} for example; see --select", err=True)
+
+
 def _show_damaged(messages: list[str]) -> None:
     """Name the first damaged lines of results on stderr, and their number if there are more."""
     for message in messages[:_SHOWN]:
         typer.echo(f"pdlm: {message}", err=True)
     if (more := len(messages) - _SHOWN) > 0:
         typer.echo(f"pdlm: and {more} more damaged lines", err=True)
+
+
+def _check_schema_alone(context: typer.Context) -> None:
+    """Raises: SettingError: an option of captions is given, where attributes are read."""
+    for option in ("max_new_tokens", "steps", "fast"):
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise SettingError(f"--{option.replace('_', '-')} is for captions; with --schema leave it out.")
 
 
 def _read_schema(path: Path, engine: str) -> Any:

@@ -19,6 +19,7 @@ from .finding import (
     Select,
     check_alone,
     find_in,
+    is_asked,
     open_finder,
 )
 from .options import (
@@ -28,6 +29,7 @@ from .options import (
     Model,
     Question,
     Steps,
+    check_captioner,
     check_positive,
     embedded_note,
     exit_on_error,
@@ -66,6 +68,7 @@ def caption(
 ) -> None:
     """Describe regions of an image: masks, boxes, a file of them, everything, or what you name."""
     from ..captioning.found import FoundCaption
+    from ..regions.images import load_image
     from ..render.drawing import check_target, save_drawing
     from ..render.recording import check_recording, save_recording
     from ..render.text import pluralize
@@ -76,6 +79,10 @@ def caption(
         check_recording(record)
     if draw is not None:
         check_target(draw)
+    if is_asked(everything, find, detector):
+        check_alone(mask or box or regions)
+        check_captioner(model)
+        opened = load_image(image)
     finder = open_finder(
         everything, find, segmenter, detector, segmenter_device, parts, max_regions, select, model is None
     )
@@ -83,8 +90,7 @@ def caption(
     if finder is None:
         opened, found = read_regions(image, mask, box, regions, format, image_name, orientation)
     else:
-        check_alone(mask or box or regions)
-        opened, proposed = find_in(image, finder)
+        proposed = find_in(image, opened, finder)
         found = [region.as_region(k) for k, region in enumerate(proposed)]
     note_embedded(model)
     settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}

@@ -1,7 +1,9 @@
 """Errors of the commands: one line on stderr, and the exit code."""
 
+import sys
 from collections.abc import Callable
 from functools import wraps
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -54,6 +56,8 @@ def make_app(program: str, text: str) -> typer.Typer:
         ] = False,
     ) -> None:
         """The options of the command itself; they do their work while they are parsed."""
+        if isinstance(sys.stdout, TextIOWrapper):  # file names may be no Unicode, captions no letters of the terminal
+            sys.stdout.reconfigure(errors="backslashreplace")
 
     return app
 

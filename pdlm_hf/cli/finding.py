@@ -112,24 +112,22 @@ def check_alone(given: Any) -> None:
         raise SettingError("Regions are found, or given: leave out --mask, --box and --regions, or what finds them.")
 
 
-def find_in(image: str, finder: Any) -> tuple[Any, list[Any]]:
-    """Open an image and find its regions.
+def find_in(image: str, opened: Any, finder: Any) -> list[Any]:
+    """Find the regions of an open image, which messages call `image`.
 
     Raises:
-        ImageError: the image cannot be read.
         typer.Exit: nothing is found, which is said on stderr.
     """
-    from ..regions.images import load_image
-
-    opened = load_image(image)
     found = finder(opened)
     if not found:
         settings = finder.settings
         what = "nothing" if finder.names is None else f"nothing named {' or '.join(finder.names)}"
+        lower = {"min_score": settings.min_score / 2, "min_area": settings.min_area / 10}
+        hints = " ".join(f"--select {name}={value:.1g}" for name, value in lower.items() if value)
         typer.echo(
             f"pdlm: {what} was found in {image} with a score of {settings.min_score:g} or more and at least "
-            f"{settings.min_area:.2%} of the image; lower them: --select min_score=0.3 --select min_area=0.0001",
+            f"{settings.min_area:.2%} of the image" + (f"; lower them: {hints}" if hints else ""),
             err=True,
         )
         raise typer.Exit(1)
-    return opened, found
+    return found

@@ -89,6 +89,24 @@ def load_captioner(model: str | None, fast: bool = False) -> Any:
     return load(RegionCaptioner.from_pretrained, model, mode="fast" if fast else "default")
 
 
+def check_captioner(model: str | None, schema: Any = None) -> None:
+    """Check a checkpoint without its weights, before what takes long: whether it is one, and can read a schema.
+
+    Raises:
+        CheckpointError: it does not exist, is damaged, or cannot caption regions.
+        SettingError: it cannot read the schema, for example since two choices have the same tokens.
+    """
+    from ..captioning.captioner import NO_REGIONS
+    from ..captioning.checkpoints import CHECKPOINT
+    from ..captioning.loading import load_processor
+
+    processor = load(lambda path: load_processor(path or CHECKPOINT), model)
+    if not processor.tokens_per_region:
+        raise CheckpointError(NO_REGIONS)
+    if schema is not None:
+        processor.attribute_plan(schema.choices, schema.lengths, schema.template)
+
+
 def caption_client(
     url: str, model: str | None, key_env: str | None, concurrency: int, settings: dict[str, Any], schema: Any = None
 ) -> Any:

@@ -298,5 +298,5 @@ def check_same_settings(before: Any, now: dict[str, Any], name: Any, otherwise: 
     """
     before = before if isinstance(before, dict) else {}
     if changed := [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]:
-        was = ", ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
+        was = ", ".join(f"{key} was {before.get(key)!r:.300}, now {now.get(key)!r:.300}" for key in changed)
         raise SettingError(f"{name}: was begun with other settings ({was}). Use the same settings, or {otherwise}.")

@@ -1,12 +1,14 @@
 """Schemas of attributes: every form that is read, and what is refused."""
 
+import csv
+import io
 import json
 import time
 
 import pytest
 
 from pdlm_hf.attributes import AttributeValue, RegionAttributes, csv_fields, csv_row, parse_schema, read_schema_file
-from pdlm_hf.attributes.results import values_of
+from pdlm_hf.attributes.results import values_of, write_csv
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.readings_pdlm import AttributeReading
 
@@ -119,6 +121,21 @@ HOSTILE = [
     ({"attributes": {"a": ["x"]}, "template": ["{a}"] * 9}, "9 templates, more than 8"),
     ({"attributes": {"a": ["x"]}, "template": "x" * 5000 + "{a}"}, "a template of 5003 characters"),
     ({"attributes": {"a": ["x"]}, "template": [3]}, "valid string"),
+    ({"attributes": {"a": ["x"], "b": ["y"]}, "template": "A {a}"}, "The template has no place for {b}: A {a}.$"),
+    ({"attributes": {"a": ["x"]}, "template": ["{a}", "{a} {b}"]}, "a place {b}, which the schema does not have"),
+    ({"attributes": {"a": ["x"]}, "template": "\ud800 {a}"}, "half of a character"),
+    ({"attributes": {"a": ["x"]}, "templates": "A {a}"}, "'templates' is no setting beside attributes"),
+    ({"a": ["x"], "template": "A {a}"}, "a template stands beside the attributes"),
+    ({"a": ["x"], "template": ["A {a}", "The {a}"]}, "a template stands beside the attributes"),
+    ({"a": ["caf\u00e9", "cafe\u0301"]}, "are both written"),
+    ({"a": ["\u200b"]}, "is empty"),
+    ({"\u200e \u200f": ["x"]}, "is empty"),
+    ({"a": {"type": "integer", "enum": [1, 2, 3], "maximum": 2}}, "'maximum' is not read beside enum"),
+    ({"a": {"enum": ["x", "y"], "const": "x"}}, "'const' is not read beside enum"),
+    ({"a": {"const": "x", "maxLength": 3}}, "'maxLength' is not read beside const"),
+    ({"a": {"type": "boolean", "minimum": 0}}, "'minimum' is not read beside the type boolean"),
+    ({"a": {"type": "string", "maximum": 3}}, "'maximum' is not read beside the type string"),
+    ({"a": {"minimum": 0, "maximum": 3}}, "attribute 'a': expected a list of choices"),
 ]
 
 
@@ -168,6 +185,13 @@ def test_a_file(tmp_path):
     assert read_schema_file(path).choices == {"colour": COLOURS}
 
 
+def test_a_table_is_read_back_as_it_was():
+    rows = [["a\rb", "c\nd", 'e"f', "g,h", "=1+1", " \u2028", ""], ["caf\u00e9", True, 0.25, -1, "\r", "", "x"]]
+    file = io.StringIO()
+    write_csv(file, rows)
+    assert list(csv.reader(io.StringIO(file.getvalue(), newline=""))) == [[str(cell) for cell in row] for row in rows]
+
+
 def test_values_and_rows():
     schema = parse_schema({"damaged": [True, False], "legs": [2, 4], "name": {"type": "string", "maxLength": 3}})
     reading = AttributeReading(
@@ -193,5 +217,13 @@ def test_values_and_rows():
     }
     assert csv_fields(values)[4:8] == ["width", "height", "damaged", "damaged probability"]
     assert csv_row("a.png", region) == ["a.png", "r1", 1, 2, 3, 4, False, 0.75, 2, 0.5, "abc", 0.8]
+    assert csv_fields(["width", "a", "a probability"])[6:] == [
+        "attribute width",
+        "attribute width probability",
+        "a",
+        "a probability",
+        "attribute a probability",
+        "attribute a probability probability",
+    ]
     unsure = values_of(parse_schema(schema, unknown_below=0.6), reading, {"name": "a"})
     assert (unsure["damaged"].value, unsure["legs"].value, unsure["legs"].probability) == (False, None, 0.5)

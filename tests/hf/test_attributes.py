@@ -7,6 +7,7 @@ from tiny import make_image
 
 import pdlm_hf.attributes_pdlm as reading
 from pdlm_hf import RegionCaptioner, RegionError, SettingError
+from pdlm_hf.readings_pdlm import AttributeReader
 from pdlm_hf.shapes.evaluate import calibration_error, evaluate_attributes, held_out
 from pdlm_hf.shapes.scenes import PATTERNS, WORDS
 from pdlm_hf.templates_pdlm import Template, default_template
@@ -115,6 +116,29 @@ class TestPlan:
         assert processor.tokenizer.decode(root.tokens[:1]) == "One"
         assert root.tokens[1:] == [processor_mask(processor)] * 5
 
+    def test_a_choice_that_begins_another_ends_where_the_next_place_begins(self, processor):
+        choices = {"colour": ["dark", "dark blue"], "shape": ["circle", "star"]}
+        plan = processor.attribute_plan(choices, templates=["A {colour} {shape}."])
+        blue, circle, star = (encode(processor, f" {word}")[0] for word in ("blue", "circle", "star"))
+        _, root, dark = plan.blocks({})[0]
+        assert (root.reads[0].choices, dark.reads[0].choices) == ([[0, 1]], [[1], [0]])
+        assert dark.reads[0].tokens == [blue, circle, star]
+        assert plan.blocks({"shape": 1})[0][-1].reads[0].tokens == [blue, star]
+
+        asking = AttributeReader(plan, [1], False, False, None).read()
+        shares = {blue: 0.2, circle: 0.05, star: 0.35}
+        asked = next(asking)
+        with pytest.raises(StopIteration) as done:
+            asking.send([torch.tensor([shares.get(t, 0.5) for t in place.tokens]).log() for place in asked.places])
+        reading = done.value.value[0, 0]
+        np.testing.assert_allclose(reading.probabilities["colour"], [0.4 / 0.6, 0.2 / 0.6], rtol=1e-5)
+        assert reading.support["colour"] == pytest.approx(0.5)
+
+    def test_the_longest_block_has_room_for_a_text_behind_the_longest_choices(self, processor):
+        plan = processor.attribute_plan({"colour": ["red", "dark red"], "note": []}, {"note": 20})
+        text = "colour: dark red, note:"
+        assert plan.longest == len(encode(processor, "colour:")) + len(encode(processor, text[7:])) + 20
+
     def test_known_attributes_are_shown(self, processor):
         (block,) = processor.attribute_plan(CHOICES).blocks({"size": 1})[0]
         assert processor.tokenizer.decode(block.tokens) == "size: large, colour:<|mdm_mask|>"
@@ -130,6 +154,11 @@ class TestPlan:
             ({"<|mdm_mask|>": ["red"]}, [], "special tokens"),
             (CHOICES, ["{size} {colour}<|Mask_Cap_0|>"], "special tokens"),
             ({"size": ["x" * 150]}, [], "a choice has 1 to 32"),
+            ({"a": ["red", "red, big"], "b": ["x"]}, ["{a}, {b}"], "the choice 'red' cannot be distinguished"),
+            ({"a": ["red", "red dark"], "b": ["dark"]}, ["{a} {b}"], "'red' cannot.*words behind {a}"),
+            ({"a": ["red", "red dark"], "b": []}, ["{a} {b}"], "the choice 'red' cannot be distinguished"),
+            ({"a": ["red"]}, ["\udcff {a}"], "half of a character, or bytes that are no UTF-8"),
+            ({"a": ["\ud800"]}, [], "the choice '.ud800' has half of a character"),
         ],
     )
     def test_what_cannot_be_read(self, processor, choices, templates, message):

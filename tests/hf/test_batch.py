@@ -688,6 +688,20 @@ def test_of_two_annotations_with_one_id_the_first_has_the_caption(tmp_path):
     assert said == ["a", None, None, None]
 
 
+def test_attributes_that_an_annotation_has_already_stay(tmp_path):
+    write_coco(tmp_path, 1)
+    change(tmp_path, lambda data: data["annotations"][0].update(attributes={"occluded": True, "size": "?"}))
+    whole = open_data(tmp_path / "coco.json", tmp_path / "images")
+    value = {"value": "small", "probability": 1.0}
+    rows = [
+        {"image_id": 0, "annotation_id": a["id"], "caption": "a", "score": 1.0, "attributes": {"size": value}}
+        for a in whole.coco["annotations"]
+    ]
+    first, *others = whole.with_captions(rows)["annotations"]
+    assert first["attributes"] == {"occluded": True, "size": "small"}
+    assert [a["attributes"] for a in others] == [{"size": "small"}] * len(others)
+
+
 def test_server(tmp_path, near, monkeypatch):
     write_coco(tmp_path, 12)
     _, whole = caption_all(tmp_path, "whole.jsonl")

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from tiny import make_image, tiny_sam
 from typer.testing import CliRunner
 
-from pdlm_hf import RegionCaptioner
+from pdlm_hf import BASE_CHECKPOINT, RegionCaptioner
 from pdlm_hf.cli.main import app
 from pdlm_hf.regions import Segmenter
 from pdlm_hf.regions.files import load_json, read_rows
@@ -120,6 +120,7 @@ def test_nothing_is_found(tmp_path):
     Image.new("RGB", (64, 64), (128, 128, 128)).save(tmp_path / "images" / "grey.png")
     result = batch(tmp_path / "images", "--everything", "--out", tmp_path / "out.jsonl")
     assert result.exit_code == 0, result.output
+    assert "nothing was found in 1 of 1 images, grey.png for example" in result.stderr
     coco = load_json(tmp_path / "out.coco.json")
     assert coco["annotations"] == [] and [image["file_name"] for image in coco["images"]] == ["grey.png"]
 
@@ -147,11 +148,14 @@ def test_with_models(tiny_checkpoint, folder, tmp_path, monkeypatch):
         (["--parts"], "--parts is for --everything"),
         (["--everything", "--find", "red"], "--everything and --find exclude each other"),
         (["--find", "dog"], "knows the colours red"),
+        (["--everything", "--model", "./none"], "./none: there is no such folder"),
+        (["--everything", "--model", BASE_CHECKPOINT], "it cannot caption regions"),
     ],
 )
 def test_wrong_calls(folder, tmp_path, arguments, message):
     result = batch(folder, *arguments, "--out", tmp_path / "out.jsonl")
     assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not (tmp_path / "out.found.jsonl").exists()
     result = batch(tmp_path / "none", "--everything", "--out", tmp_path / "out.jsonl")
     assert result.exit_code == 2 and "to find regions, a folder of images is needed" in result.stderr
 

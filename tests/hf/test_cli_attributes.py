@@ -78,6 +78,8 @@ def test_lines_and_table(read):
         ([], '{"a": ["x", "x "]}', "both written 'x'"),
         ([], "{", "is not valid JSON"),
         (["--template", "A {size}"], None, "The template has no place for {colour}"),
+        (["--template", "A {size} {colour} {striped} \udcff"], None, "bytes that are no UTF-8"),
+        (["--question", "Wei\udcdf?"], None, "the question has half of a character"),
         (["--unknown-below", "3"], None, "unknown_below"),
         (["--unknown-below", "nan"], None, "unknown_below"),
     ],
@@ -114,9 +116,19 @@ def test_batch_is_resumed_with_the_same_schema_only(files, tiny_checkpoint):
     table = list(csv.DictReader(io.StringIO((files / "out.csv").read_text())))
     assert [row["id"] for row in table] == ["0", "1", "2"]
     assert [row["colour"] for row in table] == [row["attributes"]["colour"]["value"] for row in rows]
-    (files / "schema.json").write_text(json.dumps(SCHEMA | {"size": ["little", "big"]}))
-    other = batch(*schema)
-    assert other.exit_code == 2 and "schema" in other.stderr
+    lines[1] = json.dumps(rows[1] | {"attributes": {"size": {"value": "small", "probability": 1.0}}}) + "\n"
+    (files / "out.jsonl").write_text("".join(lines))
+    mended = batch(*schema)
+    assert mended.exit_code == 0 and "line 2 has no value of the attribute 'colour'" in mended.stderr
+    assert sorted(read_rows(files / "out.jsonl"), key=lambda row: row["annotation_id"]) == rows
+    for option in (["--fast"], ["--steps", "4"], ["--max-new-tokens", "8"]):
+        useless = batch(*schema, *option)
+        assert useless.exit_code == 2 and f"{option[0]} is for captions; with --schema leave" in useless.stderr
+    same = {name: SCHEMA[name] for name in reversed(SCHEMA)}  # read in another order, so with other probabilities
+    for changed in (SCHEMA | {"size": ["little", "big"]}, same, SCHEMA | {"striped": ["yes", "no"]}):
+        (files / "schema.json").write_text(json.dumps(changed))
+        other = batch(*schema)
+        assert other.exit_code == 2 and "other settings (schema was '{" in other.stderr
     assert batch().exit_code == 2
     ray = batch(*schema, "--engine", "ray")
     assert ray.exit_code == 2 and "leave out --engine ray" in ray.stderr

@@ -176,6 +176,8 @@ def test_command_with_models(tiny_checkpoint, image, sam, tmp_path):
         (["--everything", "--select", "min_area"], "--select min_area: expected NAME=VALUE"),
         (["--everything", "--select", "area=1"], "area: there is no such setting of found regions, only min_score"),
         (["--everything", "--max-regions", "0"], "max_regions: Input should be greater than or equal to 1, got 0"),
+        (["--everything", "--mask", "none.png", "--segmenter", "no/such"], "Regions are found, or given"),
+        (["--everything", "--model", "./none", "--segmenter", "no/such"], "./none: there is no such folder"),
         (["--find", "dog"], "knows the colours red, green, .* not 'dog'"),
         (["--everything", "--segmenter", "no/such"], "no/such: the segmenter cannot be loaded"),
     ],
@@ -186,9 +188,12 @@ def test_wrong_calls(arguments, message, monkeypatch):
     monkeypatch.setattr(RegionCaptioner, "from_pretrained", None)  # all is said before the captioner is loaded
     result = pdlm("caption", SHAPES, *arguments)
     assert result.exit_code == 2 and re.search(message, result.stderr), result.output
+    missing = pdlm("caption", "none.png", "--everything", "--segmenter", "no/such")  # cheap, so it comes first
+    assert missing.exit_code == 2 and "none.png: no such file" in missing.stderr
 
 
 def test_nothing_found_is_said():
     result = pdlm("caption", SHAPES, "--find", "yellow star")
     assert result.exit_code == 1
     assert f"nothing named yellow star was found in {SHAPES} with a score of 0.5 or more" in result.stderr
+    assert "lower them: --select min_score=0.2 --select min_area=0.0001" in result.stderr

@@ -151,6 +151,9 @@ def test_an_empty_box_is_no_fault_where_boxes_become_masks(image):
         ),
         ({"names": ["dog"]}, "facebook/sam3: the segmenter .* about 3.4 GB; accept its licence there"),
         ({"detector": "facebook/detr-resnet-50"}, "facebook/detr-resnet-50: the detector cannot .* about 0.17 GB"),
+        ({"segmenter": "./none"}, "./none: there is no such folder. A segmenter is a folder or a hub id."),
+        ({"segmenter": ""}, "'': there is no such folder"),
+        ({"detector": __file__}, "test_finding.py: there is no such folder. A detector is a folder or a hub id."),
         ({"segmenter": "somebody/sam"}, r"somebody/sam: .* Hugging Face hub. Without it: your own regions \(--mask"),
     ],
 )

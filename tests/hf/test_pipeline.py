@@ -95,6 +95,9 @@ def test_attributes(tiny_checkpoint):
     assert found == [
         row.to_row() for row in captioner.attributes(entry["image"], entry["regions"], schema, jointly=True)
     ]
+    made = pipeline("region-attributes", model=pipe.model, processor=pipe.processor, schema=schema)
+    assert made(entry, jointly=True) == found  # settings of a call, for the schema of the pipeline
+    assert made(entry, unknown_below=1.0)[0]["attributes"]["size"]["value"] is None
     with pytest.raises(SettingError, match="region-attributes needs a schema"):
         pipe(entry)
     with pytest.raises(SettingError, match="region-attributes takes"):

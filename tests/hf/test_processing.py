@@ -6,6 +6,7 @@ from tiny import make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, PdlmGenerationOutput, PdlmProcessor, RegionCaption
+from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.processing_pdlm import area_order
 from pdlm_hf.prompts_pdlm import CHAT_TEMPLATE
 from pdlm_hf.tiling_pdlm import num_tiles
@@ -192,6 +193,14 @@ def test_special_tokens_in_the_question_are_refused(processor, base, token):
         processor(images=image, segmentation_maps=[np.ones((64, 64))], text=f"What is {token}?")
     with pytest.raises(ValueError, match="text 0 holds special tokens"):
         base(images=image, text=f"What is {token}?")
+
+
+def test_a_question_that_is_no_unicode_is_refused(processor, base):
+    image = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(SettingError, match="the question has half of a character, or bytes that are no UTF-8"):
+        processor(images=image, segmentation_maps=[np.ones((64, 64))], text="Wei\udcdf?")
+    with pytest.raises(SettingError, match="text 0 has half of a character"):
+        base(images=image, text="\ud83d?")
 
 
 @pytest.mark.parametrize("kind", ["np", None])

@@ -94,6 +94,8 @@ def test_scores_and_names_stay():
         ({"min_score": 1.5}, "min_score: Input should be less than or equal to 1, got 1.5"),
         ({"max_regions": 0}, "max_regions: Input should be greater than or equal to 1, got 0"),
         ({"iou": 0.5}, "iou: there is no such setting of found regions, only min_score, min_stability"),
+        ({"min_area": 0.5, "max_area": 0.1}, "min_area 0.5 is more than max_area 0.1: nothing is kept"),
+        ([0.5], r"are SelectionSettings or a dict of them, got \[0.5\]"),
         ({"min_area": "big"}, "min_area: Input should be a valid number.* got 'big'"),
     ],
 )

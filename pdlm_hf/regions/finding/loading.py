@@ -56,7 +56,8 @@ def load_finder(
         SettingError: see [`RegionFinder`].
     """
     if detector is None:
-        chosen = segmenter or (SEGMENTER if names is None else WORD_SEGMENTER)
+        default = SEGMENTER if names is None else WORD_SEGMENTER
+        chosen = default if segmenter is None else segmenter
         return RegionFinder(load_segmenter(chosen, device, words=names is not None), names, settings)
     refiner = None if segmenter is None else load_segmenter(segmenter, device)
     return RegionFinder(load_detector(detector, device), names, settings, refiner)
@@ -108,6 +109,9 @@ def _model_type(path: str) -> str:
 
 def _load(path: str, what: str, read: Callable, *args: Any) -> Any:
     """Load by `read`. Raises: CheckpointError, with what was wanted, from where, how large, and what works without."""
+    as_folder = path.startswith((".", "~", "/")) or path.count("/") > 1 or not path or Path(path).is_file()
+    if as_folder and not Path(path or "-").is_dir():
+        raise CheckpointError(f"{path or repr(path)}: there is no such folder. A {what} is a folder or a hub id.")
     try:
         return read(path, *args)
     except CheckpointError:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...errors_pdlm import SettingError
 from ..region import Region
@@ -79,6 +79,12 @@ class SelectionSettings(BaseModel):
     part_share: float = Field(0.85, gt=0, le=1)
     max_regions: int = Field(64, ge=1, le=999)
 
+    @model_validator(mode="after")
+    def _check_areas(self) -> "SelectionSettings":
+        if self.min_area > self.max_area:
+            raise ValueError(f"min_area {self.min_area:g} is more than max_area {self.max_area:g}: nothing is kept")
+        return self
+
 
 def parse_selection(settings: SelectionSettings | dict[str, Any] | None) -> SelectionSettings:
     """Check the settings of a selection.
@@ -91,6 +97,8 @@ def parse_selection(settings: SelectionSettings | dict[str, Any] | None) -> Sele
     """
     if isinstance(settings, SelectionSettings):
         return settings
+    if not isinstance(settings, dict | None):
+        raise SettingError(f"Settings of found regions are SelectionSettings or a dict of them, got {settings!r:.60}.")
     try:
         return SelectionSettings(**(settings or {}))
     except ValidationError as error:
@@ -100,6 +108,8 @@ def parse_selection(settings: SelectionSettings | dict[str, Any] | None) -> Sele
             raise SettingError(
                 f"{first['loc'][0]}: there is no such setting of found regions, only {fields}."
             ) from None
+        if not first["loc"]:  # of several settings
+            raise SettingError(f"{first['msg'].removeprefix('Value error, ')}.") from None
         raise SettingError(f"{first['loc'][0]}: {first['msg']}, got {first['input']!r:.60}.") from None
 
 
