@@ -9,7 +9,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
-from .errors_pdlm import CheckpointError, SettingError
+from .errors_pdlm import CheckpointError, SettingError, reading
 
 BASE_FILE = "pdlm_base.json"  # beside an adapter: its base, and what the recipe changed besides the weights
 # PEFT's methods that put virtual tokens before or between those of the input
@@ -37,16 +37,17 @@ def adapter_base(folder: str | os.PathLike) -> str:
         folder (`str` or `os.PathLike`): adapter folder.
 
     Raises:
-        CheckpointError: the base that the adapter names does not exist.
+        CheckpointError: the base that the adapter names does not exist, or the file that names it is damaged.
 
     Returns:
         `str`: path of the base, or its hub id.
     """
-    noted = json.loads(Path(folder, BASE_FILE).read_text(encoding="utf-8"))
-    base = noted["base"]
-    places = [Path(folder, base), Path(base)]  # the second: written from the working directory, as it was once
-    if noted.get("embedded"):
-        places.append(Path(__file__).parent / "shapes" / noted["embedded"])
+    with reading(folder, BASE_FILE):
+        noted = json.loads(Path(folder, BASE_FILE).read_text(encoding="utf-8"))
+        base = noted["base"]
+        places = [Path(folder, base), Path(base)]  # the second: written from the working directory, as it was once
+        if noted.get("embedded"):
+            places.append(Path(__file__).parent / "shapes" / noted["embedded"])
     for place in places:
         if place.is_dir():
             return str(place)

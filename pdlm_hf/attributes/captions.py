@@ -38,14 +38,21 @@ def read_row(schema: AttributeSchema, row: dict[str, Any]) -> RegionAttributes:
     values = {}
     for name, attribute in schema.attributes.items():
         given = row["attributes"][name]
-        value, probability = given["value"], float(given["probability"])
+        value, probability = given["value"], _share(given["probability"])
         if attribute.choices is None:
             if not isinstance(value, str | None):
                 raise TypeError(f"attribute {name!r:.60}: {value!r:.60} is no text.")
             values[name] = AttributeValue(value, probability)
             continue
         by_text = {text_of(choice): choice for choice in attribute.choices}
-        probabilities = {choice: float(given["probabilities"][text]) for text, choice in by_text.items()}
+        probabilities = {choice: _share(given["probabilities"][text]) for text, choice in by_text.items()}
         chosen = None if value is None else by_text[text_of(value)]
-        values[name] = AttributeValue(chosen, probability, probabilities, float(given["support"]))
+        values[name] = AttributeValue(chosen, probability, probabilities, _share(given["support"]))
     return RegionAttributes(values, row["id"], row["bbox"])
+
+
+def _share(value: Any) -> float:
+    """A number from 0 to 1. Raises: ValueError."""
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"expected a number from 0 to 1, got {value!r:.60}.")
+    return float(value)

@@ -1,5 +1,6 @@
 """The decode benchmark: the reference's loop, ours and an autoregressive one side by side, with random weights."""
 
+import os
 import platform
 import resource
 import statistics
@@ -298,8 +299,12 @@ def _check(device: str, shape: str, regions: list[int], files: dict[str, Path | 
     if device not in ("cpu", "cuda"):
         raise SettingError(f"--device: expected cpu or cuda, got {device!r}.")
     for name, path in files.items():
-        if path is not None and not path.parent.is_dir():
+        if path is None:
+            continue
+        if not path.parent.is_dir():
             raise SettingError(f"{name}: there is no folder {path.parent}.")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise SettingError(f"{name}: {path} cannot be written: it is a folder, or its folder is read-only.")
     if max(regions) > MAX_REGIONS:
         raise SettingError(f"--regions: at most {MAX_REGIONS} regions, got {max(regions)}.")
 
@@ -336,7 +341,9 @@ def decode(
     _check(device, shape, regions, {"--json": json_file, "--plot": plot})
     if plot is not None:
         with_scaling = True
-        _pyplot()  # fails now rather than after the run
+        formats = _pyplot().figure().canvas.get_supported_filetypes()  # fails now rather than after the run
+        if plot.suffix[1:].lower() not in formats:
+            raise SettingError(f"--plot {plot}: the ending must be one of {', '.join(sorted(formats))}.")
     torch.set_num_threads(threads)
     bench = Bench(SHAPES[shape], device, max(8 if with_scaling else 1, *regions))
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} thread(s)"

@@ -123,7 +123,7 @@ class RegionCaptioner:
             SettingError: the mode does not exist.
             OSError: the hub has no such checkpoint, or cannot be reached.
         """
-        network, processor = load_checkpoint(model or CHECKPOINT, dtype, **kwargs)
+        network, processor = load_checkpoint(CHECKPOINT if model is None else model, dtype, **kwargs)
         if "device_map" not in kwargs:
             network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         warn_of_slow_bfloat16(network.device, network.dtype)

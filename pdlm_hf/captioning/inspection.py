@@ -23,7 +23,7 @@ from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditional
 from ..tiling_pdlm import num_tiles
 from .checkpoints import checkpoint_name
 from .loading import check_sizes, check_together, reading_files
-from .weight_files import StoredWeight, compare_weights, expected_weights, our_name, stored_weights
+from .weight_files import StoredWeight, compare_weights, expected_weights, our_name, read_header, stored_weights
 
 GIB = 2**30
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt"]
@@ -76,6 +76,7 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
     found = Inspection(str(model), machine=machine())
     name = checkpoint_name(model)
     if Path(name, BASE_FILE).is_file():
+        _inspect_adapter(found, Path(name))
         name = adapter_base(name)
         found.notes.append(f"is an adapter; this is about its base, {name}.")
     level = logging.get_verbosity()
@@ -90,12 +91,24 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
     return found
 
 
+def _inspect_adapter(found: Inspection, folder: Path) -> None:
+    """The files of an adapter beside its base: that they are there, and its weights whole."""
+    if not (folder / "adapter_config.json").is_file():
+        found.faults.append(f"{folder}: has no adapter_config.json, so its base is loaded without it.")
+    weights = folder / "adapter_model.safetensors"
+    if weights.is_file():
+        _collect(found, read_header, weights)
+    elif not weights.with_suffix(".bin").is_file():
+        found.faults.append(f"{folder}: has no weights of the adapter: no {weights.name}.")
+
+
 def _collect(found: Inspection, read: Any, *args: Any) -> Any:
     """What `read` returns; None, and a fault, where it fails."""
     try:
         return read(*args)
     except (PdlmError, OSError) as error:
-        found.faults.append(" ".join(str(error).split()))
+        in_file = isinstance(error, OSError) and error.filename is not None
+        found.faults.append(f"{error.filename}: {error.strerror}." if in_file else " ".join(str(error).split()))
         return None
 
 
@@ -112,6 +125,10 @@ def _from_hub(name: str) -> Path:
 
 
 def _read_config(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        peft = (folder / "adapter_config.json").is_file()
+        hint = f" It is an adapter without {BASE_FILE}: check its base." if peft else ""
+        raise CheckpointError(f"{folder}: has no config.json, so it is no checkpoint.{hint}")
     with reading_files(str(folder), "config.json"):
         config = AutoConfig.from_pretrained(folder)
         check_sizes(config)

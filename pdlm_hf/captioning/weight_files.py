@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from ..conversion_pdlm import PARAMETER_PREFIXES
 from ..errors_pdlm import CheckpointError, reading
@@ -52,6 +53,8 @@ def read_header(path: Path) -> dict[str, StoredWeight]:
         header = file.read(length)
     with reading(path, "header"):
         found = json.loads(header)
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path}: header: expected a JSON object, got {found!r:.60}.")
         found.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in found.values()), default=0)
         weights = {
@@ -59,7 +62,8 @@ def read_header(path: Path) -> dict[str, StoredWeight]:
         }
     if size != end:
         raise CheckpointError(f"{path}: has {size} bytes where its header needs {end}. Download it again.")
-    return weights
+    with reading(path, "header"), safe_open(path, framework="pt"):  # refuses types and places that cannot be loaded
+        return weights
 
 
 def stored_weights(folder: Path) -> tuple[dict[str, StoredWeight], list[str]]:
@@ -69,7 +73,9 @@ def stored_weights(folder: Path) -> tuple[dict[str, StoredWeight], list[str]]:
     elif (folder / INDEX).is_file():
         try:
             with reading(folder, INDEX):
-                named = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+                named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+                if not (isinstance(named, dict) and named and all(isinstance(f, str) for f in named.values())):
+                    raise CheckpointError(f"{folder / INDEX}: weight_map must name a file for every weight.")
                 files = sorted(set(named.values()))
         except CheckpointError as error:
             return {}, [str(error)]
@@ -83,8 +89,12 @@ def stored_weights(folder: Path) -> tuple[dict[str, StoredWeight], list[str]]:
         except FileNotFoundError:
             lost = [name for name, where in named.items() if where == file]
             faults.append(f"{folder / file}: is missing; {INDEX} has {len(lost)} weights there, such as {lost[0]}.")
-        except (CheckpointError, OSError) as error:
+        except OSError as error:
+            faults.append(f"{folder / file}: cannot be read ({error.strerror}).")
+        except CheckpointError as error:
             faults.append(str(error))
+    if not weights and not faults:
+        faults.append(f"{folder / files[0]}: has no weights in it.")
     return weights, faults
 
 

@@ -40,7 +40,7 @@ def chat(
     note_embedded(model, RELEASED_BASE)
     settings = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps, "block_length": block_length}
     settings = {name: value for name, value in settings.items() if value is not None}
-    network, processor = load(load_checkpoint, model or str(BASE_CHECKPOINT))
+    network, processor = load(load_checkpoint, str(BASE_CHECKPOINT) if model is None else model)
     if network.config.num_region_prompts:
         raise CheckpointError(
             f"{model}: a region checkpoint, which captions regions (`pdlm caption`). For chat give a base checkpoint, "

@@ -21,7 +21,7 @@ def check(
     from ..captioning.checkpoints import CHECKPOINT
     from ..captioning.inspection import inspect_checkpoint
 
-    found = inspect_checkpoint(model or CHECKPOINT)
+    found = inspect_checkpoint(CHECKPOINT if model is None else model)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:

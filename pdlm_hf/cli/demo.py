@@ -1,5 +1,7 @@
 """`pdlm demo`: the web page."""
 
+import os
+import socket
 from typing import Annotated, Any
 
 import typer
@@ -39,6 +41,7 @@ def demo(
         from ..demo.page import build_page, serve
     except ImportError as error:
         raise MissingPackageError(f"Gradio ({error})", "demo") from error
+    _check_address(host, port)
     embedded = model is None and server is None
     segmenter, finder = _segmenter(sam, embedded)
     backend, threshold = _backend(server, model, key_env, max_new_tokens)
@@ -54,6 +57,17 @@ def demo(
         serve(page, host, port, started)
     except KeyboardInterrupt:  # the way to stop it
         pass
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raises: OSError: the address is in use, or none of this machine; here, before a model is loaded."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            if os.name != "nt":  # as a server has it: the port of one that has just ended is free
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise OSError(f"--host {host} --port {port}: cannot be listened on ({error}).") from error
 
 
 def _backend(server, model, key_env, max_new_tokens):

@@ -100,7 +100,7 @@ def check_captioner(model: str | None, schema: Any = None) -> None:
     from ..captioning.checkpoints import CHECKPOINT
     from ..captioning.loading import load_processor
 
-    processor = load(lambda path: load_processor(path or CHECKPOINT), model)
+    processor = load(lambda path: load_processor(CHECKPOINT if path is None else path), model)
     if not processor.tokens_per_region:
         raise CheckpointError(NO_REGIONS)
     if schema is not None:

@@ -166,6 +166,8 @@ def test_a_run_that_is_stopped_keeps_its_tables(tmp_path, monkeypatch):
         ("--repeats 0", "repeats"),
         ("--caption-tokens 0", "caption-tokens"),
         ("--json missing/out.json", "there is no folder missing"),
+        ("--json .", "--json: . cannot be written: it is a folder"),
+        ("--plot out.xyz", "--plot out.xyz: the ending must be one of"),
     ],
 )
 def test_wrong_calls(arguments, message):

@@ -155,7 +155,37 @@ def two_faults(folder, weights):
     return [f"{NAME}: is missing", "generation_config.json"]
 
 
+def empty_index(folder, weights):
+    sharded(folder, weights)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    return ["model.safetensors.index.json: weight_map must name a file for every weight"]
+
+
+def no_weight_in_it(folder, weights):
+    save_file({}, folder / "model.safetensors")
+    return ["model.safetensors: has no weights in it"]
+
+
+def unknown_type(folder, weights):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data.replace(b'"F32"', b'"X32"', 1))
+    return ["model.safetensors: header: cannot be loaded, it may be damaged .*X32"]
+
+
+def shape_of_text(folder, weights):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data.replace(b'"shape":[512,128]', b'"shape":"512,128"', 1))
+    return ["model.safetensors: header: cannot be loaded, it may be damaged"]
+
+
+def no_config(folder, weights):
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    return ["has no config.json, so it is no checkpoint. It is an adapter without pdlm_base.json"]
+
+
 BROKEN = [missing, renamed, reshaped, another_id, cut_short, pointer, no_shard, broken_index, two_faults]
+BROKEN += [empty_index, no_weight_in_it, unknown_type, shape_of_text, no_config]
 
 
 @pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.__name__)
@@ -192,6 +222,13 @@ def test_many_faults_are_counted(tmp_path):
 def test_no_such_folder_and_no_such_name():
     done = checked("/no/such/folder")
     assert done.exit_code == 2 and "there is no such folder" in done.stderr
+    done = checked(__file__)
+    assert done.exit_code == 2 and "test_check.py: is a file. A checkpoint is a folder" in done.stderr
+    for call in (["check", ""], ["caption", "none.png", "--everything", "--model", ""]):  # a variable that is not set
+        done = CliRunner().invoke(app, call)
+        assert done.exit_code == 2 and "The name of the checkpoint is empty" in done.stderr
+    with pytest.raises(CheckpointError, match="The name of the checkpoint is empty"):
+        pdlm_hf.RegionCaptioner.from_pretrained("")
     done = checked("nobody/nothing")
     assert done.exit_code == 2 and done.stderr.count("\n") == 1
     assert "nobody/nothing: there is no such folder here, and no such checkpoint in the hub's cache" in done.stderr
@@ -224,8 +261,23 @@ def test_a_checkpoint_of_the_hub(tmp_path, monkeypatch):
 
 def test_an_adapter_is_checked_by_its_base(tmp_path):
     (tmp_path / "pdlm_base.json").write_text(json.dumps({"base": str(pdlm_hf.CHECKPOINT)}))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"a": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     found = inspect_checkpoint(tmp_path)
     assert not found.faults and f"its base, {pdlm_hf.CHECKPOINT}" in found.notes[0]
+
+
+@pytest.mark.parametrize("noted", ["{", "[]"])
+def test_a_damaged_adapter_is_named(tmp_path, noted):
+    (tmp_path / "pdlm_base.json").write_text(noted)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"cut")
+    done = checked(tmp_path)
+    assert done.exit_code == 2 and f"{tmp_path}: pdlm_base.json: cannot be loaded, it may be damaged" in done.stderr
+    (tmp_path / "pdlm_base.json").write_text(json.dumps({"base": str(pdlm_hf.CHECKPOINT)}))
+    no_config, cut = inspect_checkpoint(tmp_path).faults
+    assert "has no adapter_config.json" in no_config and "adapter_model.safetensors: is no safetensors file" in cut
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert "has no weights of the adapter" in inspect_checkpoint(tmp_path).faults[1]
 
 
 @pytest.mark.parametrize(

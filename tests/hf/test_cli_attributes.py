@@ -182,6 +182,9 @@ def test_batch_by_a_server_writes_the_same_tables(files):
         lambda row: row["attributes"]["legs"].update(value=3),
         lambda row: row["attributes"]["name"].update(value=3),
         lambda row: row["attributes"]["striped"].update(probability="high"),
+        lambda row: row["attributes"]["legs"].update(probability=1.5),
+        lambda row: row["attributes"]["legs"]["probabilities"].update({"2": float("nan")}),
+        lambda row: row["attributes"]["striped"].update(support=-1),
     ],
 )
 def test_an_answer_that_is_not_of_the_schema_is_none(files, change):

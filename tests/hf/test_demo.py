@@ -737,14 +737,14 @@ def test_the_page_needs_nothing_from_elsewhere(served):
 
 
 def command(*arguments):
-    return CliRunner().invoke(app, ["demo", *map(str, arguments)])
+    return CliRunner().invoke(app, ["demo", "--port", "0", *map(str, arguments)])
 
 
 def test_wrong_calls_are_told_in_one_line(tmp_path, monkeypatch, no_proxy):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for arguments, message in (
             (["--port", taken.getsockname()[1]], "cannot be listened on"),
-            (["--port", 70000], "cannot be listened on"),
+            (["--port", 70000, "--model", tmp_path / "none"], "cannot be listened on"),  # before anything is loaded
             (["--max-new-tokens", 0], "--max-new-tokens must be a positive integer"),
             (["--model", tmp_path / "none"], "none"),
             (["--sam", tmp_path / "none"], "none"),

@@ -178,3 +178,11 @@ def test_a_folder_with_files_is_not_overwritten(golden_regions, tmp_path):
     with pytest.raises(ValueError, match="is not empty. Choose a new folder"):
         export_checkpoint(golden_regions, tmp_path)
     assert written(tmp_path) == ["old.txt"]
+    with pytest.raises(ValueError, match="no folder can be written here, since .*old.txt is a file"):
+        export_checkpoint(golden_regions, tmp_path / "old.txt" / "new")
+
+
+def test_an_adapter_is_merged_first(tmp_path):
+    (tmp_path / "pdlm_base.json").write_text("{}")  # transformers would write the adapter alone
+    with pytest.raises(ValueError, match=f"{tmp_path}: is an adapter; merge it first, with `pdlm-peft merge"):
+        export_checkpoint(tmp_path, tmp_path / "out")
