@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from .caching_pdlm import PrefixCache
 from .canvas_pdlm import as_bias
 from .configuration_pdlm import PdlmConfig
-from .errors_pdlm import RegionError
+from .errors_pdlm import RegionError, SettingError
 from .generation_config_pdlm import PdlmGenerationConfig
 from .generation_pdlm import rows_of
 from .masking_pdlm import PREFIX_ONLY, SHARED
@@ -29,6 +29,7 @@ from .versions_pdlm import CACHE
 # Token positions of a row's canvas in one forward pass, unless one block is longer: bounds the attention mask.
 MOST_COLUMNS = 4096
 _MAX_LOGITS = 2**26  # positions x vocabulary scored at a time
+_SETTINGS = ("max_batch_tokens", "prefix_refresh_interval")  # of `generate`
 
 
 @dataclass
@@ -187,7 +188,7 @@ class PdlmAttributesMixin:
     config: PdlmConfig
     generation_config: PdlmGenerationConfig
     _settings: Callable[..., PdlmGenerationConfig]
-    _check_length: Callable[[int, str], None]
+    _check_length: Callable[[int, str, str], None]
 
     @torch.no_grad()
     def read_attributes(
@@ -216,16 +217,19 @@ class PdlmAttributesMixin:
             jointly (`bool`): the most certain attribute of a region is fixed and the others are read again, one pass
                 an attribute, for attributes that depend on each other.
             calibrate (`bool`): divide the probabilities by those of a block that sees the image, but no region.
-            generation_config, **kwargs: of these settings of `generate` `max_batch_tokens` and
+            generation_config (`PdlmGenerationConfig`, *optional*): of which `max_batch_tokens` and
                 `prefix_refresh_interval` count; nothing is drawn at random.
+            **kwargs: these two settings.
 
         Raises:
             RegionError: the inputs have no regions.
-            SettingError: the blocks are longer than the checkpoint allows.
+            SettingError: the blocks are longer than the checkpoint allows, or a setting is unknown or of captions.
         """
         if region_order is None or image_index is None:
             raise RegionError("`read_attributes` needs regions: pass `segmentation_maps` to the processor.")
         settings = self._settings(generation_config, kwargs)
+        if useless := kwargs.keys() - {*_SETTINGS}:
+            raise SettingError(f"`{min(useless)}` is for captions; for attributes there are {', '.join(_SETTINGS)}.")
         counts = (region_order >= 0).sum(1).tolist()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         inputs = {
@@ -257,7 +261,8 @@ class PdlmAttributesMixin:
     def _check_blocks(self, plan: AttributePlan, prompt: int, most: int) -> None:
         """Raises: SettingError if a block is longer than the checkpoint has positions for."""
         rows = prompt + most * (plan.longest + 2)
-        self._check_length(rows, f"The prompt and templates of {plan.longest} tokens")
+        advice = "Give a shorter template or shorter free texts, or ask for less"
+        self._check_length(rows, f"The prompt and blocks of {plan.longest} tokens", advice)
 
 
 def _row_chunks(lengths: Sequence[int], counts: Sequence[int], plan: AttributePlan, limit: int | None) -> list[slice]:

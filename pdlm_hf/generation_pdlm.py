@@ -226,13 +226,13 @@ class PdlmGenerationMixin:
             first += size
         return self._join(parts, sum(counts) * num_slots, num_slots, streamer)
 
-    def _check_length(self, length: int, what: str) -> None:
+    def _check_length(self, length: int, what: str, advice: str = "Lower `max_new_tokens`, or ask for less") -> None:
         """Raises: SettingError if the checkpoint has no position embeddings for so many tokens."""
         limit = self.config.text_config.max_position_embeddings
         if length > limit:
             raise SettingError(
-                f"{what} make {length} tokens, more than the {limit} positions of the checkpoint. Lower "
-                "`max_new_tokens`, or ask for less at a time: fewer regions, fewer images."
+                f"{what} make {length} tokens, more than the {limit} positions of the checkpoint. "
+                f"{advice} at a time: fewer regions, fewer images."
             )
 
     def _caption_rows(self, task: GenerationTask, inputs, counts, by_image) -> dict[str, Any]:

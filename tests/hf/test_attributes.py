@@ -325,6 +325,8 @@ class TestReading:
             isolated_model.read_attributes(inputs["input_ids"], plan)
         with pytest.raises(SettingError, match="Unknown generation settings"):
             isolated_model.read_attributes(**inputs, plan=plan, tempo=1)
+        with pytest.raises(SettingError, match="`temperature` is for captions; for attributes there are max"):
+            isolated_model.read_attributes(**inputs, plan=plan, temperature=1.0)
         long = processor.attribute_plan(CHOICES, templates=["{size} {colour}" + " plain" * 2000])
         with pytest.raises(SettingError, match="more than the 2048 positions"):
             isolated_model.read_attributes(**inputs, plan=long)
