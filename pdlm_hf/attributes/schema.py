@@ -225,13 +225,15 @@ def _from_json_schema(value: dict[str, Any]) -> dict[str, Any]:
     kind = value.get("type")
     if kind is not None and (not isinstance(kind, str) or kind not in _TYPES):
         raise ValueError(f"the type {kind!r:.60} cannot be read; expected one of {', '.join(_TYPES)}")
-    listed = [key for key in ("enum", "const") if key in value]
+    listed = [key for key in ("const", "enum") if key in value]
     limits = set() if listed else _LIMITS.get(kind, set())
-    spare = [key for key in value if key not in {"type", *listed[:1], *_NOTES, *limits}]
+    spare = [key for key in value if key not in {"type", *listed, *_NOTES, *limits}]
     if spare and (listed or kind):
         raise ValueError(f"{spare[0]!r} is not read beside {listed[0] if listed else f'the type {kind}'}")
     if listed:
-        choices = value["enum"] if "enum" in value else [value["const"]]
+        choices = [value["const"]] if "const" in value else value["enum"]
+        if len(listed) > 1 and not (isinstance(value["enum"], list) and value["const"] in value["enum"]):
+            raise ValueError(f"the const {value['const']!r:.60} is none of the enum")
         if kind is not None and isinstance(choices, list):
             for choice in choices:
                 if type(choice) is not _TYPES[kind]:

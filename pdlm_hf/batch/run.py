@@ -43,14 +43,15 @@ class BatchFiles:
         shard (`tuple[int, int]`, *optional*): number of this shard of the data set, from 1, and number of shards. A
             run without it takes over the rows of all shards.
         row_fault: returns what is wrong with a row of an earlier run, or None.
+        source (`Path`, *optional*): the data set, which no file of the run may replace.
 
     Attributes:
         damaged (`list[str]`): messages about damaged lines of an earlier run.
 
     Raises:
         DataError: a file has other rows.
-        SettingError: the name or folder cannot be used, another run writes the files, or they were made with other
-            settings.
+        SettingError: the name or folder cannot be used, a file of the run is the data set, another run writes the
+            files, or they were made with other settings.
         OSError: a file cannot be written.
     """
 
@@ -60,6 +61,7 @@ class BatchFiles:
         settings: dict[str, Any],
         shard: tuple[int, int] | None = None,
         row_fault: Callable[[dict[str, Any]], str | None] = result_fault,
+        source: Path | None = None,
     ):
         if out.suffix != ".jsonl":
             raise SettingError(f"{out}: the name of the results must end with .jsonl.")
@@ -69,6 +71,8 @@ class BatchFiles:
         parts = [] if shard else sorted(path for path in out.parent.iterdir() if part_name.fullmatch(path.name))
         self.out = out if shard is None else out.with_suffix(".{}-of-{}.jsonl".format(*shard))
         self.faults_path, self.coco_path = self.out.with_suffix(".faults.jsonl"), self.out.with_suffix(".coco.json")
+        if source is not None and source.resolve() in (path.resolve() for path in (self.out, self.coco_path)):
+            raise SettingError(f"{out}: the run would replace the data set {source}; choose another name.")
         self.row_fault = row_fault
         self.rows: dict[Any, dict[Any, Said]] = {}  # by image, by region
         self.damaged: list[str] = []

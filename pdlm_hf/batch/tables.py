@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attributes.results import csv_fields, write_csv
+from ..errors_pdlm import SettingError
 from ..regions.files import read_rows, replacing
 from ..regions.results import result_fault
 
@@ -25,6 +26,15 @@ def write_table(rows: Path, names: Iterable[str]) -> Path:
     with replacing(path) as file:
         write_csv(file, chain([csv_fields(names)], _rows(rows, names)))
     return path
+
+
+def check_table(rows: Path) -> None:
+    """Raises: SettingError: there is another table at the place of OUT.csv, which [`write_table`] would replace."""
+    path, start = rows.with_suffix(".csv"), ",".join(csv_fields([]))
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            if (first := file.readline(200)) and not first.startswith(start):
+                raise SettingError(f"{path}: is another table, which this run would replace; choose another --out.")
 
 
 def attributes_fault(names: Iterable[str]) -> Callable[[dict[str, Any]], str | None]:

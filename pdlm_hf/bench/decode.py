@@ -341,8 +341,10 @@ def decode(
     _check(device, shape, regions, {"--json": json_file, "--plot": plot})
     if plot is not None:
         with_scaling = True
-        formats = _pyplot().figure().canvas.get_supported_filetypes()  # fails now rather than after the run
-        if plot.suffix[1:].lower() not in formats:
+        _pyplot()  # fails now rather than after the run
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        if plot.suffix[1:].lower() not in (formats := FigureCanvasBase.get_supported_filetypes()):
             raise SettingError(f"--plot {plot}: the ending must be one of {', '.join(sorted(formats))}.")
     torch.set_num_threads(threads)
     bench = Bench(SHAPES[shape], device, max(8 if with_scaling else 1, *regions))

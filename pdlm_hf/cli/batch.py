@@ -82,7 +82,7 @@ def batch(
     after any stop."""
     from ..batch.dataset import open_data
     from ..batch.run import BatchFiles, BatchProgress, parse_shard, run_batch
-    from ..batch.tables import attributes_fault, write_table
+    from ..batch.tables import attributes_fault, check_table, write_table
 
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_denoising_steps": steps}
     check_positive({"--max-new-tokens": max_new_tokens, "--steps": steps, "--batch-size": batch_size})
@@ -106,10 +106,11 @@ def batch(
     name = str(model or "shapes (embedded)") if asked is None else asked.model
     kept = {"model": name, "question": question, "fast": fast, **generation, **finding}
     if checked is None:
-        files = BatchFiles(out, kept, part)
+        files = BatchFiles(out, kept, part, source=data)
     else:  # as text: the order counts, and 1 is not true
         kept["schema"] = json.dumps(checked.to_json(), ensure_ascii=False)
-        files = BatchFiles(out, kept, part, attributes_fault(checked.attributes))
+        check_table(out)
+        files = BatchFiles(out, kept, part, attributes_fault(checked.attributes), data)
     _show_damaged(files.damaged)
 
     def open_engine():

@@ -688,6 +688,14 @@ def test_of_two_annotations_with_one_id_the_first_has_the_caption(tmp_path):
     assert said == ["a", None, None, None]
 
 
+def test_the_data_set_is_not_replaced(tmp_path):
+    write_coco(tmp_path, 1)
+    source = (tmp_path / "coco.json").rename(tmp_path / "mine.coco.json")
+    with pytest.raises(SettingError, match="would replace the data set .*mine.coco.json; choose another name"):
+        BatchFiles(tmp_path / "mine.jsonl", {}, source=source)
+    assert sorted(path.name for path in tmp_path.glob("mine*")) == ["mine.coco.json"]
+
+
 def test_attributes_that_an_annotation_has_already_stay(tmp_path):
     write_coco(tmp_path, 1)
     change(tmp_path, lambda data: data["annotations"][0].update(attributes={"occluded": True, "size": "?"}))

@@ -104,6 +104,10 @@ def test_batch_is_resumed_with_the_same_schema_only(files, tiny_checkpoint):
         return CliRunner().invoke(app, [str(argument) for argument in (*arguments, *options)])
 
     schema = ["--schema", files / "schema.json"]
+    (files / "out.csv").write_text("name;price\n")
+    foreign = batch(*schema)
+    assert foreign.exit_code == 2 and "out.csv: is another table" in foreign.stderr
+    (files / "out.csv").unlink()
     assert batch(*schema).exit_code == 0
     rows = list(read_rows(files / "out.jsonl"))
     assert [row["annotation_id"] for row in rows] == [0, 1, 2]
