@@ -107,8 +107,10 @@ def _collect(found: Inspection, read: Any, *args: Any) -> Any:
     try:
         return read(*args)
     except (PdlmError, OSError) as error:
-        in_file = isinstance(error, OSError) and error.filename is not None
-        found.faults.append(f"{error.filename}: {error.strerror}." if in_file else " ".join(str(error).split()))
+        reason = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = f"{error.filename}: {error.strerror}."
+        found.faults.append(reason)
         return None
 
 
