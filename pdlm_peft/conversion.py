@@ -14,15 +14,14 @@ from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.regions.coco import CocoIndex
 from pdlm_hf.regions.files import load_json, replacing, without_collection
 
+from .corrected import CORRECTED, PlacedRow, corrected_rows
 from .rows import WHOLE, Fault, RowError, check_row, is_rle, sound_row
 from .sources import Source, find_source, raw_rows
 
-FORMS = ("coco-instances", "coco-panoptic", "dam", "gar", "reference")
+FORMS = ("coco-instances", "coco-panoptic", "dam", "gar", "reference", *CORRECTED)
 
 # Gives the caption of a region for the id of its image, its own id and the name of its category; None: no caption.
 Captions = Callable[[Any, Any, str | None], str | None]
-# A row, and where it is in the source: in messages, before the fault.
-PlacedRow = tuple[str, dict[str, Any]]
 _PROMPT = re.compile(r"<Prompt\d+>")
 
 
@@ -38,7 +37,8 @@ def convert(
     """Convert annotations into region data. If anything fails, no file is written.
 
     Args:
-        source (`str` or `Path`): the annotation file, or for "gar" and "reference" also a saved `datasets` folder.
+        source (`str` or `Path`): the annotation file, or for "gar" and "reference" also a saved `datasets` folder, for
+            "fiftyone" the exported folder.
         out (`Path`): JSONL file.
         form (`str`): one of [`FORMS`].
         images (`Path`, *optional*): folder that the images' paths start from, and will start from later; default: the
@@ -52,6 +52,7 @@ def convert(
 
     Raises:
         DataError: the file cannot be read as this form.
+        RegionError: a region of an annotation tool cannot be read.
         SettingError: there is no such form, or COCO annotations come without `captions`.
     """
     if form not in FORMS:
@@ -65,6 +66,8 @@ def convert(
         rows = coco_rows(Path(source), captions, counts, crowds, png_folder)
     elif form == "dam":
         rows = dam_rows(Path(source), images)
+    elif form in CORRECTED:
+        rows = corrected_rows(Path(source), form, counts)
     else:
         found = find_source(source, images)
         rows, folder = gar_rows(found, counts) if form == "gar" else reference_rows(found), found.own_folder

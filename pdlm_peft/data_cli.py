@@ -99,9 +99,14 @@ def _print_summary(report: Any) -> None:
 
 @exit_on_error
 def convert(
-    source: Annotated[str, typer.Argument(help="The annotation file, or a saved table.")],
+    source: Annotated[str, typer.Argument(help="The annotation file, or a saved table or folder.")],
     out: Annotated[Path, typer.Argument(help="JSONL file to write.")],
-    form: Annotated[str, typer.Option("--from", help="coco-instances, coco-panoptic, dam, gar or reference.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--from", help="coco-instances, coco-panoptic, dam, gar, reference, label-studio, cvat or fiftyone."
+        ),
+    ],
     images: Images = None,
     captions: Annotated[
         Path | None,

@@ -264,19 +264,47 @@ def report(
     limit: Annotated[
         int | None, typer.Option(help="Number of images, lowest scores first; default: 500, on a contact sheet 48.")
     ] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page; default: the name of ROWS.")] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels of the longer side of an image in the page.")] = 640,
 ) -> None:
-    """Show the captions: one page to search and sort, or a contact sheet."""
+    """Show the captions: one page to search, filter and sort, or a contact sheet."""
     from ..render.drawing import check_target
     from ..render.report import write_report
     from ..render.text import pluralize
 
+    check_positive({"--image-size": image_size})
     if out.suffix.lower() != ".html":
         check_target(out, "--out")
     damaged: dict[int, str] = {}
-    shown, total, unread = write_report(rows, images, out, limit, damaged.__setitem__)
+    shown, total, unread = write_report(rows, images, out, limit, damaged.__setitem__, title, image_size)
     _show_damaged([f"{rows}: line {number} {fault}; left out." for number, fault in damaged.items()])
     typer.echo(f"{out}: {shown} of {total} images", err=True)
     if unread:
         typer.echo(f"pdlm: {pluralize(len(unread), 'image')} cannot be read: {unread[0]}", err=True)
     if unread or damaged:
+        raise typer.Exit(1)
+
+
+@exit_on_error
+def convert(
+    rows: Annotated[Path, typer.Argument(help="OUT.jsonl of pdlm batch.")],
+    out: Annotated[Path, typer.Argument(help="File to write: .json for Label Studio, .xml for CVAT; or a folder.")],
+    form: Annotated[str, typer.Option("--to", help="label-studio, cvat or fiftyone.", show_default=False)],
+    address: Annotated[
+        str | None,
+        typer.Option(help="Label Studio: address of the images, before their names; default: its local files."),
+    ] = None,
+) -> None:
+    """Write captions for an annotation tool, in which a person corrects them; `pdlm-peft convert` reads them again."""
+    from ..regions.exports import LOCAL_FILES, export_captions
+    from ..render.text import pluralize
+
+    if address is not None and form != "label-studio":
+        raise SettingError("--address is for --to label-studio; leave it out.")
+    damaged: dict[int, str] = {}
+    images, regions, files = export_captions(rows, out, form, address or LOCAL_FILES, damaged.__setitem__)
+    _show_damaged([f"{rows}: line {number} {fault}; left out." for number, fault in damaged.items()])
+    counts = f"{pluralize(images, 'image')}, {pluralize(regions, 'region')}"
+    typer.echo(f"{counts}: {', '.join(map(str, files))}", err=True)
+    if damaged:
         raise typer.Exit(1)

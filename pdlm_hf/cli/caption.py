@@ -118,7 +118,7 @@ def caption(
         save_drawing(draw, opened, found, captions)
         typer.echo(f"drawn to {draw}", err=True)
     if record is not None:
-        save_recording(record, opened, found, drafts)
+        save_recording(record, opened, found, drafts, [caption.score for caption in captions], Path(image).name)
         typer.echo(f"recorded to {record}", err=True)
     if not all(row["caption"] for row in rows):
         typer.echo("pdlm: a region got no caption", err=True)

@@ -3,7 +3,7 @@
 import typer
 
 from .attributes import attributes
-from .batch import batch, report
+from .batch import batch, convert, report
 from .bench import decode
 from .caption import caption
 from .chat import chat, export
@@ -15,7 +15,7 @@ from .regions import RepeatedOptions
 app = make_app("pdlm", "PerceptionDLM: captions for many regions of an image, written together.")
 for _command in (caption, attributes):
     app.command(cls=RepeatedOptions)(_command)
-for _command in (batch, report, chat, demo, export, check):
+for _command in (batch, report, convert, chat, demo, export, check):
     app.command()(_command)
 bench = typer.Typer(help="Benchmarks.", no_args_is_help=True, rich_markup_mode=None)
 bench.command()(decode)

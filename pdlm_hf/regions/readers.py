@@ -11,14 +11,16 @@ from typing import Any
 from ..errors_pdlm import RegionError, SettingError
 from .coco import regions_in
 from .files import load_json
+from .formats.cvat import from_cvat
 from .formats.detections import from_sam, from_supervision
 from .formats.dota import from_dota, is_dota
 from .formats.facts import ImageFacts
+from .formats.fiftyone import from_fiftyone, is_fiftyone
 from .formats.label_map import from_label_map, from_panoptic, mask_files
 from .formats.label_studio import from_label_studio, is_label_studio
 from .formats.labelme import from_labelme
 from .formats.via import from_via, is_via
-from .formats.xml import from_cvat, from_labelme_xml, from_voc, read_xml
+from .formats.xml import from_labelme_xml, from_voc, read_xml
 from .formats.yolo import FORMS, from_yolo
 from .limits import check_mask_pixels
 from .region import Region
@@ -57,7 +59,7 @@ def read_region_file(
 
     Returns:
         regions for [`~pdlm_hf.regions.parse_regions`]. A dict has "id", "segmentation" or "bbox", and where the format
-        has them "category" and "score".
+        has them "category", "caption" and "score".
 
     Raises:
         DataError: the file does not exist or is not valid JSON.
@@ -98,6 +100,8 @@ def _read_json(path: Path, image: ImageFacts) -> list[Any]:
         return from_labelme(data, str(path), image)
     if is_via(data):
         return from_via(data, str(path), image)
+    if is_fiftyone(data):
+        return from_fiftyone(data, str(path), image)
     if is_label_studio(data):
         return from_label_studio(data, str(path), image)
     return regions_in(data, path, image)
@@ -126,6 +130,7 @@ FORMATS: dict[str, _Reader] = {
     "via-resaved": lambda path, image: from_via(load_json(path), str(path), image, resaved=True),
     "label-studio": lambda path, image: from_label_studio(load_json(path), str(path), image),
     "cvat": lambda path, image: from_cvat(read_xml(path), str(path), image),
+    "fiftyone": lambda path, image: from_fiftyone(load_json(path), str(path), image),
     "dota": lambda path, image: from_dota(path),
     "labelme-xml": lambda path, image: from_labelme_xml(read_xml(path), str(path), image),
     "voc": lambda path, image: from_voc(read_xml(path), str(path), image, corners=False),

@@ -1,6 +1,10 @@
 """The rows of `pdlm batch`: one for each captioned region."""
 
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
+
+from .files import read_rows
 
 
 def result_fault(row: dict[str, Any]) -> str | None:
@@ -15,6 +19,34 @@ def result_fault(row: dict[str, Any]) -> str | None:
         elif not is_sound(row[name]):
             return f"has {row[name]!r:.60} as `{name}`, expected {expected}"
     return None
+
+
+def image_rows(
+    path: Path,
+    chosen: Collection[tuple[str, Any]] | None = None,
+    damaged: Callable[[int, str], None] | None = None,
+) -> list[list[dict[str, Any]]]:
+    """The rows of a file of results, a list for each image, whatever order they were written in: images by name and
+    id, the regions of an image by id. Of two rows about a region the later one counts.
+
+    Args:
+        path (`Path`): OUT.jsonl.
+        chosen (*optional*): names and ids of the images to read; default: all.
+        damaged (*optional*): see [`~pdlm_hf.regions.files.read_rows`].
+
+    Raises:
+        DataError: a line is damaged, and `damaged` is None.
+    """
+    groups: dict[tuple[str, Any], dict[Any, dict[str, Any]]] = {}
+    for row in read_rows(path, check=result_fault, damaged=damaged):
+        key = row["file_name"], row["image_id"]
+        if chosen is None or key in chosen:
+            groups.setdefault(key, {})[row["annotation_id"]] = row
+    ordered = sorted(groups, key=lambda image: (image[0], str(image[1])))
+    return [
+        [groups[key][own] for own in sorted(groups[key], key=lambda own: (isinstance(own, str), own))]
+        for key in ordered
+    ]
 
 
 def _is_id(value: Any) -> bool:

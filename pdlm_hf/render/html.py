@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from .drawing import colour_of, ink_on
+from .drawing import COLOURS, colour_of, ink_on
 from .text import pluralize
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -25,8 +25,13 @@ def _environment(folder: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"colour_of": colour_of, "ink_on": ink_on, "pluralize": pluralize}
+    environment.globals |= {"colour_of": colour_of, "ink_on": ink_on, "pluralize": pluralize, "colours": _colours}
     return environment
+
+
+def _colours() -> list[tuple[str, str]]:
+    """The colours of regions, each with that of a number on it."""
+    return [(colour, ink_on(colour)) for colour in COLOURS]
 
 
 def render_template(name: str, folder: Path = TEMPLATES, **values: Any) -> Markup:

@@ -11,13 +11,15 @@ from ..processing_pdlm import RegionCaption
 from ..regions.files import read_rows, replacing
 from ..regions.images import load_image
 from ..regions.region import Region, parse_region
-from ..regions.results import result_fault
+from ..regions.results import image_rows, result_fault
 from .drawing import contact_sheet, draw_captions, draw_regions
+from .figure import figure_data
 from .html import jpeg_url, render_template, stream_template
 
 IMAGES = 500  # of a report, unless said otherwise
 DRAWINGS = 48  # of a contact sheet
-_SIDE = 480  # pixels of the longer side of an image
+_SIDE = 480  # pixels of the longer side of an image in a notebook, and of its width on a sheet
+_PAGE_SIDE = 640  # of an image in a report, at most
 
 
 def image_html(image: Image.Image, regions: list[Region], captions: list[RegionCaption]) -> str:
@@ -48,6 +50,8 @@ def write_report(
     out: Path,
     limit: int | None = None,
     damaged: Callable[[int, str], None] | None = None,
+    title: str | None = None,
+    side: int = _PAGE_SIDE,
 ) -> tuple[int, int, list[str]]:
     """A report of what `pdlm batch` wrote, or a contact sheet if `out` is an image. One image is open at a time.
 
@@ -59,6 +63,8 @@ def write_report(
             48.
         damaged (*optional*): called with number and fault of a damaged row, which is then left out; see
             [`~pdlm_hf.regions.files.read_rows`].
+        title (`str`, *optional*): of the page; default: the name of the file of rows.
+        side (`int`): pixels of the longer side of an image in the page, at most.
 
     Returns:
         numbers of images shown, and there; and why some of those shown could not be read.
@@ -73,7 +79,7 @@ def write_report(
     if limit < 1:
         raise DataError(f"The number of images must be positive, got {limit}.")
     worst = sorted(lowest, key=lambda key: (lowest[key], key[0], str(key[1])))[:limit]
-    groups = _groups(rows, set(worst))
+    groups = image_rows(rows, set(worst), damaged=lambda *_: None)  # they were named before
     if sheet:
         names, drawn = [], []
         for group in groups:
@@ -87,8 +93,8 @@ def write_report(
         contact_sheet(drawn, names, width=_SIDE).save(out)
     else:
         with replacing(out) as file:
-            values = {"title": rows.name, "count": len(groups), "total": len(lowest)}
-            stream_template("report.html", file, articles=_articles(images, groups, unread), **values)
+            values = {"title": title or rows.name, "count": len(groups), "total": len(lowest)}
+            stream_template("report.html", file, images=_page_images(images, groups, unread, side), **values)
             _check_readable(rows, images, groups, unread)
     return len(worst), len(lowest), unread
 
@@ -125,20 +131,6 @@ def _lowest_scores(path: Path, damaged: Callable[[int, str], None] | None) -> di
     return lowest
 
 
-def _groups(path: Path, chosen: set[tuple[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows of the chosen images, a list each, by name and id, whatever order they were written in."""
-    groups: dict[tuple[str, Any], dict[Any, dict]] = {}
-    for row in read_rows(path, check=result_fault, damaged=lambda *_: None):  # they were named before
-        key = row["file_name"], row["image_id"]
-        if key in chosen:
-            groups.setdefault(key, {})[row["annotation_id"]] = row
-    ordered = sorted(groups, key=lambda image: (image[0], str(image[1])))
-    return [
-        [groups[key][own] for own in sorted(groups[key], key=lambda own: (isinstance(own, str), own))]
-        for key in ordered
-    ]
-
-
 def _open(images: Path, group: list[dict]) -> tuple[Image.Image | str, list[Region], list[RegionCaption]]:
     """Image, regions and captions of some rows; if they cannot be read, the reason instead of the image."""
     captions = [RegionCaption(row["caption"], row["score"], row["annotation_id"]) for row in group]
@@ -152,18 +144,24 @@ def _open(images: Path, group: list[dict]) -> tuple[Image.Image | str, list[Regi
     return image, regions, captions
 
 
-def _articles(images: Path, groups: list[list[dict]], unread: list[str]) -> Iterator[dict[str, Any]]:
-    """What the template shows of each image, one after the other; reasons of those that cannot be read are added."""
+def _page_images(images: Path, groups: list[list[dict]], unread: list[str], side: int) -> Iterator[dict[str, Any]]:
+    """What the page shows of each image, one after the other; reasons of those that cannot be read are added."""
     for group in groups:
-        article = _article(images, group)
-        unread += [article["unread"]] if article["unread"] else []
-        yield article
+        image, regions, _ = _open(images, group)
+        shown = {"name": group[0]["file_name"], "regions": list(map(_page_region, group)), "unread": None}
+        if isinstance(image, str):
+            unread.append(image)
+            yield shown | {"unread": image, "width": 1, "height": 1, "order": []}
+        else:
+            yield shown | figure_data(image, regions, side)
 
 
-def _article(images: Path, group: list[dict]) -> dict[str, Any]:
-    """The data of an image for the template of a report."""
-    image, regions, captions = _open(images, group)
-    shown: dict[str, Any] = {"name": group[0]["file_name"], "captions": captions}
-    if isinstance(image, str):
-        return shown | {"unread": image}
-    return shown | {"unread": None, "html": image_html(image, regions, captions)}
+def _page_region(row: dict[str, Any]) -> dict[str, Any]:
+    """A region of the page; of each attribute the value and its probability."""
+    read = row.get("attributes")
+    attributes = {
+        name: [own.get("value"), own.get("probability")]
+        for name, own in (read if isinstance(read, dict) else {}).items()
+        if isinstance(own, dict) and isinstance(own.get("probability"), (int, float))
+    }
+    return {"id": row["annotation_id"], "caption": row["caption"], "score": row["score"], "attributes": attributes}

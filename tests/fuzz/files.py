@@ -11,6 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from strategies import changed_text, damaged, json_bytes
 
+from pdlm_hf.regions.formats.facts import ImageFacts
+from pdlm_hf.regions.formats.fiftyone import fiftyone_sample
+from pdlm_hf.regions.region import Region
+
 IMAGE, WIDTH, HEIGHT = "photo.png", 48, 32
 BOXES = [[4, 6, 20, 10], [30, 2, 12, 24]]  # x, y, width, height
 MASKS = np.zeros((2, HEIGHT, WIDTH), bool)
@@ -138,6 +142,9 @@ MIN = [
     {"id": 5, "image": IMAGE, "annotator": 1, "annotation_id": 9, "label": [{**_SIDES, **value} for value in _PERCENT]}
 ]
 
+_DETECTED = [{"mask": mask, "bbox": Region(0, mask).bbox, "caption": "a cat", "score": 0.5} for mask in MASKS]
+FIFTYONE = {"samples": [fiftyone_sample(ImageFacts(IMAGE, WIDTH, HEIGHT), _DETECTED)]}
+
 
 # name of the file, a good one, and the strategy for others. A new format is one line.
 FORMATS: dict[str, tuple[str, bytes, Callable[[], st.SearchStrategy[bytes]]]] = {
@@ -153,6 +160,7 @@ FORMATS: dict[str, tuple[str, bytes, Callable[[], st.SearchStrategy[bytes]]]] = 
     "voc": ("voc.xml", VOC, lambda: changed_text(VOC)),
     "labelme-xml": ("labelme.xml", LABELME_XML, lambda: changed_text(LABELME_XML)),
     "dota": ("dota.txt", DOTA, lambda: changed_text(DOTA)),
+    "fiftyone": ("samples.json", json.dumps(FIFTYONE).encode(), lambda: json_bytes(FIFTYONE)),
     "labels": ("photo_labels.png", LABELS, lambda: damaged(LABELS)),
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 from ...errors_pdlm import RegionError
 
 logger = logging.getLogger(__name__)
+LABEL = "region"  # of a region in the files that are written for other tools
 _said: set[str] = set()
 
 

@@ -1,17 +1,29 @@
-"""JSON and JSON-MIN exports of Label Studio: tasks with their annotations, coordinates in per cent of the image."""
+"""Label Studio: tasks with their annotations, coordinates in per cent of the image. JSON and JSON-MIN exports are
+read, tasks with captions to correct are written."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
+from urllib.parse import parse_qs, quote
 
 import numpy as np
 
 from ...errors_pdlm import RegionError
 from ..rle import encode
-from .facts import ImageFacts, base_name, matching
+from .facts import LABEL, ImageFacts, base_name, matching
 from .geometry import ellipse, number, rectangle
 
 _SIDES = ("original_width", "original_height")
 _MIN = {"annotator", "annotation_id"}  # what entries of JSON-MIN have
+_NAME = "file_name"  # in the data of a task that we wrote: the image, whatever its address
+_SHAPES = {"rle", "points", "radiusX", "width"}  # one of them is in the value of a result that has a shape
+_LENGTHS = (3, 4, 8, 16)  # bits for the length of a block of a brush mark
+CONFIG = f"""<View>
+  <Image name="image" value="$image" zoom="true"/>
+  <BrushLabels name="label" toName="image"><Label value="{LABEL}"/></BrushLabels>
+  <TextArea name="caption" toName="image" perRegion="true" editable="true" maxSubmissions="1" rows="3"/>
+</View>
+"""
 
 
 def is_label_studio(data: Any) -> bool:
@@ -49,8 +61,8 @@ def from_label_studio(data: Any, name: str, image: ImageFacts) -> list[dict[str,
         image (`ImageFacts`): the image; the name in `data` and `original_width`, `original_height` are compared.
 
     Returns:
-        regions with "id" (Label Studio's), "segmentation" or "bbox", and where they are there "category" (the label)
-        and "score".
+        regions with "id" (Label Studio's), "segmentation" or "bbox", and where they are there "category" (the label),
+        "caption" (the text of the region) and "score".
 
     Raises:
         RegionError: the file has no such image, it was annotated several times, states another size, or a result has
@@ -63,22 +75,58 @@ def from_label_studio(data: Any, name: str, image: ImageFacts) -> list[dict[str,
     found = [k for k, stated in enumerate(names) if matching([stated, _without_upload(stated)], image.name)]
     task = tasks[found[0] if len(found) == 1 else image.choose(name, [_without_upload(stated) for stated in names])]
     where = f"{name}: task {task.get('id')}"
-    kept = [one for one in _dicts(task.get("annotations") or task.get("predictions")) if not one.get("was_cancelled")]
+    regions = _regions(_results(task, where, ("annotations", "predictions")), where, image)
+    if not regions:
+        raise RegionError(f"{where}: holds no regions.")
+    return regions
+
+
+def corrected_tasks(data: Any, name: str) -> Iterator[tuple[str, ImageFacts, list[dict[str, Any]] | None]]:
+    """The images of a file, with the regions that a person has submitted.
+
+    Args:
+        data: the content of the file.
+        name (`str`): the file, for messages.
+
+    Yields:
+        where it is in the file, the image, and its regions as [`from_label_studio`] gives them; None for a task that
+        nobody has submitted.
+
+    Raises:
+        RegionError: the file is another one, a task was annotated several times, or a result cannot be read.
+    """
+    if not is_label_studio(data):
+        raise RegionError(f"{name}: expected tasks with `data` and `annotations`, Label Studio's JSON export.")
+    for task in _tasks(data):
+        where = f"{name}: task {task.get('id')}"
+        submitted = bool(task.get("annotations"))
+        results = _results(task, where, ("annotations",)) if submitted else {}
+        sized = next((part for parts in results.values() for part in parts if "original_width" in part), {})
+        width, height = (int(number(sized.get(side, 0), f"{where}.{side}", 0, 2**31)) for side in _SIDES)
+        image = ImageFacts(_without_upload(_image_of(task)), width, height)
+        yield where, image, _regions(results, where, image) if submitted else None
+
+
+def _results(task: dict, where: str, kinds: tuple[str, ...]) -> dict[Any, list[dict]]:
+    """The results of a task by region: shape, labels, text."""
+    given = next((task[kind] for kind in kinds if task.get(kind)), None)
+    kept = [one for one in _dicts(given) if not one.get("was_cancelled")]
     if len(kept) != 1:
         ids = ", ".join(str(one.get("id")) for one in kept)
         raise RegionError(f"{where}: has {len(kept)} annotations ({ids}); a region file has one. Delete the others.")
-    results: dict[Any, list[dict]] = defaultdict(list)  # a region may have several: shape, labels, text
+    results: dict[Any, list[dict]] = defaultdict(list)
     for position, result in enumerate(_dicts(kept[0].get("result"))):
         own = result.get("id")
         results[own if isinstance(own, (int, str)) else position].append(result)
-    regions = [
+    return results
+
+
+def _regions(results: dict[Any, list[dict]], where: str, image: ImageFacts) -> list[dict[str, Any]]:
+    return [
         {"id": own, **_region(parts, f"{where}: result {own}", image)}
         for own, parts in results.items()
         if any("original_width" in part for part in parts)  # others are choices and texts about the image
     ]
-    if not regions:
-        raise RegionError(f"{where}: holds no regions.")
-    return regions
 
 
 def _dicts(values: Any) -> list[dict]:
@@ -86,8 +134,14 @@ def _dicts(values: Any) -> list[dict]:
 
 
 def _image_of(task: dict) -> str:
-    urls = [value for value in task["data"].values() if isinstance(value, str)]
-    return base_name((urls or [""])[0].partition("?")[0])
+    """The name of a task's image; a path below the folder of local files has its folders too."""
+    data = task["data"]
+    if isinstance(data.get(_NAME), str):
+        return data[_NAME]
+    urls = [value for value in data.values() if isinstance(value, str)]
+    address = (urls or [""])[0]
+    local = parse_qs(address.partition("?")[2]).get("d") if "/local-files/" in address else None
+    return local[0] if local else base_name(address.partition("?")[0])
 
 
 def _without_upload(stated: str) -> str:
@@ -97,7 +151,8 @@ def _without_upload(stated: str) -> str:
 
 
 def _region(parts: list[dict], where: str, image: ImageFacts) -> dict[str, Any]:
-    part = next(part for part in parts if "original_width" in part)
+    sized = [part for part in parts if "original_width" in part]
+    part = next((p for p in sized if isinstance(p.get("value"), dict) and _SHAPES & p["value"].keys()), sized[0])
     image.check_size(where, *(part.get(side) for side in _SIDES))
     if part.get("image_rotation"):
         raise RegionError(f"{where}: was drawn on the image turned by {part['image_rotation']} degrees; not read.")
@@ -110,6 +165,9 @@ def _region(parts: list[dict], where: str, image: ImageFacts) -> dict[str, Any]:
               if key.endswith("labels") and isinstance(named, list) for label in named]  # fmt: skip
     if labels:
         found["category"] = labels[0]
+    texts = [given["text"] for given in values if isinstance(given.get("text"), (str, list))]
+    if texts:  # one for each time that a person has pressed Add
+        found["caption"] = texts[0] if isinstance(texts[0], str) else " ".join(map(str, texts[0]))
     if isinstance(part.get("score"), (int, float)):
         found["score"] = part["score"]
     return found
@@ -175,3 +233,51 @@ def _brush(code: list, where: str, image: ImageFacts) -> np.ndarray:
         values[start:end] = take(size) if repeated else [take(size) for _ in range(end - start)]
         start = end
     return values.reshape(image.height, image.width, 4)[..., 3] > 0
+
+
+# ---------------------------------------------------------------- written
+
+
+def label_studio_task(image: ImageFacts, regions: list[dict[str, Any]], address: str) -> dict[str, Any]:
+    """A task whose captions a person corrects: the regions are a prediction, which becomes an annotation when it is
+    submitted. The labelling interface of its project is [`CONFIG`].
+
+    Args:
+        image (`ImageFacts`): the image.
+        regions (`list[dict]`): "id", "mask" (bool, `(H, W)`), "caption", "score".
+        address (`str`): what stands before the image's name in the address that Label Studio loads it from.
+    """
+    fixed = {"to_name": "image", "image_rotation": 0, **dict(zip(_SIDES, image.size, strict=True))}
+    results = []
+    for region in regions:
+        own = {"id": str(region["id"]), "score": region["score"], **fixed}
+        brush = {"format": "rle", "rle": brush_code(region["mask"]), "brushlabels": [LABEL]}
+        text = {"text": [region["caption"]]}
+        results += [
+            {**own, "type": "brushlabels", "from_name": "label", "value": brush},
+            {**own, "type": "textarea", "from_name": "caption", "value": text},
+        ]
+    score = min(region["score"] for region in regions)
+    return {
+        "data": {"image": address + quote(image.name), _NAME: image.name},
+        "predictions": [{"model_version": "pdlm", "score": score, "result": results}],
+    }
+
+
+def brush_code(mask: np.ndarray) -> list[int]:
+    """Encode a mask `(H, W)` as a brush mark, see [`_brush`]: every pixel is four values, 255 inside and 0 outside."""
+    inside = mask.ravel()
+    ends = np.append(np.flatnonzero(inside[1:] != inside[:-1]) + 1, len(inside))
+    bits = [f"{4 * mask.size:032b}", f"{8 - 1:05b}", *(f"{length - 1:04b}" for length in _LENGTHS)]
+    start = 0
+    for end in ends.tolist():
+        left, value = 4 * (end - start), f"{255 * bool(inside[start]):08b}"
+        while left:
+            count = min(left, 1 << _LENGTHS[-1])
+            k = next(k for k, length in enumerate(_LENGTHS) if count <= 1 << length)
+            bits.append(f"1{k:02b}{count - 1:0{_LENGTHS[k]}b}{value}")
+            left -= count
+        start = end
+    text = "".join(bits)
+    text += "0" * (-len(text) % 8)
+    return list(int(text, 2).to_bytes(len(text) // 8, "big"))

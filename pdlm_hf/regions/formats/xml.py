@@ -1,4 +1,4 @@
-"""Annotations in XML: CVAT for images, the boxes of PASCAL VOC, and the polygons of LabelMe's older files."""
+"""Annotations in XML: the boxes of PASCAL VOC, and the polygons of LabelMe's older files."""
 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -8,9 +8,8 @@ from xml.etree.ElementTree import Element
 import numpy as np
 
 from ...errors_pdlm import RegionError
-from ..rle import encode
 from .facts import ImageFacts, note
-from .geometry import ellipse, number, pasted, rectangle
+from .geometry import number
 
 _VOC = ("xmin", "ymin", "xmax", "ymax")
 _FROM_ZERO = ("Unknown", "MyDatabase")  # as labelImg and Label Studio write as the source; corners from 0
@@ -34,69 +33,6 @@ def read_xml(path: Path) -> Element:
         if isinstance(error, RegionError):
             raise
         raise RegionError(f"{path}: not valid XML, perhaps cut short ({error}).") from None
-
-
-def _attribute(element: Element, key: str, where: str) -> float:
-    return number(element.get(key), f"{where}.{key}")
-
-
-def from_cvat(root: Element, name: str, image: ImageFacts) -> list[dict[str, Any]]:
-    """Read the regions of one image of "CVAT for images 1.1": `box` and `ellipse` (also turned), `polygon`, `mask`.
-
-    Args:
-        root (`Element`): `<annotations>`.
-        name (`str`): the file, for messages.
-        image (`ImageFacts`): the image; name, width and height of `<image>` are compared with it.
-
-    Returns:
-        regions with "id" (the position), "category" (the label), "bbox" or "segmentation".
-
-    Raises:
-        RegionError: the file has no such image, states another size, or a shape has no area (points, lines).
-    """
-    if root.find("track") is not None:
-        raise RegionError(f'{name}: is "CVAT for video"; export the task as "CVAT for images".')
-    images = root.findall("image")
-    chosen = images[image.choose(name, [element.get("name") for element in images])]
-    where = f"{name}: image {chosen.get('id')} ({chosen.get('name')})"
-    sides = [_attribute(chosen, key, where) for key in ("width", "height") if chosen.get(key) is not None]
-    if len(sides) == 2:
-        image.check_size(where, *(int(side) if side.is_integer() else side for side in sides))
-    found: list[dict[str, Any]] = []
-    for shape in chosen:
-        if shape.tag != "tag":  # a label of the whole image
-            place = f"{where}: {shape.tag} {len(found)}"
-            found.append({"id": len(found), "category": shape.get("label"), **_cvat_shape(shape, place, image)})
-    if not found:
-        raise RegionError(f"{where}: holds no regions.")
-    return found
-
-
-def _cvat_shape(shape: Element, where: str, image: ImageFacts) -> dict[str, Any]:
-    def of(*keys: str) -> list[float]:
-        return [_attribute(shape, key, where) for key in keys]
-
-    degrees = number(shape.get("rotation", "0"), f"{where}.rotation")
-    if shape.tag == "box":
-        x0, y0, x1, y1 = of("xtl", "ytl", "xbr", "ybr")
-        if degrees:
-            return {"segmentation": [rectangle([x0, y0, x1 - x0, y1 - y0], degrees)]}
-        return {"bbox": [x0, y0, x1 - x0, y1 - y0]}
-    if shape.tag == "ellipse":
-        return {"segmentation": [ellipse(of("cx", "cy", "rx", "ry"), degrees)]}
-    if shape.tag == "polygon":
-        points = [point.split(",") for point in shape.get("points", "").split(";")]
-        if len(points) < 3 or any(len(point) != 2 for point in points):
-            raise RegionError(f"{where}: expected points x,y;x,y;..., got {shape.get('points')!r:.60}.")
-        return {"segmentation": [[number(value, where) for point in points for value in point]]}
-    if shape.tag == "mask":
-        left, top, width, height = (int(value) for value in of("left", "top", "width", "height"))
-        runs = [int(number(run, f"{where}.rle", 0, 2**31)) for run in shape.get("rle", "").split(",")]
-        if min(width, height) < 1 or sum(runs) != width * height or width > image.width or height > image.height:
-            raise RegionError(f"{where}: the runs of `rle` do not add up to {width} x {height} pixels of the image.")
-        part = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
-        return {"segmentation": encode(pasted(part, left, top, image, where))}
-    raise RegionError(f"{where}: a {shape.tag} has no area; a region is a box, polygon, ellipse or mask.")
 
 
 def from_voc(root: Element, name: str, image: ImageFacts, corners: bool | None = None) -> list[dict[str, Any]]:

@@ -1,0 +1,215 @@
+"""Files for annotation tools hold what was captioned, bit for bit; in tests/formats the tools read them."""
+
+import base64
+import io
+import json
+import zlib
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from pdlm_hf.cli.main import app
+from pdlm_hf.errors_pdlm import DataError, RegionError
+from pdlm_hf.regions import read_region_file
+from pdlm_hf.regions.exports import export_captions
+from pdlm_hf.regions.files import append_rows, load_json
+from pdlm_hf.regions.formats.label_studio import brush_code
+from pdlm_hf.regions.region import Region, parse_regions
+
+WIDTH, HEIGHT = 97, 71
+FILES = {"label-studio": "tasks.json", "cvat": "images.xml", "fiftyone": "dataset"}
+# "A & <B>", two lines, a character that XML does not have
+CAPTIONS = ["a red kite", 'two\nlines & <b> "quoted"', "eine \u00dcbung \u4e2d\u6587", "x\x01y"]
+
+
+def masks():
+    """The whole image but a hole, one pixel in the corner, two parts with a wavy edge, noise."""
+    rng = np.random.default_rng(3)
+    found = np.zeros((4, HEIGHT, WIDTH), bool)
+    found[0] = True
+    found[0, 20:30, 40:50] = False
+    found[1, -1, -1] = True
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    found[2] = np.abs(columns - 30 - 9 * np.sin(rows / 5)) < 8
+    found[2, 30:36] = False
+    found[3] = rng.random((HEIGHT, WIDTH)) < 0.3
+    return found
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """OUT.jsonl of two images, one of them in a folder with a space in its name."""
+    lines = []
+    for number, name in enumerate(("b.png", "a street/1.png")):
+        for k, mask in enumerate(masks()[number:]):
+            region = Region(10 * number + k, mask)
+            place = {"image_id": number, "annotation_id": region.id, "file_name": name}
+            text = {"caption": CAPTIONS[number + k], "score": 0.5 + 0.1 * k}
+            lines.append({**place, **text, "bbox": region.bbox, "segmentation": region.segmentation})
+    append_rows(tmp_path / "out.jsonl", lines)
+    return tmp_path / "out.jsonl"
+
+
+def exported(rows, form):
+    out = rows.with_name(FILES[form])
+    images, regions, files = export_captions(rows, out, form)
+    assert (images, regions) == (2, 7) and all(path.is_file() for path in files)
+    return files[0]
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_our_readers_read_them(rows, form):
+    path = exported(rows, form)
+    for number, name in enumerate(("b.png", "a street/1.png")):
+        found = read_region_file(path, name, WIDTH, HEIGHT)
+        regions = parse_regions(found, WIDTH, HEIGHT)
+        for region, mask in zip(regions, masks()[number:], strict=True):
+            np.testing.assert_array_equal(region.mask, mask)
+        expected = CAPTIONS[number:] if form != "cvat" else [text.replace("\x01", "") for text in CAPTIONS[number:]]
+        assert [region["caption"] for region in found] == expected
+        assert {region["category"] for region in found} == {"region"}
+        if form != "cvat":
+            assert [region["score"] for region in found] == pytest.approx([0.5, 0.6, 0.7, 0.8][: len(found)])
+    with pytest.raises(RegionError, match="states an image of 97 x 71"):
+        read_region_file(path, "b.png", WIDTH + 1, HEIGHT)
+    with pytest.raises(RegionError, match="0 of them named c.png"):
+        read_region_file(path, "c.png", WIDTH, HEIGHT)
+
+
+def test_a_task_of_label_studio(rows):
+    path = exported(rows, "label-studio")
+    first, second = load_json(path)
+    assert first["data"] == {"image": "/data/local-files/?d=a%20street/1.png", "file_name": "a street/1.png"}
+    (prediction,) = second["predictions"]
+    assert prediction["score"] == 0.5 and prediction["model_version"] == "pdlm"
+    brush, text = prediction["result"][:2]
+    assert brush["id"] == text["id"] == "0" and text["value"] == {"text": ["a red kite"]}
+    assert brush["value"]["brushlabels"] == ["region"]
+    for name in ("brushlabels", "textarea"):
+        assert {r["from_name"] for r in prediction["result"] if r["type"] == name} == {
+            "label" if name == "brushlabels" else "caption"
+        }
+    config = path.with_suffix(".config.xml").read_text()
+    assert 'perRegion="true"' in config and '<Label value="region"/>' in config
+    export_captions(rows, path, "label-studio", "s3://bucket/")
+    assert load_json(path)[1]["data"]["image"] == "s3://bucket/b.png"
+
+
+def test_the_image_of_a_task_and_its_damaged_results(tmp_path):
+    result = {"id": "r", "original_width": 8, "original_height": 6}
+    box = {**result, "value": {"x": 0, "y": 0, "width": 50, "height": 50}}
+    text = {**result, "value": {"text": ["of two", "parts"]}}
+
+    def read(address, *results):
+        task = {"id": 1, "data": {"image": address}, "annotations": [{"id": 2, "result": results}]}
+        (tmp_path / "a.json").write_text(json.dumps([task]))
+        return read_region_file(tmp_path / "a.json", "street/1.png", 8, 6)
+
+    for address in (
+        "/data/local-files/?d=photos/street/1.png",
+        "/data/upload/3/0a1b2c3d-1.png",
+        "s3://b/street/1.png",
+    ):
+        assert read(address, text, box) == [{"id": "r", "bbox": [0, 0, 4, 3], "caption": "of two parts"}]
+    for results in ([{**result, "value": [1]}], [text], [box, {**result, "value": 3}]):
+        with pytest.raises(RegionError, match="task 1: result r"):
+            read("http://[/local-files/?d=1.png", *results)
+
+
+def test_long_and_short_blocks_of_a_brush_mark():
+    """70,000 equal pixels are two blocks, of 65536 and 14464 + 200,000 values; one pixel is four values."""
+    mask = np.zeros((1, 70_002), bool)
+    mask[0, 70_000] = True
+    code = brush_code(mask)
+    assert code[:4] == list((4 * 70_002).to_bytes(4, "big"))
+    blocks = [65536] * 4 + [4 * 70_000 - 4 * 65536, 4, 4]
+    sizes = [16] * 5 + [3, 3]
+    bits = "00111" + "0010001101111111"
+    for count, size, value in zip(blocks, sizes, [0] * 5 + [255, 0], strict=True):
+        bits += "1" + f"{(3, 4, 8, 16).index(size):02b}" + f"{count - 1:0{size}b}" + f"{value:08b}"
+    written = "".join(f"{byte:08b}" for byte in code[4:])
+    assert written.startswith(bits) and set(written[len(bits) :]) <= {"0"} and len(written) - len(bits) < 8
+
+
+def test_the_mask_of_an_image_of_cvat(rows):
+    text = exported(rows, "cvat").read_text()
+    # one pixel: nothing outside, one inside
+    assert 'rle="0, 1" left="96" top="70" width="1" height="1"' in text
+    assert load_json(rows.with_name("images.labels.json")) == [
+        {
+            "name": "region",
+            "type": "mask",
+            "attributes": [
+                {"name": "caption", "mutable": False, "input_type": "text", "default_value": "", "values": [""]}
+            ],
+        }
+    ]
+    assert '<attribute name="caption">two\nlines &amp; &lt;b&gt; "quoted"</attribute>' in text
+
+
+def test_a_mask_of_fiftyone_in_other_forms(rows):
+    """As text, as extended JSON of either kind, of another size than its box, damaged; a box without a mask."""
+    path = exported(rows, "fiftyone")
+    data = load_json(path)
+    (sample,) = (one for one in data["samples"] if one["filepath"] == "b.png")
+    detections = sample["regions"]["detections"]
+    code = detections[0]["mask"]["$binary"]["base64"]
+
+    def read(change):
+        path.write_text(json.dumps({"samples": [{**sample, **change}]}))
+        return read_region_file(path, "b.png", WIDTH, HEIGHT)
+
+    for mask in (code, {"$binary": code, "$type": "00"}):
+        (region,) = read({"regions": {"_cls": "Detections", "detections": [{**detections[0], "mask": mask}]}})
+        np.testing.assert_array_equal(parse_regions([region], WIDTH, HEIGHT)[0].mask, masks()[0])
+    half = {**detections[0], "bounding_box": [0, 0, 2, 1]}
+    with pytest.raises(RegionError, match="leaves the image"):
+        read({"regions": {"_cls": "Detections", "detections": [half]}})
+    tall = {**detections[1], "bounding_box": [10 / WIDTH, 0, 4 / WIDTH, 8 / HEIGHT]}
+    (region,) = read({"regions": {"_cls": "Detections", "detections": [tall]}})
+    assert parse_regions([region], WIDTH, HEIGHT)[0].bbox == [10, 0, 4, 8]
+    (region,) = read({"regions": {"_cls": "Detections", "detections": [{**tall, "mask": None}]}})
+    assert region["bbox"] == pytest.approx([10, 0, 4, 8])
+    header = {"descr": "|b1", "fortran_order": False, "shape": (10**9, 10**9)}  # would take all memory
+    large = io.BytesIO()
+    np.lib.format.write_array_header_1_0(large, header)
+    bomb = base64.b64encode(zlib.compress(large.getvalue())).decode()
+    for mask in (code[:40], "nonsense", 3, {"$binary": 5}, bomb):
+        with pytest.raises(RegionError, match="detection 0: the mask is damaged"):
+            read({"regions": {"_cls": "Detections", "detections": [{**detections[0], "mask": mask}]}})
+    with pytest.raises(RegionError, match="several fields of detections"):
+        read({"regions": None, "a": sample["regions"], "b": sample["regions"]})
+    assert len(read({"regions": None, "a": sample["regions"]})) == 4
+
+
+def test_the_command(tmp_path, rows):
+    def run(*arguments):
+        result = CliRunner().invoke(app, ["convert", *map(str, arguments)])
+        return result.exit_code, result.stderr
+
+    code, said = run(rows, tmp_path / "tasks.json", "--to", "label-studio")
+    assert code == 0 and said == f"2 images, 7 regions: {tmp_path / 'tasks.json'}, {tmp_path / 'tasks.config.xml'}\n"
+    for arguments, message in (
+        ((rows, tmp_path / "a.json", "--to", "coco"), "expected one of label-studio, cvat, fiftyone"),
+        ((rows, tmp_path / "a.json", "--to", "cvat"), "cvat is written to a .xml file"),
+        ((rows, tmp_path / "a.json", "--to", "fiftyone"), "fiftyone is written to a folder"),
+        ((rows, tmp_path / "none" / "a.xml", "--to", "cvat"), "there is no folder"),
+        ((rows, tmp_path / "a.xml", "--to", "cvat", "--address", "x"), "--address is for --to label-studio"),
+        ((tmp_path / "none.jsonl", tmp_path / "a.xml", "--to", "cvat"), "no such file"),
+    ):
+        code, said = run(*arguments)
+        assert code == 2 and message in said and said.count("\n") == 1
+    with open(rows, "a") as file:
+        file.write("{}\n")
+    code, said = run(rows, tmp_path / "a.xml", "--to", "cvat")
+    assert code == 1 and "line 8 has no `image_id`" in said and "2 images, 7 regions" in said
+
+
+def test_damaged_masks_are_named(tmp_path, rows):
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    lines[1]["segmentation"]["size"] = [71, 98]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match=r"out.jsonl: b.png: region 1: .*71, 98"):
+        export_captions(rows, tmp_path / "a.xml", "cvat")
+    assert not (tmp_path / "a.xml").exists()
