@@ -151,8 +151,8 @@ def _schema_of(path: Path, names: list[str], rows: list[dict[str, str]]) -> Attr
                 raise DataError(f"{path}: row {number}, column {name}: got {row[name]!r:.60}, which {reason}.")
         if len(choices[name]) < 2:
             raise DataError(
-                f"{path}: column {name!r:.60}: got {len(choices[name])} value, expected at least two, or a schema with "
-                "the choices; --attribute names the columns that are attributes."
+                f"{path}: column {name!r:.60}: got {len(choices[name])} value, expected at least two, or a schema "
+                "with the choices; --attribute names the columns that are attributes."
             )
     try:
         return parse_schema({"attributes": choices})

@@ -300,8 +300,9 @@ class AttributePlan:
             raise SettingError(f"attribute {name!r:.60}: {value!r:.60} is none of its choices, {options:.200}.")
         tokens = self.encode(template.spaces[name] + value)
         if len(tokens) > self.lengths[name]:
+            most = self.lengths[name]
             raise SettingError(
-                f"attribute {name!r:.60}: {value!r:.60} has {len(tokens)} tokens; the schema allows {self.lengths[name]}."
+                f"attribute {name!r:.60}: {value!r:.60} has {len(tokens)} tokens, the schema allows {most}."
             )
         return tokens
 

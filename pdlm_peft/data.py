@@ -84,7 +84,8 @@ class RegionDataset(_RowDataset):
         """Every attribute of the rows with its values as texts, in the order in which they occur first.
 
         Args:
-            schema (`AttributeSchema`, *optional*): the choices that they may have; attributes that it lacks are left out.
+            schema (`AttributeSchema`, *optional*): the choices that they may have; attributes that it lacks are left
+                out.
 
         Raises:
             DataError: a row has a fault, or a value that is none of the choices.

@@ -252,7 +252,7 @@ class Validator:
             self.faults += schema_faults(region, field, number, self.schema)
 
     def _reason(self, text: str) -> tuple[str, str, str] | None:
-        """Kind, what came and what was expected, of a name or value that cannot be used; they occur again and again."""
+        """Kind, what came and what was expected, of a name or value that cannot be used; each is looked at once."""
         if text not in self._reasons:
             ids = self.processor.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
             reason = None

@@ -49,8 +49,8 @@ class PdlmCollator:
 
     A row is `{"image": image, "regions": [{"mask": (H, W), "caption": str}, ...], "question": str (optional)}` for
     regions, or `{"images": [...], "messages": [{"role", "content"}, ...]}` for the base model. In place of its caption
-    a region may have a "block", the token ids and labels of its token positions; beside it or in its place "attributes",
-    the texts of its values by name.
+    a region may have a "block", the token ids and labels of its token positions; beside it or in its place
+    "attributes", the texts of its values by name.
 
     Random numbers are drawn in the reference's order: t per sample, then one uniform number per token (in replacement
     mode the same again, and the replacement tokens). If every row has a "seed", the noise, slots and prompt ids of a
@@ -193,7 +193,7 @@ class PdlmCollator:
         return contents
 
     def _put_attributes(self, row: dict[str, Any], regions: list[dict[str, Any]], contents: list[Any]) -> None:
-        """Put blocks of attributes in the place of captions, if the row is to teach them or a region has no caption."""
+        """Put blocks of attributes in place of captions, if the row is to teach them or a region has no caption."""
         rng = random.Random(f"attributes {row['seed']}") if "seed" in row else random
         plan, taught = self.attributes, rng.random() < self.attribute_share
         template = rng.randrange(max(1, len(plan.templates)))
