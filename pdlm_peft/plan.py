@@ -110,6 +110,8 @@ def attribute_schema(data: Data, *datasets: Rows | None) -> AttributeSchema | No
         schema = read_schema_file(Path(data.attributes))
     elif data.attributes is not None:
         schema = parse_schema(data.attributes)
+    if data.streaming and schema is None:
+        return None  # the held-out rows may lack values
     found: dict[str, list[str]] = {}
     for dataset in datasets:
         for name, values in dataset.attributes(schema).items() if hasattr(dataset, "attributes") else ():

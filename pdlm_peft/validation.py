@@ -242,14 +242,15 @@ class Validator:
                     self.faults.append(Fault(number, f"regions[{k}].caption", "special tokens", str(error), "text"))
 
     def _check_attributes(self, number: int, field: str, region: dict) -> None:
-        """Find texts that a template cannot hold, and values that the schema lacks."""
+        """Find texts that a template cannot hold, and otherwise values that the schema lacks."""
+        found = []
         for name, value in known_attributes(region).items():
             self.attributes.setdefault(name, Counter())[value] += 1
-            for text in (name, value):
-                if reason := self._reason(text):
-                    self.faults.append(Fault(number, f"{field}.attributes.{name:.60}", *reason))
-        if self.schema is not None:
-            self.faults += schema_faults(region, field, number, self.schema)
+            reasons = filter(None, map(self._reason, (name, value)))
+            found += [Fault(number, f"{field}.attributes.{name:.60}", *reason) for reason in reasons]
+        if self.schema is not None and not found:
+            found += schema_faults(region, field, number, self.schema)
+        self.faults += found
 
     def _reason(self, text: str) -> tuple[str, str, str] | None:
         """Kind, what came and what was expected, of a name or value that cannot be used; each is looked at once."""
