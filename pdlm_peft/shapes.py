@@ -8,10 +8,10 @@ that are accepted in the same denoising step cannot disagree about them.
 import math
 from typing import Any
 
-import numpy as np
 from PIL import ImageDraw
 
 from pdlm_hf.shapes.dataset import CommitDataset, ShapesDataset
+from pdlm_hf.shapes.scenes import COLOURS as COLOURS_OF_SHAPES
 from pdlm_hf.shapes.scenes import WORDS as SHAPES
 from pdlm_hf.shapes.scenes import Domain, Figure, Scene
 
@@ -64,20 +64,17 @@ def _texture(
 NEW_DOMAIN = Domain(WORDS, PATTERNS, COLOURS, ACCENTS, _outline, _texture)
 
 
-SCHEMA = {attribute: list(values) for attribute, values in SHAPES.items()} | {"half": ["left", "right"]}
+SCHEMA = {attribute: list(values) for attribute, values in SHAPES.items()} | {"tone": ["bright", "dim"]}
+BRIGHT = 100  # of 255; of eight colours four are brighter
 
 
-def attributes_of(figure: Figure, mask: np.ndarray) -> dict[str, str]:
-    """The attributes of [`SCHEMA`] of a figure: its four, and the half of the image that its middle is in, which the
-    embedded checkpoint has never been asked for.
-
-    Args:
-        figure (`Figure`)
-        mask (`np.ndarray`): bool (H, W).
+def attributes_of(figure: Figure) -> dict[str, str]:
+    """The attributes of [`SCHEMA`] of a figure: its four, and its tone, which the embedded checkpoint has never been
+    asked for, and for which it has no words.
     """
-    columns = mask.any(0).nonzero()[0]
-    middle = (columns[0] + columns[-1] + 1) / 2
-    return vars(figure) | {"half": "left" if middle < mask.shape[1] / 2 else "right"}
+    red, green, blue = COLOURS_OF_SHAPES[figure.colour]
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return vars(figure) | {"tone": "bright" if luminance > BRIGHT else "dim"}
 
 
 class AttributeScenes(CommitDataset):
@@ -86,7 +83,7 @@ class AttributeScenes(CommitDataset):
     def _row(self, scene: Scene, captions: list[str]) -> dict[str, Any]:
         row = super()._row(scene, captions)
         for region, figure in zip(row["regions"], scene.figures, strict=True):
-            region["attributes"] = attributes_of(figure, region["mask"])
+            region["attributes"] = attributes_of(figure)
         return row
 
 
