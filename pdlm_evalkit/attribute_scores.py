@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from pdlm_hf.attributes.schema import AttributeSchema, text_of
@@ -115,16 +116,16 @@ def _ece(pairs: list[tuple[float, bool]]) -> float | None:
 
 def tables_of(scores: dict[str, Any]) -> Group:
     """The scores as tables for the terminal."""
-    table = Table(title=f"{scores['benchmark']}: {scores['n_regions']} regions of {scores['n_images']} images")
+    table = Table(title=f"{escape(scores['benchmark'])}: {scores['n_regions']} regions of {scores['n_images']} images")
     for name in ("attribute", "labelled", "right", "95 %", "most frequent value", "mean probability", "ECE"):
         table.add_column(name, justify="left" if name == "attribute" else "right")
-    rows = {**scores["attributes"], "all": {"accuracy": scores["all_right"], **scores}}
-    for name, row in rows.items():
+    whole = {"accuracy": scores["all_right"], **scores}
+    for name, row in [*scores["attributes"].items(), ("all", whole)]:
         shares = [row["accuracy"], row.get("majority"), row.get("mean_probability")]
         right, majority, mean = ("" if share is None else f"{share:.1%}" for share in shares)
         interval = "" if row["interval"] is None else "{:.1%} - {:.1%}".format(*row["interval"])
         ece = "" if row["ece"] is None else f"{row['ece']:.3f}"
-        table.add_row(name, str(row.get("n", "")), right, interval, majority, mean, ece)
+        table.add_row(escape(name), str(row.get("n", "")), right, interval, majority, mean, ece)
     return Group(table, *(found for name, row in scores["attributes"].items() if (found := _confusion(name, row))))
 
 
@@ -135,10 +136,10 @@ def _confusion(name: str, row: dict[str, Any]) -> Table | None:
     said = dict.fromkeys(row["confusion"]) | dict.fromkeys(s for own in row["confusion"].values() for s in own)
     if len(said) > _SHOWN:
         return None
-    table = Table(title=f"{name}: right value by row, read value by column")
+    table = Table(title=f"{escape(name)}: right value by row, read value by column")
     table.add_column("")
     for value in said:
-        table.add_column(value, justify="right")
+        table.add_column(escape(value), justify="right")
     for right, own in row["confusion"].items():
-        table.add_row(right, *(str(own.get(value, "")) for value in said))
+        table.add_row(escape(right), *(str(own.get(value, "")) for value in said))
     return table

@@ -11,6 +11,7 @@ from pdlm_hf.cli.errors import exit_on_error, fail
 from pdlm_hf.cli.options import KeyEnv, Model, Question, Schema, Server, caption_client, check_positive, note_embedded
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions.files import read_rows
+from pdlm_hf.render.text import pluralize
 
 from .terminal import progress, show_table
 
@@ -72,7 +73,7 @@ def attributes(
     kept = {"benchmark": found.name, "fingerprint": found.fingerprint, "model": name, "question": question}
     files = BatchFiles(out, kept | {"schema": asked.model_dump()})
     with progress("images") as show:
-        counts = run_batch(
+        run_batch(
             found.data,
             lambda: make_engine(client, model, False, batch_size, question, {}, asked),
             files,
@@ -84,4 +85,5 @@ def attributes(
     else:
         show_table(tables_of(scores))
     if scores["n_missing"]:
-        raise fail("pdlm-eval", f"{counts}; they count as wrong, {files.faults_path} says why", 1)
+        missing = pluralize(scores["n_missing"], "region")
+        raise fail("pdlm-eval", f"no answer about {missing}, which count as wrong; {files.faults_path} says why", 1)
