@@ -93,13 +93,14 @@ def read_labels(
         raise DataError(f"{path}: there is no column of an attribute beside {', '.join(PLACE)}.")
     if schema is not None and (missing := [name for name in names if name not in schema.attributes]):
         raise SettingError(f"The schema has no attribute {missing[0]!r:.60}.")
-    if schema is None:
-        schema = _schema_of(path, names, rows)
-    elif len(names) < len(schema.attributes):
-        schema = schema.model_copy(update={"attributes": {name: schema.attributes[name] for name in names}})
-    reader = _RowReader(path, folder, schema)
+    attributes = schema.attributes if schema is not None else {}
+    reader = _RowReader(path, folder, {name: _by_text(attributes.get(name)) for name in names})
     for number, row in enumerate(rows, 1):
         reader.add(number, row)
+    if schema is None:
+        schema = _schema_of(path, names, reader)
+    elif len(names) < len(attributes):
+        schema = schema.model_copy(update={"attributes": {name: attributes[name] for name in names}})
     found = [[*key, box, values] for key, (box, values) in reader.regions.items()]
     digest = hashlib.sha256(json.dumps(found).encode(errors="backslashreplace")).hexdigest()[:16]
     truth = {key: values for key, (_, values) in reader.regions.items()}
@@ -141,17 +142,14 @@ def _attributes_in(header: list[str]) -> Iterator[str]:
             yield name
 
 
-def _schema_of(path: Path, names: list[str], rows: list[dict[str, str]]) -> AttributeSchema:
+def _schema_of(path: Path, names: list[str], reader: "_RowReader") -> AttributeSchema:
     """A schema with the values of every column as choices, in the order in which they occur."""
-    choices = {}
-    for name in names:
-        choices[name] = list(dict.fromkeys(row[name] for row in rows if row[name]))
-        for number, row in enumerate(rows, 1):
-            if reason := row[name] and fault_of_text(row[name]):
-                raise DataError(f"{path}: row {number}, column {name}: got {row[name]!r:.60}, which {reason}.")
-        if len(choices[name]) < 2:
+    labels = [values for _, values in reader.regions.values()]
+    choices = {name: list(dict.fromkeys(own[name] for own in labels if name in own)) for name in names}
+    for name, values in choices.items():
+        if len(values) < 2:
             raise DataError(
-                f"{path}: column {name!r:.60}: got {len(choices[name])} value, expected at least two, or a schema "
+                f"{path}: column {name!r:.60}: got {len(values)} value, expected at least two, or a schema "
                 "with the choices; --attribute names the columns that are attributes."
             )
     try:
@@ -161,11 +159,15 @@ def _schema_of(path: Path, names: list[str], rows: list[dict[str, str]]) -> Attr
 
 
 class _RowReader:
-    """Collects the regions of a table, image by image."""
+    """Collects the regions of a table.
 
-    def __init__(self, path: Path, folder: Path, schema: AttributeSchema):
-        self.path, self.folder, self.schema = path, folder, schema
-        self.choices = {name: _by_text(attribute) for name, attribute in schema.attributes.items()}
+    Args:
+        path, folder (`Path`): the table, and the folder of the images.
+        choices (`dict`): of every attribute the texts of its choices by what a cell may have for them; empty: any.
+    """
+
+    def __init__(self, path: Path, folder: Path, choices: dict[str, dict[str, str]]):
+        self.path, self.folder, self.choices = path, folder, choices
         self.sizes: dict[str, tuple[int, int]] = {}
         self.regions: dict[Key, tuple[list[float], dict[str, str]]] = {}
 
@@ -209,6 +211,8 @@ class _RowReader:
                 known = self.choices[name]
                 if known and text not in known:
                     raise fail(name, f"one of {', '.join(dict.fromkeys(known.values())):.200}")
+                if reason := fault_of_text(text):
+                    raise fail(name, f"a text in one line; it {reason}")
                 values[name] = known.get(text, text)
         self.regions[image, own] = (box, values)
 
@@ -232,10 +236,11 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _by_text(attribute: Attribute) -> dict[str, str]:
-    """The choices of an attribute as texts, by what a cell may have for them; empty for a free text."""
-    texts = {text_of(choice): text_of(choice) for choice in attribute.choices or ()}
+def _by_text(attribute: Attribute | None) -> dict[str, str]:
+    """The choices of an attribute as texts, by what a cell may have for them; empty without choices."""
+    choices = (attribute.choices if attribute is not None else None) or []
+    texts = {text_of(choice): text_of(choice) for choice in choices}
     for cell, text in _WORDS.items():
-        if any(isinstance(choice, bool) and text_of(choice) == text for choice in attribute.choices or ()):
+        if any(isinstance(choice, bool) and text_of(choice) == text for choice in choices):
             texts |= {cell: text, cell.capitalize(): text, cell.upper(): text}
     return texts

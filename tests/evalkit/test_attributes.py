@@ -80,7 +80,10 @@ def test_a_schema_sets_the_choices(table):
         ([ROWS[0], ROWS[0]], "row 2, column id: got '7', expected an id of its own"),
         ([ROWS[0][:-1]], "row 1, column damaged: the row has 8 cells, expected 9"),
         ([[*ROWS[0], "x"]], "row 1, column damaged: the row has 10 cells, expected 9"),
-        ([ROWS[0], changed(1, colour="a\nb")], "row 2, column colour: got 'a\\nb', which has a line break"),
+        (
+            [ROWS[0], changed(1, colour="a\nb")],
+            "row 2, column colour: got 'a\\nb', expected a text in one line; it has a line",
+        ),
         ([ROWS[0], changed(2, colour="red")], "column 'colour': got 1 value, expected at least two"),
         ([], "has no rows below its header"),
     ],
