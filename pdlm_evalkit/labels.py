@@ -50,7 +50,8 @@ def labelled_shapes(seed: int, count: int) -> LabelledRegions:
     from pdlm_hf.shapes.evaluate import held_out
     from pdlm_hf.shapes.scenes import WORDS
 
-    entries, truth = [], {}
+    entries: list[Entry] = []
+    truth: dict[Key, dict[str, str]] = {}
     for index, scene in enumerate(held_out(seed, count)):
         png = io.BytesIO()
         scene.image.save(png, "PNG")

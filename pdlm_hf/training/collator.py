@@ -186,16 +186,18 @@ class PdlmCollator:
         regions = [row["regions"][k] for k in order]
         contents = [region.get("block") or region.get("caption") for region in regions]
         if self.attributes is not None:
-            self._put_attributes(row, regions, contents)
+            self._put_attributes(self.attributes, row, regions, contents)
         for k, content in zip(order, contents, strict=True):
             if content is None:
                 raise DataError(f"region {k} has no caption, and none of the attributes that are taught.")
         return contents
 
-    def _put_attributes(self, row: dict[str, Any], regions: list[dict[str, Any]], contents: list[Any]) -> None:
+    def _put_attributes(
+        self, plan: AttributePlan, row: dict[str, Any], regions: list[dict[str, Any]], contents: list[Any]
+    ) -> None:
         """Put blocks of attributes in place of captions, if the row is to teach them or a region has no caption."""
         rng = random.Random(f"attributes {row['seed']}") if "seed" in row else random
-        plan, taught = self.attributes, rng.random() < self.attribute_share
+        taught = rng.random() < self.attribute_share
         template = rng.randrange(max(1, len(plan.templates)))
         known = [{n: v for n, v in (r.get("attributes") or {}).items() if n in plan.choices} for r in regions]
         names = plan.lessons(name for values in known for name in values)
@@ -226,7 +228,8 @@ class PdlmCollator:
         tokenizer = self.processor.tokenizer
         end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
         newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-        ids, labels = [], []
+        ids: list[int] = []
+        labels: list[int] = []
         for k, content in enumerate(contents):
             is_last = k == len(contents) - 1
             if isinstance(content, str):
