@@ -111,7 +111,7 @@ class _Answers:
 def _ece(pairs: list[tuple[float, bool]]) -> float | None:
     from pdlm_hf.shapes.evaluate import calibration_error
 
-    return round(calibration_error(*zip(*pairs, strict=True)), 4) if pairs else None
+    return round(calibration_error([p for p, _ in pairs], [hit for _, hit in pairs]), 4) if pairs else None
 
 
 def tables_of(scores: dict[str, Any]) -> Group:

@@ -188,20 +188,16 @@ class _RowReader:
                 self.sizes[image] = image_size(self.folder / image)
             except (ImageError, ValueError) as error:
                 raise fail("image", f"an image in {self.folder} ({error})") from None
-        box = []
-        for column, most in zip(BOX, (*self.sizes[image], math.inf, math.inf), strict=True):
-            try:
-                value = float(row[column])
-            except ValueError:
-                value = math.nan
+        box = [_number(row[column]) for column in BOX]
+        for column, value in zip(BOX, box, strict=True):
             if not math.isfinite(value):
                 raise fail(column, "a number of pixels")
             if column in BOX[2:] and value <= 0:
                 raise fail(column, "more than 0 pixels")
-            if value >= most or (column in BOX[:2] and value + _number(row[BOX[2 + BOX.index(column)]]) <= 0):
+        for column, start, length, most in zip(BOX, box, box[2:], self.sizes[image], strict=False):
+            if start >= most or start + length <= 0:
                 width, height = self.sizes[image]
                 raise fail(column, f"a box inside the image of {width} x {height} pixels")
-            box.append(value)
         given = row.get("id") or str(number)
         own: int | str = int(given) if given.isdecimal() and given.isascii() else given
         if (image, own) in self.regions:

@@ -114,7 +114,9 @@ def attribute_schema(data: Data, *datasets: Rows | None) -> AttributeSchema | No
         return None  # the held-out rows may lack values
     found: dict[str, list[str]] = {}
     for dataset in datasets:
-        for name, values in dataset.attributes(schema).items() if hasattr(dataset, "attributes") else ():
+        if dataset is None or not hasattr(dataset, "attributes"):
+            continue
+        for name, values in dataset.attributes(schema).items():
             found[name] = list(dict.fromkeys([*found.get(name, []), *values]))
     if schema is not None or not found:
         return schema
