@@ -3,11 +3,14 @@
     python benchmarks/lora_shapes.py new --out runs/lora --threads 2 --json benchmarks/results/lora_shapes.json
     python benchmarks/lora_shapes.py parts --out runs/lora_parts --steps 400 --json benchmarks/results/lora_parts.json
     python benchmarks/lora_shapes.py isolated --out runs/lora_iso --json benchmarks/results/lora_isolated.json
+    python benchmarks/lora_shapes.py attributes --out runs/attributes --json benchmarks/results/lora_attributes.json
 
-Each trains by the packaged recipes (`shapes`, `shapes_isolated`); stopped and started again it goes on. "new": the
-embedded checkpoint learns shapes, colours and sentences that it has never seen, scored on held-out images of
-both domains. "parts": the same with parts frozen and other ranks, for equal, fewer steps. "isolated": cached decoding
-of a checkpoint trained "full", before and after; without --model the embedded one is first adapted to "full".
+Each trains by the packaged recipes (`shapes`, `shapes_isolated`, `attributes_shapes`); stopped and started again it
+goes on. "new": the embedded checkpoint learns shapes, colours and sentences that it has never seen, scored on held-out
+images of both domains. "parts": the same with parts frozen and other ranks, for equal, fewer steps. "isolated": cached
+decoding of a checkpoint trained "full", before and after; without --model the embedded one is first adapted to "full".
+"attributes": the embedded checkpoint learns an attribute that it has never been asked for; captions and attributes of
+held-out images before and after.
 """
 
 import json
@@ -19,11 +22,11 @@ import typer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import pdlm_peft
-from pdlm_hf.shapes.evaluate import evaluate
+from pdlm_hf.shapes.evaluate import evaluate, evaluate_attributes
 from pdlm_hf.shapes.scenes import SHAPES_DOMAIN, Domain
 from pdlm_peft.adapters import load_adapter, merge
 from pdlm_peft.recipe import load_recipe
-from pdlm_peft.shapes import NEW_DOMAIN
+from pdlm_peft.shapes import NEW_DOMAIN, SCHEMA, attributes_of
 
 PARTS = {
     "rank 16": [],
@@ -44,13 +47,17 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the result here
 Overrides = Annotated[list[str] | None, typer.Argument(help="Further settings of the recipe, key=value.")]
 
 
+def load(folder: str | Path) -> tuple[Any, Any]:
+    """A checkpoint or an adapter."""
+    if (Path(folder) / "adapter_config.json").is_file():
+        return load_adapter(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
 def score(folder: str | Path, domains: dict[str, Domain], images: int, seed: int = 11, **generation: Any) -> dict:
     """Scores of a checkpoint or an adapter, domain by domain."""
-    if (Path(folder) / "adapter_config.json").is_file():
-        model, processor = load_adapter(folder)
-    else:
-        model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-        processor = AutoProcessor.from_pretrained(folder)
+    model, processor = load(folder)
     with torch.inference_mode():
         return {
             name: evaluate(model, processor, seed, images, domain=domain, **generation)
@@ -128,6 +135,32 @@ def isolated(
         for name, interval in (("recomputed", 1), ("cached", 0)):
             rows[f"{stage}, {name}"] = score(folder, domain, images, prefix_refresh_interval=interval)["old"]
     write({"rows": rows, "training": record}, json_file)
+
+
+@app.command()
+def attributes(
+    out: Out = Path("runs/attributes"),
+    images: Annotated[int, typer.Option(help="Held-out images of each seed.")] = 100,
+    threads: Threads = 2,
+    json_file: Json = None,
+    overrides: Overrides = None,
+) -> None:
+    """Attributes and captions of three held-out seeds, before and after; a finished run is not trained again."""
+    torch.set_num_threads(threads)
+    recipe = load_recipe("attributes_shapes", overrides or ())
+    finished = out / "training.json"
+    if not finished.is_file():
+        train("attributes_shapes", out, *(overrides or ()))
+    record = {name: value for name, value in json.loads(finished.read_text()).items() if name != "log"}
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for stage, folder in (("before", recipe.base), ("after", out)):
+        model, processor = load(folder)
+        with torch.inference_mode():
+            for seed in (11, 12, 13):
+                read = evaluate_attributes(model, processor, seed, images, choices=SCHEMA, truth=attributes_of)
+                said = evaluate(model, processor, seed, images)
+                stages.setdefault(stage, []).append({"seed": seed, "attributes": read, "captions": said})
+    write({**stages, "training": record}, json_file)
 
 
 if __name__ == "__main__":

@@ -158,6 +158,17 @@ def lora_isolated(record: dict) -> str:
     return table(*rows)
 
 
+def lora_attributes(record: dict) -> str:
+    """A new attribute, before and after it was taught, beside the old ones and the captions."""
+    rows = [["", "seed", "tone", "lowest of the other four", "captions right"]]
+    for stage in ("before", "after"):
+        for row in record[stage]:
+            read = row["attributes"]
+            shares = [read["by_attribute"]["tone"], min(read["by_attribute"][name] for name in ATTRIBUTES)]
+            rows.append([stage, str(row["seed"]), *map(percent, (*shares, row["captions"]["exact"]))])
+    return table(*rows)
+
+
 # Cases of benchmarks/attributes.py, in the words of the page.
 READ_AS = {
     "list": "a list, `size: ..., colour: ...`",
@@ -290,6 +301,7 @@ def tables() -> dict[str, str]:
     batch = {"batch_throughput": batch_throughput, "batch_parts": batch_parts, "batch_bytes": batch_bytes}
     walk = load("commit_walk.json")
     later = {"shapes_chat": chat, "lora_shapes": lora, "lora_parts": lora_parts, "lora_isolated": lora_isolated}
+    later["lora_attributes"] = lora_attributes
     checkpoint, speed = json.loads((CHECKPOINT / "training.json").read_text()), load("decode_cpu_small.json")
     kept = ("32 steps, recomputed", "32 steps, prompt every 8", "32 steps", "threshold 0.8", "threshold 0.9")
     return {

@@ -15,6 +15,7 @@ from pdlm_hf.client import ChatClient, key_in, public_url
 from pdlm_hf.errors_pdlm import PdlmError, SettingError
 from pdlm_hf.regions.files import FileLock, replacing, write_json
 
+from .attributes_cli import attributes
 from .benchmarks import BENCHMARKS, choose_benchmarks
 from .manifest import LMMS_TASKS
 from .paradlc.cli import app as paradlc
@@ -23,6 +24,7 @@ from .terminal import progress, show_table
 
 app = errors.make_app("pdlm-eval", "Evaluate PerceptionDLM on the paper's benchmarks and compare with its scores.")
 app.add_typer(paradlc, name="paradlc")
+app.command()(attributes)
 
 
 class HarnessCommand(TyperCommand):

@@ -132,6 +132,7 @@ class _Encoded:
     names: list[str]
     literals: list[list[int]]
     choices: dict[str, list[list[int]]]  # empty for free text
+    spaces: dict[str, str]  # before each place; they belong to its value
 
     def is_short(self, name: str) -> bool:
         """Whether every choice has one token."""
@@ -184,6 +185,7 @@ class AttributePlan:
             template.names,
             [self.encode(text) for text in (*template.before, template.rest)],
             {name: [self.encode(spaces[name] + text) for text in self.choices[name]] for name in template.names},
+            spaces,
         )
 
     def _list(self, names: Sequence[str]) -> _Encoded:
@@ -275,6 +277,67 @@ class AttributePlan:
         options = template.choices[following]
         known = [options[fixed[following]]] if following in fixed else options
         return list(dict.fromkeys(tokens[0] for tokens in known))
+
+    def lessons(self, known: Iterable[str]) -> list[str]:
+        """One attribute for every block that reads some of these, for [`lesson`]: one of those with one-token choices,
+        which share a block, and every other one."""
+        everything = self.templates[0] if self.templates else self._list(self.names)
+        given = set(known)
+        names = [name for name in self.names if name in given]
+        short = [name for name in names if everything.is_short(name)]
+        return short[:1] + [name for name in names if name not in short]
+
+    def lesson(self, name: str, values: dict[str, str], template: int = 0) -> tuple[list[int], list[int]]:
+        """The block that an attribute is read from, with the values of a region in its places, for training.
+
+        Args:
+            name (`str`): the attribute. A block of one-token choices also has the other ones of that kind.
+            values (`dict[str, str]`): what is known of the region; other places stay open.
+            template (`int`): number of the template.
+
+        Returns:
+            token ids and labels, -100 for text and for places that stay open.
+
+        Raises:
+            SettingError: a value is none of the choices, or a free text is too long.
+        """
+        given = self.templates[template] if self.templates else None
+        everything = given or self._list(self.names)
+        short = [n for n in self.names if everything.is_short(n)]
+        shown = short if name in short or self.choices[name] else self.with_choices
+        used = given or self._list(shown if name in shown else [*shown, name])
+        places = self._values(used, {})
+        known = {n: self._known(used, n, values[n]) for n in used.names if n in values and n in (*shown, name)}
+        tokens, spans = _join(used.literals, used.names, places | known)
+        labels = [-100] * len(tokens)
+        for n in known:
+            labels[slice(*spans[n])] = known[n]
+        if name in short:
+            return tokens, labels
+        start, stop = spans[name]
+        fixed = {n: self.choices[n].index(values[n]) for n in self.with_choices if values.get(n) in self.choices[n]}
+        behind = self._behind(used, name, fixed)
+        room = max(map(len, used.choices[name]), default=self.lengths.get(name, 0) - 1) + 1
+        value = [*known[name], *(behind if len(behind) == 1 else [])][:room] if name in known else []
+        rest = room - len(value)
+        filler = self.end_id if value and not self.choices[name] else self.mask_id  # a text ends as a caption does
+        label = self.end_id if filler == self.end_id else -100
+        return tokens[:start] + value + [filler] * rest, labels[:start] + value + [label] * rest
+
+    def _known(self, template: _Encoded, name: str, value: str) -> list[int]:
+        """Tokens of a value. Raises: SettingError."""
+        if value in self.choices[name]:
+            return template.choices[name][self.choices[name].index(value)]
+        if self.choices[name]:
+            options = ", ".join(map(repr, self.choices[name]))
+            raise SettingError(f"attribute {name!r:.60}: {value!r:.60} is none of its choices, {options:.200}.")
+        tokens = self.encode(template.spaces[name] + value)
+        if len(tokens) > self.lengths[name]:
+            most = self.lengths[name]
+            raise SettingError(
+                f"attribute {name!r:.60}: {value!r:.60} has {len(tokens)} tokens, the schema allows {most}."
+            )
+        return tokens
 
     def text_block(self, name: str, fixed: dict[str, int]) -> Block:
         """The block that a free text is written in, behind the known attributes; its last positions are open."""

@@ -160,7 +160,7 @@ def region_key(row: dict, identifier: Any) -> tuple:
 def _tasks(source: Source, run: StepRun, counts: Counter, captions: bool) -> Iterator[Task]:
     seen: set[tuple] = set()
     for number, raw in raw_rows(source):
-        row = sound_row(raw, number, captions)
+        row = sound_row(raw, number, captions, attributes=False)
         row["regions"] = [{"id": k, **region} for k, region in enumerate(row["regions"])]
         written = relocated(row, source.own_folder, run.out.parent)
         keys = {region_key(written, region["id"]) for region in row["regions"]}

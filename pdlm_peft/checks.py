@@ -12,7 +12,7 @@ from .commit_captions import on_own_captions
 from .memory import SHAPES, check_kind, load_config
 from .plan import held_out_rows, open_dataset
 from .recipe import SHARDED_SAMPLES, Recipe
-from .training import arguments, check_folder
+from .training import arguments, attribute_plan, check_folder
 from .training_settings import check_json_files
 
 
@@ -37,11 +37,13 @@ def check_run(recipe: Recipe) -> None:
     if data.images is not None and not Path(data.images).is_dir():
         raise SettingError(f"`data.images`: there is no folder {data.images}.")
     processor = AutoProcessor.from_pretrained(recipe.base)
+    opened = []
     if data.kind != "drawn":
-        open_dataset(data)
         held_out = open_dataset(data, held_out=True)
+        opened = [open_dataset(data), held_out]
         if held_out is not None and recipe.commit is None:  # its rows have no captions yet
             held_out_rows(held_out, data, processor)
+    attribute_plan(recipe, processor, *([] if data.streaming else opened))
     if recipe.adapter is not None:
         check_new_words(recipe.base, processor, recipe.adapter)
     processes = int(os.environ.get("WORLD_SIZE", recipe.hardware.devices))

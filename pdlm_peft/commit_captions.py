@@ -122,7 +122,7 @@ def _source_rows(recipe: Recipe, folder: Path, name: str) -> Iterator[Row]:
             chat_messages(number, raw)
             yield relocated(raw, found.folder, folder)
         else:
-            row = sound_row(raw, number, captions=recipe.committing.captions == "given")
+            row = sound_row(raw, number, recipe.committing.captions == "given", attributes=False)
             yield relocated(row, found.folder, folder)
 
 

@@ -7,11 +7,24 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
+from pdlm_hf.attributes.schema import AttributeSchema
 from pdlm_hf.batch.dataset import image_size
 from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.regions.region import parse_region
 
-from .rows import Fault, RowError, is_image, is_text, open_row_image, row_size, size_fault, sound_row
+from .rows import (
+    Fault,
+    RowError,
+    is_image,
+    is_text,
+    known_attributes,
+    num_characters,
+    open_row_image,
+    row_size,
+    schema_faults,
+    size_fault,
+    sound_row,
+)
 from .sources import Source, find_source, open_table, parse_line, raw_rows
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -52,7 +65,7 @@ class RegionDataset(_RowDataset):
         return decode_row(*self._rows[index], self.source.folder)
 
     def sizes(self) -> list[tuple[int, int, int, int]]:
-        """Width, height, number of regions and of caption characters of every row.
+        """Width, height, number of regions and of characters of their captions or attributes of every row.
 
         An image is opened only if neither the row nor an RLE has its size.
 
@@ -64,9 +77,30 @@ class RegionDataset(_RowDataset):
             number, raw = self._rows[index]
             row = sound_row(raw, number)
             size = row_size(row) or _open(row, number, self.source.folder).size
-            captions = [region["caption"] for region in row["regions"]]
-            sizes.append((*size, len(captions), sum(map(len, captions))))
+            sizes.append((*size, len(row["regions"]), sum(map(num_characters, row["regions"]))))
         return sizes
+
+    def attributes(self, schema: AttributeSchema | None = None) -> dict[str, list[str]]:
+        """Every attribute of the rows with its values as texts, in the order in which they occur first.
+
+        Args:
+            schema (`AttributeSchema`, *optional*): the choices that they may have; attributes that it lacks are left
+                out.
+
+        Raises:
+            DataError: a row has a fault, or a value that is none of the choices.
+        """
+        found: dict[str, dict[str, None]] = {}
+        for index in range(len(self)):
+            number, raw = self._rows[index]
+            for k, region in enumerate(sound_row(raw, number)["regions"]):
+                for fault in schema_faults(region, f"regions[{k}]", number, schema) if schema else ():
+                    if fault.kind == "attribute value":
+                        raise RowError(fault)
+                for name, value in known_attributes(region).items():
+                    if schema is None or name in schema.attributes:
+                        found.setdefault(name, {})[value] = None
+        return {name: list(values) for name, values in found.items()}
 
 
 class ChatDataset(_RowDataset):
@@ -126,11 +160,11 @@ def decode_row(number: int, raw: Any, folder: Path | None, captions: bool = True
         number (`int`): number of the row, from 1.
         raw: the row as it was read.
         folder (`Path`, *optional*): folder that relative paths start from.
-        captions (`bool`): whether every region needs a caption.
+        captions (`bool`): whether every region needs a caption or attributes.
 
     Returns:
-        dict: `{"image": PIL.Image (RGB), "regions": [{"id", "mask": bool (H, W), "caption"}], "question"?}`, the
-        caption None where there is none.
+        dict: `{"image": PIL.Image (RGB), "regions": [{"id", "mask": bool (H, W), "caption", "attributes"?}],
+        "question"?}`, the caption None where there is none, the attributes as texts by name.
 
     Raises:
         RowError: the row has a fault: "row N: field: got ..., expected ...".
@@ -146,7 +180,8 @@ def decode_row(number: int, raw: Any, folder: Path | None, captions: bool = True
         except ValueError as error:
             fault = Fault(number, f"regions[{k}]", "mask", str(error).rstrip("."), "a mask inside the image")
             raise RowError(fault) from None
-        regions.append({"id": parsed.id, "mask": parsed.mask, "caption": region.get("caption")})
+        own = {"attributes": values} if (values := known_attributes(region)) else {}
+        regions.append({"id": parsed.id, "mask": parsed.mask, "caption": region.get("caption"), **own})
     return {"image": image, "regions": regions, **({"question": row["question"]} if "question" in row else {})}
 
 

@@ -22,6 +22,9 @@ def validate(
     model: Annotated[str | None, typer.Option(help="Checkpoint to train; default: the embedded one.")] = None,
     max_caption_tokens: Annotated[int, typer.Option(help="A longer caption or answer is a fault; 0: no limit.")] = 512,
     max_regions: Annotated[int | None, typer.Option(help="More regions in a row are a fault.")] = None,
+    schema: Annotated[
+        Path | None, typer.Option(help="Attributes that regions may have, and their choices; see pdlm attributes.")
+    ] = None,
     open_images: Annotated[
         bool,
         typer.Option(
@@ -36,7 +39,8 @@ def validate(
     """Check region data or conversations. Prints all faults and a summary; the exit code is 1 if there are faults."""
     from transformers import AutoProcessor
 
-    from pdlm_hf.captioning.checkpoints import BASE_CHECKPOINT, CHECKPOINT
+    from pdlm_hf.attributes.schema import read_schema_file
+    from pdlm_hf.captioning.checkpoints import BASE_CHECKPOINT, CHECKPOINT, checkpoint_name
 
     from .chat_validation import validate_chat
     from .sources import find_source
@@ -44,18 +48,21 @@ def validate(
 
     if max_caption_tokens < 0 or max_faults < 0 or samples < 1:
         raise SettingError("--max-caption-tokens and --max-faults must not be negative, --samples must be positive.")
-    if chat and (draw is not None or max_regions is not None):
-        raise SettingError("--draw and --max-regions are for region data, not for --chat.")
+    if chat and (draw is not None or max_regions is not None or schema is not None):
+        raise SettingError("--draw, --max-regions and --schema are for region data, not for --chat.")
+    checked = None if schema is None else read_schema_file(schema)
     source = find_source(data, images)
     if draw is not None and not draw.is_dir():
         from pdlm_hf.render.drawing import check_target
 
         check_target(draw)
-    processor = AutoProcessor.from_pretrained(str(model or (BASE_CHECKPOINT if chat else CHECKPOINT)))
+    own = BASE_CHECKPOINT if chat else CHECKPOINT
+    processor = AutoProcessor.from_pretrained(checkpoint_name(own if model is None else model))
     if chat:
         report = validate_chat(source, processor, open_images, max_caption_tokens or None)
     else:
-        validator = Validator(processor, open_images, max_caption_tokens or None, max_regions, samples if draw else 0)
+        limits = max_caption_tokens or None, max_regions
+        validator = Validator(processor, open_images, *limits, samples if draw else 0, checked)
         report = validator.validate(source)
     shown = report.faults[: max_faults or None]
     if as_json:
@@ -90,6 +97,8 @@ def _print_summary(report: Any) -> None:
         if spread := summary.get(name):
             values = ", ".join(f"{key} {form.format(value)}" for key, value in spread.items())
             typer.echo(f"{label}: {values}")
+    for name, found in summary.get("attributes", {}).items():
+        typer.echo(f"attribute {name!r:.60}: {found['values']} values, {found['regions']} regions")
     if "regions" in summary:
         groups, prompts = summary["rows_in_several_groups"], summary["region_prompts"]
         typer.echo(f"{groups} rows have more regions than region prompts ({prompts}); training splits them")

@@ -15,11 +15,13 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pdlm_hf import PdlmProcessor
+from pdlm_hf.attributes.schema import AttributeSchema, parse_schema, read_schema_file
 from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.tiling_pdlm import num_tiles
 from pdlm_hf.training.collator import PdlmCollator, partition_regions
 
 from .recipe import Data, Recipe
+from .rows import num_characters
 
 CHARACTERS_PER_TOKEN = 4  # of English captions; only used to sort rows by length
 PROMPT_TOKENS = 40  # the chat template and the question
@@ -90,6 +92,40 @@ def open_dataset(data: Data, held_out: bool = False, length: int = 0, group: int
     return (RegionDataset if data.kind == "regions" else ChatDataset)(source, images=images, limit=limit)
 
 
+def attribute_schema(data: Data, *datasets: Rows | None) -> AttributeSchema | None:
+    """The attributes that a recipe teaches; None if it teaches none.
+
+    Args:
+        data ([`~recipe.Data`])
+        *datasets: its rows and held-out rows, as far as they can be read in any order.
+
+    Raises:
+        SettingError: the schema of the recipe cannot be used, or the values of the rows are too many for one.
+        DataError: a row has a fault, or a value that is none of the choices.
+    """
+    if data.kind == "chat" or not data.attribute_share:
+        return None
+    schema = None
+    if isinstance(data.attributes, str):
+        schema = read_schema_file(Path(data.attributes))
+    elif data.attributes is not None:
+        schema = parse_schema(data.attributes)
+    if data.streaming and schema is None:
+        return None  # the held-out rows may lack values
+    found: dict[str, list[str]] = {}
+    for dataset in datasets:
+        if dataset is None or not hasattr(dataset, "attributes"):
+            continue
+        for name, values in dataset.attributes(schema).items():
+            found[name] = list(dict.fromkeys([*found.get(name, []), *values]))
+    if schema is not None or not found:
+        return schema
+    try:
+        return parse_schema({"attributes": found})
+    except SettingError as error:
+        raise SettingError(f"{error} It is that of the rows; `data.attributes` sets another schema.") from None
+
+
 def file_of(data: Data, name: Literal["train", "held_out"]) -> str:
     """The data file that a recipe names.
 
@@ -115,7 +151,7 @@ def sizes_of(dataset: Rows, data: Data) -> list[tuple[int, int, int, int]] | Non
     if hasattr(dataset, "sizes"):
         return list(dataset.sizes())
     rows = (dataset[index] for index in range(len(dataset)))
-    return [(*r["image"].size, len(r["regions"]), sum(len(x["caption"]) for x in r["regions"])) for r in rows]
+    return [(*r["image"].size, len(r["regions"]), sum(map(num_characters, r["regions"]))) for r in rows]
 
 
 def chat_sizes(

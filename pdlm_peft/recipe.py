@@ -35,7 +35,8 @@ class Data(_Part):
     Args:
         kind (`str`): "regions": images with captioned regions; "chat": conversations in LLaVA's format; "drawn":
             synthetic scenes of `domain`, drawn on demand.
-        domain (`str`): "new": [`~shapes.NEW_DOMAIN`]; "shapes": the domain of the embedded checkpoint.
+        domain (`str`): "new": [`~shapes.NEW_DOMAIN`]; "shapes": that of the embedded checkpoint, with
+            captions in its wording and the attributes of [`~shapes.attributes_of`].
         train, held_out (`str`, *optional*): data files; not for "drawn".
         images (`str`, *optional*): folder of the images; default: the folder of the data file.
         limit, held_out_limit (`int`, *optional*): use only so many of the first images.
@@ -49,6 +50,10 @@ class Data(_Part):
         at_least_one (`bool`, *optional*): mask at least one token of every row; None: only with `num_slots`, see
             [`~pdlm_hf.training.PdlmCollator`].
         prompt_ids (`str`): region prompts, "random" as the reference trains, or "ordered" as at inference.
+        attributes (`str` or `dict`, *optional*): schema of the attributes to teach, as a file or in the recipe, see
+            [`~pdlm_hf.attributes.schema.AttributeSchema`]. None: those of the rows, with the values that occur.
+        attribute_share (`float`): share of the rows that teach attributes, of those that have captions, too; with 0
+            none does.
         streaming (`bool`): read the file again and again instead of indexing it; needs `training.max_steps`.
     """
 
@@ -65,6 +70,8 @@ class Data(_Part):
     noise_floor: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     at_least_one: bool | None = None
     prompt_ids: Literal["random", "ordered"] = "random"
+    attributes: str | dict[str, Any] | None = None
+    attribute_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     streaming: bool = False
 
 

@@ -1,7 +1,7 @@
 """Rows of region data: their one form, with COCO's field names, and the faults they can have.
 
-A row is `{"image": path, "regions": [{"id", "segmentation" | "bbox", "caption"}, ...], "question"?, "width"?,
-"height"?}`. Images and masks stay encoded in it.
+A row is `{"image": path, "regions": [{"id", "segmentation" | "bbox", "caption"?, "attributes"?}, ...], "question"?,
+"width"?, "height"?}`. A region has a caption, attributes, or both. Images and masks stay encoded in it.
 """
 
 import base64
@@ -10,10 +10,12 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from PIL import Image
 
+from pdlm_hf.attributes.schema import AttributeSchema, fault_of_text, text_of
 from pdlm_hf.errors_pdlm import DataError, ImageError
 from pdlm_hf.regions.images import load_image, open_image
 
@@ -23,6 +25,7 @@ REGION_KEYS = {
     "segmentation",
     "bbox",
     "caption",
+    "attributes",
     "category",
     "category_id",
     "image_id",
@@ -105,8 +108,8 @@ def _reference_region(region: Any) -> Any:
     return _without_nulls({**region, "bbox": WHOLE} if whole else region)
 
 
-def sound_row(raw: Any, number: int, captions: bool = True) -> dict:
-    """Convert a row into the one form and check it.
+def sound_row(raw: Any, number: int, captions: bool = True, attributes: bool = True) -> dict:
+    """Convert a row into the one form and check it, see [`check_row`].
 
     Raises:
         RowError: the row has a fault; the error has the first one.
@@ -114,18 +117,19 @@ def sound_row(raw: Any, number: int, captions: bool = True) -> dict:
     if isinstance(raw, RowError):
         raise raw
     row = normal_row(raw)
-    for fault in check_row(row, number, captions):
+    for fault in check_row(row, number, captions, attributes):
         raise RowError(fault)
     return row
 
 
-def check_row(row: Any, number: int, captions: bool = True) -> Iterator[Fault]:
+def check_row(row: Any, number: int, captions: bool = True, attributes: bool = True) -> Iterator[Fault]:
     """Find all faults in the form of a row, without decoding images and masks.
 
     Args:
         row: from [`normal_row`].
         number (`int`): number of the row, from 1.
         captions (`bool`): whether every region needs a caption.
+        attributes (`bool`): whether attributes do in place of a caption.
     """
     # By hand, not by pydantic: it skips a list's own checks (ids that occur twice, an empty list) as soon as one item
     # has a fault, so that faults would go uncounted, and each message would have to be mapped to kind, got, expected.
@@ -154,10 +158,10 @@ def check_row(row: Any, number: int, captions: bool = True) -> Iterator[Fault]:
     elif not row["regions"]:
         yield Fault(number, "regions", "no regions", "an empty list", "at least one region")
     else:
-        yield from _check_regions(row["regions"], number, captions)
+        yield from _check_regions(row["regions"], number, captions, attributes)
 
 
-def _check_regions(regions: list, number: int, captions: bool) -> Iterator[Fault]:
+def _check_regions(regions: list, number: int, captions: bool, attributes: bool) -> Iterator[Fault]:
     seen = set()
     for k, region in enumerate(regions):
         field = f"regions[{k}]"
@@ -177,8 +181,10 @@ def _check_regions(regions: list, number: int, captions: bool) -> Iterator[Fault
         else:
             seen.add(identifier)
         yield from _check_shape(region, field, number)
-        if captions:
+        if captions and not (attributes and region.get("attributes") and region.get("caption") is None):
             yield from _check_caption(region, f"{field}.caption", number)
+        if "attributes" in region:
+            yield from _check_attributes(region["attributes"], f"{field}.attributes", number)
 
 
 def _check_shape(region: dict, field: str, number: int) -> Iterator[Fault]:
@@ -202,6 +208,50 @@ def _check_caption(region: dict, field: str, number: int) -> Iterator[Fault]:
         yield Fault(number, field, "broken text", _shown(caption), BROKEN)
     elif not caption.strip():
         yield Fault(number, field, "empty caption", repr(caption), "a text")
+
+
+def _check_attributes(values: Any, field: str, number: int) -> Iterator[Fault]:
+    if not isinstance(values, dict):
+        yield Fault(number, field, "wrong type", _shown(values), "an object of names with their values")
+        return
+    for name, value in values.items():
+        place = f"{field}.{name:.60}"
+        if reason := fault_of_text(name):
+            yield Fault(number, field, "attribute name", f"the name {name!r:.60}, which {reason}", "a name")
+        elif "{" in name or "}" in name:
+            yield Fault(number, field, "attribute name", f"the name {name!r:.60}", "a name without braces")
+        elif not isinstance(value, (str, int, NoneType)):
+            yield Fault(number, place, "wrong type", _shown(value), "a text, a whole number, true or false")
+        elif value is not None and (reason := fault_of_text(text_of(value))):
+            yield Fault(number, place, "attribute value", f"{value!r:.60}, which {reason}", "a value of one line")
+
+
+def schema_faults(region: dict, field: str, number: int, schema: AttributeSchema) -> Iterator[Fault]:
+    """Faults of the attributes of a region whose form is right, by a schema.
+
+    Args:
+        region (`dict`), field (`str`), number (`int`): the region, its place in the row, and the number of the row.
+        schema (`AttributeSchema`)
+    """
+    for name, value in known_attributes(region).items():
+        attribute, place = schema.attributes.get(name), f"{field}.attributes.{name:.60}"
+        if attribute is None:
+            expected = f"one of {', '.join(schema.attributes):.200}"
+            yield Fault(number, place, "unknown attribute", "an attribute that the schema does not have", expected)
+        elif attribute.choices and value not in (texts := attribute.texts):
+            yield Fault(number, place, "attribute value", f"{value!r:.60}", f"one of {', '.join(texts):.200}")
+
+
+def known_attributes(region: dict) -> dict[str, str]:
+    """Texts of the attributes that are known of a region, by name; null stands for an unknown one."""
+    values = region.get("attributes") or {}
+    return {name.strip(): text_of(value) for name, value in values.items() if value is not None}
+
+
+def num_characters(region: dict) -> int:
+    """Characters of the caption of a region, or of its attributes in a list, if these are longer."""
+    values = known_attributes(region)
+    return max(len(region.get("caption") or ""), sum(len(name) + len(value) + 4 for name, value in values.items()))
 
 
 def is_text(value: Any) -> bool:

@@ -6,11 +6,14 @@ that are accepted in the same denoising step cannot disagree about them.
 """
 
 import math
+from typing import Any
 
 from PIL import ImageDraw
 
-from pdlm_hf.shapes.dataset import ShapesDataset
-from pdlm_hf.shapes.scenes import SHAPES_DOMAIN, Domain
+from pdlm_hf.shapes.dataset import CommitDataset, ShapesDataset
+from pdlm_hf.shapes.scenes import COLOURS as COLOURS_OF_SHAPES
+from pdlm_hf.shapes.scenes import WORDS as SHAPES
+from pdlm_hf.shapes.scenes import Domain, Figure, Scene
 
 COLOURS = {"pink": (255, 150, 190), "cyan": (70, 215, 222), "wine": (112, 20, 52), "sand": (232, 208, 150)}
 ACCENTS = {"wine": (240, 220, 225)}
@@ -61,16 +64,38 @@ def _texture(
 NEW_DOMAIN = Domain(WORDS, PATTERNS, COLOURS, ACCENTS, _outline, _texture)
 
 
-DOMAINS = {"new": NEW_DOMAIN, "shapes": SHAPES_DOMAIN}
+SCHEMA = {attribute: list(values) for attribute, values in SHAPES.items()} | {"tone": ["bright", "dim"]}
+BRIGHT = 100  # of 255; of eight colours four are brighter
+
+
+def attributes_of(figure: Figure) -> dict[str, str]:
+    """The attributes of [`SCHEMA`] of a figure: its four, and its tone, which the embedded checkpoint has never been
+    asked for, and for which it has no words.
+    """
+    red, green, blue = COLOURS_OF_SHAPES[figure.colour]
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return vars(figure) | {"tone": "bright" if luminance > BRIGHT else "dim"}
+
+
+class AttributeScenes(CommitDataset):
+    """Scenes of the embedded checkpoint's own domain, with captions in its wording and with attributes."""
+
+    def _row(self, scene: Scene, captions: list[str]) -> dict[str, Any]:
+        row = super()._row(scene, captions)
+        for region, figure in zip(row["regions"], scene.figures, strict=True):
+            region["attributes"] = attributes_of(figure)
+        return row
 
 
 def drawn_scenes(domain: str, seed: int, length: int, group: int) -> ShapesDataset:
     """Scenes for training, drawn on demand.
 
     Args:
-        domain (`str`): "new" or "shapes".
+        domain (`str`): "new", or "shapes" for [`AttributeScenes`].
         seed (`int`): decides the images.
         length (`int`): number of images.
         group (`int`): images per batch, which share their number of regions and their tile grid.
     """
-    return ShapesDataset(seed, length, group, domain=DOMAINS[domain])
+    if domain == "shapes":
+        return AttributeScenes(seed, length, group)
+    return ShapesDataset(seed, length, group, domain=NEW_DOMAIN)

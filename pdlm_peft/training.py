@@ -13,8 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 from transformers.integrations import get_available_reporting_integrations, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import TrainerCallback
 
+from pdlm_hf.attributes.schema import AttributeSchema
 from pdlm_hf.errors_pdlm import MissingPackageError, SettingError
-from pdlm_hf.regions.files import check_same_settings, load_json
+from pdlm_hf.regions.files import check_same_settings, load_json, write_json
+from pdlm_hf.templates_pdlm import AttributePlan
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_hf.training.trainer import Clock, InOrderTrainer
 from pdlm_hf.versions_pdlm import CHECKPOINTING
@@ -31,12 +33,13 @@ from .adapters import (
 )
 from .card import write_run_card
 from .memory import check_kind
-from .plan import StreamedRows, TrainingRows, held_out_rows, open_dataset, plan
+from .plan import StreamedRows, TrainingRows, attribute_schema, held_out_rows, open_dataset, plan
 from .recipe import SHARDED_SAMPLES, Recipe
 from .samples import CaptionSamples
 from .training_settings import ALIASES
 
 CAPTIONS = "captions"  # folder of a run: what `pdlm-peft commit` trains on
+SCHEMA_FILE = "attributes.json"  # the attributes that were taught, for `pdlm attributes --schema`
 RUN_FILE = "run.json"  # the number of processes, on which the order of the rows depends
 LEVELS = 5  # bins of the masking probability in the log
 # settings that may differ when a run is resumed
@@ -60,6 +63,7 @@ class RegionTrainer(InOrderTrainer):
     """
 
     base_fingerprint = ""
+    schema: AttributeSchema | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -221,10 +225,39 @@ class Parts:
 PLAIN = Parts()
 
 
-def collator(recipe: Recipe, processor, make: Callable[..., PdlmCollator] = PdlmCollator) -> PdlmCollator:
-    """The collator of a recipe."""
+def collator(
+    recipe: Recipe,
+    processor,
+    make: Callable[..., PdlmCollator] = PdlmCollator,
+    attributes: AttributePlan | None = None,
+) -> PdlmCollator:
+    """The collator of a recipe, with the attributes that it teaches."""
     data = recipe.data
-    return make(processor, data.num_slots, data.noise_floor, data.prompt_ids, data.at_least_one)
+    return make(
+        processor,
+        data.num_slots,
+        data.noise_floor,
+        data.prompt_ids,
+        data.at_least_one,
+        attributes=attributes,
+        attribute_share=data.attribute_share,
+    )
+
+
+def attribute_plan(recipe: Recipe, processor, *datasets: Any) -> tuple[AttributeSchema | None, AttributePlan | None]:
+    """The attributes that a recipe teaches, and their token blocks; None if it teaches none.
+
+    Args:
+        recipe ([`~recipe.Recipe`]), processor (`PdlmProcessor`)
+        *datasets: see [`~plan.attribute_schema`].
+
+    Raises:
+        SettingError, DataError: see [`~plan.attribute_schema`] and the processor's `attribute_plan`.
+    """
+    schema = attribute_schema(recipe.data, *datasets) if recipe.commit is None else None
+    if schema is None:
+        return None, None
+    return schema, processor.attribute_plan(schema.choices, schema.lengths, schema.template)
 
 
 def training_rows(
@@ -261,6 +294,7 @@ def build(recipe: Recipe, parts: Parts = PLAIN) -> RegionTrainer:
     # before the model is loaded, to find bad data early
     rows, args.max_steps = training_rows(recipe, args, processor, parts.rows)
     held_out = open_dataset(recipe.data, held_out=True, length=64, seed=recipe.seed)
+    schema, taught = attribute_plan(recipe, processor, getattr(rows, "dataset", None), held_out)
     samples, images = recipe.samples, []
     if samples.every and held_out is not None and recipe.data.kind != "chat":
         images = [held_out[k] for k in range(min(samples.images, len(held_out)))]
@@ -270,11 +304,11 @@ def build(recipe: Recipe, parts: Parts = PLAIN) -> RegionTrainer:
         args=args,
         train_dataset=rows,
         eval_dataset=held_out_rows(held_out, recipe.data, processor) if held_out is not None else None,
-        data_collator=collator(recipe, processor, parts.collator),
+        data_collator=collator(recipe, processor, parts.collator, taught),
         processing_class=processor,
         callbacks=[Clock(), _AdapterFiles(recipe, base_fingerprint)],
     )
-    trainer.base_fingerprint = base_fingerprint
+    trainer.base_fingerprint, trainer.schema = base_fingerprint, schema
     if images:
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise SettingError(SHARDED_SAMPLES)
@@ -348,6 +382,8 @@ def train(recipe: Recipe, parts: Parts = PLAIN) -> dict[str, Any]:
         (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         (out / RUN_FILE).write_text(json.dumps({"processes": trainer.args.world_size}) + "\n")
         write_base(out, recipe, trainer.base_fingerprint)
+        if trainer.schema is not None:
+            write_json(out / SCHEMA_FILE, trainer.schema.to_json())
     last = last_complete(out / "checkpoints")
     if last and main and recipe.adapter is not None:
         # written after Trainer's files, so a killed run may have left half of it; Trainer reads it only if it exists

@@ -12,11 +12,24 @@ from typing import Any
 
 import numpy as np
 
+from pdlm_hf.attributes.schema import AttributeSchema
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions.region import region_areas
+from pdlm_hf.templates_pdlm import MOST_TOKENS
 
 from .data import decode_row
-from .rows import WHOLE, Fault, RowError, check_row, normal_row, open_row_image, row_size, size_fault
+from .rows import (
+    WHOLE,
+    Fault,
+    RowError,
+    check_row,
+    known_attributes,
+    normal_row,
+    open_row_image,
+    row_size,
+    schema_faults,
+    size_fault,
+)
 from .sources import Source, raw_rows
 
 _BATCH = 32  # rows whose masks and captions are checked together; more of them leave the cache of the processor
@@ -52,6 +65,7 @@ class Validator:
         max_regions (`int`, *optional*): more regions in a row are a fault. More regions than the checkpoint has
             region prompts are not: training splits them into groups.
         samples (`int`): number of rows without a fault to keep for drawing.
+        schema (`AttributeSchema`, *optional*): the attributes that regions may have, and their choices.
 
     Raises:
         SettingError: a limit is not positive.
@@ -64,12 +78,14 @@ class Validator:
         max_caption_tokens: int | None = 512,
         max_regions: int | None = None,
         samples: int = 0,
+        schema: AttributeSchema | None = None,
     ):
         for name, value in (("max_caption_tokens", max_caption_tokens), ("max_regions", max_regions)):
             if value is not None and value < 1:
                 raise SettingError(f"`{name}` must be positive, got {value}.")
         self.processor, self.open_images, self.num_samples = processor, open_images, samples
         self.max_caption_tokens, self.max_regions = max_caption_tokens, max_regions
+        self.schema = schema
         self._special_ids = frozenset(processor.tokenizer.added_tokens_decoder)
 
     def validate(self, source: Source) -> Report:
@@ -88,6 +104,8 @@ class Validator:
         self.areas: list[float] = []
         self.lengths: list[int] = []
         self.region_counts: list[int] = []
+        self.attributes: dict[str, Counter[str]] = {}  # regions by value
+        self._reasons: dict[str, tuple[str, str, str] | None] = {}  # what is wrong with a name or value
         self.rows = 0
         rows = readable_rows(source)
         collecting = gc.isenabled()
@@ -135,8 +153,10 @@ class Validator:
                     continue
                 if size and wrong.isdisjoint((name, f"{name}.segmentation", f"{name}.bbox")):
                     shapes.append((number, k, region, size))
-                if f"{name}.caption" not in wrong:
+                if f"{name}.caption" not in wrong and region.get("caption") is not None:
                     captions.append((number, k, region["caption"]))
+                if "attributes" in region and not any(field.startswith(f"{name}.attributes") for field in wrong):
+                    self._check_attributes(number, name, region)
             sound.append((number, raw))
         self._check_masks(shapes)
         self._check_captions(captions)
@@ -221,6 +241,29 @@ class Validator:
                 except ValueError as error:
                     self.faults.append(Fault(number, f"regions[{k}].caption", "special tokens", str(error), "text"))
 
+    def _check_attributes(self, number: int, field: str, region: dict) -> None:
+        """Find texts that a template cannot hold, and otherwise values that the schema lacks."""
+        found = []
+        for name, value in known_attributes(region).items():
+            self.attributes.setdefault(name, Counter())[value] += 1
+            reasons = filter(None, map(self._reason, (name, value)))
+            found += [Fault(number, f"{field}.attributes.{name:.60}", *reason) for reason in reasons]
+        if self.schema is not None and not found:
+            found += schema_faults(region, field, number, self.schema)
+        self.faults += found
+
+    def _reason(self, text: str) -> tuple[str, str, str] | None:
+        """Kind, what came and what was expected, of a name or value that cannot be used; each is looked at once."""
+        if text not in self._reasons:
+            ids = self.processor.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+            reason = None
+            if not self._special_ids.isdisjoint(ids):
+                reason = "special tokens", f"{text!r:.60}", "a text without special tokens of the model"
+            elif len(ids) > MOST_TOKENS:
+                reason = "long attribute", f"{text!r:.60} with {len(ids)} tokens", f"at most {MOST_TOKENS}"
+            self._reasons[text] = reason
+        return self._reasons[text]
+
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
         # the tokenizer's own call would also compute positions in the text
         encoded = self.processor.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -235,6 +278,9 @@ class Validator:
             "regions_per_row": spread(self.region_counts),
             "area_share": spread(self.areas),
             "caption_tokens": spread(self.lengths),
+            "attributes": {
+                name: {"regions": values.total(), "values": len(values)} for name, values in self.attributes.items()
+            },
             "region_prompts": prompts,
             "rows_in_several_groups": sum(count > prompts for count in self.region_counts),
             "images_opened": self.open_images,
@@ -271,6 +317,11 @@ def spread(values: list) -> dict[str, float] | None:
     return {name: round(float(np.percentile(array, q)), 6) for name, q in names.items()}
 
 
+def _text_of(region: dict[str, Any]) -> str:
+    """The caption of a decoded region, or its attributes in a list."""
+    return region["caption"] or ", ".join(f"{name}: {value}" for name, value in region["attributes"].items())
+
+
 def draw_samples(samples: list[tuple[int, Any]], folder: Path | None, out: Path) -> list[Path]:
     """Draw rows with their regions and captions.
 
@@ -293,7 +344,7 @@ def draw_samples(samples: list[tuple[int, Any]], folder: Path | None, out: Path)
     for number, raw in samples:
         row = decode_row(number, raw, folder)
         regions = [Region(region["id"], region["mask"]) for region in row["regions"]]
-        captions = [RegionCaption(region["caption"], 1.0) for region in row["regions"]]
+        captions = [RegionCaption(_text_of(region), 1.0) for region in row["regions"]]
         drawn.append((number, draw_captions(row["image"], regions, captions)))
     if out.is_dir():
         paths = [out / f"row_{number}.png" for number, _ in drawn]

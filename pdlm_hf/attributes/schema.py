@@ -210,12 +210,19 @@ def _num_choices(value: Any) -> int:
 
 def _check_text(text: str, what: str) -> None:
     """Raises: ValueError for a text that cannot stand in a template."""
+    if reason := fault_of_text(text):
+        raise ValueError(f"{what} {reason}")
+
+
+def fault_of_text(text: str) -> str | None:
+    """Why a name or a value cannot stand in a template, as the end of a sentence; None if it can."""
     if all(character.isspace() or unicodedata.category(character) == "Cf" for character in text):
-        raise ValueError(f"{what} is empty")
+        return "is empty"
     if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"{what}... has {len(text)} characters, more than {MOST_CHARACTERS}")
+        return f"has {len(text)} characters, more than {MOST_CHARACTERS}"
     if _BREAKS.search(text):
-        raise ValueError(f"{what} has a line break, a control character or half of a character")
+        return "has a line break, a control character or half of a character"
+    return None
 
 
 def _from_json_schema(value: dict[str, Any]) -> dict[str, Any]:

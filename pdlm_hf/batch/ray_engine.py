@@ -32,6 +32,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import NodeDiedError, RayError, RayTaskError
 from transformers import AutoProcessor
 
+from ..attributes.schema import AttributeSchema
 from ..captioning.checkpoints import CHECKPOINT, checkpoint_name
 from ..client.server import public_url
 from ..errors_pdlm import ImageError, ServerError, SettingError
@@ -56,6 +57,7 @@ class CaptionerSettings:
         model (`str`, *optional*): folder that exists on every machine, or hub id; default: the embedded checkpoint.
         mode (`str`), batch_size (`int`), question (`str`, *optional*), generation (`dict`): as in
             [`~pdlm_hf.batch.LocalEngine`].
+        schema (`AttributeSchema`, *optional*): attributes to read in place of captions.
     """
 
     model: str | None
@@ -63,6 +65,7 @@ class CaptionerSettings:
     batch_size: int
     question: str | None
     generation: dict[str, Any]
+    schema: AttributeSchema | None = None
 
 
 class RayEngine:
@@ -84,7 +87,9 @@ class RayEngine:
             settings = replace(settings, model=os.path.abspath(settings.model))
         self.settings, self.workers = settings, workers
         self.storage, self.folder = (fs.LocalFileSystem(), "") if images is None else open_storage(images)
-        processor = AutoProcessor.from_pretrained(checkpoint_name(settings.model or CHECKPOINT))
+        processor = AutoProcessor.from_pretrained(
+            checkpoint_name(CHECKPOINT if settings.model is None else settings.model)
+        )
         self.image_processor = processor.image_processor
 
     def caption(
@@ -254,6 +259,7 @@ class _Captioner:
     def __init__(self, settings: CaptionerSettings):
         from transformers.utils.logging import disable_progress_bar
 
+        from ..captioning.attributes import SchemaCaptioner
         from ..captioning.captioner import RegionCaptioner
 
         self.engine: LocalEngine | None = None
@@ -266,6 +272,8 @@ class _Captioner:
         disable_progress_bar()
         try:
             captioner = RegionCaptioner.from_pretrained(settings.model, mode=settings.mode)
+            if settings.schema is not None:
+                captioner = SchemaCaptioner(captioner, settings.schema)
             self.engine = LocalEngine(captioner, settings.batch_size, settings.question, **settings.generation)
         except Exception as error:  # a damaged checkpoint or a full GPU raises errors of many kinds
             self.trouble = {"no_captioner": f"{where}: {error}"}

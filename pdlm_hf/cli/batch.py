@@ -80,6 +80,7 @@ def batch(
 ) -> None:
     """Describe every region of a data set, or of images whose regions are found first; the same command continues
     after any stop."""
+    from ..attributes.schema import read_schema_file
     from ..batch.dataset import open_data
     from ..batch.run import BatchFiles, BatchProgress, parse_shard, run_batch
     from ..batch.tables import attributes_fault, check_table, write_table
@@ -89,7 +90,7 @@ def batch(
     check_positive({"--concurrency": concurrency} | ({} if workers is None else {"--workers": workers}))
     part = parse_shard(shard)
     _check_engine(engine, workers, server, images)
-    checked = None if schema is None else _read_schema(schema, engine)
+    checked = None if schema is None else read_schema_file(schema)
     if checked is not None:
         generation = {}
         _check_schema_alone(context)
@@ -115,8 +116,8 @@ def batch(
 
     def open_engine():
         if engine == "ray":
-            return _ray_engine(model, fast, batch_size, question, generation, workers, images)
-        return _engine(asked, model, fast, batch_size, question, generation, checked)
+            return _ray_engine(model, fast, batch_size, question, generation, checked, workers, images)
+        return make_engine(asked, model, fast, batch_size, question, generation, checked)
 
     if asked is None:
         note_embedded(model)
@@ -202,16 +203,7 @@ def _check_schema_alone(context: typer.Context) -> None:
             raise SettingError(f"--{option.replace('_', '-')} is for captions; with --schema leave it out.")
 
 
-def _read_schema(path: Path, engine: str) -> Any:
-    """The schema of attributes to read. Raises: SettingError: it cannot be used, or not by this engine."""
-    from ..attributes.schema import read_schema_file
-
-    if engine != "local":
-        raise SettingError("--schema: attributes are read in this process or by --server; leave out --engine ray.")
-    return read_schema_file(path)
-
-
-def _engine(client, model, fast, batch_size, question, generation, schema=None):
+def make_engine(client, model, fast, batch_size, question, generation, schema=None):
     """The engine that writes the captions of a data set, in this process or through a server."""
     from ..batch.engines import LocalEngine
     from ..batch.server_engine import ServerEngine
@@ -244,13 +236,13 @@ def _check_engine(engine: str, workers: int | None, server: str | None, images: 
         raise SettingError(f"--images {public_url(images)}: object storage is read by --engine ray only.")
 
 
-def _ray_engine(model, fast, batch_size, question, generation, workers, images) -> Any:
+def _ray_engine(model, fast, batch_size, question, generation, schema, workers, images) -> Any:
     """The engine that writes the captions of a data set on a Ray cluster."""
     from ..batch.dataset import is_url
     from ..batch.ray_engine import CaptionerSettings, RayEngine
 
     def build(model):
-        settings = CaptionerSettings(model, "fast" if fast else "default", batch_size, question, generation)
+        settings = CaptionerSettings(model, "fast" if fast else "default", batch_size, question, generation, schema)
         return RayEngine(settings, workers, images if is_url(images) else None)
 
     return load(build, model)

@@ -53,10 +53,14 @@ class ShapesDataset(Dataset):
         layout = np.random.default_rng((TRAINING, self.seed, 2**40 + index // self.group))
         return rng, draw_scene(rng, layout, self.easy, domain or self.domain)
 
+    def _row(self, scene: Scene, captions: list[str]) -> dict[str, Any]:
+        """The row of a scene, without its seed."""
+        return region_rows(scene.image, scene.masks, captions)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng, scene = self._scene(index)
         captions = [describe(figure, rng, self.easy, self.domain) for figure in scene.figures]
-        return region_rows(scene.image, scene.masks, captions) | {"seed": self.seed * 2**40 + index}
+        return self._row(scene, captions) | {"seed": self.seed * 2**40 + index}
 
 
 class CommitDataset(ShapesDataset):
@@ -79,7 +83,7 @@ class CommitDataset(ShapesDataset):
         own = empty or short or rng.random() < self.OWN
         captions = [committed(f) if own else describe(f, rng, domain=self.domain) for f in scene.figures]
         level = 1.0 if empty else rng.uniform(0.1, 1.0 if own else 0.9)
-        row = region_rows(scene.image, scene.masks, captions)
+        row = self._row(scene, captions)
         return row | {"seed": self.seed * 2**40 + index, "mask_probability": float(level), "num_slots": slots}
 
 
@@ -115,7 +119,7 @@ class TemplateDataset(CommitDataset):
         write = self._open_blocks if is_open else self._blocks
         blocks = write(rng, values)
         slots = max(len(tokens) for tokens, _ in blocks) + int(rng.integers(0, 8))
-        row = region_rows(scene.image, scene.masks, [""] * len(blocks))
+        row = self._row(scene, [""] * len(blocks))
         for region, (tokens, labels) in zip(row["regions"], blocks, strict=True):
             fill = self.mask_id if is_open else self.end
             padding = slots - len(tokens)

@@ -13,7 +13,10 @@ from ..errors_pdlm import DataError, SettingError
 from ..image_processing_pdlm import to_rgb
 from ..processing_pdlm import PdlmProcessor, area_order
 from ..prompts_pdlm import CAPTION, END_OF_TURN
+from ..templates_pdlm import AttributePlan
 from ..tiling_pdlm import num_tiles
+
+Content = str | tuple[list[int], list[int]]  # a caption, or the token ids and labels of a block
 
 
 def partition_regions(num_regions: int, num_prompts: int, index: int, epoch: int) -> list[list[int]]:
@@ -46,7 +49,8 @@ class PdlmCollator:
 
     A row is `{"image": image, "regions": [{"mask": (H, W), "caption": str}, ...], "question": str (optional)}` for
     regions, or `{"images": [...], "messages": [{"role", "content"}, ...]}` for the base model. In place of its caption
-    a region may have a "block", the token ids and labels of its token positions.
+    a region may have a "block", the token ids and labels of its token positions; beside it or in its place
+    "attributes", the texts of its values by name.
 
     Random numbers are drawn in the reference's order: t per sample, then one uniform number per token (in replacement
     mode the same again, and the replacement tokens). If every row has a "seed", the noise, slots and prompt ids of a
@@ -70,6 +74,10 @@ class PdlmCollator:
         replacement_noise (`bool`): also draw `replacement_ids` (for `replacement_noise_mode`).
         vocab_size (`int`, *optional*): rows of the embedding; needed for replacement noise.
         generator (`torch.Generator`, *optional*): for repeatable noise.
+        attributes (`AttributePlan`, *optional*): the attributes to teach, from the processor's `attribute_plan`. A row
+            teaches the captions of its regions, or one of the blocks that their attributes are read from, with their
+            values as labels.
+        attribute_share (`float`): share of the rows that teach attributes, of those that have captions, too.
 
     Raises:
         SettingError: `prompt_ids` has another value, or replacement noise is asked for without `vocab_size`.
@@ -85,6 +93,8 @@ class PdlmCollator:
         replacement_noise: bool = False,
         vocab_size: int | None = None,
         generator: torch.Generator | None = None,
+        attributes: AttributePlan | None = None,
+        attribute_share: float = 0.5,
     ):
         if prompt_ids not in ("random", "ordered"):
             raise SettingError(f'`prompt_ids` must be "random" or "ordered", got {prompt_ids!r}.')
@@ -98,6 +108,8 @@ class PdlmCollator:
         self.replacement_noise = replacement_noise
         self.vocab_size = vocab_size
         self.generator = generator
+        self.attributes = attributes
+        self.attribute_share = attribute_share
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Encode rows, pad them on the right and draw their noise.
@@ -158,24 +170,52 @@ class PdlmCollator:
                 "`partition_regions`."
             )
         order = area_order(masks)
-        captions = [row["regions"][k].get("block") or row["regions"][k]["caption"] for k in order]
+        contents = self._contents(row, order)
         prompts = list(range(limit))
         if self.prompt_ids == "random":
             (random.Random(row["seed"]) if "seed" in row else random).shuffle(prompts)
-        answer, labels = self.answer(captions, num_slots)
+        answer, labels = self.answer(contents, num_slots)
         encoded = self.processor.region_row(
             image, [masks[k] for k in order], row.get("question"), prompts[: len(masks)], answer
         )
         encoded["labels"] = [-100] * (len(encoded["input_ids"]) - len(labels)) + labels
         return encoded
 
-    def answer(
-        self, captions: Sequence[str | tuple[list[int], list[int]]], num_slots: int | None
-    ) -> tuple[list[int], list[int]]:
+    def _contents(self, row: dict[str, Any], order: Sequence[int]) -> list[Content]:
+        """What the regions of a row teach, in this order: captions, or one block of attributes, the same for all."""
+        regions = [row["regions"][k] for k in order]
+        contents = [region.get("block") or region.get("caption") for region in regions]
+        if self.attributes is not None:
+            self._put_attributes(self.attributes, row, regions, contents)
+        for k, content in zip(order, contents, strict=True):
+            if content is None:
+                raise DataError(f"region {k} has no caption, and none of the attributes that are taught.")
+        return contents
+
+    def _put_attributes(
+        self, plan: AttributePlan, row: dict[str, Any], regions: list[dict[str, Any]], contents: list[Any]
+    ) -> None:
+        """Put blocks of attributes in place of captions, if the row is to teach them or a region has no caption."""
+        rng = random.Random(f"attributes {row['seed']}") if "seed" in row else random
+        taught = rng.random() < self.attribute_share
+        template = rng.randrange(max(1, len(plan.templates)))
+        known = [{n: v for n, v in (r.get("attributes") or {}).items() if n in plan.choices} for r in regions]
+        names = plan.lessons(name for values in known for name in values)
+        common = rng.choice(names) if names else ""
+        for k, values in enumerate(known):
+            if values and (taught or contents[k] is None):
+                try:
+                    contents[k] = plan.lesson(common, values, template)
+                    if set(contents[k][1]) == {-100}:  # nothing that the others teach is known of this region
+                        contents[k] = plan.lesson(rng.choice(plan.lessons(values)), values, template)
+                except SettingError as error:
+                    raise DataError(f"region {regions[k].get('id', k)!r}: {error}") from None
+
+    def answer(self, contents: Sequence[Content], num_slots: int | None) -> tuple[list[int], list[int]]:
         """Encode captions, in the order of the regions.
 
         Args:
-            captions (`Sequence`): the captions, or the token ids and labels of their blocks.
+            contents (`Sequence`): the captions, or the token ids and labels of their blocks.
             num_slots (`int`, *optional*): token positions per caption.
 
         Returns:
@@ -186,35 +226,34 @@ class PdlmCollator:
             SettingError: a caption has special tokens.
         """
         tokenizer = self.processor.tokenizer
-        texts = [caption for caption in captions if isinstance(caption, str)]
-        for k, text in enumerate(texts):
-            self.processor.refuse_specials(text, f"caption of region {k}")
-        if num_slots is None and len(texts) == len(captions):
-            text = "\n".join(CAPTION.format(k) + caption for k, caption in enumerate(texts)) + END_OF_TURN
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            return ids, list(ids)
-        end, newline = (
-            tokenizer.convert_tokens_to_ids(END_OF_TURN),
-            tokenizer("\n", add_special_tokens=False)["input_ids"],
-        )
-        ids, labels = [], []
-        for k, caption in enumerate(captions):
-            block = self._block(k, caption, num_slots, end) if isinstance(caption, str) else caption
-            close = [end] if k == len(captions) - 1 else newline
-            ids += [tokenizer.convert_tokens_to_ids(CAPTION.format(k)), *block[0], *close]
-            labels += [-100, *block[1], *[-100] * len(close)]
+        end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        ids: list[int] = []
+        labels: list[int] = []
+        for k, content in enumerate(contents):
+            is_last = k == len(contents) - 1
+            if isinstance(content, str):
+                self.processor.refuse_specials(content, f"caption of region {k}")
+                if num_slots is None:  # all is labelled
+                    text = CAPTION.format(k) + content + (END_OF_TURN if is_last else "\n")
+                    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+                    ids, labels = ids + tokens, labels + tokens
+                    continue
+                content = self._block(k, content, num_slots, end)
+            close = [end] if is_last else newline
+            ids += [tokenizer.convert_tokens_to_ids(CAPTION.format(k)), *content[0], *close]
+            labels += [-100, *content[1], *[-100] * len(close)]
         return ids, labels
 
-    def _block(self, k: int, caption: str, num_slots: int | None, end: int) -> tuple[list[int], list[int]]:
+    def _block(self, k: int, caption: str, num_slots: int, end: int) -> tuple[list[int], list[int]]:
         """Token ids and labels of a caption, padded with end-of-turn. Raises: DataError: it has too many tokens."""
         tokens = self.processor.tokenizer(caption, add_special_tokens=False)["input_ids"]
-        room = len(tokens) if num_slots is None else num_slots
-        if len(tokens) > room:
+        if len(tokens) > num_slots:
             raise DataError(
-                f"caption of region {k} has {len(tokens)} tokens, more than the {room} positions. Shorten it "
+                f"caption of region {k} has {len(tokens)} tokens, more than the {num_slots} positions. Shorten it "
                 f"or raise `num_slots`: {caption[:60]!r}"
             )
-        tokens = tokens + [end] * (room - len(tokens))
+        tokens = tokens + [end] * (num_slots - len(tokens))
         return tokens, list(tokens)
 
     def encode_chat(self, row: dict[str, Any], num_slots: int | None = None) -> dict[str, Any]:

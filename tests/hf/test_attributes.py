@@ -1,5 +1,7 @@
 """Attributes of regions by a schema: templates, blocks, and what the model reads."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,73 @@ def direct(model, processor, scene, blocks):
 def close(found, expected):
     found, expected = (torch.as_tensor(values, dtype=torch.float64) for values in (found, expected))
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-4)
+
+
+class TestLessons:
+    """The blocks that attributes are taught with are those that they are read from."""
+
+    CHOICES = {"size": ["small", "large"], "colour": ["blue", "dark blue"], "shape": ["star"], "name": []}
+    VALUES = {"size": "large", "colour": "dark blue", "name": "red box"}
+
+    def plan(self, processor, *templates):
+        return processor.attribute_plan(self.CHOICES, {"name": 9}, templates)
+
+    def opened(self, plan, lesson):
+        """The block with all that is taught masked."""
+        tokens, labels = lesson
+        assert all(label in (-100, token) for token, label in zip(tokens, labels, strict=True))
+        return [plan.mask_id if label != -100 else token for token, label in zip(tokens, labels, strict=True)]
+
+    TEMPLATE = "A {size} {name} of {colour} shape {shape}."
+
+    @pytest.mark.parametrize("templates", [(), (TEMPLATE,)])
+    def test_masked_they_are_the_blocks_of_reading(self, processor, templates):
+        plan = self.plan(processor, *templates)
+        short, *tree = plan.blocks({})[0]
+        assert self.opened(plan, plan.lesson("size", self.VALUES)) == short.tokens
+        colour = plan.lesson("colour", self.VALUES)
+        assert self.opened(plan, colour) == tree[0].tokens
+        end = plan.end_id if not templates else encode(processor, " shape")[0]
+        taught = [label for label in colour[1] if label != -100]
+        assert taught == [*encode(processor, " large"), *encode(processor, " dark blue"), end]
+
+    def test_a_text_sees_the_choices_and_ends_with_the_turn(self, processor):
+        plan = self.plan(processor)
+        tokens, labels = plan.lesson("name", self.VALUES | {"shape": "star"})
+        written = plan.text_block("name", {"size": 1, "colour": 1, "shape": 0}).tokens
+        first = written.index(plan.mask_id)
+        assert tokens[:first] == written[:first] and len(tokens) == len(written)
+        value = encode(processor, " red box")
+        assert labels[first:] == tokens[first:] == value + [plan.end_id] * (9 - len(value))
+
+    def test_a_place_that_nobody_knows_stays_open_and_teaches_nothing(self, processor):
+        plan = self.plan(processor)
+        tokens, labels = plan.lesson("size", {"colour": "blue"})
+        assert tokens == plan.blocks({})[0][0].tokens and set(labels) == {-100}
+
+    def test_what_is_taught_behind_a_value_is_the_next_place(self, processor):
+        plan = processor.attribute_plan(
+            {"colour": ["blue", "dark blue"], "size": ["small", "large"]}, {}, ["{colour} {size}"]
+        )
+        for known, behind in (({"size": "large"}, encode(processor, " large")), ({}, [])):
+            _, labels = plan.lesson("colour", {"colour": "dark blue"} | known)
+            assert [label for label in labels if label != -100] == [*encode(processor, "dark blue"), *behind]
+
+    def test_every_block_is_a_lesson(self, processor):
+        plan = self.plan(processor)
+        assert plan.lessons(self.CHOICES) == ["size", "colour", "name"]
+        assert plan.lessons(["name", "shape"]) == ["shape", "name"]
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"size": "huge"}, "attribute 'size': 'huge' is none of its choices, 'small', 'large'."),
+            ({"name": "red box " * 9}, "tokens, the schema allows 9."),
+        ],
+    )
+    def test_values_that_cannot_be_taught(self, processor, values, message):
+        with pytest.raises(SettingError, match=re.escape(message)):
+            self.plan(processor).lesson(next(iter(values)), values)
 
 
 class TestTemplates:

@@ -134,8 +134,6 @@ def test_batch_is_resumed_with_the_same_schema_only(files, tiny_checkpoint):
         other = batch(*schema)
         assert other.exit_code == 2 and "other settings (schema was '{" in other.stderr
     assert batch().exit_code == 2
-    ray = batch(*schema, "--engine", "ray")
-    assert ray.exit_code == 2 and "leave out --engine ray" in ray.stderr
 
 
 SERVED = {"striped": [True, False], "legs": [2, 4], "colour": ["red", "dark red"], "name": {"max_tokens": 3}}

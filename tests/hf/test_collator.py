@@ -177,6 +177,96 @@ def test_batch_goes_into_the_model(model, processor, rows, settings):
     assert torch.isfinite(loss) and loss > 0
 
 
+CHOICES = {"size": ["small", "large"], "colour": ["blue", "dark blue"]}
+
+
+def with_attributes(entry, *values):
+    for region, own in zip(entry["regions"], values, strict=True):
+        region |= {"attributes": own} if own else {}
+    return entry
+
+
+def answers(processor, rows, **settings):
+    """Labelled text and all text of the answer of every row, unknown places as "_"."""
+    plan = processor.attribute_plan(CHOICES)
+    batch = PdlmCollator(processor, prompt_ids="ordered", attributes=plan, **settings)(rows)
+    found = []
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        start = ids.index(processor.tokenizer.convert_tokens_to_ids("<|Mask_Cap_0|>"))
+        text = processor.tokenizer.decode(ids[start:]).replace("<|mdm_mask|>", "_")
+        found.append((processor.tokenizer.decode([label for label in labels if label != -100]), text))
+    return found
+
+
+def test_captions_only_attributes_only_and_both(processor):
+    small, dark = {"size": "small"}, {"colour": "dark blue"}
+    captioned, both = row(0, ["one", "two"]), with_attributes(row(0, ["one", "two"]), small, {"size": "large"})
+    bare = with_attributes(row(0, ["one", "two"]), small, dark)
+    for region in bare["regions"]:
+        del region["caption"]
+    order = sorted((0, 1), key=lambda k: -captioned["regions"][k]["mask"].sum())
+    sizes = [("small", "large")[k] for k in order]
+    plain = "<|Mask_Cap_0|>{}\n<|Mask_Cap_1|>{}<|eot_id|>".format(*(("one", "two")[k] for k in order))
+    lesson = "<|Mask_Cap_0|>size: {}\n<|Mask_Cap_1|>size: {}<|eot_id|>".format(*sizes)
+    [(labels, text)] = answers(processor, [captioned], attribute_share=1)
+    assert labels == plain and text.startswith(plain)
+    [(labels, text)] = answers(processor, [both], attribute_share=0)
+    assert labels == plain
+    [(labels, text)] = answers(processor, [both], attribute_share=1)
+    assert labels == "".join(f" {size}" for size in sizes) and text.startswith(lesson)
+    [(labels, text)] = answers(processor, [bare], attribute_share=0)  # nothing else is known of these regions
+    assert sorted(labels.replace("<|eot_id|>", "").split()) == ["blue", "dark", "small"]
+    some = with_attributes(row(0, ["one", "two"]), *(small if k == order[0] else None for k in (0, 1)))
+    [(labels, text)] = answers(processor, [some], attribute_share=1)
+    caption = ("one", "two")[order[1]]
+    assert labels == f" small<|Mask_Cap_1|>{caption}<|eot_id|>"  # a caption still has its end
+
+
+def test_all_regions_of_a_row_have_the_same_block(processor):
+    entry = with_attributes(row(0, ["one", "two"]), *[{"size": "small", "colour": "blue"}] * 2)
+    seen = set()
+    for seed in range(12):
+        [(_, text)] = answers(processor, [entry | {"seed": seed}], attribute_share=1)
+        first, second = text.split("<|Mask_Cap_1|>")
+        assert ("colour" in first) == ("colour" in second)
+        seen.add("colour" in first)
+        assert answers(processor, [entry | {"seed": seed}], attribute_share=1)[0][1] == text
+    assert seen == {False, True}
+
+
+def test_the_loss_of_attributes_is_that_of_the_paper(model, processor):
+    """Only masked places count, with the weight 1 / t, over the labelled ones."""
+    entry = with_attributes(row(0, ["one", "two"]), {"size": "small"}, {"size": "large"})
+    plan = processor.attribute_plan({"size": ["small", "large"]})
+    collator = PdlmCollator(processor, generator=generator(2), attributes=plan, attribute_share=1)
+    batch = collator([entry])
+    labelled = batch["labels"][0] != -100
+    assert int(labelled.sum()) == 2
+    batch["noise_mask"] = labelled[None].clone()
+    batch["noise_mask"][0, labelled.nonzero()[0]] = False
+    batch["mask_probability"] = torch.tensor([0.25])
+    with torch.no_grad():
+        loss = model(**batch, output_masked_logits=True)
+    target = batch["labels"][batch["noise_mask"]]
+    expected = torch.nn.functional.cross_entropy(loss.masked_logits.float(), target) / 0.25 / 2
+    torch.testing.assert_close(loss.loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": "huge"}, "region 0: attribute 'size': 'huge' is none of its choices"),
+        ({"weight": "3"}, "region 0 has no caption, and none of the attributes that are taught"),
+        (None, "region 0 has no caption, and none"),
+    ],
+)
+def test_attributes_that_cannot_be_taught(processor, values, message):
+    entry = with_attributes(row(0, ["one"]), values)
+    del entry["regions"][0]["caption"]
+    with pytest.raises(ValueError, match=message):
+        answers(processor, [entry])
+
+
 def test_conversations(golden_base):
     processor = AutoProcessor.from_pretrained(golden_base)
     image = make_image(0, 256, 128)[0]

@@ -106,6 +106,29 @@ def test_the_same_as_the_local_engine(tmp_path, monkeypatch, nodes):
     assert sum("caption" in annotation for annotation in annotations) == len(expected)
 
 
+@pytest.mark.slow
+def test_attributes_are_those_of_the_local_engine(tmp_path, monkeypatch):
+    write_coco(tmp_path, 5)
+    attributes = {"colour": ["red", "dark red"], "small": [True, False], "name": {"max_tokens": 3}}
+    (tmp_path / "schema.json").write_text(json.dumps({"attributes": attributes, "jointly": True}))
+    schema = ["--schema", str(tmp_path / "schema.json")]
+    expected, _ = batch(tmp_path, "local.jsonl", *schema)
+    lines = (tmp_path / "local.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:4]))
+    (tmp_path / "out.run.json").write_bytes((tmp_path / "local.run.json").read_bytes())
+    with cluster(monkeypatch, nodes=1):
+        rows, _ = batch(tmp_path, "out.jsonl", *schema, "--engine", "ray")
+    read = {key: (row.pop("attributes"), expected[key].pop("attributes")) for key, row in rows.items()}
+    assert_the_same(rows, expected)
+    assert len(read) == 15
+    for found, local in read.values():
+        for name, value in local.items():
+            assert found[name]["value"] == value["value"]
+            assert found[name]["probability"] == pytest.approx(value["probability"], abs=2e-4)
+            assert found[name].get("probabilities") == pytest.approx(value.get("probabilities"), abs=2e-4)
+    assert (tmp_path / "out.csv").read_text().count("\n") == 16
+
+
 def lose_a_machine(folder, monkeypatch, images):
     """Kill one of two machines, with its captioner, when a third of the answers is there. Gives rows and warnings."""
     write_coco(folder, images, 2)

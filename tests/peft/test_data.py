@@ -9,6 +9,7 @@ import pytest
 from drawn import as_coco, drawn_rows, rle, write_jsonl
 from PIL import Image
 
+from pdlm_hf.attributes import parse_schema
 from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_peft import sources
@@ -184,6 +185,41 @@ def test_what_is_wrong_is_named(domain, tmp_path, row, message):
         dataset[1]
     with pytest.raises(DataError, match=f"^{message}"):
         list(stream_rows(path, root / "images"))
+
+
+def labelled(domain):
+    """Rows with captions, with both, and with attributes only; unknown values as null."""
+    rows = json.loads(json.dumps(domain[1]))
+    for region in rows[1]["regions"]:
+        region["attributes"] = {"colour": "dark red", "whole": True, "legs": None}
+    for k, region in enumerate(rows[2]["regions"]):
+        region["attributes"] = {"legs": k, "colour": "red"}
+        del region["caption"]
+    return rows
+
+
+@pytest.mark.parametrize("form", ["jsonl", "coco"])
+def test_attributes_of_regions(domain, tmp_path, form):
+    root, _, images = domain
+    rows = labelled(domain)
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows if form == "jsonl" else as_coco(rows, images)))
+    dataset = RegionDataset(path, images=root / "images")
+    counts = [len(row["regions"]) for row in rows]
+    assert dataset.attributes() == {
+        "colour": ["dark red", "red"],
+        "whole": ["yes"],
+        "legs": [str(k) for k in range(counts[2])],
+    }
+    schema = parse_schema({"legs": list(range(9)), "whole": [True, False]})
+    assert list(dataset.attributes(schema)) == ["whole", "legs"]
+    assert "attributes" not in dataset[0]["regions"][0]
+    assert dataset[1]["regions"][0]["attributes"] == {"colour": "dark red", "whole": "yes"}
+    assert dataset[2]["regions"][0]["attributes"] == {"legs": "0", "colour": "red"}
+    assert dataset[2]["regions"][0]["caption"] is None
+    assert dataset.sizes()[2][3] == sum(len(f"legs: {k}, colour: red, ") for k in range(counts[2]))
+    with pytest.raises(DataError, match=r"row 2: regions\[0\].attributes.colour: got 'dark red', expected one of red"):
+        dataset.attributes(parse_schema({"colour": ["red", "blue"]}))
 
 
 def test_a_size_that_is_not_the_images(tmp_path):

@@ -8,6 +8,8 @@ from pdlm_peft.recipe import RECIPES, known_keys, load_recipe, recipe_names
 
 NAMES = [
     "aligned_8b",
+    "attributes_8b",
+    "attributes_shapes",
     "chat_8b",
     "commit_8b",
     "commit_8b_24gb",

@@ -21,6 +21,7 @@ from pdlm_hf.training.collator import PdlmCollator, partition_regions
 from pdlm_peft import plan as plan_module
 from pdlm_peft import training
 from pdlm_peft.adapters import base_name
+from pdlm_peft.checks import check_run
 from pdlm_peft.data import ChatDataset
 from pdlm_peft.memory import estimate_recipe
 from pdlm_peft.plan import (
@@ -502,6 +503,28 @@ def test_from_a_file(tmp_path, streaming, own_rows, monkeypatch):
     if not streaming:
         assert losses(record["log"]) == losses(expected["log"])
     assert len(losses(record["log"])) == 2
+
+
+def test_attributes_of_a_file_are_taught_and_can_be_read(tmp_path):
+    write_rows(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "regions.jsonl").read_text().splitlines()]
+    for k, row in enumerate(rows):
+        for region in row["regions"]:
+            region |= {"attributes": {"colour": "red" if k % 2 else "dark red", "whole": True}}
+            if k > 2:
+                del region["caption"]
+    (tmp_path / "regions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"data.train={tmp_path}/regions.jsonl", f"data.held_out={tmp_path}/regions.jsonl", "model=shapes"]
+    recipe = small("attributes_8b", tmp_path / "run", *data)
+    check_run(recipe)
+    record = training.train(recipe)
+    assert [step for step, _ in losses(record["log"])] == [1, 2]
+    schema = tmp_path / "run" / "attributes.json"
+    assert json.loads(schema.read_text()) == {"attributes": {"colour": ["dark red", "red"], "whole": ["yes"]}}
+    with pytest.raises(DataError, match=r"row 1: regions\[0\].attributes.colour: got 'dark red', expected one of red"):
+        check_run(small("attributes_8b", tmp_path / "other", *data, "data.attributes={colour: [red, blue]}"))
+    with pytest.raises(SettingError, match=f"attribute 'colour'.*{'x' * 20}"):
+        check_run(small("attributes_8b", tmp_path / "other", *data, f"data.attributes={{colour: [{'x' * 300}]}}"))
 
 
 def write_talks(folder, count=24):

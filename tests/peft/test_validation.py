@@ -8,6 +8,7 @@ from drawn import as_coco, drawn_rows, rle, write_jsonl
 from PIL import Image
 from typer.testing import CliRunner
 
+from pdlm_hf.attributes import parse_schema
 from pdlm_peft.cli import app
 from pdlm_peft.sources import find_source, raw_rows
 from pdlm_peft.validation import Validator
@@ -41,7 +42,7 @@ FAULTS = [
     ({"image": "none.png", "regions": [region()]}, "image", "missing image", "none.png: no such file"),
     ({"image": "cut.png", "regions": [region()]}, "image", "broken image", "cut.png: cannot be opened"),
     ({"image": "a.png", "regions": [region()], "mask": 1}, "mask", "unknown key", "expected one of"),
-    ({"image": "a.png", "regions": [region(text="x")]}, "regions[0].text", "unknown key", "one of area, bbox"),
+    ({"image": "a.png", "regions": [region(text="x")]}, "regions[0].text", "unknown key", "one of area, attributes"),
     ({"image": "a.png", "regions": [region(caption=None)]}, "regions[0].caption", "missing field", "a text"),
     ({"image": "a.png", "regions": [region(caption=" ")]}, "regions[0].caption", "empty caption", "got ' '"),
     ({"image": "a.png", "regions": [region(caption=4)]}, "regions[0].caption", "wrong type", "got 4 (int)"),
@@ -92,18 +93,39 @@ FAULTS = [
         "RLE",
     ),
     ({"image": "a.png", "mask_rles": [rle(ONES)], "captions": []}, "captions", "wrong length", "0 captions"),
+    *(
+        ({"image": "a.png", "regions": [region(attributes=values)]}, f"regions[0].attributes{at}", kind, words)
+        for values, at, kind, words in [
+            (["red"], "", "wrong type", "got ['red'] (list), expected an object"),
+            ({"colour": ["red"]}, ".colour", "wrong type", "got ['red'] (list)"),
+            ({"colour": 0.5}, ".colour", "wrong type", "got 0.5 (float), expected a text, a whole number"),
+            ({"colour": {"a": 1}}, ".colour", "wrong type", "(dict)"),
+            ({"colour": " "}, ".colour", "attribute value", "got ' ', which is empty"),
+            ({"colour": "a\nb"}, ".colour", "attribute value", "has a line break"),
+            ({"colour": "x" * 300}, ".colour", "attribute value", "has 300 characters, more than 200"),
+            ({"colour": "red box " * 20}, ".colour", "long attribute", " tokens, expected at most 32"),
+            ({"colour": "<|eot_id|>"}, ".colour", "special tokens", "got '<|eot_id|>'"),
+            ({"": "red"}, "", "attribute name", "got the name '', which is empty"),
+            ({"{a}": "red"}, "", "attribute name", "a name without braces"),
+            ({"colour": "pink"}, ".colour", "attribute value", "got 'pink', expected one of red, blue"),
+            ({"color": "red"}, ".color", "unknown attribute", "expected one of colour, whole"),
+        ]
+    ),
 ]
+SCHEMA = parse_schema({"colour": ["red", "blue"], "whole": [True, False]})
 
 
 def test_every_kind_of_fault_is_named(tmp_path, processor):
     """One row each, a sound one between them; all are found in one go."""
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
-    sound = {"image": "a.png", "regions": [region()]}
+    labelled = region(attributes={"colour": "red", "whole": True})
+    bare = {"bbox": [1, 1, 4, 4], "attributes": {"colour": "blue", "whole": None}}
+    sound = {"image": "a.png", "regions": [region(), labelled, bare]}
     lines = [json.dumps(row) for pair in FAULTS for row in (sound, pair[0])]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([*lines, '{"image": "a.png", "regi']))
-    report = Validator(processor, max_caption_tokens=12, max_regions=4).validate(find_source(path))
+    report = Validator(processor, max_caption_tokens=12, max_regions=4, schema=SCHEMA).validate(find_source(path))
     found = {}
     for fault in report.faults:
         found.setdefault(fault.row, []).append(fault)
@@ -115,6 +137,7 @@ def test_every_kind_of_fault_is_named(tmp_path, processor):
     assert [fault.kind for fault in found.pop(last)] == ["broken JSON"] and not found
     assert f"line {last}" in str(report.faults[-1])
     assert report.summary["rows"] == last
+    assert report.summary["attributes"]["whole"] == {"regions": len(FAULTS), "values": 1}
     long = next(fault for fault in report.faults if fault.kind == "long caption")
     tokens = len(processor.tokenizer("red box " * 9, add_special_tokens=False)["input_ids"])
     assert (long.got, long.expected) == (f"{tokens} tokens", "at most 12")
