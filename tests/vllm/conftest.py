@@ -38,6 +38,49 @@ def captioner():
 
 
 @pytest.fixture(scope="session")
+def reference_captioner(reference_folder):
+    """transformers, on the checkpoint in the reference's layout."""
+    from pdlm_hf import RegionCaptioner
+
+    found = RegionCaptioner.from_pretrained(reference_folder, device="cpu")
+    assert (found.model.config.roi_replay, found.model.config.prefix_attention) == ("reference", "full")
+    return found
+
+
+@pytest.fixture(scope="session", params=["shapes", "reference"])
+def both(request, captioner, reference_folder, reference_captioner):
+    """An engine and transformers on the same checkpoint."""
+    from engines import engine
+
+    from pdlm_hf import CHECKPOINT
+
+    model, plain = {"shapes": (CHECKPOINT, captioner), "reference": (reference_folder, reference_captioner)}[
+        request.param
+    ]
+    with engine(model) as llm:
+        yield llm, plain
+
+
+@pytest.fixture(scope="session")
+def crowded():
+    """An engine with a cache for about three requests."""
+    from engines import engine
+
+    with engine(num_gpu_blocks_override=180) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def replay():
+    """An engine whose steps are replayed as a CUDA graph would, see [`Replay`]."""
+    from engines import engine, runner
+    from replay import Replay
+
+    with engine(diffusion_config={"canvas_length": 204}, additional_config={"cuda_graphs": True}) as llm:
+        yield llm, Replay(runner(llm))
+
+
+@pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A server with the embedded checkpoint, and a cache so small that requests lose their places under load."""
     from server import serve
