@@ -144,7 +144,7 @@ vllm-signatures: .venv/dev
 	@touch $@
 
 test-lmms: .venv-lmms/ready
-	$(LMMS_BIN)/python -m pytest -q -m "not slow" tests/lmms
+	OMP_NUM_THREADS=1 $(LMMS_BIN)/python -m pytest -q -m "not slow" tests/lmms
 
 # kill -9 of every command of the evaluation. VLMEVALKIT is a checkout of VLMEvalKit, and VLMEVALKIT_PYTHON the Python in
 # which it and this project are installed; without them its part is left out.
