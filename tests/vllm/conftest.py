@@ -10,7 +10,7 @@ import pytest
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# One process instead of two: a start takes a third of the time. The servers, and `make test-full`, use two.
+# A server of two processes instead of three: a start takes two thirds of the time. `make test-full` uses three.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -59,25 +59,6 @@ def both(request, captioner, reference_folder, reference_captioner):
     ]
     with engine(model) as llm:
         yield llm, plain
-
-
-@pytest.fixture(scope="session")
-def crowded():
-    """An engine with a cache for about three requests."""
-    from engines import engine
-
-    with engine(num_gpu_blocks_override=180) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="session")
-def replay():
-    """An engine whose steps are replayed as a CUDA graph would, see [`Replay`]."""
-    from engines import engine, runner
-    from replay import Replay
-
-    with engine(diffusion_config={"canvas_length": 204}, additional_config={"cuda_graphs": True}) as llm:
-        yield llm, Replay(runner(llm))
 
 
 @pytest.fixture(scope="session")

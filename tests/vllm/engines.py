@@ -1,11 +1,11 @@
-"""Engines of vLLM in the process of the tests, and how many images they are given."""
+"""Engines of vLLM without a server, and how many images they are given."""
 
 import gc
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from vllm import LLM
+from vllm import LLM, envs
 
 from pdlm_hf import CHECKPOINT
 
@@ -16,10 +16,13 @@ SOME = pytest.mark.parametrize(
 
 
 @contextmanager
-def started(**options):
-    """An engine with these options of [`LLM`], ended afterwards."""
+def started(processes: int = 1, **options):
+    """An engine with these options of [`LLM`], ended afterwards; with two processes it is not in this one."""
     gc.freeze()  # a start collects garbage ten times: not in all that was imported
-    llm = LLM(**options)
+    envs.disable_envs_cache()  # of an engine before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(processes - 1))
+        llm = LLM(**options)
     try:
         yield llm
     finally:
@@ -35,8 +38,3 @@ def engine(model: str | Path = CHECKPOINT, **options):
 def runner(llm: LLM):
     """The model runner of an engine in this process."""
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
-
-
-def preemptions(llm: LLM) -> int:
-    """How often requests have lost their places in the cache."""
-    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")

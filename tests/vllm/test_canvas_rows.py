@@ -4,7 +4,7 @@ import json
 
 import pytest
 from drawn_images import drawn_images, texts
-from engines import SOME, engine, preemptions, runner
+from engines import SOME, engine, runner
 
 from pdlm_hf import CHECKPOINT
 from pdlm_hf.canvas_pdlm import RegionCanvas
@@ -143,30 +143,6 @@ def test_old_news_costs_rows_and_changes_no_caption(both):
         news.behind = 0
         news.read()
     assert rows[0] < rows[1] < rows[2] and scored[0] < scored[1] < scored[2]
-
-
-def test_a_request_that_starts_again_knows_nothing_of_before(crowded, captioner):
-    """In a cache for about three requests, with news that arrive after some have lost their place."""
-    pairs, settings = drawn_images(12, seed=5), {**SLOW, "trim_canvas": True}
-    news, before = model_state(crowded).news, preemptions(crowded)
-    try:
-        news.behind = 1
-        found = list(caption_many(crowded, pairs, **settings))
-    finally:
-        news.behind = 0
-        news.read()
-    assert_equal(found, list(captioner.caption_many(pairs, batch_size=1, **settings)))
-    assert preemptions(crowded) > before
-
-
-def test_a_graph_hides_what_it_cannot_leave_out(replay, captioner):
-    llm, steps = replay
-    pairs, settings = [pair for pair in drawn_images(40) if len(pair[1]) == 6], {**SLOW, "trim_canvas": True}
-    before = steps.replayed
-    found, counts = counted_by_vllm(llm, pairs, settings)
-    assert_equal(found, list(captioner.caption_many(pairs, batch_size=1, **settings)))
-    assert steps.replayed > before + 10
-    assert counts.rows % 204 == 0 and counts.rows > 0
 
 
 def test_a_server_may_trim_by_default(captioner):

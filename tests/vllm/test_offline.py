@@ -1,4 +1,4 @@
-"""The engine against transformers, without a server: the same captions in every mode, also under preemption."""
+"""The engine against transformers, without a server: the same captions in every mode."""
 
 import subprocess
 import sys
@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 from drawn_images import drawn_images, texts
-from engines import SOME, engine, preemptions
+from engines import SOME, engine
+from test_attributes import assert_equal
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import SamplingParams
-from vllm.v1.attention.backend import AttentionCGSupport
 
 from pdlm_hf import CHECKPOINT, RegionCaptioner
 from pdlm_hf.shapes.evaluate import Tally, held_out
-from pdlm_vllm import caption_many
+from pdlm_vllm import attributes_many, caption_many
 
 MODES = [
     {},
@@ -28,6 +28,27 @@ FIXED = [
     {"max_denoising_steps": 12, "prefix_refresh_interval": 5},
     {"max_denoising_steps": 12, "prefix_refresh_interval": 0},
 ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shapes", "reference"])
+def test_an_engine_in_a_process_of_its_own(captioner, reference_captioner, reference_folder, name):
+    """As [`LLM`] starts it by itself."""
+    model, plain = (CHECKPOINT, captioner) if name == "shapes" else (reference_folder, reference_captioner)
+    pairs, schema = drawn_images(8), {"colour": ["dark blue", "dark red", "blue"], "name": {"max_tokens": 3}}
+    with engine(model, processes=2) as llm:
+        assert not hasattr(llm.llm_engine, "model_executor")
+        for settings in MODES + FIXED:
+            found, expected = caption_many(llm, pairs, **settings), plain.caption_many(pairs, **settings)
+            assert [texts(captions) for captions in found] == [texts(captions) for captions in expected]
+        for found, expected in zip(
+            attributes_many(llm, pairs, schema), plain.attributes_many(pairs, schema), strict=True
+        ):
+            assert_equal(found, expected)
+        with pytest.raises(ValueError, match="7 regions in one request"):
+            prompt = {"prompt": "", "multi_modal_data": {"image": pairs[0][0]}}
+            options = {"mm_processor_kwargs": {"regions": [[0, 0, 5, 5]] * 7}}
+            llm.generate([prompt | options], SamplingParams(), use_tqdm=False)
 
 
 @pytest.mark.slow
@@ -193,29 +214,6 @@ def test_temperature_zero_is_greedy(both):
     llm, _ = both
     pairs = drawn_images(2)
     assert texts(next(caption_many(llm, pairs, temperature=0))) == texts(next(caption_many(llm, pairs)))
-
-
-def test_preemption_changes_nothing(crowded, captioner):
-    """A cache for about three requests, and sixteen that want in: some lose their place and start again."""
-    pairs, before = drawn_images(16, seed=5), preemptions(crowded)
-    found = [texts(captions) for captions in caption_many(crowded, pairs)]
-    assert found == [texts(captions) for captions in captioner.caption_many(pairs)]
-    assert preemptions(crowded) > before
-
-
-def test_steps_are_replayed_from_buffers_that_never_move(replay, captioner):
-    """What a CUDA graph would do, on a CPU; with padding, as graphs are captured for some numbers of requests only."""
-    llm, steps = replay
-    assert steps.state.get_additional_cg_support() == (AttentionCGSupport.UNIFORM_BATCH, "pdlm")
-    replayed, padded = steps.replayed, steps.padded
-    six = [pair for pair in drawn_images(40) if len(pair[1]) == 6]
-    for pairs in (six, drawn_images(10), six[:3]):
-        expected = [texts(captions) for captions in captioner.caption_many(pairs)]
-        assert [texts(captions) for captions in caption_many(llm, pairs)] == expected
-    for params in (SamplingParams(max_tokens=204), SamplingParams(max_tokens=16)):  # never as wide as a graph
-        assert 0 < len(llm.generate(["Hi"], params, use_tqdm=False)[0].outputs[0].token_ids) < 204
-    assert steps.replayed > replayed + 20 and steps.padded > padded + 1
-    assert len(steps.addresses) == 1
 
 
 @pytest.mark.slow
