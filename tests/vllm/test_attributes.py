@@ -103,36 +103,39 @@ def test_many_choices_in_a_small_canvas(captioner, reference_folder, reference_c
             assert_equal(mine, theirs)
 
 
-@pytest.mark.parametrize(
-    "blocks, seen",
-    [
-        ("x", 0),
-        ([], 0),
-        ([[0, 0, [5, 6], [[1, None]]]] * 65, 0),
-        ([[0, 0, [5] * 8, [[1, None]]]] * 64, 0),  # more private areas than there are pages for
-        ([[0, 0, [5, 6], []]], 0),
-        ([[0, 0, [], [[0, None]]]], 0),
-        ([[0, 0, [5, 6], [[2, None]]]], 0),
-        ([[0, 0, [5, 6], [[1, []]]]], 0),
-        ([[0, 0, [5, 6], [[1, [10**9]]]]], 0),
-        ([[9, 0, [5, 6], [[1, None]]]], 0),
-        ([[0, -1, [5, 6], [[1, None]]]], 0),
-        ([[0, 10**6, [5, 6], [[1, None]]]], 0),
-        ([[0, 0, [True, 6], [[1, None]]]], 0),
-        ([[0, 0, [5, 6], [[1, None]]]], 2),
-        ([[0, 0, [5, 6], [[1, None]]]], "1"),
-        ([[0, 0, [5, 6]]], 0),
-    ],
-)
-def test_blocks_that_cannot_be_computed_are_none(both, blocks, seen):
+# (blocks, seen) that cannot be computed
+NO_BLOCKS = [
+    ("x", 0),
+    ([], 0),
+    ([[0, 0, [5, 6], [[1, None]]]] * 65, 0),
+    ([[0, 0, [5] * 8, [[1, None]]]] * 64, 0),  # more private areas than there are pages for
+    ([[0, 0, [5, 6], []]], 0),
+    ([[0, 0, [], [[0, None]]]], 0),
+    ([[0, 0, [5, 6], [[2, None]]]], 0),
+    ([[0, 0, [5, 6], [[1, []]]]], 0),
+    ([[0, 0, [5, 6], [[1, [10**9]]]]], 0),
+    ([[9, 0, [5, 6], [[1, None]]]], 0),
+    ([[0, -1, [5, 6], [[1, None]]]], 0),
+    ([[0, 10**6, [5, 6], [[1, None]]]], 0),
+    ([[0, 0, [True, 6], [[1, None]]]], 0),
+    ([[0, 0, [5, 6], [[1, None]]]], 2),
+    ([[0, 0, [5, 6], [[1, None]]]], "1"),
+    ([[0, 0, [5, 6]]], 0),
+]
+
+
+def test_blocks_that_cannot_be_computed_are_none(both):
     """They come from our own doors only; if not, the request is one for captions."""
     llm, plain = both
     image, regions = drawn_images(3)[2]
-    (work,) = region_requests(plain.processor, plain.model.config, defaults_of(str(CHECKPOINT)), image, regions)
-    work.params.extra_args |= {BLOCKS: blocks, SEEN: seen}
-    output = llm.generate([work.prompt], [work.params], use_tqdm=False)
-    found = read_captions([work], output, plain.processor, plain.model.config)[0]
-    assert texts(found) == texts(plain.caption(image, regions))
+    defaults = defaults_of(str(CHECKPOINT))
+    works = [region_requests(plain.processor, plain.model.config, defaults, image, regions)[0] for _ in NO_BLOCKS]
+    for work, (blocks, seen) in zip(works, NO_BLOCKS, strict=True):
+        work.params.extra_args |= {BLOCKS: blocks, SEEN: seen}
+    outputs = llm.generate([work.prompt for work in works], [work.params for work in works], use_tqdm=False)
+    expected = texts(plain.caption(image, regions))
+    for work, output, given in zip(works, outputs, NO_BLOCKS, strict=True):
+        assert texts(read_captions([work], [output], plain.processor, plain.model.config)[0]) == expected, given
 
 
 def test_several_passes_over_a_kept_prompt_are_refused(both):
