@@ -173,8 +173,9 @@ test-full:
 full-core:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(FULL) --cov --cov-report=term
 
+# Servers as their users start them: with a worker process of their own.
 full-vllm:
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest $(FULL) tests/vllm
+	VLLM_ENABLE_V1_MULTIPROCESSING=1 OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest $(FULL) tests/vllm
 
 full-lmms:
 	LMMS_QUESTIONS=400 $(LMMS_BIN)/python -m pytest $(FULL) tests/lmms
