@@ -127,13 +127,13 @@ NO_BLOCKS = [
 def test_blocks_that_cannot_be_computed_are_none(both):
     """They come from our own doors only; if not, the request is one for captions."""
     llm, plain = both
-    image, regions = drawn_images(3)[2]
-    defaults = defaults_of(str(CHECKPOINT))
-    works = [region_requests(plain.processor, plain.model.config, defaults, image, regions)[0] for _ in NO_BLOCKS]
+    (image, regions), steps = drawn_images(3)[2], {"max_denoising_steps": 8}
+    request = (plain.processor, plain.model.config, defaults_of(str(CHECKPOINT)), image, regions)
+    works = [region_requests(*request, **steps)[0] for _ in NO_BLOCKS]
     for work, (blocks, seen) in zip(works, NO_BLOCKS, strict=True):
         work.params.extra_args |= {BLOCKS: blocks, SEEN: seen}
     outputs = llm.generate([work.prompt for work in works], [work.params for work in works], use_tqdm=False)
-    expected = texts(plain.caption(image, regions))
+    expected = texts(plain.caption(image, regions, **steps))
     for work, output, given in zip(works, outputs, NO_BLOCKS, strict=True):
         assert texts(read_captions([work], [output], plain.processor, plain.model.config)[0]) == expected, given
 
