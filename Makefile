@@ -144,7 +144,7 @@ vllm-signatures: .venv/dev
 	@touch $@
 
 test-lmms: .venv-lmms/ready
-	$(LMMS_BIN)/python -m pytest -q -m "not slow" tests/lmms
+	OMP_NUM_THREADS=1 $(LMMS_BIN)/python -m pytest -q -m "not slow" tests/lmms
 
 # kill -9 of every command of the evaluation. VLMEVALKIT is a checkout of VLMEvalKit, and VLMEVALKIT_PYTHON the Python in
 # which it and this project are installed; without them its part is left out.
@@ -173,8 +173,9 @@ test-full:
 full-core:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(FULL) --cov --cov-report=term
 
+# Servers as their users start them: with a worker process of their own.
 full-vllm:
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest $(FULL) tests/vllm
+	VLLM_ENABLE_V1_MULTIPROCESSING=1 OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest $(FULL) tests/vllm
 
 full-lmms:
 	LMMS_QUESTIONS=400 $(LMMS_BIN)/python -m pytest $(FULL) tests/lmms

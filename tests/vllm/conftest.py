@@ -10,7 +10,7 @@ import pytest
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# One process instead of two: a start takes a third of the time. The servers, and `make test-full`, use two.
+# A server of two processes instead of three: a start takes two thirds of the time. `make test-full` uses three.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -35,6 +35,30 @@ def captioner():
     from pdlm_hf import RegionCaptioner
 
     return RegionCaptioner.from_pretrained(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def reference_captioner(reference_folder):
+    """transformers, on the checkpoint in the reference's layout."""
+    from pdlm_hf import RegionCaptioner
+
+    found = RegionCaptioner.from_pretrained(reference_folder, device="cpu")
+    assert (found.model.config.roi_replay, found.model.config.prefix_attention) == ("reference", "full")
+    return found
+
+
+@pytest.fixture(scope="session", params=["shapes", "reference"])
+def both(request, captioner, reference_folder, reference_captioner):
+    """An engine and transformers on the same checkpoint."""
+    from engines import engine
+
+    from pdlm_hf import CHECKPOINT
+
+    model, plain = {"shapes": (CHECKPOINT, captioner), "reference": (reference_folder, reference_captioner)}[
+        request.param
+    ]
+    with engine(model) as llm:
+        yield llm, plain
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,9 @@ import json
 
 import pytest
 from drawn_images import drawn_images, texts
-from replay import Replay
-from vllm import LLM
+from engines import SOME, engine, runner
 
-from pdlm_hf import CHECKPOINT, RegionCaptioner
+from pdlm_hf import CHECKPOINT
 from pdlm_hf.canvas_pdlm import RegionCanvas
 from pdlm_vllm import caption_many
 from pdlm_vllm.plan import defaults_of
@@ -23,20 +22,6 @@ SETTINGS = [
     {"acceptance_threshold": 0.95, "trim_canvas": True, "prefix_refresh_interval": 1},
     {"acceptance_threshold": None, "trim_canvas": True, "max_denoising_steps": 5},
 ]
-
-
-def engine(model=CHECKPOINT, **options) -> LLM:
-    return LLM(str(model), dtype="float32", enforce_eager=True, disable_log_stats=False, **options)
-
-
-@pytest.fixture(scope="module", params=["shapes", "reference"])
-def both(request, captioner, reference_folder):
-    """An engine and transformers on the same checkpoint."""
-    folder = CHECKPOINT if request.param == "shapes" else reference_folder
-    plain = captioner if request.param == "shapes" else RegionCaptioner.from_pretrained(folder, device="cpu")
-    llm = engine(folder)
-    yield llm, plain
-    llm.llm_engine.engine_core.shutdown()
 
 
 class Counts:
@@ -77,7 +62,7 @@ class Counts:
 
 
 def model_state(llm):
-    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model_state
+    return runner(llm).model_state
 
 
 def counted_by_transformers(plain, pairs, settings):
@@ -104,10 +89,11 @@ def assert_equal(found, expected):
         assert [c.score for c in mine] == pytest.approx([c.score for c in theirs], abs=1e-5)
 
 
+@SOME
 @pytest.mark.parametrize("settings", SETTINGS, ids=json.dumps)
-def test_rows_and_captions_are_those_of_transformers(both, settings):
+def test_rows_and_captions_are_those_of_transformers(both, settings, some):
     llm, plain = both
-    pairs = drawn_images(5)
+    pairs = drawn_images(5)[some]
     expected, theirs = counted_by_transformers(plain, pairs, settings)
     found, mine = counted_by_vllm(llm, pairs, settings)
     assert_equal(found, expected)
@@ -159,35 +145,11 @@ def test_old_news_costs_rows_and_changes_no_caption(both):
     assert rows[0] < rows[1] < rows[2] and scored[0] < scored[1] < scored[2]
 
 
-def test_a_request_that_starts_again_knows_nothing_of_before(captioner):
-    """In a cache for about three requests, with news that arrive after some have lost their place."""
-    llm = engine(num_gpu_blocks_override=180)
-    model_state(llm).news.behind = 1
-    pairs, settings = drawn_images(12, seed=5), {**SLOW, "trim_canvas": True}
-    found = list(caption_many(llm, pairs, **settings))
-    preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
-    llm.llm_engine.engine_core.shutdown()
-    assert_equal(found, list(captioner.caption_many(pairs, batch_size=1, **settings)))
-    assert sum(preemptions) > 0
-
-
-def test_a_graph_hides_what_it_cannot_leave_out(captioner):
-    llm = engine(diffusion_config={"canvas_length": 204}, additional_config={"cuda_graphs": True})
-    replay = Replay(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
-    pairs, settings = [pair for pair in drawn_images(40) if len(pair[1]) == 6], {**SLOW, "trim_canvas": True}
-    found, counts = counted_by_vllm(llm, pairs, settings)
-    llm.llm_engine.engine_core.shutdown()
-    assert_equal(found, list(captioner.caption_many(pairs, batch_size=1, **settings)))
-    assert replay.replayed > 10
-    assert counts.rows % 204 == 0 and counts.rows > 0
-
-
 def test_a_server_may_trim_by_default(captioner):
-    llm = engine(override_generation_config=SLOW | {"trim_canvas": True})
     pairs = drawn_images(4)
-    found, own = counted_by_vllm(llm, pairs, {})
-    _, whole = counted_by_vllm(llm, pairs, {"trim_canvas": False})
-    llm.llm_engine.engine_core.shutdown()
+    with engine(override_generation_config=SLOW | {"trim_canvas": True}) as llm:
+        found, own = counted_by_vllm(llm, pairs, {})
+        _, whole = counted_by_vllm(llm, pairs, {"trim_canvas": False})
     assert_equal(found, list(captioner.caption_many(pairs, batch_size=1, **SLOW, trim_canvas=True)))
     assert own.rows < whole.rows
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from drawn_images import data_url
+from engines import engine
 from server import serve
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
@@ -33,9 +34,8 @@ def answers():
 
 @pytest.fixture(scope="module")
 def llm():
-    engine = LLM(str(BASE_CHECKPOINT), dtype="float32")
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
+    with engine(BASE_CHECKPOINT) as started:
+        yield started
 
 
 def deltas(llm: LLM, block_length: int, **settings) -> tuple[list[list[str]], list]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import flags
 import pytest
 from drawn_images import coco, data_url, drawn_images, texts
+from engines import started
 from server import serve
-from vllm import LLM
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -102,10 +102,9 @@ def test_an_engine_with_the_flags_that_work(group, captioner):
     chosen = flags.command(flags.WORKS[group], CHECKPOINT)
     given = parser().parse_args(["--model", str(CHECKPOINT), "--dtype", "float32", *chosen])
     given.distributed_executor_backend = None
-    llm = LLM(**{name: value for name, value in vars(given).items() if name in names})
     pairs = drawn_images(16)
-    found = [texts(captions) for captions in caption_many(llm, pairs)]
-    llm.llm_engine.engine_core.shutdown()
+    with started(**{name: value for name, value in vars(given).items() if name in names}) as llm:
+        found = [texts(captions) for captions in caption_many(llm, pairs)]
     assert found == [texts(captions) for captions in captioner.caption_many(pairs, **SETTINGS[group])]
 
 

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from drawn_images import drawn_images, texts
+from engines import engine
 from peft import LoraConfig, get_peft_model
 from test_attributes import LONG, assert_equal
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from vllm import LLM
 from vllm.lora.request import LoRARequest
 
 from pdlm_hf import CHECKPOINT, RegionCaptioner
@@ -29,7 +29,6 @@ def adapter(folder, seed: int, **settings):
 
 
 def test_adapters_beside_the_base(captioner, tmp_path):
-    llm = LLM(str(CHECKPOINT), dtype="float32", enable_lora=True, max_loras=2, max_lora_rank=8)
     captioners, requests = [captioner], [None]
     for number in (1, 2):
         folder, merged = adapter(tmp_path / str(number), number, lora_alpha=4)
@@ -40,13 +39,16 @@ def test_adapters_beside_the_base(captioner, tmp_path):
         [texts(captions) for captions in one.caption_many(pairs, prefix_refresh_interval=0)] for one in captioners
     ]
     assert len({json.dumps(captions) for captions in expected}) == 3
-    for request, captions in zip(requests, expected, strict=True):
-        found = caption_many(llm, pairs, lora_request=request)
-        assert [texts(one) for one in found] == captions
-    for request, one in zip(requests, captioners, strict=True):
-        attributes = next(attributes_many(llm, pairs[5:6], LONG, lora_request=request))
-        assert_equal(attributes, one.attributes(*pairs[5], LONG))
-    # side by side, a third of the images with each
+    attributes = [one.attributes(*pairs[5], LONG) for one in captioners]
+    with engine(enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
+        for request, captions, read in zip(requests, expected, attributes, strict=True):
+            assert [texts(one) for one in caption_many(llm, pairs, lora_request=request)] == captions
+            assert_equal(next(attributes_many(llm, pairs[5:6], LONG, lora_request=request)), read)
+        check_side_by_side(llm, captioner, pairs, requests, expected)
+
+
+def check_side_by_side(llm, captioner, pairs, requests, expected) -> None:
+    """A third of the images with each."""
     config = llm.llm_engine.vllm_config.model_config.hf_config
     defaults = captioner.model.generation_config
     works = [region_requests(captioner.processor, config, defaults, *pair) for pair in pairs]
@@ -60,7 +62,6 @@ def test_adapters_beside_the_base(captioner, tmp_path):
     for k, passes in enumerate(works):
         mine = [output for output, (*_, owner) in zip(outputs, flat, strict=True) if owner == k]
         assert texts(read_captions(passes, mine, captioner.processor, config)[0]) == expected[k % 3][k]
-    llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The engine against transformers, without a server: the same captions in every mode, also under preemption."""
+"""The engine against transformers, without a server: the same captions in every mode."""
 
 import subprocess
 import sys
@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 from drawn_images import drawn_images, texts
-from replay import Replay
+from engines import SOME, engine
+from test_attributes import assert_equal
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from vllm import LLM, SamplingParams
-from vllm.v1.attention.backend import AttentionCGSupport
+from vllm import SamplingParams
 
 from pdlm_hf import CHECKPOINT, RegionCaptioner
 from pdlm_hf.shapes.evaluate import Tally, held_out
-from pdlm_vllm import caption_many
+from pdlm_vllm import attributes_many, caption_many
 
 MODES = [
     {},
@@ -30,31 +30,35 @@ FIXED = [
 ]
 
 
-def engine(model, dtype: str = "float32", **options) -> LLM:
-    return LLM(str(model), dtype=dtype, enforce_eager=True, disable_log_stats=False, **options)
-
-
-@pytest.fixture(scope="module", params=["shapes", "reference"])
-def both(request, captioner, reference_folder):
-    """An engine and transformers on the same checkpoint."""
-    if request.param == "shapes":
-        llm, plain = engine(CHECKPOINT), captioner
-    else:
-        llm, plain = engine(reference_folder), RegionCaptioner.from_pretrained(reference_folder, device="cpu")
-        assert (plain.model.config.roi_replay, plain.model.config.prefix_attention) == ("reference", "full")
-    yield llm, plain
-    llm.llm_engine.engine_core.shutdown()
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shapes", "reference"])
+def test_an_engine_in_a_process_of_its_own(captioner, reference_captioner, reference_folder, name):
+    """As [`LLM`] starts it by itself."""
+    model, plain = (CHECKPOINT, captioner) if name == "shapes" else (reference_folder, reference_captioner)
+    pairs, schema = drawn_images(8), {"colour": ["dark blue", "dark red", "blue"], "name": {"max_tokens": 3}}
+    with engine(model, processes=2) as llm:
+        assert not hasattr(llm.llm_engine, "model_executor")
+        for settings in MODES + FIXED:
+            found, expected = caption_many(llm, pairs, **settings), plain.caption_many(pairs, **settings)
+            assert [texts(captions) for captions in found] == [texts(captions) for captions in expected]
+        for found, expected in zip(
+            attributes_many(llm, pairs, schema), plain.attributes_many(pairs, schema), strict=True
+        ):
+            assert_equal(found, expected)
+        with pytest.raises(ValueError, match="7 regions in one request"):
+            prompt = {"prompt": "", "multi_modal_data": {"image": pairs[0][0]}}
+            options = {"mm_processor_kwargs": {"regions": [[0, 0, 5, 5]] * 7}}
+            llm.generate([prompt | options], SamplingParams(), use_tqdm=False)
 
 
 @pytest.mark.slow
 def test_another_dtype_than_that_of_the_checkpoint():
     """What a GPU makes of a float32 checkpoint. Rounding differs from transformers', so not every caption is equal."""
-    llm, plain = engine(CHECKPOINT, "bfloat16"), RegionCaptioner.from_pretrained(device="cpu", dtype="bfloat16")
-    pairs = drawn_images(12)
-    found, expected = ([text for captions in many for text in texts(captions)] for many in (
-        caption_many(llm, pairs), plain.caption_many(pairs)
-    ))  # fmt: skip
-    llm.llm_engine.engine_core.shutdown()
+    plain, pairs = RegionCaptioner.from_pretrained(device="cpu", dtype="bfloat16"), drawn_images(12)
+    with engine(dtype="bfloat16") as llm:
+        found, expected = ([text for captions in many for text in texts(captions)] for many in (
+            caption_many(llm, pairs), plain.caption_many(pairs)
+        ))  # fmt: skip
     assert len(found) == len(expected)
     assert sum(mine == theirs for mine, theirs in zip(found, expected, strict=True)) > 0.75 * len(expected)
 
@@ -63,17 +67,18 @@ def test_another_dtype_than_that_of_the_checkpoint():
 @pytest.mark.parametrize("kind", ["fp8", "fp8_e5m2"])
 def test_keys_and_values_in_eight_bits(captioner, kind):
     """Rounded, so that not every caption is equal."""
-    llm, pairs = engine(CHECKPOINT, kv_cache_dtype=kind), drawn_images(12)
-    found = [text for captions in caption_many(llm, pairs) for text in texts(captions)]
-    llm.llm_engine.engine_core.shutdown()
+    pairs = drawn_images(12)
+    with engine(kv_cache_dtype=kind) as llm:
+        found = [text for captions in caption_many(llm, pairs) for text in texts(captions)]
     expected = [text for captions in captioner.caption_many(pairs) for text in texts(captions)]
     assert sum(mine == theirs for mine, theirs in zip(found, expected, strict=True)) > 0.5 * len(expected)
 
 
+@SOME
 @pytest.mark.parametrize("settings", MODES + FIXED, ids=str)
-def test_captions_are_those_of_transformers(both, settings):
+def test_captions_are_those_of_transformers(both, settings, some):
     llm, plain = both
-    pairs = drawn_images(8)[:: 1 if settings else 3]  # the reference's 32 steps, with all prompts in each, are slow
+    pairs = drawn_images(8)[::-1][some]  # of 8, 5 and 2 regions: two passes, and one
     expected = list(plain.caption_many(pairs, batch_size=4, **settings))
     found = list(caption_many(llm, pairs, **settings))
     assert [texts(captions) for captions in found] == [texts(captions) for captions in expected]
@@ -211,34 +216,6 @@ def test_temperature_zero_is_greedy(both):
     assert texts(next(caption_many(llm, pairs, temperature=0))) == texts(next(caption_many(llm, pairs)))
 
 
-def test_preemption_changes_nothing(captioner):
-    """A cache for about three requests, and sixteen that want in: some lose their place and start again."""
-    llm = engine(CHECKPOINT, num_gpu_blocks_override=180)
-    pairs = drawn_images(16, seed=5)
-    found = [texts(captions) for captions in caption_many(llm, pairs)]
-    preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
-    llm.llm_engine.engine_core.shutdown()
-    assert found == [texts(captions) for captions in captioner.caption_many(pairs)]
-    assert sum(preemptions) > 0
-
-
-def test_steps_are_replayed_from_buffers_that_never_move(captioner):
-    """What a CUDA graph would do, on a CPU; with padding, as graphs are captured for some numbers of requests only."""
-    graphs = {"diffusion_config": {"canvas_length": 204}, "additional_config": {"cuda_graphs": True}}
-    llm = engine(CHECKPOINT, **graphs)
-    replay = Replay(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
-    assert replay.state.get_additional_cg_support() == (AttentionCGSupport.UNIFORM_BATCH, "pdlm")
-    six = [pair for pair in drawn_images(40) if len(pair[1]) == 6]
-    for pairs in (six, drawn_images(10), six[:3]):
-        expected = [texts(captions) for captions in captioner.caption_many(pairs)]
-        assert [texts(captions) for captions in caption_many(llm, pairs)] == expected
-    for params in (SamplingParams(max_tokens=204), SamplingParams(max_tokens=16)):  # never as wide as a graph
-        assert 0 < len(llm.generate(["Hi"], params, use_tqdm=False)[0].outputs[0].token_ids) < 204
-    llm.llm_engine.engine_core.shutdown()
-    assert replay.replayed > 20 and replay.padded > 1
-    assert len(replay.addresses) == 1
-
-
 @pytest.mark.slow
 def test_a_merged_adapter_is_a_checkpoint_like_any_other(captioner, tmp_path):
     """Two steps of LoRA by `pdlm-peft`, merged, served: captions of transformers, and no longer those of the base."""
@@ -249,9 +226,9 @@ def test_a_merged_adapter_is_a_checkpoint_like_any_other(captioner, tmp_path):
     for command in commands:
         done = subprocess.run([sys.executable, "-m", "pdlm_peft.cli", *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-    llm, pairs = engine(tmp_path / "merged"), drawn_images(4)
-    found = [texts(captions) for captions in caption_many(llm, pairs)]
-    llm.llm_engine.engine_core.shutdown()
+    pairs = drawn_images(4)
+    with engine(tmp_path / "merged") as llm:
+        found = [texts(captions) for captions in caption_many(llm, pairs)]
     merged = RegionCaptioner.from_pretrained(tmp_path / "merged", device="cpu")
     assert found == [texts(captions) for captions in merged.caption_many(pairs)]
     assert found != [texts(captions) for captions in captioner.caption_many(pairs)]
@@ -261,26 +238,25 @@ def test_a_merged_adapter_is_a_checkpoint_like_any_other(captioner, tmp_path):
 def test_two_ranks_compute_what_one_does(captioner, monkeypatch):
     """Tensor parallelism, over two processes of a core each."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    llm = engine(CHECKPOINT, tensor_parallel_size=2)
     pairs = drawn_images(12)
-    found = [texts(captions) for captions in caption_many(llm, pairs)]
-    llm.llm_engine.engine_core.shutdown()
+    with engine(tensor_parallel_size=2) as llm:
+        found = [texts(captions) for captions in caption_many(llm, pairs)]
     assert found == [texts(captions) for captions in captioner.caption_many(pairs)]
 
 
 @pytest.mark.slow
 def test_held_out_accuracy_is_that_of_transformers():
     """The accuracy on the card, measured through the engine."""
-    llm = engine(CHECKPOINT)
     model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT).eval()
     processor = AutoProcessor.from_pretrained(CHECKPOINT)
     mine, theirs = Tally(), Tally()
     all_images = list(held_out(11, 200))
-    for image, captions in zip(all_images, caption_many(llm, ((p.image, p.masks) for p in all_images)), strict=True):
+    with engine() as llm:
+        found = list(caption_many(llm, ((image.image, image.masks) for image in all_images)))
+    for image, captions in zip(all_images, found, strict=True):
         mine.add(image, texts(captions))
         with torch.inference_mode():
             output = model.generate(**processor(images=[image.image], segmentation_maps=[image.masks]))
         theirs.add(image, texts(processor.post_process_region_captions(output)[0]))
-    llm.llm_engine.engine_core.shutdown()
     assert mine.report() == theirs.report()
     assert mine.report()["exact"] >= 0.96
