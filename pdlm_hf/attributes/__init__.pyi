@@ -6,4 +6,5 @@ from .results import sentence_of as sentence_of
 from .schema import Attribute as Attribute
 from .schema import AttributeSchema as AttributeSchema
 from .schema import parse_schema as parse_schema
+from .schema import parse_schema_text as parse_schema_text
 from .schema import read_schema_file as read_schema_file

@@ -305,6 +305,44 @@ def _first(error: ValidationError) -> str:
     return f"The schema: {f'{where[0]:.60}: ' if where else ''}{reason}."
 
 
+def parse_schema_text(text: str) -> AttributeSchema:
+    """Check a schema that a person typed: an attribute a line, `colour: red, dark blue`, without choices for a free
+    text, `name:`; or the content of a schema file.
+
+    Raises:
+        SettingError: it cannot be used; the message names the line or the attribute.
+    """
+    if len(text) > MOST_FILE_BYTES:
+        raise SettingError(f"The schema is longer than {MOST_FILE_BYTES} characters.")
+    if text.lstrip().startswith("{"):
+        return _parse_json(text)
+    attributes: dict[str, list[str] | None] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        name, colon, choices = (part.strip() for part in line.partition(":"))
+        if not line.strip():
+            continue
+        if not colon or not name:
+            raise SettingError(
+                f"Line {number}: expected a name and its choices, like `colour: red, blue`, got {line!r:.60}."
+            )
+        if name in attributes:
+            raise SettingError(f"Line {number}: there is an attribute {name!r:.60} already.")
+        attributes[name] = [choice.strip() for choice in choices.split(",")] if choices else None
+    return parse_schema({"attributes": attributes})
+
+
+def _parse_json(text: str) -> AttributeSchema:
+    """Check a schema in JSON. Raises: SettingError."""
+    try:
+        return parse_schema(json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse))
+    except RecursionError:
+        raise SettingError("The schema is nested too deeply.") from None
+    except SettingError:
+        raise
+    except ValueError as error:
+        raise SettingError(f"The schema is not valid JSON ({error}).") from None
+
+
 def read_schema_file(path: Path) -> AttributeSchema:
     """Read and check a JSON file with a schema.
 
@@ -315,14 +353,11 @@ def read_schema_file(path: Path) -> AttributeSchema:
     if path.stat().st_size > MOST_FILE_BYTES:
         raise SettingError(f"{path}: larger than {MOST_FILE_BYTES} bytes; this cannot be a schema of attributes.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique, parse_constant=_refuse)
-        return parse_schema(value)
+        return _parse_json(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise SettingError(f"{path}: The schema is not valid JSON ({error}).") from None
     except SettingError as error:
         raise SettingError(f"{path}: {error}") from None
-    except RecursionError:
-        raise SettingError(f"{path}: The schema is nested too deeply.") from None
-    except ValueError as error:
-        raise SettingError(f"{path}: is not valid JSON ({error}).") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

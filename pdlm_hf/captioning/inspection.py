@@ -20,6 +20,7 @@ from ..errors_pdlm import CheckpointError, PdlmError, reading
 from ..fused_pdlm import capability_of
 from ..generation_config_pdlm import PdlmGenerationConfig
 from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
+from ..render.text import pluralize
 from ..tiling_pdlm import num_tiles
 from .checkpoints import checkpoint_name
 from .loading import check_sizes, check_together, reading_files
@@ -58,6 +59,37 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the fields, and `ok`."""
         return {"ok": not self.faults, **asdict(self)}
+
+    def lines(self) -> list[str]:
+        """For people: a line for each part, without the faults themselves."""
+        lines = [f"model     {self.model}"]
+        if self.kind is not None:
+            what = {"regions": "PerceptionDLM (captions of regions)", "chat": "PerceptionDLM-Base (chat)"}[self.kind]
+            lines[0] += f": {what}" + (", names of the reference" if self.layout == "reference" else "")
+        if weights := self.weights:
+            types = ", ".join(f"{_size(size)} {dtype}" for dtype, size in weights["bytes"].items())
+            files = pluralize(weights["files"], "file")
+            lines.append(f"weights   {weights['parameters']:,} parameters; {types} in {files}")
+        if memory := self.memory:
+            lines.append(
+                f"memory    about {_size(memory['one_image'])} for one image: weights {_size(memory['weights'])}, "
+                f"prefix cache {_size(memory['prefix_cache'])}, activations {_size(memory['activations'])}"
+            )
+        own = self.machine
+        gpus = "; ".join(f"{gpu['name']}, {_size(gpu['free'])} of {_size(gpu['memory'])} free" for gpu in own["gpus"])
+        ram = f", {_size(own['free_ram'])} of {_size(own['ram'])} free" if own["free_ram"] else ""
+        lines.append(f"machine   torch {own['torch']}, {own['cpus']} CPUs{ram}; {gpus or 'no GPU'}")
+        if settings := self.settings:
+            lines.append(f"runs on   {settings['device']} in {settings['dtype']}")
+            chosen = ", ".join(f"{name}={value!r}" for name, value in settings["generate"].items())
+            lines.append(f"generate  {chosen or 'defaults'}")
+            if "canvas" in settings:
+                lines.append(f"passes    {settings['canvas']}")
+        lines += [f"note      {note}" for note in self.notes]
+        return [
+            *lines,
+            "whole     yes" if not self.faults else f"whole     no: {pluralize(len(self.faults), 'fault')}",
+        ]
 
 
 def inspect_checkpoint(model: str | Path) -> Inspection:
@@ -281,3 +313,7 @@ def _dtype(config: Any) -> torch.dtype:
     """The type that the weights are loaded in."""
     dtype = config.dtype or config.text_config.dtype or torch.float32
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 2 else f"{count / 2**20:.1f} MiB"

@@ -1,7 +1,7 @@
 """`pdlm check`: is a checkpoint whole, what does it need, how will it run here."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,7 +25,7 @@ def check(
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:
-        for line in _lines(found):
+        for line in found.lines():
             typer.echo(line)
     for fault in found.faults[:_SHOWN]:
         typer.echo(f"pdlm: {fault}", err=True)
@@ -33,40 +33,3 @@ def check(
         typer.echo(f"pdlm: and {more} more faults; --json lists all", err=True)
     if found.faults:
         raise typer.Exit(1)
-
-
-def _lines(found: Any) -> list[str]:
-    """What was found, for people."""
-    lines = [f"model     {found.model}"]
-    if found.kind is not None:
-        what = {"regions": "PerceptionDLM (captions of regions)", "chat": "PerceptionDLM-Base (chat)"}[found.kind]
-        lines[0] += f": {what}" + (", names of the reference" if found.layout == "reference" else "")
-    if weights := found.weights:
-        types = ", ".join(f"{_size(size)} {dtype}" for dtype, size in weights["bytes"].items())
-        lines.append(f"weights   {weights['parameters']:,} parameters; {types} in {_files(weights['files'])}")
-    if memory := found.memory:
-        lines.append(
-            f"memory    about {_size(memory['one_image'])} for one image: weights {_size(memory['weights'])}, "
-            f"prefix cache {_size(memory['prefix_cache'])}, activations {_size(memory['activations'])}"
-        )
-    own = found.machine
-    gpus = "; ".join(f"{gpu['name']}, {_size(gpu['free'])} of {_size(gpu['memory'])} free" for gpu in own["gpus"])
-    ram = f", {_size(own['free_ram'])} of {_size(own['ram'])} free" if own["free_ram"] else ""
-    lines.append(f"machine   torch {own['torch']}, {own['cpus']} CPUs{ram}; {gpus or 'no GPU'}")
-    if settings := found.settings:
-        lines.append(f"runs on   {settings['device']} in {settings['dtype']}")
-        chosen = ", ".join(f"{name}={value!r}" for name, value in settings["generate"].items())
-        lines.append(f"generate  {chosen or 'defaults'}")
-        if "canvas" in settings:
-            lines.append(f"passes    {settings['canvas']}")
-    lines += [f"note      {note}" for note in found.notes]
-    count = len(found.faults)
-    return [*lines, "whole     yes" if not count else f"whole     no: {count} fault{'s' * (count > 1)}"]
-
-
-def _files(count: int) -> str:
-    return f"{count} file{'s' * (count > 1)}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -45,8 +46,10 @@ def demo(
     embedded = model is None and server is None
     segmenter, finder = _segmenter(sam, embedded)
     backend, threshold = _backend(server, model, key_env, max_new_tokens)
-    note = f"The embedded checkpoint knows drawn shapes only; for photographs start with --model {RELEASED}."
-    page = build_page(backend, segmenter, threshold, note if embedded else None, finder)
+    opener = partial(_backend, None, key_env=None, length=max_new_tokens) if _is_private(host, server) else None
+    how = f"choose another checkpoint on the right, such as {RELEASED}" if opener else f"start with --model {RELEASED}"
+    note = f"The embedded checkpoint knows drawn shapes only; for photographs {how}."
+    page = build_page(backend, segmenter, threshold, note if embedded else None, finder, opener)
 
     def started(url: str) -> None:
         if server is None:
@@ -70,14 +73,19 @@ def _check_address(host: str, port: int) -> None:
         raise OSError(f"--host {host} --port {port}: cannot be listened on ({error}).") from error
 
 
-def _backend(server, model, key_env, max_new_tokens):
+def _is_private(host: str, server: str | None) -> bool:
+    """Whether only this machine sees the page, so that whoever does may load its files."""
+    return server is None and host in ("127.0.0.1", "localhost", "::1")
+
+
+def _backend(server, model, key_env, length):
     """The backend of the page, and the acceptance threshold it starts with, if any."""
     from ..demo.backend import LocalBackend, ServerBackend
 
     if server is not None:
-        return ServerBackend(caption_client(server, model, key_env, 8, {}), max_new_tokens), None
+        return ServerBackend(caption_client(server, model, key_env, 8, {}), length), None
     captioner = load_captioner(model)
-    backend = LocalBackend(captioner, model or "shapes (embedded)", max_new_tokens)
+    backend = LocalBackend(captioner, model or "shapes (embedded)", length)
     return backend, captioner.model.generation_config.acceptance_threshold
 
 

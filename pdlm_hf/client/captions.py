@@ -41,7 +41,7 @@ class CaptionClient:
             base_url = f"{base_url.rstrip('/')}/v1"
         image, regions = probe_image()
         trial = request_of(png_url(image), regions)
-        self.schema = schema
+        self.schema, self._options = schema, dict(options)
         if schema is not None:
             options["settings"] = {**(options.get("settings") or {}), "schema": schema.to_json()}
         # without a cache: captions are kept in the rows that are written
@@ -57,6 +57,14 @@ class CaptionClient:
     def concurrency(self) -> int:
         """Number of requests at a time."""
         return self.server.concurrency
+
+    def with_schema(self, schema: AttributeSchema) -> "CaptionClient":
+        """A client of the same model that reads attributes in place of captions; to be closed.
+
+        Raises:
+            ServerError: the server cannot be reached.
+        """
+        return CaptionClient(self.server.base_url, self.model, schema, **self._options)
 
     def probe(self) -> None:
         """Caption a small grey image.

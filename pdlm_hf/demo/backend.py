@@ -3,12 +3,15 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 from PIL import Image
 
+from ..attributes.results import RegionAttributes
+from ..attributes.schema import AttributeSchema
 from ..captioning.captioner import MODES, RegionCaptioner
 from ..captioning.streaming import RegionStreamer
 from ..client.captions import CaptionClient, caption_of, request_of
@@ -66,6 +69,11 @@ class Backend(Protocol):
     ) -> tuple[list[RegionCaption], int | None]:
         """Return the captions of the regions and the number of forward passes; call `on_step` with every draft."""
 
+    def attributes(
+        self, image: Image.Image, regions: list[Region], schema: AttributeSchema
+    ) -> tuple[list[RegionAttributes], int | None]:
+        """Return the attributes of the regions and the number of forward passes."""
+
 
 def settings_of(mode: str, steps: int, threshold: float) -> dict[str, Any]:
     """Translate the page's controls into settings of `generate`.
@@ -119,6 +127,12 @@ class LocalBackend:
             )
         return captions[0], output.num_forwards
 
+    def attributes(self, image, regions, schema):
+        """See [`Backend`]. Raises: SettingError: the checkpoint's tokenizer cannot write a choice."""
+        with self._lock:
+            found, output = self.captioner.read_attributes([(image, regions)], schema)
+        return found[0], output.num_forwards
+
 
 class ServerBackend:
     """A vLLM server with the region route.
@@ -155,6 +169,11 @@ class ServerBackend:
         for region, caption in zip(regions, captions, strict=True):
             caption.id, caption.bbox = region.id, region.bbox
         return captions, usage.get("num_forwards")
+
+    def attributes(self, image, regions, schema):
+        """See [`Backend`]. Raises: ServerError."""
+        with closing(self.server.with_schema(schema)) as reader:
+            return reader.attributes(image, regions)
 
 
 class _StoppedError(Exception):

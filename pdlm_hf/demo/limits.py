@@ -17,6 +17,7 @@ from ..regions.images import open_image
 MAX_BYTES = 20 * 2**20  # all files of one upload
 MAX_PIXELS = 25_000_000
 MAX_MASK_PIXELS = 2**28  # all masks of an image
+MAX_PAST_PIXELS = 2 * MAX_PIXELS  # of the images that Undo brings back
 MAX_FILES = MAX_REGIONS
 SESSIONS = 32  # users whose images are kept; the least recently active is dropped first
 IDLE = 3600  # seconds
@@ -26,7 +27,8 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others: Pillow op
 # All routes of the page. Uploads travel in events and stay in memory, so gradio's file routes are closed, also the one
 # that fetches URLs.
 _ROUTES = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"}
-_FOLDERS = ("/assets/", "/static/", "/svelte/")
+MODULES = "/board"  # the page's own script
+_FOLDERS = ("/assets/", "/static/", "/svelte/", f"{MODULES}/")
 _EVENTS = {"queue", "heartbeat", "startup-events", "info", "app_id", "reset", "cancel", "theme.css"}
 # Nothing is loaded from other hosts. gradio evaluates scripts of components, hence 'unsafe-eval'.
 _POLICY = (
@@ -120,6 +122,8 @@ class Guard:
                     message["status"] = 413
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
                 message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
+                if scope["path"].startswith(f"{MODULES}/"):  # asked for again after an update
+                    message["headers"] = [*message["headers"], (b"cache-control", b"no-cache")]
             await send(message)
 
         try:

@@ -1,188 +1,35 @@
-"""The demo page, its event handlers and its server."""
+"""The demo page and its server."""
 
-import base64
-import html
-import secrets
 import socket
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
-from functools import cache, wraps
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
-import torch
 import uvicorn
 from fastapi import FastAPI
-from PIL import Image
 from starlette.middleware import Middleware
+from starlette.staticfiles import StaticFiles
 
-from ..errors_pdlm import ServerError
-from ..regions.region import Region, parse_regions
+from ..regions.region import parse_regions
 from ..render.drawing import draw_regions
 from ..render.html import jpeg_url
-from ..shapes.scenes import draw_scene
-from .backend import Backend, Draft, follow, settings_of
-from .limits import IDLE, MAX_BYTES, SESSIONS, Guard, read_uploads
-from .parts import Lane, compare_html, effect_html
+from .backend import Backend
+from .gestures import ClickFinder
+from .handlers import EXAMPLES, Handlers, Opener, example, show_errors, show_errors_live
+from .limits import IDLE, MAX_BYTES, MODULES, SESSIONS, Guard
+from .parts import effect_html, note_html
 from .session import Session
 
 _HERE = Path(__file__).parent
-_EXAMPLES = (29, 8, 45, 4)  # seeds of drawn images
 _MODES = {"adaptive": "Adaptive", "fast": "Fast", "fixed": "Fixed steps"}
 _STEPS, _BOUND = (1, 32), (0.5, 0.99)  # least and most
 _TITLE = "PerceptionDLM"
-
-
-def show_errors(handler: Callable) -> Callable:
-    """Decorate a handler so that errors a user can mend are shown on the page, in one line."""
-
-    @wraps(handler)
-    def wrapped(*args: Any) -> Any:
-        try:
-            return handler(*args)
-        except (ValueError, ServerError) as error:
-            raise gr.Error(" ".join(str(error).split()), print_exception=False) from None
-        except torch.OutOfMemoryError:
-            raise gr.Error("Not enough memory for so many regions at once.", print_exception=False) from None
-
-    return wrapped
-
-
-def show_errors_live(handler: Callable) -> Callable:
-    """Like [`show_errors`], for a generator."""
-
-    @wraps(handler)
-    def wrapped(*args: Any) -> Iterator[Any]:
-        news = handler(*args)
-        step = show_errors(lambda: next(news, None))
-        try:
-            while (item := step()) is not None:
-                yield item
-        finally:
-            news.close()
-
-    return wrapped
-
-
-@cache
-def example(number: int) -> tuple[Any, list[np.ndarray]]:
-    """Draw an image (PIL, RGB) that the embedded checkpoint can describe; return it with its masks."""
-    drawn = draw_scene(np.random.default_rng(_EXAMPLES[number]))
-    return drawn.image, drawn.masks
-
-
-class Handlers:
-    """Handlers of the page's events. The state of a user is their [`~session.Session`], which is changed in place.
-
-    Args:
-        backend ([`~backend.Backend`]): writes the captions.
-        segmenter ([`~pdlm_hf.regions.Segmenter`], *optional*): turns a click into a region.
-        finder ([`~pdlm_hf.regions.RegionFinder`], *optional*): finds all regions.
-    """
-
-    def __init__(self, backend: Backend, segmenter: Any = None, finder: Any = None):
-        self.backend, self.segmenter, self.finder = backend, segmenter, finder
-
-    def act(self, session: Session, event: gr.EventData) -> tuple[Session, Any, str]:
-        """Handle an action of the page's script: an image, masks, a mark, undo, clear, delete, or an example."""
-        with session.lock:
-            self._act(session, event._data if isinstance(event._data, dict) else {})
-            # the session is returned so that gradio knows when it was last used; the comparison is cleared
-            return session, gr.update(value=session.view(), captions=None, file=None), ""
-
-    def _act(self, session: Session, what: dict[str, Any]) -> None:
-        kind = what.get("kind")
-        if kind == "image":
-            session.open(*read_uploads([what])[0])
-        elif kind == "masks":
-            session.load_masks(read_uploads(what.get("files")))
-        elif kind == "example" and what.get("number") in range(len(_EXAMPLES)):
-            image, masks = example(what["number"])
-            session.start(image, f"example_{what['number'] + 1}.png", masks)
-        elif kind == "everything" and self.finder is not None:
-            session.find(self.finder)
-        elif kind in ("undo", "clear"):
-            getattr(session, kind)()
-        elif kind == "delete":
-            session.delete(what.get("id"))
-        else:
-            session.mark(what, self.segmenter)
-
-    def describe(self, session: Session, mode: str, steps: int, threshold: float) -> Iterator[tuple[Session, Any]]:
-        """Caption all regions together and stream the drafts."""
-        with session.lock:
-            image, regions, version = session.current_image(), session.parsed(), session.version
-        drafts: list[list[str]] = []
-        for news in follow(self.backend, image, regions, settings_of(mode, steps, threshold)):
-            if isinstance(news, Draft):
-                drafts.append(news.texts)
-                yield session, gr.update(captions={"version": version, "texts": news.texts, "step": news.step})
-                continue
-            with session.lock:
-                if session.version == version:  # nothing else was marked meanwhile
-                    session.captions = news.captions
-            texts = [caption.text for caption in news.captions]
-            end = {"version": version, "texts": texts, "scores": [c.score for c in news.captions], "drafts": drafts}
-            yield session, gr.update(captions=end | {"passes": news.forwards, "seconds": news.seconds})
-
-    def compare(self, session: Session, mode: str, steps: int, threshold: float) -> Iterator[str]:
-        """Caption all regions together, then each one alone; stop once image or regions change."""
-        with session.lock:
-            image, regions, version = session.current_image(), session.parsed(), session.version
-        with closing(self._compare(image, regions, settings_of(mode, steps, threshold))) as lanes:
-            for shown in lanes:
-                if session.version != version:
-                    yield ""
-                    return
-                yield shown
-
-    def _compare(
-        self, image: Image.Image, regions: list[Region], settings: dict[str, Any]
-    ) -> Generator[str, None, None]:
-        together = Lane("All regions together", [""] * len(regions))
-        alone = Lane("One region at a time", [""] * len(regions))
-        for news in follow(self.backend, image, regions, settings):
-            together.seconds = news.seconds
-            if isinstance(news, Draft):
-                together.texts = news.texts
-            else:
-                together.texts, together.forwards = [caption.text for caption in news.captions], news.forwards
-                together.done = True
-            yield compare_html(together, alone)
-        for k, region in enumerate(regions):
-            before = sum(alone.times)
-            for news in follow(self.backend, image, [region], settings):
-                alone.seconds = before + news.seconds
-                if isinstance(news, Draft):
-                    alone.texts[k] = news.texts[0]
-                else:
-                    alone.texts[k] = news.captions[0].text
-                    alone.times.append(news.seconds)
-                    if news.forwards is not None:
-                        alone.forwards = (alone.forwards or 0) + news.forwards
-                    alone.done = k + 1 == len(regions)
-                yield compare_html(together, alone)
-
-    def export_coco(self, session: Session) -> Any:
-        """Return the COCO file; the page's script downloads it."""
-        with session.lock:
-            return _file(f"{_stem(session)}_captions.json", "application/json", session.coco())
-
-    def export_image(self, session: Session) -> Any:
-        """Return a PNG of the image with its captions."""
-        with session.lock:
-            return _file(f"{_stem(session)}_captions.png", "image/png", session.drawing())
-
-
-def _stem(session: Session) -> str:
-    return Path(session.name).stem or "image"
-
-
-def _file(name: str, kind: str, data: bytes) -> Any:
-    again = secrets.token_hex(4)  # gradio sends changes only, and a second press must download a second file
-    return gr.update(file={"name": name, "kind": kind, "data": base64.b64encode(data).decode(), "again": again})
+_START = f"""import(new URL(".{MODULES}/board.js", document.baseURI)).then(
+  board => board.start(element, what => trigger("act", what), props, watch));"""
+_SCHEMA = "colour: red, green, blue\nsize: small, large"
+_QUICK: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build_page(
@@ -191,20 +38,23 @@ def build_page(
     threshold: float | None = 0.8,
     note: str | None = None,
     finder: Any = None,
+    opener: Opener | None = None,
 ) -> gr.Blocks:
     """Build the page.
 
     Args:
         backend ([`~backend.Backend`]): writes the captions.
-        segmenter ([`~pdlm_hf.regions.Segmenter`], *optional*): turns a click into a region; None: no tool for clicks.
+        segmenter ([`~pdlm_hf.regions.Segmenter`], *optional*): turns a click into a region; None: the finder does, or
+            there is no tool for clicks.
         threshold (`float`, *optional*): acceptance threshold of the checkpoint; None: it decodes by a fixed schedule.
-        note (`str`, *optional*): text above the upload.
+        note (`str`, *optional*): text above the upload; default: the name of the model.
         finder ([`~pdlm_hf.regions.RegionFinder`], *optional*): finds all regions; None: no button for that.
+        opener (*optional*): loads a checkpoint that is chosen on the page, see [`~handlers.Handlers`]; None: none can
+            be chosen.
     """
-    handlers = Handlers(backend, segmenter, finder)
-    images = [
-        draw_regions(image, parse_regions(masks, *image.size)) for image, masks in map(example, range(len(_EXAMPLES)))
-    ]
+    if segmenter is None and finder is not None:
+        segmenter = ClickFinder(finder)
+    handlers = Handlers(backend, segmenter, finder, opener)
     with gr.Blocks(title=_TITLE, analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session(), time_to_live=IDLE)
         gr.HTML(
@@ -212,50 +62,106 @@ def build_page(
             elem_id="head",
         )
         with gr.Row():
-            with gr.Column(scale=3, min_width=420):
-                if note is not None:
-                    gr.HTML(html.escape(note), elem_id="note")
-                board = gr.HTML(
-                    html_template=(_HERE / "board.html").read_text(encoding="utf-8"),
-                    js_on_load=(_HERE / "page.js").read_text(encoding="utf-8"),
-                    apply_default_css=False,
-                    elem_id="board",
-                    captions=None,
-                    file=None,
-                    clicks=segmenter is not None,
-                    everything=finder is not None,
-                    examples=[jpeg_url(drawn) for drawn in images],
-                    most=MAX_BYTES,
-                )
-            with gr.Column(scale=2, min_width=320):
+            with gr.Column(scale=3, min_width=300):
+                noted = gr.HTML(note_html(backend, note), elem_id="note")
+                board = _board(segmenter is not None, finder is not None)
+            with gr.Column(scale=2, min_width=300):
                 press = gr.Button("Describe all regions", variant="primary", size="lg", elem_id="describe")
                 said = gr.HTML(
                     html_template=(_HERE / "captions.html").read_text(encoding="utf-8"),
                     apply_default_css=False,
                     elem_id="captions",
                 )
-                with gr.Row():
+                with gr.Row(elem_id="save"):
                     coco = gr.Button("Save as COCO json", size="sm", elem_id="save-coco")
                     save = gr.Button("Save as image", size="sm", elem_id="save-image")
-                with gr.Accordion("Speed", open=True):
+                race = gr.Button("Compare with one region at a time", size="sm", elem_id="compare-button")
+                table = _attributes(handlers, session, board)
+                with gr.Accordion("Speed", open=False, elem_id="speed"):
                     controls = _controls(backend, threshold)
-        with gr.Row():
-            race = gr.Button("Compare with one region at a time", elem_id="compare-button")
+                if opener is not None:
+                    _chooser(handlers, noted, controls)
         lanes = gr.HTML(elem_id="compare", apply_default_css=False)
-        quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        slow: dict[str, Any] = {"concurrency_limit": backend.at_a_time, "concurrency_id": "backend"}
-        slow |= {"show_progress": "minimal", "api_visibility": "private"}  # shows the position in the queue
         acting = board.act(
-            show_errors(handlers.act), session, [session, board, lanes], trigger_mode="multiple", **quick
+            show_errors(handlers.act), session, [session, board, lanes, table], trigger_mode="multiple", **_QUICK
         )
         acting.failure(None, js="() => window.dispatchEvent(new Event('pdlm-refused'))")
-        told = show_errors_live(handlers.describe)
-        writing = press.click(told, [session, *controls], [session, board], show_progress_on=said, **slow)
+        slow = _slow(backend)
+        writing = press.click(
+            show_errors_live(handlers.describe), [session, *controls], [session, board], show_progress_on=said, **slow
+        )
         writing.failure(None, js="() => window.dispatchEvent(new Event('pdlm-failed'))")
         race.click(show_errors_live(handlers.compare), [session, *controls], lanes, **slow)
-        coco.click(show_errors(handlers.export_coco), session, board, **quick)
-        save.click(show_errors(handlers.export_image), session, board, **quick)
+        coco.click(show_errors(handlers.export_coco), session, board, **_QUICK)
+        save.click(show_errors(handlers.export_image), session, board, **_QUICK)
     return page.queue(default_concurrency_limit=4, max_size=64, api_open=False)
+
+
+def _slow(backend: Backend) -> dict[str, Any]:
+    """Options of events for which the model works; the page shows their position in the queue."""
+    limit: dict[str, Any] = {"concurrency_limit": backend.at_a_time, "concurrency_id": "backend"}
+    return limit | {"show_progress": "minimal", "api_visibility": "private"}
+
+
+def _board(clicks: bool, everything: bool) -> Any:
+    """The image, with the tools above and the examples below it."""
+    drawn = [
+        draw_regions(image, parse_regions(masks, *image.size)) for image, masks in map(example, range(len(EXAMPLES)))
+    ]
+    return gr.HTML(
+        html_template=(_HERE / "board.html").read_text(encoding="utf-8"),
+        js_on_load=_START,
+        apply_default_css=False,
+        elem_id="board",
+        captions=None,
+        file=None,
+        question=None,
+        clicks=clicks,
+        everything=everything,
+        examples=[jpeg_url(image) for image in drawn],
+        most=MAX_BYTES,
+    )
+
+
+def _attributes(handlers: Handlers, session: Any, board: Any) -> Any:
+    """A panel in which attributes are typed and read; returns where their table is shown."""
+    with gr.Accordion("Attributes", open=False, elem_id="attributes"):
+        text = gr.Textbox(
+            lines=3,
+            max_lines=12,
+            value=_SCHEMA,
+            label="Attributes and their choices",
+            info="One per line; without choices it is a free text. A JSON schema is read too.",
+            elem_id="schema",
+        )
+        with gr.Row():
+            read = gr.Button("Read attributes", size="sm", elem_id="read-attributes")
+            save = gr.Button("Save as CSV", size="sm", elem_id="save-csv")
+        table = gr.HTML(elem_id="attribute-table", apply_default_css=False)
+    read.click(show_errors(handlers.read_attributes), [session, text], table, **_slow(handlers.backend))
+    save.click(show_errors(handlers.export_table), session, board, **_QUICK)
+    return table
+
+
+def _chooser(handlers: Handlers, noted: Any, controls: list[Any]) -> None:
+    """A panel in which a checkpoint is named, checked, and loaded."""
+    with gr.Accordion("Checkpoint", open=False, elem_id="checkpoint"):
+        name = gr.Textbox(
+            label="Folder or hub id",
+            placeholder="MSALab/PerceptionDLM",
+            info="Check says what it is and needs; no weights are loaded for that.",
+            elem_id="checkpoint-name",
+        )
+        with gr.Row():
+            check = gr.Button("Check", size="sm", elem_id="check")
+            load = gr.Button("Load", size="sm", interactive=False, elem_id="load")
+        found = gr.HTML(elem_id="inspection", apply_default_css=False)
+    told: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
+    for event in (check.click, name.submit):
+        event(show_errors(handlers.check), name, [found, load], **told)
+    name.input(lambda: gr.update(interactive=False), None, load, **_QUICK)
+    mode, _, bound = controls
+    load.click(show_errors(handlers.load), name, [noted, found, mode, bound], **_slow(handlers.backend))
 
 
 def _controls(backend: Backend, threshold: float | None) -> list[Any]:
@@ -276,9 +182,8 @@ def _controls(backend: Backend, threshold: float | None) -> list[Any]:
         return gr.update(visible=mode == "adaptive"), effect_html(mode, steps, threshold)
 
     changes = [mode.change, steps.change, bound.change]
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
     # Without gradio's own check: a number may be out of bounds while it is being typed.
-    gr.on(changes, show, controls, [bound, effect], preprocess=False, **quiet)
+    gr.on(changes, show, controls, [bound, effect], preprocess=False, **_QUICK)
     return controls
 
 
@@ -286,6 +191,7 @@ def page_app(page: gr.Blocks) -> FastAPI:
     """Mount the page in an ASGI application with the limits of [`~limits.Guard`]."""
     page.state_session_capacity = SESSIONS
     app = FastAPI(middleware=[Middleware(Guard)], docs_url=None, redoc_url=None, openapi_url=None)
+    app.mount(MODULES, StaticFiles(directory=_HERE / "static"))
     return gr.mount_gradio_app(
         app,
         page,
@@ -299,10 +205,25 @@ def page_app(page: gr.Blocks) -> FastAPI:
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        theme=gr.themes.Default(
-            primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-        ),
+        theme=_theme(),
         css_paths=_HERE / "page.css",
+    )
+
+
+def _theme() -> Any:
+    """gradio's own theme, with text that has a contrast of at least 4.5."""
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    return theme.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_300",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
     )
 
 

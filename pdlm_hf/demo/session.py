@@ -1,17 +1,19 @@
 """The state of one user: an image, the regions marked on it, and their captions."""
 
+import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from ..attributes.results import RegionAttributes, csv_fields, csv_row
 from ..errors_pdlm import ImageError, PdlmError, RegionError
 from ..image_processing_pdlm import to_rgb
 from ..processing_pdlm import RegionCaption, area_order
@@ -21,11 +23,21 @@ from ..regions.readers import from_label_map, read_region_file
 from ..regions.region import Region, parse_region, parse_regions
 from ..render.drawing import colour_of, draw_captions, draw_regions, ink_on
 from ..render.html import jpeg_url
-from .limits import MAX_MASK_PIXELS, MAX_REGIONS, open_upload
+from .gestures import box_mask, nudged_mask, pixel_at, read_numbers, stroke_mask
+from .limits import MAX_MASK_PIXELS, MAX_PAST_PIXELS, MAX_REGIONS, open_upload
 
 _SHOWN = 1000  # pixels of the longer side on the page
-_POINTS = 10_000  # of a stroke
 _UNDO = 50
+_REGION_FILES = (".json", ".txt", ".xml")
+
+
+class Moment(NamedTuple):
+    """What Undo brings back: an image, its name, the image as the page shows it, and the regions."""
+
+    image: Image.Image
+    name: str
+    small: Image.Image
+    regions: list[dict[str, Any]]
 
 
 @dataclass
@@ -41,7 +53,9 @@ class Session:
         regions (`list[dict]`): "id", "segmentation" (RLE), and "shown", the RLE at that size; "brushed" if it was
             painted, so that a stroke can extend it.
         captions (`list[RegionCaption]`, *optional*): captions of these regions.
+        attributes (`list[RegionAttributes]`, *optional*): attributes of these regions.
         version (`int`): number that grows whenever image or regions change.
+        past (`list[Moment]`): what Undo brings back, the newest last.
     """
 
     image: Image.Image | None = None
@@ -49,11 +63,13 @@ class Session:
     small: Image.Image | None = None
     regions: list[dict[str, Any]] = field(default_factory=list)
     captions: list[RegionCaption] | None = None
+    attributes: list[RegionAttributes] | None = None
     version: int = 0
-    past: list[list[dict[str, Any]]] = field(default_factory=list, repr=False)
+    past: list[Moment] = field(default_factory=list, repr=False)
 
     def __post_init__(self):
         self.lock = RLock()  # not a field: gradio serializes the fields of the initial state
+        self._nudged: Any = None  # id of the region that the last change moved
 
     def __deepcopy__(self, memo: dict) -> "Session":
         """Return an empty session: gradio copies the initial state for every user."""
@@ -65,10 +81,33 @@ class Session:
 
     def start(self, image: Image.Image, name: str, masks: Any = ()) -> None:
         """Begin with an image (RGB) and masks."""
-        regions = [Region(k, mask) for k, mask in enumerate(masks, 1)]
-        self.image, self.name, self.past = image, name, []
+        self._remember()
+        self.image, self.name = image, name
         self.small = image.resize(_shown_size(image)) if max(image.size) > _SHOWN else image
-        self._set([self._row(region, region.id) for region in regions])
+        self._set([self._row(Region(k, mask), k) for k, mask in enumerate(masks, 1)])
+
+    def drop(self, files: list[tuple[str, bytes]]) -> dict[str, Any] | None:
+        """Take files that were dropped on the page: masks and files of regions are added, an image is opened.
+
+        Args:
+            files: names and contents.
+
+        Returns:
+            None; or, if an image would replace regions, and nothing happened, what to ask: its "name", and whether it
+            "fits", so that it may be meant as a mask.
+
+        Raises:
+            PdlmError: a file cannot be used; the session is unchanged.
+        """
+        images = [file for file in files if not _is_region_file(file[0])]
+        fits = self.image is not None and bool(images) and open_upload(*images[0]).size == self.image.size
+        if not images or (self.image is not None and len(images) > 1) or (fits and _is_mask(open_upload(*images[0]))):
+            return self.load_masks(files)
+        if len(files) > 1:
+            raise ImageError("Drop the image alone first, then its masks or its file of regions.")
+        if self.regions:
+            return {"name": files[0][0], "fits": fits}
+        return self.open(*files[0])
 
     def mark(self, gesture: dict[str, Any], segmenter: Any = None) -> None:
         """Add a region that a user marked; coordinates are fractions of the image's width and height.
@@ -87,12 +126,12 @@ class Session:
         width, height = image.size
         kind = gesture.get("kind")
         if kind == "box":
-            self._add([Region(None, _box_mask(_numbers(gesture.get("box"), (4,)), width, height))])
+            self._add([Region(None, box_mask(read_numbers(gesture.get("box"), (4,)), width, height))])
         elif kind == "brush":
-            points = _numbers(gesture.get("points"), (-1, 2))
-            self._paint(_stroke_mask(points, float(_numbers(gesture.get("radius"), ())), width, height), points[0])
+            points, radius = read_numbers(gesture.get("points"), (-1, 2)), read_numbers(gesture.get("radius"), ())
+            self._paint(stroke_mask(points, float(radius), width, height), points[0])
         elif kind == "click" and segmenter is not None:
-            x, y = _pixel(_numbers(gesture.get("point"), (2,)), width, height)
+            x, y = pixel_at(read_numbers(gesture.get("point"), (2,)), width, height)
             self._add([Region(None, segmenter.mask(image, x, y))])
         else:
             raise RegionError("Mark a region with a box or the brush.")
@@ -110,7 +149,7 @@ class Session:
         size = self.current_image().size
         found: list[Region] = []
         for name, data in files:
-            if PurePath(name).suffix.lower() in (".json", ".txt"):
+            if _is_region_file(name):
                 values = _read_regions(name, data, self.name, size)
             else:
                 image = open_upload(name, data, size)
@@ -139,10 +178,25 @@ class Session:
             raise RegionError("Nothing was found here; mark regions with a box or the brush.")
         self._change([self._row(region.as_region(k), k) for k, region in enumerate(found, 1)])
 
+    def nudge(self, own: Any, right: Any, down: Any, resize: bool) -> None:
+        """Move a region, or the right and lower side of a box, by steps, see [`~gestures.nudged_mask`]. Undo brings
+        back where the region was before it was moved, however many times."""
+        k = next((k for k, row in enumerate(self.regions) if row["id"] == own), None)
+        if k is None:  # deleted before
+            return
+        row = self.regions[k]
+        mask = nudged_mask(parse_region(row, *self.current_image().size).mask, right, down, resize)
+        if self._nudged != own:
+            self._remember()
+        moved = self._row(Region(own, mask), own, **{key: row[key] for key in ("brushed",) if key in row})
+        self._set([*self.regions[:k], moved, *self.regions[k + 1 :]])
+        self._nudged = own
+
     def undo(self) -> None:
-        """Undo the last change of the regions."""
+        """Undo the last change of the regions, or of the image."""
         if self.past:
-            self._set(self.past.pop())
+            self.image, self.name, self.small, regions = self.past.pop()
+            self._set(regions)
 
     def delete(self, own: Any) -> None:
         """Delete the region with an id."""
@@ -192,12 +246,15 @@ class Session:
         }
 
     def coco(self) -> bytes:
-        """Make a COCO file with `caption` and `score` on each annotation. Raises: RegionError without captions."""
-        rows = []
+        """Make a COCO file with `caption` and `score` on each annotation, and `attributes` if they were read. Raises:
+        RegionError without captions."""
+        rows: list[dict[str, Any]] = []
         for region, caption in zip(self.parsed(), self._captions(), strict=True):
             place = {"id": region.id, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": int(region.mask.sum())}
             said = {"caption": caption.text, "score": round(caption.score, 4)}
             rows.append({**place, "bbox": region.bbox, "segmentation": region.segmentation, **said})
+        for row, own in zip(rows, self.attributes or (), strict=False):
+            row["attributes"] = {name: attribute.value for name, attribute in own.items()}
         width, height = self.current_image().size
         image = {"id": 1, "file_name": self.name, "width": width, "height": height}
         data = {"images": [image], "annotations": rows, "categories": [{"id": 1, "name": "region"}]}
@@ -208,6 +265,16 @@ class Session:
         buffer = io.BytesIO()
         draw_captions(self.current_image(), self.parsed(), self._captions()).save(buffer, format="PNG")
         return buffer.getvalue()
+
+    def table(self) -> bytes:
+        """Make a CSV file of the attributes, a row per region. Raises: RegionError if there are none."""
+        if not self.attributes:
+            raise RegionError("No attributes of these regions were read yet; press Read attributes.")
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(csv_fields(self.attributes[0]))
+        writer.writerows(csv_row(self.name, region) for region in self.attributes)
+        return text.getvalue().encode()
 
     def _captions(self) -> list[RegionCaption]:
         if self.captions is None:
@@ -235,7 +302,7 @@ class Session:
 
     def _paint(self, mask: np.ndarray, start: np.ndarray) -> None:
         size = self.current_image().size
-        x, y = _pixel(start, *size)
+        x, y = pixel_at(start, *size)
         for k, row in reversed(list(enumerate(self.regions))):
             if row.get("brushed") and (whole := parse_region(row, *size).mask)[y, x]:
                 grown = self._row(Region(row["id"], whole | mask), row["id"], brushed=True)
@@ -254,11 +321,39 @@ class Session:
         return min(MAX_REGIONS, MAX_MASK_PIXELS // (width * height))
 
     def _change(self, regions: list[dict[str, Any]]) -> None:
-        self.past = [*self.past, self.regions][-_UNDO:]
+        self._remember()
         self._set(regions)
 
     def _set(self, regions: list[dict[str, Any]]) -> None:
-        self.regions, self.captions, self.version = regions, None, self.version + 1
+        self.regions, self.captions, self.attributes = regions, None, None
+        self.version, self._nudged = self.version + 1, None
+
+    def _remember(self) -> None:
+        """Keep image and regions for Undo, as long as the images are not too large together."""
+        if self.image is None or self.small is None:
+            return
+        self.past = [*self.past, Moment(self.image, self.name, self.small, self.regions)][-_UNDO:]
+        while _pixels([moment.image for moment in self.past]) > MAX_PAST_PIXELS:
+            self.past.pop(0)
+
+
+def _pixels(images: Sequence[Image.Image]) -> int:
+    """Pixels of images together; of each only once."""
+    return sum(image.width * image.height for image in {id(image): image for image in images}.values())
+
+
+def _is_region_file(name: str) -> bool:
+    return PurePath(name).suffix.lower() in _REGION_FILES
+
+
+def _is_mask(image: Image.Image) -> bool:
+    """Whether an image is a label map or a mask: grey, with few values, or numbers of a palette."""
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
+        return False
+    colours = image.getcolors(MAX_REGIONS + 1)
+    if colours is None:
+        return False
+    return image.mode not in ("RGB", "RGBA") or all(len(set(colour[:3])) == 1 for _, colour in colours)
 
 
 def _shown_size(image: Image.Image) -> tuple[int, int]:
@@ -282,38 +377,3 @@ def _read_regions(name: str, data: bytes, image_name: str, size: tuple[int, int]
             return read_region_file(path, image_name, *size)
         except PdlmError as error:
             raise RegionError(str(error).replace(str(path), name)) from None
-
-
-def _numbers(values: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Parse fractions of an image, clipped to 0 to 1. Raises: RegionError for anything else."""
-    array: np.ndarray | None = None
-    try:
-        given = np.asarray(values, dtype=float)
-        if given.size <= 2 * _POINTS:
-            array = given.reshape(shape)
-    except (TypeError, ValueError):
-        pass
-    if array is None or not array.size or not np.isfinite(array).all():
-        raise RegionError("This mark cannot be read; try again, with a shorter stroke.")
-    return array.clip(0, 1)
-
-
-def _pixel(point: np.ndarray, width: int, height: int) -> tuple[int, int]:
-    """Column and row of the pixel at a point."""
-    return min(int(point[0] * width), width - 1), min(int(point[1] * height), height - 1)
-
-
-def _box_mask(corners: np.ndarray, width: int, height: int) -> np.ndarray:
-    x, y = np.sort(corners[[0, 2]]) * width, np.sort(corners[[1, 3]]) * height
-    return parse_region([x[0], y[0], x[1] - x[0], y[1] - y[0]], width, height, 0).mask
-
-
-def _stroke_mask(points: np.ndarray, radius: float, width: int, height: int) -> np.ndarray:
-    """The mask that a stroke of a round brush covers."""
-    pixels, radius = points * [width, height], max(0.5, radius * width)
-    canvas = Image.new("1", (width, height))
-    draw = ImageDraw.Draw(canvas)
-    draw.line([tuple(point) for point in pixels.tolist()], fill=1, width=max(1, round(2 * radius)))
-    for x, y in pixels.tolist():
-        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=1)
-    return np.array(canvas)

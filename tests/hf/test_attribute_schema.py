@@ -7,7 +7,15 @@ import time
 
 import pytest
 
-from pdlm_hf.attributes import AttributeValue, RegionAttributes, csv_fields, csv_row, parse_schema, read_schema_file
+from pdlm_hf.attributes import (
+    AttributeValue,
+    RegionAttributes,
+    csv_fields,
+    csv_row,
+    parse_schema,
+    parse_schema_text,
+    read_schema_file,
+)
 from pdlm_hf.attributes.results import values_of, write_csv
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.readings_pdlm import AttributeReading
@@ -191,6 +199,30 @@ def test_a_table_is_read_back_as_it_was():
     file = io.StringIO()
     write_csv(file, rows)
     assert list(csv.reader(io.StringIO(file.getvalue(), newline=""))) == [[str(cell) for cell in row] for row in rows]
+
+
+def test_typed_schemas():
+    typed = parse_schema_text("\n colour : red,dark blue \n\nname:\ntime: 10:30, 11:00\n")
+    assert typed.choices == {"colour": COLOURS, "name": [], "time": ["10:30", "11:00"]}
+    assert parse_schema_text(' {"colour": ["red", "dark blue"]}') == parse_schema({"colour": COLOURS})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (" \n", "there are no attributes"),
+        ("a: x\ncolour red", "Line 2: expected a name and its choices, like `colour: red, blue`, got 'colour red'"),
+        (": red", "Line 1: expected a name"),
+        ("a: x\na: y", "Line 2: there is an attribute 'a' already"),
+        ("a: x,", "attribute 'a': the choice '' is empty"),
+        ("a: " + ", ".join(map(str, range(1001))), "attribute 'a': 1001 choices"),
+        ('{"a": [}', "The schema is not valid JSON"),
+        ("a" * 4_000_001, "longer than 4000000 characters"),
+    ],
+)
+def test_damaged_typed_schemas(text, message):
+    with pytest.raises(SettingError, match=message):
+        parse_schema_text(text)
 
 
 def test_values_and_rows():

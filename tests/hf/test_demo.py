@@ -24,18 +24,20 @@ from region_server import RegionCaptionServer
 from tiny import make_image, tiny_sam
 from typer.testing import CliRunner
 
-from pdlm_hf import CHECKPOINT, RegionCaptioner
+from pdlm_hf import BASE_CHECKPOINT, CHECKPOINT, RegionCaptioner
+from pdlm_hf.attributes import parse_schema
 from pdlm_hf.cli.main import app
 from pdlm_hf.client.captions import CaptionClient
-from pdlm_hf.demo import limits, page, parts
+from pdlm_hf.demo import handlers, limits, page, parts
 from pdlm_hf.demo import session as sheet
 from pdlm_hf.demo.backend import Draft, LocalBackend, ServerBackend, Written, follow, settings_of
+from pdlm_hf.demo.gestures import ClickFinder, nudged_mask
 from pdlm_hf.demo.limits import MAX_REGIONS, open_upload, read_uploads
 from pdlm_hf.demo.session import Session
-from pdlm_hf.errors_pdlm import ServerError
+from pdlm_hf.errors_pdlm import CheckpointError, RegionError, ServerError
 from pdlm_hf.regions import FoundRegion, RegionFinder
 from pdlm_hf.regions.readers import read_region_file
-from pdlm_hf.regions.region import parse_regions
+from pdlm_hf.regions.region import Region, parse_regions
 from pdlm_hf.regions.sam import Segmenter
 from pdlm_hf.shapes import ShapesSegmenter
 from pdlm_hf.shapes.scenes import draw_scene
@@ -280,6 +282,117 @@ def test_a_labelme_mask_starts_no_other_program(started):
         started.load_masks([("a.json", json.dumps(data).encode())])
 
 
+# ---------------------------------------------------------------- what is dropped
+
+
+def mask_file(left=10):
+    mask = np.zeros((80, 100), np.uint8)
+    mask[10:30, left : left + 20] = 255
+    return file_of(Image.fromarray(mask))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA"])
+def test_a_mask_that_is_dropped_is_added(started, mode):
+    started.mark({"kind": "box", "box": [0, 0, 0.1, 0.1]})
+    mask = Image.open(io.BytesIO(mask_file())).convert(mode)
+    try:
+        assert started.drop([("mask.png", file_of(mask))]) is None
+    except RegionError as error:  # a mask with transparency is none, and is not taken for another image either
+        assert mode == "RGBA" and "transparency" in str(error)
+        return
+    assert [int(mask.sum()) for mask in masks_of(started)] == [80, 400] and started.name == "a.png"
+
+
+def test_files_of_regions_that_are_dropped_are_added(started):
+    started.mark({"kind": "box", "box": [0, 0, 0.1, 0.1]})
+    coco = {"images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 80}]}
+    coco["annotations"] = [{"id": 5, "image_id": 1, "bbox": [0, 0, 9, 9]}]
+    labelme = {"imagePath": "a.png", "imageHeight": 80, "imageWidth": 100, "flags": {}}
+    labelme["shapes"] = [{"label": "x", "shape_type": "rectangle", "points": [[1, 1], [5, 5]]}]
+    for name, data in (("coco.json", coco), ("a.json", labelme)):
+        assert started.drop([(name, json.dumps(data).encode())]) is None
+    assert [region["id"] for region in started.regions] == [1, 5, 0]
+    assert started.drop([("m.png", mask_file(30)), ("n.png", mask_file(60))]) is None
+    assert len(started.regions) == 5
+    with pytest.raises(ValueError, match="62 regions; at most 60"):
+        started.drop([("more.json", json.dumps([{"bbox": [0, 0, 5, 5]}] * 57).encode())])
+    assert len(started.regions) == 5
+
+
+def test_another_image_asks_before_it_replaces_regions(started):
+    photo = file_of(Image.fromarray(make_image(0, 100, 80)[0]))
+    started.mark({"kind": "box", "box": [0, 0, 0.1, 0.1]})
+    before = started.version
+    assert started.drop([("b.png", photo)]) == {"name": "b.png", "fits": True}
+    assert started.drop([("c.png", file_of(grey(50, 50)))]) == {"name": "c.png", "fits": False}
+    with pytest.raises(ValueError, match=r"d\.png: cannot be opened as an image"):
+        started.drop([("d.png", b"hello")])
+    with pytest.raises(ValueError, match="Drop the image alone first"):
+        Session().drop([("b.png", photo), ("b.json", b"[]")])
+    assert (started.version, started.name) == (before, "a.png")
+    started.clear()
+    assert started.drop([("b.png", photo)]) is None and started.name == "b.png"
+
+
+def test_undo_brings_back_an_image_with_its_regions(started, monkeypatch):
+    started.mark({"kind": "box", "box": [0, 0, 0.5, 0.5]})
+    started.open("b.png", file_of(grey(50, 40)))
+    started.mark({"kind": "box", "box": [0, 0, 1, 1]})
+    started.undo()
+    assert started.name == "b.png" and started.view()["undo"] and started.regions == []
+    started.undo()
+    assert started.name == "a.png" and masks_of(started)[0].sum() == 2000 and started.view()["size"] == (1000, 800)
+    started.undo()
+    assert started.regions == [] and not started.view()["undo"]
+    monkeypatch.setattr(sheet, "MAX_PAST_PIXELS", 100 * 80)  # no room for two images
+    for name in ("c.png", "d.png", "e.png"):
+        started.open(name, file_of(grey()))
+        started.mark({"kind": "box", "box": [0, 0, 0.5, 0.5]})
+    assert {moment.name for moment in started.past} == {"e.png"}
+
+
+def test_a_region_is_moved_and_a_box_resized_in_one_step_of_undo(started):
+    started.mark({"kind": "box", "box": [0.1, 0.25, 0.5, 0.5]})
+    for right, down, resize in ((3, -2, False), (1, 0, False), (-5, 10, True)):
+        started.nudge(1, right, down, resize)
+    assert parse_regions(started.regions, 100, 80)[0].bbox == [14, 18, 35, 30]
+    started.nudge(1, 500, 500, False)  # as far as there is room
+    assert parse_regions(started.regions, 100, 80)[0].bbox == [65, 50, 35, 30]
+    started.nudge(1, -500, 500, True)
+    assert parse_regions(started.regions, 100, 80)[0].bbox == [65, 50, 1, 30]
+    started.undo()
+    assert parse_regions(started.regions, 100, 80)[0].bbox == [10, 20, 40, 20]
+    started.mark({"kind": "brush", "points": [[0.2, 0.5], [0.6, 0.5]], "radius": 0.05})
+    area = masks_of(started)[1].sum()
+    started.nudge(2, 0, 1, False)
+    assert masks_of(started)[1].sum() == area and started.regions[1]["brushed"]
+    for steps in ((0.5, 0), ("1", 0), (None, 0), (10**9, 0)):
+        with pytest.raises(ValueError, match="cannot be read"):
+            started.nudge(2, *steps, False)
+    with pytest.raises(ValueError, match="Only boxes can be resized"):
+        started.nudge(2, 1, 0, True)
+    version = started.version
+    started.nudge(7, 1, 0, False)  # deleted before
+    assert started.version == version
+
+
+def test_a_step_is_a_share_of_a_large_image():
+    mask = np.zeros((1000, 2000), bool)
+    mask[5:10, 5:10] = True
+    assert Region(0, nudged_mask(mask, 1, 2, False)).bbox == [15, 25, 5, 5]
+
+
+def test_a_click_takes_the_smallest_region_that_is_found(started):
+    half, quarter = np.zeros((2, 80, 100), bool)
+    half[:40], quarter[:40, :50] = True, True
+    clicks = ClickFinder(lambda image: [FoundRegion.of_mask(half), FoundRegion.of_mask(quarter)])
+    for x, y in ((0.2, 0.1), (0.9, 0.1)):
+        started.mark({"kind": "click", "point": [x, y]}, clicks)
+    assert [mask.sum() for mask in masks_of(started)] == [2000, 4000]
+    with pytest.raises(ValueError, match="Nothing was found there"):
+        started.mark({"kind": "click", "point": [0.5, 0.9]}, clicks)
+
+
 # ---------------------------------------------------------------- what is shown and saved
 
 
@@ -363,17 +476,47 @@ def words(page):
     return " ".join(re.sub("<[^>]*>", " ", page).split())
 
 
-def test_comparison():
-    together = parts.Lane("together", ["a", "<b>"], 2.0, forwards=12, done=True)
-    alone = parts.Lane("alone", ["a", "c"], 3.0, [1.0, 2.0], 20, True)
-    shown = parts.compare_html(together, alone)
-    assert "&lt;b&gt;" in shown and "<b>1.5 times</b> as long" in shown
-    assert "1 of 2 captions are word for word the same" in words(shown)
-    assert "width:66.7%" in shown and "<small>2.00 s</small>" in shown and "20 forward passes" in shown
-    one = words(parts.compare_html(parts.Lane("", ["a"], 1.0, forwards=1), parts.Lane("", ["a"], 1.0, [1.0], 1, True)))
-    assert "1 of 1 caption is word for word the same" in one and one.count(", 1 forward pass 1") == 2
-    alone.done = False
-    assert "as long" not in parts.compare_html(together, alone)
+class Counting:
+    """A backend that needs two forward passes a group, and a second for every region, by its own clock."""
+
+    name, modes, at_a_time = "counting", ("adaptive", "fast", "fixed"), 1
+
+    def write(self, image, regions, settings, on_step):
+        on_step(1, ["dr"] * len(regions))
+        return [page_caption(f"{int(region.mask.sum())}" + "<" * (len(regions) == 1), 0.5) for region in regions], 2
+
+    def attributes(self, image, regions, schema):
+        raise ServerError("The server is gone.")
+
+
+def test_a_comparison_leads_with_forward_passes_and_takes_medians():
+    regions = parse_regions([[0, 0, 5, 2], [1, 1, 3, 3]], 100, 80)
+    together, alone = parts.Lane("together", [regions]), parts.Lane("alone", [[region] for region in regions])
+    seen = []
+    for _ in range(3):
+        for lane in (together, alone):
+            seen.append([list(lane.texts) for _ in lane.follow(Counting(), grey(), {})])
+    assert seen[0] == [["dr", "dr"], ["10", "9"], ["10", "9"]]
+    assert seen[1] == [["dr", ""], ["10<", ""], ["10<", "dr"], ["10<", "9<"], ["10<", "9<"]]
+    assert ["dr", "dr"] not in seen[2]  # drafts are shown once
+    assert (together.forwards, alone.forwards, len(together.runs), len(alone.runs)) == (2, 4, 3, 3)
+    together.runs, alone.runs = [2.0, 9.0, 1.0], [3.0, 5.0, 4.0]
+    assert (together.median, alone.median) == (2.0, 4.0)
+    html = parts.compare_html(together, alone, 3)
+    shown = words(html)
+    assert "10&lt;" in html and "width:50.0%" in html
+    assert shown.index("4 forward passes") < shown.index("4.00 s, the median of 3 runs (3.00 to 5.00 s)")
+    assert "took 2.0 times as many forward passes, each over fewer captions, and 2.0 times as long" in shown
+    assert "0 of 2 captions are word for word the same. Medians of 3 runs each, in turn, on this machine." in shown
+    alone.runs.pop()
+    assert "as long" not in parts.compare_html(together, alone, 3)
+
+
+def test_a_comparison_without_forward_passes():
+    together, alone = (parts.Lane(name, [parse_regions([[0, 0, 5, 2]], 100, 80)]) for name in "ab")
+    together.runs, alone.runs = [1.0], [2.0]
+    shown = words(parts.compare_html(together, alone, 1))
+    assert "forward pass" not in shown and "took 2.0 times as long; 1 of 1 caption is word for word" in shown
 
 
 # ---------------------------------------------------------------- writing
@@ -436,9 +579,90 @@ def test_faults_of_the_writer_are_told(writer):
         list(follow(writer, image, parse_regions(masks, *image.size), settings_of("fixed", 0, 0.8)))
 
 
-def test_a_base_checkpoint_is_refused():
-    from pdlm_hf import BASE_CHECKPOINT
+def test_attributes_are_read_shown_and_saved(writer):
+    does, own = handlers.Handlers(writer), Session()
+    image, masks = page.example(1)
+    own.start(image, "a.png", masks)
+    html = does.read_attributes(own, "colour: red, green, blue, yellow\n\nsize: small, large\n")
+    expected = writer.captioner.attributes(
+        image, masks, {"colour": ["red", "green", "blue", "yellow"], "size": ["small", "large"]}
+    )
+    assert "1 forward pass for all regions" in html and html.count("<tr>") == len(masks) + 1
+    values = re.findall(
+        r"<span>(.*?)</span>\s*<small>(.*?)</small>\s*<div class=\"bar\"><i style=\"width:(.*?)%", html
+    )
+    assert values == [
+        (value.value, f"{value.probability:.2f}", f"{100 * value.probability:.1f}")
+        for row in expected
+        for value in row.values()
+    ]
+    lines = own.table().decode().splitlines()
+    assert lines[0] == "image,id,x,y,width,height,colour,colour probability,size,size probability"
+    assert len(lines) == len(masks) + 1 and lines[1].startswith(f"a.png,1,{','.join(map(str, expected[0].bbox))},")
+    own.captions = [page_caption("a", 0.5)] * len(masks)
+    rows = json.loads(own.coco())["annotations"]
+    assert [row["attributes"] for row in rows] == [{n: v.value for n, v in row.items()} for row in expected]
+    own.delete(1)
+    with pytest.raises(ValueError, match="press Read attributes"):
+        own.table()
 
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no attributes|at least one|empty"),
+        ("colour red", "Line 1: expected a name and its choices"),
+        ("a: x\na: y", "Line 2: there is an attribute &#39;a&#39; already"),
+        ("colour: red, red", "attribute &#39;colour&#39;: the choices"),
+        ('{"colour": []}', "attribute &#39;colour&#39;: the list of choices is empty"),
+        ('{"colour": ', "not valid JSON"),
+    ],
+)
+def test_faults_of_a_schema_are_told_in_the_panel(writer, text, message):
+    own = Session()
+    own.start(*page.example(0)[:1], "a.png", page.example(0)[1])
+    html = handlers.Handlers(writer).read_attributes(own, text)
+    assert html.startswith('<p class="fault" role="alert">') and re.search(message, html), html
+
+
+def test_faults_of_reading_are_told_in_the_panel():
+    does, own = handlers.Handlers(Counting()), Session()
+    assert "Drop an image first" in does.read_attributes(own, "a: b, c")
+    own.open("a.png", file_of(grey()))
+    assert "Mark a region first" in does.read_attributes(own, "a: b, c")
+    own.mark({"kind": "box", "box": [0, 0, 1, 1]})
+    assert "The server is gone." in does.read_attributes(own, "a: b, c")
+
+
+def test_a_checkpoint_says_what_it_needs_before_it_is_loaded(writer, tmp_path):
+    opened = []
+
+    def opener(name):
+        if name != str(CHECKPOINT):
+            raise CheckpointError(f"{name}: <damaged>.")
+        opened.append(name)
+        return Counting(), None
+
+    does = handlers.Handlers(writer, opener=opener)
+    html, button = does.check(f" {CHECKPOINT} ")
+    assert (
+        button["interactive"]
+        and re.search(r"memory    about [\d.]+ MiB for one image", html)
+        and "whole     yes" in html
+    )
+    html, button = does.check(str(BASE_CHECKPOINT))
+    assert not button["interactive"] and "it cannot describe regions" in html
+    for name, message in ((tmp_path / "none", "no such folder"), (tmp_path, "config.json"), ("", "folder or hub id")):
+        html, button = does.check(str(name))
+        assert not button["interactive"] and 'class="fault"' in html and message in html, html
+    assert opened == []
+    note, _, mode, _ = does.load(str(CHECKPOINT))
+    assert str(note) == "Captions are written by counting." and mode == "fixed"
+    assert does.backend.name == "counting"
+    assert "other: &lt;damaged&gt;." in does.load("other")[1] and does.backend.name == "counting"
+
+
+def test_a_base_checkpoint_is_refused():
     with pytest.raises(ValueError, match="cannot caption regions"):
         RegionCaptioner.from_pretrained(BASE_CHECKPOINT)
 
@@ -463,6 +687,18 @@ def test_a_server_is_followed_step_by_step(no_proxy):
     body = server.bodies[-1]
     assert body["stream"] is True and body["max_denoising_steps"] == 9 and body["acceptance_threshold"] == 0.7
     assert body["max_new_tokens"] == 16 and body["model"] == "served"
+
+
+def test_a_server_reads_attributes(no_proxy):
+    regions = parse_regions([[0, 0, 40, 30], [10, 10, 5, 5]], 100, 80)
+    with RegionCaptionServer() as server:
+        client = CaptionClient(server.url, api_key="k")
+        rows, forwards = ServerBackend(client).attributes(grey(), regions, parse_schema({"colour": ["red", "blue"]}))
+        assert server.bodies[-1]["schema"] == {"attributes": {"colour": ["red", "blue"]}} and server.keys == {
+            "Bearer k"
+        }
+    assert [(row["colour"].value, row.bbox) for row in rows] == [("red", [0, 0, 40, 30]), ("red", [10, 10, 5, 5])]
+    assert forwards == 2
 
 
 EVENT = b'data: {"pass": 0, "step": 1, "regions": [{"id": 0, "caption": "a", "score": 0.5}]}\n\n'
@@ -603,6 +839,10 @@ def test_a_visit(served):
     assert len(end["texts"]) == 2 and len(end["drafts"]) == 6 and end["passes"] == 6 and end["seconds"] > 0
     shown = visitor.send("click", "compare-button", ["adaptive", 32, 0.8])[-1][0]
     assert "times</b> as long" in shown and shown.count("<li>") == 4
+    shown = visitor.send("click", "read-attributes", ["size: small, large"])[-1][0]
+    assert shown.count("<td") == 2
+    file = visitor.send("click", "save-csv")[-1][0]["props"]["file"]
+    assert file["name"] == "a_attributes.csv" and base64.b64decode(file["data"]).count(b"\n") == 3
     file = visitor.send("click", "save-coco")[-1][0]["props"]["file"]
     assert file["name"] == "a_captions.json" and file["kind"] == "application/json"
     said = json.loads(base64.b64decode(file["data"]))["annotations"]
@@ -632,7 +872,7 @@ def test_faults_are_told_in_one_line(served):
 
 
 def test_a_mark_during_the_writing_makes_its_captions_old(writer):
-    does, own = page.Handlers(writer), Session()
+    does, own = handlers.Handlers(writer), Session()
     image, masks = page.example(0)
     own.start(image, "a.png", masks)
     news = does.describe(own, "fixed", 4, 0.8)
@@ -640,6 +880,17 @@ def test_a_mark_during_the_writing_makes_its_captions_old(writer):
     own.mark({"kind": "box", "box": [0, 0, 0.3, 0.3]})
     *_, (_, end) = news
     assert own.captions is None and end["captions"]["version"] != own.version
+
+
+def test_a_drop_that_asks_changes_nothing(served):
+    visitor = Visitor(served.url)
+    visitor.act("example", number=0)
+    other = sent("b.png", file_of(grey()))
+    board = visitor.send("act", event_data={"kind": "drop", "files": [other]})[-1][1]
+    assert {"name": "b.png", "fits": False}.items() <= board["props"]["question"].items() and "value" not in board
+    assert len(visitor.act("nudge", id=1, right=1, down=0)["regions"]) == 6
+    assert visitor.act("image", **other)["regions"] == []
+    assert len(visitor.act("undo")["regions"]) == 6
 
 
 def test_marks_made_quickly_are_all_there(served):
@@ -728,6 +979,8 @@ def test_the_page_needs_nothing_from_elsewhere(served):
     assert "http" not in policy and policy.startswith("default-src 'self'")
     assert not re.search(r'(?:src|href)="(?:https?:)?//', answer.text)
     assert 'analytics_enabled":false' in answer.text
+    script = httpx.get(f"{served.url}/board/board.js", trust_env=False)
+    assert script.headers["cache-control"] == "no-cache" and "javascript" in script.headers["content-type"]
     config = httpx.get(f"{served.url}/config", trust_env=False).text
     assert str(Path(page.__file__).parents[3]) not in config + answer.text  # no paths of this machine
     assert httpx.get(f"{served.url}/gradio_api/info", trust_env=False).json()["named_endpoints"] == {}
@@ -778,15 +1031,21 @@ def test_it_listens_on_this_machine_only_and_ends_with_ctrl_c():
         process.kill()
 
 
-def test_the_page_says_what_the_embedded_checkpoint_knows(monkeypatch):
-    """Above the upload, and only where it is the embedded one."""
-    notes = []
+def test_the_page_says_what_the_checkpoint_knows(monkeypatch):
+    """Above the upload. Checkpoints can be chosen by those who could start the page themselves."""
+    pages = []
 
     def serve(page, host, port, started):
-        notes.append([block.value for block in page.blocks.values() if getattr(block, "elem_id", None) == "note"])
+        pages.append({block.elem_id: block for block in page.blocks.values() if getattr(block, "elem_id", None)})
 
     monkeypatch.setattr("pdlm_hf.demo.page.serve", serve)
-    for arguments in ([], ["--model", str(CHECKPOINT)]):
+    for arguments in ([], ["--model", str(CHECKPOINT)], ["--host", "0.0.0.0"]):
         assert command(*arguments).exit_code == 0
-    said = "The embedded checkpoint knows drawn shapes only; for photographs start with --model MSALab/PerceptionDLM."
-    assert notes == [[said], []]
+    knows = "The embedded checkpoint knows drawn shapes only; for photographs"
+    assert [str(blocks["note"].value) for blocks in pages] == [
+        f"{knows} choose another checkpoint on the right, such as MSALab/PerceptionDLM.",
+        f"Captions are written by {CHECKPOINT}.",
+        f"{knows} start with --model MSALab/PerceptionDLM.",
+    ]
+    assert ["checkpoint" in blocks for blocks in pages] == [True, True, False]
+    assert not any(blocks["speed"].open or blocks["attributes"].open for blocks in pages)

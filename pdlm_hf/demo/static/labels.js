@@ -1,0 +1,173 @@
+// Captions beside the objects: each where no region is, as near to its own as there is room, with a line to it.
+import { badge, make } from "./list.js";
+
+const CROWDED = 12, NARROW = 480; // regions, pixels; beyond these only the list has captions
+const CELL = 8; // pixels of the page; rooms are looked for in these steps
+const GAP = 6; // pixels, at least, between a caption and regions or other captions
+
+export class Labels {
+  constructor(board) {
+    this.board = board;
+    this.layer = board.find(".labels");
+    this.pointed = -1;
+    this.forget();
+    new ResizeObserver(() => this.board.view && this.show(this.texts)).observe(board.find(".stage"));
+  }
+
+  // For other regions: where captions were is no longer of use.
+  forget() {
+    this.places = new Map();
+    if (this.board.view) this.show(this.texts);
+  }
+
+  show(texts) {
+    this.texts = texts;
+    this.draw();
+  }
+
+  // Shows the caption of one region alone, with its score.
+  point(k) {
+    if (k === this.pointed) return;
+    this.pointed = k;
+    this.draw();
+  }
+
+  draw() {
+    const { view, said } = this.board, { layer, texts } = this;
+    layer.replaceChildren();
+    if (!view) return;
+    const alone = view.regions[this.pointed];
+    if (alone) {
+      const tip = make("div", "");
+      const score = said && said.scores ? `score ${said.scores[this.pointed].toFixed(2)}` : "";
+      tip.append(badge(alone, this.pointed), make("span", said ? said.texts[this.pointed] : "not described yet"));
+      if (score) tip.append(make("small", score));
+      tip.className = "tip";
+      this.put([[this.pointed, tip]], true);
+    } else if (texts && view.regions.length <= CROWDED && layer.clientWidth >= NARROW) {
+      this.put(view.regions.map((region, k) => [k, make("div", texts[k] || "")]).filter(([k]) => texts[k]), false);
+    }
+  }
+
+  // Puts captions where there is room; alone, only its own region is in the way, and it is shown in any case.
+  put(nodes, alone) {
+    const { view, labels } = this.board, { layer } = this;
+    const frame = { width: layer.clientWidth, height: layer.clientHeight };
+    const leaders = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    layer.append(leaders, ...nodes.map(([, node]) => node));
+    const grid = labels && new Grid(labels, frame, alone ? nodes[0][0] + 1 : null), taken = [];
+    for (const [k, node] of nodes) {
+      const region = view.regions[k], size = { width: node.offsetWidth, height: node.offsetHeight };
+      node.style.borderColor = region.colour;
+      const own = boxOf(region, frame), before = alone ? null : this.places.get(k);
+      let place = grid && grid.room(size, own, taken, before);
+      if (!place && alone) place = { x: GAP, y: Math.max(0, frame.height - size.height - GAP), ...size };
+      if (!place) {
+        node.remove();
+        continue;
+      }
+      if (!alone) this.places.set(k, place);
+      taken.push(place);
+      node.style.left = `${place.x}px`;
+      node.style.top = `${place.y}px`;
+      if (grid) leaders.append(...leader(place, grid.nearest(place, k + 1, own), region.colour));
+    }
+  }
+}
+
+function boxOf(region, frame) {
+  const [x, y, width, height] = region.box;
+  return { x: x * frame.width, y: y * frame.height, width: width * frame.width, height: height * frame.height };
+}
+
+// How far two rectangles are apart, in pixels; 0 where they touch.
+function distance(a, b) {
+  const across = Math.max(a.x - b.x - b.width, b.x - a.x - a.width, 0);
+  return Math.hypot(across, Math.max(a.y - b.y - b.height, b.y - a.y - a.height, 0));
+}
+
+// The point of a rectangle that is nearest to a point.
+function edge(place, [x, y]) {
+  const within = (value, least, length) => Math.min(least + length, Math.max(least, value));
+  return [within(x, place.x, place.width), within(y, place.y, place.height)];
+}
+
+function leader(place, end, colour) {
+  const [x1, y1] = edge(place, end), [x2, y2] = end;
+  return ["white", colour].map((stroke, k) => {
+    const line = document.createElementNS("http://www.w3.org/2000/svg", "line");
+    for (const [name, value] of Object.entries({ x1, y1, x2, y2, stroke, "stroke-width": k ? 2 : 5 })) {
+      line.setAttribute(name, value);
+    }
+    return line;
+  });
+}
+
+// Which cells of the image have regions; `only` is the number of the one that counts, or null for all.
+class Grid {
+  constructor(labels, frame, only) {
+    this.labels = labels;
+    this.frame = frame;
+    this.columns = Math.ceil(frame.width / CELL);
+    this.rows = Math.ceil(frame.height / CELL);
+    const used = new Uint8Array(this.columns * this.rows);
+    for (let y = 0; y < labels.height; y += 2) {
+      const row = Math.floor((y * frame.height) / labels.height / CELL) * this.columns;
+      for (let x = 0; x < labels.width; x += 2) {
+        const number = labels.data[4 * (y * labels.width + x)];
+        if (number && (only === null || number === only)) {
+          used[row + Math.floor((x * frame.width) / labels.width / CELL)] = 1;
+        }
+      }
+    }
+    this.sums = new Uint32Array((this.columns + 1) * (this.rows + 1)); // of the cells above and to the left
+    for (let y = 0; y < this.rows; y++) {
+      for (let x = 0, sum = 0; x < this.columns; x++) {
+        sum += used[y * this.columns + x];
+        this.sums[(y + 1) * (this.columns + 1) + x + 1] = this.sums[y * (this.columns + 1) + x + 1] + sum;
+      }
+    }
+  }
+
+  // Whether no region is in a rectangle, or within the gap around it.
+  free({ x, y, width, height }) {
+    const column = (value, most) => Math.min(most, Math.max(0, value)), wide = this.columns + 1;
+    const left = column(Math.floor((x - GAP) / CELL), this.columns), top = column(Math.floor((y - GAP) / CELL), this.rows);
+    const right = column(Math.ceil((x + width + GAP) / CELL), this.columns);
+    const bottom = column(Math.ceil((y + height + GAP) / CELL), this.rows), { sums } = this;
+    return sums[bottom * wide + right] + sums[top * wide + left] === sums[bottom * wide + left] + sums[top * wide + right];
+  }
+
+  // The nearest place of this size beside a box; where it was before, if that still is one. Null: there is no room.
+  room(size, box, taken, before) {
+    const fits = place => place.x + place.width <= this.frame.width && place.y + place.height <= this.frame.height
+      && this.free(place) && taken.every(other => distance(place, other) >= GAP);
+    if (before && fits({ ...before, ...size })) return { ...before, ...size };
+    const middle = { x: box.x + box.width / 2, y: box.y + box.height / 2 };
+    let best = null, least = Infinity;
+    for (let y = 0; y + size.height <= this.frame.height; y += CELL) {
+      for (let x = 0; x + size.width <= this.frame.width; x += CELL) {
+        const place = { x, y, ...size };
+        const aside = Math.hypot(x + size.width / 2 - middle.x, y + size.height / 2 - middle.y);
+        const cost = distance(place, box) + aside / 10; // of two at the same distance, the one that is centred
+        if (cost < least && fits(place)) [best, least] = [place, cost];
+      }
+    }
+    return best;
+  }
+
+  // The point of a region that is nearest to a place.
+  nearest(place, number, box) {
+    const { labels, frame } = this, across = frame.width / labels.width, down = frame.height / labels.height;
+    let best = [box.x + box.width / 2, box.y + box.height / 2], least = Infinity;
+    for (let y = Math.floor(box.y / down); y < Math.min(labels.height, (box.y + box.height) / down); y += 2) {
+      for (let x = Math.floor(box.x / across); x < Math.min(labels.width, (box.x + box.width) / across); x += 2) {
+        if (labels.data[4 * (y * labels.width + x)] !== number) continue;
+        const point = [x * across, y * down], [ex, ey] = edge(place, point);
+        const far = Math.hypot(point[0] - ex, point[1] - ey);
+        if (far < least) [best, least] = [point, far];
+      }
+    }
+    return best;
+  }
+}
