@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -180,7 +180,10 @@ class _StoppedError(Exception):
     """The consumer stopped reading."""
 
 
-def follow(backend: Backend, image: Image.Image, regions: list[Region], settings: dict) -> Iterator[Draft | Written]:
+_News = Generator[Draft | Written, None, None]
+
+
+def follow(backend: Backend, image: Image.Image, regions: list[Region], settings: dict) -> _News:
     """Yield the drafts of the captions, and at the end [`Written`]. Closing the generator stops the backend.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 
 from ..attributes.schema import parse_schema_text
 from ..captioning.inspection import inspect_checkpoint
-from ..errors_pdlm import ServerError
+from ..errors_pdlm import CheckpointError, ServerError, SettingError
 from ..shapes.scenes import draw_scene
 from .backend import Backend, Draft, follow, settings_of
 from .limits import read_uploads
@@ -163,7 +163,7 @@ class Handlers:
     def check(self, name: str) -> tuple[str, Any]:
         """Say what a checkpoint is and needs; the second value says whether it can be loaded."""
         try:
-            found = inspect_checkpoint(name.strip())
+            found = inspect_checkpoint(_named(name))
         except ValueError as error:
             return fault_html(error), gr.update(interactive=False)
         return inspection_html(found), gr.update(interactive=not found.faults and found.kind == "regions")
@@ -171,7 +171,9 @@ class Handlers:
     def load(self, name: str) -> tuple[Any, str, Any, Any]:
         """Load a checkpoint, which writes the captions of everyone at this page from now on."""
         try:
-            self.backend, threshold = self.opener(name.strip())
+            if self.opener is None:
+                raise SettingError("No checkpoint can be chosen on this page.")
+            self.backend, threshold = self.opener(_named(name))
         except (ValueError, OSError) as error:
             return gr.skip(), fault_html(error), gr.skip(), gr.skip()
         mode = "fixed" if threshold is None else "adaptive"
@@ -191,6 +193,13 @@ class Handlers:
         """Return the attributes as CSV."""
         with session.lock:
             return _file(f"{_stem(session)}_attributes.csv", "text/csv", session.table())
+
+
+def _named(name: str) -> str:
+    """The name of a checkpoint that was typed. Raises: CheckpointError: there is none."""
+    if not name.strip():
+        raise CheckpointError("Type a checkpoint's folder or hub id first.")
+    return name.strip()
 
 
 def _stem(session: Session) -> str:

@@ -28,7 +28,7 @@ _STEPS, _BOUND = (1, 32), (0.5, 0.99)  # least and most
 _TITLE = "PerceptionDLM"
 _START = f"""import(new URL(".{MODULES}/board.js", document.baseURI)).then(
   board => board.start(element, what => trigger("act", what), props, watch));"""
-_SCHEMA = "colour: red, green, blue\nsize: small, large"
+_SCHEMA = "colour: red, green, blue, yellow, purple, orange, white, black\nsize: small, large"
 _QUICK: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 

@@ -1,7 +1,7 @@
 """Parts of the page: measured settings, the comparison of two ways, attributes, what a checkpoint is."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
@@ -94,7 +94,7 @@ class Lane:
     def __post_init__(self):
         self.texts = ["" for group in self.groups for _ in group]  # drafts or captions
 
-    def follow(self, backend: Backend, image: Image.Image, settings: dict[str, Any]) -> Iterator[None]:
+    def follow(self, backend: Backend, image: Image.Image, settings: dict[str, Any]) -> Generator[None, None, None]:
         """Write the captions once more; yield whenever something has changed. Drafts are shown in the first run."""
         elapsed, forwards, start = 0.0, 0, 0
         unknown = False

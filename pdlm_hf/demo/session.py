@@ -100,14 +100,26 @@ class Session:
             PdlmError: a file cannot be used; the session is unchanged.
         """
         images = [file for file in files if not _is_region_file(file[0])]
-        fits = self.image is not None and bool(images) and open_upload(*images[0]).size == self.image.size
-        if not images or (self.image is not None and len(images) > 1) or (fits and _is_mask(open_upload(*images[0]))):
-            return self.load_masks(files)
+        if self._adds_regions(images):
+            self.load_masks(files)
+            return None
         if len(files) > 1:
             raise ImageError("Drop the image alone first, then its masks or its file of regions.")
-        if self.regions:
-            return {"name": files[0][0], "fits": fits}
-        return self.open(*files[0])
+        name, data = files[0]
+        size = open_upload(name, data).size
+        if self.image is not None and self.regions:
+            return {"name": name, "fits": size == self.image.size}
+        self.open(name, data)
+        return None
+
+    def _adds_regions(self, images: list[tuple[str, bytes]]) -> bool:
+        """Whether dropped files, of which these are images, are masks and files of regions of the image."""
+        if not images or self.image is None:
+            return not images
+        if len(images) > 1:
+            return True
+        image = open_upload(*images[0])
+        return image.size == self.image.size and _is_mask(image)
 
     def mark(self, gesture: dict[str, Any], segmenter: Any = None) -> None:
         """Add a region that a user marked; coordinates are fractions of the image's width and height.
@@ -152,7 +164,7 @@ class Session:
             if _is_region_file(name):
                 values = _read_regions(name, data, self.name, size)
             else:
-                image = open_upload(name, data, size)
+                image = _without_alpha(open_upload(name, data, size))
                 if image.mode == "P":  # numbers of a palette are labels
                     image = Image.fromarray(np.asarray(image))
                 if len(files) == 1 and image.getcolors(MAX_REGIONS + 1) is None:  # each would be a mask
@@ -346,14 +358,20 @@ def _is_region_file(name: str) -> bool:
     return PurePath(name).suffix.lower() in _REGION_FILES
 
 
+def _without_alpha(image: Image.Image) -> Image.Image:
+    """The image; if it has transparency that is used nowhere, without that."""
+    if image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema()[0] == 255:
+        return image.convert(image.mode[:-1])
+    return image
+
+
 def _is_mask(image: Image.Image) -> bool:
-    """Whether an image is a label map or a mask: grey, with few values, or numbers of a palette."""
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
-        return False
+    """Whether an image is a label map or a mask: numbers of a palette, or grey with few values."""
+    image = _without_alpha(image)
     colours = image.getcolors(MAX_REGIONS + 1)
-    if colours is None:
+    if colours is None or image.mode not in ("1", "L", "P", "RGB", "I", "I;16"):
         return False
-    return image.mode not in ("RGB", "RGBA") or all(len(set(colour[:3])) == 1 for _, colour in colours)
+    return image.mode != "RGB" or all(isinstance(colour, tuple) and len(set(colour)) == 1 for _, colour in colours)
 
 
 def _shown_size(image: Image.Image) -> tuple[int, int]:

@@ -4,6 +4,8 @@ import { badge, make } from "./list.js";
 const CROWDED = 12, NARROW = 480; // regions, pixels; beyond these only the list has captions
 const CELL = 8; // pixels of the page; rooms are looked for in these steps
 const GAP = 6; // pixels, at least, between a caption and regions or other captions
+const TRIED = 200; // of the nearest places, whether their line crosses something
+const CROSSING = 20; // pixels that a caption would rather be further off than cross something for a step
 
 export class Labels {
   constructor(board) {
@@ -60,7 +62,7 @@ export class Labels {
       const region = view.regions[k], size = { width: node.offsetWidth, height: node.offsetHeight };
       node.style.borderColor = region.colour;
       const own = boxOf(region, frame), before = alone ? null : this.places.get(k);
-      let place = grid && grid.room(size, own, taken, before);
+      let place = grid && grid.room(size, k + 1, own, taken, before);
       if (!place && alone) place = { x: GAP, y: Math.max(0, frame.height - size.height - GAP), ...size };
       if (!place) {
         node.remove();
@@ -70,7 +72,7 @@ export class Labels {
       taken.push(place);
       node.style.left = `${place.x}px`;
       node.style.top = `${place.y}px`;
-      if (grid) leaders.append(...leader(place, grid.nearest(place, k + 1, own), region.colour));
+      if (place.end) leaders.append(...leader(place, region.colour));
     }
   }
 }
@@ -92,8 +94,8 @@ function edge(place, [x, y]) {
   return [within(x, place.x, place.width), within(y, place.y, place.height)];
 }
 
-function leader(place, end, colour) {
-  const [x1, y1] = edge(place, end), [x2, y2] = end;
+function leader(place, colour) {
+  const [x1, y1] = edge(place, place.end), [x2, y2] = place.end;
   return ["white", colour].map((stroke, k) => {
     const line = document.createElementNS("http://www.w3.org/2000/svg", "line");
     for (const [name, value] of Object.entries({ x1, y1, x2, y2, stroke, "stroke-width": k ? 2 : 5 })) {
@@ -103,27 +105,26 @@ function leader(place, end, colour) {
   });
 }
 
-// Which cells of the image have regions; `only` is the number of the one that counts, or null for all.
+// The regions of the image in cells of the page; `only` is the number of the one that counts, or null for all.
 class Grid {
   constructor(labels, frame, only) {
-    this.labels = labels;
     this.frame = frame;
     this.columns = Math.ceil(frame.width / CELL);
     this.rows = Math.ceil(frame.height / CELL);
-    const used = new Uint8Array(this.columns * this.rows);
+    this.owners = new Uint8Array(this.columns * this.rows); // numbers of regions; 0: none
     for (let y = 0; y < labels.height; y += 2) {
       const row = Math.floor((y * frame.height) / labels.height / CELL) * this.columns;
       for (let x = 0; x < labels.width; x += 2) {
         const number = labels.data[4 * (y * labels.width + x)];
         if (number && (only === null || number === only)) {
-          used[row + Math.floor((x * frame.width) / labels.width / CELL)] = 1;
+          this.owners[row + Math.floor((x * frame.width) / labels.width / CELL)] = number;
         }
       }
     }
     this.sums = new Uint32Array((this.columns + 1) * (this.rows + 1)); // of the cells above and to the left
     for (let y = 0; y < this.rows; y++) {
       for (let x = 0, sum = 0; x < this.columns; x++) {
-        sum += used[y * this.columns + x];
+        sum += this.owners[y * this.columns + x] ? 1 : 0;
         this.sums[(y + 1) * (this.columns + 1) + x + 1] = this.sums[y * (this.columns + 1) + x + 1] + sum;
       }
     }
@@ -131,43 +132,64 @@ class Grid {
 
   // Whether no region is in a rectangle, or within the gap around it.
   free({ x, y, width, height }) {
-    const column = (value, most) => Math.min(most, Math.max(0, value)), wide = this.columns + 1;
-    const left = column(Math.floor((x - GAP) / CELL), this.columns), top = column(Math.floor((y - GAP) / CELL), this.rows);
-    const right = column(Math.ceil((x + width + GAP) / CELL), this.columns);
-    const bottom = column(Math.ceil((y + height + GAP) / CELL), this.rows), { sums } = this;
-    return sums[bottom * wide + right] + sums[top * wide + left] === sums[bottom * wide + left] + sums[top * wide + right];
+    const within = (value, most) => Math.min(most, Math.max(0, value)), wide = this.columns + 1, { sums } = this;
+    const left = within(Math.floor((x - GAP) / CELL), this.columns);
+    const right = within(Math.ceil((x + width + GAP) / CELL), this.columns);
+    const top = wide * within(Math.floor((y - GAP) / CELL), this.rows);
+    const bottom = wide * within(Math.ceil((y + height + GAP) / CELL), this.rows);
+    return sums[bottom + right] + sums[top + left] === sums[bottom + left] + sums[top + right];
   }
 
-  // The nearest place of this size beside a box; where it was before, if that still is one. Null: there is no room.
-  room(size, box, taken, before) {
+  // Middles of the cells of a region.
+  cells(number) {
+    const found = [];
+    this.owners.forEach((owner, k) => {
+      if (owner === number) found.push([CELL * ((k % this.columns) + 0.5), CELL * (Math.floor(k / this.columns) + 0.5)]);
+    });
+    return found;
+  }
+
+  // The place of this size that is best for the caption of a region, with the end of its line; where it was before, if
+  // that still is one. Null: there is no room.
+  room(size, number, box, taken, before) {
     const fits = place => place.x + place.width <= this.frame.width && place.y + place.height <= this.frame.height
       && this.free(place) && taken.every(other => distance(place, other) >= GAP);
-    if (before && fits({ ...before, ...size })) return { ...before, ...size };
-    const middle = { x: box.x + box.width / 2, y: box.y + box.height / 2 };
-    let best = null, least = Infinity;
+    const cells = this.cells(number), ended = place => ({ ...place, end: nearest(place, cells) });
+    if (before && fits({ ...before, ...size })) return ended({ ...before, ...size });
+    const middle = { x: box.x + box.width / 2, y: box.y + box.height / 2 }, found = [];
     for (let y = 0; y + size.height <= this.frame.height; y += CELL) {
       for (let x = 0; x + size.width <= this.frame.width; x += CELL) {
         const place = { x, y, ...size };
         const aside = Math.hypot(x + size.width / 2 - middle.x, y + size.height / 2 - middle.y);
-        const cost = distance(place, box) + aside / 10; // of two at the same distance, the one that is centred
-        if (cost < least && fits(place)) [best, least] = [place, cost];
+        place.cost = distance(place, box) + aside / 10; // of two at the same distance, the one that is centred
+        if (fits(place)) found.push(place);
       }
     }
-    return best;
+    const near = found.sort((a, b) => a.cost - b.cost).slice(0, TRIED).map(ended);
+    for (const place of near) place.cost += CROSSING * this.crossed(place, number, taken);
+    return near.reduce((best, place) => (best && best.cost <= place.cost ? best : place), null);
   }
 
-  // The point of a region that is nearest to a place.
-  nearest(place, number, box) {
-    const { labels, frame } = this, across = frame.width / labels.width, down = frame.height / labels.height;
-    let best = [box.x + box.width / 2, box.y + box.height / 2], least = Infinity;
-    for (let y = Math.floor(box.y / down); y < Math.min(labels.height, (box.y + box.height) / down); y += 2) {
-      for (let x = Math.floor(box.x / across); x < Math.min(labels.width, (box.x + box.width) / across); x += 2) {
-        if (labels.data[4 * (y * labels.width + x)] !== number) continue;
-        const point = [x * across, y * down], [ex, ey] = edge(place, point);
-        const far = Math.hypot(point[0] - ex, point[1] - ey);
-        if (far < least) [best, least] = [point, far];
-      }
+  // How many steps of a line lie on other regions, or on other captions.
+  crossed(place, number, taken) {
+    const [x, y] = edge(place, place.end), across = place.end[0] - x, down = place.end[1] - y;
+    const steps = Math.ceil(Math.hypot(across, down) / CELL);
+    let count = 0;
+    for (let k = 0; k < steps; k++) {
+      const point = { x: x + (across * k) / steps, y: y + (down * k) / steps, width: 0, height: 0 };
+      const owner = this.owners[Math.floor(point.y / CELL) * this.columns + Math.floor(point.x / CELL)];
+      if ((owner && owner !== number) || taken.some(other => !distance(point, other))) count++;
     }
-    return best;
+    return count;
   }
+}
+
+// The one of some points that is nearest to a place; its own middle if there are none.
+function nearest(place, points) {
+  let best = [place.x + place.width / 2, place.y + place.height / 2], least = Infinity;
+  for (const point of points) {
+    const [x, y] = edge(place, point), far = Math.hypot(point[0] - x, point[1] - y);
+    if (far < least) [best, least] = [point, far];
+  }
+  return best;
 }
