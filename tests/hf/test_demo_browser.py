@@ -510,7 +510,11 @@ def test_nothing_serious_for_axe_and_the_layouts_of_desktop_and_phone(tab):
     assert tab.serious() == []
     tab.example(0, 6)
     tab.describe()
-    assert tab.page.locator("#describe").bounding_box()["x"] + 400 < 1280 - 60  # the width is used
+    tab.page.click("[data-tool=brush]")  # its size is chosen beside it
+    row = (
+        "new Set([...document.querySelectorAll('#board .tools button:not([hidden])')].map(one => one.offsetTop)).size"
+    )
+    assert tab.page.evaluate(row) == 1  # the tools stand in one row
     for name in ("attributes", "speed", "checkpoint"):
         tab.panel(name)
     tab.page.fill("#schema textarea", "colour: red, green, blue\nsize: small, large\nsize: 1")
@@ -530,10 +534,6 @@ def test_nothing_serious_for_axe_and_the_layouts_of_desktop_and_phone(tab):
     tab.page.click("#load")
     expect(tab.page.locator("#inspection .fault")).to_contain_text("the memory is full", timeout=WAIT)
     expect(tab.page.locator("#note")).to_have_text("Captions are written by shapes.")
-    row = (
-        "new Set([...document.querySelectorAll('#board .tools button:not([hidden])')].map(one => one.offsetTop)).size"
-    )
-    assert tab.page.evaluate(row) == 1  # the tools stand in one row
     assert tab.serious() == []
     for theme, width in (("dark", 1280), ("dark", 390), ("light", 390)):
         tab.page.evaluate("dark => document.body.classList.toggle('dark', dark)", theme == "dark")

@@ -123,7 +123,7 @@ async function viewed(board) {
   image.alt = `The image with ${view.regions.length} outlined regions`;
   const [width, height] = view.size;
   stage.style.aspectRatio = `${width} / ${height}`;
-  stage.style.maxWidth = `calc(66vh * ${width / height})`;
+  stage.style.maxWidth = `calc(62vh * ${width / height})`;
   stage.style.minWidth = `${THIN * Math.max(1, width / height)}px`;
   board.status(board.guide());
   board.show(null);

@@ -58,7 +58,8 @@ export class Labels {
     const leaders = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     layer.append(leaders, ...nodes.map(([, node]) => node));
     const grid = labels && new Grid(labels, frame, alone ? nodes[0][0] + 1 : null), taken = [];
-    for (const [k, node] of nodes) {
+    const area = ([k]) => view.regions[k].box[2] * view.regions[k].box[3];
+    for (const [k, node] of [...nodes].sort((a, b) => area(a) - area(b))) { // there is less room around small ones
       const region = view.regions[k], size = { width: node.offsetWidth, height: node.offsetHeight };
       node.style.borderColor = region.colour;
       const own = boxOf(region, frame), before = alone ? null : this.places.get(k);
