@@ -598,6 +598,7 @@ def test_comparison_and_settings(tab):
     tab.shoot("demo_page.png")
     tab.page.click("#compare-button")
     lanes = tab.page.locator("#compare")
+    expect(lanes.locator("h2").first).to_be_in_viewport(timeout=WAIT)
     expect(lanes).to_contain_text("times as long", timeout=WAIT)
     assert tab.page.locator("#compare .lane >> nth=0 >> li span").all_text_contents() == captions
     for lane in tab.page.locator("#compare .lane").all():  # forward passes first

@@ -58,8 +58,14 @@ function wireActions(board) {
   window.addEventListener("pdlm-refused", () => board.view && board.status(board.guide()));
   window.addEventListener("pdlm-failed", () => board.view && board.status("No captions. Press to try again."));
   document.querySelector("#describe").addEventListener("click", () => board.status("Waiting for the model"));
+  const compared = document.querySelector("#compare");
   document.querySelector("#compare-button").addEventListener("click", () => {
-    document.querySelector("#compare").scrollIntoView({ block: "nearest" });
+    const shown = new MutationObserver(() => { // what appears below the image is brought into view
+      if (!compared.querySelector(".lanes")) return;
+      shown.disconnect();
+      compared.scrollIntoView({ block: "nearest" });
+    });
+    shown.observe(compared, { childList: true, subtree: true });
   });
 }
 
