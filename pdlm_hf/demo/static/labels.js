@@ -57,23 +57,23 @@ export class Labels {
     const frame = { width: layer.clientWidth, height: layer.clientHeight };
     const leaders = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     layer.append(leaders, ...nodes.map(([, node]) => node));
-    const grid = labels && new Grid(labels, frame, alone ? nodes[0][0] + 1 : null), taken = [];
+    const grid = labels && new Grid(labels, frame, alone ? nodes[0][0] + 1 : null), placed = new Map();
     const area = ([k]) => view.regions[k].box[2] * view.regions[k].box[3];
     for (const [k, node] of [...nodes].sort((a, b) => area(a) - area(b))) { // there is less room around small ones
-      const region = view.regions[k], size = { width: node.offsetWidth, height: node.offsetHeight };
-      node.style.borderColor = region.colour;
-      const own = boxOf(region, frame), before = alone ? null : this.places.get(k);
-      let place = grid && grid.room(size, k + 1, own, taken, before);
+      const size = { width: node.offsetWidth, height: node.offsetHeight }, own = boxOf(view.regions[k], frame);
+      let place = grid && grid.room(size, k + 1, own, [...placed.values()], alone ? null : this.places.get(k));
       if (!place && alone) place = { x: GAP, y: Math.max(0, frame.height - size.height - GAP), ...size };
       if (!place) {
         node.remove();
         continue;
       }
       if (!alone) this.places.set(k, place);
-      taken.push(place);
-      node.style.left = `${place.x}px`;
-      node.style.top = `${place.y}px`;
-      if (place.end) leaders.append(...leader(place, region.colour));
+      placed.set(k, place);
+      Object.assign(node.style, { left: `${place.x}px`, top: `${place.y}px`, borderColor: view.regions[k].colour });
+    }
+    for (const [k] of nodes) {
+      const place = placed.get(k);
+      if (place && place.end) leaders.append(...leader(place, view.regions[k].colour));
     }
   }
 }
