@@ -4,8 +4,8 @@ import { badge, make } from "./list.js";
 const CROWDED = 12, NARROW = 480; // regions, pixels; beyond these only the list has captions
 const CELL = 8; // pixels of the page; rooms are looked for in these steps
 const GAP = 6; // pixels, at least, between a caption and regions or other captions
-const TRIED = 200; // of the nearest places, whether their line crosses something
-const CROSSING = 20; // pixels that a caption would rather be further off than cross something for a step
+const TRIED = 1000; // of the nearest places, whether their line crosses something
+const CROSSING = 30; // pixels that a caption would rather be further off than cross something for a step
 
 export class Labels {
   constructor(board) {
