@@ -110,10 +110,10 @@ def _unit(width: int, height: int) -> float:
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever has the higher contrast on a colour: at least 4.5 as WCAG computes it."""
+    """White if it has a contrast of at least 4.5 on a colour, as WCAG computes it; else black, which has then."""
     shares = [value / 255 for value in _rgb(colour)]
     red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
-    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
+    return "white" if 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05) >= 4.5 else "black"
 
 
 def _rgb(colour: str) -> tuple[int, ...]:

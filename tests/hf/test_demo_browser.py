@@ -165,6 +165,10 @@ class Tab:
         """What axe-core finds on the page that is serious or critical: rule and element."""
         if not self.page.evaluate("Boolean(window.axe)"):
             self.page.evaluate(AXE_SCRIPT)
+        still = (
+            "!document.querySelector('.pending') && document.getAnimations().every(one => one.playState != 'running')"
+        )
+        self.page.wait_for_function(still)  # while gradio waits for an answer, what it replaces is pale
         found = self.page.evaluate("axe.run({ resultTypes: ['violations'] })")["violations"]
         grave = [rule for rule in found if rule["impact"] in ("serious", "critical")]
         return [(rule["id"], node["target"], node["html"][:200]) for rule in grave for node in rule["nodes"]]
