@@ -1,6 +1,5 @@
 """The state of one user: an image, the regions marked on it, and their captions."""
 
-import csv
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..attributes.results import RegionAttributes, csv_fields, csv_row
+from ..attributes.results import RegionAttributes, csv_fields, csv_row, write_csv
 from ..errors_pdlm import ImageError, PdlmError, RegionError
 from ..image_processing_pdlm import to_rgb
 from ..processing_pdlm import RegionCaption, area_order
@@ -283,9 +282,8 @@ class Session:
         if not self.attributes:
             raise RegionError("No attributes of these regions were read yet; press Read attributes.")
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(csv_fields(self.attributes[0]))
-        writer.writerows(csv_row(self.name, region) for region in self.attributes)
+        rows = (csv_row(self.name, region) for region in self.attributes)
+        write_csv(text, [csv_fields(self.attributes[0]), *rows])
         return text.getvalue().encode()
 
     def _captions(self) -> list[RegionCaption]:
