@@ -494,8 +494,11 @@ def test_keys(tab, image):
     keys.press("Tab")
     keys.press("Delete")
     tab.regions(1)
+    version = "Number(document.querySelector('#board [data-version]').dataset.version)"
     for count in (2, 2, 1, 0):  # deletion, moves, two boxes
+        before = tab.page.evaluate(version)
         keys.press("Control+z")
+        tab.page.wait_for_function(f"{version} > {before}")
         tab.regions(count)
     keys.press("?")
     dialog = tab.page.locator("#board .keys")
