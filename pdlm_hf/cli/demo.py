@@ -49,7 +49,7 @@ def demo(
     opener = partial(_backend, None, key_env=None, length=max_new_tokens) if _is_private(host, server) else None
     how = f"choose another checkpoint on the right, such as {RELEASED}" if opener else f"start with --model {RELEASED}"
     note = f"The embedded checkpoint knows drawn shapes only; for photographs {how}."
-    page = build_page(backend, segmenter, threshold, note if embedded else None, finder, opener)
+    page = build_page(backend, segmenter, threshold, note if embedded else None, finder, opener, sam is None)
 
     def started(url: str) -> None:
         if server is None:

@@ -72,10 +72,19 @@ class Handlers:
         segmenter ([`~pdlm_hf.regions.Segmenter`], *optional*): turns a click into a region.
         finder ([`~pdlm_hf.regions.RegionFinder`], *optional*): finds all regions.
         opener (*optional*): loads a checkpoint; returns its backend and its acceptance threshold, or None.
+        stand_in (`bool`): the finder knows what the first checkpoint knows, drawn shapes, and goes with it.
     """
 
-    def __init__(self, backend: Backend, segmenter: Any = None, finder: Any = None, opener: Opener | None = None):
+    def __init__(
+        self,
+        backend: Backend,
+        segmenter: Any = None,
+        finder: Any = None,
+        opener: Opener | None = None,
+        stand_in: bool = False,
+    ):
         self.backend, self.segmenter, self.finder, self.opener = backend, segmenter, finder, opener
+        self.stand_in = stand_in
 
     def act(self, session: Session, event: gr.EventData) -> tuple[Session, Any, Any, Any]:
         """Handle an action of the page's script: files, a mark, undo, clear, delete, an example."""
@@ -91,6 +100,8 @@ class Handlers:
     def _act(self, session: Session, what: dict[str, Any]) -> dict[str, Any] | None:
         """Change the session, or return what to ask before."""
         kind = what.get("kind")
+        if kind in ("everything", "click") and self.stand_in and self.finder is None:
+            raise SettingError("The finder of drawn shapes knows no photographs. Start `pdlm demo` with --sam.")
         if kind == "drop":
             return session.drop(read_uploads(what.get("files")))
         if kind == "image":
@@ -174,6 +185,8 @@ class Handlers:
             if self.opener is None:
                 raise SettingError("No checkpoint can be chosen on this page.")
             self.backend, threshold = self.opener(_named(name))
+            if self.stand_in:
+                self.segmenter = self.finder = None
         except (ValueError, OSError) as error:
             return gr.skip(), fault_html(error), gr.skip(), gr.skip()
         mode = "fixed" if threshold is None else "adaptive"

@@ -39,6 +39,7 @@ def build_page(
     note: str | None = None,
     finder: Any = None,
     opener: Opener | None = None,
+    stand_in: bool = False,
 ) -> gr.Blocks:
     """Build the page.
 
@@ -51,10 +52,11 @@ def build_page(
         finder ([`~pdlm_hf.regions.RegionFinder`], *optional*): finds all regions; None: no button for that.
         opener (*optional*): loads a checkpoint that is chosen on the page, see [`~handlers.Handlers`]; None: none can
             be chosen.
+        stand_in (`bool`): the finder finds drawn shapes only, and goes once another checkpoint is loaded.
     """
     if segmenter is None and finder is not None:
         segmenter = ClickFinder(finder)
-    handlers = Handlers(backend, segmenter, finder, opener)
+    handlers = Handlers(backend, segmenter, finder, opener, stand_in)
     with gr.Blocks(title=_TITLE, analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session(), time_to_live=IDLE)
         gr.HTML(

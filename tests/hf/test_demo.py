@@ -34,7 +34,7 @@ from pdlm_hf.demo.backend import Draft, LocalBackend, ServerBackend, Written, fo
 from pdlm_hf.demo.gestures import ClickFinder, nudged_mask
 from pdlm_hf.demo.limits import MAX_REGIONS, open_upload, read_uploads
 from pdlm_hf.demo.session import Session
-from pdlm_hf.errors_pdlm import CheckpointError, ServerError
+from pdlm_hf.errors_pdlm import CheckpointError, ServerError, SettingError
 from pdlm_hf.regions import FoundRegion, RegionFinder
 from pdlm_hf.regions.readers import read_region_file
 from pdlm_hf.regions.region import Region, parse_regions
@@ -639,7 +639,7 @@ def test_a_checkpoint_says_what_it_needs_before_it_is_loaded(writer, tmp_path):
         opened.append(name)
         return Counting(), None
 
-    does = handlers.Handlers(writer, opener=opener)
+    does = handlers.Handlers(writer, finder=lambda image: [], opener=opener, stand_in=True)
     html, button = does.check(f" {CHECKPOINT} ")
     assert button["interactive"] and re.search(r"memory about [\d.]+ MiB for one image", words(html))
     assert words(html).endswith("whole yes")
@@ -653,6 +653,9 @@ def test_a_checkpoint_says_what_it_needs_before_it_is_loaded(writer, tmp_path):
     assert str(note) == "Captions are written by counting." and mode == "fixed"
     assert does.backend.name == "counting"
     assert "other: &lt;damaged&gt;." in does.load("other")[1] and does.backend.name == "counting"
+    for kind in ("everything", "click"):  # the finder of drawn shapes has gone with their checkpoint
+        with pytest.raises(SettingError, match="knows no photographs. Start `pdlm demo` with --sam"):
+            does._act(Session(), {"kind": kind, "point": [1, 1]})
 
 
 def test_a_base_checkpoint_is_refused():
