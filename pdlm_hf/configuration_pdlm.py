@@ -254,8 +254,15 @@ class PdlmConfig(PreTrainedConfig):
         }.items():
             if getattr(self, name) not in allowed:
                 raise SettingError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
-        if not (isfinite(self.score_temperature) and self.score_temperature > 0):
-            raise SettingError(f"`score_temperature` must be positive, got {self.score_temperature!r}.")
+        numbers = {
+            "score_temperature": self.score_temperature,
+            "text_config.rms_norm_eps": self.text_config.rms_norm_eps,
+            "vision_config.layer_norm_eps": self.vision_config.layer_norm_eps,
+            **{f"text_config.rope_parameters.{k}": v for k, v in (self.text_config.rope_parameters or {}).items()},
+        }
+        for name, value in numbers.items():  # else the model computes NaN
+            if isinstance(value, (int, float)) and not (isfinite(value) and value > 0):
+                raise SettingError(f"`{name}` must be positive, got {value!r}.")
         for name in ("region_token_ids", "caption_token_ids"):
             if len(getattr(self, name)) != self.num_region_prompts:
                 raise SettingError(

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .errors_pdlm import SettingError
+
+MOST_TILES = 64  # of an image: candidate grids are tried one by one
 OUTSIDE = 255  # value of a pixel outside the region, in the image that carries the region prompt
 
 
@@ -28,7 +31,12 @@ def tile_grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
 
     The order among equals decides ties in [`best_grid`]; the reference leaves it to the iteration order of a set of
     int pairs, which is fixed in CPython, so the set is filled the same way here.
+
+    Raises:
+        SettingError: there may be more than [`MOST_TILES`].
     """
+    if max_tiles > MOST_TILES:
+        raise SettingError(f"max_tiles must be at most {MOST_TILES}, got {max_tiles}; the released models have 6.")
     grids = {
         (columns, rows)
         for n in range(min_tiles, max_tiles + 1)

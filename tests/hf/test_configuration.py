@@ -90,6 +90,9 @@ def test_stale_auto_map_is_dropped(golden_regions):
     [
         ({"roi_replay": "exact"}, r"`roi_replay` must be one of \('reference', 'aligned'\), got 'exact'"),
         ({"score_temperature": 0.0}, r"`score_temperature` must be positive, got 0.0"),
+        ({"text_config": {"rms_norm_eps": -1e-5}}, r"`text_config.rms_norm_eps` must be positive, got -1e-05"),
+        ({"text_config": {"rope_parameters": {"rope_theta": -1, "rope_type": "default"}}}, r"theta` must be positive"),
+        ({"vision_config": {"layer_norm_eps": float("nan")}}, r"`vision_config.layer_norm_eps` must be positive, got"),
         ({"prefix_attention": "none"}, r"`prefix_attention` must be one of \('full', 'isolated'\), got 'none'"),
         ({"num_region_prompts": 3, "region_token_ids": [1, 2]}, r"`region_token_ids` .* \(3\), got 2"),
         ({"num_region_prompts": 2, "caption_token_ids": [1]}, r"`caption_token_ids` .* \(2\), got 1"),

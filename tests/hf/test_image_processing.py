@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from pdlm_hf import CHECKPOINT, PdlmImageProcessorPil
-from pdlm_hf.errors_pdlm import ImageError, RegionError
+from pdlm_hf.errors_pdlm import ImageError, RegionError, SettingError
 from pdlm_hf.image_processing_pdlm import to_binary_mask, to_rgb
 from pdlm_hf.tiling_pdlm import best_grid, num_tiles, region_patches, tile, tile_grids
 
@@ -504,3 +504,8 @@ def test_no_torchvision_variant(asked):
 @pytest.mark.parametrize(("shape", "size"), [((3, 50, 1), (1, 50)), ((1, 50, 3), (50, 1)), ((1, 5, 7), (7, 5))])
 def test_three_channels_win_over_one(shape, size):
     assert to_rgb(np.zeros(shape, np.uint8)).size == size
+
+
+def test_more_tiles_than_can_be_tried_are_refused():
+    with pytest.raises(SettingError, match="max_tiles must be at most 64, got 2147483648"):
+        PdlmImageProcessorPil(max_tiles=2**31)(Image.new("RGB", (64, 64)))

@@ -54,7 +54,8 @@ def cluster(monkeypatch, nodes=2, gpus=0):
 
 def batch(folder, out, *options, images=None, data="coco.json", code=0):
     where = [str(folder / data), "--images", str(images or folder / "images"), "--out", str(folder / out)]
-    result = CliRunner().invoke(app, ["batch", *where, *OPTIONS, *options])
+    settings = OPTIONS[:2] if "--schema" in options else OPTIONS  # the others are for captions
+    result = CliRunner().invoke(app, ["batch", *where, *settings, *options])
     assert code in (None, result.exit_code), (result.output, result.stderr, result.exception)
     return {(row["image_id"], row["annotation_id"]): row for row in read_rows(folder / out)}, result
 
