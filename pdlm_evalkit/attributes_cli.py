@@ -48,6 +48,7 @@ def attributes(
     """Score attributes on labelled regions: accuracy, calibration and confusions; the same command resumes a run."""
     from pdlm_hf.attributes.schema import parse_schema, read_schema_file
     from pdlm_hf.batch.run import BatchFiles, run_batch
+    from pdlm_hf.batch.tables import attributes_fault
 
     from .attribute_scores import score_rows, tables_of
     from .labels import labelled_shapes, read_labels
@@ -71,7 +72,7 @@ def attributes(
         client = caption_client(server, model, key_env, concurrency, settings, asked)
     name = str(model or "shapes (embedded)") if client is None else client.model
     kept = {"benchmark": found.name, "fingerprint": found.fingerprint, "model": name, "question": question}
-    files = BatchFiles(out, kept | {"schema": asked.model_dump()})
+    files = BatchFiles(out, kept | {"schema": asked.to_text()}, row_fault=attributes_fault(asked.attributes))
     with progress("images") as show:
         run_batch(
             found.data,

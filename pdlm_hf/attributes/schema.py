@@ -172,6 +172,10 @@ class AttributeSchema(BaseModel):
         rest = self.model_dump(exclude={"attributes"}, exclude_defaults=True)
         return {"attributes": {name: attribute.to_json() for name, attribute in self.attributes.items()}, **rest}
 
+    def to_text(self) -> str:
+        """The schema to compare with that of another run: the order counts, and 1 is not true."""
+        return json.dumps(self.to_json(), ensure_ascii=False)
+
     @property
     def choices(self) -> dict[str, list[str]]:
         """Texts of the choices of every attribute, empty for a free text, for the processor's `attribute_plan`."""

@@ -1,6 +1,5 @@
 """`pdlm batch` and `pdlm report`: caption a data set, and look at the captions."""
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,8 +107,8 @@ def batch(
     kept = {"model": name, "question": question, "fast": fast, **generation, **finding}
     if checked is None:
         files = BatchFiles(out, kept, part, source=data)
-    else:  # as text: the order counts, and 1 is not true
-        kept["schema"] = json.dumps(checked.to_json(), ensure_ascii=False)
+    else:
+        kept["schema"] = checked.to_text()
         check_table(out)
         files = BatchFiles(out, kept, part, attributes_fault(checked.attributes), data)
     _show_damaged(files.damaged)
