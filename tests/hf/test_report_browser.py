@@ -166,9 +166,15 @@ def test_masks_on_and_off(report):
 
 def test_a_phone(report):
     report.set_viewport_size({"width": 390, "height": 700})
-    assert report.evaluate("document.documentElement.scrollWidth") <= 390
-    tops = [card.bounding_box() for card in report.locator("article").all()]
-    assert all(a["y"] + a["height"] <= b["y"] + 1 for a, b in zip(tops, tops[1:], strict=False))
+    # The cards are placed anew with the next frame: waited for, and all of them read in one.
+    report.wait_for_function(
+        """() => {
+            const boxes = [...document.querySelectorAll("article")].map(card => card.getBoundingClientRect());
+            return boxes.length === 4 && document.documentElement.scrollWidth <= 390
+                && boxes.every((box, k) => k === 0 || boxes[k - 1].bottom <= box.top + 1);
+        }""",
+        timeout=10_000,
+    )
     report.set_viewport_size({"width": 1280, "height": 900})
 
 

@@ -7,6 +7,28 @@ import { List, make } from "./list.js";
 import { wireMarks } from "./marks.js";
 
 const THIN = 60; // pixels; an image's shorter side is shown no smaller, and scrolls
+const PATIENCE = 2000; // milliseconds, after which no answer is waited for
+
+// Sends one action at a time, so that each finds what the one before it has changed. Returns the function to act with.
+function inOrder(send, watch) {
+  const waiting = [];
+  let timer = null; // runs while an answer is awaited
+  function next() {
+    clearTimeout(timer);
+    timer = waiting.length ? setTimeout(next, PATIENCE) : null;
+    if (timer) send(waiting.shift());
+  }
+  watch("value", next);
+  window.addEventListener("pdlm-refused", next);
+  return (kind, more) => {
+    const action = { kind, ...more }, last = waiting.at(-1);
+    if (kind === "nudge" && last?.kind === kind && last.id === action.id && last.resize === action.resize) {
+      last.right += action.right;
+      last.down += action.down;
+    } else waiting.push(action);
+    if (!timer) next();
+  };
+}
 
 export function start(element, send, props, watch) {
   const find = name => element.querySelector(name);
@@ -19,7 +41,7 @@ export function start(element, send, props, watch) {
     view: null, // what the server shows: image, size, regions
     said: null, // captions or drafts of its regions
     labels: null, // pixels with the number of their region
-    act: (kind, more) => send({ kind, ...more }),
+    act: inOrder(send, watch),
     guide() {
       const count = board.view.regions.length, more = props.everything ? ", or find everything" : "";
       if (!count) return `Mark regions with a box or the brush${more}.`;

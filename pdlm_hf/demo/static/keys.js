@@ -2,7 +2,6 @@
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const MIDDLE = [0.375, 0.375, 0.625, 0.625]; // the box that a key adds
-const PATIENCE = 2000; // milliseconds, after which no answer is waited for
 
 // A place in the order of Tab for every region. The one that had the focus keeps it, or that which took its place.
 export function showSpots(board) {
@@ -27,27 +26,16 @@ export function showSpots(board) {
 }
 
 export function wireKeys(board) {
-  const { find, watch } = board, keys = find(".keys");
-  let moves = null, sent = 0; // moves that wait for the answer to those sent before, and when that was; 0: answered
-
-  function flush() {
-    sent = moves ? Date.now() : 0;
-    if (moves) board.act("nudge", moves);
-    moves = null;
-  }
-  function nudge(id, [right, down], resize) {
-    if (moves && (moves.id !== id || moves.resize !== resize)) flush();
-    moves = { id, resize, right: right + (moves ? moves.right : 0), down: down + (moves ? moves.down : 0) };
-    if (Date.now() - sent > PATIENCE) flush();
-  }
-  watch("value", flush);
-  window.addEventListener("pdlm-refused", () => { moves = null; board.added = false; flush(); });
+  const { find } = board, keys = find(".keys");
+  window.addEventListener("pdlm-refused", () => { board.added = false; });
 
   find(".spots").addEventListener("keydown", event => {
     const region = board.view.regions.find(one => String(one.id) === event.target.dataset.region);
     if (!region || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key in ARROWS) nudge(region.id, ARROWS[event.key], event.shiftKey);
-    else if (event.key === "Delete" || event.key === "Backspace") board.act("delete", { id: region.id });
+    if (event.key in ARROWS) {
+      const [right, down] = ARROWS[event.key];
+      board.act("nudge", { id: region.id, resize: event.shiftKey, right, down });
+    } else if (event.key === "Delete" || event.key === "Backspace") board.act("delete", { id: region.id });
     else if (event.key === "Escape") event.target.blur();
     else return;
     event.preventDefault();
