@@ -1,4 +1,4 @@
-"""Captions that a person has corrected in Label Studio, CVAT or FiftyOne, as region data."""
+"""Captions and attributes that a person has corrected in Label Studio, CVAT or FiftyOne, as region data."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ from pdlm_hf.regions.formats.fiftyone import fiftyone_images
 from pdlm_hf.regions.formats.label_studio import corrected_tasks
 from pdlm_hf.regions.formats.xml import read_xml
 
+from .rows import attribute_faults
+
 CORRECTED = ("label-studio", "cvat", "fiftyone")
 
 # A row, and where it is in the source: in messages, before the fault.
@@ -19,7 +21,7 @@ PlacedRow = tuple[str, dict[str, Any]]
 
 
 def corrected_rows(path: Path, form: str, counts: Counter) -> Iterator[PlacedRow]:
-    """Yield a row for each image of an annotation tool's export, with the regions that have a caption.
+    """Yield a row for each image of an annotation tool's export, with the regions that have a caption or attributes.
 
     Args:
         path (`Path`): the file that the tool exported; of FiftyOne the folder.
@@ -37,15 +39,28 @@ def corrected_rows(path: Path, form: str, counts: Counter) -> Iterator[PlacedRow
         regions = []
         for region in found:
             caption = " ".join(region.get("caption", "").split())
-            if not caption:
+            attributes = dict(_attributes(region.get("attributes", {}), counts))
+            if not caption and not attributes:
                 counts["regions without a caption"] += 1
                 continue
-            kept = {key: region[key] for key in ("id", "segmentation", "bbox", "category") if key in region}
+            names: tuple[str, ...] = ("id", "segmentation", "bbox", "category")
+            kept = {key: region[key] for key in names if key in region}
             if kept.get("category") in (None, LABEL):
                 kept.pop("category", None)
-            regions.append(kept | {"caption": caption})
+            taught = {"caption": caption, "attributes": attributes}
+            regions.append(kept | {key: value for key, value in taught.items() if value})
         size = {"width": image.width, "height": image.height} if image.width else {}
         yield place, {"image": image.name, "regions": regions} | size
+
+
+def _attributes(given: dict[str, Any], counts: Counter) -> Iterator[tuple[str, Any]]:
+    """Names and values of the attributes that can be taught, each in one line."""
+    for name, value in given.items():
+        value = " ".join(value.split()) if isinstance(value, str) else value
+        if any(attribute_faults({name: value}, "", 0)):
+            counts[f"values of the attribute {name!r:.60}, too long or of a form that cannot be taught"] += 1
+        else:
+            yield name, value
 
 
 def _images(path: Path, form: str) -> Iterator[tuple[str, Any, list[dict[str, Any]] | None]]:

@@ -184,7 +184,7 @@ def _check_regions(regions: list, number: int, captions: bool, attributes: bool)
         if captions and not (attributes and region.get("attributes") and region.get("caption") is None):
             yield from _check_caption(region, f"{field}.caption", number)
         if "attributes" in region:
-            yield from _check_attributes(region["attributes"], f"{field}.attributes", number)
+            yield from attribute_faults(region["attributes"], f"{field}.attributes", number)
 
 
 def _check_shape(region: dict, field: str, number: int) -> Iterator[Fault]:
@@ -210,7 +210,13 @@ def _check_caption(region: dict, field: str, number: int) -> Iterator[Fault]:
         yield Fault(number, field, "empty caption", repr(caption), "a text")
 
 
-def _check_attributes(values: Any, field: str, number: int) -> Iterator[Fault]:
+def attribute_faults(values: Any, field: str, number: int) -> Iterator[Fault]:
+    """Faults of the form of a region's attributes.
+
+    Args:
+        values: what should be names with values.
+        field (`str`), number (`int`): their place in the row, and the number of the row.
+    """
     if not isinstance(values, dict):
         yield Fault(number, field, "wrong type", _shown(values), "an object of names with their values")
         return

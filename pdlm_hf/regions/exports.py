@@ -1,29 +1,34 @@
-"""Captions of `pdlm batch` for annotation tools, in which a person corrects them: Label Studio, CVAT, FiftyOne."""
+"""Captions and attributes of `pdlm batch` for annotation tools, in which a person corrects them: Label Studio, CVAT,
+FiftyOne."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from ..attributes.schema import text_of
 from ..errors_pdlm import DataError, RegionError, SettingError
 from .files import replacing, write_json, write_json_lists
 from .formats.cvat import cvat_head, cvat_image, cvat_labels
 from .formats.facts import ImageFacts
-from .formats.fiftyone import fiftyone_sample
-from .formats.label_studio import CONFIG, label_studio_task
+from .formats.fiftyone import DETECTION, fiftyone_sample
+from .formats.label_studio import label_studio_config, label_studio_task
 from .region import parse_region
 from .results import image_rows
 
 LOCAL_FILES = "/data/local-files/?d="  # the address of images that Label Studio serves from its own disk
 
-# An image and its regions: "id", "mask", "bbox", "caption", "score".
+# An image, its regions: "id", "mask", "bbox", "score", and "caption" or "attributes" (texts by name, None: unknown).
 _Images = Iterable[tuple[ImageFacts, list[dict[str, Any]]]]
+# Attributes by name, each with its choices; a free text has none.
+Fields = dict[str, list[str]]
 
 
 def export_captions(
     rows: Path, out: Path, form: str, address: str = LOCAL_FILES, damaged: Callable[[int, str], None] | None = None
 ) -> tuple[int, int, list[Path]]:
-    """Write captions as a file that an annotation tool imports. Masks keep every pixel.
+    """Write captions as a file that an annotation tool imports. Masks keep every pixel. Regions whose attributes were
+    read have these instead: their captions are only a sentence of them.
 
     Args:
         rows (`Path`): OUT.jsonl of `pdlm batch`.
@@ -53,8 +58,29 @@ def export_captions(
     groups = image_rows(rows, damaged=damaged)
     if not groups:
         raise DataError(f"{rows}: has no rows of `pdlm batch`.")
-    files = write(_images(rows, groups), out, address)
+    fields = _fields(groups)
+    if taken := [name for name in fields if _is_taken(name, form)]:
+        raise SettingError(
+            f"{rows}: {form} cannot have an attribute {taken[0]!r:.60}; name it otherwise in the schema."
+        )
+    files = write(_images(rows, groups), out, address, fields)
     return len(groups), sum(map(len, groups)), files
+
+
+def _is_taken(name: str, form: str) -> bool:
+    """Whether a name cannot be that of an attribute, since it has a meaning of its own."""
+    if form == "fiftyone":
+        return name in DETECTION or name.startswith(("_", "$")) or "." in name
+    return form == "cvat" and name == "caption"
+
+
+def _fields(groups: list[list[dict[str, Any]]]) -> Fields:
+    """The attributes of the rows with their choices, in the order of the schema."""
+    found: dict[str, dict[str, None]] = {}
+    for row in (row for group in groups for row in group):
+        for name, read in (row.get("attributes") or {}).items():
+            found.setdefault(name, {}).update(dict.fromkeys(read.get("probabilities") or ()))
+    return {name: list(choices) for name, choices in found.items()}
 
 
 def _images(path: Path, groups: list[list[dict[str, Any]]]) -> _Images:
@@ -67,37 +93,43 @@ def _images(path: Path, groups: list[list[dict[str, Any]]]) -> _Images:
                 region = parse_region(row["segmentation"], width, height, row["annotation_id"])
             except RegionError as error:
                 raise DataError(f"{path}: {image.name}: {error}") from None
-            own = {"id": region.id, "mask": region.mask, "bbox": region.bbox}
-            regions.append(own | {"caption": row["caption"], "score": row["score"]})
+            own = {"id": region.id, "mask": region.mask, "bbox": region.bbox, "score": row["score"]}
+            if read := row.get("attributes"):
+                values = {name: one["value"] for name, one in read.items()}
+                own["attributes"] = {name: None if v is None else text_of(v) for name, v in values.items()}
+            else:
+                own["caption"] = row["caption"]
+            regions.append(own)
         yield image, regions
 
 
-def _label_studio(images: _Images, out: Path, address: str) -> list[Path]:
+def _label_studio(images: _Images, out: Path, address: str, fields: Fields) -> list[Path]:
     config = out.with_suffix(".config.xml")
-    config.write_text(CONFIG, encoding="utf-8")
-    write_json(out, [label_studio_task(image, regions, address) for image, regions in images])
+    tasks = [label_studio_task(image, regions, address, fields) for image, regions in images]
+    config.write_text(label_studio_config(fields), encoding="utf-8")
+    write_json(out, tasks)
     return [out, config]
 
 
-def _cvat(images: _Images, out: Path, address: str) -> list[Path]:
+def _cvat(images: _Images, out: Path, address: str, fields: Fields) -> list[Path]:
     labels = out.with_suffix(".labels.json")
     with replacing(out) as file:
         file.write('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n')
-        for element in _cvat_elements(images):
+        for element in _cvat_elements(images, fields):
             ElementTree.indent(element)
             file.write(ElementTree.tostring(element, "unicode") + "\n")
         file.write("</annotations>\n")
-    write_json(labels, cvat_labels())
+    write_json(labels, cvat_labels(fields))
     return [out, labels]
 
 
-def _cvat_elements(images: _Images) -> Iterator[ElementTree.Element]:
-    yield cvat_head()
+def _cvat_elements(images: _Images, fields: Fields) -> Iterator[ElementTree.Element]:
+    yield cvat_head(fields)
     for number, (image, regions) in enumerate(images):
         yield cvat_image(number, image, regions)
 
 
-def _fiftyone(images: _Images, out: Path, address: str) -> list[Path]:
+def _fiftyone(images: _Images, out: Path, address: str, fields: Fields) -> list[Path]:
     out.mkdir(exist_ok=True)
     samples, metadata = out / "samples.json", out / "metadata.json"
     write_json_lists(samples, {"samples": (fiftyone_sample(image, regions) for image, regions in images)})
@@ -106,7 +138,7 @@ def _fiftyone(images: _Images, out: Path, address: str) -> list[Path]:
 
 
 # Forms, each with the ending of its file and the function that writes it.
-EXPORTS: dict[str, tuple[str, Callable[[_Images, Path, str], list[Path]]]] = {
+EXPORTS: dict[str, tuple[str, Callable[[_Images, Path, str, Fields], list[Path]]]] = {
     "label-studio": (".json", _label_studio),
     "cvat": (".xml", _cvat),
     "fiftyone": ("", _fiftyone),

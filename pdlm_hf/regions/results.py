@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from .files import read_rows
@@ -11,13 +12,16 @@ def result_fault(row: dict[str, Any]) -> str | None:
     """What is wrong with a row of results, as the end of a sentence that begins with its line; None if it is sound.
 
     Args:
-        row (`dict`): `image_id`, `annotation_id`, `file_name`, `caption`, `score`, `bbox`, `segmentation`.
+        row (`dict`): `image_id`, `annotation_id`, `file_name`, `caption`, `score`, `bbox`, `segmentation`, and with a
+            schema `attributes`.
     """
     for name, (is_sound, expected) in _FIELDS.items():
         if name not in row:
             return f"has no `{name}`, as rows of `pdlm batch` have"
         elif not is_sound(row[name]):
             return f"has {row[name]!r:.60} as `{name}`, expected {expected}"
+    if not _are_read(row.get("attributes")):
+        return f"has {row['attributes']!r:.60} as `attributes`, expected values with their probabilities by name"
     return None
 
 
@@ -65,6 +69,18 @@ def _is_rle(value: Any) -> bool:
     size = value.get("size") if isinstance(value, dict) else None
     whole = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
     return whole and isinstance(value.get("counts"), (str, list))
+
+
+def _are_read(values: Any) -> bool:
+    """Whether these are attributes as `pdlm batch --schema` writes them; None, of captions, is right too."""
+    read = values.values() if isinstance(values, dict) else None if values is None else [None]
+    return all(
+        isinstance(one, dict)
+        and isinstance(one.get("value", 0.5), (str, int, NoneType))
+        and _is_score(one.get("probability"))
+        and isinstance(one.get("probabilities"), (dict, NoneType))
+        for one in read or []
+    )
 
 
 _FIELDS = {

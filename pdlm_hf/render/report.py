@@ -158,10 +158,6 @@ def _page_images(images: Path, groups: list[list[dict]], unread: list[str], side
 
 def _page_region(row: dict[str, Any]) -> dict[str, Any]:
     """A region of the page; of each attribute the value and its probability."""
-    read = row.get("attributes")
-    attributes = {
-        name: [own.get("value"), own.get("probability")]
-        for name, own in (read if isinstance(read, dict) else {}).items()
-        if isinstance(own, dict) and isinstance(own.get("probability"), (int, float))
-    }
+    read = row.get("attributes") or {}
+    attributes = {name: [own["value"], own["probability"]] for name, own in read.items()}
     return {"id": row["annotation_id"], "caption": row["caption"], "score": row["score"], "attributes": attributes}

@@ -4,18 +4,22 @@ import base64
 import io
 import json
 import zlib
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from pdlm_hf.cli.main import app
-from pdlm_hf.errors_pdlm import DataError, RegionError
+from pdlm_hf.errors_pdlm import DataError, RegionError, SettingError
 from pdlm_hf.regions import read_region_file
 from pdlm_hf.regions.exports import export_captions
 from pdlm_hf.regions.files import append_rows, load_json
 from pdlm_hf.regions.formats.label_studio import brush_code
 from pdlm_hf.regions.region import Region, parse_regions
+from pdlm_peft.conversion import convert
+from pdlm_peft.data import RegionDataset
 
 WIDTH, HEIGHT = 97, 71
 FILES = {"label-studio": "tasks.json", "cvat": "images.xml", "fiftyone": "dataset"}
@@ -91,7 +95,7 @@ def test_a_task_of_label_studio(rows):
             "label" if name == "brushlabels" else "caption"
         }
     config = path.with_suffix(".config.xml").read_text()
-    assert 'perRegion="true"' in config and '<Label value="region"/>' in config
+    assert 'perRegion="true"' in config and '<Label value="region" />' in config
     export_captions(rows, path, "label-studio", "s3://bucket/")
     assert load_json(path)[1]["data"]["image"] == "s3://bucket/b.png"
 
@@ -146,6 +150,98 @@ def test_the_mask_of_an_image_of_cvat(rows):
         }
     ]
     assert '<attribute name="caption">two\nlines &amp; &lt;b&gt; "quoted"</attribute>' in text
+
+
+ATTRIBUTES = {"how big": ["small", "large & wide"], "caption": ["yes", "no"], "note": []}
+READ = [
+    {"how big": "large & wide", "caption": "yes", "note": 'a "red" one'},
+    {"how big": "small", "caption": "no", "note": None},
+    {"how big": None, "caption": "yes", "note": "x"},
+    {"how big": "small", "caption": None, "note": "y"},
+]
+
+
+def with_attributes(rows, names):
+    """The rows as `pdlm batch --schema` writes them: the second attribute is a boolean, the third a free text."""
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for k, line in enumerate(lines):
+        line["attributes"] = {}
+        for name, text in READ[k % 4].items():
+            value = {"value": {"yes": True, "no": False}.get(text, text), "probability": 0.5}
+            if ATTRIBUTES[name]:
+                value |= {"probabilities": dict.fromkeys(ATTRIBUTES[name], 0.5), "support": 1}
+            line["attributes"][names[list(ATTRIBUTES).index(name)]] = value
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_attributes_come_back(tmp_path, rows, form):
+    """In place of the sentence that a row has as its caption; what is not known is not there."""
+    names = ["how big", "wet" if form != "label-studio" else "caption", "note"]
+    with_attributes(rows, names)
+    path, own = exported(rows, form), dict(zip(ATTRIBUTES, names, strict=True))
+    for name, first in (("b.png", 0), ("a street/1.png", 4)):
+        for k, region in enumerate(read_region_file(path, name, WIDTH, HEIGHT)):
+            assert "caption" not in region
+            known = {own[key]: text for key, text in READ[(first + k) % 4].items() if text is not None}
+            assert region["attributes"] == known
+    source = path.parent if form == "fiftyone" else path
+    if form == "label-studio":  # as if a person had submitted the predictions
+        tasks = [task | {"annotations": task.pop("predictions")} for task in load_json(path)]
+        source.write_text(json.dumps(tasks))
+    for name in ("b.png", "a street/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / name)
+    counts = convert(source, tmp_path / "corrected.jsonl", form, tmp_path)
+    assert counts["regions"] == 7 and counts["rows"] == 2
+    taught = [
+        [r["attributes"] for r in row["regions"]] for row in RegionDataset(tmp_path / "corrected.jsonl", tmp_path)
+    ]
+    assert sorted(map(len, taught)) == [3, 4]
+    assert {"how big": "large & wide", own["caption"]: "yes", "note": 'a "red" one'} in sum(taught, [])
+
+
+def test_what_is_chosen_in_the_tools(rows):
+    """Choices, one of them for what is not known, a text where there are none; no caption."""
+    with_attributes(rows, ["how big", "wet", "note"])
+    text = exported(rows, "cvat").read_text()
+    labels = load_json(rows.with_name("images.labels.json"))[0]["attributes"]
+    assert [(one["name"], one["input_type"], one["values"]) for one in labels] == [
+        ("how big", "select", ["__undefined__", "small", "large & wide"]),
+        ("wet", "select", ["__undefined__", "yes", "no"]),
+        ("note", "text", [""]),
+    ]
+    assert '<attribute name="how big">__undefined__</attribute>' in text and "red kite" not in text
+    root = ElementTree.fromstring(exported(rows, "label-studio").with_suffix(".config.xml").read_text())
+    assert [choice.get("value") for choice in root.iter("Choice")] == ["small", "large & wide", "yes", "no"]
+    assert [area.get("name") for area in root.iter("TextArea")] == ["attribute note"]
+    for form, name in (("fiftyone", "mask"), ("fiftyone", "a.b"), ("cvat", "caption")):
+        with_attributes(rows, ["how big", name, "note"])
+        with pytest.raises(SettingError, match=f"{form} cannot have an attribute '{name}'; name it otherwise"):
+            export_captions(rows, rows.with_name(FILES[form]), form)
+    lines = rows.read_text()
+    for value in ([], {"a": 3}, {"a": {"value": 0.5, "probability": 1}}, {"a": {"value": "x"}}):
+        rows.write_text(json.dumps(json.loads(lines.splitlines()[0]) | {"attributes": value}) + "\n")
+        with pytest.raises(DataError, match="as `attributes`, expected values with their probabilities"):
+            export_captions(rows, rows.with_name("images.xml"), "cvat")
+
+
+def test_attributes_that_a_person_wrote_otherwise(tmp_path):
+    """Several lines become one; what cannot be taught is left out and counted."""
+    shape = '<box label="x" xtl="1" ytl="1" xbr="5" ybr="5">{}</box>'
+    values = ["<attribute name='a'>of two\nlines</attribute>", f"<attribute name='b'>{'x' * 300}</attribute>"]
+    image = (
+        f'<image id="0" name="b.png" width="{WIDTH}" height="{HEIGHT}">{"".join(map(shape.format, values))}</image>'
+    )
+    (tmp_path / "a.xml").write_text(f"<annotations>{image}</annotations>")
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "b.png")
+    counts = convert(tmp_path / "a.xml", tmp_path / "a.jsonl", "cvat", tmp_path)
+    left = {
+        "regions without a caption": 1,
+        "values of the attribute 'b', too long or of a form that cannot be taught": 1,
+    }
+    assert {name: count for name, count in counts.items() if name not in ("rows", "regions", "images")} == left
+    assert json.loads((tmp_path / "a.jsonl").read_text())["regions"][0]["attributes"] == {"a": "of two lines"}
 
 
 def test_a_mask_of_fiftyone_in_other_forms(rows):

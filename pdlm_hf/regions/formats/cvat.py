@@ -1,6 +1,5 @@
 """CVAT for images 1.1, read and written."""
 
-import re
 from collections.abc import Iterator
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement
@@ -11,8 +10,9 @@ from ...errors_pdlm import RegionError
 from ..rle import encode
 from .facts import LABEL, ImageFacts
 from .geometry import ellipse, number, pasted, rectangle
+from .xml import xml_text
 
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+UNKNOWN = "__undefined__"  # the choice that CVAT's own examples have for what is not known
 
 
 def from_cvat(root: Element, name: str, image: ImageFacts) -> list[dict[str, Any]]:
@@ -24,8 +24,8 @@ def from_cvat(root: Element, name: str, image: ImageFacts) -> list[dict[str, Any
         image (`ImageFacts`): the image; name, width and height of `<image>` are compared with it.
 
     Returns:
-        regions with "id" (the position), "category" (the label), "bbox" or "segmentation", and "caption" if the
-        shape has an attribute of this name.
+        regions with "id" (the position), "category" (the label), "bbox" or "segmentation", "caption" if the shape has
+        an attribute of this name, and its other "attributes" that have a value, as texts by name.
 
     Raises:
         RegionError: the file has no such image, states another size, or a shape has no area (points, lines).
@@ -77,8 +77,11 @@ def _cvat_regions(element: Element, where: str, image: ImageFacts) -> list[dict[
             continue
         place = f"{where}: {shape.tag} {len(found)}"
         region = {"id": len(found), "category": shape.get("label"), **_cvat_shape(shape, place, image)}
-        if (caption := shape.find("attribute[@name='caption']")) is not None:
-            region["caption"] = caption.text or ""
+        texts = {one.get("name", ""): one.text or "" for one in shape.findall("attribute")}
+        if "caption" in texts:
+            region["caption"] = texts.pop("caption")
+        if known := {name: text for name, text in texts.items() if text.strip() and text != UNKNOWN}:
+            region["attributes"] = known
         found.append(region)
     return found
 
@@ -117,17 +120,27 @@ def _attribute(element: Element, key: str, where: str) -> float:
 # ---------------------------------------------------------------- written
 
 
-def cvat_labels() -> list[dict[str, Any]]:
-    """The label of a task for [`cvat_image`], as CVAT's "Raw" tab takes it: a mask with a text, its caption."""
-    caption = {"name": "caption", "mutable": False, "input_type": "text", "default_value": "", "values": [""]}
-    return [{"name": LABEL, "type": "mask", "attributes": [caption]}]
+def cvat_labels(fields: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """The label of a task for [`cvat_image`], as CVAT's "Raw" tab takes it: a mask with a text, its caption, or with
+    attributes.
+
+    Args:
+        fields (`dict[str, list[str]]`): the attributes with their choices; of a free text there are none.
+    """
+    attributes = []
+    for name, choices in (fields or {"caption": []}).items():
+        values = [UNKNOWN, *map(xml_text, choices)] if choices else [""]
+        kind = {"input_type": "select" if choices else "text", "default_value": values[0], "values": values}
+        attributes.append({"name": xml_text(name), "mutable": False, **kind})
+    return [{"name": LABEL, "type": "mask", "attributes": attributes}]
 
 
-def cvat_head() -> Element:
-    """The part of a CVAT file before its images: `<meta>`, which names the label and its attribute."""
+def cvat_head(fields: dict[str, list[str]]) -> Element:
+    """The part of a CVAT file before its images: `<meta>`, which names the label and its attributes, see
+    [`cvat_labels`]."""
     meta = Element("meta")
     labels = SubElement(SubElement(meta, "task"), "labels")
-    for label in cvat_labels():
+    for label in cvat_labels(fields):
         element = SubElement(labels, "label")
         SubElement(element, "name").text, SubElement(element, "type").text = label["name"], label["type"]
         attributes = SubElement(element, "attributes")
@@ -145,10 +158,10 @@ def cvat_image(number: int, image: ImageFacts, regions: list[dict[str, Any]]) ->
     Args:
         number (`int`): its id in the file.
         image (`ImageFacts`): the image.
-        regions (`list[dict]`): "mask" (bool, `(H, W)`) and "caption".
+        regions (`list[dict]`): "mask" (bool, `(H, W)`) and "caption" or "attributes".
     """
     size = {"width": str(image.width), "height": str(image.height)}
-    element = Element("image", {"id": str(number), "name": _NOT_XML.sub("", image.name), **size})
+    element = Element("image", {"id": str(number), "name": xml_text(image.name), **size})
     for region in regions:
         rows, columns = (region["mask"].any(axis).nonzero()[0] for axis in (1, 0))
         y, x, h, w = rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
@@ -158,5 +171,7 @@ def cvat_image(number: int, image: ImageFacts, regions: list[dict[str, Any]]) ->
         place = {"left": str(x), "top": str(y), "width": str(w), "height": str(h), "z_order": "0"}
         code = {"rle": ", ".join(map(str, runs.tolist()))}
         mask = SubElement(element, "mask", {"label": LABEL, "source": "auto", "occluded": "0", **code, **place})
-        SubElement(mask, "attribute", {"name": "caption"}).text = _NOT_XML.sub("", region["caption"])
+        texts = region.get("attributes") or {"caption": region["caption"]}
+        for name, text in texts.items():
+            SubElement(mask, "attribute", {"name": xml_text(name)}).text = UNKNOWN if text is None else xml_text(text)
     return element

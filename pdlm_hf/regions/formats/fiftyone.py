@@ -20,6 +20,11 @@ from .geometry import number, pasted
 FIELD = "regions"
 _HEADER = 1024  # bytes of an array file before its values, at most
 _NAME = "file_name"  # of a sample that we wrote: the image below its folder; FiftyOne makes paths absolute
+_ATTRIBUTES = "attribute_names"  # of a sample that we wrote: which fields of its detections are attributes
+DETECTION = {  # fields that a detection has itself
+    *("id", "_id", "_cls", "label", "bounding_box", "mask", "mask_path", "confidence", "index", "tags", "attributes"),
+    *("caption", "instance", "dynamic_attributes", "parent"),
+}
 
 
 def is_fiftyone(data: Any) -> bool:
@@ -40,7 +45,7 @@ def from_fiftyone(data: Any, name: str, image: ImageFacts) -> list[dict[str, Any
 
     Returns:
         regions with "id" (the position), "category" (the label), "segmentation" or "bbox", and where they are there
-        "caption" and "score".
+        "caption", "score", and "attributes", those fields that `attribute_names` of the sample has, by name.
 
     Raises:
         RegionError: the file has no such image, states another size, has several fields of detections, none of them
@@ -100,10 +105,14 @@ def _regions(sample: dict[str, Any], where: str, image: ImageFacts) -> list[dict
     detections = sample[fields[0]].get("detections") if fields else []
     if not isinstance(detections, list) or not all(isinstance(one, dict) for one in detections):
         raise RegionError(f"{where}: the detections are no list of objects.")
-    return [_region(one, k, f"{where}: detection {k}", image) for k, one in enumerate(detections)]
+    named = sample.get(_ATTRIBUTES)
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    return [_region(one, k, f"{where}: detection {k}", image, names) for k, one in enumerate(detections)]
 
 
-def _region(detection: dict[str, Any], position: int, where: str, image: ImageFacts) -> dict[str, Any]:
+def _region(
+    detection: dict[str, Any], position: int, where: str, image: ImageFacts, names: list[str]
+) -> dict[str, Any]:
     box = detection.get("bounding_box")
     if not isinstance(box, list) or len(box) != 4:
         raise RegionError(f"{where}: expected a bounding_box [x, y, width, height] in fractions, got {box!r:.60}.")
@@ -124,6 +133,8 @@ def _region(detection: dict[str, Any], position: int, where: str, image: ImageFa
         region["caption"] = detection["caption"]
     if isinstance(detection.get("confidence"), (int, float)):
         region["score"] = detection["confidence"]
+    if known := {name: detection[name] for name in names if isinstance(detection.get(name), (str, int))}:
+        region["attributes"] = known
     return region
 
 
@@ -159,7 +170,8 @@ def fiftyone_sample(image: ImageFacts, regions: list[dict[str, Any]]) -> dict[st
 
     Args:
         image (`ImageFacts`): the image.
-        regions (`list[dict]`): "mask" (bool, `(H, W)`), "bbox" (of the mask, in pixels), "caption", "score".
+        regions (`list[dict]`): "mask" (bool, `(H, W)`), "bbox" (of the mask, in pixels), "score", and "caption" or
+            "attributes".
     """
     detections = []
     for region in regions:
@@ -169,12 +181,15 @@ def fiftyone_sample(image: ImageFacts, regions: list[dict[str, Any]]) -> dict[st
         mask = {"base64": base64.b64encode(zlib.compress(buffer.getvalue())).decode(), "subType": "00"}
         box = [x / image.width, y / image.height, w / image.width, h / image.height]
         own = {"label": LABEL, "bounding_box": box, "mask": {"$binary": mask}, "confidence": region["score"]}
-        detections.append({"_cls": "Detection", "tags": [], "attributes": {}, **own, "caption": region["caption"]})
+        own |= region.get("attributes") or {"caption": region["caption"]}
+        detections.append({"_cls": "Detection", "tags": [], "attributes": {}, **own})
+    names = list(dict.fromkeys(name for region in regions for name in region.get("attributes", ())))
     metadata = {"_cls": "ImageMetadata", "width": image.width, "height": image.height}
     return {
         "filepath": image.name,
         "tags": [],
         "metadata": metadata,
         _NAME: image.name,
+        **({_ATTRIBUTES: names} if names else {}),
         FIELD: {"_cls": "Detections", "detections": detections},
     }

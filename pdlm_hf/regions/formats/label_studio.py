@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, quote
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 import numpy as np
 
@@ -12,18 +13,14 @@ from ...errors_pdlm import RegionError
 from ..rle import encode
 from .facts import LABEL, ImageFacts, base_name, matching
 from .geometry import ellipse, number, rectangle
+from .xml import xml_text
 
 _SIDES = ("original_width", "original_height")
 _MIN = {"annotator", "annotation_id"}  # what entries of JSON-MIN have
 _NAME = "file_name"  # in the data of a task that we wrote: the image, whatever its address
 _SHAPES = {"rle", "points", "radiusX", "width"}  # one of them is in the value of a result that has a shape
 _LENGTHS = (3, 4, 8, 16)  # bits for the length of a block of a brush mark
-CONFIG = f"""<View>
-  <Image name="image" value="$image" zoom="true"/>
-  <BrushLabels name="label" toName="image"><Label value="{LABEL}"/></BrushLabels>
-  <TextArea name="caption" toName="image" perRegion="true" editable="true" maxSubmissions="1" rows="3"/>
-</View>
-"""
+_OURS = "attribute "  # before the name of an attribute, in that of its tag
 
 
 def is_label_studio(data: Any) -> bool:
@@ -62,7 +59,8 @@ def from_label_studio(data: Any, name: str, image: ImageFacts) -> list[dict[str,
 
     Returns:
         regions with "id" (Label Studio's), "segmentation" or "bbox", and where they are there "category" (the label),
-        "caption" (the text of the region) and "score".
+        "caption" (the text of the region), "score", and "attributes": choices, and texts of tags that
+        [`label_studio_config`] names so, by name.
 
     Raises:
         RegionError: the file has no such image, it was annotated several times, states another size, or a result has
@@ -165,9 +163,19 @@ def _region(parts: list[dict], where: str, image: ImageFacts) -> dict[str, Any]:
               if key.endswith("labels") and isinstance(named, list) for label in named]  # fmt: skip
     if labels:
         found["category"] = labels[0]
-    texts = [given["text"] for given in values if isinstance(given.get("text"), (str, list))]
-    if texts:  # one for each time that a person has pressed Add
-        found["caption"] = texts[0] if isinstance(texts[0], str) else " ".join(map(str, texts[0]))
+    known = {}
+    for one, given in zip(parts, values, strict=True):
+        name, text, choices = str(one.get("from_name", "")), given.get("text"), given.get("choices")
+        if isinstance(choices, list) and name:
+            known[name.removeprefix(_OURS)] = ", ".join(map(str, choices))
+        elif isinstance(text, (str, list)):  # a list has one for each time that a person has pressed Add
+            text = text if isinstance(text, str) else " ".join(map(str, text))
+            if name.startswith(_OURS):
+                known[name.removeprefix(_OURS)] = text
+            else:
+                found.setdefault("caption", text)
+    if known := {name: text for name, text in known.items() if text.strip()}:
+        found["attributes"] = known
     if isinstance(part.get("score"), (int, float)):
         found["score"] = part["score"]
     return found
@@ -238,25 +246,60 @@ def _brush(code: list, where: str, image: ImageFacts) -> np.ndarray:
 # ---------------------------------------------------------------- written
 
 
-def label_studio_task(image: ImageFacts, regions: list[dict[str, Any]], address: str) -> dict[str, Any]:
-    """A task whose captions a person corrects: the regions are a prediction, which becomes an annotation when it is
-    submitted. The labelling interface of its project is [`CONFIG`].
+def label_studio_config(fields: dict[str, list[str]]) -> str:
+    """The labelling interface of a project with tasks of [`label_studio_task`]: brush marks, each with a text, its
+    caption, or with attributes.
+
+    Args:
+        fields (`dict[str, list[str]]`): the attributes with their choices; of a free text there are none.
+    """
+    view = Element("View")
+    SubElement(view, "Image", {"name": "image", "value": "$image", "zoom": "true"})
+    SubElement(SubElement(view, "BrushLabels", {"name": "label", "toName": "image"}), "Label", {"value": LABEL})
+    per_region = {"toName": "image", "perRegion": "true"}
+    text = {**per_region, "editable": "true", "maxSubmissions": "1"}
+    if not fields:
+        SubElement(view, "TextArea", {"name": "caption", **text, "rows": "3"})
+    for name, choices in fields.items():
+        part = SubElement(view, "View", {"visibleWhen": "region-selected"})
+        SubElement(part, "Header", {"value": xml_text(name), "size": "5"})
+        own = {"name": xml_text(_OURS + name)}
+        if choices:
+            listed = SubElement(part, "Choices", {**own, **per_region, "choice": "single-radio", "showInline": "true"})
+            for choice in choices:
+                SubElement(listed, "Choice", {"value": xml_text(choice)})
+        else:
+            SubElement(part, "TextArea", {**own, **text, "rows": "1"})
+    indent(view)
+    return tostring(view, "unicode") + "\n"
+
+
+def label_studio_task(
+    image: ImageFacts, regions: list[dict[str, Any]], address: str, fields: dict[str, list[str]]
+) -> dict[str, Any]:
+    """A task whose captions or attributes a person corrects: the regions are a prediction, which becomes an annotation
+    when it is submitted. The labelling interface of its project is that of [`label_studio_config`].
 
     Args:
         image (`ImageFacts`): the image.
-        regions (`list[dict]`): "id", "mask" (bool, `(H, W)`), "caption", "score".
+        regions (`list[dict]`): "id", "mask" (bool, `(H, W)`), "score", and "caption" or "attributes".
         address (`str`): what stands before the image's name in the address that Label Studio loads it from.
+        fields (`dict[str, list[str]]`): the attributes with their choices.
     """
     fixed = {"to_name": "image", "image_rotation": 0, **dict(zip(_SIDES, image.size, strict=True))}
     results = []
     for region in regions:
         own = {"id": str(region["id"]), "score": region["score"], **fixed}
         brush = {"format": "rle", "rle": brush_code(region["mask"]), "brushlabels": [LABEL]}
-        text = {"text": [region["caption"]]}
-        results += [
-            {**own, "type": "brushlabels", "from_name": "label", "value": brush},
-            {**own, "type": "textarea", "from_name": "caption", "value": text},
-        ]
+        results.append({**own, "type": "brushlabels", "from_name": "label", "value": brush})
+        if "caption" in region:
+            text = {"text": [region["caption"]]}
+            results.append({**own, "type": "textarea", "from_name": "caption", "value": text})
+        for name, text in region.get("attributes", {}).items():
+            kind, key = ("choices", "choices") if fields[name] else ("textarea", "text")
+            if text is not None:
+                value = {key: [xml_text(text)]}
+                results.append({**own, "type": kind, "from_name": xml_text(_OURS + name), "value": value})
     score = min(region["score"] for region in regions)
     return {
         "data": {"image": address + quote(image.name), _NAME: image.name},

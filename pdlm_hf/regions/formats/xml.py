@@ -1,5 +1,6 @@
 """Annotations in XML: the boxes of PASCAL VOC, and the polygons of LabelMe's older files."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,13 @@ from .geometry import number
 
 _VOC = ("xmin", "ymin", "xmax", "ymax")
 _FROM_ZERO = ("Unknown", "MyDatabase")  # as labelImg and Label Studio write as the source; corners from 0
+
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def xml_text(text: str) -> str:
+    """A text without the characters that XML does not have."""
+    return _NOT_XML.sub("", text)
 
 
 def read_xml(path: Path) -> Element:
