@@ -21,4 +21,4 @@ inputs = processor(images=image, segmentation_maps=masks)
 output = model.generate(**inputs)
 for caption in processor.post_process_region_captions(output)[0]:
     print(f"{caption.score:.2f}  {caption.text}")
-print(f"{output.num_forwards} forward passes for {len(masks)} captions")
+print(f"{len(masks)} captions, forward passes: {output.num_forwards}")

@@ -286,7 +286,10 @@ def convert(
         typer.Option(help="Label Studio: address of the images, before their names; default: its local files."),
     ] = None,
 ) -> None:
-    """Write captions for an annotation tool, in which a person corrects them; `pdlm-peft convert` reads them again."""
+    """Write captions or attributes for an annotation tool, in which a person corrects them.
+
+    `pdlm-peft convert` reads them again.
+    """
     from ..regions.exports import LOCAL_FILES, export_captions
     from ..render.text import pluralize
 
