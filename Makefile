@@ -40,6 +40,9 @@ AROUND = tests examples benchmarks docs constraints tools pyproject.toml mkdocs.
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
+# Python keeps what it has compiled, whatever the shell says: without it every process compiles torch and transformers
+# anew, which takes longer than most tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo install docs dist browser test environments test-core test-wheel test-vllm test-lmms test-full full-core full-vllm \
 	full-lmms full-shapes full-wheel test-newest test-kills test-peers vllm-signatures wheel constraints lint clean
