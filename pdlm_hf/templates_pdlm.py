@@ -16,6 +16,14 @@ from .errors_pdlm import SettingError
 _PLACE = re.compile(r"\{([^{}]*)\}")
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair, or a byte that was no text
 MOST_TOKENS = 32  # of a choice
+Choice = bool | int | str
+
+
+def text_of(choice: Choice) -> str:
+    """How a choice is written: booleans as yes and no, integers in digits."""
+    if isinstance(choice, bool):
+        return "yes" if choice else "no"
+    return choice.strip() if isinstance(choice, str) else str(choice)
 
 
 def default_template(names: Iterable[str]) -> str:

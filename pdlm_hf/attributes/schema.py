@@ -9,9 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors_pdlm import SettingError
-from ..templates_pdlm import Template
-
-Choice = bool | int | str
+from ..templates_pdlm import Choice, Template, text_of
 
 MOST_ATTRIBUTES, MOST_CHOICES, MOST_TOGETHER = 64, 1000, 4000  # of a schema, an attribute, and a schema again
 MOST_CHARACTERS = 200  # of a name or choice
@@ -185,13 +183,6 @@ class AttributeSchema(BaseModel):
     def lengths(self) -> dict[str, int]:
         """Tokens of every free text, at most."""
         return {name: attribute.max_tokens for name, attribute in self.attributes.items() if not attribute.choices}
-
-
-def text_of(choice: Choice) -> str:
-    """How a choice is written: booleans as yes and no, integers in digits."""
-    if isinstance(choice, bool):
-        return "yes" if choice else "no"
-    return choice.strip() if isinstance(choice, str) else str(choice)
 
 
 def _is_template(value: Any) -> bool:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ..attributes.schema import text_of
 from ..errors_pdlm import DataError, RegionError, SettingError
+from ..templates_pdlm import text_of
 from .files import replacing, write_json, write_json_lists
 from .formats.cvat import cvat_head, cvat_image, cvat_labels
 from .formats.facts import ImageFacts

@@ -21,7 +21,7 @@ def result_fault(row: dict[str, Any]) -> str | None:
         elif not is_sound(row[name]):
             return f"has {row[name]!r:.60} as `{name}`, expected {expected}"
     if not _are_read(row.get("attributes")):
-        return f"has {row['attributes']!r:.60} as `attributes`, expected values with their probabilities by name"
+        return f"has {row['attributes']!r:.60} as `attributes`, expected values by name"
     return None
 
 
@@ -77,7 +77,7 @@ def _are_read(values: Any) -> bool:
     return all(
         isinstance(one, dict)
         and isinstance(one.get("value", 0.5), (str, int, NoneType))
-        and _is_score(one.get("probability"))
+        and ("probability" not in one or _is_score(one["probability"]))
         and isinstance(one.get("probabilities"), (dict, NoneType))
         for one in read or []
     )

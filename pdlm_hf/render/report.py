@@ -159,5 +159,5 @@ def _page_images(images: Path, groups: list[list[dict]], unread: list[str], side
 def _page_region(row: dict[str, Any]) -> dict[str, Any]:
     """A region of the page; of each attribute the value and its probability."""
     read = row.get("attributes") or {}
-    attributes = {name: [own["value"], own["probability"]] for name, own in read.items()}
+    attributes = {name: [own["value"], own["probability"]] for name, own in read.items() if "probability" in own}
     return {"id": row["annotation_id"], "caption": row["caption"], "score": row["score"], "attributes": attributes}

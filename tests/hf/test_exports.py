@@ -220,9 +220,9 @@ def test_what_is_chosen_in_the_tools(rows):
         with pytest.raises(SettingError, match=f"{form} cannot have an attribute '{name}'; name it otherwise"):
             export_captions(rows, rows.with_name(FILES[form]), form)
     lines = rows.read_text()
-    for value in ([], {"a": 3}, {"a": {"value": 0.5, "probability": 1}}, {"a": {"value": "x"}}):
+    for value in ([], {"a": 3}, {"a": {"value": 0.5, "probability": 1}}, {"a": {"value": "x", "probability": 2}}):
         rows.write_text(json.dumps(json.loads(lines.splitlines()[0]) | {"attributes": value}) + "\n")
-        with pytest.raises(DataError, match="as `attributes`, expected values with their probabilities"):
+        with pytest.raises(DataError, match="as `attributes`, expected values by name"):
             export_captions(rows, rows.with_name("images.xml"), "cvat")
 
 
