@@ -73,13 +73,14 @@ def _is_rle(value: Any) -> bool:
 
 def _are_read(values: Any) -> bool:
     """Whether these are attributes as `pdlm batch --schema` writes them; None, of captions, is right too."""
-    read = values.values() if isinstance(values, dict) else None if values is None else [None]
+    if not isinstance(values, dict):
+        return values is None
     return all(
         isinstance(one, dict)
         and isinstance(one.get("value", 0.5), (str, int, NoneType))
         and ("probability" not in one or _is_score(one["probability"]))
         and isinstance(one.get("probabilities"), (dict, NoneType))
-        for one in read or []
+        for one in values.values()
     )
 
 
