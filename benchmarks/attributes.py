@@ -4,8 +4,8 @@
 
 Cases: the four attributes as one-token choices, in the default template, in each of two sentences and in both, in
 sentences that no training has seen, one after the other (`jointly`) and calibrated by a block without a region;
-choices of two tokens ("striped blue"); colours that no image has, beside those of the images ("dark blue"); images
-with dark colours.
+choices of two tokens ("striped blue"), also scored from the last token on; colours that no image has, beside those of
+the images ("dark blue"); images with dark colours; both also with probabilities normalised by the length of choices.
 """
 
 import json
@@ -22,6 +22,7 @@ from pdlm_hf.captioning.checkpoints import CHECKPOINT
 from pdlm_hf.shapes.evaluate import evaluate_attributes
 from pdlm_hf.shapes.scenes import PATTERNS, SHAPES_DOMAIN, WORDS, Domain, Figure
 from pdlm_hf.shapes.templates import DARK, DARK_DOMAIN
+from pdlm_hf.templates_pdlm import AttributePlan, Block, Read
 
 ONE = {name: list(values) for name, values in WORDS.items()}
 TWO = {
@@ -39,15 +40,45 @@ def in_pairs(figure: Figure) -> dict[str, str]:
     return {"look": f"{figure.texture} {figure.colour}", "kind": f"{figure.size} {figure.shape}"}
 
 
+def last_first(plan: AttributePlan) -> None:
+    """Change a plan: of choices of two tokens the last is read first, with the first open, and then the first."""
+    for blocks in plan.blocks({}):
+        trees = {block.reads[0].name: block for block in blocks if block.reads[0].is_first}
+        blocks.clear()
+        for name, root in trees.items():
+            at, lasts = root.reads[0].position, {}
+            for number, text in enumerate(plan.choices[name]):
+                first, last = plan.encode(f" {text}")
+                lasts.setdefault(last, {})[first] = number
+            blocks.append(
+                Block(root.tokens, [Read(name, at + 1, [*lasts], [[*own.values()] for own in lasts.values()])])
+            )
+            for last, firsts in lasts.items():
+                tokens = [*root.tokens[: at + 1], last, *root.tokens[at + 2 :]]
+                read = Read(name, at, [*firsts], [[number] for number in firsts.values()], is_first=False)
+                blocks.append(Block(tokens, [read]))
+
+
+def by_length(plan: AttributePlan, output: Any) -> None:
+    """Change what was read: probabilities to the power of one over the number of the choice's tokens."""
+    powers = {name: [1 / len(plan.encode(f" {text}")) for text in texts] for name, texts in plan.choices.items()}
+    for reading in (reading for image in output.readings for reading in image):
+        for name, values in reading.probabilities.items():
+            weights = [value**power for value, power in zip(values, powers[name], strict=True)]
+            reading.probabilities[name] = [weight / sum(weights) for weight in weights]
+
+
 @dataclass
 class Case:
-    """What to read, and how."""
+    """What to read, and how; `plan` and `output` change the blocks and what was read of them."""
 
     choices: dict[str, list[str]] = field(default_factory=lambda: ONE)
     templates: tuple[str, ...] = ()
     truth: Callable[[Figure], dict[str, str]] = vars
     domain: Domain = SHAPES_DOMAIN
     settings: dict[str, Any] = field(default_factory=dict)
+    plan: Callable[[AttributePlan], None] | None = None
+    output: Callable[[AttributePlan, Any], None] | None = None
 
 
 CASES = {
@@ -60,9 +91,38 @@ CASES = {
     "jointly": Case(settings={"jointly": True}),
     "calibrated": Case(settings={"calibrate": True}),
     "two tokens": Case(TWO, truth=in_pairs),
+    "two tokens, last first": Case(TWO, truth=in_pairs, plan=last_first),
     "dark colours offered": Case(WITH_DARK),
+    "dark colours offered, by length": Case(WITH_DARK, output=by_length),
     "dark colours drawn": Case(WITH_DARK, domain=DARK_DOMAIN),
+    "dark colours drawn, by length": Case(WITH_DARK, domain=DARK_DOMAIN, output=by_length),
 }
+
+
+class Changed:
+    """A model and its processor, whose plans and outputs a case changes."""
+
+    def __init__(self, case: Case, model: Any, processor: Any):
+        self.case, self.model, self.processor = case, model, processor
+        self.device = model.device
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Process images and masks."""
+        return self.processor(**inputs)
+
+    def attribute_plan(self, *args: Any, **kwargs: Any) -> AttributePlan:
+        """The processor's plan, changed."""
+        plan = self.processor.attribute_plan(*args, **kwargs)
+        if self.case.plan:
+            self.case.plan(plan)
+        return plan
+
+    def read_attributes(self, *, plan: AttributePlan, **inputs: Any) -> Any:
+        """What the model reads, changed."""
+        output = self.model.read_attributes(plan=plan, **inputs)
+        if self.case.output:
+            self.case.output(plan, output)
+        return output
 
 
 def main(
@@ -84,9 +144,10 @@ def main(
     results: dict[str, list[dict[str, Any]]] = {}
     for name in case or CASES:
         one = CASES[name]
+        changed = Changed(one, network, processor)
         for seed in seeds or [11, 12, 13]:
             row = evaluate_attributes(
-                *(network, processor, seed, images, batch_size, one.choices, one.truth, one.templates, one.domain),
+                *(changed, changed, seed, images, batch_size, one.choices, one.truth, one.templates, one.domain),
                 **one.settings,
             )
             results.setdefault(name, []).append(row)

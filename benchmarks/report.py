@@ -180,8 +180,11 @@ READ_AS = {
     "jointly": "the list, `jointly`",
     "calibrated": "the list, `calibrate`",
     "two tokens": "a list of two choices of two tokens",
+    "two tokens, last first": "the same, the last token first",
     "dark colours offered": "the list, beside colours that no image has",
-    "dark colours drawn": "the same, on images that have them",
+    "dark colours offered, by length": "the same, normalised by the number of tokens",
+    "dark colours drawn": "the list with these colours, on images that have them",
+    "dark colours drawn, by length": "the same, normalised by the number of tokens",
 }
 
 
