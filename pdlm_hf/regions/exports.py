@@ -10,7 +10,7 @@ from ..errors_pdlm import DataError, RegionError, SettingError
 from ..templates_pdlm import text_of
 from .files import replacing, write_json, write_json_lists
 from .formats.cvat import cvat_head, cvat_image, cvat_labels
-from .formats.facts import ImageFacts
+from .formats.facts import CAPTION, ImageFacts
 from .formats.fiftyone import DETECTION, fiftyone_sample
 from .formats.label_studio import label_studio_config, label_studio_task
 from .region import parse_region
@@ -18,9 +18,9 @@ from .results import image_rows
 
 LOCAL_FILES = "/data/local-files/?d="  # the address of images that Label Studio serves from its own disk
 
-# An image, its regions: "id", "mask", "bbox", "score", and "caption" or "attributes" (texts by name, None: unknown).
+# An image and its regions: "id", "mask", "bbox", "score", and "values", texts by name (None: unknown).
 _Images = Iterable[tuple[ImageFacts, list[dict[str, Any]]]]
-# Attributes by name, each with its choices; a free text has none.
+# What regions have values of, with its choices; free texts, of which the caption is one, have none.
 Fields = dict[str, list[str]]
 
 
@@ -58,29 +58,34 @@ def export_captions(
     groups = image_rows(rows, damaged=damaged)
     if not groups:
         raise DataError(f"{rows}: has no rows of `pdlm batch`.")
-    fields = _fields(groups)
-    if taken := [name for name in fields if _is_taken(name, form)]:
+    attributes = _attributes(groups)
+    if taken := [name for name in attributes if _is_taken(name, form)]:
         raise SettingError(
             f"{rows}: {form} cannot have an attribute {taken[0]!r:.60}; name it otherwise in the schema."
         )
-    files = write(_images(rows, groups), out, address, fields)
+    captions: Fields = {} if all(row.get("attributes") for group in groups for row in group) else {CAPTION: []}
+    files = write(_images(rows, groups), out, address, captions | attributes)
     return len(groups), sum(map(len, groups)), files
 
 
 def _is_taken(name: str, form: str) -> bool:
     """Whether a name cannot be that of an attribute, since it has a meaning of its own."""
-    if form == "fiftyone":
-        return name in DETECTION or name.startswith(("_", "$")) or "." in name
-    return form == "cvat" and name == "caption"
+    return name == CAPTION or (form == "fiftyone" and (name in DETECTION or name[:1] in "_$" or "." in name))
 
 
-def _fields(groups: list[list[dict[str, Any]]]) -> Fields:
+def _attributes(groups: list[list[dict[str, Any]]]) -> Fields:
     """The attributes of the rows with their choices, in the order of the schema."""
-    found: dict[str, dict[str, None]] = {}
+    found: dict[str, dict[str | None, None]] = {}
     for row in (row for group in groups for row in group):
         for name, read in (row.get("attributes") or {}).items():
-            found.setdefault(name, {}).update(dict.fromkeys(read.get("probabilities") or ()))
-    return {name: list(choices) for name, choices in found.items()}
+            choices = found.setdefault(name, {})
+            if read.get("probabilities"):
+                choices.update(dict.fromkeys([*read["probabilities"], _text(read["value"])]))
+    return {name: [choice for choice in choices if choice is not None] for name, choices in found.items()}
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else text_of(value)
 
 
 def _images(path: Path, groups: list[list[dict[str, Any]]]) -> _Images:
@@ -93,13 +98,10 @@ def _images(path: Path, groups: list[list[dict[str, Any]]]) -> _Images:
                 region = parse_region(row["segmentation"], width, height, row["annotation_id"])
             except RegionError as error:
                 raise DataError(f"{path}: {image.name}: {error}") from None
+            read = row.get("attributes") or {CAPTION: {"value": row["caption"]}}
+            values = {name: _text(one["value"]) for name, one in read.items()}
             own = {"id": region.id, "mask": region.mask, "bbox": region.bbox, "score": row["score"]}
-            if read := row.get("attributes"):
-                values = {name: one["value"] for name, one in read.items()}
-                own["attributes"] = {name: None if v is None else text_of(v) for name, v in values.items()}
-            else:
-                own["caption"] = row["caption"]
-            regions.append(own)
+            regions.append(own | {"values": values})
         yield image, regions
 
 

@@ -152,16 +152,16 @@ def test_the_mask_of_an_image_of_cvat(rows):
     assert '<attribute name="caption">two\nlines &amp; &lt;b&gt; "quoted"</attribute>' in text
 
 
-ATTRIBUTES = {"how big": ["small", "large & wide"], "caption": ["yes", "no"], "note": []}
+ATTRIBUTES = {"how big": ["small", "large & wide"], "wet": ["yes", "no"], "note": []}
 READ = [
-    {"how big": "large & wide", "caption": "yes", "note": 'a "red" one'},
-    {"how big": "small", "caption": "no", "note": None},
-    {"how big": None, "caption": "yes", "note": "x"},
-    {"how big": "small", "caption": None, "note": "y"},
+    {"how big": "large & wide", "wet": "yes", "note": 'a "red" one'},
+    {"how big": "small", "wet": "no", "note": None},
+    {"how big": None, "wet": "yes", "note": "x"},
+    {"how big": "small", "wet": None, "note": "y"},
 ]
 
 
-def with_attributes(rows, names):
+def with_attributes(rows, names=tuple(ATTRIBUTES)):
     """The rows as `pdlm batch --schema` writes them: the second attribute is a boolean, the third a free text."""
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     for k, line in enumerate(lines):
@@ -177,14 +177,12 @@ def with_attributes(rows, names):
 @pytest.mark.parametrize("form", FILES)
 def test_attributes_come_back(tmp_path, rows, form):
     """In place of the sentence that a row has as its caption; what is not known is not there."""
-    names = ["how big", "wet" if form != "label-studio" else "caption", "note"]
-    with_attributes(rows, names)
-    path, own = exported(rows, form), dict(zip(ATTRIBUTES, names, strict=True))
+    with_attributes(rows)
+    path = exported(rows, form)
     for name, first in (("b.png", 0), ("a street/1.png", 4)):
         for k, region in enumerate(read_region_file(path, name, WIDTH, HEIGHT)):
             assert "caption" not in region
-            known = {own[key]: text for key, text in READ[(first + k) % 4].items() if text is not None}
-            assert region["attributes"] == known
+            assert region["attributes"] == {n: text for n, text in READ[(first + k) % 4].items() if text is not None}
     source = path.parent if form == "fiftyone" else path
     if form == "label-studio":  # as if a person had submitted the predictions
         tasks = [task | {"annotations": task.pop("predictions")} for task in load_json(path)]
@@ -198,12 +196,12 @@ def test_attributes_come_back(tmp_path, rows, form):
         [r["attributes"] for r in row["regions"]] for row in RegionDataset(tmp_path / "corrected.jsonl", tmp_path)
     ]
     assert sorted(map(len, taught)) == [3, 4]
-    assert {"how big": "large & wide", own["caption"]: "yes", "note": 'a "red" one'} in sum(taught, [])
+    assert {"how big": "large & wide", "wet": "yes", "note": 'a "red" one'} in sum(taught, [])
 
 
 def test_what_is_chosen_in_the_tools(rows):
     """Choices, one of them for what is not known, a text where there are none; no caption."""
-    with_attributes(rows, ["how big", "wet", "note"])
+    with_attributes(rows)
     text = exported(rows, "cvat").read_text()
     labels = load_json(rows.with_name("images.labels.json"))[0]["attributes"]
     assert [(one["name"], one["input_type"], one["values"]) for one in labels] == [
@@ -215,7 +213,7 @@ def test_what_is_chosen_in_the_tools(rows):
     root = ElementTree.fromstring(exported(rows, "label-studio").with_suffix(".config.xml").read_text())
     assert [choice.get("value") for choice in root.iter("Choice")] == ["small", "large & wide", "yes", "no"]
     assert [area.get("name") for area in root.iter("TextArea")] == ["attribute note"]
-    for form, name in (("fiftyone", "mask"), ("fiftyone", "a.b"), ("cvat", "caption")):
+    for form, name in (("fiftyone", "mask"), ("fiftyone", "a.b"), ("cvat", "caption"), ("label-studio", "caption")):
         with_attributes(rows, ["how big", name, "note"])
         with pytest.raises(SettingError, match=f"{form} cannot have an attribute '{name}'; name it otherwise"):
             export_captions(rows, rows.with_name(FILES[form]), form)
@@ -224,6 +222,25 @@ def test_what_is_chosen_in_the_tools(rows):
         rows.write_text(json.dumps(json.loads(lines.splitlines()[0]) | {"attributes": value}) + "\n")
         with pytest.raises(DataError, match="as `attributes`, expected values by name"):
             export_captions(rows, rows.with_name("images.xml"), "cvat")
+
+
+def test_captions_beside_attributes_and_a_choice_that_the_model_did_not_have(rows):
+    """Where rows of two runs stand in one file, and a value was edited."""
+    with_attributes(rows)
+    first, second, *others = [json.loads(line) for line in rows.read_text().splitlines()]
+    first.pop("attributes")
+    second["attributes"]["how big"]["value"] = "huge"
+    rows.write_text("".join(json.dumps(line) + "\n" for line in (first, second, *others)))
+    for form, path in ((form, exported(rows, form)) for form in FILES):
+        found = read_region_file(path, "b.png", WIDTH, HEIGHT)
+        assert found[0]["caption"] == "a red kite" and "attributes" not in found[0], form
+        assert found[1]["attributes"] == {"how big": "huge", "wet": "no"} and "caption" not in found[1]
+    labels = load_json(rows.with_name("images.labels.json"))[0]["attributes"]
+    assert [one["name"] for one in labels] == ["caption", "how big", "wet", "note"]
+    assert labels[1]["values"] == ["__undefined__", "small", "large & wide", "huge"]
+    config = ElementTree.fromstring(rows.with_name("tasks.config.xml").read_text())
+    assert [area.get("name") for area in config.iter("TextArea")] == ["caption", "attribute note"]
+    assert "huge" in [choice.get("value") for choice in config.iter("Choice")]
 
 
 def test_attributes_that_a_person_wrote_otherwise(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...errors_pdlm import RegionError
 from ..rle import encode
-from .facts import LABEL, ImageFacts
+from .facts import CAPTION, LABEL, ImageFacts
 from .geometry import ellipse, number, pasted, rectangle
 from .xml import xml_text
 
@@ -78,8 +78,8 @@ def _cvat_regions(element: Element, where: str, image: ImageFacts) -> list[dict[
         place = f"{where}: {shape.tag} {len(found)}"
         region = {"id": len(found), "category": shape.get("label"), **_cvat_shape(shape, place, image)}
         texts = {one.get("name", ""): one.text or "" for one in shape.findall("attribute")}
-        if "caption" in texts:
-            region["caption"] = texts.pop("caption")
+        if CAPTION in texts:
+            region["caption"] = texts.pop(CAPTION)
         if known := {name: text for name, text in texts.items() if text.strip() and text != UNKNOWN}:
             region["attributes"] = known
         found.append(region)
@@ -121,14 +121,14 @@ def _attribute(element: Element, key: str, where: str) -> float:
 
 
 def cvat_labels(fields: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """The label of a task for [`cvat_image`], as CVAT's "Raw" tab takes it: a mask with a text, its caption, or with
-    attributes.
+    """The label of a task for [`cvat_image`], as CVAT's "Raw" tab takes it: a mask with attributes, of which the
+    caption is one.
 
     Args:
-        fields (`dict[str, list[str]]`): the attributes with their choices; of a free text there are none.
+        fields (`dict[str, list[str]]`): the attributes with their choices; a free text has none.
     """
     attributes = []
-    for name, choices in (fields or {"caption": []}).items():
+    for name, choices in fields.items():
         values = [UNKNOWN, *map(xml_text, choices)] if choices else [""]
         kind = {"input_type": "select" if choices else "text", "default_value": values[0], "values": values}
         attributes.append({"name": xml_text(name), "mutable": False, **kind})
@@ -158,7 +158,7 @@ def cvat_image(number: int, image: ImageFacts, regions: list[dict[str, Any]]) ->
     Args:
         number (`int`): its id in the file.
         image (`ImageFacts`): the image.
-        regions (`list[dict]`): "mask" (bool, `(H, W)`) and "caption" or "attributes".
+        regions (`list[dict]`): "mask" (bool, `(H, W)`) and "values", texts by the name of the attribute.
     """
     size = {"width": str(image.width), "height": str(image.height)}
     element = Element("image", {"id": str(number), "name": xml_text(image.name), **size})
@@ -171,7 +171,6 @@ def cvat_image(number: int, image: ImageFacts, regions: list[dict[str, Any]]) ->
         place = {"left": str(x), "top": str(y), "width": str(w), "height": str(h), "z_order": "0"}
         code = {"rle": ", ".join(map(str, runs.tolist()))}
         mask = SubElement(element, "mask", {"label": LABEL, "source": "auto", "occluded": "0", **code, **place})
-        texts = region.get("attributes") or {"caption": region["caption"]}
-        for name, text in texts.items():
+        for name, text in region["values"].items():
             SubElement(mask, "attribute", {"name": xml_text(name)}).text = UNKNOWN if text is None else xml_text(text)
     return element

@@ -11,6 +11,7 @@ from ...errors_pdlm import RegionError
 
 logger = logging.getLogger(__name__)
 LABEL = "region"  # of a region in the files that are written for other tools
+CAPTION = "caption"  # what these files call the caption of a region
 _said: set[str] = set()
 
 

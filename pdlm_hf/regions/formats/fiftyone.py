@@ -14,7 +14,7 @@ from PIL import Image
 
 from ...errors_pdlm import RegionError
 from ..rle import encode
-from .facts import LABEL, ImageFacts
+from .facts import CAPTION, LABEL, ImageFacts
 from .geometry import number, pasted
 
 FIELD = "regions"
@@ -23,7 +23,7 @@ _NAME = "file_name"  # of a sample that we wrote: the image below its folder; Fi
 _ATTRIBUTES = "attribute_names"  # of a sample that we wrote: which fields of its detections are attributes
 DETECTION = {  # fields that a detection has itself
     *("id", "_id", "_cls", "label", "bounding_box", "mask", "mask_path", "confidence", "index", "tags", "attributes"),
-    *("caption", "instance", "dynamic_attributes", "parent"),
+    *("instance", "dynamic_attributes", "parent"),
 }
 
 
@@ -170,8 +170,8 @@ def fiftyone_sample(image: ImageFacts, regions: list[dict[str, Any]]) -> dict[st
 
     Args:
         image (`ImageFacts`): the image.
-        regions (`list[dict]`): "mask" (bool, `(H, W)`), "bbox" (of the mask, in pixels), "score", and "caption" or
-            "attributes".
+        regions (`list[dict]`): "mask" (bool, `(H, W)`), "bbox" (of the mask, in pixels), "score", and "values", texts
+            by the name of the attribute, of which the caption is one.
     """
     detections = []
     for region in regions:
@@ -181,9 +181,8 @@ def fiftyone_sample(image: ImageFacts, regions: list[dict[str, Any]]) -> dict[st
         mask = {"base64": base64.b64encode(zlib.compress(buffer.getvalue())).decode(), "subType": "00"}
         box = [x / image.width, y / image.height, w / image.width, h / image.height]
         own = {"label": LABEL, "bounding_box": box, "mask": {"$binary": mask}, "confidence": region["score"]}
-        own |= region.get("attributes") or {"caption": region["caption"]}
-        detections.append({"_cls": "Detection", "tags": [], "attributes": {}, **own})
-    names = list(dict.fromkeys(name for region in regions for name in region.get("attributes", ())))
+        detections.append({"_cls": "Detection", "tags": [], "attributes": {}, **own, **region["values"]})
+    names = list(dict.fromkeys(name for region in regions for name in region["values"] if name != CAPTION))
     metadata = {"_cls": "ImageMetadata", "width": image.width, "height": image.height}
     return {
         "filepath": image.name,

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...errors_pdlm import RegionError
 from ..rle import encode
-from .facts import LABEL, ImageFacts, base_name, matching
+from .facts import CAPTION, LABEL, ImageFacts, base_name, matching
 from .geometry import ellipse, number, rectangle
 from .xml import xml_text
 
@@ -247,23 +247,24 @@ def _brush(code: list, where: str, image: ImageFacts) -> np.ndarray:
 
 
 def label_studio_config(fields: dict[str, list[str]]) -> str:
-    """The labelling interface of a project with tasks of [`label_studio_task`]: brush marks, each with a text, its
-    caption, or with attributes.
+    """The labelling interface of a project with tasks of [`label_studio_task`]: brush marks, each with a caption,
+    attributes, or both.
 
     Args:
-        fields (`dict[str, list[str]]`): the attributes with their choices; of a free text there are none.
+        fields (`dict[str, list[str]]`): "caption" and attributes with their choices; free texts have none.
     """
     view = Element("View")
     SubElement(view, "Image", {"name": "image", "value": "$image", "zoom": "true"})
     SubElement(SubElement(view, "BrushLabels", {"name": "label", "toName": "image"}), "Label", {"value": LABEL})
     per_region = {"toName": "image", "perRegion": "true"}
     text = {**per_region, "editable": "true", "maxSubmissions": "1"}
-    if not fields:
-        SubElement(view, "TextArea", {"name": "caption", **text, "rows": "3"})
     for name, choices in fields.items():
+        own = {"name": _tag(name)}
+        if name == CAPTION:
+            SubElement(view, "TextArea", {**own, **text, "rows": "3"})
+            continue
         part = SubElement(view, "View", {"visibleWhen": "region-selected"})
         SubElement(part, "Header", {"value": xml_text(name), "size": "5"})
-        own = {"name": xml_text(_OURS + name)}
         if choices:
             listed = SubElement(part, "Choices", {**own, **per_region, "choice": "single-radio", "showInline": "true"})
             for choice in choices:
@@ -274,6 +275,11 @@ def label_studio_config(fields: dict[str, list[str]]) -> str:
     return tostring(view, "unicode") + "\n"
 
 
+def _tag(name: str) -> str:
+    """The name of the tag of an attribute, or of the caption."""
+    return name if name == CAPTION else xml_text(_OURS + name)
+
+
 def label_studio_task(
     image: ImageFacts, regions: list[dict[str, Any]], address: str, fields: dict[str, list[str]]
 ) -> dict[str, Any]:
@@ -282,9 +288,9 @@ def label_studio_task(
 
     Args:
         image (`ImageFacts`): the image.
-        regions (`list[dict]`): "id", "mask" (bool, `(H, W)`), "score", and "caption" or "attributes".
+        regions (`list[dict]`): "id", "mask" (bool, `(H, W)`), "score", and "values", texts by name.
         address (`str`): what stands before the image's name in the address that Label Studio loads it from.
-        fields (`dict[str, list[str]]`): the attributes with their choices.
+        fields (`dict[str, list[str]]`): "caption" and attributes with their choices.
     """
     fixed = {"to_name": "image", "image_rotation": 0, **dict(zip(_SIDES, image.size, strict=True))}
     results = []
@@ -292,14 +298,12 @@ def label_studio_task(
         own = {"id": str(region["id"]), "score": region["score"], **fixed}
         brush = {"format": "rle", "rle": brush_code(region["mask"]), "brushlabels": [LABEL]}
         results.append({**own, "type": "brushlabels", "from_name": "label", "value": brush})
-        if "caption" in region:
-            text = {"text": [region["caption"]]}
-            results.append({**own, "type": "textarea", "from_name": "caption", "value": text})
-        for name, text in region.get("attributes", {}).items():
-            kind, key = ("choices", "choices") if fields[name] else ("textarea", "text")
+        for name, text in region["values"].items():
             if text is not None:
-                value = {key: [xml_text(text)]}
-                results.append({**own, "type": kind, "from_name": xml_text(_OURS + name), "value": value})
+                kind, value = (
+                    ("choices", {"choices": [xml_text(text)]}) if fields[name] else ("textarea", {"text": [text]})
+                )
+                results.append({**own, "type": kind, "from_name": _tag(name), "value": value})
     score = min(region["score"] for region in regions)
     return {
         "data": {"image": address + quote(image.name), _NAME: image.name},
