@@ -109,13 +109,18 @@ _RESULTS = [
     {"id": f"r{k}", "type": "rectanglelabels", **_SIDES, "value": {**value, "rotation": 0, "rectanglelabels": ["a"]}}
     for k, value in enumerate(_PERCENT)
 ]
+_RESULTS += [
+    {"id": "r0", "type": "choices", "from_name": "attribute colour", **_SIDES, "value": {"choices": ["red"]}},
+    {"id": "r1", "type": "textarea", "from_name": "attribute note", **_SIDES, "value": {"text": ["bent"]}},
+]
 STUDIO = [
     {"id": 5, "data": {"image": f"/data/upload/1/0a1b2c3d-{IMAGE}"}, "annotations": [{"id": 9, "result": _RESULTS}]}
 ]
 CVAT = (
     f'<?xml version="1.0" encoding="utf-8"?>\n<annotations><version>1.1</version>\n'
     f'<image id="0" name="{IMAGE}" width="{WIDTH}" height="{HEIGHT}">\n'
-    '<box label="a" xtl="4.00" ytl="6.00" xbr="24.00" ybr="16.00"/>\n'
+    '<box label="a" xtl="4.00" ytl="6.00" xbr="24.00" ybr="16.00">'
+    '<attribute name="caption">a kite</attribute><attribute name="colour">red</attribute></box>\n'
     '<polygon label="b" points="30.00,2.00;42.00,2.00;42.00,26.00;30.00,26.00"/>\n</image></annotations>\n'
 ).encode()
 _OBJECTS = "".join(
@@ -142,7 +147,8 @@ MIN = [
     {"id": 5, "image": IMAGE, "annotator": 1, "annotation_id": 9, "label": [{**_SIDES, **value} for value in _PERCENT]}
 ]
 
-_DETECTED = [{"mask": mask, "bbox": Region(0, mask).bbox, "caption": "a cat", "score": 0.5} for mask in MASKS]
+_VALUES = {"caption": "a cat", "colour": "red"}
+_DETECTED = [{"mask": mask, "bbox": Region(0, mask).bbox, "values": _VALUES, "score": 0.5} for mask in MASKS]
 FIFTYONE = {"samples": [fiftyone_sample(ImageFacts(IMAGE, WIDTH, HEIGHT), _DETECTED)]}
 
 
