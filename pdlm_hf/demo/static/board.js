@@ -10,7 +10,7 @@ const THIN = 60; // pixels; an image's shorter side is shown no smaller, and scr
 const PATIENCE = 2000; // milliseconds, after which no answer is waited for
 
 // Sends one action at a time, so that each finds what the one before it has changed. Returns the function to act with.
-function inOrder(send, watch) {
+function inOrder(send) {
   const waiting = [];
   let timer = null; // runs while an answer is awaited
   function next() {
@@ -18,8 +18,7 @@ function inOrder(send, watch) {
     timer = waiting.length ? setTimeout(next, PATIENCE) : null;
     if (timer) send(waiting.shift());
   }
-  watch("value", next);
-  window.addEventListener("pdlm-refused", next);
+  for (const event of ["pdlm-answered", "pdlm-refused"]) window.addEventListener(event, next);
   return (kind, more) => {
     const action = { kind, ...more }, last = waiting.at(-1);
     if (kind === "nudge" && last?.kind === kind && last.id === action.id && last.resize === action.resize) {
@@ -41,7 +40,7 @@ export function start(element, send, props, watch) {
     view: null, // what the server shows: image, size, regions
     said: null, // captions or drafts of its regions
     labels: null, // pixels with the number of their region
-    act: inOrder(send, watch),
+    act: inOrder(send),
     guide() {
       const count = board.view.regions.length, more = props.everything ? ", or find everything" : "";
       if (!count) return `Mark regions with a box or the brush${more}.`;
