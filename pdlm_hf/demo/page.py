@@ -88,7 +88,7 @@ def build_page(
             show_errors(handlers.act), session, [session, board, lanes, table], trigger_mode="multiple", **_QUICK
         )
         acting.failure(None, js="() => window.dispatchEvent(new Event('pdlm-refused'))")
-        acting.success(None, js="() => window.dispatchEvent(new Event('pdlm-answered'))")  # also if nothing has changed
+        acting.success(None, js="() => window.dispatchEvent(new Event('pdlm-answered'))")  # changed or not
         slow = _slow(backend)
         writing = press.click(
             show_errors_live(handlers.describe), [session, *controls], [session, board], show_progress_on=said, **slow
