@@ -7,7 +7,6 @@ to their final place, and stay there for the passes over the canvas alone.
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +16,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
-from .kernels_pdlm import add_norm, region_attention, rotate_and_place, silu_gate
+from .kernels_pdlm import (
+    Fp8Rows,
+    add_norm,
+    add_norm_fp8,
+    quantise_rows,
+    region_attention,
+    rotate_and_place,
+    silu_gate,
+    silu_gate_fp8,
+)
+from .linear_pdlm import Together
 from .masking_pdlm import SHARED
 
 # An `attn_implementation` that asks for the kernels; where they cannot be used it is sdpa.
@@ -58,65 +67,6 @@ def why_not(network) -> str | None:
             if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
                 return f"{kind.__name__} has hooks"
     return None
-
-
-def merge_weights(modules: list[nn.Module]) -> torch.Tensor | None:
-    """One matrix of the weights of several linear layers, which become views of it: there is one copy of the weights.
-
-    Args:
-        modules (`list[nn.Module]`): layers with the same input.
-
-    Returns:
-        `torch.Tensor` of shape `(sum of the outputs, inputs)`; None where one of them is no plain linear layer
-        (adapters, quantised weights, biases, hooks).
-    """
-    if not all(_is_plain(module) for module in modules):
-        return None
-    weights: list[Any] = [module.weight for module in modules]
-    first = weights[0]
-    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
-    for weight in weights:
-        if weight.untyped_storage().data_ptr() != storage or weight.storage_offset() != offset:
-            break
-        offset += weight.numel()
-    else:
-        size = (sum(len(weight) for weight in weights), first.shape[1])
-        return first.detach().as_strided(size, first.stride(), first.storage_offset())
-    with torch.inference_mode(False):  # the weights may be trained later
-        merged = torch.cat([weight.detach() for weight in weights])
-        for weight, part in zip(weights, merged.split([len(weight) for weight in weights]), strict=True):
-            weight.data = part
-    return merged
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Linear
-        and module.bias is None
-        and type(module.weight) is nn.Parameter
-        and type(module.weight.data) is torch.Tensor
-        and module.weight.is_contiguous()
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not hasattr(module, "_hf_hook")
-    )
-
-
-class Together:
-    """Several layers with the same input, as one product where they are plain.
-
-    Args:
-        modules (`list[nn.Module]`)
-    """
-
-    def __init__(self, *modules: nn.Module):
-        self.modules, self.weight = modules, merge_weights(list(modules))
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Their outputs beside each other, `(..., sum of the outputs)`."""
-        if self.weight is not None:
-            return F.linear(states, self.weight)
-        return torch.cat([module(states) for module in self.modules], -1)
 
 
 class CanvasCache:
@@ -169,7 +119,9 @@ class FusedNetwork:
             (
                 layer,
                 Together(*(getattr(layer.self_attn, f"{name}_proj") for name in "qkv")),
+                Together(layer.self_attn.o_proj),
                 Together(layer.mlp.gate_proj, layer.mlp.up_proj),
+                Together(layer.mlp.down_proj),
             )
             for layer in network.layers
         ]
@@ -199,18 +151,21 @@ class FusedNetwork:
         places = cache.places[cache.room - prompt :]
         cos, sin = (angles.expand(rows, -1, -1).contiguous() for angles in self.network.rotary_emb(embeds, positions))
         states, update = embeds.reshape(rows * length, hidden_size).clone(), None
-        for number, (layer, inputs, gates) in enumerate(self.layers):
-            hidden = _norm(layer.input_layernorm, states, update)
+        for number, (layer, inputs, outputs, gates, down) in enumerate(self.layers):
+            hidden = _norm_for(inputs, layer.input_layernorm, states, update)
             heads = inputs(hidden).view(rows, length, -1, cos.shape[-1])
             rotate_and_place(heads, cos, sin, places, *cache.layers[number])
             last = number == len(self.layers) - 1
             out = self._attend(layer.self_attn, heads, cache, prompt, isolated, real, last)
             if last and prompt:  # only the canvas goes on
                 states = states.view(rows, length, hidden_size)[:, prompt:].reshape(-1, hidden_size)
-            update = layer.self_attn.o_proj(out.view(len(states), -1))
-            hidden = _norm(layer.post_attention_layernorm, states, update)
-            update = layer.mlp.down_proj(silu_gate(gates(hidden)))
-        return _norm(self.network.norm, states, update).view(rows, -1, hidden_size)
+            out = out.view(len(states), -1)
+            update = outputs(out if outputs.fp8 is None else quantise_rows(out))
+            hidden = _norm_for(gates, layer.post_attention_layernorm, states, update)
+            gate = silu_gate if down.fp8 is None else silu_gate_fp8
+            update = down(gate(gates(hidden)))
+        norm = self.network.norm
+        return add_norm(states, update, norm.weight, norm.variance_epsilon).view(rows, -1, hidden_size)
 
     def _attend(self, attention, heads, cache: CanvasCache, prompt: int, isolated: bool, real, last: bool):
         """Attention of the canvas, behind that of the prompts but for the last layer."""
@@ -232,5 +187,7 @@ class FusedNetwork:
         return torch.cat([first.transpose(1, 2), out], 1)
 
 
-def _norm(norm, states: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
-    return add_norm(states, update, norm.weight, norm.variance_epsilon)
+def _norm_for(product: Together, norm, states: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor | Fp8Rows:
+    """The input of a product."""
+    add = add_norm if product.fp8 is None else add_norm_fp8
+    return add(states, update, norm.weight, norm.variance_epsilon)

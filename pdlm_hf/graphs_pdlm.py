@@ -130,7 +130,8 @@ class CanvasGraphs:
 
     def _weights(self) -> int:
         """Key of a captured graph: the addresses of the weights, and the active adapters."""
-        weights = [parameter.data_ptr() for parameter in self.language_model.parameters()]
+        # weights of torchao have no address of their own
+        weights = [getattr(each, "qdata", each).data_ptr() for each in self.language_model.parameters()]
         adapters = [
             (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))
             for module in self.language_model.modules()

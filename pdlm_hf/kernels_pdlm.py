@@ -7,6 +7,7 @@ Without Triton the module can be imported, and [`HAS_TRITON`] is False.
 """
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +24,21 @@ QUERIES = 64  # at most, of one program
 WARPS = 4
 MAX_PARTS = 16  # of the shared keys
 MAX_ROW_BYTES = 512  # of a key: heads of 256 in half precision
-HEADS = 8  # whose rotation a program computes
+HEADS = 8  # whose rotation, or joined attention, a program computes
 LOG2E = 1.4426950408889634
+FP8 = torch.float8_e4m3fn
+
+
+class Fp8Rows(NamedTuple):
+    """A matrix in FP8 with a scale for each row.
+
+    Args:
+        data (`torch.Tensor` of shape `(rows, columns)`): float8_e4m3fn.
+        scale (`torch.FloatTensor` of shape `(rows, 1)`): factor for its row.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
 
 
 def _jit(function):
@@ -42,8 +56,47 @@ def interpreted() -> bool:
 
 
 @_jit
-def _norm(states, update, weight, out, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * size
+def _store_fp8(out, scales, row, size, column, inside, x):
+    """A row in FP8, and its scale, which is rounded to the type of `x` as torchao does."""
+    wide = x.to(tl.float32)
+    scale = (tl.max(tl.abs(wide), 0) / 448.0).to(x.dtype).to(tl.float32)
+    scale = tl.where(scale > 0, scale, 1.0)
+    tl.store(scales + row, scale)
+    tl.store(out + row * size + column, tl.clamp(wide / scale, -448.0, 448.0).to(out.dtype.element_ty), inside)
+
+
+@_jit
+def _quantise(states, out, scales, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < size
+    _store_fp8(out, scales, row, size, column, inside, tl.load(states + row * size + column, inside, 0.0))
+
+
+def _empty_fp8(like: torch.Tensor, rows: int, size: int) -> Fp8Rows:
+    dtype = torch.float32 if interpreted() else FP8  # the interpreter rounds to FP8 wrongly
+    return Fp8Rows(like.new_empty(rows, size, dtype=dtype), like.new_empty(rows, 1, dtype=torch.float32))
+
+
+def quantise_rows(states: torch.Tensor) -> Fp8Rows:
+    """A matrix in FP8; each row is scaled to the whole range.
+
+    Args:
+        states (`torch.Tensor` of shape `(rows, size)`): contiguous.
+    """
+    rows, size = states.shape
+    out = _empty_fp8(states, rows, size)
+    _quantise[(rows,)](states, *out, size, _block(size), num_warps=8)
+    return Fp8Rows(out.data.to(FP8), out.scale)
+
+
+@_jit
+def _norm(
+    states, update, weight, out, scales, size, eps,
+    ADD: tl.constexpr, IN_FP8: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0).to(tl.int64)
+    row = number * size
     column = tl.arange(0, BLOCK)
     inside = column < size
     x = tl.load(states + row + column, inside, 0.0)
@@ -53,8 +106,11 @@ def _norm(states, update, weight, out, size, eps, ADD: tl.constexpr, BLOCK: tl.c
     wide = x.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / size + eps)
     normed = (wide * scale).to(x.dtype).to(tl.float32)
-    scaled = tl.load(weight + column, inside, 0.0).to(tl.float32) * normed
-    tl.store(out + row + column, scaled.to(x.dtype), inside)
+    scaled = (tl.load(weight + column, inside, 0.0).to(tl.float32) * normed).to(x.dtype)
+    if IN_FP8:
+        _store_fp8(out, scales, number, size, column, inside, scaled)
+    else:
+        tl.store(out + row + column, scaled, inside)
 
 
 def add_norm(states: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -68,14 +124,26 @@ def add_norm(states: torch.Tensor, update: torch.Tensor | None, weight: torch.Te
         `torch.Tensor` of the shape of `states`.
     """
     out = torch.empty_like(states)
-    rows, size = states.shape
-    add = update is not None
-    _norm[(rows,)](states, update if add else states, weight, out, size, eps, add, _block(size), num_warps=8)
+    _launch_norm(states, update, weight, out, out, eps, False)
     return out
 
 
+def add_norm_fp8(states: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Fp8Rows:
+    """The same as [`add_norm`], in FP8."""
+    out = _empty_fp8(states, *states.shape)
+    _launch_norm(states, update, weight, *out, eps, True)
+    return Fp8Rows(out.data.to(FP8), out.scale)
+
+
+def _launch_norm(states, update, weight, out, scales, eps, in_fp8: bool) -> None:
+    rows, size = states.shape
+    add = update is not None
+    pointers = (states, update if add else states, weight, out, scales)
+    _norm[(rows,)](*pointers, size, eps, add, in_fp8, _block(size), num_warps=8)
+
+
 @_jit
-def _gate(both, out, size, BLOCK: tl.constexpr):
+def _gate(both, out, scales, size, IN_FP8: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
@@ -83,7 +151,11 @@ def _gate(both, out, size, BLOCK: tl.constexpr):
     up = tl.load(both + row * 2 * size + size + column, inside, 0.0)
     wide = gate.to(tl.float32)
     active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    tl.store(out + row * size + column, (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), inside)
+    gated = (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+    if IN_FP8:
+        _store_fp8(out, scales, row, size, column, inside, gated)
+    else:
+        tl.store(out + row * size + column, gated, inside)
 
 
 def silu_gate(both: torch.Tensor) -> torch.Tensor:
@@ -98,8 +170,16 @@ def silu_gate(both: torch.Tensor) -> torch.Tensor:
     rows, size = both.shape[0], both.shape[1] // 2
     out = both.new_empty(rows, size)
     block = min(1024, _block(size))
-    _gate[(rows, triton.cdiv(size, block))](both, out, size, block, num_warps=4)
+    _gate[(rows, triton.cdiv(size, block))](both, out, out, size, False, block, num_warps=4)
     return out
+
+
+def silu_gate_fp8(both: torch.Tensor) -> Fp8Rows:
+    """The same as [`silu_gate`], in FP8."""
+    rows, size = both.shape[0], both.shape[1] // 2
+    out = _empty_fp8(both, rows, size)
+    _gate[(rows, 1)](both, *out, size, True, _block(size), num_warps=16)
+    return Fp8Rows(out.data.to(FP8), out.scale)
 
 
 @_jit
@@ -247,7 +327,7 @@ def _join(
     parts, sums, out, heads,
     SPLITS: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    head, dim = tl.arange(0, HEADS), tl.arange(0, DIM)
+    head, dim = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, DIM)
     place = tl.program_id(0).to(tl.int64) * heads + head
     step = tl.num_programs(0).to(tl.int64) * heads
     there = head < heads
@@ -320,7 +400,8 @@ def region_attention(
         group, splits, size, dim, tile, step, interpreted(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    _join[(rows * length,)](parts, sums, out, heads, splits, size, _block(heads), dim, num_warps=8)
+    at_once = min(HEADS, _block(heads))
+    _join[(rows * length, triton.cdiv(heads, at_once))](parts, sums, out, heads, splits, size, at_once, dim)
     return out
 
 

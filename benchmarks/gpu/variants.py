@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pdlm_hf.bench.decode import FEW_STEPS
 from pdlm_hf.versions_pdlm import CHECKPOINTING
 
 from .passes import REGIONS, canvas_of, share, step
@@ -32,19 +33,31 @@ def fp8(run: Run) -> None:
         quantize_,
     )
 
+    bench, cuda = run.bench, run.device.type == "cuda"
     before = _drafts(run)
-    step(run, CAPTURABLE, ((REGIONS, 1),), "bfloat16: ")
-    cuda = run.device.type == "cuda"
+    reference = run.milliseconds(lambda: bench.reference(REGIONS, run.slots, run.slots), 1, 1)
+    run.put("reference", {"ms": reference})
+    step(run, CAPTURABLE, ((REGIONS, 1), (4, 1)), "bfloat16: ")
+    _decodes(run, "bfloat16", reference)
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()) if cuda else Float8WeightOnlyConfig()
     start = time.perf_counter()
-    quantize_(run.bench.model.model.language_model, config)
+    quantize_(bench.model.model.language_model, config)
     run.synchronise()
     row = {"seconds": round(time.perf_counter() - start, 1), "same_drafts": share(_drafts(run), before)}
     run.release()
     if cuda:
         row["weights_gb"] = gigabytes(torch.cuda.memory_allocated())
     run.put("quantising", row)
-    step(run, CAPTURABLE, ((REGIONS, 1), (REGIONS, 8)), "FP8: ")
+    step(run, CAPTURABLE, ((REGIONS, 1), (4, 1), (REGIONS, 8)), "FP8: ")
+    _decodes(run, "FP8", reference)
+
+
+def _decodes(run: Run, weights: str, reference: float) -> None:
+    """Decodes of one image as `generate` chooses, beside the reference's loop with weights in bfloat16."""
+    for loop, steps, interval in (("exact", run.slots, 1), *(("cached", n, 0) for n in (run.slots, *FEW_STEPS))):
+        name = f"{weights}, {loop}, {steps} steps"
+        ms = run.milliseconds(lambda n=steps, i=interval: run.bench.ours(REGIONS, 1, run.slots, n, i), 3, 1)
+        run.put(name, {"ms": ms, "ratio_to_reference": round(reference / ms, 2)})
 
 
 def _drafts(run: Run) -> torch.Tensor:

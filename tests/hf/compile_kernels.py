@@ -15,15 +15,21 @@ POINTERS = {
     "dtype": "states update weight out both cos sin keys values queries",
     "*i32": "columns starts rois",
     "*i8": "flags",
-    "*fp32": "parts sums",
+    "*fp32": "parts sums scales",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()} | {"eps": "fp32", "scale": "fp32"}
 # kernel, constants, warps and stages of a program
 KERNELS = {
-    "_norm": ({"ADD": True, "BLOCK": 4096}, 8, 3),
-    "_gate": ({"BLOCK": 1024}, 4, 3),
+    "_norm": ({"ADD": True, "IN_FP8": False, "BLOCK": 4096}, 8, 3),
+    "_gate": ({"IN_FP8": False, "BLOCK": 1024}, 4, 3),
     "_place": ({"HEADS": 8, "HALF": 64}, 4, 3),
-    "_join": ({"SPLITS": 4, "SIZE": 128, "HEADS": 32, "DIM": 128}, 8, 3),
+    "_join": ({"SPLITS": 4, "SIZE": 128, "HEADS": 8, "DIM": 128}, 4, 3),
+}
+
+FP8 = {
+    "_norm": ({"ADD": True, "IN_FP8": True, "BLOCK": 4096}, 8, 3),
+    "_gate": ({"IN_FP8": True, "BLOCK": 16384}, 16, 3),
+    "_quantise": ({"BLOCK": 4096}, 8, 3),
 }
 
 
@@ -35,11 +41,15 @@ def attention(dtype: str, size: int) -> tuple[dict, int, int]:
     return constants, warps, stages
 
 
-def compiled(name: str, constants: dict, warps: int, stages: int, dtype: str = "bf16", capability: int = 90) -> dict:
+def compiled(
+    name: str, constants: dict, warps: int, stages: int, dtype: str = "bf16", capability: int = 90, out: str = "dtype"
+) -> dict:
     """Compile one, and say what it takes."""
     function = getattr(kernels, name)
     names = list(inspect.signature(function.fn).parameters)
-    types = TYPES if name == "_place" else {**TYPES, "columns": "i32"}  # a number of them elsewhere
+    types = {**TYPES, "out": out}
+    if name != "_place":
+        types["columns"] = "i32"  # a number of them
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     signature = {name: f"*{dtype}" if kind == "dtype" else kind for name, kind in signature.items()}
     source = ASTSource(
@@ -54,6 +64,8 @@ def compiled(name: str, constants: dict, warps: int, stages: int, dtype: str = "
 
 
 found = {name: compiled(name, *sizes) for name, sizes in KERNELS.items()}
+for name, sizes in FP8.items():
+    found[name if name == "_quantise" else f"{name}, FP8"] = compiled(name, *sizes, out="*fp8e4nv")
 found["_attend"] = compiled("_attend", *attention("bf16", 128))
 for dtype, size in (("bf16", 128), ("bf16", 256), ("fp32", 128)):
     found[f"small GPU, {dtype}, {size}"] = compiled("_attend", *attention(dtype, size), dtype, 89)

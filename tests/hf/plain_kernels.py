@@ -1,14 +1,19 @@
 """What kernels compute, in torch: on a CPU a thousand programs a pass take Triton's interpreter a minute."""
 
 import torch
+from float8 import quantised
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from pdlm_hf.kernels_pdlm import Fp8Rows
 
 
 def use(monkeypatch) -> None:
     """Let forward passes call these, unless there is a GPU."""
     if not torch.cuda.is_available():
-        for function in (add_norm, silu_gate, rotate_and_place, region_attention):
+        for function in (
+            add_norm, add_norm_fp8, silu_gate, silu_gate_fp8, quantise_rows, rotate_and_place, region_attention,
+        ):  # fmt: skip
             monkeypatch.setattr(f"pdlm_hf.fused_pdlm.{function.__name__}", function)
 
 
@@ -21,6 +26,18 @@ def add_norm(states, update, weight, eps):
 def silu_gate(both):
     gate, up = both.chunk(2, -1)
     return F.silu(gate) * up
+
+
+def quantise_rows(states):
+    return Fp8Rows(*quantised(states))
+
+
+def add_norm_fp8(states, update, weight, eps):
+    return quantise_rows(add_norm(states, update, weight, eps))
+
+
+def silu_gate_fp8(both):
+    return quantise_rows(silu_gate(both))
 
 
 def rotate_and_place(states, cos, sin, columns, keys, values):

@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 
+import float8
 import plain_kernels
 import pytest
 import torch
@@ -15,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers import AutoModelForImageTextToText
 
 from pdlm_hf.canvas_path_pdlm import CanvasPath
-from pdlm_hf.fused_pdlm import NAME, CanvasCache, FusedNetwork, Together, merge_weights, why_not
+from pdlm_hf.fused_pdlm import NAME, CanvasCache, FusedNetwork, why_not
 from pdlm_hf.graphs_pdlm import MAX_SHAPES, MAX_TRIES, WIDTH_MULTIPLE, CanvasGraphs, FusedPasses
+from pdlm_hf.linear_pdlm import Together, merge_fp8_weights, merge_weights
 
 SETTINGS = {"max_new_tokens": 4, "max_denoising_steps": 3, "prefix_refresh_interval": 0}
 RULES = [
@@ -154,6 +156,51 @@ def test_adapters_are_applied(network, inputs, request):
     with adapted.disable_adapter():
         output = adapted.generate(**inputs, **settings)
     torch.testing.assert_close(output.history[0].probability, without.history[0].probability, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_in_fp8(network, inputs, request):
+    """Put together they are views, and their inputs are quantised by the kernels before them."""
+    language_model = network.model.language_model
+    float8.quantise(language_model)
+    settings = {**SETTINGS, "output_history": True}
+    expected = network.generate(**inputs, **settings)
+    request.getfixturevalue("by_kernels")
+    output = network.generate(**inputs, **settings)
+    # a number at the border of two roundings falls to the other, and that is an eighth of it
+    assert (output.region_tokens == expected.region_tokens).float().mean() > 0.9
+    torch.testing.assert_close(output.history[0].probability, expected.history[0].probability, atol=0.02, rtol=0)
+    attention, (_, inside, out, gates, down) = (
+        language_model.layers[0].self_attn,
+        FusedNetwork(language_model).layers[0],
+    )
+    assert all(each.fp8 is not None and each.weight is None for each in (inside, out, gates, down))
+    assert inside.fp8.data.data_ptr() == attention.q_proj.weight.qdata.data_ptr()
+    assert inside.fp8.data.shape[0] == sum(getattr(attention, f"{name}_proj").out_features for name in "qkv")
+    again = merge_fp8_weights([attention.q_proj, attention.k_proj, attention.v_proj])
+    assert again.data.data_ptr() == inside.fp8.data.data_ptr() and torch.equal(again.scale, inside.fp8.scale)
+    key = network.canvas_graphs()._weights()
+    attention.q_proj.weight.qdata = attention.q_proj.weight.qdata.clone()
+    assert network.canvas_graphs()._weights() != key
+
+
+def test_fp8_that_is_computed_otherwise_is_called():
+    """Inputs that stay as they are, are scaled as a whole or bounded: such layers are not ours to compute."""
+    states = torch.randn(3, 32)
+    for change in (
+        lambda weight: setattr(weight, "act_quant_kwargs", None),
+        lambda weight: setattr(weight.act_quant_kwargs, "hp_value_ub", 10.0),
+        lambda weight: setattr(weight.act_quant_kwargs, "granularity", object()),
+        lambda weight: setattr(weight, "scale", weight.scale[:1, 0]),
+    ):
+        layers = nn.ModuleList([nn.Linear(32, 16, bias=False), nn.Linear(32, 48, bias=False)])
+        float8.quantise(layers)
+        apart = torch.cat([layer(states) for layer in layers], -1)
+        assert torch.equal(Together(*layers)(plain_kernels.quantise_rows(states)), apart)
+        change(layers[1].weight)
+        together = Together(*layers)
+        assert together.fp8 is None and together.weight is None
+        with pytest.raises(TypeError, match="the weights are not"):
+            together(plain_kernels.quantise_rows(states))
 
 
 def test_layers_of_another_kind_are_left_alone(network):
@@ -304,6 +351,22 @@ def test_on_a_gpu(processor, inputs, dtype, prefix):
         )
         if dtype == torch.float32:
             assert torch.equal(output.region_tokens, expected.region_tokens)
+    ((_, passes),) = network.canvas_graphs().passes.items()
+    assert passes.graph is not None and not passes.failures
+
+
+@on_a_gpu
+def test_fp8_on_a_gpu(processor, inputs):
+    """Kernels, and captured, beside layers that quantise their inputs by themselves."""
+    network = lively_model(processor, "isolated").to("cuda", torch.bfloat16)
+    float8.quantise(network.model.language_model)
+    batch, settings = inputs.to("cuda"), {**SETTINGS, "output_history": True}
+    network.set_attn_implementation({"text_config": "sdpa"})
+    expected = network.generate(**batch, **settings).history[0].probability
+    network.set_attn_implementation({"text_config": NAME})
+    for graphs in (False, None, None):
+        found = network.generate(**batch, **settings, cuda_graphs=graphs).history[0].probability
+        torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
     ((_, passes),) = network.canvas_graphs().passes.items()
     assert passes.graph is not None and not passes.failures
 

@@ -16,7 +16,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from pdlm_hf import masking_pdlm as masking
 from pdlm_hf.canvas_path_pdlm import CanvasPath
 from pdlm_hf.fused_pdlm import CanvasCache, FusedNetwork
-from pdlm_hf.kernels_pdlm import add_norm, region_attention, rotate_and_place, silu_gate
+from pdlm_hf.kernels_pdlm import (
+    add_norm,
+    add_norm_fp8,
+    quantise_rows,
+    region_attention,
+    rotate_and_place,
+    silu_gate,
+    silu_gate_fp8,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -58,6 +66,33 @@ def test_norm_of_a_sum(draw, dtype, size):
 def test_gate(draw, dtype, size):
     both = draw(3, 2 * size, dtype=dtype)
     close(silu_gate(both), F.silu(both[:, :size]) * both[:, size:])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("size", [96, 128, 1504])
+def test_rows_in_fp8(draw, dtype, size):
+    """By themselves, of a norm and of a gate: as torchao rounds inputs."""
+    states = draw(5, size, dtype=dtype) * torch.tensor([[1e-4], [1], [3], [50], [400]], device=DEVICE, dtype=dtype)
+    update, weight, both = (draw(*shape, dtype=dtype) for shape in ((5, size), (size,), (5, 2 * size)))
+    total = states + update
+    quantise_rows_of = plain_kernels.quantise_rows
+    in_fp8(quantise_rows(states), quantise_rows_of(states))
+    in_fp8(add_norm_fp8(states, update, weight, 1e-5), quantise_rows_of(add_norm(total, None, weight, 1e-5)))
+    close(states, total)
+    in_fp8(silu_gate_fp8(both), quantise_rows_of(silu_gate(both)))
+
+
+def in_fp8(found, expected) -> None:
+    """The same scales and numbers, but for rounding, which the interpreter does by cutting bfloat16 off."""
+    torch.testing.assert_close(found.scale, expected.scale, rtol=CLOSE[torch.bfloat16], atol=0)
+    ours, theirs = found.data.float(), expected.data.float()
+    torch.testing.assert_close(ours, theirs, rtol=0.15, atol=0.04)  # the next number is at most an eighth away
+    assert (ours == theirs).float().mean() > 0.9
+
+
+def test_rows_of_zeros_in_fp8(draw):
+    rows = quantise_rows(torch.zeros(2, 32, device=DEVICE))
+    assert torch.equal(rows.data.float(), torch.zeros(2, 32, device=DEVICE)) and rows.scale.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -180,7 +215,8 @@ def test_kernels_compile_for_gpus():
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     small = [found.pop(name) for name in list(found) if name.startswith("small GPU")]
-    assert set(found) == {"_norm", "_gate", "_place", "_attend", "_join"} and len(small) == 3
+    plain = {"_norm", "_gate", "_place", "_attend", "_join"}
+    assert set(found) == plain | {"_norm, FP8", "_gate, FP8", "_quantise"} and len(small) == 3
     assert {name for name, kernel in found.items() if kernel["tensor_cores"]} == {"_attend"}
     assert all(kernel["shared_bytes"] <= 227 * 1024 for kernel in found.values())
     assert all(kernel["shared_bytes"] <= 99 * 1024 for kernel in small)
