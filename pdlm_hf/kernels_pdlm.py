@@ -253,7 +253,8 @@ def _fold(
     seen = within & (tl.load(flags + place, within & (own == 0), 1) != 0)
     column = place + tl.where(place < own, near, far)
     at = (column.to(tl.int64) * SIZE)[:, None] + dim[None]
-    inside = seen[:, None] & (dim < SIZE)[None]
+    # Unseen ones are loaded too: loads that wait for the flags could not be begun before they are needed.
+    inside = within[:, None] & (dim < SIZE)[None]
     k = tl.load(keys + at, inside, 0.0)
     v = tl.load(values + at, inside, 0.0)
     if INTERPRETED:  # it has no products in bfloat16

@@ -23,7 +23,7 @@ FLAT_FILES = [
     f"{name}_pdlm.py"
     for name in (
         "adapters attributes batching caching canvas_path canvas captions chat_denoising configuration conversion "
-        "denoising diffusion errors fused generation_config generation graphs image_processing kernels masking "
+        "denoising diffusion errors fused generation_config generation graphs image_processing kernels linear masking "
         "modeling processing prompts readings templates tiling versions vision"
     ).split()
 ]
