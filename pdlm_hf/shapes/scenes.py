@@ -96,6 +96,7 @@ class Domain:
         outline (`Callable`): (shape, x, y, radius) -> polygons.
         texture (`Callable`): (drawing, texture, width, height, period, phase, accent) draws stripes, dots and so on.
         large (`float`): share of large figures among those that are tried; a crowded image has room for fewer.
+        often (`tuple[str, ...]`): values other than sizes that are drawn twice as often as the others.
     """
 
     words: dict[str, dict[str, tuple[str, ...]]]
@@ -105,6 +106,7 @@ class Domain:
     outline: Callable[[str, float, float, float], list[list[tuple[float, float]]]]
     texture: Callable[[ImageDraw.ImageDraw, str, int, int, float, float, tuple[int, int, int]], None]
     large: float = 0.5
+    often: tuple[str, ...] = ()
 
 
 def describe(figure: Figure, rng: np.random.Generator, easy: bool = False, domain: Domain | None = None) -> str:
@@ -170,10 +172,18 @@ def _texture(
             y = (k + phase) * period
             draw.rectangle([0, y, width, y + 0.36 * period], fill=accent)
     elif texture == "dotted":
-        for row in range(int(height / period) + 2):
-            for column in range(int(width / period) + 2):
-                x, y = (column + phase) * period, (row + phase) * period
-                draw.rectangle([x, y, x + 0.45 * period, y + 0.45 * period], fill=accent)
+        rows, columns = (_marks(length, period, phase) for length in (height, width))
+        draw.bitmap((0, 0), Image.fromarray(rows[:, None] & columns), accent)
+
+
+def _marks(length: int, period: float, phase: float) -> np.ndarray:
+    """Where the dots of a line are, uint8: a dot is a square, so that all dots are the product of two lines."""
+    line = Image.new("L", (length, 1))
+    draw = ImageDraw.Draw(line)
+    for k in range(int(length / period) + 2):
+        x = (k + phase) * period
+        draw.rectangle([x, 0, x + 0.45 * period, 0], fill=255)
+    return np.asarray(line)[0]
 
 
 SHAPES_DOMAIN = Domain(WORDS, PATTERNS, COLOURS, ACCENTS, _outline, _texture)
@@ -255,8 +265,8 @@ def paint(
         cx, cy = rng.uniform(r + 1, width - r - 1), rng.uniform(r + 1, height - r - 1)
         if any(math.hypot(cx - x, cy - y) < 0.85 * (r + q) for x, y, q in placed):
             continue
-        values = {a: list(vs)[rng.integers(len(vs))] for a, vs in domain.words.items() if a != "size"}
-        figure = Figure(size=size, **values)
+        options = {a: [*vs, *(v for v in domain.often if v in vs)] for a, vs in domain.words.items() if a != "size"}
+        figure = Figure(size=size, **{a: vs[rng.integers(len(vs))] for a, vs in options.items()})
         stencil = Image.new("L", (width, height), 0)
         for polygon in domain.outline(figure.shape, cx, cy, r):
             ImageDraw.Draw(stencil).polygon(polygon, fill=255)
@@ -264,11 +274,13 @@ def paint(
         visible = [old & ~mask for old in masks]
         if any(v.sum() < 0.8 * area for v, area in zip(visible, areas, strict=True)):
             continue  # it would hide too much of an earlier figure
-        image.paste(_fill(figure, width, height, scale, rng.random(), domain), (0, 0), stencil)
+        box = stencil.getbbox()
+        image.paste(_fill(figure, width, height, scale, rng.random(), domain).crop(box), box, stencil.crop(box))
         masks = [*visible, mask]
         areas.append(int(mask.sum()))
         placed.append((cx, cy, r))
         figures.append(figure)
     noise = rng.normal(0, 4, (height, width, 1))
-    image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+    pixels = np.asarray(image) + noise
+    image = Image.fromarray(pixels.clip(0, 255, out=pixels).astype(np.uint8))
     return Scene(image, masks, figures)

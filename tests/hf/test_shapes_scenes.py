@@ -4,10 +4,22 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 from pdlm_hf.shapes.dataset import COMMITTED_WORDS, CommitDataset, ShapesDataset, committed
 from pdlm_hf.shapes.evaluate import Tally, evaluate, held_out
-from pdlm_hf.shapes.scenes import MAX_REGIONS, PATTERNS, TILE, WORDS, Figure, Scene, describe, draw_scene, read
+from pdlm_hf.shapes.scenes import (
+    MAX_REGIONS,
+    PATTERNS,
+    SHAPES_DOMAIN,
+    TILE,
+    WORDS,
+    Figure,
+    Scene,
+    describe,
+    draw_scene,
+    read,
+)
 from pdlm_hf.tiling_pdlm import best_grid
 
 FIGURES = [Figure(*values) for values in itertools.product(*WORDS.values())]
@@ -129,6 +141,17 @@ def test_images_of_a_layout_have_as_many_figures():
         images = [draw_scene(np.random.default_rng(k), np.random.default_rng(seed)) for k in range(3)]
         assert len({len(image.figures) for image in images}) == 1
         assert not same(images[0], images[1])
+
+
+def test_dots_are_squares_in_rows_and_columns():
+    """As if they were drawn one by one; the images of a seed must not change."""
+    for width, height, period, phase in ((77, 51, 5.83, 0.41), (64, 64, 5.5, 0.0), (260, 70, 7.1, 0.97)):
+        one_by_one, found = (Image.new("RGB", (width, height), (9, 99, 199)) for _ in range(2))
+        draw = ImageDraw.Draw(one_by_one)
+        for x, y in itertools.product((np.arange(60) + phase) * period, repeat=2):
+            draw.rectangle([x, y, x + 0.45 * period, y + 0.45 * period], fill=(25, 25, 30))
+        SHAPES_DOMAIN.texture(ImageDraw.Draw(found), "dotted", width, height, period, phase, (25, 25, 30))
+        assert found.tobytes() == one_by_one.tobytes()
 
 
 # ---------------------------------------------------------------- data sets
