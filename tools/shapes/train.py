@@ -23,13 +23,21 @@ Then, to fill the places of templates in one pass; the second line on a GPU, in 
     $train --out runs/templates2 --init runs/templates $templates --steps 2600 --batch-size 64 --seed 51 \
         --workers 15 --seconds 115
 
+Then, to see better, again on a GPU: templates and, from the same images, their attributes:
+
+    joint="--lesson joint --prefix-attention isolated --steps 20000 --batch-size 96 --workers 15 --replay 100"
+    $train --out runs/joint --init runs/templates2 $joint --learning-rate 1.5e-3 --seed 61 --seconds 230
+    $train --out runs/joint2 --init runs/joint $joint --seed 62 --seconds 300
+
 With the same `--out` a stopped training is resumed from the last saved step. Images are drawn during training, none
-twice in a run; runs of the same lesson with the same seed draw the same images.
+twice in a run except by `--replay`; runs of the same lesson with the same seed draw the same images.
 """
 
 import json
 import math
 import os
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,14 +49,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pdlm_hf.modeling_pdlm import PdlmForConditionalGeneration
 from pdlm_hf.processing_pdlm import PdlmProcessor
-from pdlm_hf.shapes.dataset import CommitDataset, ShapesDataset, TemplateDataset
+from pdlm_hf.shapes.dataset import CommitDataset, JointDataset, ShapesDataset, TemplateDataset
 from pdlm_hf.training.collator import PdlmCollator
 from pdlm_hf.training.trainer import Clock, InOrderTrainer
 
 from .model import build_model, build_processor
-from .vision import AttributeCollator, RegionClassifier
+from .vision import AttributeCollator, JointCollator, JointModel, RegionClassifier
 
 SLOTS, EASY_SLOTS = (20, 32), (5, 9)  # caption lengths to train for
+GROUP = 32  # images of the same number of regions and kind of text in the joint lesson: a batch mixes a few
 
 
 class TimedTrainer(InOrderTrainer):
@@ -57,12 +66,24 @@ class TimedTrainer(InOrderTrainer):
 
     Args:
         clock (`Clock`): with or without a limit; must be one of the callbacks as well.
+        replay (`int`): if not 0, every other step trains a batch of so many new ones before once more. A GPU is faster
+            than the processes that draw; a second time an image teaches nearly as much as another one.
         *args, **kwargs: of the trainer.
     """
 
-    def __init__(self, *args, clock: Clock, **kwargs):
+    def __init__(self, *args, clock: Clock, replay: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.clock = clock
+        self.clock, self.replay = clock, replay
+        self.seen: deque[Any] = deque()
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of a step: new ones, or one that was kept."""
+        if len(self.seen) > self.replay:
+            return [self.seen.popleft()], None
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.replay:
+            self.seen += samples
+        return samples, items
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """Make the schedule, once."""
@@ -97,6 +118,7 @@ def arguments(
         workers (`int`): processes that draw images; what they draw does not depend on their number.
         device (`str`, *optional*): "cpu" or "cuda"; default: cuda if there is one.
     """
+    on_gpu = device != "cpu" and torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(out / "trainer"),
         per_device_train_batch_size=batch_size,
@@ -115,7 +137,8 @@ def arguments(
         remove_unused_columns=False,
         dataloader_num_workers=workers,
         dataloader_prefetch_factor=4 if workers else None,
-        use_cpu=device == "cpu" or not torch.cuda.is_available(),
+        use_cpu=not on_gpu,
+        tf32=on_gpu or None,  # an argument that a CPU refuses
     )
 
 
@@ -183,10 +206,11 @@ def main(
     prefix_attention: Annotated[str, typer.Option(help='"full" or "isolated".')] = "full",
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     lesson: Annotated[
-        Literal["vision", "images", "words", "captions", "commit", "templates"],
+        Literal["vision", "images", "words", "captions", "commit", "templates", "joint"],
         typer.Option(
             help="vision, images: attributes of small, then all images. words, captions: their captions. "
-            "commit: one wording from an empty canvas. templates: that, and templates with places for attributes."
+            "commit: one wording from an empty canvas. templates: that, and templates with places for attributes. "
+            "joint: templates and the attributes of their images."
         ),
     ] = "captions",
     linear_head: Annotated[
@@ -198,6 +222,10 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of weights, images and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     workers: Annotated[int, typer.Option(help="Processes that draw images.", min=0)] = 1,
+    replay: Annotated[
+        int,
+        typer.Option(help="Every other step trains the batch of so many new ones before once more; 0: none.", min=0),
+    ] = 0,
     seconds: Annotated[
         float | None, typer.Option(help="End after these seconds, if the steps take longer; the rate is zero then.")
     ] = None,
@@ -222,27 +250,33 @@ def main(
             part.requires_grad_(False)
     easy = lesson in ("vision", "words")
     seeing = lesson in ("vision", "images")
-    slots = EASY_SLOTS if easy else SLOTS
+    noise = {"num_slots": EASY_SLOTS if easy else SLOTS, "noise_floor": 0.1, "prompt_ids": "ordered"}
+    collator: Any = AttributeCollator(processor) if seeing else PdlmCollator(processor, **noise)
+    learner: Any = RegionClassifier(model, linear_head) if seeing else model
+    length = steps * batch_size
     if lesson == "templates":
-        scenes = TemplateDataset(processor.tokenizer, model.config.mask_token_id, seed, steps * batch_size, batch_size)
+        scenes = TemplateDataset(processor.tokenizer, model.config.mask_token_id, seed, length, batch_size)
+    elif lesson == "joint":
+        scenes = JointDataset(processor.tokenizer, model.config.mask_token_id, seed, length, GROUP)
+        collator, learner = JointCollator(processor, **noise), JointModel(model)
     else:
         dataset = CommitDataset if lesson == "commit" else ShapesDataset
-        scenes = dataset(seed, steps * batch_size, batch_size, easy)
+        scenes = dataset(seed, length, batch_size, easy)
     clock = Clock(seconds)
     trainer = TimedTrainer(
         clock=clock,
-        model=RegionClassifier(model, linear_head) if seeing else model,
+        replay=replay,
+        model=learner,
         args=arguments(out, steps, batch_size, learning_rate, seed, workers, device),
         train_dataset=scenes,
-        data_collator=AttributeCollator(processor)
-        if seeing
-        else PdlmCollator(processor, num_slots=slots, noise_floor=0.1, prompt_ids="ordered"),
+        data_collator=collator,
     )
     command = (
         f"python -m tools.shapes.train --steps {steps} --batch-size {batch_size} --learning-rate {learning_rate} "
         f"--prefix-attention {prefix_attention} --seed {seed} --threads {threads} --lesson {lesson}"
         + (" --linear-head" if linear_head else "")
         + (" --freeze-vision" if freeze_vision else "")
+        + (f" --replay {replay}" if replay else "")
         + (f" --seconds {seconds:g}" if seconds else "")
     )
     run(trainer, model, processor, out, init, command, seed, clock)

@@ -1,0 +1,104 @@
+"""The lesson of templates and of the attributes of their images."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from pdlm_hf.processing_pdlm import area_order
+from pdlm_hf.shapes.dataset import JointDataset
+from pdlm_hf.shapes.templates import DARK_DOMAIN
+from pdlm_hf.training.collator import PdlmCollator
+from pdlm_hf.training.trainer import Clock
+from tools.shapes.model import build_model
+from tools.shapes.train import TimedTrainer, arguments
+from tools.shapes.vision import JointCollator, JointModel
+
+NOISE = {"num_slots": 20, "noise_floor": 0.1, "prompt_ids": "ordered"}
+
+
+@pytest.fixture(scope="module")
+def rows(processor):
+    mask = processor.tokenizer.convert_tokens_to_ids("<|mdm_mask|>")
+    data = JointDataset(processor.tokenizer, mask, 3, 96, 4)
+    return [data[k] for k in range(len(data))]
+
+
+@pytest.fixture(scope="module")
+def batch(processor, rows):
+    return JointCollator(processor, **NOISE)(rows[:6])
+
+
+def test_half_of_the_figures_are_dotted(rows):
+    count = Counter(region["attributes"]["texture"] for row in rows for region in row["regions"])
+    assert count["dotted"] / count.total() == pytest.approx(0.5, abs=0.1)
+    assert 0.6 < count["plain"] / count["striped"] < 1.7
+
+
+def test_the_batch_has_the_attributes_in_the_order_of_the_prompts(processor, rows, batch):
+    plain = PdlmCollator(processor, **NOISE)(rows[:6])
+    assert batch.keys() - plain.keys() == {"attributes"}
+    assert all(torch.equal(batch[name], value) for name, value in plain.items())
+    values = iter(batch["attributes"].tolist())
+    for row in rows[:6]:
+        for k in area_order([np.asarray(region["mask"]) for region in row["regions"]]):
+            said = [list(words)[at] for words, at in zip(DARK_DOMAIN.words.values(), next(values), strict=True)]
+            figure = row["regions"][k]["attributes"]
+            assert said == [figure[name] for name in DARK_DOMAIN.words]
+    assert not list(values)
+
+
+def test_the_processor_that_is_saved_has_no_cache(processor, tmp_path):
+    JointCollator(processor, **NOISE)
+    assert "region_ids" not in vars(processor)
+
+
+def test_the_loss_is_that_of_the_texts_and_of_the_attributes(processor, batch):
+    torch.manual_seed(0)
+    model = build_model(processor, "isolated")
+    texts = {name: value for name, value in batch.items() if name != "attributes"}
+    learner = JointModel(model)
+    out = learner(**batch)
+    assert out["right"].shape == batch["attributes"].shape
+    features = model.get_image_features(batch["pixel_values"], batch["region_masks"]).pooler_output
+    places = (batch["image_grids"], batch["region_boxes"], batch["original_sizes"])
+    tokens = model.model.get_region_features(features, *places, True)
+    normal = tokens / tokens.square().mean(-1, keepdim=True).sqrt()
+    parts = learner.score(normal.mean(1)).split([2, 12, 3, 5], 1)
+    seen = sum(torch.nn.functional.cross_entropy(s, a) for s, a in zip(parts, batch["attributes"].T, strict=True))
+    assert out["loss"].item() == pytest.approx((model(**texts).loss + seen).item(), rel=1e-5)
+    out["loss"].backward()
+    assert all(weight.grad is not None for weight in learner.parameters())
+
+
+class Numbers(Dataset):
+    """Rows that are their number."""
+
+    in_order = True
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return {"x": torch.tensor([float(index)])}
+
+
+class Remembers(torch.nn.Linear):
+    """A model that remembers what it was trained with."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self.got = []
+
+    def forward(self, x):
+        self.got.append(int(x[0, 0]))
+        return {"loss": super().forward(x).square().mean()}
+
+
+def test_every_other_step_trains_an_earlier_batch_once_more(tmp_path):
+    clock, model = Clock(), Remembers()
+    settings = arguments(tmp_path, 10, 1, 1e-3, 0, workers=0, device="cpu")
+    TimedTrainer(clock=clock, replay=2, model=model, args=settings, train_dataset=Numbers(), callbacks=[clock]).train()
+    assert model.got == [0, 1, 2, 0, 3, 1, 4, 2, 5, 3]
