@@ -60,13 +60,14 @@ def test_the_loss_is_that_of_the_texts_and_of_the_attributes(processor, batch):
     model = build_model(processor, "isolated")
     texts = {name: value for name, value in batch.items() if name != "attributes"}
     learner = JointModel(model)
+    torch.nn.init.normal_(learner.score.weight, std=0.05)
     out = learner(**batch)
     assert out["right"].shape == batch["attributes"].shape
     features = model.get_image_features(batch["pixel_values"], batch["region_masks"]).pooler_output
     places = (batch["image_grids"], batch["region_boxes"], batch["original_sizes"])
     tokens = model.model.get_region_features(features, *places, True)
     normal = tokens / tokens.square().mean(-1, keepdim=True).sqrt()
-    parts = learner.score(normal.mean(1)).split([2, 12, 3, 5], 1)
+    parts = (10 * learner.score(normal.mean(1))).split([2, 12, 3, 5], 1)
     seen = sum(torch.nn.functional.cross_entropy(s, a) for s, a in zip(parts, batch["attributes"].T, strict=True))
     assert out["loss"].item() == pytest.approx((model(**texts).loss + seen).item(), rel=1e-5)
     out["loss"].backward()
