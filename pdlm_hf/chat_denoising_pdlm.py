@@ -4,6 +4,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_bidirectional_mask
 
+from .batching_pdlm import pad_embeds
 from .denoising_pdlm import DenoisingStep, GenerationTask, find
 from .diffusion_pdlm import lowest_mask, transfer_schedule
 
@@ -24,9 +25,7 @@ class ChatCanvas:
         mask_id, real = task.config.mask_token_id, task.attention_mask
         self.tail = torch.tensor([mask_id] * num_slots + suffix, device=task.device)
         tail = self.lookup(self.tail).to(prompt.dtype)
-        self.embeds = pad_sequence(
-            [torch.cat([row[keep], tail]) for row, keep in zip(prompt, real, strict=True)], True, padding_side="left"
-        )
+        self.embeds = pad_embeds([torch.cat([row[keep], tail]) for row, keep in zip(prompt, real, strict=True)])
         self.first = self.embeds.shape[1] - len(self.tail)
         lengths = real.sum(1, keepdim=True) + len(self.tail)
         columns = torch.arange(self.embeds.shape[1], device=task.device)

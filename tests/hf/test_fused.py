@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from tiny import lively_model, shallow_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from pdlm_hf import BASE_CHECKPOINT
 from pdlm_hf.canvas_path_pdlm import CanvasPath
 from pdlm_hf.fused_pdlm import NAME, CanvasCache, FusedNetwork, why_not
 from pdlm_hf.graphs_pdlm import MAX_SHAPES, MAX_TRIES, WIDTH_MULTIPLE, CanvasGraphs, FusedPasses
@@ -181,6 +182,30 @@ def test_weights_in_fp8(network, inputs, request):
     key = network.canvas_graphs()._weights()
     attention.q_proj.weight.qdata = attention.q_proj.weight.qdata.clone()
     assert network.canvas_graphs()._weights() != key
+
+
+def test_padding_has_a_scale(processor, scenes, inputs):
+    """Captions, attributes and answers of a batch whose layers scale each row of their input: no row is all zeros."""
+    network = lively_model(processor, "isolated")
+    float8.quantise(network.model.language_model)
+    output = network.generate(**inputs, **SETTINGS)
+    assert (output.region_tokens[0] >= 0).all() and output.region_scores.isfinite().all()
+    plan = processor.attribute_plan({"colour": ["red", "dark blue"]})
+    readings = network.read_attributes(**inputs, plan=plan).readings
+    for number, scene in enumerate(scenes):
+        alone = processor(images=[scene.image], segmentation_maps=[scene.masks])
+        for found, expected in zip(
+            readings[number], network.read_attributes(**alone, plan=plan).readings[0], strict=True
+        ):
+            assert found.probabilities["colour"] == pytest.approx(expected.probabilities["colour"], abs=0.05)
+    network = AutoModelForImageTextToText.from_pretrained(BASE_CHECKPOINT)
+    chat = AutoProcessor.from_pretrained(BASE_CHECKPOINT)
+    float8.quantise(network.model.language_model)
+    images = [scene.image for scene in scenes[:2]]
+    answers = network.generate(
+        **chat(images=images, text=["<image>\nWhat?", "<image>\nHow many are there?"]), max_new_tokens=8
+    )
+    assert not (answers[:, -8:] == network.config.mask_token_id).any()  # what a step of NaN leaves
 
 
 def test_fp8_that_is_computed_otherwise_is_called():
