@@ -69,10 +69,31 @@ _STATED = re.compile(
 _JOINED = re.compile(
     r"[)\].,:;\s]*(?:(?:and|or)\b|[,;/&+]|(?=[(\[]?[A-E][)\]]?(?![\w'])))\s*[(\[]?([A-Ea-e])(?![\w'])"
 )
-_VERB = re.compile(r"\s*(?:$|[^\w\s]|(?:is|because|since|as|seems|would|and|or)\b)")
-# A letter within a sentence, with the words before it that make it a choice, or no choice.
-_NAMED = re.compile(
-    r"(?:\bnot\s+(?:(?:option|choice)\s+)?[(\[]?|\b(?i:option|choice|letter)\s+[(\[]?)?" + _LETTER,
+_VERB = re.compile(r"[^\S\n]*(?:$|\n|[^\w\s]|(?:is|because|since|as|seems|would|and|or|but|so)\b)")
+# A letter within a sentence, with the word before it that makes it a choice.
+_NAMED = re.compile(r"(?:\b(?i:option|choice|letter)\s+[(\[]?)?" + _LETTER)
+# Letters that are said to be no answer: "not A", "B is wrong", "options B and C cannot be right". Lists and gaps in
+# them are bounded, so that the time is linear.
+_GAP = r"[^\S\n]{1,3}"
+_CALLED = rf"(?:(?i:options?|choices?|letters?|answers?){_GAP})?"
+_ONE = r"[(\[]?[A-E](?![\w'])[)\]]?"
+_SEVERAL = rf"{_CALLED}{_ONE}(?:[^\S\n]?(?:[,/&+]|{_GAP}(?:and|or|nor)\b){{1,2}}[^\S\n]{{0,3}}{_CALLED}{_ONE}){{0,4}}"
+_WRONG = (
+    r"(?:not|wrong|incorrect|false|inaccurate|untrue|invalid|unsupported|contradicted|impossible|excluded|eliminated|"
+    r"rejected|ruled out|no (?:answer|option|choice|match))"
+)
+_IS_NOT = (
+    rf"(?:(?:is|are|was|were|be|seems?|looks?|(?:can|must|should|would) be){_GAP}"
+    rf"(?:(?:\w{{1,12}}ly|also|both|all|then|just){_GAP})?{_WRONG}|"
+    rf"(?:is|are|was|were|does|do|did|has|have|could|would|should)n't|can't|cannot|"
+    rf"(?:can|could|does|do|did|would|should|has|have){_GAP}not)\b"
+)
+_NOT = (
+    r"(?:not|cannot be|can't be|isn't|rather than|instead of|except(?: for)?|nor|never|rul(?:es?|ed|ing) out|"
+    r"(?:reject|exclud|eliminat)(?:es?|s|ed|ing)?)"
+)
+_REJECTED = re.compile(
+    rf"(?<![\w'/.-])(?:(?P<not>(?i:{_NOT})[^\S\n]+{_SEVERAL})|{_SEVERAL}[.,:]?{_GAP}(?i:{_IS_NOT}))"
 )
 _DOUBT = re.compile(
     r"\b(?:not (?:sure|certain|clear)|unsure|uncertain|unclear|unknown|undecided|no idea|no way|none of|n/a|neither|"
@@ -85,9 +106,9 @@ def parse_robust(reply: str, choices: Sequence[str]) -> int | None:
     """The choice a reply names, by letter or by text, if it names exactly one.
 
     It understands "B", "(B)", "b)", "**B**", "B: ...", "Answer: B", "The answer is C.", a choice's text with or
-    without its letter, quotes, Markdown, code fences, and an explanation after the answer. These are no answers: an
-    empty reply, doubt ("I do not know"), two different letters, a letter with the text of another choice, a letter
-    without a choice.
+    without its letter, quotes, Markdown, code fences, and an explanation after the answer, which may say why others
+    are wrong. These are no answers: an empty reply, doubt ("I do not know"), two different letters, a letter with the
+    text of another choice, a letter without a choice, a letter that is rejected ("not A", "B is wrong").
 
     Args:
         reply (`str`): the reply of the judge.
@@ -102,18 +123,19 @@ def parse_robust(reply: str, choices: Sequence[str]) -> int | None:
         return None
     if (found := _only(index for index, choice in enumerate(wanted) if choice == _words(text))) is not None:
         return found
-    statements = [match for match in _STATED.finditer(text) if _is_letter(match)]
-    stated = {letter for match in statements for letter in (match.group(1).lower(), _joined(text, match))} - {""}
-    marked = _marked_letters(text, wanted)
+    kept = _REJECTED.sub(_rejection, text)
+    statements = [match for match in _STATED.finditer(kept) if _is_letter(match)]
+    stated = {letter for match in statements for letter in (match.group(1).lower(), _joined(kept, match))} - {""}
+    marked = _marked_letters(kept, wanted)
     if stated or marked:
         letters = stated or marked
         index = LETTERS.index(next(iter(letters)))
         agreed = len(letters) == 1 and index < len(wanted) and (not marked or letters <= marked)
-        return index if agreed and _text_agrees(text, wanted, index) else None
+        return index if agreed and _text_agrees(kept, wanted, index) else None
     words = _words(text)
     named = _by_text(words, wanted)
     if named is None and not _DOUBT.search(words):
-        named = _in_prose(text, wanted)
+        named = _in_prose(kept, wanted)
     return named
 
 
@@ -157,6 +179,13 @@ def _is_letter(match: re.Match) -> bool:
     if match.group(1) not in "Aa" or match.group(0)[-1] in ")]":
         return True
     return _VERB.match(match.string, match.end()) is not None
+
+
+def _rejection(match: re.Match) -> str:
+    """What stays of letters that are said to be no answer: nothing, unless it is the article of "not A dog"."""
+    if match.group("not") and match.group(0)[-1] == "A" and not _VERB.match(match.string, match.end()):
+        return match.group(0)
+    return ""
 
 
 def _joined(text: str, match: re.Match) -> str:
@@ -241,8 +270,6 @@ def _in_prose(text: str, wanted: list[str]) -> int | None:
         before = text[match.start() : match.start(1)]
         called = re.search("option|choice|letter", before, re.IGNORECASE)
         if (called or match.group(1).isupper()) and _is_letter(match):
-            if before.startswith("not"):
-                return None
             letters.add(match.group(1).lower())
     index = _only(LETTERS.index(letter) for letter in letters)
     return index if index is not None and index < len(wanted) else None

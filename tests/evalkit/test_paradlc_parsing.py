@@ -123,6 +123,57 @@ ROBUST = [
 ]
 
 
+# a letter at the end of a line, and letters that the reply rejects
+EXPLAINED = [
+    *[
+        (form.replace("X", "ABCD"[index]), index)
+        for form in (
+            "Answer: X\nThe description supports it.",
+            "The answer is X\n\nExplanation: it is said.",
+            "Option X\nIt is said.",
+            "Final answer: X\nSo it is.",
+            "I would choose option X\nThe reason is simple.",
+            "**Answer:** X\n\nE. is wrong because it is not said.",
+            "The best option is X.\nE is incorrect because it is not said.",
+            "I choose X\n(E) is wrong",
+            "Option X\nE is wrong.",
+            "X, not E",
+            "The correct answer is not E but X.",
+            "E is wrong. X is correct.",
+            "The answer is X rather than E",
+            "Answer: X. Option E can't be right.",
+            "Answer: X. Neither fits, so E is ruled out.",
+        )
+        for index in range(4)
+    ],
+    ("Answer: B. A and C are incorrect.", 1),
+    ("Answer: B. Options A, C and D are clearly wrong.", 1),
+    ("A, B and C are wrong.\nD is right.", 3),
+    ("A is incorrect, B is incorrect, so C.", 2),
+    ("I ruled out A and B. My answer is C", 2),
+    ("Answer: A\n\nB. is wrong because it is not said.", 0),
+    *[
+        (form, None)
+        for form in (
+            "A is not correct.",
+            "Not A",
+            "The answer cannot be B.",
+            "B is not the answer",
+            "A isn't right",
+            "Options A and B are wrong.",
+            "(C) does not apply",
+            "Not A dog",
+            "B is wrong and C is right, but so is D",
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize("reply, expected", EXPLAINED)
+def test_letters_that_are_rejected(reply, expected):
+    assert parse_robust(reply, TIE) == expected
+
+
 @pytest.mark.parametrize("reply, expected", ROBUST)
 def test_the_robust_reader(reply, expected):
     assert parse_robust(reply, TIE) == expected
