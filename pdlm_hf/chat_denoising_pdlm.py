@@ -5,7 +5,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_bidirectional_mask
 
 from .batching_pdlm import pad_embeds
-from .denoising_pdlm import DenoisingStep, GenerationTask, find
+from .denoising_pdlm import DenoisingStep, GenerationTask
 from .diffusion_pdlm import lowest_mask, transfer_schedule
 
 
@@ -91,7 +91,7 @@ def denoise_blocks(
     config = task.config
     num_blocks = num_slots // block_length
     schedule = [k for k in transfer_schedule(block_length, num_steps // num_blocks) if k]
-    stops = task.stop_ids()
+    stops = task.stops()
     canvas = ChatCanvas(task, prompt, num_slots, suffix)
     rows = len(canvas.tokens)
     for block in range(num_blocks):
@@ -109,7 +109,7 @@ def denoise_blocks(
             chosen = lowest_mask(-score, torch.full((rows,), count, device=task.device)) & wanted
             canvas.write(inside, draft, chosen)
             for i in range(rows if stops else 0):
-                canvas.end[i] = _stop_position(canvas.tokens[i].tolist(), stops, int(canvas.end[i]))
+                canvas.end[i] = min(int(canvas.end[i]), stops.position(canvas.tokens[i].tolist()))
             if task.streamer is not None:
                 shown = canvas.tokens.clone()
                 shown[:, inside] = torch.where(wanted, draft, shown[:, inside])
@@ -123,11 +123,3 @@ def _chat_step(tokens, masked, draft, log_odds, inside) -> DenoisingStep:
     probability = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
     probability[:, inside] = log_odds.double().sigmoid()
     return DenoisingStep(tokens.clone(), masked, full_draft, probability)
-
-
-def _stop_position(tokens: list[int], stops: list[list[int]], known: int) -> int:
-    """Where the answer ends: the first stop in list order that occurs counts, the earliest position seen is kept."""
-    for stop in stops:
-        if (at := find(tokens, stop)) is not None:
-            return min(at, known)
-    return known

@@ -19,6 +19,7 @@ from .diffusion_pdlm import (
 )
 from .errors_pdlm import CheckpointError
 from .generation_config_pdlm import PdlmGenerationConfig
+from .stopping_pdlm import StopStrings
 
 # Slots x vocabulary scored at a time: bounds the float32 logits to 256 MB.
 _MAX_LOGITS = 2**26
@@ -88,9 +89,12 @@ class GenerationTask:
         self.num_forwards = 0
 
     def token_ids(self, text: str | list[int]) -> list[int]:
-        """Ids of a stop string or suffix. Raises: CheckpointError if there is no tokenizer to be found."""
+        """Ids of a suffix. Raises: CheckpointError if there is no tokenizer to be found."""
         if not isinstance(text, str):
             return list(text)
+        return self._load_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+    def _load_tokenizer(self) -> Any:
         if self._tokenizer is None:
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self.model.name_or_path)
@@ -98,11 +102,17 @@ class GenerationTask:
                 raise CheckpointError(
                     "`stop_strings` and `generation_suffix` need a tokenizer: pass `tokenizer=processor.tokenizer`."
                 ) from error
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._tokenizer
 
-    def stop_ids(self) -> list[list[int]]:
-        """Token sequences that end an answer."""
-        return [self.token_ids(stop) for stop in as_list(self.settings.stop_strings)]
+    def stops(self) -> StopStrings:
+        """What ends an answer, or a caption. Raises: CheckpointError if there is no tokenizer to be found."""
+        stops = as_list(self.settings.stop_strings)
+        if any(isinstance(stop, str) for stop in stops):
+            self._load_tokenizer()
+        special = set(getattr(self._tokenizer, "all_special_ids", ()))
+        return StopStrings(
+            stops, self._tokenizer, special | {self.config.mask_token_id, *self.config.closing_token_ids}
+        )
 
     def score(
         self,
@@ -294,15 +304,9 @@ def _fill_accepted(canvas: RegionCanvas, draft, log_odds, accepted) -> None:
     canvas.masked = canvas.masked & ~closed
 
 
-def find(tokens: list[int], pattern: list[int]) -> int | None:
-    """First position of `pattern` in `tokens`, None if it does not occur."""
-    return next((i for i in range(len(tokens) - len(pattern) + 1) if tokens[i : i + len(pattern)] == pattern), None)
-
-
-def cut_at_stop(tokens: torch.Tensor, stop: list[int], end: int) -> torch.Tensor:
-    """Captions with everything from the stop sequence on replaced by end-of-turn."""
+def cut_at_stops(tokens: torch.Tensor, stops: StopStrings, end: int) -> torch.Tensor:
+    """Captions with everything from the first stop on replaced by end-of-turn."""
     tokens = tokens.clone()
     for caption in tokens.view(-1, tokens.shape[-1]):
-        if (at := find(caption.tolist(), stop)) is not None:
-            caption[at:] = end
+        caption[stops.position(caption.tolist()) :] = end
     return tokens

@@ -71,7 +71,8 @@ class PdlmGenerationConfig(GenerationConfig):
             and canvas, padding included), so that a large batch cannot run out of memory. Default: all at once.
         guidance_scale (`float`): classifier-free guidance, chat only; 1 (default) = off. Reference: cfg_scale + 1.
         generation_suffix (`str` or `list[int]`): chat only: text fixed behind the answer, seen while it is written.
-        stop_strings (`str` or `list`): the answer (or caption) ends before the first of these.
+        stop_strings (`str` or `list`): the answer (or caption) ends before the first of these, with the token in which
+            it begins.
         seed (`int`): makes temperature > 0 and random remasking repeatable, whatever else is in the batch: every row
             draws the same numbers. Without it `torch.manual_seed` decides, and rows draw different ones.
         return_dict_in_generate (`bool`): chat: return [`PdlmGenerationOutput`] instead of the token tensor.
@@ -190,6 +191,9 @@ class PdlmGenerationConfig(GenerationConfig):
             raise SettingError(f"`guidance_scale` must be at least 1 (1 = off), got {self.guidance_scale!r:.60}.")
         if self.seed is not None and not isinstance(self.seed, Integral):
             raise SettingError(f"`seed` must be an integer, got {self.seed!r:.60}.")
+        for stop in as_list(self.stop_strings):
+            if not isinstance(stop, (str, list, tuple)):
+                raise SettingError(f"`stop_strings` must be a string or a list of strings, got {stop!r:.60}.")
         if any(len(stop) == 0 for stop in as_list(self.stop_strings)):
             raise SettingError("`stop_strings` holds an empty string, which would end every text at its start.")
 

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 from .canvas_path_pdlm import warn_of_slow_bfloat16
 from .chat_denoising_pdlm import denoise_blocks
 from .configuration_pdlm import HUB_ARGUMENTS, PdlmConfig
-from .denoising_pdlm import DenoisingStep, GenerationTask, cut_at_stop, denoise_regions
+from .denoising_pdlm import DenoisingStep, GenerationTask, cut_at_stops, denoise_regions
 from .diffusion_pdlm import before_end, caption_scores
 from .errors_pdlm import RegionError, SettingError
 from .generation_config_pdlm import CAPTIONS_ONLY, PdlmGenerationConfig, our_names, replaced_rules
@@ -182,6 +182,11 @@ class PdlmGenerationMixin:
             )
         base = (generation_config or self.generation_config).to_dict()
         given = our_names(kwargs)
+        if given.get("eos_token_id") not in (None, base.get("eos_token_id")):
+            raise SettingError(
+                "`eos_token_id` would change nothing: the checkpoint's own ends are taken. To end texts elsewhere, "
+                "use `stop_strings`."
+            )
         dropped = {*replaced_rules(given)}
         if chat and generation_config is None:
             dropped |= {*CAPTIONS_ONLY}
@@ -237,13 +242,13 @@ class PdlmGenerationMixin:
 
     def _caption_rows(self, task: GenerationTask, inputs, counts, by_image) -> dict[str, Any]:
         """One chunk of a batch."""
-        stops = task.stop_ids()
+        stops = task.stops()
         visual = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
         prompt = self.model.embed(inputs["input_ids"], **visual)
         canvas = denoise_regions(task, prompt, counts, by_image)
         tokens = canvas.tokens
-        for stop in stops:
-            tokens = cut_at_stop(tokens, stop, canvas.end)
+        if stops:
+            tokens = cut_at_stops(tokens, stops, canvas.end)
         text = before_end(tokens, self.config.closing_token_ids) & canvas.exists[..., None]
         blocks = canvas.blocks(tokens)
         sequences = [

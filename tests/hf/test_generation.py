@@ -16,6 +16,7 @@ from pdlm_hf import (
 )
 from pdlm_hf.denoising_pdlm import RandomRows
 from pdlm_hf.errors_pdlm import SettingError
+from pdlm_hf.stopping_pdlm import StopStrings
 
 SLOTS, STEPS = 8, 4
 
@@ -388,6 +389,52 @@ def test_stop_strings_cut_captions(model, processor, inputs):
     assert cut[0, 0, start:].eq(end).all()
     again = run(model, inputs, stop_strings=["never to be seen", text], tokenizer=processor.tokenizer).region_tokens
     assert torch.equal(again, cut)
+
+
+def test_a_stop_string_is_found_wherever_its_tokens_begin(model, processor, inputs):
+    """In the middle of a token too; the earliest of several counts, in whatever order they are given."""
+    tokenizer, end = processor.tokenizer, model.config.eot_token_id
+    tokens = run(model, inputs).region_tokens[0, 0].tolist()
+    text = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    for stop in (text[5:8], text[9], text[2:20]):
+        cut = run(model, inputs, stop_strings=stop, tokenizer=tokenizer).region_tokens[0, 0].tolist()
+        kept = cut[: cut.index(end)] if end in cut else cut
+        assert kept == tokens[: len(kept)] and stop not in tokenizer.decode(kept)
+        assert stop in tokenizer.decode(tokens[: len(kept) + len(tokenizer(stop)["input_ids"]) + 1])
+    early, late = text[5:8], text[9]
+    both = run(model, inputs, stop_strings=[late, early], tokenizer=tokenizer).region_tokens[0, 0]
+    assert torch.equal(both, run(model, inputs, stop_strings=early, tokenizer=tokenizer).region_tokens[0, 0])
+
+
+def test_where_texts_end():
+    tokenizer = AutoProcessor.from_pretrained(CHECKPOINT).tokenizer
+    mask, end = (tokenizer.convert_tokens_to_ids(t) for t in ("<|mdm_mask|>", "<|eot_id|>"))
+    tokens = tokenizer("One plain triangle, big and black.")["input_ids"]
+    for stop, kept in {
+        " big": "One plain triangle,", "big": "One plain triangle,", "and": "One plain triangle, big",
+        "triangle": "One plain", "plain triangle": "One", ",": "One plain triangle", "ne": "",
+        "g an": "One plain triangle,", "white": "One plain triangle, big and black.",
+    }.items():  # fmt: skip
+        stops = StopStrings([stop], tokenizer, {mask, end})
+        assert tokenizer.decode(tokens[: stops.position(tokens)]) == kept, stop
+    stops = StopStrings(["black", "big", [tokens[1]]], tokenizer, {mask, end})
+    assert stops.position(tokens) == 1  # the earliest, and tokens as they are
+    assert StopStrings(["mask", "eot"], tokenizer, {mask, end}).position([mask, *tokens, end]) == len(tokens) + 2
+    accents = tokenizer("eine Übung für alle")["input_ids"]
+    assert tokenizer.decode(accents[: StopStrings(["für"], tokenizer).position(accents)]) == "eine Übung"
+
+
+@pytest.mark.parametrize("stops", [5, [5], ["x", None], [True]])
+def test_stop_strings_are_strings(model, inputs, stops):
+    with pytest.raises(ValueError, match="`stop_strings` must be a string or a list of strings, got"):
+        run(model, inputs, stop_strings=stops)
+
+
+def test_another_end_is_refused(model, inputs):
+    with pytest.raises(ValueError, match="`eos_token_id` would change nothing"):
+        run(model, inputs, eos_token_id=5)
+    own = model.generation_config.eos_token_id
+    assert torch.equal(run(model, inputs, eos_token_id=own).region_tokens, run(model, inputs).region_tokens)
 
 
 def test_strings_need_a_tokenizer(model, inputs):

@@ -24,7 +24,7 @@ FLAT_FILES = [
     for name in (
         "adapters attributes batching caching canvas_path canvas captions chat_denoising configuration conversion "
         "denoising diffusion errors fused generation_config generation graphs image_processing kernels linear masking "
-        "modeling processing prompts readings templates tiling versions vision"
+        "modeling processing prompts readings stopping templates tiling versions vision"
     ).split()
 ]
 
