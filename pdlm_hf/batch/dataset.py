@@ -1,5 +1,7 @@
 """Data sets of regions: a COCO file, or a folder with a file of regions for each image."""
 
+import marshal
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +22,9 @@ from ..render.text import pluralize
 # Endings of region files, in the order of preference.
 _REGION_FILES = (".json", ".xml", ".txt", ".png", ".bmp", ".tif", ".tiff")
 
+# What the shape of a COCO annotation is in.
+_SHAPES = ("id", "segmentation", "bbox", "file_name", "segments_info")
+
 # Identifies a region in a data set: the id of its image and its own id.
 Key = tuple[int | str, int | str]
 
@@ -37,6 +42,7 @@ class Entry:
         ids (`tuple`, *optional*): ids of the regions, if they are known without reading the regions.
         size (`tuple[int, int]`, *optional*): width and height in pixels, if the data set has them.
         data (`bytes`, *optional*): content of the file, once it has been read.
+        mark (*optional*): returns a checksum of the regions, to notice that they have changed.
     """
 
     id: int | str
@@ -46,6 +52,7 @@ class Entry:
     ids: tuple[int | str, ...] | None = None
     size: tuple[int, int] | None = None
     data: bytes | None = None
+    mark: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,8 @@ def _open_coco(path: Path, folder: Path) -> DataSet:
                 read, ids = partial(_read_panoptic, path, annotations), None
             else:
                 read, ids = partial(_pairs, annotations), tuple(annotation["id"] for annotation in annotations)
-            entries.append(Entry(image_id, name, folder / name, read, ids, _size_of(image)))
+            mark = partial(mark_of_annotations, annotations)
+            entries.append(Entry(image_id, name, folder / name, read, ids, _size_of(image), mark=mark))
     return DataSet(entries, faults, index.data)
 
 
@@ -233,6 +241,23 @@ def _size_of(image: dict[str, Any]) -> tuple[int, int] | None:
     return None
 
 
+def checksum(shapes: Any) -> int:
+    """A number of plain values, the same for equal ones."""
+    return zlib.crc32(marshal.dumps(shapes, 2))  # version 2 writes no references, which depend on more than the values
+
+
+def mark_of_annotations(annotations: Iterable[dict[str, Any]]) -> int:
+    """The checksum of the annotations of an image in a COCO file."""
+    return checksum([[entry.get(key) for key in _SHAPES] for entry in annotations])
+
+
+def mark_of_file(source: Path) -> int:
+    """The checksum of a region file, or of the names and sizes of masks in a folder. Raises: OSError."""
+    if source.is_dir():
+        return checksum(sorted((path.name, path.stat().st_size) for path in source.iterdir()))
+    return zlib.crc32(source.read_bytes())
+
+
 def fault(image_id: Any, annotation_id: Any, file_name: str | None, reason: Any) -> dict[str, Any]:
     """Make a row about a region without caption, or with `annotation_id` None about a whole image."""
     return {"image_id": image_id, "annotation_id": annotation_id, "file_name": file_name, "reason": str(reason)}
@@ -256,7 +281,8 @@ def _open_folder(data: Path, folder: Path, format: str | None) -> DataSet:
         if source is not None:
             used.add(source)
             read = partial(_read_source, source, path, name, format)
-            entries.append(Entry(name.as_posix(), name.as_posix(), path, read))
+            mark = partial(mark_of_file, source)
+            entries.append(Entry(name.as_posix(), name.as_posix(), path, read, mark=mark))
     if others := _without_image(used):
         shown = f"{others[0].relative_to(data)} for example"
         note(

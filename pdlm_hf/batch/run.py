@@ -1,9 +1,9 @@
 """Caption a data set into files; a stopped run is resumed.
 
 OUT.jsonl gets a row for every region as soon as its image is done, OUT.faults.jsonl a row for every region or image
-without caption, with the reason. OUT.run.json has the settings that the captions depend on. At the end OUT.coco.json
-is the data set with captions. While a run writes, OUT.lock names its process. Lines of OUT.jsonl that were damaged
-since are moved to OUT.damaged.jsonl, and their regions captioned again.
+without caption, with the reason. OUT.run.json has the settings that the captions depend on, OUT.sources.jsonl what the
+images and regions were. At the end OUT.coco.json is the data set with captions. While a run writes, OUT.lock names its
+process. Lines of OUT.jsonl that were damaged since are moved to OUT.damaged.jsonl, and their regions captioned again.
 """
 
 import re
@@ -32,6 +32,7 @@ from ..regions.results import result_fault
 from ..render.text import pluralize
 from .dataset import DataSet, Entry
 from .engines import Answer, Engine
+from .sources import check_sources
 
 
 class BatchFiles:
@@ -144,7 +145,7 @@ class BatchFiles:
         """Check that the rows of an earlier run are of this data set.
 
         Raises:
-            DataError: an image of the rows has another name in the data set.
+            DataError: an image of the rows has another name in the data set, or it or one of its regions has changed.
         """
         names = {entry.id: entry.file_name for entry in data.entries}
         for image_id, regions in self.rows.items():
@@ -154,6 +155,7 @@ class BatchFiles:
                     f"{self.out}: was begun with another data set: the image {image_id!r} was {was}, now "
                     f"{names[image_id]}. Choose another file."
                 )
+        check_sources(self.out, data.entries, self.done)
 
     def done(self, entry: Entry) -> Collection[Any]:
         """Return the ids of the regions of an image that have a row."""

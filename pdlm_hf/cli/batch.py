@@ -104,7 +104,7 @@ def batch(
         settings = generation if question is None else {**generation, "question": question}
         asked = caption_client(server, model, key_env, concurrency, settings, checked)
     name = str(model or "shapes (embedded)") if asked is None else asked.model
-    kept = {"model": name, "question": question, "fast": fast, **generation, **finding}
+    kept = {"model": name, "question": question, "fast": fast, "format": format, **generation, **finding}
     if checked is None:
         files = BatchFiles(out, kept, part, source=data)
     else:
