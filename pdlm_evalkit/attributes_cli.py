@@ -8,7 +8,17 @@ import typer
 
 from pdlm_hf.cli.batch import make_engine
 from pdlm_hf.cli.errors import exit_on_error, fail
-from pdlm_hf.cli.options import KeyEnv, Model, Question, Schema, Server, caption_client, check_positive, note_embedded
+from pdlm_hf.cli.options import (
+    KeyEnv,
+    Model,
+    Question,
+    Schema,
+    Server,
+    caption_client,
+    check_positive,
+    check_served,
+    note_embedded,
+)
 from pdlm_hf.errors_pdlm import SettingError
 from pdlm_hf.regions.files import read_rows
 from pdlm_hf.render.text import pluralize
@@ -20,6 +30,7 @@ SHAPES = "shapes"
 
 @exit_on_error("pdlm-eval")
 def attributes(
+    context: typer.Context,
     labels: Annotated[
         str, typer.Argument(help="Table with image, x, y, width, height and a column per attribute; or shapes.")
     ],
@@ -35,8 +46,8 @@ def attributes(
     jointly: Annotated[bool | None, typer.Option("--jointly", help="As in pdlm attributes.")] = None,
     calibrate: Annotated[bool | None, typer.Option("--calibrate", help="As in pdlm attributes.")] = None,
     unknown_below: Annotated[float | None, typer.Option(help="As in pdlm attributes.")] = None,
-    seed: Annotated[int, typer.Option(help="shapes: seed of the images.")] = 11,
-    count: Annotated[int, typer.Option(help="shapes: number of images.")] = 300,
+    seed: Annotated[int | None, typer.Option(help="shapes: seed of the images; default: 11.")] = None,
+    count: Annotated[int | None, typer.Option(help="shapes: number of images; default: 300.")] = None,
     model: Model = None,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 8,
     server: Server = None,
@@ -53,13 +64,18 @@ def attributes(
     from .attribute_scores import score_rows, tables_of
     from .labels import labelled_shapes, read_labels
 
-    check_positive({"--batch-size": batch_size, "--concurrency": concurrency, "--count": count})
+    numbers = {"--batch-size": batch_size, "--concurrency": concurrency, "--count": count}
+    check_positive({option: number for option, number in numbers.items() if number is not None})
+    check_served(context, server)
     if labels == SHAPES:
         for option, value in (("--images", images), ("--attribute", attribute), ("--schema", schema)):
             if value is not None:
                 raise SettingError(f"{option}: not for shapes, whose images and attributes are drawn.")
-        found = labelled_shapes(seed, count)
+        found = labelled_shapes(11 if seed is None else seed, count or 300)
     else:
+        for option, number in (("--seed", seed), ("--count", count)):
+            if number is not None:
+                raise SettingError(f"{option}: is about drawn images; for {SHAPES} only.")
         given = None if schema is None else read_schema_file(schema)
         found = read_labels(Path(labels), images, attribute or (), given)
     how: dict[str, Any] = {"template": template or None, "jointly": jointly, "calibrate": calibrate}

@@ -70,10 +70,12 @@ class PreparedBatch(NamedTuple):
     Args:
         regions (`list[list[Region]]`): of every image.
         inputs (`BatchFeature`): of the model, on its device.
+        question (`str`, *optional*): that they hold.
     """
 
     regions: list[list[Region]]
     inputs: Any
+    question: str | None = None
 
 
 class RegionCaptioner:
@@ -284,7 +286,7 @@ class RegionCaptioner:
             ImageError, RegionError, SettingError: see [`caption`].
         """
         settings = self.settings(generation)
-        regions, inputs = self._inputs(pairs, question)
+        regions, inputs, _ = self._inputs(pairs, question)
         output = self.model.generate(**inputs, **settings)
         captions = self.processor.post_process_region_captions(output)
         for found, texts in zip(regions, captions, strict=True):
@@ -307,10 +309,16 @@ class RegionCaptioner:
         masks = [[region.mask for region in found] for found in regions]
         device = self.model.device
         inputs = self.processor(images=list(images), segmentation_maps=masks, text=question, device=device).to(device)
-        return PreparedBatch(list(regions), inputs)
+        return PreparedBatch(list(regions), inputs, question)
 
     def _inputs(self, pairs: "list[tuple[Any, Any]] | PreparedBatch", question: str | None) -> "PreparedBatch":
-        return pairs if isinstance(pairs, PreparedBatch) else self.prepare(pairs, question)
+        if not isinstance(pairs, PreparedBatch):
+            return self.prepare(pairs, question)
+        if question not in (None, pairs.question):
+            raise SettingError(
+                f"The batch was prepared with the question {pairs.question!r:.60}; pass {question!r:.60} to `prepare`."
+            )
+        return pairs
 
     def attributes(
         self, image: Any, regions: Any, schema: Any, question: str | None = None, **settings: Any
@@ -377,7 +385,7 @@ class RegionCaptioner:
         own = {name: settings.pop(name, None) for name in ("template", "jointly", "calibrate", "unknown_below")}
         checked: AttributeSchema = parse_schema(schema, **own)
         plan = self.processor.attribute_plan(checked.choices, checked.lengths, checked.template)
-        found, inputs = self._inputs(pairs, question)
+        found, inputs, _ = self._inputs(pairs, question)
         output = self.model.read_attributes(
             **inputs, plan=plan, jointly=checked.jointly, calibrate=checked.calibrate, **settings
         )

@@ -49,7 +49,7 @@ class RegionCaptioningPipeline(Pipeline):
         return ({} if question is None else {"question": question}), generation, {}
 
     def preprocess(self, inputs: dict[str, Any], question: str | None = None):  # type: ignore[override]
-        """Make the model inputs of an image and its regions.
+        """Make the model inputs of an image and its regions; a "question" of their own comes before that of the call.
 
         Raises:
             ImageError: the image cannot be read.
@@ -59,7 +59,8 @@ class RegionCaptioningPipeline(Pipeline):
         if not isinstance(inputs, dict) or not {"image", "regions"} <= inputs.keys():
             raise SettingError(self._task + ' takes {"image": image, "regions": [...]}.')
         image, regions = load_pair(inputs["image"], inputs["regions"])
-        batch = self.processor(images=image, segmentation_maps=[r.mask for r in regions], text=question)
+        text = inputs.get("question") or question
+        batch = self.processor(images=image, segmentation_maps=[r.mask for r in regions], text=text)
         return batch | {"regions": regions}
 
     def _forward(self, model_inputs, **generation):  # type: ignore[override]

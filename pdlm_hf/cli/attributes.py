@@ -19,6 +19,7 @@ from .options import (
     Server,
     caption_client,
     check_captioner,
+    check_served,
     embedded_note,
     exit_on_error,
     load_captioner,
@@ -32,6 +33,7 @@ _Reader = Callable[[Any, list[Any]], tuple[list[Any], int]]  # image and regions
 
 @exit_on_error
 def attributes(
+    context: typer.Context,
     image: Annotated[str, typer.Argument(help="The image.")],
     schema: Schema = None,
     mask: Masks = None,
@@ -76,6 +78,7 @@ def attributes(
         calibrate=calibrate,
         unknown_below=unknown_below,
     )
+    check_served(context, server)
     opened, found = read_regions(image, mask, box, regions, format, image_name, orientation)
     open_reader = _local if server is None else partial(_served, server, key_env)
     name, read = open_reader(model, question, checked)

@@ -34,6 +34,7 @@ from .options import (
     caption_client,
     check_captioner,
     check_positive,
+    check_served,
     exit_on_error,
     load,
     load_captioner,
@@ -89,6 +90,7 @@ def batch(
     check_positive({"--concurrency": concurrency} | ({} if workers is None else {"--workers": workers}))
     part = parse_shard(shard)
     _check_engine(engine, workers, server, images)
+    check_served(context, server)
     checked = None if schema is None else read_schema_file(schema)
     if checked is not None:
         generation = {}

@@ -80,7 +80,8 @@ def caption(
     if draw is not None:
         check_target(draw)
     if is_asked(everything, find, detector):
-        check_alone(mask or box or regions)
+        about_given = {"--format": format, "--image-name": image_name, "--orientation": orientation}
+        check_alone(mask or box or regions, about_given)
         check_captioner(model)
         opened = load_image(image)
     finder = open_finder(

@@ -16,6 +16,7 @@ from .options import (
     Server,
     caption_client,
     check_positive,
+    check_served,
     exit_on_error,
     load,
     load_captioner,
@@ -25,6 +26,7 @@ from .options import (
 
 @exit_on_error
 def demo(
+    context: typer.Context,
     model: Model = None,
     server: Server = None,
     key_env: KeyEnv = None,
@@ -38,6 +40,7 @@ def demo(
 ) -> None:
     """Serve a web page on which you mark regions and watch their captions emerge."""
     check_positive({"--max-new-tokens": max_new_tokens})
+    check_served(context, server)
     try:
         from ..demo.page import build_page, serve
     except ImportError as error:

@@ -106,10 +106,13 @@ def read_settings(parts: bool, max_regions: int | None, select: list[str] | None
     return parse_selection(values)
 
 
-def check_alone(given: Any) -> None:
-    """Raises: SettingError: regions are given too, where they are to be found."""
+def check_alone(given: Any, about_given: dict[str, str | None]) -> None:
+    """Raises: SettingError: regions are given too, or an option about them, where they are to be found."""
     if given:
         raise SettingError("Regions are found, or given: leave out --mask, --box and --regions, or what finds them.")
+    for option, value in about_given.items():
+        if value is not None:
+            raise SettingError(f"{option} {value}: is about regions that are given, not about those that are found.")
 
 
 def find_in(image: str, opened: Any, finder: Any) -> list[Any]:

@@ -107,6 +107,14 @@ def check_captioner(model: str | None, schema: Any = None) -> None:
         processor.attribute_plan(schema.choices, schema.lengths, schema.template)
 
 
+def check_served(context: typer.Context, server: str | None) -> None:
+    """Raises: SettingError: an option about a server is given, and no server."""
+    for option in ("concurrency", "key_env"):
+        source = context.get_parameter_source(option)
+        if server is None and source is not None and source.name == "COMMANDLINE":
+            raise SettingError(f"--{option.replace('_', '-')}: is about a server; give --server, or leave it out.")
+
+
 def caption_client(
     url: str, model: str | None, key_env: str | None, concurrency: int, settings: dict[str, Any], schema: Any = None
 ) -> Any:

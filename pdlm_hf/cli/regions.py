@@ -72,6 +72,9 @@ def read_regions(
 
     if not masks and not boxes and file is None:
         raise SettingError("No regions: give --mask, --box or --regions.")
+    for option, value in (("--format", format), ("--image-name", image_name)):
+        if value is not None and file is None:
+            raise SettingError(f"{option} {value}: is about a region file; give --regions, or leave it out.")
     opened = load_image(image)
     turn = _read_orientation(orientation, image)
     found = _read_regions(masks or [], boxes or [], *opened.size, turn)
