@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pdlm_hf.attributes.results import csv_fields
 from pdlm_hf.attributes.schema import Attribute, AttributeSchema, fault_of_text, parse_schema, text_of
 from pdlm_hf.batch.dataset import DataSet, Entry, Key, image_size
 from pdlm_hf.errors_pdlm import DataError, ImageError, SettingError
@@ -88,14 +89,15 @@ def read_labels(
         raise DataError(f"{folder}: there is no such folder of images.")
     header, rows = _table(path)
     names = list(names or (schema.attributes if schema else _attributes_in(header)))
-    if missing := [name for name in ("image", *BOX, *names) if name not in header]:
+    columns = _columns(names, header)
+    if missing := [name for name in ("image", *BOX, *columns.values()) if name not in header]:
         raise DataError(f"{path}: there is no column {missing[0]!r:.60}; the columns are {', '.join(header):.300}.")
     if not names:
         raise DataError(f"{path}: there is no column of an attribute beside {', '.join(PLACE)}.")
     if schema is not None and (missing := [name for name in names if name not in schema.attributes]):
         raise SettingError(f"The schema has no attribute {missing[0]!r:.60}.")
     attributes = schema.attributes if schema is not None else {}
-    reader = _RowReader(path, folder, {name: _by_text(attributes.get(name)) for name in names})
+    reader = _RowReader(path, folder, {name: _by_text(attributes.get(name)) for name in names}, columns)
     for number, row in enumerate(rows, 1):
         reader.add(number, row)
     if schema is None:
@@ -136,6 +138,14 @@ def _table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     return header, [dict(zip(header, line, strict=True)) for line in cells]
 
 
+def _columns(names: list[str], header: list[str]) -> dict[str, str]:
+    """The column of every attribute; one that is called as a column of the box is under the name of [`csv_fields`]."""
+    columns = {}
+    for name, column in zip(names, csv_fields(names)[6::2], strict=True):
+        columns[name] = column if name in PLACE or (name not in header and column in header) else name
+    return columns
+
+
 def _attributes_in(header: list[str]) -> Iterator[str]:
     for name in header:
         of = name.removesuffix(PROBABILITY)
@@ -165,10 +175,11 @@ class _RowReader:
     Args:
         path, folder (`Path`): the table, and the folder of the images.
         choices (`dict`): of every attribute the texts of its choices by what a cell may have for them; empty: any.
+        columns (`dict`): the column of every attribute.
     """
 
-    def __init__(self, path: Path, folder: Path, choices: dict[str, dict[str, str]]):
-        self.path, self.folder, self.choices = path, folder, choices
+    def __init__(self, path: Path, folder: Path, choices: dict[str, dict[str, str]], columns: dict[str, str]):
+        self.path, self.folder, self.choices, self.columns = path, folder, choices, columns
         self.sizes: dict[str, tuple[int, int]] = {}
         self.regions: dict[Key, tuple[list[float], dict[str, str]]] = {}
 
@@ -204,12 +215,12 @@ class _RowReader:
             raise fail("id", "an id of its own for every region of an image")
         values = {}
         for name in self.choices:
-            if text := row[name]:
+            if text := row[column := self.columns[name]]:
                 known = self.choices[name]
                 if known and text not in known:
-                    raise fail(name, f"one of {', '.join(dict.fromkeys(known.values())):.200}")
+                    raise fail(column, f"one of {', '.join(dict.fromkeys(known.values())):.200}")
                 if reason := fault_of_text(text):
-                    raise fail(name, f"a text in one line; it {reason}")
+                    raise fail(column, f"a text in one line; it {reason}")
                 values[name] = known.get(text, text)
         self.regions[image, own] = (box, values)
 

@@ -18,6 +18,10 @@ class RegionError(PdlmError):
     """A region or a file of regions cannot be read, or does not fit its image."""
 
 
+class NoRegionsError(RegionError):
+    """A file of regions is sound and holds none for the image."""
+
+
 class DataError(PdlmError):
     """A file of annotations, rows or results cannot be read, or has other contents than expected."""
 

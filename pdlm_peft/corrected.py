@@ -56,7 +56,7 @@ def corrected_rows(path: Path, form: str, counts: Counter) -> Iterator[PlacedRow
 def _attributes(given: dict[str, Any], counts: Counter) -> Iterator[tuple[str, Any]]:
     """Names and values of the attributes that can be taught, each in one line."""
     for name, value in given.items():
-        value = " ".join(value.split()) if isinstance(value, str) else value
+        value = " ".join(value.splitlines()).strip() if isinstance(value, str) else value
         if any(attribute_faults({name: value}, "", 0)):
             counts[f"values of the attribute {name!r:.60}, too long or of a form that cannot be taught"] += 1
         else:

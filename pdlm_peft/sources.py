@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pdlm_hf.errors_pdlm import DataError, MissingPackageError
@@ -13,6 +14,7 @@ from pdlm_hf.regions.files import load_json
 
 from .rows import REGION_KEYS, Fault, RowError
 
+_OF_CVAT = {"occluded", "rotation", "track_id", "keyframe"}  # attributes of every shape
 _CHUNK = 1 << 20  # characters read at a time
 _BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")  # two rows of a list
 
@@ -198,8 +200,17 @@ def _coco_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _coco_region(annotation: dict, names: dict) -> dict:
-    """COCO files of all kinds have their own keys; only known ones are kept."""
+    """COCO files of all kinds have their own keys; only known ones are kept. So have their `attributes`: values that
+    are no text, whole number, true or false are left out, and those that CVAT gives every shape."""
     region = {name: value for name, value in annotation.items() if name in REGION_KEYS}
+    if isinstance(given := region.get("attributes"), dict):
+        others = _OF_CVAT if "occluded" in given and _OF_CVAT & {*given} - {"occluded"} else set()
+        kept = {
+            name: value
+            for name, value in given.items()
+            if name not in others and isinstance(value, (str, int, NoneType))
+        }
+        region = {**region, "attributes": kept} if kept else {k: v for k, v in region.items() if k != "attributes"}
     if isinstance(names.get(annotation.get("category_id")), str):
         region.setdefault("category", names[annotation["category_id"]])
     return region

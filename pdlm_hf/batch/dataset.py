@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
-from ..errors_pdlm import DataError, ImageError, SettingError
+from ..errors_pdlm import DataError, ImageError, NoRegionsError, SettingError
 from ..regions.coco import CocoFault, CocoIndex, is_coco, is_panoptic, panoptic_segments
 from ..regions.files import load_json
 from ..regions.formats.facts import find_image, note
@@ -315,7 +315,10 @@ def _region_source(place: Path, image: Path) -> Path | None:
 
 
 def _read_source(source: Path, image: Path, name: Path, format: str | None) -> list[tuple[int | str, Any]]:
-    found = read_region_file(source, name.as_posix(), *image_size(image), format, image.stat().st_size)
+    try:
+        found = read_region_file(source, name.as_posix(), *image_size(image), format, image.stat().st_size)
+    except NoRegionsError:  # an image of the background, say
+        return []
     # here an id is unique within its image, COCO's ids are unique within the data set
     values: list[tuple[int | str, Any]] = []
     seen: dict[str, int] = {}

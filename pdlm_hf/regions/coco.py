@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors_pdlm import DataError, RegionError
+from ..errors_pdlm import DataError, NoRegionsError, RegionError
 from .files import load_json
 from .formats.facts import ImageFacts, base_name
 
@@ -243,7 +243,7 @@ def regions_in(data: Any, path: Path, image: ImageFacts) -> list[dict[str, Any]]
         )
     regions = _results(regions, path, image) if not isinstance(data, dict) else regions
     if not regions:
-        raise RegionError(f"{path}: holds no regions for {image.name}.")
+        raise NoRegionsError(f"{path}: holds no regions for {image.name}.")
     return regions
 
 

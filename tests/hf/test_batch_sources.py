@@ -150,3 +150,25 @@ def test_found_regions_of_an_image_that_was_replaced(tmp_path, data):
     shutil.copy(EXAMPLES / "two_shapes.png", tmp_path / "images" / "b.png")
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 2 and "the image b.png" in again.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("ending", "text"),
+    [
+        ("txt", "\n"),
+        ("json", '{"imagePath": "b.png", "imageWidth": 40, "imageHeight": 30, "shapes": []}'),
+        (
+            "xml",
+            "<annotation><filename>b.png</filename><size><width>40</width><height>30</height></size></annotation>",
+        ),
+    ],
+)
+def test_an_image_without_regions_is_no_fault(tmp_path, data, ending, text):
+    """An image of the background, as tools export it."""
+    (tmp_path / "coco.json").unlink()
+    (tmp_path / "a.txt").write_text("0 0.5 0.5 0.25 0.4\n")
+    (tmp_path / f"b.{ending}").write_text(text)
+    assert run(tmp_path, "") == ["a.png#0"]
+    assert not (tmp_path / "out.faults.jsonl").exists()
+    done = CliRunner().invoke(app, ["caption", str(tmp_path / "b.png"), "--regions", str(tmp_path / f"b.{ending}")])
+    assert done.exit_code == 2 and "holds no regions" in done.stderr

@@ -159,7 +159,7 @@ def test_labelme_mask():
     ("data", "message"),
     [
         ({}, "has no `shapes`"),
-        (labelme(), "has no `shapes`"),
+        (labelme(), "holds no regions, its `shapes` are empty"),
         (labelme(7), r"shapes\[0\]: expected an object"),
         (labelme(shape("line", [[1, 2], [3, 4]])), r"shapes\[0\]: a line of 2 points has no area"),
         (labelme(shape("point", [[1, 2]])), "a point of 1 points has no area"),

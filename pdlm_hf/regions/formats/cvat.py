@@ -6,7 +6,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 import numpy as np
 
-from ...errors_pdlm import RegionError
+from ...errors_pdlm import NoRegionsError, RegionError
 from ..rle import encode
 from .facts import CAPTION, LABEL, ImageFacts
 from .geometry import ellipse, number, pasted, rectangle
@@ -38,7 +38,7 @@ def from_cvat(root: Element, name: str, image: ImageFacts) -> list[dict[str, Any
         image.check_size(where, *(int(side) if side.is_integer() else side for side in sides))
     found = _cvat_regions(chosen, where, image)
     if not found:
-        raise RegionError(f"{where}: holds no regions.")
+        raise NoRegionsError(f"{where}: holds no regions.")
     return found
 
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ...errors_pdlm import RegionError
+from ...errors_pdlm import NoRegionsError, RegionError
 from .geometry import number
 
 _HEADER = re.compile(r"(imagesource|gsd|acquisition dates):.*")
@@ -56,5 +56,5 @@ def from_dota(path: Path) -> list[dict[str, Any]]:
         points = [number(word, f"{path}: line {place}") for word in words[:8]]
         regions.append({"id": len(regions), "category": words[8], "segmentation": [points]})
     if not regions:
-        raise RegionError(f"{path}: holds no regions.")
+        raise NoRegionsError(f"{path}: holds no regions.")
     return regions

@@ -57,7 +57,7 @@ class ImageFacts:
         else:
             advice = "its regions would lie elsewhere; give the image that was annotated, at its size"
         raise RegionError(
-            f"{where}: states an image of {width!s:.20} x {height!s:.20} pixels, {self.name} has {self.width} x "
+            f"{where}: states an image of {width!r:.20} x {height!r:.20} pixels, {self.name} has {self.width} x "
             f"{self.height}: {advice}."
         )
 

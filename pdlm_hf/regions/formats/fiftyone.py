@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...errors_pdlm import RegionError
+from ...errors_pdlm import NoRegionsError, RegionError
 from ..rle import encode
 from .facts import CAPTION, LABEL, ImageFacts
 from .geometry import number, pasted
@@ -57,7 +57,7 @@ def from_fiftyone(data: Any, name: str, image: ImageFacts) -> list[dict[str, Any
     image.check_size(where, *_size_of(sample))
     found = _regions(sample, where, image)
     if not found:
-        raise RegionError(f"{where}: holds no regions.")
+        raise NoRegionsError(f"{where}: holds no regions.")
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...errors_pdlm import RegionError
+from ...errors_pdlm import NoRegionsError, RegionError
 from ..images import open_image
 from ..rle import encode
 from .facts import ImageFacts, note
@@ -50,7 +50,7 @@ def from_label_map(source: Any, every: bool = False, image: ImageFacts | None = 
         note("void", f"{name}: the value 255 of a palette image is no region (void); --format label-map keeps it")
         values, counts = values[values != VOID], counts[values != VOID]
     if not len(values):
-        raise RegionError(f"{name}: holds no regions; every pixel is 0.")
+        raise NoRegionsError(f"{name}: holds no regions; every pixel is 0.")
     if len(values) > MAX_LABELS or len(values) * labels.size > MAX_PIXELS:
         raise RegionError(
             f"{name}: has {len(values)} values in {labels.shape[1]} x {labels.shape[0]} pixels, more than can be "

@@ -4,12 +4,12 @@ read, tasks with captions to correct are written."""
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, quote, unquote
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 import numpy as np
 
-from ...errors_pdlm import RegionError
+from ...errors_pdlm import NoRegionsError, RegionError
 from ..rle import encode
 from .facts import CAPTION, LABEL, ImageFacts, base_name, matching
 from .geometry import ellipse, number, rectangle
@@ -21,6 +21,7 @@ _NAME = "file_name"  # in the data of a task that we wrote: the image, whatever 
 _SHAPES = {"rle", "points", "radiusX", "width"}  # one of them is in the value of a result that has a shape
 _LENGTHS = (3, 4, 8, 16)  # bits for the length of a block of a brush mark
 _OURS = "attribute "  # before the name of an attribute, in that of its tag
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".jfif")
 
 
 def is_label_studio(data: Any) -> bool:
@@ -68,14 +69,15 @@ def from_label_studio(data: Any, name: str, image: ImageFacts) -> list[dict[str,
     """
     if not is_label_studio(data):
         raise RegionError(f"{name}: expected tasks with `data` and `annotations`, Label Studio's JSON export.")
-    tasks = _tasks(data)
-    names = [_image_of(task) for task in tasks]
+    shown = [(task, key, stated) for task in _tasks(data) for key, stated in _images_of(task).items()]
+    names = [stated for *_, stated in shown]
     found = [k for k, stated in enumerate(names) if matching([stated, _without_upload(stated)], image.name)]
-    task = tasks[found[0] if len(found) == 1 else image.choose(name, [_without_upload(stated) for stated in names])]
+    chosen = found[0] if len(found) == 1 else image.choose(name, [_without_upload(stated) for stated in names])
+    task, key, _ = shown[chosen]
     where = f"{name}: task {task.get('id')}"
-    regions = _regions(_results(task, where, ("annotations", "predictions")), where, image)
+    regions = _regions(_results(task, where, ("annotations", "predictions"), key), where, image)
     if not regions:
-        raise RegionError(f"{where}: holds no regions.")
+        raise NoRegionsError(f"{where}: holds no regions.")
     return regions
 
 
@@ -97,25 +99,40 @@ def corrected_tasks(data: Any, name: str) -> Iterator[tuple[str, ImageFacts, lis
         raise RegionError(f"{name}: expected tasks with `data` and `annotations`, Label Studio's JSON export.")
     for task in _tasks(data):
         where = f"{name}: task {task.get('id')}"
-        submitted = bool(task.get("annotations"))
-        results = _results(task, where, ("annotations",)) if submitted else {}
-        sized = next((part for parts in results.values() for part in parts if "original_width" in part), {})
-        width, height = (int(number(sized.get(side, 0), f"{where}.{side}", 0, 2**31)) for side in _SIDES)
-        image = ImageFacts(_without_upload(_image_of(task)), width, height)
-        yield where, image, _regions(results, where, image) if submitted else None
+        submitted = bool(_kept(task, ("annotations",)))
+        for key, stated in _images_of(task).items():
+            results = _results(task, where, ("annotations",), key) if submitted else {}
+            sized = next((part for parts in results.values() for part in parts if "original_width" in part), {})
+            width, height = (int(number(sized.get(side, 0), f"{where}.{side}", 0, 2**31)) for side in _SIDES)
+            image = ImageFacts(_without_upload(stated), width, height)
+            yield where, image, _regions(results, where, image) if submitted else None
 
 
-def _results(task: dict, where: str, kinds: tuple[str, ...]) -> dict[Any, list[dict]]:
-    """The results of a task by region: shape, labels, text."""
-    given = next((task[kind] for kind in kinds if task.get(kind)), None)
-    kept = [one for one in _dicts(given) if not one.get("was_cancelled")]
+def _kept(task: dict, kinds: tuple[str, ...]) -> list[dict]:
+    """The annotations of a task, or else its predictions, without those that a person has skipped."""
+    for kind in kinds:
+        if kept := [one for one in _dicts(task.get(kind)) if not one.get("was_cancelled")]:
+            return kept
+    return []
+
+
+def _results(task: dict, where: str, kinds: tuple[str, ...], image: str) -> dict[Any, list[dict]]:
+    """The results of a task by region: shape, labels, text; on the image with this key, if the task shows several."""
+    kept = _kept(task, kinds)
     if len(kept) != 1:
         ids = ", ".join(str(one.get("id")) for one in kept)
         raise RegionError(f"{where}: has {len(kept)} annotations ({ids}); a region file has one. Delete the others.")
     results: dict[Any, list[dict]] = defaultdict(list)
+    several = _images_of(task) if len(_images_of(task)) > 1 else {}
     for position, result in enumerate(_dicts(kept[0].get("result"))):
-        own = result.get("id")
-        results[own if isinstance(own, (int, str)) else position].append(result)
+        own, shows = result.get("id"), result.get("to_name")
+        if several and "original_width" in result and shows not in several:
+            raise RegionError(
+                f"{where}: shows the images {', '.join(several)}, and a region is on {shows!r:.60}, which is none of "
+                "these names. Name the Image tags of the project as the data, or export tasks with one image."
+            )
+        if not several or shows == image:
+            results[own if isinstance(own, (int, str)) else position].append(result)
     return results
 
 
@@ -131,15 +148,24 @@ def _dicts(values: Any) -> list[dict]:
     return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
-def _image_of(task: dict) -> str:
-    """The name of a task's image; a path below the folder of local files has its folders too."""
+def _images_of(task: dict) -> dict[str, str]:
+    """The names of a task's images by the key of their address; where none has the ending of an image, of the first
+    text. A path below the folder of local files has its folders too."""
     data = task["data"]
     if isinstance(data.get(_NAME), str):
-        return data[_NAME]
-    urls = [value for value in data.values() if isinstance(value, str)]
-    address = (urls or [""])[0]
+        return {_NAME: data[_NAME]}
+    names = {key: _name_in(value) for key, value in data.items() if isinstance(value, str)}
+    images = {key: name for key, name in names.items() if name.lower().endswith(_IMAGES)}
+    return images or dict([*names.items()][:1]) or {"": ""}
+
+
+def _name_in(address: str) -> str:
+    """The name of the image that an address is of."""
     local = parse_qs(address.partition("?")[2]).get("d") if "/local-files/" in address else None
-    return local[0] if local else base_name(address.partition("?")[0])
+    if local:
+        return local[0]
+    name = base_name(address.partition("?")[0])
+    return unquote(name) if address.startswith(("http://", "https://", "/")) else name
 
 
 def _without_upload(stated: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...errors_pdlm import RegionError
+from ...errors_pdlm import NoRegionsError, RegionError
 from ..files import load_json
 from ..region import MASK_PIXELS, parse_region
 from ..rle import encode
@@ -32,16 +32,19 @@ def from_labelme(
 
     Raises:
         DataError: the file does not exist or is not valid JSON.
-        RegionError: it is not a LabelMe file, it states another image, or a shape has no area (points, lines).
+        RegionError: it is not a LabelMe file, has no shapes, states another image, or a shape has no area (points,
+            lines).
     """
     data = source if isinstance(source, dict) else load_json(Path(source))
     name = name or ("LabelMe" if isinstance(source, dict) else str(source))
     shapes = data.get("shapes") if isinstance(data, dict) else None
-    if not isinstance(shapes, list) or not shapes:
+    if not isinstance(shapes, list):
         raise RegionError(f"{name}: has no `shapes`; expected a LabelMe file with at least one.")
     if image is not None:
         image.check_name(name, data.get("imagePath"))
         image.check_size(name, data.get("imageWidth"), data.get("imageHeight"))
+    if not shapes:
+        raise NoRegionsError(f"{name}: holds no regions, its `shapes` are empty.")
     regions: list[dict[str, Any]] = []
     groups: dict[tuple, int] = {}
     for number, shape in enumerate(shapes):
@@ -115,7 +118,7 @@ def _mask(shape: dict, image: ImageFacts, where: str) -> np.ndarray:
         with Image.open(io.BytesIO(base64.b64decode(shape["mask"])), formats=("PNG",)) as part:
             if part.width > image.width or part.height > image.height:  # before it is decoded
                 raise ValueError(f"{part.width} x {part.height} pixels, more than the image")
-            pixels = np.asarray(part) > 0
+            pixels = np.asarray(part.convert("L") if len(part.getbands()) > 1 else part) > 0
         x, y = points[0].round().astype(int).tolist()
     except (KeyError, TypeError, ValueError, IndexError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise RegionError(f"{where}: the mask cannot be read ({type(error).__name__}: {error}).") from None

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from ...errors_pdlm import RegionError
+from ...errors_pdlm import NoRegionsError, RegionError
 from .facts import ImageFacts
 from .geometry import ellipse, number
 
@@ -50,7 +50,7 @@ def from_via(data: dict[str, Any], name: str, image: ImageFacts, resaved: bool =
     regions = entry.get("regions")
     regions = list(regions.values()) if isinstance(regions, dict) else regions
     if not isinstance(regions, list) or not regions:
-        raise RegionError(f"{where}: holds no regions.")
+        raise NoRegionsError(f"{where}: holds no regions.")
     found = []
     for position, region in enumerate(regions):
         shape = region.get("shape_attributes") if isinstance(region, dict) else None

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from ...errors_pdlm import RegionError
+from ...errors_pdlm import NoRegionsError, RegionError
 from .facts import ImageFacts, note
 from .geometry import number
 
@@ -66,7 +66,7 @@ def from_voc(root: Element, name: str, image: ImageFacts, corners: bool | None =
         image.check_size(name, *(int(side) if side.is_integer() else side for side in sides))
     objects = root.findall("object")
     if not objects:
-        raise RegionError(f"{name}: holds no regions, no `object`.")
+        raise NoRegionsError(f"{name}: holds no regions, no `object`.")
     texts = [[item.findtext(f"bndbox/{key}") for key in _VOC] for item in objects]
     boxes = np.array([
         [number(text, f"{name}: object {k}: {key}") for key, text in zip(_VOC, found, strict=True)]
@@ -123,5 +123,5 @@ def from_labelme_xml(root: Element, name: str, image: ImageFacts) -> list[dict[s
             raise RegionError(f"{where}: is {what}; a region is a polygon of three points or more.")
         regions.append({"id": k, "category": item.findtext("name"), "segmentation": [points]})
     if not regions:
-        raise RegionError(f"{name}: holds no regions.")
+        raise NoRegionsError(f"{name}: holds no regions.")
     return regions

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors_pdlm import RegionError
+from ...errors_pdlm import NoRegionsError, RegionError
 from .facts import ImageFacts
 from .geometry import snap
 
@@ -130,7 +130,7 @@ def from_yolo(path: str | Path, width: int, height: int, format: str | None = No
     image = ImageFacts("the image", width, height)
     lines = list(_lines(Path(path)))
     if not lines:
-        raise RegionError(f"{path}: holds no regions.")
+        raise NoRegionsError(f"{path}: holds no regions.")
     file = _File(path, lines, image)
     name = _chosen(file) if format is None else format
     if not file.fits(name):
