@@ -46,7 +46,7 @@ def stages(record: dict) -> dict[str, dict]:
     while record:
         scored += [record["held_out"]] if "held_out" in record else []
         record = record["initialised_from"]
-    return dict(zip(("embedded", "commits", "careful"), scored, strict=True))
+    return dict(zip(("embedded", "fills templates", "commits", "careful"), scored, strict=True))
 
 
 def by_regions(record: dict) -> str:

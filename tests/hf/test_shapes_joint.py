@@ -1,19 +1,21 @@
 """The lesson of templates and of the attributes of their images."""
 
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from safetensors.torch import load_file
+from typer import BadParameter
 
 from pdlm_hf.processing_pdlm import area_order
 from pdlm_hf.shapes.dataset import JointDataset
 from pdlm_hf.shapes.templates import DARK_DOMAIN
 from pdlm_hf.training.collator import PdlmCollator
-from pdlm_hf.training.trainer import Clock
+from tools.shapes.average import main as average
 from tools.shapes.model import build_model
-from tools.shapes.train import TimedTrainer, arguments
+from tools.shapes.train import save
 from tools.shapes.vision import JointCollator, JointModel
 
 NOISE = {"num_slots": 20, "noise_floor": 0.1, "prompt_ids": "ordered"}
@@ -74,32 +76,15 @@ def test_the_loss_is_that_of_the_texts_and_of_the_attributes(processor, batch):
     assert all(weight.grad is not None for weight in learner.parameters())
 
 
-class Numbers(Dataset):
-    """Rows that are their number."""
-
-    in_order = True
-
-    def __len__(self):
-        return 12
-
-    def __getitem__(self, index):
-        return {"x": torch.tensor([float(index)])}
-
-
-class Remembers(torch.nn.Linear):
-    """A model that remembers what it was trained with."""
-
-    def __init__(self):
-        super().__init__(1, 1)
-        self.got = []
-
-    def forward(self, x):
-        self.got.append(int(x[0, 0]))
-        return {"loss": super().forward(x).square().mean()}
-
-
-def test_every_other_step_trains_an_earlier_batch_once_more(tmp_path):
-    clock, model = Clock(), Remembers()
-    settings = arguments(tmp_path, 10, 1, 1e-3, 0, workers=0, device="cpu")
-    TimedTrainer(clock=clock, replay=2, model=model, args=settings, train_dataset=Numbers(), callbacks=[clock]).train()
-    assert model.got == [0, 1, 2, 0, 3, 1, 4, 2, 5, 3]
+def test_the_average_of_a_run_and_its_start(processor, tmp_path):
+    for name, record in (("start", {"seed": 1}), ("run", {"initialised_from": {"seed": 1}})):
+        torch.manual_seed(len(name))
+        save(build_model(processor, "isolated"), processor, tmp_path / name, record)
+    average(tmp_path / "run", tmp_path / "start", 0.7, tmp_path / "out")
+    start, run, out = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "run", "out"))
+    for name, weight in out.items():
+        torch.testing.assert_close(weight, 0.3 * start[name] + 0.7 * run[name])
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["initialised_from"] == {"initialised_from": {"seed": 1}} and "--share 0.7" in record["command"]
+    with pytest.raises(BadParameter, match="was not initialised from it"):
+        average(tmp_path / "start", tmp_path / "run", 0.7, tmp_path / "out")

@@ -83,11 +83,15 @@ def _training(record: dict[str, Any]) -> str:
     while (before := stages[-1].get("initialised_from")) and "held_out" not in before:
         stages.append(before)
     last = stages if before else [record]
-    commands = "\n".join(
-        f"# {stage.get('machine', 'CPU')}: {stage['steps']} steps\n{stage['command']}" for stage in last
-    )
+    commands = "\n".join(f"# {_work(stage)}\n{stage['command']}" for stage in last)
     which = "The last ones, latest first" if last[1:] else "The last one"
     return f"`training.json` has every command. {which}:\n\n```\n{commands}\n```"
+
+
+def _work(stage: dict[str, Any]) -> str:
+    return (
+        f"{stage.get('machine', 'CPU')}: {stage['steps']} steps" if stage["steps"] else "an average of two checkpoints"
+    )
 
 
 def _regions(folder: Path, processor: PdlmProcessor, threshold: float) -> Any:
