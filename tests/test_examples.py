@@ -43,7 +43,7 @@ def test_there_are_examples():
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("caption_regions.py", lambda out: figures(out) == FIGURES and "6 captions, forward passes: 1" in out),
+        ("caption_regions.py", lambda out: figures(out) == FIGURES and "6 captions, forward passes: 2" in out),
         ("coco_regions.py", lambda out: figures(out)[:6] == FIGURES),
         ("many_images.py", lambda out: [line.split()[0] for line in out.splitlines()] == list("01234567")),
         ("watch_steps.py", lambda out: [line.split(":")[0] for line in out.splitlines()][7:] == ["step 8", "final"]),
