@@ -32,7 +32,7 @@ from ..regions.results import result_fault
 from ..render.text import pluralize
 from .dataset import DataSet, Entry
 from .engines import Answer, Engine
-from .sources import check_sources
+from .sources import add_source, check_sources
 
 
 class BatchFiles:
@@ -72,6 +72,7 @@ class BatchFiles:
         parts = [] if shard else sorted(path for path in out.parent.iterdir() if part_name.fullmatch(path.name))
         self.out = out if shard is None else out.with_suffix(".{}-of-{}.jsonl".format(*shard))
         self.faults_path, self.coco_path = self.out.with_suffix(".faults.jsonl"), self.out.with_suffix(".coco.json")
+        self.sources_path = self.out.with_suffix(".sources.jsonl")
         if source is not None and source.resolve() in (path.resolve() for path in (self.out, self.coco_path)):
             raise SettingError(f"{out}: the run would replace the data set {source}; choose another name.")
         self.row_fault = row_fault
@@ -155,7 +156,7 @@ class BatchFiles:
                     f"{self.out}: was begun with another data set: the image {image_id!r} was {was}, now "
                     f"{names[image_id]}. Choose another file."
                 )
-        check_sources(self.out, data.entries, self.done)
+        check_sources(self.sources_path, self.out, data.entries, self.done)
 
     def done(self, entry: Entry) -> Collection[Any]:
         """Return the ids of the regions of an image that have a row."""
@@ -261,6 +262,7 @@ def run_batch(
         if number == 1:
             run.add_faults(data.faults)
         if todo := run.todo(data.entries[number - 1 :: parts]):
+            run.entries = {entry.id: entry for entry in todo}
             open_engine().caption(todo, files.done, run.take)
         run.counts.empty = sum(said.empty for regions in files.rows.values() for said in regions.values())
         run.finish(0)
@@ -276,6 +278,7 @@ class _Run:
 
     def __init__(self, files: BatchFiles, progress: Callable[[int, Counts], None]):
         self.files, self.progress = files, progress
+        self.entries: dict[Any, Entry] = {}  # that are captioned
         self.counts = Counts(before=sum(map(len, files.rows.values())))
         self.done = 0
         self.start = time.perf_counter()
@@ -292,6 +295,8 @@ class _Run:
         rows, failed = ([row for row in found if not self.files.has(row)] for found in (answer.rows, answer.failed))
         append_rows(self.files.faults_path, failed)
         self.files.add(rows)
+        if rows:
+            add_source(self.files.sources_path, self.entries[answer.image_id])
         self.counts.failed += len(failed)
         self.counts.regions += len(rows)
         if answer.last:

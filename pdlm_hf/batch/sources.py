@@ -1,11 +1,10 @@
 """What the images and regions of a run were, so that a run that continues notices what has changed since.
 
-OUT.sources.jsonl has a line for every image: its id, size and checksum of its file, and a checksum of its regions. The
-file's is of a few bytes in its middle: of a million images nobody wants to wait for more, and the bytes of a
-compressed image that has changed are others from there on.
+OUT.sources.jsonl gets a row for every image when its captions are written: size and checksum of its file, and a
+checksum of its regions. The file's is of a few bytes in its middle, so that a million images are compared quickly; the
+bytes of a compressed image that has changed are others from there on.
 """
 
-import json
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors_pdlm import DataError
-from ..regions.files import read_rows, replacing
+from ..regions.files import append_rows, read_rows
 from ..regions.region import Region, parse_region
 from ..render.text import pluralize
 from .dataset import Entry
@@ -21,40 +20,59 @@ from .dataset import Entry
 _MIDDLE = 4096  # bytes
 
 
-def check_sources(out: Path, entries: list[Entry], done: Callable[[Entry], Collection[Any]]) -> None:
-    """Compare images and regions that have results with what they are now, and write down what all of them are.
+def add_source(path: Path, entry: Entry) -> None:
+    """Write down what an image and its regions are.
+
+    Args:
+        path (`Path`): OUT.sources.jsonl.
+        entry (`Entry`): the image.
+    """
+    append_rows(path, [{"image_id": entry.id, "file": _look_of(entry), "regions": _mark(entry)}])
+
+
+def check_sources(path: Path, out: Path, entries: list[Entry], done: Callable[[Entry], Collection[Any]]) -> None:
+    """Compare images and regions that have results with what they are now.
 
     A region that has another mask than its row is found by its mask, which is looked at only where the checksum of the
     image's regions has changed: other keys of an annotation, and regions that were added or removed, are no change.
 
     Args:
-        out (`Path`): OUT.jsonl.
+        path, out (`Path`): OUT.sources.jsonl and OUT.jsonl.
         entries (`list[Entry]`): all images of the data set.
         done: returns the ids of the regions of an image that have a row.
 
     Raises:
         DataError: an image or a region with a row has changed.
     """
-    path, by_id = out.with_suffix(".sources.jsonl"), {entry.id: entry for entry in entries}
-    changed, others = [], {}
-    for image_id, was, mark in _lines(path):
-        entry = by_id.get(image_id)
+    by_id = {entry.id: entry for entry in entries}
+    changed: dict[Any, Entry] = {}  # by the last row of each image
+    others: dict[Any, Entry] = {}
+    for row in read_rows(path, True, _fault, lambda number, reason: None):
+        entry = by_id.get(row["image_id"])
         if entry is None or not done(entry):
             continue
-        now = _look_of(entry)
-        if None not in (was, now) and was != now:
-            changed.append(f"the image {entry.file_name}")
-        elif mark != _mark(entry):
-            others[image_id] = entry
-    changed += _other_masks(out, others)
-    if changed:
-        more = f" and {pluralize(len(changed) - 1, 'other')}" if len(changed) > 1 else ""
+        look = _look_of(entry)
+        for found, differs in (
+            (changed, None not in (row["file"], look) and row["file"] != look),
+            (others, row["regions"] != _mark(entry)),
+        ):
+            if differs:
+                found[entry.id] = entry
+            else:
+                found.pop(entry.id, None)
+    what = [f"the image {entry.file_name}" for entry in changed.values()]
+    what += _other_masks(out, {key: entry for key, entry in others.items() if key not in changed})
+    if what:
+        more = f" and {pluralize(len(what) - 1, 'other')}" if len(what) > 1 else ""
         raise DataError(
-            f"{out}: has results of {changed[0]}{more}, which changed since. Delete their lines there to do them "
+            f"{out}: has results of {what[0]}{more}, which changed since. Delete their lines there to do them "
             "again, or choose another file."
         )
-    with replacing(path) as file:
-        file.writelines(json.dumps([entry.id, _look_of(entry), _mark(entry)]) + "\n" for entry in entries)
+
+
+def _fault(row: dict[str, Any]) -> str | None:
+    sound = row.keys() >= {"image_id", "file", "regions"} and isinstance(row["image_id"], (int, str))
+    return None if sound else "is no row about an image"
 
 
 def _mark(entry: Entry) -> int | None:
@@ -72,18 +90,6 @@ def _look_of(entry: Entry) -> list[int] | None:
         file.seek(max(0, size // 2 - _MIDDLE // 2))
         return [size, zlib.crc32(file.read(_MIDDLE))]
     return None
-
-
-def _lines(path: Path) -> Iterator[list[Any]]:
-    """The lines of an earlier run; none where the file is missing, without those that are damaged."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with suppress(ValueError):
-                found = json.loads(line)
-                if isinstance(found, list) and len(found) == 3 and isinstance(found[0], (int, str)):
-                    yield found
 
 
 def _other_masks(out: Path, entries: dict[Any, Entry]) -> Iterator[str]:

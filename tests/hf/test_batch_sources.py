@@ -117,7 +117,8 @@ def test_a_folder_of_region_files(tmp_path, data):
 
 def test_runs_from_before_there_were_checksums(tmp_path, data):
     run(tmp_path)
-    (tmp_path / "out.sources.jsonl").write_text('damaged\n[1]\n[2, [5, 1], null]\n{"id": 1}\n')
+    row = '{"image_id": 2, "file": [5, 1], "regions": null}'
+    (tmp_path / "out.sources.jsonl").write_text(f'damaged\n[1]\n{row}\n{{"id": 1}}\n{{"cut')
     with pytest.raises(DataError, match="the image b.png"):
         run(tmp_path)
     (tmp_path / "out.sources.jsonl").unlink()
