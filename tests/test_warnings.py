@@ -43,7 +43,7 @@ def test_commands_the_snippet_of_the_readme_and_exported_code(tmp_path):
     """The code that travels with the exported checkpoint loads without the package."""
     out = run("-c", COMMANDS, str(pdlm_hf.CHECKPOINT), str(tmp_path / "exported"))
     assert "One spotted cross, big and blue." in out and "\nYellow.\n" in out
-    assert "6 captions, forward passes: 1" in out
+    assert "6 captions, forward passes: 2" in out
     assert run("-c", LOAD.format(str(tmp_path / "exported")), folder=tmp_path, path="") == "True PdlmProcessor\n"
 
 

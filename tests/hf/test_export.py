@@ -132,7 +132,7 @@ def test_exact_files(work, name):
 
 
 def test_files_of_the_model_alone(work):
-    of_the_processor = {f"{name}_pdlm.py" for name in ("batching", "captions", "image_processing", "processing")}
+    of_the_processor = {f"{name}_pdlm.py" for name in ("captions", "image_processing", "processing")}
     code = [name for name in FLAT_FILES if name not in of_the_processor]
     assert written(work[0] / "model_only") == sorted(code + MODEL_FILES)
 
