@@ -108,11 +108,14 @@ def check_captioner(model: str | None, schema: Any = None) -> None:
 
 
 def check_served(context: typer.Context, server: str | None) -> None:
-    """Raises: SettingError: an option about a server is given, and no server."""
-    for option in ("concurrency", "key_env"):
+    """Raises: SettingError: an option about a server is given, and no server; or one that a server decides."""
+    reason = "is about a server; give --server, or leave it out."
+    if server is not None:
+        reason = "the server forms the batches; leave it out, or set --concurrency."
+    for option in ("concurrency", "key_env") if server is None else ("batch_size",):
         source = context.get_parameter_source(option)
-        if server is None and source is not None and source.name == "COMMANDLINE":
-            raise SettingError(f"--{option.replace('_', '-')}: is about a server; give --server, or leave it out.")
+        if source is not None and source.name == "COMMANDLINE":
+            raise SettingError(f"--{option.replace('_', '-')}: {reason}")
 
 
 def caption_client(

@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 IMAGE, COCO = str(EXAMPLES / "two_shapes.png"), str(EXAMPLES / "shapes_coco.json")
 BOX, ABOUT_FILES = ["--box", "10,20,30,40"], "is about a region file; give --regions, or leave it out"
 FOUND, SERVER = "is about regions that are given, not about those that are found", "is about a server; give --server"
+OWN = "the server forms the batches; leave it out, or set --concurrency"
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,10 @@ FOUND, SERVER = "is about regions that are given, not about those that are found
         (["caption", IMAGE, "--everything", "--orientation", "sideways"], f"--orientation sideways: {FOUND}"),
         (["batch", COCO, "--out", "OUT", "--concurrency", "3"], f"--concurrency: {SERVER}"),
         (["batch", COCO, "--out", "OUT", "--key-env", "KEY"], f"--key-env: {SERVER}"),
+        (
+            ["batch", COCO, "--out", "OUT", "--server", "http://127.0.0.1:9", "--batch-size", "4"],
+            f"--batch-size: {OWN}",
+        ),
         (["demo", "--key-env", "KEY"], f"--key-env: {SERVER}"),
     ],
     ids=lambda value: " ".join(Path(text).name for text in value) if isinstance(value, list) else "",
@@ -46,6 +51,7 @@ def test_options_without_effect(tmp_path, arguments, message):
         (["--seed", "5"], "--seed: is about drawn images; for shapes only"),
         (["--count", "3"], "--count: is about drawn images; for shapes only"),
         (["--concurrency", "2"], f"--concurrency: {SERVER}"),
+        (["--server", "http://127.0.0.1:9", "--batch-size", "4"], f"--batch-size: {OWN}"),
     ],
 )
 def test_options_of_an_evaluation_without_effect(tmp_path, options, message):
