@@ -1,7 +1,5 @@
 """Data sets of regions: a COCO file, or a folder with a file of regions for each image."""
 
-import marshal
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +16,10 @@ from ..regions.formats.label_map import is_hidden
 from ..regions.images import orientation_of
 from ..regions.readers import format_reader, read_region_file, region_id
 from ..render.text import pluralize
+from .checksums import mark_of_annotations, mark_of_file, mark_of_panoptic
 
 # Endings of region files, in the order of preference.
 _REGION_FILES = (".json", ".xml", ".txt", ".png", ".bmp", ".tif", ".tiff")
-
-# What the shape of a COCO annotation is in.
-_SHAPES = ("id", "segmentation", "bbox", "file_name", "segments_info")
 
 # Identifies a region in a data set: the id of its image and its own id.
 Key = tuple[int | str, int | str]
@@ -208,9 +204,10 @@ def _open_coco(path: Path, folder: Path) -> DataSet:
             read: Callable[[], list[tuple[int | str, Any]]]
             if panoptic:
                 read, ids = partial(_read_panoptic, path, annotations), None
+                mark = partial(mark_of_panoptic, path, annotations)
             else:
                 read, ids = partial(_pairs, annotations), tuple(annotation["id"] for annotation in annotations)
-            mark = partial(mark_of_annotations, annotations)
+                mark = partial(mark_of_annotations, annotations)
             entries.append(Entry(image_id, name, folder / name, read, ids, _size_of(image), mark=mark))
     return DataSet(entries, faults, index.data)
 
@@ -239,23 +236,6 @@ def _size_of(image: dict[str, Any]) -> tuple[int, int] | None:
     if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
         return width, height
     return None
-
-
-def checksum(shapes: Any) -> int:
-    """A number of plain values, the same for equal ones."""
-    return zlib.crc32(marshal.dumps(shapes, 2))  # version 2 writes no references, which depend on more than the values
-
-
-def mark_of_annotations(annotations: Iterable[dict[str, Any]]) -> int:
-    """The checksum of the annotations of an image in a COCO file."""
-    return checksum([[entry.get(key) for key in _SHAPES] for entry in annotations])
-
-
-def mark_of_file(source: Path) -> int:
-    """The checksum of a region file, or of the names and sizes of masks in a folder. Raises: OSError."""
-    if source.is_dir():
-        return checksum(sorted((path.name, path.stat().st_size) for path in source.iterdir()))
-    return zlib.crc32(source.read_bytes())
 
 
 def fault(image_id: Any, annotation_id: Any, file_name: str | None, reason: Any) -> dict[str, Any]:

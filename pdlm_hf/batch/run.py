@@ -32,7 +32,7 @@ from ..regions.results import result_fault
 from ..render.text import pluralize
 from .dataset import DataSet, Entry
 from .engines import Answer, Engine
-from .sources import add_source, check_sources
+from .sources import add_source, check_sources, take_sources
 
 
 class BatchFiles:
@@ -104,7 +104,9 @@ class BatchFiles:
         write_json(self.out.with_suffix(".run.json"), settings)
         self.faults_path.unlink(missing_ok=True)  # these regions are tried again
         for path in parts:
-            self.add(row for row in self._read(path, settings) if not self.has(row))
+            rows = [row for row in self._read(path, settings) if not self.has(row)]
+            take_sources(self.sources_path, path.with_suffix(".sources.jsonl"), {row["image_id"] for row in rows})
+            self.add(rows)
 
     def _read(self, path: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Read the rows of an earlier run, which must have been made with the same settings."""
@@ -294,9 +296,9 @@ class _Run:
         self.add_faults(answer.faults)
         rows, failed = ([row for row in found if not self.files.has(row)] for found in (answer.rows, answer.failed))
         append_rows(self.files.faults_path, failed)
-        self.files.add(rows)
-        if rows:
+        if rows:  # first what they are of, so that no row is without it wherever the run stops
             add_source(self.files.sources_path, self.entries[answer.image_id])
+        self.files.add(rows)
         self.counts.failed += len(failed)
         self.counts.regions += len(rows)
         if answer.last:

@@ -1,11 +1,9 @@
 """What the images and regions of a run were, so that a run that continues notices what has changed since.
 
-OUT.sources.jsonl gets a row for every image when its captions are written: size and checksum of its file, and a
-checksum of its regions. The file's is of a few bytes in its middle, so that a million images are compared quickly; the
-bytes of a compressed image that has changed are others from there on.
+OUT.sources.jsonl gets a row for every image before its captions are written: size and checksums of its file, and a
+checksum of its regions.
 """
 
-import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,9 +13,10 @@ from ..errors_pdlm import DataError
 from ..regions.files import append_rows, read_rows
 from ..regions.region import Region, parse_region
 from ..render.text import pluralize
+from .checksums import is_same_look, look_of
 from .dataset import Entry
 
-_MIDDLE = 4096  # bytes
+_NAMED = 10  # images and regions in a message
 
 
 def add_source(path: Path, entry: Entry) -> None:
@@ -28,6 +27,35 @@ def add_source(path: Path, entry: Entry) -> None:
         entry (`Entry`): the image.
     """
     append_rows(path, [{"image_id": entry.id, "file": _look_of(entry), "regions": _mark(entry)}])
+
+
+def take_sources(path: Path, source: Path, images: Collection[Any]) -> None:
+    """Take over what images were in another run.
+
+    Args:
+        path, source (`Path`): OUT.sources.jsonl of this run and of the other.
+        images: ids of the images.
+    """
+    append_rows(path, [row for row in _read(source) if row["image_id"] in images])
+
+
+def looks_before(path: Path) -> dict[Any, list[int] | None]:
+    """What the image files were, by the id of the image, see [`look_of`].
+
+    Args:
+        path (`Path`): OUT.sources.jsonl.
+    """
+    return {row["image_id"]: row["file"] for row in _read(path)}
+
+
+def refuse_changed(out: Path, what: list[str]) -> None:
+    """Raises: DataError: there are images or regions that have changed; the message names ten of them at most."""
+    if what:
+        more = f" and {pluralize(len(what) - _NAMED, 'other')}" if len(what) > _NAMED else ""
+        raise DataError(
+            f"{out}: has results of {', '.join(what[:_NAMED])}{more}, which changed since. Delete their lines there "
+            "to do them again, or choose another file."
+        )
 
 
 def check_sources(path: Path, out: Path, entries: list[Entry], done: Callable[[Entry], Collection[Any]]) -> None:
@@ -47,13 +75,13 @@ def check_sources(path: Path, out: Path, entries: list[Entry], done: Callable[[E
     by_id = {entry.id: entry for entry in entries}
     changed: dict[Any, Entry] = {}  # by the last row of each image
     others: dict[Any, Entry] = {}
-    for row in read_rows(path, True, _fault, lambda number, reason: None):
+    for row in _read(path):
         entry = by_id.get(row["image_id"])
         if entry is None or not done(entry):
             continue
         look = _look_of(entry)
         for found, differs in (
-            (changed, None not in (row["file"], look) and row["file"] != look),
+            (changed, not is_same_look(row["file"], look)),
             (others, row["regions"] != _mark(entry)),
         ):
             if differs:
@@ -62,17 +90,17 @@ def check_sources(path: Path, out: Path, entries: list[Entry], done: Callable[[E
                 found.pop(entry.id, None)
     what = [f"the image {entry.file_name}" for entry in changed.values()]
     what += _other_masks(out, {key: entry for key, entry in others.items() if key not in changed})
-    if what:
-        more = f" and {pluralize(len(what) - 1, 'other')}" if len(what) > 1 else ""
-        raise DataError(
-            f"{out}: has results of {what[0]}{more}, which changed since. Delete their lines there to do them "
-            "again, or choose another file."
-        )
+    refuse_changed(out, what)
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of OUT.sources.jsonl, without damaged ones."""
+    return read_rows(path, True, _fault, lambda number, reason: None)
 
 
 def _fault(row: dict[str, Any]) -> str | None:
     sound = row.keys() >= {"image_id", "file", "regions"} and isinstance(row["image_id"], (int, str))
-    return None if sound else "is no row about an image"
+    return None if sound and isinstance(row["file"], (list, type(None))) else "is no row about an image"
 
 
 def _mark(entry: Entry) -> int | None:
@@ -82,14 +110,7 @@ def _mark(entry: Entry) -> int | None:
 
 
 def _look_of(entry: Entry) -> list[int] | None:
-    """Size of the image's file, and checksum of its middle; None where it cannot be read."""
-    if entry.path is None:
-        return None
-    with suppress(OSError), entry.path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size // 2 - _MIDDLE // 2))
-        return [size, zlib.crc32(file.read(_MIDDLE))]
-    return None
+    return None if entry.path is None else look_of(entry.path)
 
 
 def _other_masks(out: Path, entries: dict[Any, Entry]) -> Iterator[str]:

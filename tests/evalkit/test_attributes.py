@@ -177,6 +177,31 @@ def test_shapes_are_a_benchmark_and_a_stopped_run_goes_on(tmp_path, monkeypatch)
     assert json.loads(run().stdout) == scores
 
 
+def test_other_images_are_noticed(tmp_path, monkeypatch):
+    """In another folder, of the same names and sizes."""
+    for folder, shade in (("images", 90), ("others", 160)):
+        (tmp_path / folder).mkdir()
+        for name in ("a.png", "b.png"):
+            same = name == "a.png"
+            Image.new("RGB", (60, 60), (90 if same else shade,) * 3).save(tmp_path / folder / name)
+    table, out = tmp_path / "d.csv", tmp_path / "answers.jsonl"
+    table.write_text("image,x,y,width,height,colour\na.png,5,5,30,30,red\nb.png,9,9,30,30,blue\n")
+
+    def run(folder):
+        arguments = ["attributes", str(table), "--images", str(tmp_path / folder), "--out", str(out), "--json"]
+        return CliRunner().invoke(app, arguments)
+
+    done = run("images")
+    assert done.exit_code == 0, done.stderr
+    before = out.read_bytes()
+    monkeypatch.setattr(attributes_cli, "make_engine", lambda *args: pytest.fail("loaded"))
+    other = run("others")
+    assert other.exit_code == 2 and "has results of the image b.png, which changed since" in other.stderr
+    assert other.stdout == "" and out.read_bytes() == before
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert json.loads(run("moved").stdout) == json.loads(done.stdout)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

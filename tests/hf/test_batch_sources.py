@@ -1,21 +1,17 @@
 """A run that continues notices images and regions that have changed since."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 from PIL import Image, ImageOps
 from typer.testing import CliRunner
 
 from pdlm_hf.batch import BatchFiles, open_data, run_batch
-from pdlm_hf.batch.dataset import checksum
+from pdlm_hf.batch.checksums import checksum, is_same_look, look_of
 from pdlm_hf.batch.engines import ImageEngine, Outcome
 from pdlm_hf.cli.main import app
 from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.processing_pdlm import RegionCaption
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 class Counting(ImageEngine):
@@ -47,10 +43,10 @@ def data(tmp_path):
     return coco
 
 
-def run(folder, name="coco.json", out="out.jsonl"):
+def run(folder, name="coco.json", out="out.jsonl", shard=None):
     """Ids of the regions that a run captions."""
     engine = Counting()
-    run_batch(open_data(folder / name, folder), lambda: engine, BatchFiles(folder / out, {}))
+    run_batch(open_data(folder / name, folder), lambda: engine, BatchFiles(folder / out, {}, shard), shard)
     return engine.asked
 
 
@@ -64,7 +60,8 @@ def test_a_region_with_another_shape(tmp_path, data):
     first, second = data["annotations"][:2]
     first["bbox"], second["bbox"] = second["bbox"], first["bbox"]
     changed(tmp_path, data)
-    with pytest.raises(DataError, match=r"out.jsonl: has results of the region 1 of a.png and 1 other, which changed"):
+    message = r"out.jsonl: has results of the region 1 of a.png, the region 2 of a.png, which changed since"
+    with pytest.raises(DataError, match=message):
         run(tmp_path)
     assert (tmp_path / "out.jsonl").read_bytes() == rows
     kept = [line for line in rows.decode().splitlines() if json.loads(line)["image_id"] != 1]
@@ -142,15 +139,94 @@ def test_another_format_is_another_run(tmp_path, data):
     assert again.exit_code == 2 and "format was 'pixel-centres', now 'pixel-boxes'" in again.stderr.replace("\n", " ")
 
 
-def test_found_regions_of_an_image_that_was_replaced(tmp_path, data):
-    (tmp_path / "images").mkdir()
-    for name in ("a.png", "b.png"):
-        shutil.copy(EXAMPLES / "shapes.png", tmp_path / "images" / name)
-    command = ["batch", str(tmp_path / "images"), "--everything", "--out", str(tmp_path / "out.jsonl")]
-    assert CliRunner().invoke(app, command).exit_code == 0
-    shutil.copy(EXAMPLES / "two_shapes.png", tmp_path / "images" / "b.png")
-    again = CliRunner().invoke(app, command)
-    assert again.exit_code == 2 and "the image b.png" in again.stderr.replace("\n", " ")
+def test_shards_hand_over_what_images_were(tmp_path, data):
+    for number in (1, 2):
+        run(tmp_path, shard=(number, 2))
+    Image.effect_noise((40, 30), 20).convert("RGB").save(tmp_path / "b.png")
+    with pytest.raises(DataError, match="the image b.png, which changed since"):
+        run(tmp_path)
+    for path in tmp_path.glob("out.*-of-2.*"):
+        path.unlink()
+    with pytest.raises(DataError, match="the image b.png, which changed since"):
+        run(tmp_path)
+
+
+def test_what_an_image_was_is_written_before_its_rows(tmp_path, data, monkeypatch):
+    """So that no row is without it, wherever a run stops."""
+    written = []
+    monkeypatch.setattr(BatchFiles, "add", lambda self, rows: written.append(self.sources_path.read_text()))
+    run(tmp_path)
+    assert ['"image_id": 1' in text for text in written] == [True, True]
+    monkeypatch.undo()
+    data["annotations"][0]["bbox"] = [1, 1, 5, 5]  # nothing was captioned, so this is no change
+    changed(tmp_path, data)
+    assert sorted(run(tmp_path)) == [1, 2, 3, 4] and run(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [1000, 300_000])
+def test_a_file_that_changed_somewhere(tmp_path, size):
+    """In the last bytes too, where a compressed image has its checksum; of a small file, anywhere."""
+    content, path = bytes(k * 7 % 251 for k in range(size)), tmp_path / "image.png"
+    path.write_bytes(content)
+    was = look_of(path)
+    assert is_same_look(was, look_of(path)) and is_same_look(was[:2], was) and is_same_look(None, was)
+    for place in {size // 2, size - 1, size - 12} | ({0, 1, size // 5} if size == 1000 else set()):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert not is_same_look(was, look_of(path))
+    path.write_bytes(content + b"1")
+    assert not is_same_look(was, look_of(path))
+    assert look_of(tmp_path / "absent.png") is None
+
+
+def test_a_mask_file_that_changed(tmp_path, data):
+    """In a folder of masks, to one of the same name and size."""
+    (tmp_path / "coco.json").unlink()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        mask(0, tmp_path / name / "one.bmp")
+    assert run(tmp_path, "") == ["a.png#one", "b.png#one"]
+    mask(9, tmp_path / "b" / "one.bmp")
+    with pytest.raises(DataError, match="has results of the region 'b.png#one' of b.png, which changed since"):
+        run(tmp_path, "")
+
+
+def mask(top, path):
+    image = Image.new("L", (40, 30))
+    image.paste(255, (5, top, 15, top + 10))
+    image.save(path)
+
+
+def test_a_panoptic_file_that_changed(tmp_path, data):
+    (tmp_path / "coco").mkdir()
+    segments = [{"id": 5, "category_id": 1}]
+    data["annotations"] = [
+        {"image_id": k, "file_name": f"{name}.png", "segments_info": segments} for k, name in ((1, "a"), (2, "b"))
+    ]
+    changed(tmp_path, data)
+
+    def panoptic(top, name):
+        image = Image.new("RGB", (40, 30))
+        image.paste((5, 0, 0), (5, top, 15, top + 10))
+        image.save(tmp_path / "coco" / name)
+
+    panoptic(0, "a.png")
+    panoptic(0, "b.png")
+    assert run(tmp_path) == [5, 5] and run(tmp_path) == []
+    panoptic(9, "b.png")
+    with pytest.raises(DataError, match="has results of the region 5 of b.png, which changed since"):
+        run(tmp_path)
+
+
+def test_many_changes(tmp_path, data):
+    """The first ten are named."""
+    data["annotations"] = [{"id": k, "image_id": 1, "bbox": [k, 2, 5, 5]} for k in range(1, 14)]
+    changed(tmp_path, data)
+    run(tmp_path)
+    for entry in data["annotations"]:
+        entry["bbox"][1] = 9
+    changed(tmp_path, data)
+    with pytest.raises(DataError, match="the region 9 of a.png, the region 10 of a.png and 3 others, which changed"):
+        run(tmp_path)
 
 
 @pytest.mark.parametrize(
