@@ -174,6 +174,7 @@ def _find_regions(folder: Path, ready_finder: Any, settings: dict[str, Any], fil
                 settings,
                 files.out,
                 lambda done, of: bar.update(task, completed=done, total=of),
+                files.rows,
             )
     except BaseException:
         files.close()

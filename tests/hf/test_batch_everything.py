@@ -163,4 +163,4 @@ def test_wrong_calls(folder, tmp_path, arguments, message):
 def test_the_rows_are_json(folder, tmp_path):
     assert batch(folder, "--everything", "--out", tmp_path / "out.jsonl").exit_code == 0
     for line in (tmp_path / "out.found.jsonl").read_text().splitlines():
-        assert set(json.loads(line)) == {"id", "file_name", "width", "height", "regions"}
+        assert set(json.loads(line)) == {"id", "file_name", "width", "height", "regions", "file"}

@@ -6,12 +6,16 @@ import pytest
 from PIL import Image, ImageOps
 from typer.testing import CliRunner
 
+from pdlm_hf import RegionCaptioner
 from pdlm_hf.batch import BatchFiles, open_data, run_batch
 from pdlm_hf.batch.checksums import checksum, is_same_look, look_of
 from pdlm_hf.batch.engines import ImageEngine, Outcome
 from pdlm_hf.cli.main import app
 from pdlm_hf.errors_pdlm import DataError
 from pdlm_hf.processing_pdlm import RegionCaption
+from pdlm_hf.regions.files import load_json, read_rows
+from pdlm_hf.shapes import ShapesSegmenter
+from pdlm_hf.shapes.evaluate import held_out_scene
 
 
 class Counting(ImageEngine):
@@ -137,6 +141,71 @@ def test_another_format_is_another_run(tmp_path, data):
     assert CliRunner().invoke(app, [*command, "pixel-centres"]).exit_code == 0
     again = CliRunner().invoke(app, [*command, "pixel-boxes"])
     assert again.exit_code == 2 and "format was 'pixel-centres', now 'pixel-boxes'" in again.stderr.replace("\n", " ")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three drawings of the same size, in a folder of their own."""
+    (tmp_path / "images").mkdir()
+    for k in range(3):
+        drawing(k).save(tmp_path / "images" / f"{k}.png")
+    return tmp_path / "images"
+
+
+def drawing(number):
+    return held_out_scene(3, number).image.resize((200, 160))
+
+
+def everything(folder):
+    return CliRunner().invoke(app, ["batch", str(folder), "--everything", "--out", str(folder.parent / "out.jsonl")])
+
+
+def masks_of(coco, name):
+    ids = {image["id"] for image in coco["images"] if image["file_name"] == name}
+    return [entry["segmentation"] for entry in coco["annotations"] if entry["image_id"] in ids]
+
+
+def test_found_regions_of_an_image_that_was_replaced(folder, tmp_path, monkeypatch):
+    """It is refused before anything is loaded; once its captions are deleted, its regions are found again."""
+    assert everything(folder).exit_code == 0
+    out, before = tmp_path / "out.jsonl", load_json(tmp_path / "out.coco.json")
+    rows = out.read_bytes()
+    drawing(7).save(folder / "1.png")
+    drawing(8).save(folder / "new.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(RegionCaptioner, "from_pretrained", None)
+        patch.setattr(ShapesSegmenter, "propose", None)
+        again = everything(folder)
+    message = "out.jsonl: has results of the image 1.png, which changed since. Delete their lines there"
+    assert again.exit_code == 2 and message in again.stderr.replace("\n", " ") and out.read_bytes() == rows
+    kept = [line for line in rows.decode().splitlines(True) if json.loads(line)["file_name"] != "1.png"]
+    out.write_text("".join(kept))
+    assert everything(folder).exit_code == 0
+    after = load_json(tmp_path / "out.coco.json")
+    expected = RegionCaptioner.from_pretrained().everything(folder / "1.png")
+    assert [row["caption"] for row in read_rows(out) if row["file_name"] == "1.png"] == [c.text for c in expected]
+    assert len(masks_of(after, "1.png")) == len(expected) and masks_of(after, "1.png") != masks_of(before, "1.png")
+    assert all(masks_of(after, name) == masks_of(before, name) for name in ("0.png", "2.png"))
+    assert [image["id"] for image in after["images"]] == [1, 2, 3, 4]
+    assert out.read_text().startswith("".join(kept)) and everything(folder).exit_code == 0
+
+
+@pytest.mark.parametrize("noted", ["in the row", "with the captions", "nowhere"])
+def test_an_image_that_was_replaced_before_it_was_captioned(folder, tmp_path, noted):
+    assert everything(folder).exit_code == 0
+    before = load_json(tmp_path / "out.coco.json")
+    found = list(read_rows(tmp_path / "out.found.jsonl"))
+    (tmp_path / "out.jsonl").unlink()
+    if noted != "in the row":
+        rows = [{key: value for key, value in row.items() if key != "file"} for row in found]
+        (tmp_path / "out.found.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if noted != "with the captions":
+        (tmp_path / "out.sources.jsonl").unlink()
+    drawing(7).save(folder / "1.png")
+    assert everything(folder).exit_code == 0
+    after = load_json(tmp_path / "out.coco.json")
+    assert (masks_of(after, "1.png") == masks_of(before, "1.png")) == (noted == "nowhere")
+    assert masks_of(after, "2.png") == masks_of(before, "2.png")
 
 
 def test_shards_hand_over_what_images_were(tmp_path, data):
