@@ -38,6 +38,38 @@ Retries = Annotated[int, typer.Option(help="Further attempts for a request.")]
 Timeout = Annotated[float, typer.Option(help="Seconds to wait for the server.")]
 
 
+# Options of `caption` that only some sources of captions have; those of `generate` are for all but a file.
+_OF_SERVER = ("server_style", "api_key_env", "setting", "concurrency", "retries", "timeout")
+_OF_MODEL = ("device", "dtype", "batch_size")
+_OF_FILE = ("allow_missing",)
+_OF_REGIONS = (
+    *("steps", "fast", "acceptance_threshold", "entropy_bound", "prefix_refresh_interval", "temperature"),
+    *("remasking", "seed", "masks_per_pass"),
+)
+_MADE = ("prompt", "max_new_tokens", *_OF_REGIONS)
+
+
+def _check_options(context: typer.Context, server: str | None, style: str, captions: Path | None) -> None:
+    """Raises: SettingError: an option is given that this source of captions does not have."""
+    unused: dict[str, str] = {}
+    if server is None:
+        unused |= dict.fromkeys(_OF_SERVER, "is about a server; give --server, or leave it out.")
+    elif style == "crops":
+        reason = "is not sent with --server-style crops; leave it out, or give --setting NAME=JSON."
+        unused |= dict.fromkeys(_OF_REGIONS, reason)
+    if server is not None or captions is not None:
+        unused |= dict.fromkeys(_OF_MODEL, "is about a model in this process; leave it out.")
+    if captions is None:
+        unused |= dict.fromkeys(_OF_FILE, "is about captions of a file; give --captions, or leave it out.")
+    else:
+        reason = "is about captions that are made, not about those of a file; leave it out."
+        unused |= dict.fromkeys(_MADE, reason)
+    for option, reason in unused.items():
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise SettingError(f"--{option.replace('_', '-')}: {reason}")
+
+
 def _settings(base: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
     """The fields of every request, with those given as NAME=JSON. Raises: SettingError: a text has another form."""
     settings = dict(base)
@@ -55,6 +87,7 @@ def _settings(base: dict[str, Any], extra: list[str] | None) -> dict[str, Any]:
 @app.command()
 @exit_on_error("pdlm-eval")
 def caption(
+    context: typer.Context,
     annotations: Annotations,
     out: Annotated[Path, typer.Option(help="Run folder; a stopped run is resumed from it.", show_default=False)],
     images: Images = None,
@@ -100,6 +133,7 @@ def caption(
     check_positive({"--steps": steps, "--batch-size": batch_size, "--concurrency": concurrency})
     optional = {"--max-new-tokens": max_new_tokens, "--masks-per-pass": masks_per_pass}
     check_positive({option: value for option, value in optional.items() if value is not None})
+    _check_options(context, server, server_style, captions)
     data = load_benchmark(annotations, images, benchmark)
     if captions is None:  # another system has seen the images
         check_images(data)

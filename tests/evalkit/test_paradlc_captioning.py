@@ -154,6 +154,43 @@ def test_wrong_calls(tmp_path, options, said):
     assert all("the embedded checkpoint" in line for line in note) and len(note) <= 1
 
 
+SERVER, CROPS = ("--server", "http://127.0.0.1:9", "--server-model", "x"), ("--server-style", "crops")
+ABOUT_SERVER, OWN = (
+    "is about a server; give --server, or leave it out.",
+    "is about a model in this process; leave it out.",
+)
+ABOUT_FILE = "is about captions that are made, not about those of a file; leave it out."
+SETTING = "is not sent with --server-style crops; leave it out, or give --setting NAME=JSON."
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--concurrency", "4"), f"--concurrency: {ABOUT_SERVER}"),
+        (("--api-key-env", "KEY"), f"--api-key-env: {ABOUT_SERVER}"),
+        (CROPS, f"--server-style: {ABOUT_SERVER}"),
+        (("--setting", "top_p=0.5"), f"--setting: {ABOUT_SERVER}"),
+        (("--retries", "2"), f"--retries: {ABOUT_SERVER}"),
+        (("--timeout", "9"), f"--timeout: {ABOUT_SERVER}"),
+        (("--captions", "y", "--timeout", "9"), f"--timeout: {ABOUT_SERVER}"),
+        ((*SERVER, "--batch-size", "4"), f"--batch-size: {OWN}"),
+        ((*SERVER, "--device", "cpu"), f"--device: {OWN}"),
+        (("--captions", "y", "--dtype", "float32"), f"--dtype: {OWN}"),
+        (("--captions", "y", "--steps", "9"), f"--steps: {ABOUT_FILE}"),
+        (("--captions", "y", "--fast"), f"--fast: {ABOUT_FILE}"),
+        (("--captions", "y", "--prompt", "What?"), f"--prompt: {ABOUT_FILE}"),
+        ((*SERVER, *CROPS, "--temperature", "0.5"), f"--temperature: {SETTING}"),
+        ((*SERVER, *CROPS, "--masks-per-pass", "2"), f"--masks-per-pass: {SETTING}"),
+        (("--allow-missing",), "--allow-missing: is about captions of a file; give --captions, or leave it out."),
+    ],
+    ids=lambda value: " ".join(value).replace("http://", "") if isinstance(value, tuple) else "",
+)
+def test_options_without_effect(tmp_path, options, said):
+    result = caption(tmp_path / "run", *options)
+    assert result.exit_code == 2 and said in " ".join(result.stderr.split()), result.output
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_systems_captions(finished, tmp_path):
     path = tmp_path / "theirs.json"
     captions = json.loads((finished / "captions.json").read_text())
