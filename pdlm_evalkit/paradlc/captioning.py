@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pdlm_hf.batch.checksums import is_same_look, look_of
 from pdlm_hf.errors_pdlm import DataError, SettingError
 from pdlm_hf.regions.files import FileLock, append_rows, check_same_settings, load_json, read_rows, write_json
+from pdlm_hf.render.text import list_some
 
 from ..manifests import checkpoint_hash, effective_settings
 from .data import Benchmark, BenchmarkImage, Mask, decode_masks, open_image
@@ -74,7 +76,8 @@ class CaptionRun:
             unknown, as for a server.
 
     Raises:
-        DataError: captions.jsonl is damaged before its last line, or run.json is missing.
+        DataError: captions.jsonl is damaged before its last line, run.json is missing, or an image with captions has
+            changed.
         SettingError: the folder contains a run with other settings.
     """
 
@@ -93,6 +96,7 @@ class CaptionRun:
             "annotations": None if annotations is None else str(annotations.resolve()),
             "settings": settings,
             "effective": effective,
+            "image_files": {image.id: look_of(image.path) for image in benchmark.images},
             "finished": False,
             "attempts": 1,
         }
@@ -109,8 +113,25 @@ class CaptionRun:
         recorded = load_json(self.run_path)
         before = recorded.get("settings") if isinstance(recorded, dict) else None
         check_same_settings(before, settings, self.folder, "choose another folder")
+        if settings.get("source") != "file":  # another system has seen the images
+            self._check_images(recorded.get("image_files"), lines)
         self.record["attempts"] = recorded.get("attempts", 1) + (not recorded.get("finished"))
         return lines
+
+    def _check_images(self, before: Any, lines: list[dict[str, Any]]) -> None:
+        """Raises: DataError: an image with captions is another than recorded; earlier versions recorded none."""
+        looks = before if isinstance(before, dict) else {}
+        captioned = {key for line in lines for key in line["captions"]}
+        changed = [
+            f"the image {image.path.name}"
+            for image in self.benchmark.images
+            if not is_same_look(looks.get(image.id), self.record["image_files"][image.id])
+            and any(mask.id in captioned for mask in image.masks)
+        ]
+        if changed:
+            raise DataError(
+                f"{self.folder}: has captions of {list_some(changed)}, which changed since. Choose another folder."
+            )
 
     @property
     def captions(self) -> dict[str, str]:

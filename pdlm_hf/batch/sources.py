@@ -12,11 +12,9 @@ from typing import Any
 from ..errors_pdlm import DataError
 from ..regions.files import append_rows, read_rows
 from ..regions.region import Region, parse_region
-from ..render.text import pluralize
+from ..render.text import list_some
 from .checksums import is_same_look, look_of
 from .dataset import Entry
-
-_NAMED = 10  # images and regions in a message
 
 
 def add_source(path: Path, entry: Entry) -> None:
@@ -51,10 +49,9 @@ def looks_before(path: Path) -> dict[Any, list[int] | None]:
 def refuse_changed(out: Path, what: list[str]) -> None:
     """Raises: DataError: there are images or regions that have changed; the message names ten of them at most."""
     if what:
-        more = f" and {pluralize(len(what) - _NAMED, 'other')}" if len(what) > _NAMED else ""
         raise DataError(
-            f"{out}: has results of {', '.join(what[:_NAMED])}{more}, which changed since. Delete their lines there "
-            "to do them again, or choose another file."
+            f"{out}: has results of {list_some(what)}, which changed since. Delete their lines there to do them "
+            "again, or choose another file."
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from forked import start
 from judge_server import JudgeServer, text_of
-from PIL import Image
+from PIL import Image, ImageOps
 from typer.testing import CliRunner
 
 import pdlm_evalkit.paradlc as package
@@ -124,6 +125,30 @@ def test_other_settings_are_refused(finished, options, said):
     result = caption(finished, *options)
     assert result.exit_code == 2 and said in result.stderr
     assert (finished / "captions.jsonl").read_bytes() == before
+
+
+def test_images_that_have_changed_are_named(finished, tmp_path):
+    """Of those with captions; a run of an earlier version did not record its images, and goes on."""
+    shutil.copytree(EXAMPLE / "images", tmp_path / "images")
+    out, options = tmp_path / "run", ("--images", str(tmp_path / "images"))
+    shutil.copytree(finished, out)
+    assert caption(out, *options).exit_code == 0  # the same ones, elsewhere
+    first = load_benchmark(EXAMPLE, tmp_path / "images").images[0]
+    with Image.open(first.path) as image:
+        ImageOps.invert(image).save(first.path)
+    before = (out / "captions.jsonl").read_bytes()
+    result = caption(out, *options)
+    said = f"has captions of the image {first.path.name}, which changed since. Choose another folder."
+    assert result.exit_code == 2 and said in " ".join(result.stderr.split())
+    assert (out / "captions.jsonl").read_bytes() == before
+    lines = before.splitlines(keepends=True)
+    (out / "captions.jsonl").write_bytes(b"".join(lines[1:]))  # the first line is of the first image
+    assert caption(out, *options).exit_code == 0
+    run = json.loads((out / "run.json").read_text())
+    assert set(run.pop("image_files")) == {image.id for image in load_benchmark(EXAMPLE).images}
+    (out / "run.json").write_text(json.dumps(run))
+    shutil.copy(EXAMPLE / "images" / first.path.name, first.path)
+    assert caption(out, *options).exit_code == 0
 
 
 def test_a_damaged_run_is_said(finished, tmp_path):
