@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from pdlm_hf.cli.errors import exit_on_error
-from pdlm_hf.cli.options import check_positive, note_embedded
+from pdlm_hf.cli.options import check_positive, is_given, note_embedded
 from pdlm_hf.client import ChatClient, key_in, public_url
 from pdlm_hf.errors_pdlm import DataError, ServerError, SettingError
 from pdlm_hf.regions.files import FileLock, load_json, replacing, write_json
@@ -65,8 +65,7 @@ def _check_options(context: typer.Context, server: str | None, style: str, capti
         reason = "is about captions that are made, not about those of a file; leave it out."
         unused |= dict.fromkeys(_MADE, reason)
     for option, reason in unused.items():
-        source = context.get_parameter_source(option)
-        if source is not None and source.name == "COMMANDLINE":
+        if is_given(context, option):
             raise SettingError(f"--{option.replace('_', '-')}: {reason}")
 
 

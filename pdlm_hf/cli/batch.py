@@ -36,6 +36,7 @@ from .options import (
     check_positive,
     check_served,
     exit_on_error,
+    is_given,
     load,
     load_captioner,
     note_embedded,
@@ -200,8 +201,7 @@ def _show_damaged(messages: list[str]) -> None:
 def _check_schema_alone(context: typer.Context) -> None:
     """Raises: SettingError: an option of captions is given, where attributes are read."""
     for option in ("max_new_tokens", "steps", "fast"):
-        source = context.get_parameter_source(option)
-        if source is not None and source.name == "COMMANDLINE":
+        if is_given(context, option):
             raise SettingError(f"--{option.replace('_', '-')} is for captions; with --schema leave it out.")
 
 

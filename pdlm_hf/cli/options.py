@@ -107,14 +107,19 @@ def check_captioner(model: str | None, schema: Any = None) -> None:
         processor.attribute_plan(schema.choices, schema.lengths, schema.template)
 
 
+def is_given(context: typer.Context, option: str) -> bool:
+    """Whether an option, by the name of its parameter, stands on the command line."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def check_served(context: typer.Context, server: str | None) -> None:
     """Raises: SettingError: an option about a server is given, and no server; or one that a server decides."""
     reason = "is about a server; give --server, or leave it out."
     if server is not None:
         reason = "the server forms the batches; leave it out, or set --concurrency."
     for option in ("concurrency", "key_env") if server is None else ("batch_size",):
-        source = context.get_parameter_source(option)
-        if source is not None and source.name == "COMMANDLINE":
+        if is_given(context, option):
             raise SettingError(f"--{option.replace('_', '-')}: {reason}")
 
 

@@ -82,11 +82,23 @@ def test_two_images_in_a_task_and_nobody_says_which(tmp_path, images):
         ({"image": "/data/upload/3/12345678-%C3%A9t%C3%A9%20b.png"}, "été b.png"),
         ({"image": "http://host/%C3%A9t%C3%A9%20b.png?token=1"}, "été b.png"),
         ({"image": "s3://bucket/a/2.png", "url": "http://host/page.html"}, "2.png"),
+        ({"thumb": "1.png", "image": "2.png"}, "2.png"),
     ],
 )
 def test_the_name_of_the_image(tmp_path, images, data, name):
     rows, _ = rows_of(tmp_path, images, [task(1, data, result("a", "x"))])
     assert [row["image"] for row in rows] == [name]
+
+
+@pytest.mark.parametrize("tag", ["image", "picture"])
+def test_a_second_address_that_no_region_is_on(tmp_path, images, tag):
+    """The region is on the image that its tag is called as, or on "image", if there is one tag only."""
+    tasks = [task(1, {"thumb": "1.png", "image": "2.png"}, result("a", "x", tag))]
+    rows, counts = rows_of(tmp_path, images, tasks)
+    assert [row["image"] for row in rows] == ["2.png"] and counts == {"rows": 1, "regions": 1}
+    tasks = [task(1, {"before": "1.png", "after": "2.png"}, result("a", "x", "after"))]
+    rows, counts = rows_of(tmp_path, images, tasks)
+    assert [row["image"] for row in rows] == ["2.png"] and counts == {"rows": 1, "regions": 1}
 
 
 def test_a_skipped_task_is_one_that_nobody_has_submitted(tmp_path, images):

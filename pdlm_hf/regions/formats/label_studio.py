@@ -150,12 +150,19 @@ def _dicts(values: Any) -> list[dict]:
 
 def _images_of(task: dict) -> dict[str, str]:
     """The names of a task's images by the key of their address; where none has the ending of an image, of the first
-    text. A path below the folder of local files has its folders too."""
+    text. Of several addresses those are kept that regions are on, by the name of their tag, or that of the only tag. A
+    path below the folder of local files has its folders too."""
     data = task["data"]
     if isinstance(data.get(_NAME), str):
         return {_NAME: data[_NAME]}
     names = {key: _name_in(value) for key, value in data.items() if isinstance(value, str)}
     images = {key: name for key, name in names.items() if name.lower().endswith(_IMAGES)}
+    results = [part for one in _kept(task, ("annotations", "predictions")) for part in _dicts(one.get("result"))]
+    tags = {part.get("to_name") for part in results if "original_width" in part}
+    if tags and tags <= images.keys():
+        images = {key: name for key, name in images.items() if key in tags}
+    elif len(tags) == 1 and "image" in images:
+        images = {"image": images["image"]}
     return images or dict([*names.items()][:1]) or {"": ""}
 
 
