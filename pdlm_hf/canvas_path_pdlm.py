@@ -7,12 +7,15 @@ as CUDA graphs faster still wherever prompts are cached.
 
 import platform
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from transformers.utils import logging
 
-from .fused_pdlm import NAME, capability_of, why_not
+from .configuration_pdlm import PdlmTextConfig
+from .fused_pdlm import NAME, CanvasCache, FusedNetwork, capability_of, why_not
 from .kernels_pdlm import HAS_TRITON, MAX_ROW_BYTES
+from .masking_pdlm import SHARED, region_attention
 
 logger = logging.get_logger(__name__)
 
@@ -127,6 +130,82 @@ def _obstacle(case: CanvasCase, has_triton: bool) -> str | None:
     if case.dtype not in DTYPES or case.head_size % 2 or case.head_size * case.dtype.itemsize > MAX_ROW_BYTES:
         return f"no kernels for {str(case.dtype).removeprefix('torch.')} and heads of {case.head_size}"
     return case.other_layers
+
+
+def confirm(path: CanvasPath, network: type, dtype: torch.dtype, head_size: int, device: torch.device) -> CanvasPath:
+    """The path that was chosen, if its kernels work on this machine; else that without them.
+
+    Args:
+        path (`CanvasPath`)
+        network (`type`): class of the language model.
+        dtype (`torch.dtype`), head_size (`int`), device (`torch.device`): of the queries.
+    """
+    fault = fault_of_kernels(network, dtype, head_size, device) if path.fused else None
+    if fault is None:
+        return path
+    logger.warning_once(f"Decoding without fused kernels, which is slower: {fault}")
+    return CanvasPath(False, False, fault)
+
+
+@cache
+def fault_of_kernels(network: type, dtype: torch.dtype, head_size: int, device: torch.device) -> str | None:
+    """Why the kernels do not work on this machine; None where they do. Found out once in a process.
+
+    Triton compiles kernels where they run, with a C compiler and Python's headers, and new GPUs and releases of Triton
+    come after what was tested. So one layer is computed by the kernels and by transformers' modules.
+
+    Args:
+        network (`type`), dtype (`torch.dtype`), head_size (`int`), device (`torch.device`): see [`confirm`].
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory for that.
+    """
+    try:
+        found, expected = _one_layer(network, dtype, head_size, device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever Triton, its compiler or the driver raise
+        reason = str(error).strip().partition("\n")[0]
+        return f"the kernels do not run on this machine ({type(error).__name__}: {reason})."
+    difference = float((found - expected).abs().max())
+    if difference <= _ROUNDING:
+        return None
+    return f"on this machine the kernels compute other numbers than transformers' modules (by {difference:.2g})."
+
+
+_ROUNDING = 0.15  # of results with a mean square of 1; three times the most seen in bfloat16
+
+
+@torch.inference_mode(False)  # in which a layer's weights cannot be put together
+@torch.no_grad()
+def _one_layer(network: type, dtype: torch.dtype, head_size: int, device: torch.device):
+    """Canvas of two images with two regions each, by the kernels from prompts and canvas, then from the canvas alone
+    on cached prompts; and twice by transformers' modules under the region mask."""
+    size, blocks, block, roi, shared = 4 * head_size, 2, 7, 4, 40
+    codes = torch.tensor([[SHARED] * shared + [0] * roi + [2] * roi + [1] * block + [3] * block], device=device)
+    prompt, length = shared + 2 * roi, codes.shape[1]
+    config = PdlmTextConfig(
+        vocab_size=1,
+        hidden_size=size,
+        intermediate_size=2 * size,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=size**-0.5,  # attention and MLP weigh as much as what comes in
+    )
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        torch.default_generator.manual_seed(0)
+        layer = network(config).eval().to(device, dtype)
+        embeds = torch.randn(2, length, size).to(device, dtype)
+    place = torch.arange(length, device=device)
+    allowed = region_attention(codes, "isolated")(0, 0, place[:, None], place[None, :])
+    cached = CanvasCache(config, embeds, 2, prompt, blocks, block, roi)
+    cached.show(codes[:, :prompt].expand(2, -1), torch.ones(2, prompt, dtype=torch.bool, device=device))
+    passes, positions = FusedNetwork(layer), place.expand(2, -1)
+    whole = passes(embeds, positions, cached)
+    canvas = passes(embeds[:, prompt:], positions[:, prompt:], cached)
+    hidden = layer(inputs_embeds=embeds, attention_mask=allowed[None, None].expand(2, -1, -1, -1)).last_hidden_state
+    return torch.stack([whole, canvas]).float(), hidden[:, prompt:].float()
 
 
 def emulates_bfloat16(device: str, dtype: torch.dtype) -> bool:

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from .batching_pdlm import pad_embeds, pad_rows
 from .caching_pdlm import PrefixCache
-from .canvas_path_pdlm import case_of, choose_path, log_path
+from .canvas_path_pdlm import case_of, choose_path, confirm, log_path
 from .graphs_pdlm import FusedPasses
 from .masking_pdlm import region_attention
 from .versions_pdlm import CACHE
@@ -126,7 +126,8 @@ class RegionCanvas:
             caching (`bool`): whether some of them run on cached prompts.
         """
         graphs, network = self.task.settings.cuda_graphs, self.model.model.language_model
-        path = choose_path(case_of(network, self.prompt.dtype, caching, graphs))
+        case = case_of(network, self.prompt.dtype, caching, graphs)
+        path = confirm(choose_path(case), type(network), case.dtype, case.head_size, self.prompt.device)
         log_path(path, graphs)
         self.fused, self.captured = path.fused, path.graphs
 

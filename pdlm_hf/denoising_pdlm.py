@@ -14,6 +14,7 @@ from .diffusion_pdlm import (
     gumbel_perturb,
     lowest_mask,
     masks_left,
+    most_probable,
     token_entropy,
     token_log_odds,
 )
@@ -149,7 +150,7 @@ class GenerationTask:
             if self.random is not None and self.temperature > 0:
                 uniform = self.random.uniform(rows[part], counts[part], logits.shape[1:]).to(logits.device)
                 noisy = gumbel_perturb(logits, self.temperature, uniform)
-            tokens.append(noisy.argmax(-1))
+            tokens.append(most_probable(noisy))
             if self.settings.entropy_bound is not None:
                 entropies.append(token_entropy(logits))
             odds.append(token_log_odds(logits, tokens[-1]))

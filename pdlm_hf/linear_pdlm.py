@@ -31,7 +31,7 @@ def put_together(parts: list[torch.Tensor], replace: Callable[[int, torch.Tensor
     else:
         size = (sum(len(part) for part in parts), first.shape[1])
         return first.detach().as_strided(size, first.stride(), first.storage_offset())
-    with torch.inference_mode(False):  # the weights may be trained later
+    with torch.inference_mode(first.is_inference()):  # other weights may be trained later
         merged = torch.cat([part.detach() for part in parts])
         for number, part in enumerate(merged.split([len(part) for part in parts])):
             replace(number, part)

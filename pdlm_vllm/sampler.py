@@ -13,7 +13,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from pdlm_hf.diffusion_pdlm import accept_confident, lowest_mask, token_log_odds
+from pdlm_hf.diffusion_pdlm import accept_confident, lowest_mask, most_probable, token_log_odds
 
 from .blocks import BlockPlan
 from .plan import ADAPTIVE, CHAT, FIXED, Plan, token_rows
@@ -164,7 +164,7 @@ class DenoisingSampler:
             logits = self.model.logits(part).float()
             if banned is not None:
                 logits.index_fill_(-1, banned, -torch.inf)
-            tokens.append(logits.argmax(-1))
+            tokens.append(most_probable(logits))
             odds.append(token_log_odds(logits, tokens[-1]))
         return torch.cat(tokens), torch.cat(odds)
 

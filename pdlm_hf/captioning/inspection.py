@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.utils import logging
 
 from ..adapters_pdlm import BASE_FILE, adapter_base
-from ..canvas_path_pdlm import SLOW_BFLOAT16, CanvasCase, cache_bytes, choose_path, emulates_bfloat16
+from ..canvas_path_pdlm import SLOW_BFLOAT16, CanvasCase, cache_bytes, choose_path, confirm, emulates_bfloat16
 from ..configuration_pdlm import special_token_ids
 from ..errors_pdlm import CheckpointError, PdlmError, reading
 from ..fused_pdlm import capability_of
 from ..generation_config_pdlm import PdlmGenerationConfig
-from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration
+from ..modeling_pdlm import PdlmBaseForConditionalGeneration, PdlmForConditionalGeneration, PdlmTextModel
 from ..render.text import pluralize
 from ..tiling_pdlm import num_tiles
 from .checkpoints import checkpoint_name
@@ -294,7 +294,8 @@ def _plan(found: Inspection, config: Any, processor: Any, generation: PdlmGenera
         capability_of(device),
         graphs=generation.cuda_graphs,
     )
-    found.settings["canvas"] = str(choose_path(case))
+    path = confirm(choose_path(case), PdlmTextModel, dtype, case.head_size, device)
+    found.settings["canvas"] = str(path)
 
 
 def _memory(config: Any, parameters: int, prompt: int, canvas: int, itemsize: int) -> dict[str, int]:

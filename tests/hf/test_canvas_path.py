@@ -15,11 +15,14 @@ from pdlm_hf.canvas_path_pdlm import (
     cache_bytes,
     case_of,
     choose_path,
+    confirm,
     emulates_bfloat16,
+    fault_of_kernels,
     log_path,
 )
 from pdlm_hf.captioning.inspection import inspect_checkpoint
 from pdlm_hf.fused_pdlm import NAME
+from pdlm_hf.modeling_pdlm import PdlmTextModel
 
 SETTINGS = {"max_new_tokens": 8, "max_denoising_steps": 4, "prefix_refresh_interval": 0}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -208,3 +211,72 @@ def test_pdlm_check_says_it_too(an_old_cpu, tiny_checkpoint, model, processor, t
     found = inspect_checkpoint(tmp_path)
     assert not found.faults and found.settings["dtype"] == "bfloat16"
     assert any("7 times as slow" in note for note in found.notes) == (not torch.cuda.is_available())
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Kernels that have not been tried in this process, in torch where there is no GPU."""
+    plain_kernels.use(monkeypatch)
+    fault_of_kernels.cache_clear()
+    yield
+    fault_of_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+def test_kernels_in_the_interpreter_pass_their_check(dtype):
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        assert fault_of_kernels.__wrapped__(PdlmTextModel, dtype, 16, CPU) is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def fail(*args):
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+
+
+def off_by_one(queries, keys, values, shared, starts, rois, *others):
+    return plain_kernels.region_attention(queries, keys, values, shared, starts, rois + 1, *others)
+
+
+def without_a_norm(states, update, weight, eps):
+    return states if update is None else states + update
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "reason"),
+    [
+        ("silu_gate", fail, "do not run on this machine (RuntimeError: Failed to find C compiler. Please specify"),
+        ("region_attention", off_by_one, "compute other numbers"),
+        ("rotate_and_place", lambda *args: None, "compute other numbers"),
+        ("add_norm", without_a_norm, "compute other numbers"),
+        ("silu_gate", lambda both: both.chunk(2, -1)[0], "compute other numbers"),
+    ],
+    ids=str,
+)
+def test_kernels_that_do_not_work_are_not_used(fresh, monkeypatch, caplog, name, function, reason):
+    chosen = CanvasPath(True, True, "fastest on this GPU")
+    question = (PdlmTextModel, FP32, 16, CPU)
+    assert confirm(chosen, *question) == chosen
+    fault_of_kernels.cache_clear()
+    monkeypatch.setattr(f"pdlm_hf.fused_pdlm.{name}", function)
+    monkeypatch.setattr(logging.getLogger("pdlm_hf"), "propagate", True)
+    path = confirm(chosen, *question)
+    assert (path.fused, path.graphs) == (False, False) and reason in path.reason and "\n" not in path.reason
+    assert f"Decoding without fused kernels, which is slower: {path.reason}" in caplog.text
+    without = CanvasPath(False, False, "the model is on cpu")
+    assert confirm(without, *question) == without  # nothing is tried
+
+
+def test_generate_goes_on_where_kernels_do_not_run(fresh, processor, inputs, monkeypatch):
+    from tiny import lively_model
+
+    network = lively_model(processor, "isolated")
+    expected = network.generate(**inputs, **SETTINGS)
+    monkeypatch.setattr("pdlm_hf.canvas_pdlm.choose_path", lambda found: CanvasPath(True, True, "a test"))
+    monkeypatch.setattr("pdlm_hf.fused_pdlm.region_attention", fail)
+    output = network.generate(**inputs, **SETTINGS)
+    assert torch.equal(output.region_tokens, expected.region_tokens)
+    assert not network.canvas_graphs().passes

@@ -12,6 +12,7 @@ from pdlm_hf.diffusion_pdlm import (
     gumbel_perturb,
     lowest_mask,
     masks_left,
+    most_probable,
     noise_probability,
     token_entropy,
     token_log_odds,
@@ -79,6 +80,22 @@ def test_log_odds_keep_their_order_where_float32_probability_is_one():
     odds = token_log_odds(logits.clone(), tokens)
     torch.testing.assert_close(odds, torch.tensor([60.0, 50.0, 1.0]))
     torch.testing.assert_close(odds.sigmoid()[2], logits.softmax(-1)[2, 0])
+
+
+def test_log_odds_where_nothing_else_is_possible():
+    logits = torch.tensor([[3.0, -torch.inf], [-200.0, 200.0]])
+    assert token_log_odds(logits, torch.tensor([0, 0])).tolist() == [torch.inf, -400.0]
+
+
+@pytest.mark.parametrize("size", [128, 384, 1000, 3200])
+def test_most_probable_is_the_first_of_the_largest(size):
+    generator = torch.Generator().manual_seed(size)
+    logits = torch.randint(0, 40, (3, 50, size), generator=generator).float()  # with many equal ones
+    logits[0, :10] = -torch.inf
+    logits[1, 0, 77], logits[1, 1, size - 1] = torch.nan, 100.0
+    assert torch.equal(most_probable(logits), logits.argmax(-1))
+    assert most_probable(logits)[0, 0] == 0 and most_probable(logits)[1, 1] == size - 1
+    assert most_probable(logits[:0]).shape == (0, 50)
 
 
 @pytest.mark.parametrize(

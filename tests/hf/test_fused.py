@@ -127,6 +127,15 @@ def test_weights_that_moved_are_put_together_again(network):
     assert torch.equal(merge_weights(modules)[len(attention.q_proj.weight) :], attention.k_proj.weight)
 
 
+def test_a_model_of_inference_tensors_can_be_called_afterwards(processor, inputs, by_kernels):
+    with torch.inference_mode():
+        network = shallow_model(processor)
+        assert network.lm_head.weight.is_inference()
+        before = network(input_ids=inputs["input_ids"]).logits
+        network.generate(**inputs, **SETTINGS)
+        assert torch.equal(network(input_ids=inputs["input_ids"]).logits, before)
+
+
 def test_layers_that_are_more_than_a_matrix_are_called():
     plain, biased = nn.Linear(4, 3, bias=False), nn.Linear(4, 2)
     states = torch.randn(5, 4)
