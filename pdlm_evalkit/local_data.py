@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image
 
 from pdlm_hf.errors_pdlm import DataError, MissingPackageError
+from pdlm_hf.regions.files import hash_file
 
 LONGEST_CELL = 2**28  # characters of a cell, which may be an image; a quotation mark that is never closed ends here
 _REFERENCE = 64  # VLMEvalKit: a shorter `image` is the index of the row that has the image
@@ -49,7 +50,7 @@ def vlmeval_data(name: str, columns: Iterable[str] = ()) -> tuple[str | None, st
             "",
         )
     listed = listed_md5(name)
-    found = hash_of(path, hashlib.md5())
+    found = hash_file(path, hashlib.md5())
     if listed and found in listed:
         return _local_fault(path, columns), f"{path}, with the MD5 that VLMEvalKit lists"
     try:
@@ -100,14 +101,6 @@ def listed_md5(name: str) -> set[str] | None:
 def _is_text(node: ast.AST | None, text: str | None = None) -> bool:
     value = getattr(node, "value", None)
     return isinstance(value, str) and text in (None, value)
-
-
-def hash_of(path: Path, digest: Any) -> str:
-    """The hash of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- tables of VLMEvalKit
@@ -257,7 +250,7 @@ def _is_what_the_hub_has(path: Path) -> bool:
     if not path.is_symlink() or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name):
         return False
     git = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
-    if hash_of(path, git if len(name) == 40 else hashlib.sha256()) != name:
+    if hash_file(path, git if len(name) == 40 else hashlib.sha256()) != name:
         raise DataError(f"{path} is damaged or was cut off: its hash is not the one of the hub")
     return True
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from pdlm_hf.client import public_url
 from pdlm_hf.errors_pdlm import DataError
-from pdlm_hf.regions.files import append_rows, load_json, read_rows, write_json
+from pdlm_hf.regions.files import append_rows, hash_file, load_json, read_rows, write_json
 
 PARTS = ("prompts", "settings", "checkpoint", "judge", "data", "versions", "commits", "hardware", "attempts")
 COSTS = ("num_forwards", "slots", "input_tokens", "output_tokens", "seconds")
@@ -43,11 +43,7 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
     key = f"{algorithm} {path.resolve()} {found.st_size} {found.st_mtime_ns}"
     if found.st_size >= _LARGE and (known := _remembered(memory).get(key)):
         return known
-    hashed = hashlib.new(algorithm)
-    with path.open("rb") as file:
-        while chunk := file.read(_LARGE):
-            hashed.update(chunk)
-    digest = hashed.hexdigest()
+    digest = hash_file(path, hashlib.new(algorithm))
     if found.st_size >= _LARGE:
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)

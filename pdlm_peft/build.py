@@ -2,22 +2,28 @@
 
 A step reads rows and appends each row to OUT when its last region is decided; dropped regions go to
 OUT.dropped.jsonl with the reason. A region is identified by its image, question and id. Regions in either file are
-not decided again, so that a killed run loses at most the regions in progress.
+not decided again, so that a killed run loses at most the regions in progress; if one has changed since, that is an
+error.
 """
 
 import hashlib
+import json
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pdlm_hf.batch.sources import refuse_changed
 from pdlm_hf.errors_pdlm import DataError, ImageError, SettingError
 from pdlm_hf.regions.files import append_rows, check_same_settings, load_json, read_rows, write_json
 
 from .conversion import relocated
 from .rows import open_row_image, sound_row
 from .sources import Source, raw_rows
+
+_COMPARED = ("segmentation", "bbox", "caption", "attributes", "category")
 
 
 @dataclass(frozen=True)
@@ -78,13 +84,14 @@ class StepRun:
     Args:
         out (`Path`): JSONL file.
         settings (`dict`): settings that the verdicts depend on; a run is resumed only with the same ones.
+        writes (`Collection[str]`): keys of a region that the step writes. The others are compared when it is resumed.
 
     Raises:
         SettingError: the folder does not exist, or the files were made with other settings.
         DataError: a file is damaged.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any]):
+    def __init__(self, out: Path, settings: dict[str, Any], writes: Collection[str] = ()):
         if not out.parent.is_dir():
             raise SettingError(f"{out}: there is no folder {out.parent}.")
         self.out, self.dropped = out, out.with_suffix(".dropped.jsonl")
@@ -96,8 +103,14 @@ class StepRun:
             check_same_settings(load_json(record), settings, out)
         else:
             write_json(record, settings)
-        self.done = {region_key(row, region["id"]) for row in kept for region in row["regions"]}
-        self.lost = {region_key(line, line["id"]) for line in dropped}
+        self.writes = writes
+        decided = [(row, region) for row in kept for region in row["regions"]] + [(line, line) for line in dropped]
+        self.done = {region_key(row, region["id"]): look_of(region) for row, region in decided}
+
+    def has_changed(self, key: tuple, region: dict) -> bool:
+        """Whether a region that was decided is another one now: in what it has, and the step does not write."""
+        places = enumerate(zip(look_of(region), self.done[key], strict=True))
+        return any(own != was and own and _COMPARED[place] not in self.writes for place, (own, was) in places)
 
     def finish_row(self, row: dict, verdicts: dict[int, Verdict]) -> None:
         """Write the verdicts about a row, dropped regions first: the line in OUT marks the row as complete."""
@@ -106,7 +119,7 @@ class StepRun:
             verdict = verdicts[k]
             if verdict.region is not None:
                 kept.append(verdict.region)
-            elif region_key(row, region["id"]) not in self.lost:
+            elif region_key(row, region["id"]) not in self.done:
                 place = {key: row[key] for key in ("image", "question") if key in row}
                 lines.append({**place, **region, "reason": verdict.reason})
         append_rows(self.dropped, lines)
@@ -127,8 +140,10 @@ def run_step(source: Source, run: StepRun, decide: Decide, captions: bool = True
         numbers of regions: "kept", "dropped", "failed", decided by an earlier run ("before"), and by reason.
 
     Raises:
-        DataError: a row cannot be used; the rows before it are written.
+        DataError: a row cannot be used; the rows before it are written. Or a region that was decided has changed.
     """
+    if run.done:
+        refuse_changed(run.out, list(_changed(source, run, captions)))
     counts: Counter = Counter()
     waiting: dict[int, dict[int, Verdict]] = {}
     for task, verdict in decide(_tasks(source, run, counts, captions)):
@@ -157,17 +172,37 @@ def region_key(row: dict, identifier: Any) -> tuple:
     return (key, row.get("question"), identifier)
 
 
-def _tasks(source: Source, run: StepRun, counts: Counter, captions: bool) -> Iterator[Task]:
-    seen: set[tuple] = set()
+def look_of(region: dict) -> tuple[int, ...]:
+    """A checksum of each part of a region; 0 where it has none."""
+    parts = (region.get(name) for name in _COMPARED)
+    return tuple(0 if part is None else zlib.crc32(json.dumps(part, sort_keys=True).encode()) for part in parts)
+
+
+def _rows(source: Source, run: StepRun, captions: bool) -> Iterator[tuple[int, dict, dict[tuple, int]]]:
+    """Number and row, every region with an id, and the places of its regions by key."""
     for number, raw in raw_rows(source):
         row = sound_row(raw, number, captions, attributes=False)
         row["regions"] = [{"id": k, **region} for k, region in enumerate(row["regions"])]
         written = relocated(row, source.own_folder, run.out.parent)
-        keys = {region_key(written, region["id"]) for region in row["regions"]}
+        yield number, row, {region_key(written, region["id"]): k for k, region in enumerate(row["regions"])}
+
+
+def _changed(source: Source, run: StepRun, captions: bool) -> Iterator[str]:
+    """The regions that have changed since they were decided."""
+    for number, row, places in _rows(source, run, captions):
+        for key, k in places.items():
+            if key in run.done and run.has_changed(key, row["regions"][k]):
+                yield f"row {number}: the region {row['regions'][k]['id']!r}"
+
+
+def _tasks(source: Source, run: StepRun, counts: Counter, captions: bool) -> Iterator[Task]:
+    seen: set[tuple] = set()
+    for number, row, places in _rows(source, run, captions):
+        keys = places.keys()
         if keys & seen:
             raise DataError(f"row {number}: a region has the id of one in an earlier row; see `pdlm-peft validate`.")
         seen |= keys
-        if all(key in run.done or key in run.lost for key in keys):
+        if all(key in run.done for key in keys):
             counts["before"] += len(keys)
             continue
         for k in range(len(row["regions"])):

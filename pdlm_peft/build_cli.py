@@ -1,15 +1,20 @@
 """The commands `pdlm-peft build caption | check | remask | filter`."""
 
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pdlm_hf.cli.options import is_given
 from pdlm_hf.client.chat import ChatClient
 from pdlm_hf.client.server import key_in, public_url
 from pdlm_hf.errors_pdlm import SettingError
 
 from .options import Data, Images, exit_on_error, fail
+
+if TYPE_CHECKING:
+    from .build import Decide
 
 app = typer.Typer(
     help="Build captioned region data in steps, each of which reads rows and writes rows.",
@@ -37,15 +42,26 @@ def _server(out: Path, url: str, model: str, key_env: str | None, settings: dict
     return ChatClient(model, url, key, settings, cache=out.with_suffix(".replies.sqlite"), **options)
 
 
-def _run(data: str, images: Path | None, out: Path, decide: Any, settings: dict, captions: bool = True) -> None:
-    """Run a step and print its counts; exit code 1 if some regions could not be decided."""
+def _run(
+    data: str,
+    images: Path | None,
+    out: Path,
+    step: Callable[[], "Decide"],
+    settings: dict[str, Any],
+    captions: bool = True,
+    writes: Collection[str] = (),
+) -> None:
+    """Make a step, once data and file are known to be right, run it and print its counts.
+
+    Exit code 1 if some regions could not be decided.
+    """
     from .build import StepRun, run_step
     from .sources import find_source
 
     source = find_source(data, images)
     if source.path is not None and source.path.resolve() == out.resolve():
         raise SettingError(f"{out}: the step would read the file that it writes; choose another file.")
-    counts = run_step(source, StepRun(out, settings), decide, captions)
+    counts = run_step(source, StepRun(out, settings, writes), step(), captions)
     known = ("kept", "dropped", "failed", "before")
     reasons = ", ".join(f"{count} {name}" for name, count in counts.most_common() if name not in known)
     before = f", {counts['before']} decided by an earlier run" * bool(counts["before"])
@@ -59,6 +75,7 @@ def _run(data: str, images: Path | None, out: Path, decide: Any, settings: dict,
 @app.command()
 @exit_on_error
 def caption(
+    context: typer.Context,
     data: Data,
     out: Out,
     server: Server,
@@ -81,13 +98,18 @@ def caption(
 
     from .build_steps import caption_step
 
+    if server_style == "regions" and is_given(context, "max_tokens"):
+        raise SettingError(
+            "--max-tokens: a server with the region route sets the length of its captions; leave it out."
+        )
     question = prompt or (CROPS_PROMPT if server_style == "crops" else DEFAULT_QUESTION)
     request = {"temperature": 0, "max_tokens": max_tokens} if server_style == "crops" else {}
     options = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
     client = _server(out, server, server_model, api_key_env, request, **options)
     step = caption_step(client, question, server_style, replace)
-    settings = {"step": "caption", "server": public_url(server), "model": server_model, "style": server_style}
-    _run(data, images, out, step, settings | {"prompt": question, "replace": replace, **request}, captions=False)
+    server_settings = {"server": public_url(server), "model": server_model, "style": server_style, **request}
+    settings = {"step": "caption", **server_settings, "prompt": question, "replace": replace}
+    _run(data, images, out, lambda: step, settings, captions=False, writes=["caption"] if replace else ())
 
 
 @app.command()
@@ -111,7 +133,7 @@ def check(
     options = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
     client = _server(out, server, server_model, api_key_env, request, **options)
     settings = {"step": "check", "server": public_url(server), "model": server_model, **request}
-    _run(data, images, out, check_step(client), settings)
+    _run(data, images, out, lambda: check_step(client), settings)
 
 
 @app.command()
@@ -121,7 +143,9 @@ def remask(
     out: Out,
     sam: Annotated[str, typer.Option(help="Folder or hub id of a SAM model for transformers.", show_default=False)],
     images: Images = None,
-    min_iou: Annotated[float, typer.Option(help="Least intersection over union of the two masks.")] = 0.5,
+    min_iou: Annotated[
+        float, typer.Option(min=0, max=1, help="Least intersection over union of the two masks.")
+    ] = 0.5,
     replace: Annotated[bool, typer.Option("--replace", help="Write SAM's mask instead of the region's own.")] = False,
     device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
 ) -> None:
@@ -130,10 +154,11 @@ def remask(
 
     from .build_steps import remask_step
 
-    step = remask_step(Segmenter.from_pretrained(sam, device), min_iou, replace)
-    _run(
-        data, images, out, step, {"step": "remask", "sam": sam, "min_iou": min_iou, "replace": replace}, captions=False
-    )
+    def step() -> "Decide":
+        return remask_step(Segmenter.from_pretrained(sam, device), min_iou, replace)
+
+    settings = {"step": "remask", "sam": sam, "min_iou": min_iou, "replace": replace}
+    _run(data, images, out, step, settings, captions=False, writes=["segmentation"] if replace else ())
 
 
 @app.command("filter")
@@ -149,5 +174,6 @@ def filter_captions(
     """Drop regions whose caption is too short, too long or repetitive."""
     from .build_steps import filter_step
 
+    step = filter_step(min_words, max_words, max_repetition)
     settings = {"min_words": min_words, "max_words": max_words, "max_repetition": max_repetition}
-    _run(data, images, out, filter_step(min_words, max_words, max_repetition), {"step": "filter", **settings})
+    _run(data, images, out, lambda: step, {"step": "filter", **settings})

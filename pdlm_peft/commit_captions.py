@@ -29,7 +29,7 @@ from .data import chat_messages, decode_chat, decode_row
 from .plan import file_of
 from .recipe import Recipe
 from .rows import sound_row
-from .sources import find_source, raw_rows
+from .sources import content_of, find_source, raw_rows
 from .splitting import image_key
 from .training import CAPTIONS
 
@@ -101,8 +101,9 @@ def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
     limit = data.limit if name == "train" else data.held_out_limit
     drawn = {"scenes": commit.scenes, "seed": recipe.seed} if data.kind == "drawn" else {}
     own = {"model": fingerprint(recipe.base), "careful": commit.careful} if commit.captions == "own" else {}
-    fixed = {"kind": data.kind, "source": source, "limit": limit, "drop": 0.0 if name == "held_out" else commit.drop}
-    return fixed | {"captions": commit.captions} | drawn | own
+    drop = {"drop": 0.0 if name == "held_out" else commit.drop}
+    fixed = {"kind": data.kind, "source": source, "content": content_of(source), "limit": limit}
+    return fixed | drop | {"captions": commit.captions} | drawn | own
 
 
 # ---------------------------------------------------------------------------------------------------- rows

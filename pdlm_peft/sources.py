@@ -1,5 +1,6 @@
 """The rows of any data source, one after the other: COCO, JSONL, JSON lists, `datasets` folders, the hub."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 from pdlm_hf.errors_pdlm import DataError, MissingPackageError
 from pdlm_hf.regions.coco import CocoIndex, is_coco
-from pdlm_hf.regions.files import load_json
+from pdlm_hf.regions.files import hash_file, load_json
 
 from .rows import REGION_KEYS, Fault, RowError
 
@@ -90,6 +91,26 @@ def find_source(source: str | Path, images: str | Path | None = None) -> Source:
     if start[:1] == b"{":
         return Source("coco" if _is_one_object(path) else "jsonl", path, name, folder)
     raise DataError(f"{path}: expected a COCO json, a JSON list of rows, or JSONL (one row per line).")
+
+
+def content_of(source: str | None) -> str | None:
+    """Hash a data source, by which a run that is resumed notices that it has changed.
+
+    None for data on the hub, and for a file that does not exist.
+
+    Args:
+        source (`str`, *optional*): as for [`find_source`].
+    """
+    if source is None or source.startswith("hf:"):
+        return None
+    digest, path = hashlib.blake2b(digest_size=16), Path(source)
+    if path.is_file():
+        return hash_file(path, digest)
+    if not path.is_dir():
+        return None
+    for file in sorted(path.rglob("data-*.arrow")):  # beside them `datasets` keeps what it has computed
+        digest.update(hash_file(file, hashlib.blake2b()).encode())
+    return digest.hexdigest()
 
 
 def _is_one_object(path: Path) -> bool:

@@ -36,11 +36,12 @@ from .memory import check_kind
 from .plan import StreamedRows, TrainingRows, attribute_schema, held_out_rows, open_dataset, plan
 from .recipe import SHARDED_SAMPLES, Recipe
 from .samples import CaptionSamples
+from .sources import content_of
 from .training_settings import ALIASES
 
 CAPTIONS = "captions"  # folder of a run: what `pdlm-peft commit` trains on
 SCHEMA_FILE = "attributes.json"  # the attributes that were taught, for `pdlm attributes --schema`
-RUN_FILE = "run.json"  # the number of processes, on which the order of the rows depends
+RUN_FILE = "run.json"  # what else the order of the rows depends on
 LEVELS = 5  # bins of the masking probability in the log
 # settings that may differ when a run is resumed
 _FREE = {
@@ -334,10 +335,15 @@ def check_folder(recipe: Recipe, out: Path, base_fingerprint: str, processes: in
     old["training"] = {ALIASES.get(k, k): v for k, v in old["training"].items()}
     if (out / BASE_FILE).is_file() and read_base(out)["fingerprint"] != base_fingerprint:
         raise SettingError(f"{out} holds a run on other weights than those of {recipe.base}; give another `output`.")
-    # another number of processes makes other batches
-    before = load_json(out / RUN_FILE) if (out / RUN_FILE).is_file() else {"processes": processes}
-    now = {"processes": processes}
-    check_same_settings(_fixed(old) | before, _fixed(new) | now, out, "give another `output`")
+    now = _beside_the_recipe(recipe, processes)
+    before = load_json(out / RUN_FILE) if (out / RUN_FILE).is_file() else {}
+    check_same_settings(_fixed(old) | now | before, _fixed(new) | now, out, "give another `output`")
+
+
+def _beside_the_recipe(recipe: Recipe, processes: int) -> dict[str, Any]:
+    """What must not change either: another number of processes makes other batches, and so do other rows."""
+    files = {f"content of data.{name}": content_of(getattr(recipe.data, name)) for name in ("train", "held_out")}
+    return {"processes": processes, **files}
 
 
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -380,7 +386,7 @@ def train(recipe: Recipe, parts: Parts = PLAIN) -> dict[str, Any]:
     if main:
         out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-        (out / RUN_FILE).write_text(json.dumps({"processes": trainer.args.world_size}) + "\n")
+        write_json(out / RUN_FILE, _beside_the_recipe(recipe, trainer.args.world_size))
         write_base(out, recipe, trainer.base_fingerprint)
         if trainer.schema is not None:
             write_json(out / SCHEMA_FILE, trainer.schema.to_json())

@@ -28,6 +28,19 @@ from .json_blocks import read_object
 _LARGE = 1 << 24  # bytes; a smaller file is decoded as a whole
 
 
+def hash_file(path: Path, digest: Any) -> str:
+    """Hash a file of any size, in hexadecimal digits.
+
+    Args:
+        path (`Path`)
+        digest: of hashlib, perhaps begun already.
+    """
+    with path.open("rb") as file:
+        while part := file.read(_LARGE):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def load_json(path: Path) -> Any:
     """Read a JSON file.
 

@@ -243,7 +243,7 @@ def test_a_run_that_was_killed_goes_on(region_data):
 def test_what_is_done_is_looked_up_and_not_copied(region_data):
     """A resumed run asks for its own regions only, however many are done."""
 
-    class Counted(set):
+    class Counted(dict):
         def __or__(self, other):
             raise AssertionError("copies all that is done, for every row")
 
@@ -251,9 +251,56 @@ def test_what_is_done_is_looked_up_and_not_copied(region_data):
     source = find_source(write_jsonl(folder / "rows.jsonl", rows))
     for _ in range(2):
         run = StepRun(folder / "out.jsonl", {})
-        run.done, run.lost = Counted(run.done), Counted(run.lost)
+        run.done = Counted(run.done)
         counts = run_step(source, run, lambda tasks: ((task, Verdict(task.region)) for task in tasks))
     assert counts == {"before": len(regions_of(rows))}
+
+
+def change_mask(region):
+    region["segmentation"] = {**region["segmentation"], "counts": "Q1"}
+
+
+def change_caption(region):
+    region["caption"] += " indeed"
+
+
+@pytest.mark.parametrize("change", [change_mask, change_caption, lambda region: region.update(category="tree")])
+def test_regions_that_changed_are_not_taken_as_decided(region_data, change):
+    """Kept and dropped ones; rows that came since are decided."""
+    folder, rows, _ = region_data
+    rows[0]["regions"][0]["caption"] = "short"
+    data, out = write_jsonl(folder / "images" / "rows.jsonl", rows[:3]), folder / "out.jsonl"
+    assert run("filter", data, out).exit_code == 0
+    write_jsonl(data, rows)
+    more = run("filter", data, out)
+    assert more.exit_code == 0 and f"{len(regions_of(rows[:3]))} decided by an earlier run" in more.output
+    for number in (1, 2):  # the first region of row 1 was dropped
+        changed = json.loads(json.dumps(rows))
+        change(changed[number - 1]["regions"][0])
+        write_jsonl(data, changed)
+        result = run("filter", data, out)
+        name = repr(rows[number - 1]["regions"][0]["id"])
+        assert result.exit_code == 2 and f"has results of row {number}: the region {name}, which" in result.stderr
+
+
+def test_a_step_may_write_what_is_not_compared(region_data, sam):
+    """Captions beside given ones, and masks in place of others; what they had is compared."""
+    folder, rows, _ = region_data
+    given = bare(rows)
+    given[0]["regions"][0]["caption"] = "mine"
+    data, captioned, masked = folder / "images" / "rows.jsonl", folder / "captioned.jsonl", folder / "masked.jsonl"
+    write_jsonl(data, given)
+    with JudgeServer(lambda body: "A figure.") as server:
+        steps = [
+            ("caption", data, captioned, "--server", server.url, "--server-model", "any"),
+            ("remask", captioned, masked, "--sam", sam, "--min-iou", "0", "--replace"),
+        ]
+        for _ in range(2):
+            assert [run(*step).exit_code for step in steps] == [0, 0]
+        given[0]["regions"][0]["caption"] = "yours"
+        write_jsonl(data, given)
+        assert "which changed since" in run(*steps[0]).stderr
+        assert run(*steps[0], "--server-style", "regions", "--max-tokens", "5").exit_code == 2
 
 
 def test_rows_that_cannot_be_told_apart(region_data):

@@ -169,6 +169,9 @@ def test_captions_go_on_where_they_stopped(tmp_path):
     assert json.loads((part / "train.json").read_text()) == counts and seen == [5]
     with pytest.raises(SettingError, match="drop was 0.0, now 0.5"):
         write_captions(recipe_for(path, tmp_path / "run", "commit.drop=0.5"), part, show=seen.append)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(SettingError, match=r"content was '\w{32}', now '\w{32}'"):
+        write_captions(recipe, part, show=seen.append)
 
 
 def test_given_captions(tmp_path):

@@ -420,9 +420,22 @@ def test_a_run_killed_before_our_files_goes_on(finished):
     assert (step / "config.json").read_text() == config and (step / "pdlm_base.json").is_file()
 
 
+def test_other_rows_do_not_go_on(tmp_path):
+    write_rows(tmp_path)
+    data = tmp_path / "regions.jsonl"
+    recipe = small("lora_8b_80gb", tmp_path / "run", "model=shapes", f"data.train={data}", "data.held_out=null")
+    training.train(recipe)
+    rows = data.read_text()
+    data.write_text(rows.replace('"caption": "', '"caption": "Now '))
+    with pytest.raises(SettingError, match=r"other settings \(content of data.train was '\w{32}', now '\w{32}'\)"):
+        training.train(recipe)
+    data.write_text(rows)
+    assert training.train(recipe)["resumed_from"] == 2
+
+
 def test_another_number_of_processes_does_not_go_on(finished):
     path = finished / "run.json"
-    assert json.loads(path.read_text()) == {"processes": 1}
+    assert json.loads(path.read_text())["processes"] == 1
     path.write_text('{"processes": 2}')
     with pytest.raises(SettingError, match="processes was 2, now 1"):
         training.train(small("shapes", finished))
