@@ -5,12 +5,14 @@ python -m benchmarks.gpu --device cpu --shape tiny --out runs/gpu       # a rehe
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from pdlm_hf.bench.model import SHAPES
+from pdlm_hf.canvas_path_pdlm import fault_of_kernels
+from pdlm_hf.modeling_pdlm import PdlmTextModel
 
 from .passes import agreement, attention, kernels, phases, scaling, step, tile
 from .run import Run, Stage, brief
@@ -20,7 +22,9 @@ from .variants import flex, fp8, lora
 
 # In this order: the first are worth most, the last take long to compile.
 STAGES = {
-    "limits": Stage(lambda run: run.put("device", _limits(run)), 20, "what the device could do"),
+    "limits": Stage(
+        lambda run: run.put("device", _limits(run)), 30, "what the device could do, and that the kernels work"
+    ),
     "attention": Stage(attention, 30, "the attention kernel beside a dense mask: error and time"),
     "agreement": Stage(agreement, 60, "cached and captured passes by kernels beside the whole pass by sdpa"),
     "step": Stage(step, 90, "a canvas pass: eager and captured, share of the roofline, memory"),
@@ -42,9 +46,14 @@ LONG |= {"images_per_second", "regions_per_second", "slots_per_second", "text_to
 LONG |= {"tokens_per_forward", "tokens_per_forward_per_region"}
 
 
-def _limits(run: Run) -> dict[str, float]:
+def _limits(run: Run) -> dict[str, Any]:
     flops, bandwidth = run.limits
-    return {"matrix_tflops": round(flops / 1e12, 3), "copy_gb_per_s": round(bandwidth / 1e9, 1)}
+    found: dict[str, Any] = {"matrix_tflops": round(flops / 1e12, 3), "copy_gb_per_s": round(bandwidth / 1e9, 1)}
+    if run.device.type == "cuda":
+        shape = run.shape
+        fault = fault_of_kernels(PdlmTextModel, shape.dtype, shape.hidden // shape.heads, run.device)
+        found["fault_of_kernels"] = fault or "none"
+    return found
 
 
 def main(
