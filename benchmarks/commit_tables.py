@@ -6,7 +6,14 @@ from benchmarks.markdown import percent, table
 def commit_sweep(record: dict) -> str:
     """Forward passes against right captions, before and after `pdlm-peft commit` of the embedded checkpoint."""
     rows = [
-        ["setting", "careful: exact", "forwards an image", "commits: exact", "at six regions", "forwards an image"]
+        [
+            "setting",
+            "careful: exact",
+            "forward passes per image",
+            "commits: exact",
+            "at six regions",
+            "forward passes per image",
+        ]
     ]
     found = record["commits"]
     names = [
@@ -24,7 +31,7 @@ def commit_walk(record: dict) -> str:
     """`pdlm-peft commit` from the careful checkpoint to the merged one: scores on images of other seeds."""
     stages = [record[stage] for stage in ("before", "after")]
     rows = [[f"{stages[0]['images']} held-out images", "careful", "merged"]]
-    rows.append(["forward passes an image", *(f"{row['forwards']:.2f}" for row in stages)])
+    rows.append(["forward passes per image", *(f"{row['forwards']:.2f}" for row in stages)])
     rows.append(["right captions", *(percent(row["exact"]) for row in stages)])
     return table(*rows, ["expected calibration error of the scores", *(f"{row['ece']:.3f}" for row in stages)])
 
@@ -52,7 +59,7 @@ def commit_rules(record: dict) -> str:
 
 def rules(record: dict) -> str:
     """Forward passes against right captions by rule of acceptance, before and after `pdlm-peft commit`."""
-    rows = [["rule", "careful: exact", "forwards an image", "commits: exact", "forwards an image"]]
+    rows = [["rule", "careful: exact", "forward passes per image", "commits: exact", "forward passes per image"]]
     for name, before in record["careful"].items():
         after = record["commits"][name]
         cells = [text for row in (before, after) for text in (percent(row["exact"]), f"{row['forwards']:.2f}")]

@@ -58,7 +58,7 @@ def by_regions(record: dict) -> str:
 
 def quality(record: dict, only: tuple[str, ...] = ()) -> str:
     """Accuracy for every decoding setting."""
-    rows = [["setting", "exact", "well formed", "steps a region", "forwards an image"]]
+    rows = [["setting", "exact", "well formed", "steps per region", "forward passes per image"]]
     for name, row in record["settings"].items():
         if not only or name in only:
             numbers = [percent(row["exact"]), percent(row["well_formed"])]
@@ -192,7 +192,7 @@ def attributes(record: dict) -> str:
     """Attributes read by a schema: right values and calibration, seed by seed."""
     seeds = [str(row["seed"]) for row in record["cases"]["list"]]
     heads = [f"all right, seed {seed}" for seed in seeds]
-    rows = [["read as", "images a seed", *heads, "calibration error", "forward passes"]]
+    rows = [["read as", "images per seed", *heads, "calibration error", "forward passes"]]
     for name, found in record["cases"].items():
         errors, passes = (sum(row[key] for row in found) / len(found) for key in ("ece", "num_forwards"))
         cells = [str(found[0]["images"]), *(percent(row["all_right"]) for row in found)]

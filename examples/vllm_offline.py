@@ -1,6 +1,6 @@
 """Captions of many images with vLLM, without a server.
 
-pip install perceptiondlm vllm==0.32.*    # on a machine without a GPU see docs/vllm.md
+pip install ".[vllm]"    # in a clone; on a machine without a GPU see docs/vllm.md
 python examples/vllm_offline.py
 """
 

@@ -134,7 +134,7 @@ class FusedNetwork:
         isolated: bool = True,
         real: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states of the canvas.
+        """Hidden states of the canvas, computed on the device of the embeddings.
 
         Args:
             embeds (`torch.Tensor` of shape `(rows, length, hidden_size)`): of the canvas, or of prompts and canvas.
@@ -146,6 +146,10 @@ class FusedNetwork:
         Returns:
             `torch.Tensor` of shape `(rows, canvas_length, hidden_size)`.
         """
+        with torch.cuda.device_of(embeds):  # Triton launches kernels on the current one
+            return self._compute(embeds, positions, cache, isolated, real)
+
+    def _compute(self, embeds, positions, cache: CanvasCache, isolated: bool, real) -> torch.Tensor:
         rows, length, hidden_size = embeds.shape
         prompt = length - cache.width
         places = cache.places[cache.room - prompt :]

@@ -78,7 +78,7 @@ class _WithoutFlashAttention(PreTrainedModel):
         raise SettingError(
             "Flash attention cannot express the region mask of PerceptionDLM's language model and would silently let "
             'regions see each other. Use "sdpa", "eager" or "flex_attention" for it; the vision tower may use it: '
-            'attn_implementation={"text_config": "sdpa", "vision_config": "flash_attention_2"}.'
+            'attn_implementation={"vision_config": "flash_attention_2"}.'
         )
 
 

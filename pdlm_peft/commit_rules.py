@@ -38,7 +38,7 @@ class Measured:
     def to_row(self) -> dict[str, Any]:
         """The numbers as JSON has them, with the expected calibration error of the scores."""
         row = {"rule": self.rule, "images": self.images, "captions": self.captions}
-        row |= {"forwards": round(self.forwards, 2), "exact": round(self.exact, 4)}
+        row |= {"forwards": round(self.forwards, 2), "exact": round(self.exact, 6)}
         return row | ({"ece": round(calibration_error(self.scores, self.right), 4)} if self.scores else {})
 
 

@@ -55,7 +55,7 @@ class CommitProgress(TrainerCallback):
         if state.is_world_process_zero:
             with self.trainer.accelerator.autocast():
                 found = self.measure()
-            self.trainer.log({"forwards": round(found.forwards, 2), "exact": round(found.exact, 4)})
+            self.trainer.log({"forwards": round(found.forwards, 2), "exact": round(found.exact, 6)})
 
 
 def commit(recipe: Recipe, show: Callable[[str], None] = print, only_captions: bool = False) -> dict[str, Any]:

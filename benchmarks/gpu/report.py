@@ -46,7 +46,7 @@ def _way_and_size(name: str) -> tuple[str, str]:
 
 def gpu_kernels(record: dict, fused: dict) -> str:
     """What a canvas pass consists of."""
-    rows = [["way", "kernels a pass", "the GPU is busy"]]
+    rows = [["way", "kernels per pass", "the GPU is busy"]]
     found = {f"1: {name}": row for name, row in gpu_rows(record, "kernels").items()}
     found |= {
         "before 4: fused kernels": fused["profile"]["canvas"],
@@ -72,7 +72,7 @@ def gpu_tuning(record: dict) -> str:
         f"{images}x{n}": f"{n} region{'s' * (n > 1)}, batch {images}"
         for images, n in ((1, 1), (1, 3), (1, 4), (1, 6), (8, 3))
     }
-    rows = [["queries, keys, warps, stages, programs a multiprocessor", *titles.values()]]
+    rows = [["queries, keys, warps, stages, programs per multiprocessor", *titles.values()]]
     for name, sizes in record["candidates"].items():
         rows.append([", ".join(map(str, sizes)), *(f"{record['us'][name][key]:.0f} µs" for key in titles)])
     return table(*rows)
@@ -100,7 +100,7 @@ def gpu_shapes(record: dict) -> str:
 def gpu_lora(record: dict) -> str:
     """Memory of a training step beside its estimate."""
     found = gpu_rows(record, "lora")
-    rows = [["rows a step", "tokens", "peak memory, measured", "estimated", "a step"]]
+    rows = [["rows per step", "tokens", "peak memory, measured", "estimated", "a step"]]
     for size in (1, 4):
         row, estimate = found[f"batch {size}"], found[f"batch {size}, estimate"]
         memory = [f"{row['peak_gb']:.1f} GB", f"{estimate['total_gb']:.1f} GB"]

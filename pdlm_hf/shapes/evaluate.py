@@ -69,10 +69,10 @@ class Tally:
                 )
 
     def report(self) -> dict[str, Any]:
-        """Return the shares, rounded to four digits."""
+        """Return the shares, rounded to six digits."""
 
         def share(count: int, of: int) -> float:
-            return round(count / of, 4)
+            return round(count / of, 6)
 
         return {
             "captions": self.captions,
@@ -200,8 +200,8 @@ def evaluate_attributes(
     whole = [all(right for _, right in answers) for answers in zip(*said.values(), strict=True)]
     return {
         "regions": len(whole),
-        "all_right": round(sum(whole) / len(whole), 4),
-        "by_attribute": {n: round(sum(right for _, right in a) / len(a), 4) for n, a in said.items()},
+        "all_right": round(sum(whole) / len(whole), 6),
+        "by_attribute": {n: round(sum(right for _, right in a) / len(a), 6) for n, a in said.items()},
         "ece": round(calibration_error(probabilities, hits), 4),
         "ece_by_attribute": {n: round(calibration_error(p, r), 4) for n, (p, r) in errors.items()},
         "num_forwards": round(forwards / batches, 2),

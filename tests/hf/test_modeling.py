@@ -89,7 +89,7 @@ def test_flash_attention_is_refused_with_the_reason(golden_regions, implementati
 
 
 def test_flash_attention_is_allowed_in_the_vision_tower(golden_regions):
-    parts = {"text_config": "sdpa", "vision_config": "flash_attention_2"}
+    parts = {"vision_config": "flash_attention_2"}
     try:
         import flash_attn  # noqa: F401
     except ImportError:
