@@ -4,7 +4,10 @@ A graph is captured once for every shape and replayed with new contents: the fir
 keys and values to where the graph reads them.
 """
 
+import weakref
 from collections import OrderedDict
+from contextlib import suppress
+from threading import Lock
 
 import torch
 from transformers.utils import logging
@@ -19,8 +22,15 @@ MAX_SHARE = 0.25  # of the device's memory that they may keep together
 MAX_TRIES = 3  # captures of one shape that may fail: the memory of another batch may be free the next time
 
 
+_CAPTURE = Lock()  # one at a time in a process
+_FREE_STREAMS: list[torch.cuda.Stream] = []  # of graphs that are gone
+
+
 class FusedPasses:
     """Forward passes of one shape: a cache in a fixed place, and a graph of the pass over the canvas.
+
+    A graph has a stream of its own as long as it lives. With the stream goes cuBLAS's workspace, which some releases
+    of torch free when any graph of the stream is dropped; and streams made anew for every capture are used up.
 
     Args:
         key (`tuple`): shape, data type and weights.
@@ -31,6 +41,8 @@ class FusedPasses:
     def __init__(self, key: tuple, network: FusedNetwork, cache: CanvasCache):
         self.key, self.network, self.cache = key, network, cache
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: torch.cuda.Stream | None = None
+        self.given_back: torch.cuda.Event | None = None
         self.embeds = self.positions = self.hidden = torch.empty(0)
         self.failures = 0
 
@@ -59,21 +71,42 @@ class FusedPasses:
             logger.warning("Decoding without a CUDA graph, because the capture failed: %s", error)
 
     def _capture(self) -> None:
-        def run():
-            return self.network(self.embeds, self.positions, self.cache)
-
-        with torch.cuda.device(self.embeds.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # kernels are compiled, and choose their workspaces, before the capture
+        with _CAPTURE, torch.cuda.device(self.embeds.device):
+            if self.stream is None:
+                self.stream = _free_stream(self.embeds.device)
+                weakref.finalize(self, _FREE_STREAMS.append, self.stream).atexit = False
+            current, stream = torch.cuda.current_stream(), self.stream
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):  # kernels are compiled, and choose their workspaces, before the capture
                 for _ in range(2):
-                    run()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # other threads, a data loader's for one, may use the device meanwhile
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.hidden = run()
+                    self.network(self.embeds, self.positions, self.cache)
+            current.wait_stream(stream)
+            graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+            try:
+                # other threads, a data loader's for one, may use the device meanwhile
+                with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                    self.hidden = self.network(self.embeds, self.positions, self.cache)
+            except BaseException:
+                torch.cuda.set_stream(current)
+                _end_capture(pool)
+                raise
             self.graph = graph
+
+
+def _free_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no graph has."""
+    for place, stream in enumerate(_FREE_STREAMS):
+        if stream.device == device:
+            return _FREE_STREAMS.pop(place)
+    return torch.cuda.Stream(device)
+
+
+def _end_capture(pool: tuple[int, int]) -> None:
+    """Let the allocator free memory again: a capture that breaks off does not tell it that it is over."""
+    device = torch.cuda.current_device()
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        with suppress(RuntimeError, AttributeError):  # it knows already, or torch has no such function
+            getattr(torch._C, name)(device, pool)
 
 
 class CanvasGraphs:
@@ -104,15 +137,22 @@ class CanvasGraphs:
         """
         network = FusedNetwork(self.language_model)  # puts weights together, so that their addresses stay
         shape = (rows, WIDTH_MULTIPLE * -(-width // WIDTH_MULTIPLE), blocks, block, num_roi_tokens)
-        key = (self._weights(), like.dtype, like.device, torch.is_inference_mode_enabled(), *shape)
+        weights = self._weights()
+        key = (weights, self._adapters(), like.dtype, like.device, torch.is_inference_mode_enabled(), *shape)
+        for other in [known for known in self.passes if known[0] != weights]:  # they hold the weights of before
+            self.passes.pop(other, None)
         found = self.passes.pop(key, None)
+        if found is not None and found.given_back is not None:
+            torch.cuda.current_stream(like.device).wait_event(found.given_back)
         if found is None:
             self._make_room(like.device)
             found = FusedPasses(key, network, CanvasCache(self.language_model.config, like, *shape))
         return found
 
     def give_back(self, passes: FusedPasses) -> None:
-        """Keep passes that are not in use any more."""
+        """Keep passes that are not in use any more, once the device has done them."""
+        if passes.cache.layers[0].is_cuda:
+            passes.given_back = torch.cuda.current_stream(passes.cache.layers[0].device).record_event()
         self.passes[passes.key] = passes
 
     def _make_room(self, device: torch.device) -> None:
@@ -129,12 +169,24 @@ class CanvasGraphs:
         return MAX_SHARE * torch.cuda.get_device_properties(device).total_memory
 
     def _weights(self) -> int:
-        """Key of a captured graph: the addresses of the weights, and the active adapters."""
-        # weights of torchao have no address of their own
-        weights = [getattr(each, "qdata", each).data_ptr() for each in self.language_model.parameters()]
-        adapters = [
-            (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))
-            for module in self.language_model.modules()
-            if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters")  # PEFT's tuner layers
-        ]
-        return hash((tuple(weights), tuple(adapters)))
+        """What a captured graph reads: the addresses of the weights."""
+        addresses = []
+        for each in self.language_model.parameters():
+            parts = [getattr(each, name, None) for name in ("qdata", "scale")]  # torchao's have no address themselves
+            addresses += [part.data_ptr() for part in parts if isinstance(part, torch.Tensor)] or [each.data_ptr()]
+        return hash(tuple(addresses))
+
+    def _adapters(self) -> int:
+        """What else a captured graph depends on: the active adapters and their scaling."""
+        return hash(
+            tuple(
+                (
+                    tuple(module.active_adapters),
+                    module.disable_adapters,
+                    tuple(module.merged_adapters),
+                    tuple(sorted(getattr(module, "scaling", {}).items())),
+                )
+                for module in self.language_model.modules()
+                if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters")  # PEFT's tuner layers
+            )
+        )

@@ -6,6 +6,7 @@ transformers' modules round, so that both ways give the same numbers in every da
 Without Triton the module can be imported, and [`HAS_TRITON`] is False.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -41,8 +42,36 @@ class Fp8Rows(NamedTuple):
     scale: torch.Tensor
 
 
-def _jit(function):
-    return triton.jit(function) if HAS_TRITON else function
+def _jit(function=None, **options):
+    if function is None:
+        return lambda function: _jit(function, **options)
+    return triton.jit(function, **options) if HAS_TRITON else function
+
+
+def fault_when_tried(difference: Callable[[], float], most: float, others: str) -> str | None:
+    """Why a computation does not work on this machine: what it raises, or by how much it is wrong. None if it works.
+
+    Triton compiles kernels where they run, with a C compiler and Python's headers, and new GPUs and releases come
+    after what was tested.
+
+    Args:
+        difference: computes, and returns the distance from what `others` compute.
+        most (`float`): what rounding does.
+        others (`str`): the modules that it is compared with.
+
+    Raises:
+        RuntimeError: out of memory, which says nothing about the next time.
+    """
+    try:
+        found = difference()
+    except Exception as error:  # whatever Triton, its compiler, torch or the driver raise
+        if "out of memory" in str(error).lower():
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        return f"the kernels do not run on this machine ({type(error).__name__}: {reason})."
+    if found <= most:
+        return None
+    return f"on this machine the kernels compute other numbers than {others} (by {found:.2g})."
 
 
 def _block(size: int) -> int:
@@ -62,7 +91,8 @@ def _store_fp8(out, scales, row, size, column, inside, x):
     scale = (tl.max(tl.abs(wide), 0) / 448.0).to(x.dtype).to(tl.float32)
     scale = tl.where(scale > 0, scale, 1.0)
     tl.store(scales + row, scale)
-    tl.store(out + row * size + column, tl.clamp(wide / scale, -448.0, 448.0).to(out.dtype.element_ty), inside)
+    within = tl.clamp(wide / scale, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out + row * size + column, within.to(out.dtype.element_ty), inside)
 
 
 @_jit
@@ -270,23 +300,27 @@ def _fold(
     return higher, total, out
 
 
-@_jit
+# Nothing here depends on how these can be divided: one kernel for any number of regions and images.
+_SIZES = ["length", "columns", "room", "roi", "block", "chunk", "tiles", "own_tiles", "blocks", "splits"]
+
+
+@_jit(do_not_specialize=_SIZES)
 def _attend(
     queries, keys, values, flags, starts, rois, parts, sums,
-    length, row_stride, stride, columns, room, heads, roi, block, chunk, tiles, own_tiles, scale, blocks,
-    GROUP: tl.constexpr, SPLITS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr,
+    length, row_stride, stride, columns, room, heads, roi, block, chunk, tiles, own_tiles, scale, blocks, splits,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     unit, row, key_head = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    if unit < SPLITS * tiles:  # some of the keys that all captions of the image see
+    if unit < splits * tiles:  # some of the keys that all captions of the image see
         part, tile = unit // tiles, unit % tiles
         count, offset = length * GROUP, 0
         start = tl.load(starts + row) + part * chunk
         end = tl.minimum(start + chunk, room)
         own, near, far = 0, 0, 0
     else:  # the keys of one region: its RoI tokens, and its block
-        number = (unit - SPLITS * tiles) // own_tiles
-        part, tile = SPLITS, (unit - SPLITS * tiles) % own_tiles
+        number = (unit - splits * tiles) // own_tiles
+        part, tile = splits, (unit - splits * tiles) % own_tiles
         count, offset = block * GROUP, number * block
         start, end = 0, roi + block
         own, near, far = roi, tl.load(rois + row * blocks + number), room + offset - roi
@@ -397,8 +431,8 @@ def region_attention(
     grid = (splits * tiles + blocks * own_tiles, rows, key_heads)
     sizes = (length, *queries.stride()[:2], columns, room, heads, roi, block, chunk, tiles, own_tiles)
     _attend[grid](
-        queries, keys, values, shared, starts, rois, parts, sums, *sizes, scale * LOG2E, blocks,
-        group, splits, size, dim, tile, step, interpreted(), num_warps=warps, num_stages=stages,
+        queries, keys, values, shared, starts, rois, parts, sums, *sizes, scale * LOG2E, blocks, splits,
+        group, size, dim, tile, step, interpreted(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)
     at_once = min(HEADS, _block(heads))

@@ -6,13 +6,17 @@ copy of them. Weights in FP8 are those of torchao with a scale for each row and 
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
-from .kernels_pdlm import Fp8Rows
+from .kernels_pdlm import Fp8Rows, add_norm_fp8, fault_when_tried, quantise_rows
+
+logger = logging.get_logger(__name__)
 
 
 def put_together(parts: list[torch.Tensor], replace: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
@@ -108,6 +112,55 @@ def merge_fp8_weights(modules: list[nn.Module]) -> Fp8Rows | None:
     return Fp8Rows(data, put_together([weight.scale for weight in weights], replace("scale")))
 
 
+def scaled_product(rows: Fp8Rows, weights: Fp8Rows, dtype: torch.dtype, fast: bool) -> torch.Tensor:
+    """The product of rows and weights in FP8, `(rows, outputs)`.
+
+    Args:
+        rows (`Fp8Rows` of shape `(rows, inputs)`), weights (`Fp8Rows` of shape `(outputs, inputs)`)
+        dtype (`torch.dtype`): of the result.
+        fast (`bool`): sums in less than float32, as torchao does by default.
+    """
+    return torch._scaled_mm(
+        rows.data,
+        weights.data.t(),
+        scale_a=rows.scale,
+        scale_b=weights.scale.t(),
+        out_dtype=dtype,
+        use_fast_accum=fast,
+    )
+
+
+@cache
+def fault_of_fp8(device: torch.device, sizes: tuple[int, int, int] = (34, 12288, 4096)) -> str | None:
+    """Why products in FP8 by the kernels do not work on this GPU; None where they do. Found out once in a process.
+
+    Args:
+        device (`torch.device`)
+        sizes (`tuple[int, int, int]`): rows, inputs and outputs of the product; default: the largest of the 8B.
+
+    Raises:
+        RuntimeError: out of memory.
+    """
+    count, size, outputs = sizes
+
+    def difference() -> float:
+        generator = torch.Generator(device).manual_seed(0)
+        states, weight = (
+            torch.randn(n, size, generator=generator, device=device, dtype=torch.bfloat16) for n in (count, outputs)
+        )
+        with torch.cuda.device_of(states):  # Triton launches kernels on the current one
+            rows, weights = add_norm_fp8(states, None, torch.ones_like(states[0]), 1e-5), quantise_rows(weight)
+            found = scaled_product(rows, weights, torch.bfloat16, True).float()
+        wide, theirs = (each.data.float() * each.scale for each in (rows, weights))
+        expected = wide @ theirs.t()
+        return float((found - expected).norm() / expected.norm())
+
+    fault = fault_when_tried(difference, 0.1, "products of the same numbers in float32")  # a fast sum may be 1 % off
+    if fault is not None:
+        logger.warning("Layers in FP8 are called one by one, which is slower: %s", fault)
+    return fault
+
+
 class Together:
     """Layers with the same input, as one product where they are plain or in FP8.
 
@@ -121,6 +174,8 @@ class Together:
     def __init__(self, *modules: nn.Module):
         self.modules = modules
         self.fp8 = merge_fp8_weights(list(modules))
+        if self.fp8 is not None and self.fp8.data.is_cuda and fault_of_fp8(self.fp8.data.device) is not None:
+            self.fp8 = None
         self.weight = merge_weights(list(modules)) if self.fp8 is None else None
 
     def __call__(self, states: torch.Tensor | Fp8Rows) -> torch.Tensor:
@@ -135,11 +190,4 @@ class Together:
         if self.fp8 is None:
             raise TypeError("The input is in FP8, the weights are not.")
         first: Any = self.modules[0].weight
-        return torch._scaled_mm(
-            rows.data,
-            self.fp8.data.t(),
-            scale_a=rows.scale,
-            scale_b=self.fp8.scale.t(),
-            out_dtype=first.dtype,
-            use_fast_accum=first.mm_config.use_fast_accum,
-        )
+        return scaled_product(rows, self.fp8, first.dtype, first.mm_config.use_fast_accum)

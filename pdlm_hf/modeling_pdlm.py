@@ -333,6 +333,11 @@ class PdlmForConditionalGeneration(PdlmPreTrainedModel, PdlmGenerationMixin, Pdl
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    def _apply(self, *args, **kwargs):
+        # what is kept of passes on the weights as they were would hold their memory
+        self._canvas_graphs = None
+        return super()._apply(*args, **kwargs)
+
     @classmethod
     def can_generate(cls) -> bool:
         """True: `generate` is ours, not transformers' GenerationMixin."""

@@ -183,10 +183,18 @@ def test_a_lost_device_ends_the_process(run, monkeypatch):
     assert stage["state"] == "broke off" and "illegal memory access" in stage["rows"]["row"]["error"]
 
 
-def test_numbers_that_are_none_are_a_failure(run):
+def test_numbers_that_are_none_are_named(run):
+    """And not written, because they are no JSON; the stage goes on."""
     doing = run()
-    doing.perform("stage", Stage(lambda run: run.put("row", {"error": [1.0, float("nan")]}), 30, ""))
-    assert "not finite: error 1" in doing.record["stages"]["stage"]["error"]
+
+    def work(run):
+        run.put("row", {"error": [1.0, float("nan")], "ms": 2.0})
+        run.put("next", {"ms": float("inf")})
+
+    doing.perform("stage", Stage(work, 30, ""))
+    stage = doing.record["stages"]["stage"]
+    assert stage["state"] == "done"
+    assert stage["rows"] == {"row": {"ms": 2.0, "not_finite": ["error"]}, "next": {"not_finite": ["ms"]}}
 
 
 def test_a_record_of_other_settings_is_not_continued(run, tmp_path):

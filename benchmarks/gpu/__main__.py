@@ -27,6 +27,7 @@ STAGES = {
     ),
     "attention": Stage(attention, 30, "the attention kernel beside a dense mask: error and time"),
     "agreement": Stage(agreement, 60, "cached and captured passes by kernels beside the whole pass by sdpa"),
+    "fp8": Stage(fp8, 150, "FP8 weights: step, memory, agreement", changes_model=True),
     "step": Stage(step, 90, "a canvas pass: eager and captured, share of the roofline, memory"),
     "tile": Stage(tile, 30, "128 rows of a canvas beside 136"),
     "phases": Stage(phases, 60, "vision tower, prompt, canvas, scoring, preprocessing"),
@@ -38,7 +39,6 @@ STAGES = {
     "table6": Stage(table(6, (1,)), 60, "6 regions: times the reference's loop"),
     "scaling": Stage(scaling, 120, "growth with regions, tiles and batch"),
     "flex": Stage(flex, 200, "FlexAttention beside the kernels and sdpa"),
-    "fp8": Stage(fp8, 150, "FP8 weights: step, memory, agreement", changes_model=True),
 }
 # what the last lines leave out
 LONG = {"spread_ms", "longest", "limits", "prompt_tokens", "regions", "slots", "steps", "tflop_per_image"}
@@ -63,7 +63,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the record.")] = Path("runs/gpu"),
     name: Annotated[str, typer.Option(help="The record is NAME.json; one that is there is continued.")] = "gpu",
     skip: Annotated[str, typer.Option(help="Stages to leave out, comma separated.")] = "",
-    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 600,
+    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 480,
     slots: Annotated[int, typer.Option(help="Slots per caption, and steps.", min=2)] = 32,
     repeats: Annotated[int, typer.Option(help="Measured turns of the tables.", min=1)] = 2,
     images: Annotated[int, typer.Option(help="Images for the embedded checkpoint.", min=1)] = 300,

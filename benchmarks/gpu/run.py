@@ -102,12 +102,12 @@ class Run:
         return flops, bandwidth
 
     def put(self, row: str, values: dict[str, Any]) -> None:
-        """Note a row of this stage, in the file and on the screen. Raises: ValueError on a number that is none."""
+        """Note a row of this stage, in the file and on the screen; numbers that are none are named instead."""
+        if bad := [name for name, value in values.items() if not _is_finite(value)]:
+            values = {name: value for name, value in values.items() if name not in bad} | {"not_finite": bad}
         self.rows[row] = values
         self.write()
         print(f"[{time.perf_counter() - self.start:.0f} s] {self.stage}, {row}: {brief(values)}", flush=True)
-        if bad := [name for name, value in flat(values) if isinstance(value, float) and not math.isfinite(value)]:
-            raise ValueError(f"{row}: not finite: {', '.join(bad)}.")
 
     @property
     def rows(self) -> dict[str, dict[str, Any]]:
@@ -173,7 +173,7 @@ class Run:
         self.release()
         try:
             values = measure()
-        except RuntimeError as error:  # out of memory, for one
+        except Exception as error:  # out of memory, a kernel that does not compile
             values = {"error": _without_paths(error)}
         self.put(row, values)
         self.check_device()
@@ -258,6 +258,10 @@ def alarm(seconds: float):
 def gigabytes(count: float) -> float:
     """Bytes as 10^9 bytes."""
     return round(count / 1e9, 3)
+
+
+def _is_finite(values: Any) -> bool:
+    return all(math.isfinite(value) for _, value in flat(values) if isinstance(value, float))
 
 
 def flat(values: Any, name: str = "") -> list[tuple[str, Any]]:

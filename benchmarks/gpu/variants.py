@@ -9,7 +9,7 @@ import torch
 from pdlm_hf.bench.decode import FEW_STEPS
 from pdlm_hf.versions_pdlm import CHECKPOINTING
 
-from .passes import REGIONS, canvas_of, share, step
+from .passes import REGIONS, beside_whole, canvas_of, share, step, way, whole_pass
 from .run import NotInstalled, Run, gigabytes
 
 REGIONS_OF_RECIPE = 6
@@ -48,6 +48,10 @@ def fp8(run: Run) -> None:
     if cuda:
         row["weights_gb"] = gigabytes(torch.cuda.memory_allocated())
     run.put("quantising", row)
+    whole = whole_pass(run)
+    for name in CAPTURABLE:
+        with way(run, name) as how:
+            run.attempt(f"FP8 beside torchao's layers, {name}", lambda how=how: beside_whole(run, how, whole))
     step(run, CAPTURABLE, ((REGIONS, 1), (4, 1), (REGIONS, 8)), "FP8: ")
     _decodes(run, "FP8", reference)
 

@@ -36,8 +36,8 @@ FP8 = {
 def attention(dtype: str, size: int) -> tuple[dict, int, int]:
     """Constants, warps and stages of the attention for heads of this size, with the tuning that is chosen."""
     row_bytes = size * (4 if dtype == "fp32" else 2)
-    splits, tile, keys, warps, stages = kernels.choose_tuning(torch.device("cpu"), 32, 136, 2048, row_bytes)
-    constants = {"GROUP": 1, "SPLITS": splits, "SIZE": size, "DIM": size, "M": tile, "N": keys, "INTERPRETED": False}
+    _, tile, keys, warps, stages = kernels.choose_tuning(torch.device("cpu"), 32, 136, 2048, row_bytes)
+    constants = {"GROUP": 1, "SIZE": size, "DIM": size, "M": tile, "N": keys, "INTERPRETED": False}
     return constants, warps, stages
 
 

@@ -9,12 +9,11 @@ from pdlm_hf.kernels_pdlm import Fp8Rows
 
 
 def use(monkeypatch) -> None:
-    """Let forward passes call these, unless there is a GPU."""
-    if not torch.cuda.is_available():
-        for function in (
-            add_norm, add_norm_fp8, silu_gate, silu_gate_fp8, quantise_rows, rotate_and_place, region_attention,
-        ):  # fmt: skip
-            monkeypatch.setattr(f"pdlm_hf.fused_pdlm.{function.__name__}", function)
+    """Let forward passes call these."""
+    for function in (
+        add_norm, add_norm_fp8, silu_gate, silu_gate_fp8, quantise_rows, rotate_and_place, region_attention,
+    ):  # fmt: skip
+        monkeypatch.setattr(f"pdlm_hf.fused_pdlm.{function.__name__}", function)
 
 
 def add_norm(states, update, weight, eps):
@@ -51,7 +50,7 @@ def rotate_and_place(states, cos, sin, columns, keys, values):
 
 def region_attention(queries, keys, values, shared, starts, rois, roi, block, scale):
     rows, length = queries.shape[:2]
-    column, place = torch.arange(keys.shape[2]), torch.arange(length)
+    column, place = (torch.arange(n, device=keys.device) for n in (keys.shape[2], length))
     room = shared.shape[1]
     common = F.pad(shared.bool(), (0, length)) & (column >= starts[:, None])
     first = rois.repeat_interleave(block, 1)[..., None]

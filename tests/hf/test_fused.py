@@ -1,8 +1,13 @@
 """Forward passes by fused kernels give what transformers' modules give under the region mask."""
 
 import copy
+import gc
+import logging
 import pickle
 import threading
+import weakref
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import float8
 import plain_kernels
@@ -15,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pdlm_hf import BASE_CHECKPOINT
+from pdlm_hf import BASE_CHECKPOINT, linear_pdlm
 from pdlm_hf.canvas_path_pdlm import CanvasPath
 from pdlm_hf.fused_pdlm import NAME, CanvasCache, FusedNetwork, why_not
 from pdlm_hf.graphs_pdlm import MAX_SHAPES, MAX_TRIES, WIDTH_MULTIPLE, CanvasGraphs, FusedPasses
@@ -217,6 +222,39 @@ def test_padding_has_a_scale(processor, scenes, inputs):
     assert not (answers[:, -8:] == network.config.mask_token_id).any()  # what a step of NaN leaves
 
 
+def test_fp8_is_tried_before_it_is_used(monkeypatch, caplog):
+    """One product beside the same numbers in float32; where it is wrong, or raises, layers are called."""
+    monkeypatch.setattr(logging.getLogger("pdlm_hf"), "propagate", True)
+    monkeypatch.setattr(linear_pdlm, "add_norm_fp8", plain_kernels.add_norm_fp8)
+    monkeypatch.setattr(linear_pdlm, "quantise_rows", plain_kernels.quantise_rows)
+    find = linear_pdlm.fault_of_fp8.__wrapped__
+    question = (torch.device("cpu"), (5, 64, 48))
+    assert find(*question) is None and not caplog.text
+    product = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **named: product(*args, **named) * 1.5)
+    assert "compute other numbers than products of the same numbers in float32 (by 0.5)" in find(*question)
+
+    def fail(*args, **named):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul\nmore")
+
+    monkeypatch.setattr(torch, "_scaled_mm", fail)
+    assert "do not run on this machine (RuntimeError: CUDA error: CUBLAS_STATUS_NOT_SUPPORTED" in find(*question)
+    assert "Layers in FP8 are called one by one, which is slower" in caplog.text
+
+    def full(*args, **named):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 100 MiB")
+
+    monkeypatch.setattr(torch, "_scaled_mm", full)
+    with pytest.raises(RuntimeError, match="out of memory"):  # the next time there may be some
+        find(*question)
+    monkeypatch.setattr(linear_pdlm, "fault_of_fp8", lambda device: "a fault")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    layers = nn.ModuleList([nn.Linear(32, 16, bias=False), nn.Linear(32, 48, bias=False)])
+    float8.quantise(layers)
+    together = Together(*layers)
+    assert together.fp8 is None and together.weight is None
+
+
 def test_fp8_that_is_computed_otherwise_is_called():
     """Inputs that stay as they are, are scaled as a whole or bounded: such layers are not ours to compute."""
     states = torch.randn(3, 32)
@@ -320,6 +358,8 @@ def test_a_failed_capture_falls_back(network, inputs, monkeypatch, caplog, by_ke
 
     monkeypatch.setattr(FusedPasses, "_capture", fail)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Mock())
     for _ in range(MAX_TRIES + 2):
         output = network.generate(**inputs, **SETTINGS)
         assert torch.equal(output.region_tokens, expected.region_tokens)
@@ -336,6 +376,81 @@ def test_passes_in_use_are_not_shared(network):
     for width in range(256, 256 * (MAX_SHAPES + 3), 256):
         graphs.give_back(graphs.take(like, 1, width, 2, 6, 4))
     assert len(graphs.passes) == MAX_SHAPES
+
+
+def test_kept_passes_do_not_hold_weights_of_before(network, inputs, by_kernels):
+    """Neither where a model has moved, nor where its layers have."""
+
+    def held():
+        network.generate(**inputs, **SETTINGS)
+        ((_, passes),) = network.canvas_graphs().passes.items()
+        return weakref.ref(passes.network.layers[0][1].weight)
+
+    weight = held()
+    network.to(torch.float64)
+    gc.collect()
+    assert weight() is None
+    network.to(torch.float32)
+    weight = held()
+    network.model.language_model.to(torch.float64).to(torch.float32)
+    assert held()() is not None  # the only passes there are
+    gc.collect()
+    assert weight() is None
+
+
+def test_streams_of_graphs_are_used_again(network, monkeypatch):
+    """And by no two graphs that live at a time."""
+    monkeypatch.setattr("pdlm_hf.graphs_pdlm._FREE_STREAMS", free := [])
+    made = []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+            made.append(self)
+
+        def wait_stream(self, other):
+            pass
+
+    class Pool:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+    def graph(graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        return Pool()
+
+    for name, value in {
+        "Stream": Stream,
+        "stream": lambda stream: Pool(),
+        "device": lambda device: Pool(),
+        "current_stream": lambda *args: Stream("now"),
+        "CUDAGraph": object,
+        "graph_pool_handle": lambda: (0, 1),
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    plain_kernels.use(monkeypatch)
+    graphs = CanvasGraphs(network.model.language_model)
+    embeds = torch.randn(1, 12, network.config.text_config.hidden_size)
+
+    def capture():
+        passes = graphs.take(embeds, 1, 100, 2, 6, 4)
+        passes._try_to_capture(embeds, torch.arange(100, 112)[None])
+        assert passes.graph is not None and passes.stream not in free
+        return passes
+
+    with torch.no_grad():
+        first, second = capture(), capture()
+        assert first.stream is not second.stream
+        stream = first.stream
+        del first
+        gc.collect()
+        assert free == [stream]
+        assert capture().stream is stream
+    assert sum(stream.device != "now" for stream in made) == 2
 
 
 def test_memory_of_kept_passes_is_bounded(network, monkeypatch):
@@ -362,9 +477,25 @@ def test_another_network_is_another_graph(isolated_model, inputs):
     assert graphs._weights() == before
     adapted = get_peft_model(copy.deepcopy(isolated_model), LoraConfig(r=2, target_modules=["q_proj"]))
     graphs = CanvasGraphs(adapted.base_model.model.model.language_model)
-    on = graphs._weights()
+    on = graphs._adapters()
+    assert graphs._weights() != before
     with adapted.disable_adapter():
-        assert graphs._weights() not in (before, on)
+        assert graphs._adapters() != on
+
+
+def test_scaled_adapters_and_scales_are_another_graph(network):
+    adapted = get_peft_model(copy.deepcopy(network), LoraConfig(r=2, target_modules=["q_proj"]))
+    graphs = CanvasGraphs(adapted.base_model.model.model.language_model)
+    before = graphs._adapters()
+    assert graphs._adapters() == before
+    adapted.base_model.model.model.language_model.layers[0].self_attn.q_proj.scale_layer(0.5)
+    assert graphs._adapters() != before
+    float8.quantise(network.model.language_model)
+    graphs = CanvasGraphs(network.model.language_model)
+    before, weight = graphs._weights(), network.model.language_model.layers[0].mlp.up_proj.weight
+    assert graphs._weights() == before
+    weight.scale = weight.scale.clone()
+    assert graphs._weights() != before
 
 
 @on_a_gpu

@@ -57,7 +57,7 @@ def test_norm_of_a_sum(draw, dtype, size):
     total = states + update
     close(add_norm(states, update, weight, 1e-5), norm(total))
     close(states, total)
-    if dtype == torch.float16:
+    if dtype == torch.float16 and DEVICE == "cpu":  # a GPU has another order of sums
         assert torch.equal(states, total) and torch.equal(add_norm(states, None, weight, 1e-5), norm(total))
 
 
