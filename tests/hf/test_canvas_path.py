@@ -255,7 +255,7 @@ def without_a_norm(states, update, weight, eps):
         ("add_norm", without_a_norm, "compute other numbers"),
         ("silu_gate", lambda both: both.chunk(2, -1)[0], "compute other numbers"),
     ],
-    ids=str,
+    ids=["error", "other regions", "not placed", "no norm", "no gate"],
 )
 def test_kernels_that_do_not_work_are_not_used(fresh, monkeypatch, caplog, name, function, reason):
     chosen = CanvasPath(True, True, "fastest on this GPU")
