@@ -185,7 +185,7 @@ def _one_layer(network: type, dtype: torch.dtype, head_size: int, device: torch.
         intermediate_size=2 * size,
         num_hidden_layers=1,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=4,  # as in the 8B
         initializer_range=size**-0.5,  # attention and MLP weigh as much as what comes in
     )
     with torch.random.fork_rng([]), torch.device("cpu"):

@@ -30,7 +30,7 @@ class FusedPasses:
     """Forward passes of one shape: a cache in a fixed place, and a graph of the pass over the canvas.
 
     A graph has a stream of its own as long as it lives. With the stream goes cuBLAS's workspace, which some releases
-    of torch free when any graph of the stream is dropped; and streams made anew for every capture are used up.
+    of torch free when any graph of the stream is dropped; and torch has 32 streams, which it hands out in turn.
 
     Args:
         key (`tuple`): shape, data type and weights.
@@ -77,10 +77,14 @@ class FusedPasses:
                 weakref.finalize(self, _FREE_STREAMS.append, self.stream).atexit = False
             current, stream = torch.cuda.current_stream(), self.stream
             stream.wait_stream(current)
-            with torch.cuda.stream(stream):  # kernels are compiled, and choose their workspaces, before the capture
-                for _ in range(2):
-                    self.network(self.embeds, self.positions, self.cache)
-            current.wait_stream(stream)
+            try:
+                with torch.cuda.stream(
+                    stream
+                ):  # kernels are compiled, and choose their workspaces, before the capture
+                    for _ in range(2):
+                        self.network(self.embeds, self.positions, self.cache)
+            finally:
+                current.wait_stream(stream)
             graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
             try:
                 # other threads, a data loader's for one, may use the device meanwhile
@@ -102,11 +106,14 @@ def _free_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _end_capture(pool: tuple[int, int]) -> None:
-    """Let the allocator free memory again: a capture that breaks off does not tell it that it is over."""
+    """Let the allocator free memory again, where a capture broke off without telling it that it is over.
+
+    If it was told, the first call raises, and the pool is the graph's to release: twice would end the process.
+    """
     device = torch.cuda.current_device()
-    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-        with suppress(RuntimeError, AttributeError):  # it knows already, or torch has no such function
-            getattr(torch._C, name)(device, pool)
+    with suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 class CanvasGraphs:
@@ -120,6 +127,7 @@ class CanvasGraphs:
     def __init__(self, language_model):
         self.language_model = language_model
         self.passes: OrderedDict[tuple, FusedPasses] = OrderedDict()
+        self._lock = Lock()  # of several threads that decode
 
     def __reduce__(self):
         """Copies and pickles have none, because graphs belong to this process and these weights."""
@@ -139,13 +147,15 @@ class CanvasGraphs:
         shape = (rows, WIDTH_MULTIPLE * -(-width // WIDTH_MULTIPLE), blocks, block, num_roi_tokens)
         weights = self._weights()
         key = (weights, self._adapters(), like.dtype, like.device, torch.is_inference_mode_enabled(), *shape)
-        for other in [known for known in self.passes if known[0] != weights]:  # they hold the weights of before
-            self.passes.pop(other, None)
-        found = self.passes.pop(key, None)
+        with self._lock:
+            for other in [known for known in self.passes if known[0] != weights]:  # they hold the weights of before
+                del self.passes[other]
+            found = self.passes.pop(key, None)
+            if found is None:
+                self._make_room(like.device)
         if found is not None and found.given_back is not None:
             torch.cuda.current_stream(like.device).wait_event(found.given_back)
         if found is None:
-            self._make_room(like.device)
             found = FusedPasses(key, network, CanvasCache(self.language_model.config, like, *shape))
         return found
 
@@ -153,7 +163,8 @@ class CanvasGraphs:
         """Keep passes that are not in use any more, once the device has done them."""
         if passes.cache.layers[0].is_cuda:
             passes.given_back = torch.cuda.current_stream(passes.cache.layers[0].device).record_event()
-        self.passes[passes.key] = passes
+        with self._lock:
+            self.passes[passes.key] = passes
 
     def _make_room(self, device: torch.device) -> None:
         """Forget what was not used for longest."""

@@ -131,12 +131,12 @@ def scaled_product(rows: Fp8Rows, weights: Fp8Rows, dtype: torch.dtype, fast: bo
 
 
 @cache
-def fault_of_fp8(device: torch.device, sizes: tuple[int, int, int] = (34, 12288, 4096)) -> str | None:
+def fault_of_fp8(device: torch.device, sizes: tuple[int, int, int] = (34, 12288, 512)) -> str | None:
     """Why products in FP8 by the kernels do not work on this GPU; None where they do. Found out once in a process.
 
     Args:
         device (`torch.device`)
-        sizes (`tuple[int, int, int]`): rows, inputs and outputs of the product; default: the largest of the 8B.
+        sizes (`tuple[int, int, int]`): rows, inputs and outputs of the product; default: the most inputs of the 8B.
 
     Raises:
         RuntimeError: out of memory.

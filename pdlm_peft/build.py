@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdlm_hf.batch.sources import refuse_changed
 from pdlm_hf.errors_pdlm import DataError, ImageError, SettingError
 from pdlm_hf.regions.files import append_rows, check_same_settings, load_json, read_rows, write_json
+from pdlm_hf.render.text import list_some
 
 from .conversion import relocated
 from .rows import open_row_image, sound_row
@@ -84,18 +84,19 @@ class StepRun:
     Args:
         out (`Path`): JSONL file.
         settings (`dict`): settings that the verdicts depend on; a run is resumed only with the same ones.
-        writes (`Collection[str]`): keys of a region that the step writes. The others are compared when it is resumed.
+        writes, adds (`Collection[str]`): keys of a region that the step replaces, or adds where there is none. The
+            others are compared when it is resumed.
 
     Raises:
         SettingError: the folder does not exist, or the files were made with other settings.
         DataError: a file is damaged.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], writes: Collection[str] = ()):
+    def __init__(self, out: Path, settings: dict[str, Any], writes: Collection[str] = (), adds: Collection[str] = ()):
         if not out.parent.is_dir():
             raise SettingError(f"{out}: there is no folder {out.parent}.")
         self.out, self.dropped = out, out.with_suffix(".dropped.jsonl")
-        record = out.with_suffix(".run.json")
+        record = self.record = out.with_suffix(".run.json")
         kept, dropped = (list(read_rows(path, repair=True)) for path in (self.out, self.dropped))
         if (kept or dropped) and not record.is_file():
             raise DataError(f"{out}: is there, but no {record.name} that says how it was made; choose another file.")
@@ -103,14 +104,16 @@ class StepRun:
             check_same_settings(load_json(record), settings, out)
         else:
             write_json(record, settings)
-        self.writes = writes
+        self.writes, self.adds = writes, adds
         decided = [(row, region) for row in kept for region in row["regions"]] + [(line, line) for line in dropped]
         self.done = {region_key(row, region["id"]): look_of(region) for row, region in decided}
 
     def has_changed(self, key: tuple, region: dict) -> bool:
-        """Whether a region that was decided is another one now: in what it has, and the step does not write."""
-        places = enumerate(zip(look_of(region), self.done[key], strict=True))
-        return any(own != was and own and _COMPARED[place] not in self.writes for place, (own, was) in places)
+        """Whether a region that was decided is another one now, apart from what the step itself wrote."""
+        parts = zip(_COMPARED, look_of(region), self.done[key], strict=True)
+        return any(
+            own != was and name not in self.writes and (own or name not in self.adds) for name, own, was in parts
+        )
 
     def finish_row(self, row: dict, verdicts: dict[int, Verdict]) -> None:
         """Write the verdicts about a row, dropped regions first: the line in OUT marks the row as complete."""
@@ -140,10 +143,14 @@ def run_step(source: Source, run: StepRun, decide: Decide, captions: bool = True
         numbers of regions: "kept", "dropped", "failed", decided by an earlier run ("before"), and by reason.
 
     Raises:
-        DataError: a row cannot be used; the rows before it are written. Or a region that was decided has changed.
+        DataError: a row cannot be used; the rows before it are written, but for a run that is resumed, which reads the
+            source once before. Or a region that was decided has changed.
     """
-    if run.done:
-        refuse_changed(run.out, list(_changed(source, run, captions)))
+    if run.done and (changed := list(_changed(source, run, captions))):
+        raise DataError(
+            f"{run.out}: {list_some(changed)}: changed since that was decided. Choose another file, or delete it, "
+            f"{run.dropped.name} and {run.record.name} to decide all again."
+        )
     counts: Counter = Counter()
     waiting: dict[int, dict[int, Verdict]] = {}
     for task, verdict in decide(_tasks(source, run, counts, captions)):
@@ -175,16 +182,28 @@ def region_key(row: dict, identifier: Any) -> tuple:
 def look_of(region: dict) -> tuple[int, ...]:
     """A checksum of each part of a region; 0 where it has none."""
     parts = (region.get(name) for name in _COMPARED)
-    return tuple(0 if part is None else zlib.crc32(json.dumps(part, sort_keys=True).encode()) for part in parts)
+    return tuple(
+        0 if part is None else zlib.crc32(json.dumps(part, sort_keys=True, default=_text_of).encode())
+        for part in parts
+    )
+
+
+def _text_of(counts: bytes) -> str:
+    return counts.decode("latin-1")
 
 
 def _rows(source: Source, run: StepRun, captions: bool) -> Iterator[tuple[int, dict, dict[tuple, int]]]:
-    """Number and row, every region with an id, and the places of its regions by key."""
+    """Number and row, every region with an id, and the places of its regions by key. Raises: DataError."""
+    seen: set[tuple] = set()
     for number, raw in raw_rows(source):
         row = sound_row(raw, number, captions, attributes=False)
         row["regions"] = [{"id": k, **region} for k, region in enumerate(row["regions"])]
         written = relocated(row, source.own_folder, run.out.parent)
-        yield number, row, {region_key(written, region["id"]): k for k, region in enumerate(row["regions"])}
+        places = {region_key(written, region["id"]): k for k, region in enumerate(row["regions"])}
+        if places.keys() & seen:
+            raise DataError(f"row {number}: a region has the id of one in an earlier row; see `pdlm-peft validate`.")
+        seen |= places.keys()
+        yield number, row, places
 
 
 def _changed(source: Source, run: StepRun, captions: bool) -> Iterator[str]:
@@ -196,14 +215,9 @@ def _changed(source: Source, run: StepRun, captions: bool) -> Iterator[str]:
 
 
 def _tasks(source: Source, run: StepRun, counts: Counter, captions: bool) -> Iterator[Task]:
-    seen: set[tuple] = set()
     for number, row, places in _rows(source, run, captions):
-        keys = places.keys()
-        if keys & seen:
-            raise DataError(f"row {number}: a region has the id of one in an earlier row; see `pdlm-peft validate`.")
-        seen |= keys
-        if all(key in run.done for key in keys):
-            counts["before"] += len(keys)
+        if all(key in run.done for key in places):
+            counts["before"] += len(places)
             continue
         for k in range(len(row["regions"])):
             yield Task(number, row, k, source.folder)

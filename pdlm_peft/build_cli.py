@@ -50,6 +50,7 @@ def _run(
     settings: dict[str, Any],
     captions: bool = True,
     writes: Collection[str] = (),
+    adds: Collection[str] = (),
 ) -> None:
     """Make a step, once data and file are known to be right, run it and print its counts.
 
@@ -61,7 +62,7 @@ def _run(
     source = find_source(data, images)
     if source.path is not None and source.path.resolve() == out.resolve():
         raise SettingError(f"{out}: the step would read the file that it writes; choose another file.")
-    counts = run_step(source, StepRun(out, settings, writes), step(), captions)
+    counts = run_step(source, StepRun(out, settings, writes, adds), step(), captions)
     known = ("kept", "dropped", "failed", "before")
     reasons = ", ".join(f"{count} {name}" for name, count in counts.most_common() if name not in known)
     before = f", {counts['before']} decided by an earlier run" * bool(counts["before"])
@@ -109,7 +110,16 @@ def caption(
     step = caption_step(client, question, server_style, replace)
     server_settings = {"server": public_url(server), "model": server_model, "style": server_style, **request}
     settings = {"step": "caption", **server_settings, "prompt": question, "replace": replace}
-    _run(data, images, out, lambda: step, settings, captions=False, writes=["caption"] if replace else ())
+    _run(
+        data,
+        images,
+        out,
+        lambda: step,
+        settings,
+        captions=False,
+        writes=["caption"] if replace else (),
+        adds=["caption"],
+    )
 
 
 @app.command()

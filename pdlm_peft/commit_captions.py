@@ -59,7 +59,8 @@ def write_captions(recipe: Recipe, folder: Path, held_out: bool = False, show: C
     out, counts_file = folder / f"{name}.jsonl", folder / f"{name}.json"
     settings = _settings(recipe, name)
     found = load_json(counts_file) if counts_file.is_file() else {"settings": settings}
-    check_same_settings(found["settings"], settings, counts_file, "give another `output`")
+    content = {"content": settings["content"]}  # of which earlier versions kept no record
+    check_same_settings(content | found["settings"], settings, counts_file, "give another `output`")
     if "counts" in found:  # written last
         return out
     with FileLock(folder / "lock", folder.parent, "give another `output`"):

@@ -108,8 +108,9 @@ def content_of(source: str | None) -> str | None:
         return hash_file(path, digest)
     if not path.is_dir():
         return None
-    for file in sorted(path.rglob("data-*.arrow")):  # beside them `datasets` keeps what it has computed
-        digest.update(hash_file(file, hashlib.blake2b()).encode())
+    for file in sorted(path.rglob("*.arrow")):
+        if not file.name.startswith("cache-"):  # what `datasets` has computed from the others
+            digest.update(hash_file(file, hashlib.blake2b()).encode())
     return digest.hexdigest()
 
 

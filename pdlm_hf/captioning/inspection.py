@@ -294,7 +294,11 @@ def _plan(found: Inspection, config: Any, processor: Any, generation: PdlmGenera
         capability_of(device),
         graphs=generation.cuda_graphs,
     )
-    path = confirm(choose_path(case), PdlmTextModel, dtype, case.head_size, device)
+    path = choose_path(case)
+    try:
+        path = confirm(path, PdlmTextModel, dtype, case.head_size, device)
+    except RuntimeError as error:
+        found.notes.append(f"the kernels were not tried, because the GPU is full ({str(error).partition('.')[0]}).")
     found.settings["canvas"] = str(path)
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from pdlm_hf import BASE_CHECKPOINT, linear_pdlm
 from pdlm_hf.canvas_path_pdlm import CanvasPath
 from pdlm_hf.fused_pdlm import NAME, CanvasCache, FusedNetwork, why_not
-from pdlm_hf.graphs_pdlm import MAX_SHAPES, MAX_TRIES, WIDTH_MULTIPLE, CanvasGraphs, FusedPasses
+from pdlm_hf.graphs_pdlm import MAX_SHAPES, MAX_TRIES, WIDTH_MULTIPLE, CanvasGraphs, FusedPasses, _end_capture
 from pdlm_hf.linear_pdlm import Together, merge_fp8_weights, merge_weights
 
 SETTINGS = {"max_new_tokens": 4, "max_denoising_steps": 3, "prefix_refresh_interval": 0}
@@ -451,6 +451,23 @@ def test_streams_of_graphs_are_used_again(network, monkeypatch):
         assert free == [stream]
         assert capture().stream is stream
     assert sum(stream.device != "now" for stream in made) == 2
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_pool_is_released_once(monkeypatch, knows):
+    """By the graph where its capture ended, else by us: twice would end the process."""
+    calls = []
+
+    def end(device, pool):
+        calls.append("end")
+        if knows:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *args: calls.append("release"), raising=False)
+    _end_capture((0, 1))
+    assert calls == (["end"] if knows else ["end", "release"])
 
 
 def test_memory_of_kept_passes_is_bounded(network, monkeypatch):

@@ -169,6 +169,10 @@ def test_captions_go_on_where_they_stopped(tmp_path):
     assert json.loads((part / "train.json").read_text()) == counts and seen == [5]
     with pytest.raises(SettingError, match="drop was 0.0, now 0.5"):
         write_captions(recipe_for(path, tmp_path / "run", "commit.drop=0.5"), part, show=seen.append)
+    older = {key: value for key, value in counts["settings"].items() if key != "content"}
+    (part / "train.json").write_text(json.dumps({**counts, "settings": older}))
+    assert write_captions(recipe, part, show=seen.append).read_text() == whole.read_text()
+    (part / "train.json").write_text(json.dumps(counts))
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(SettingError, match=r"content was '\w{32}', now '\w{32}'"):
         write_captions(recipe, part, show=seen.append)
