@@ -106,11 +106,11 @@ class StepRun:
             write_json(record, settings)
         self.writes, self.adds = writes, adds
         decided = [(row, region) for row in kept for region in row["regions"]] + [(line, line) for line in dropped]
-        self.done = {region_key(row, region["id"]): look_of(region) for row, region in decided}
+        self.done = {region_key(row, region["id"]): marks_of(region) for row, region in decided}
 
     def has_changed(self, key: tuple, region: dict) -> bool:
         """Whether a region that was decided is another one now, apart from what the step itself wrote."""
-        parts = zip(_COMPARED, look_of(region), self.done[key], strict=True)
+        parts = zip(_COMPARED, marks_of(region), self.done[key], strict=True)
         return any(
             own != was and name not in self.writes and (own or name not in self.adds) for name, own, was in parts
         )
@@ -179,7 +179,7 @@ def region_key(row: dict, identifier: Any) -> tuple:
     return (key, row.get("question"), identifier)
 
 
-def look_of(region: dict) -> tuple[int, ...]:
+def marks_of(region: dict) -> tuple[int, ...]:
     """A checksum of each part of a region; 0 where it has none."""
     parts = (region.get(name) for name in _COMPARED)
     return tuple(
